@@ -1,0 +1,1 @@
+"""The built-in proxy tasks: one file, one plugin."""

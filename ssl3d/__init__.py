@@ -1,0 +1,18 @@
+"""Self-supervised pretraining of 3D medical image encoders, with pluggable proxy tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssl3d.checkpoint import load_encoder as load_encoder
+
+_HOME = {"load_encoder": "checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"ssl3d has no {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"ssl3d.{_HOME[name]}"), name)

@@ -1,0 +1,5 @@
+"""`python -m ssl3d`, for torchrun."""
+
+from ssl3d.cli import script
+
+script()

@@ -1,0 +1,66 @@
+"""The `ssl3d` command: finds the subcommand, prints errors as one line; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from ssl3d import plugins
+from ssl3d.errors import PluginError, Ssl3dError
+
+USAGE = """usage: ssl3d COMMAND [options]
+
+Self-supervised pretraining of 3D medical image encoders.
+
+commands:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 (failed) or 2 (wrong input).
+
+    A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
+    line, and `main(argv) -> int | None`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except Ssl3dError as error:
+        print(f"ssl3d: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        # The reader (head, less) went away; Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("ssl3d: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"ssl3d {version('ssl3d')}")
+        return 0
+    if argv[0].startswith("-"):
+        raise PluginError(f"the command comes first, then {argv[0]}: see ssl3d --help")
+    command = plugins.load(plugins.COMMANDS, argv[0])
+    return command.main(argv[1:]) or 0
+
+
+def _help() -> str:
+    commands, failed = plugins.load_all(plugins.COMMANDS)
+    width = max(map(len, plugins.names(plugins.COMMANDS)), default=0)
+    lines = [f"  {name:{width}}  {command.summary}\n" for name, command in commands.items()]
+    lines += [f"  {name:{width}}  ({error})\n" for name, error in failed.items()]
+    return USAGE + "".join(lines) + "\n`ssl3d COMMAND --help` tells a command's options.\n"
+
+
+def script() -> NoReturn:
+    """Entry point of `python -m ssl3d`."""
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Subcommands of `ssl3d`; each module has `summary` and `main(argv)`."""

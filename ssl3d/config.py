@@ -1,0 +1,451 @@
+"""Dataclasses to flags, YAML and help, by jsonargparse; every error is one line that names the flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ssl3d.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugins:
+    """Options whose values are plugin names; each plugin named gets a section of its own.
+
+    Attributes:
+        options: Fields of the command's dataclass that hold plugin names, and for each the function
+            that gives a name's `Config` dataclass (and raises a `PluginError` for an unknown name).
+        known: The names that may be sections, per option; used to tell a section from a typing error.
+    """
+
+    options: Mapping[str, Callable[[str], type]] = dataclasses.field(default_factory=dict)
+    known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Parsed:
+    """What the command line said.
+
+    Attributes:
+        options: The command's dataclass.
+        sections: Plugin name -> its `Config` dataclass, for every plugin that an option selects.
+        given: Names of the options set by a flag or a configuration file, not by default.
+    """
+
+    options: Any
+    sections: dict[str, Any]
+    given: set[str]
+
+
+def parse(
+    prog: str, options: type, argv: Sequence[str], plugins: Plugins | None = None, epilog: str = ""
+) -> Parsed:
+    """Parses a command line into dataclasses.
+
+    Flags are the fields' names with dashes (underscores work too), sections are `--name.field`, tuples
+    and lists take several words, `--config FILE.yaml` comes below the flags whatever its place, and
+    `--print_config` prints what would be used. Fields with metadata `positional=True` are positional.
+
+    Args:
+        prog: As in `ssl3d pretrain`.
+        options: The command's dataclass. Field docstrings (or `Attributes:`) become the help.
+        argv: The words after the command.
+        plugins: Options that name plugins.
+        epilog: Printed below the help.
+
+    Raises:
+        UsageError: A flag is unknown or its value unusable; the message names the flag.
+    """
+    plugins = plugins or Plugins()
+    argv = _equals_apart(argv)
+    config_files = _values(argv, "config")
+    selected = _select(options, plugins, argv, [_read_yaml(path) for path in config_files])
+    configs = {name: plugins.options[option](name) for name, option in selected.items()}
+    parser, defaults = _parser(prog, options, configs, epilog)
+    argv = _normalize(argv, options, configs)
+    parser._prog_name = prog
+    try:
+        namespace = parser.parse_args(argv)
+    except UsageError:
+        raise
+    except Exception as error:  # jsonargparse lets some type errors through
+        raise UsageError(f"{prog}: {_one_line(error)}") from error
+    values = {key: value for key, value in namespace.as_dict().items() if key not in ("config",)}
+    chosen = _chosen(options, plugins, values)
+    given = {
+        field.name
+        for field in dataclasses.fields(options)
+        if _is_given(field.name, argv, config_files) or field.metadata.get("positional")
+    }
+    sections = {
+        name: _build(prog, f"{name}.", config, values.get(name) or {}, defaults[name])
+        for name, config in configs.items()
+        if name in chosen
+    }
+    own = {
+        key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values
+    }
+    return Parsed(_build(prog, "", options, own, defaults[""]), sections, given)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values that YAML and JSON hold; tuples become lists, paths strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
+    """Builds a dataclass from what `to_dict` gave: types restored, unknown keys refused.
+
+    Raises:
+        UsageError: A key is unknown or a value unusable; the message starts with `where`.
+    """
+    names = {field.name for field in dataclasses.fields(config)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise UsageError(
+            f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}"
+        )
+    hints = typing.get_type_hints(config)
+    made = {key: _tuples(hints[key], value) for key, value in values.items()}
+    try:
+        return config(**made)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where}: {_one_line(error)}") from error
+
+
+# Parsing ------------------------------------------------------------------------------------------
+
+
+def _parser(
+    prog: str, options: type, configs: Mapping[str, type], epilog: str
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    from jsonargparse import ArgumentParser
+    from jsonargparse._formatters import DefaultHelpFormatter
+
+    class OneLineParser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise UsageError(f"{prog}: {_one_line(message)}") from ex
+
+    description = (options.__doc__ or "").strip().split("\n\n")[0]
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=epilog or None,
+        default_env=False,
+        formatter_class=DefaultHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", action="config", help="a YAML file of options; flags go above it"
+    )
+    defaults = {"": _add_fields(parser, options, "")}
+    for name, config in configs.items():
+        group = parser.add_argument_group(f"options of {name}")
+        defaults[name] = _add_fields(group, config, f"{name}.")
+    return parser, defaults
+
+
+def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
+    """Adds one flag per field; returns the defaults."""
+    hints = typing.get_type_hints(config)
+    help_of = _field_help(config)
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
+        missing = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if not missing:
+            defaults[field.name] = default
+        extra = {"default": None if missing else default}
+        text = help_of.get(field.name) or " "
+        if field.metadata.get("positional"):
+            several = _is_sequence(hints[field.name])
+            word = {"nargs": "*" if not missing else "+"} if several else {}
+            if not several and not missing:
+                word = {"nargs": "?"}
+            kind = _item(hints[field.name]) if several else hints[field.name]
+            parser.add_argument(field.name, type=kind, help=text, **word, **extra)
+        else:
+            flag = f"--{prefix}{field.name.replace('_', '-')}"
+            parser.add_argument(flag, type=hints[field.name], help=text, required=missing, **extra)
+    return defaults
+
+
+def _field_help(config: type) -> dict[str, str]:
+    """Help per field: the string below it, else its line under `Attributes:`, of it or a base."""
+    from docstring_parser import parse_from_object
+
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if base is object or not dataclasses.is_dataclass(base):
+            continue
+        try:
+            documented = parse_from_object(base)
+        except (OSError, SyntaxError):  # defined in a console: no source to read
+            continue
+        for param in documented.params:
+            found[param.arg_name] = " ".join((param.description or "").split())
+    return found
+
+
+def _build(
+    prog: str, prefix: str, config: type, values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Any:
+    hints = typing.get_type_hints(config)
+    made = {key: _tuples(hints[key], value) for key, value in values.items() if key in hints}
+    # A default of None stands for "required": jsonargparse has reported it missing by now.
+    made = {k: v for k, v in made.items() if v is not None or k in defaults}
+    try:
+        return config(**made)
+    except (ValueError, TypeError) as error:
+        message = _one_line(error)
+        names = sorted((f.name for f in dataclasses.fields(config)), key=len, reverse=True)
+        culprit = next((n for n in names if re.search(rf"\b{n}\b", message)), None)
+        flag = f"--{prefix}{culprit.replace('_', '-')}: " if culprit else ""
+        raise UsageError(f"{prog}: {flag}{message}") from error
+
+
+def _select(
+    options: type, plugins: Plugins, argv: Sequence[str], files: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Finds the plugins named by a flag, by a configuration file or by a section: name -> option."""
+    selected: dict[str, str] = {}
+    for option in plugins.options:
+        default = next(f for f in dataclasses.fields(options) if f.name == option).default
+        named = _values(argv, option)
+        if not named:
+            named = next((_listed(file[option]) for file in reversed(files) if option in file), [])
+        if not named and default is not dataclasses.MISSING:
+            named = _listed(default)
+        for name in named:
+            selected[name] = option
+        known = set(plugins.known.get(option, ()))
+        prefixes = {
+            word[2:].split(".")[0].split("=")[0] for word in argv if re.match(r"--\w+\.", word)
+        }
+        keys = {key for file in files for key in file}
+        for name in sorted(known & (prefixes | keys)):
+            selected.setdefault(name, option)
+    return selected
+
+
+def _chosen(options: type, plugins: Plugins, values: Mapping[str, Any]) -> set[str]:
+    return {name for option in plugins.options for name in _listed(values.get(option))}
+
+
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    return [str(item) for item in value]
+
+
+def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) -> list[str]:
+    """Puts --config first, several words of a sequence option into one list, `_` and `-` as one."""
+    hints = {
+        ("", f.name): typing.get_type_hints(options)[f.name] for f in dataclasses.fields(options)
+    }
+    for name, config in configs.items():
+        own = typing.get_type_hints(config)
+        hints.update({(name, f.name): own[f.name] for f in dataclasses.fields(config)})
+    first, rest = [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            rest.append(word)
+            continue
+        section, _, field = word[2:].rpartition(".")
+        field = field.replace("-", "_")
+        if (section, field) == ("", "config"):
+            if not words or words[0].startswith("--"):
+                raise UsageError("--config: names no file")
+            # As text, not as a path: a lone word for a list option is made a list on the way.
+            first += ["--config", _normal_yaml(words.pop(0), hints)]
+            continue
+        if (section, field) == ("", "print_config"):
+            rest.append("--print_config")
+            continue
+        flag = f"--{section + '.' if section else ''}{field.replace('_', '-')}"
+        hint = hints.get((section, field))
+        values = []
+        if hint is not None and _is_sequence(hint):
+            while words and not re.match(r"--\w", words[0]):
+                values.append(words.pop(0))
+            single = values[0] if len(values) == 1 else ""
+            listed = single if single.startswith("[") else None
+            if single in ("null", "None") and type(None) in typing.get_args(hint):
+                listed = "null"
+            if listed is None:
+                quote = _item(hint) in (str, Path) or str in typing.get_args(_item(hint))
+                items = [f'"{v}"' if quote else v for v in values]
+                listed = f"[{', '.join(items)}]"
+                if isinstance(hint, types.UnionType | typing._UnionGenericAlias):  # type: ignore[attr-defined]
+                    scalars = [a for a in typing.get_args(hint) if not _is_sequence(a)]
+                    if single and any(a not in (type(None),) for a in scalars):
+                        listed = single if not _numeric_sequence(hint, single) else listed
+            rest.append(f"{flag}={listed}")
+        elif words and not re.match(r"--\w", words[0]):
+            rest.append(f"{flag}={words.pop(0)}")
+        elif hint is bool:
+            rest.append(f"{flag}=true")
+        elif field == "help":
+            rest.append(word)
+        else:
+            rest.append(flag)
+    return first + rest
+
+
+def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
+    """A configuration file as JSON, single values of sequence options wrapped into lists."""
+
+    def fold(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        folded: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            hint = hints.get((section, name))
+            if not section and isinstance(value, dict) and hint is None:
+                folded[key] = fold(key, value)
+            elif hint is not None and value is not None and _is_sequence(hint):
+                only = typing.get_origin(hint) in (tuple, list)
+                folded[name] = [value] if only and not isinstance(value, list) else value
+            else:
+                folded[name] = value
+        return folded
+
+    return json.dumps(fold("", _read_yaml(path)))
+
+
+def _numeric_sequence(hint: Any, word: str) -> bool:
+    """Whether one word is a one-element sequence rather than the other member of the union."""
+    if not re.fullmatch(r"-?\d+(\.\d+)?([eE]-?\d+)?", word):
+        return False
+    return not any(a in (int, float) for a in typing.get_args(hint))
+
+
+def _equals_apart(argv: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    for word in argv:
+        match = re.match(r"(--[\w.\-]+)=(.*)", word, re.DOTALL)
+        words += [match[1], match[2]] if match else [word]
+    return words
+
+
+def _values(argv: Sequence[str], name: str) -> list[str]:
+    """The words after `--name`, of its last occurrence (all occurrences for --config)."""
+    found: list[str] = []
+    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+    for i, word in enumerate(argv):
+        if word in flags:
+            words = []
+            for follower in argv[i + 1 :]:
+                if follower.startswith("--"):
+                    break
+                words += [w.strip(" '\"") for w in follower.strip("[]").split(",")]
+            found = found + words if name == "config" else words
+    return [word for word in found if word]
+
+
+def _is_given(name: str, argv: Sequence[str], config_files: Iterable[str]) -> bool:
+    flag = f"--{name.replace('_', '-')}"
+    if any(word == flag or word.startswith(f"{flag}=") for word in argv):
+        return True
+    return any(name in _read_yaml(path) for path in config_files)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: holds no options (expected `name: value` lines)")
+    return content
+
+
+def _is_sequence(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_sequence(arg) for arg in typing.get_args(hint))
+    return origin in (tuple, list, Sequence) or hint in (tuple, list)
+
+
+def _item(hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return next(_item(arg) for arg in typing.get_args(hint) if _is_sequence(arg))
+    arguments = typing.get_args(hint)
+    return arguments[0] if arguments else str
+
+
+def _tuples(hint: Any, value: Any) -> Any:
+    """Lists back to tuples where the dataclass says tuple; whole numbers to floats likewise."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        for arg in typing.get_args(hint):
+            if isinstance(value, list) and _is_sequence(arg):
+                return _tuples(arg, value)
+            if arg is float and isinstance(value, int) and not isinstance(value, bool):
+                return float(value) if int not in typing.get_args(hint) else value
+            if arg is Path and isinstance(value, str) and str not in typing.get_args(hint):
+                return Path(value)
+        return value
+    if isinstance(value, list | tuple) and origin in (tuple, list):
+        inner = typing.get_args(hint)
+        items = [_tuples(inner[0] if inner else Any, item) for item in value]
+        return tuple(items) if origin is tuple else items
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    return value
+
+
+def _one_line(message: object) -> str:
+    """Collapses an error that spans lines, and drops jsonargparse's preambles."""
+    text = " ".join(str(message).split())
+    text = re.sub(r"^(Parser|Validation) (error|failed): ?", "", text)
+    text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1].replace('_', '-')}: ", text)
+    return text[:600]
+
+
+def print_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
+    """Prints columns, aligned; numbers to the right."""
+    table = [list(header), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    numeric = [
+        all(re.fullmatch(r"[-+±.,\d%e ]*", row[i]) for row in table[1:]) for i in range(len(header))
+    ]
+    for n, row in enumerate(table):
+        cells = [
+            cell.rjust(w) if right else cell.ljust(w)
+            for cell, w, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+        if n == 0:
+            print("  ".join("-" * w for w in widths))
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Scans and images to an HDF5 store, and from there to crops."""

@@ -1,0 +1,45 @@
+"""The shared encoder's contract: channels, strides, feature maps, embedding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module, ABC):
+    """A 3D network from volumes to feature maps, for any depth D >= 1.
+
+    A subclass registered under `ssl3d.encoders` is made as `cls(config)`, `config` being its `Config`
+    dataclass, whose field `in_channels` every encoder has.
+
+    Attributes:
+        channels: Channels of each feature map, shallow to deep.
+        strides: Down-sampling of each feature map along (D, H, W), relative to the input.
+        embed_dim: Length of an embedding.
+    """
+
+    Config: ClassVar[type]
+    paper: ClassVar[str]
+
+    config: Any
+    channels: tuple[int, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    embed_dim: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of (B, C, D, H, W), shallow to deep.
+
+        Map i has shape (B, channels[i], ceil(D / strides[i][0]), ...). Whether the input is an image
+        (D = 1) or a volume is decided here, once, from D.
+        """
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings (B, embed_dim) of (B, C, D, H, W): the mean over the deepest feature map."""
+        return self.pool(self(x))
+
+    def pool(self, maps: list[Tensor]) -> Tensor:
+        """The embedding (B, embed_dim) that belongs to the feature maps of `forward`."""
+        return maps[-1].mean(dim=(2, 3, 4))

@@ -1,0 +1,92 @@
+"""The proxy-task interface: unlabelled volumes in, a loss on the shared encoder out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from ssl3d.encoder import Encoder
+from ssl3d.rng import BatchRng
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.data.store import Collection, Volume
+
+
+class StepOutput(NamedTuple):
+    """What one forward pass of a proxy gives.
+
+    Attributes:
+        loss: Scalar, differentiable.
+        metrics: Scalars by name, detached; one of them is the proxy's `main` metric.
+        picture: Draws input, target and prediction when called; None where there is nothing to see.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = {}
+    picture: Callable[[], Figure] | None = None
+
+
+class Proxy(nn.Module, ABC):
+    """A proxy task. One file, one class, registered under the entry-point group `ssl3d.proxies`.
+
+    Attributes:
+        Config: A dataclass of options that checks itself in `__post_init__` (raise ValueError, naming
+            the field). Its fields become `--<proxy>.<field>` flags.
+        paper: Citation, shown by `ssl3d proxies` and kept in checkpoints.
+        main: Name of the metric shown in the progress bar.
+        recipe: Values of `ssl3d pretrain` options (`batch_size`, `lr`, ...) that make this proxy learn;
+            they hold where the user says nothing.
+        mixed: Whether `forward` takes the whole mixed batch, a list of groups, instead of one group.
+    """
+
+    Config: ClassVar[type]
+    paper: ClassVar[str]
+    main: ClassVar[str]
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    mixed: ClassVar[bool] = False
+
+    def __init__(self, config: Any, encoder: Encoder) -> None:
+        """Keeps config and encoder; subclasses add heads, sized from `encoder.channels`."""
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+
+    @classmethod
+    @abstractmethod
+    def draw(cls, config: Any, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Reads one example's crops, in a worker, on the CPU; all randomness from `rng`.
+
+        Returns tensors by name. Examples whose names and shapes agree are stacked into one group; the
+        toolkit adds `index`, `subject` and `dataset` (int64 scalars, unique over all stores).
+
+        Raises:
+            DataError: This volume cannot serve (too small, nothing to see). It is set aside, by name,
+                and another takes its place.
+        """
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Augments or corrupts, encodes, and computes the loss, on the device.
+
+        Args:
+            batch: One group: stacked examples, first axis B.
+            rng: The step's generator for these B examples.
+        """
+
+    def setup(self, data: Collection) -> None:  # noqa: B027 - optional, not abstract
+        """Sizes what depends on the data (memory banks, branches), before weights are loaded."""
+
+    def start_epoch(self, epoch: int, loader: Any) -> None:  # noqa: B027
+        """Called before each pass over the data, on every rank; `loader` gives batches to cluster.
+
+        Iterating over `loader` yields lists of groups, as `forward` gets them, every volume once.
+        """
+
+    def after_step(self, step: int, total: int) -> None:  # noqa: B027
+        """Called after each optimizer step: moving averages, queues."""

@@ -1,0 +1,1 @@
+"""Crops and batched augmentations, on the device."""
