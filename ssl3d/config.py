@@ -89,9 +89,7 @@ def parse(
         for name, config in configs.items()
         if name in chosen
     }
-    own = {
-        key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values
-    }
+    own = {key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values}
     return Parsed(_build(prog, "", options, own, defaults[""]), sections, given)
 
 
@@ -117,9 +115,7 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
     names = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(set(values) - names)
     if unknown:
-        raise UsageError(
-            f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}"
-        )
+        raise UsageError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}")
     hints = typing.get_type_hints(config)
     made = {key: _tuples(hints[key], value) for key, value in values.items()}
     try:
@@ -149,9 +145,7 @@ def _parser(
         default_env=False,
         formatter_class=DefaultHelpFormatter,
     )
-    parser.add_argument(
-        "--config", action="config", help="a YAML file of options; flags go above it"
-    )
+    parser.add_argument("--config", action="config", help="a YAML file of options; flags go above it")
     defaults = {"": _add_fields(parser, options, "")}
     for name, config in configs.items():
         group = parser.add_argument_group(f"options of {name}")
@@ -167,9 +161,7 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         if not field.init:
             continue
-        missing = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
@@ -239,9 +231,7 @@ def _select(
         for name in named:
             selected[name] = option
         known = set(plugins.known.get(option, ()))
-        prefixes = {
-            word[2:].split(".")[0].split("=")[0] for word in argv if re.match(r"--\w+\.", word)
-        }
+        prefixes = {word[2:].split(".")[0].split("=")[0] for word in argv if re.match(r"--\w+\.", word)}
         keys = {key for file in files for key in file}
         for name in sorted(known & (prefixes | keys)):
             selected.setdefault(name, option)
@@ -262,9 +252,7 @@ def _listed(value: Any) -> list[str]:
 
 def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) -> list[str]:
     """Puts --config first, several words of a sequence option into one list, `_` and `-` as one."""
-    hints = {
-        ("", f.name): typing.get_type_hints(options)[f.name] for f in dataclasses.fields(options)
-    }
+    hints = {("", f.name): typing.get_type_hints(options)[f.name] for f in dataclasses.fields(options)}
     for name, config in configs.items():
         own = typing.get_type_hints(config)
         hints.update({(name, f.name): own[f.name] for f in dataclasses.fields(config)})
@@ -437,9 +425,7 @@ def print_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None
     """Prints columns, aligned; numbers to the right."""
     table = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    numeric = [
-        all(re.fullmatch(r"[-+±.,\d%e ]*", row[i]) for row in table[1:]) for i in range(len(header))
-    ]
+    numeric = [all(re.fullmatch(r"[-+±.,\d%e ]*", row[i]) for row in table[1:]) for i in range(len(header))]
     for n, row in enumerate(table):
         cells = [
             cell.rjust(w) if right else cell.ljust(w)

@@ -36,9 +36,7 @@ def load(group: str, name: str) -> Any:
     if name not in points:
         close = difflib.get_close_matches(name, points, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise PluginError(
-            f"unknown {kind} {name!r}.{hint} Available: {', '.join(points) or 'none'}"
-        )
+        raise PluginError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(points) or 'none'}")
     point = points[name]
     try:
         return point.load()

@@ -79,14 +79,14 @@ class Proxy(nn.Module, ABC):
             rng: The step's generator for these B examples.
         """
 
-    def setup(self, data: Collection) -> None:  # noqa: B027 - optional, not abstract
+    def setup(self, data: Collection) -> None:
         """Sizes what depends on the data (memory banks, branches), before weights are loaded."""
 
-    def start_epoch(self, epoch: int, loader: Any) -> None:  # noqa: B027
+    def start_epoch(self, epoch: int, loader: Any) -> None:
         """Called before each pass over the data, on every rank; `loader` gives batches to cluster.
 
         Iterating over `loader` yields lists of groups, as `forward` gets them, every volume once.
         """
 
-    def after_step(self, step: int, total: int) -> None:  # noqa: B027
+    def after_step(self, step: int, total: int) -> None:
         """Called after each optimizer step: moving averages, queues."""

@@ -35,9 +35,7 @@ class BatchRng:
         device: Where the numbers are made.
     """
 
-    def __init__(
-        self, seed: int, rows: Sequence[int], total: int, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, seed: int, rows: Sequence[int], total: int, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.total = total
@@ -58,9 +56,7 @@ class BatchRng:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, shape (B, *shape)."""
-        return self._keep(
-            torch.randn(self.total, *shape, generator=self.generator, device=self.device)
-        )
+        return self._keep(torch.randn(self.total, *shape, generator=self.generator, device=self.device))
 
     def chance(self, p: float, *shape: int) -> Tensor:
         """True with probability `p`, shape (B, *shape)."""
@@ -69,9 +65,7 @@ class BatchRng:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers in [low, high), shape (B, *shape), int64."""
         return self._keep(
-            torch.randint(
-                low, high, (self.total, *shape), generator=self.generator, device=self.device
-            )
+            torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device)
         )
 
     def permutation(self, n: int) -> Tensor:
