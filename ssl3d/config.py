@@ -286,7 +286,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
                 listed = "null"
             if listed is None:
                 quote = _item(hint) in (str, Path) or str in typing.get_args(_item(hint))
-                items = [f'"{v}"' if quote else v for v in values]
+                items = [json.dumps(v) if quote else v for v in values]
                 listed = f"[{', '.join(items)}]"
                 if isinstance(hint, types.UnionType | typing._UnionGenericAlias):  # type: ignore[attr-defined]
                     scalars = [a for a in typing.get_args(hint) if not _is_sequence(a)]

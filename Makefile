@@ -1,0 +1,44 @@
+# make demo | make test | make lint | make slow: each sets up what it needs, in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A small demo for CI: make demo DEMO=small
+DEMO   ?= full
+
+# New files must reach the strict editable install; a folder's time changes when a file comes or goes.
+FOLDERS := $(shell find ssl3d proxies benchmarks -type d -not -name __pycache__ -not -path 'benchmarks/results*')
+
+.PHONY: setup test slow lint demo clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=, such as make test PYTHON=python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; ok = (3, 11) <= v < (3, 14); ok or print("make: ssl3d needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is %d.%d; choose one with PYTHON=, such as make test PYTHON=python3.11" % v[:2], file=sys.stderr); sys.exit(0 if ok else 2)'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=strict -e ".[dev]"
+	@touch $@
+
+test: $(VENV)/.ready
+	$(BIN)/pytest -m "not slow"
+
+slow: $(VENV)/.ready
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ifeq ($(DEMO),small)
+DEMO_SIZE := --data phantoms:16 --steps 40
+else
+DEMO_SIZE := --data phantoms:64 --steps 400
+endif
+
+demo: $(VENV)/.ready
+	$(BIN)/ssl3d pretrain --proxy sorting --encoder resnet10 --resnet10.width 16 $(DEMO_SIZE) --out demo/run --overwrite
+	$(BIN)/ssl3d linear-probe demo/run $(firstword $(subst --steps,,$(DEMO_SIZE))) $(word 2,$(DEMO_SIZE)) --out demo/results --overwrite
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+
+import pytest
+
+from ssl3d import cli, plugins
+from ssl3d.errors import PluginError
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, ssl3d.cli as c; c.main(['--help']);"
+        "heavy = {'torch', 'lightly', 'torchio', 'SimpleITK', 'sklearn', 'matplotlib'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "does not import" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("command", plugins.names(plugins.COMMANDS))
+def test_every_command_tells_its_options(command, capsys):
+    try:
+        assert cli.main([command, "--help"]) == 0
+    except SystemExit as stop:
+        assert stop.code in (0, None)
+    out = capsys.readouterr().out
+    assert "usage: ssl3d" in out
+    assert command in out
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["pretrian"], "Did you mean pretrain"), (["--steps", "3"], "the command comes first")],
+)
+def test_wrong_words_give_one_line_and_status_2(argv, said, capsys):
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+class FakePoint:
+    name = "broken"
+    value = "nowhere:Thing"
+    dist = None
+
+    def load(self):
+        raise ImportError("no module named nowhere")
+
+
+def test_a_broken_plugin_is_reported_by_name_and_breaks_no_other(monkeypatch):
+    real = plugins._installed(plugins.ENCODERS)
+    monkeypatch.setattr(plugins, "_installed", lambda group: {**real, "broken": FakePoint()})
+    loaded, failed = plugins.load_all(plugins.ENCODERS)
+    assert set(loaded) == set(real)
+    assert "no module named nowhere" in str(failed["broken"])
+    with pytest.raises(PluginError, match=r"broken.*nowhere:Thing"):
+        plugins.load(plugins.ENCODERS, "broken")
+
+
+def test_an_unknown_plugin_gets_suggestions():
+    with pytest.raises(PluginError, match=r"unknown proxy 'sortng'\. Did you mean sorting\?"):
+        plugins.load(plugins.PROXIES, "sortng")
+
+
+def test_name_of_finds_the_registered_name():
+    assert plugins.name_of(plugins.ENCODERS, plugins.load(plugins.ENCODERS, "resnet18")) == "resnet18"

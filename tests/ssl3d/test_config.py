@@ -1,0 +1,178 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl3d.config import Plugins, from_dict, parse, to_dict
+from ssl3d.errors import PluginError, UsageError
+
+
+@dataclass
+class Options:
+    """Does a thing.
+
+    Attributes:
+        data: Where the scans are.
+        batch_size: Volumes a step.
+    """
+
+    data: tuple[str, ...]
+    proxy: tuple[str, ...] = ("sorting",)
+    encoder: str = "resnet18"
+    batch_size: int = 8
+    lr: float | None = None
+    spacing: tuple[float, float, float] | str = "median"
+    overwrite: bool = False
+    devices: int | str = "auto"
+    fractions: tuple[float, ...] = (1.0,)
+    out: Path | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+
+
+@dataclass
+class Section:
+    """Attributes:
+    slices: How many.
+    """
+
+    slices: int = 8
+    min_gap: float = 2.0
+    kind: str = "acs"
+    strides: tuple[int, int, int] = (2, 2, 2)
+
+
+def section(name):
+    if name not in ("sorting", "simclr", "resnet18", "resnet10"):
+        raise PluginError(f"unknown {name!r}")
+    return Section
+
+
+PLUGINS = Plugins(
+    {"proxy": section, "encoder": section},
+    {"proxy": ["sorting", "simclr"], "encoder": ["resnet10", "resnet18"]},
+)
+
+
+def run(*argv):
+    return parse("ssl3d thing", Options, argv, PLUGINS)
+
+
+def test_dashes_and_underscores_are_the_same_flag():
+    assert run("--data", "a", "--batch-size", "3").options == run("--data=a", "--batch_size=3").options
+
+
+def test_several_words_make_a_tuple():
+    parsed = run("--data", "a b", "c", "--spacing", "1", "1", "2.5", "--fractions", "0.05", "1")
+    assert parsed.options.data == ("a b", "c")
+    assert parsed.options.spacing == (1.0, 1.0, 2.5)
+    assert parsed.options.fractions == (0.05, 1.0)
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="ascii"), min_size=1).filter(lambda s: s[0] not in "-["), min_size=1
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_any_words_survive_as_a_sequence_of_texts(words):
+    assert run("--data", *words).options.data == tuple(words)
+
+
+def test_a_word_is_kept_where_a_triple_or_a_word_may_stand():
+    assert run("--data", "a", "--spacing", "keep").options.spacing == "keep"
+    assert run("--data", "a", "--devices", "2").options.devices == 2
+    assert run("--data", "a", "--devices", "auto").options.devices == "auto"
+
+
+def test_a_flag_alone_is_true_and_numbers_in_e_notation_are_floats():
+    options = run("--data", "a", "--overwrite", "--lr", "1e-3").options
+    assert options.overwrite is True
+    assert options.lr == 0.001
+
+
+def test_selected_plugins_get_sections_with_their_flags():
+    parsed = run(
+        "--data",
+        "a",
+        "--proxy",
+        "sorting",
+        "simclr",
+        "--simclr.min-gap",
+        "3",
+        "--resnet18.strides",
+        "1",
+        "2",
+        "2",
+    )
+    assert set(parsed.sections) == {"sorting", "simclr", "resnet18"}
+    assert parsed.sections["simclr"].min_gap == 3.0
+    assert parsed.sections["sorting"].min_gap == 2.0
+    assert parsed.sections["resnet18"].strides == (1, 2, 2)
+
+
+def test_flags_override_the_file_wherever_config_stands(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("proxy: simclr\nbatch_size: 3\nspacing: [1, 1, 2]\nsimclr:\n  slices: 4\n")
+    parsed = run("--data", "a", "--batch-size", "5", "--config", str(file))
+    assert parsed.options.batch_size == 5
+    assert parsed.options.proxy == ("simclr",)
+    assert parsed.options.spacing == (1.0, 1.0, 2.0)
+    assert parsed.sections["simclr"].slices == 4
+    assert {"proxy", "spacing", "batch_size", "data"} == parsed.given
+
+
+def test_a_section_of_a_plugin_that_is_not_selected_is_accepted(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("proxy: sorting\nsimclr:\n  slices: 4\n")
+    assert set(run("--data", "a", "--config", str(file)).sections) == {"sorting", "resnet18"}
+
+
+def test_what_print_config_prints_can_be_read_back(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--data", "a", "--encoder", "resnet10", "--resnet10.kind", "3d", "--print_config")
+    file = tmp_path / "c.yaml"
+    file.write_text(capsys.readouterr().out)
+    parsed = run("--config", str(file))
+    assert parsed.sections["resnet10"].kind == "3d"
+    assert parsed.options.data == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--data", "a", "--batch-size", "0"], "--batch-size: batch_size must be at least 1, not 0"),
+        (["--data", "a", "--batch-size", "x"], "--batch-size"),
+        (["--data", "a", "--sorting.slicez", "3"], "--sorting.slicez"),
+        (["--batch-size", "3"], "data"),
+        (["--data", "a", "--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
+        (["--data", "a", "--config"], "--config: names no file"),
+        (["--data", "a", "--proxy", "sortin"], "sortin"),
+    ],
+)
+def test_wrong_input_gives_one_line_that_names_the_flag(argv, said):
+    with pytest.raises((UsageError, PluginError)) as error:
+        run(*argv)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_configuration_file_is_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("a: [1,")
+    with pytest.raises(UsageError, match=r"c\.yaml: not YAML"):
+        run("--data", "a", "--config", str(file))
+    file.write_text("- a\n")
+    with pytest.raises(UsageError, match="holds no options"):
+        run("--data", "a", "--config", str(file))
+
+
+def test_dataclasses_round_trip_through_plain_values():
+    options = Options(("a",), out=Path("x"), spacing=(1.0, 2.0, 3.0))
+    assert from_dict(Options, to_dict(options), "file") == options
+    with pytest.raises(UsageError, match="file: unknown option nonsense"):
+        from_dict(Options, {"data": ["a"], "nonsense": 1}, "file")
