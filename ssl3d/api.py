@@ -6,6 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssl3d.checkpoint import encoder_from as encoder_from
+    from ssl3d.checkpoint import identity_hash as identity_hash
+    from ssl3d.checkpoint import load_encoder as load_encoder
+    from ssl3d.checkpoint import load_proxies as load_proxies
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
@@ -24,6 +28,10 @@ _HOME = {
     "Ssl3dError": "errors",
     "StepOutput": "proxy",
     "UsageError": "errors",
+    "encoder_from": "checkpoint",
+    "identity_hash": "checkpoint",
+    "load_encoder": "checkpoint",
+    "load_proxies": "checkpoint",
 }
 
 

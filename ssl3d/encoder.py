@@ -18,6 +18,7 @@ class Encoder(nn.Module, ABC):
         channels: Channels of each feature map, shallow to deep.
         strides: Down-sampling of each feature map along (D, H, W), relative to the input.
         embed_dim: Length of an embedding.
+        metadata: What `encoder.json` says, on an encoder that was loaded.
     """
 
     Config: ClassVar[type]
@@ -27,6 +28,7 @@ class Encoder(nn.Module, ABC):
     channels: tuple[int, ...]
     strides: tuple[tuple[int, int, int], ...]
     embed_dim: int
+    metadata: dict[str, Any]
 
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -1,0 +1,451 @@
+"""Encoders and run checkpoints on disk: safe to read, self-describing, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssl3d import plugins
+from ssl3d.config import from_dict, to_dict
+from ssl3d.encoder import Encoder
+from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Collection
+    from ssl3d.proxy import Proxy
+
+FORMAT = 1
+"""Of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
+WEIGHTS = "encoder.safetensors"
+CARD = "encoder.json"
+SCRATCH = "scratch:"
+
+
+# Encoders -----------------------------------------------------------------------------------------
+
+
+def save_encoder(encoder: Encoder, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Writes `encoder.safetensors` (tensors only) and `encoder.json` (everything else) into a folder.
+
+    Both files appear at once, or not at all. An encoder that is there already is replaced.
+
+    Args:
+        encoder: Of a class registered under `ssl3d.encoders`, else it cannot be loaded by name.
+        folder: Made where missing.
+        metadata: Plain values for `encoder.json`: `patch` (D, H, W), `spacing`, `preprocessing`,
+            `proxies`, `steps`, `data`, `identities`, `labels_seen`, `citations`, ...
+
+    Raises:
+        TrainingError: The disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused.
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for k, v in encoder.state_dict().items()}  # fmt: skip
+    weights = save(state)
+    card = {
+        "format": FORMAT,
+        "architecture": plugins.name_of(plugins.ENCODERS, type(encoder)),
+        "config": to_dict(encoder.config),
+        "channels": list(encoder.channels),
+        "strides": [list(stride) for stride in encoder.strides],
+        "embed_dim": encoder.embed_dim,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        **dict(metadata or {}),
+        "versions": versions(),
+    }
+    text = json.dumps(card, indent=1, default=_plain) + "\n"
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights)
+        _write(temporary / CARD, text.encode())
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(
+            f"the encoder cannot be written to {folder}: {error.strerror or error}"
+        ) from error
+    return folder
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """Loads an encoder from a run folder, or from its `encoder/`, in evaluation mode, on the CPU.
+
+    Needs the encoder's plugin, but no proxy. What `encoder.json` says is its attribute `metadata`.
+
+    Raises:
+        CheckpointError: There is no encoder, or it is truncated, of a newer format or something else.
+    """
+    folder = _encoder_folder(Path(path))
+    card = read_card(folder)
+    name = str(card["architecture"])
+    try:
+        kind = plugins.load(plugins.ENCODERS, name)
+    except PluginError as error:
+        raise CheckpointError(f"{folder / CARD}: {error}") from error
+    try:
+        config = from_dict(kind.Config, card["config"], f"{folder / CARD}, architecture {name}")
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = kind(config)
+    state = _read_weights(folder / WEIGHTS, card)
+    _load_strictly(encoder, state, str(folder / WEIGHTS), name)
+    encoder.metadata = card
+    return encoder.eval()
+
+
+def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
+    """The encoder that a word on the command line means, in evaluation mode.
+
+    Args:
+        spec: A run, its `encoder/`, or `scratch:NAME[:kind][:field=value...]` for an untrained one, as
+            in `scratch:resnet18:acs:width=32:stem_stride=1,1,1`.
+        seed: Of an untrained encoder's weights.
+
+    Raises:
+        UsageError: The words after `scratch:` name no encoder or no option of it.
+        CheckpointError: As `load_encoder`.
+    """
+    text = str(spec)
+    if not text.startswith(SCRATCH):
+        return load_encoder(spec)
+    name, *words = text.removeprefix(SCRATCH).split(":")
+    try:
+        kind = plugins.load(plugins.ENCODERS, name)
+    except PluginError as error:
+        raise UsageError(f"{text}: {error}") from error
+    config = from_dict(kind.Config, _fields(words), text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: Encoder = kind(config)
+    encoder.metadata = {"architecture": name, "config": to_dict(config), "scratch": text, "seed": seed,
+                        "steps": 0, "identities": [], "labels_seen": False}  # fmt: skip
+    return encoder.eval()
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The checked content of a folder's `encoder.json`, of this format.
+
+    Raises:
+        CheckpointError: It is missing, not one, or of a newer format.
+    """
+    path = Path(folder) / CARD
+    try:
+        card = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error
+    needed = {"format", "architecture", "config"}
+    if not isinstance(card, dict) or not needed <= set(card):
+        raise CheckpointError(f"{path}: not an encoder of ssl3d (it lacks {', '.join(sorted(needed))})")
+    _check_format(card["format"], str(path))
+    return card
+
+
+def _encoder_folder(path: Path) -> Path:
+    if (path / CARD).is_file():
+        return path
+    if (path / "encoder" / CARD).is_file():
+        return path / "encoder"
+    if path.name in (CARD, WEIGHTS) and path.is_file():
+        return path.parent
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path}: this run is not finished; ssl3d pretrain --resume {path}")
+    if path.exists():
+        raise CheckpointError(f"{path}: not a run or an encoder (no {CARD} in it or in its encoder/)")
+    raise CheckpointError(f"{path}: no such run or encoder (for an untrained one: scratch:resnet18)")
+
+
+def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    try:
+        state = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or not safetensors ({len(content)} bytes: {error})"
+        ) from error
+    if "sha256" in card and hashlib.sha256(content).hexdigest() != card["sha256"]:
+        raise CheckpointError(
+            f"{path}: its bytes are not those that {CARD} was written for (sha256 differs)"
+        )
+    return state
+
+
+def _load_strictly(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str
+) -> None:
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
+        raise CheckpointError(
+            f"{where}: not the weights of {name}: {len(missing)} missing ({', '.join(missing[:2]) or '-'}),"
+            f" {len(extra)} unknown ({', '.join(extra[:2]) or '-'})"
+        )
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise CheckpointError(
+            f"{where}: {key} has shape {tuple(state[key].shape)}, {name} expects {tuple(own[key].shape)}"
+        )
+    module.load_state_dict(dict(state))
+
+
+def _fields(words: list[str]) -> dict[str, Any]:
+    """`["acs", "width=32", "stem_stride=1,1,1"]` as options."""
+    import yaml
+
+    fields: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            key, value = "kind", word
+        fields[key] = yaml.safe_load(f"[{value}]" if "," in value else value)
+    return fields
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def config_of(run: str | Path) -> dict[str, Any]:
+    """The options of a run, from its `config.yaml`.
+
+    Raises:
+        CheckpointError: The folder is not a run.
+    """
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{run}: not a run (config.yaml: {error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not YAML") from error
+    if not isinstance(content, dict) or "proxy" not in content:
+        raise CheckpointError(f"{path}: not the options of a run (no `proxy`)")
+    return content
+
+
+def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, Proxy]:
+    """The proxies of a run with their trained heads, on its encoder, in evaluation mode.
+
+    Args:
+        run: A run folder; its newest intact checkpoint is read.
+        data: For proxies that size themselves by the data (memory banks): the data of the run.
+
+    Raises:
+        CheckpointError: The folder is no run, or has no checkpoint that can be read.
+    """
+    run = Path(run)
+    config = config_of(run)
+    found = load_checkpoint(run)
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
+    state = found["module"]
+    spec = found["spec"]
+    kind = plugins.load(plugins.ENCODERS, spec["encoder"])
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
+        proxies: dict[str, Proxy] = {}
+        for name, options in spec["proxies"].items():
+            made = plugins.load(plugins.PROXIES, name)
+            proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
+            if data is not None:
+                proxy.setup(data)
+            prefix = f"proxies.{name}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            where = f"{run}, proxy {name}"
+            _load_strictly(proxy, own, where if data is not None else f"{where} (without its data)", name)
+            proxies[name] = proxy.eval()
+    card = run / "encoder" / CARD
+    encoder.metadata = read_card(card.parent) if card.is_file() else {"config": config}
+    return proxies
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
+    """Writes one checkpoint atomically and removes all but the newest `keep`.
+
+    The name holds a digest of the bytes, so that a file cut short on disk is noticed.
+
+    Args:
+        run: The run folder.
+        step: Optimizer steps done.
+        write: Writes the state to a path.
+        keep: Checkpoints that stay.
+
+    Raises:
+        TrainingError: The disk is full; older checkpoints are intact.
+    """
+    folder = run / "checkpoints"
+    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
+        write(temporary)
+        digest = _digest(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        path = folder / f"step-{step:08d}-{digest}.pt"
+        temporary.replace(path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its file writer.
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the write failed"
+        raise TrainingError(
+            f"the checkpoint of step {step} cannot be written to {folder} ({reason}); older ones are "
+            f"intact: make room, then ssl3d pretrain --resume {run}"
+        ) from error
+    for stale in checkpoints(run):
+        if stale != path and (step_of(stale) >= step or stale not in checkpoints(run)[:keep]):
+            stale.unlink()
+    return path
+
+
+def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The newest checkpoint whose bytes are whole; None where there is none.
+
+    Args:
+        run: The run folder.
+        say: Told about every checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints and none is whole, or one is of a newer format.
+    """
+    found = checkpoints(run)
+    for path in found:
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            if "newer" in str(error):
+                raise
+            say(f"{error}; using the one before it")
+    if found:
+        raise CheckpointError(
+            f"{run}: none of its {len(found)} checkpoints is whole; "
+            f"delete {run / 'checkpoints'} to start at 0"
+        )
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """One checkpoint's state; tensors on the CPU. Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        CheckpointError: Its bytes are not those that were written, or its format is newer.
+    """
+    expected = path.stem.rpartition("-")[2]
+    if _digest(path) != expected:
+        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of ssl3d ({type(error).__name__})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of ssl3d")
+    _check_format(state["format"], str(path))
+    return state
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [
+        p for p in (Path(run) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+-\w+", p.stem)
+    ]
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.split("-")[1])
+
+
+# What both record ---------------------------------------------------------------------------------
+
+
+def identity_hash(dataset: str, subject: str) -> str:
+    """How a checkpoint names a person it saw: a hash of (data set, subject), 16 hexadecimal digits."""
+    return hashlib.sha256(f"{dataset}\0{subject}".encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("ssl3d", "torch", "torchvision", "lightly", "pytorch-lightning", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _check_format(found: Any, where: str) -> None:
+    if not isinstance(found, int):
+        raise CheckpointError(f"{where}: not a file of ssl3d (format {found!r})")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{where}: written by a newer ssl3d "
+            f"(format {found}, this one reads up to {FORMAT}); update ssl3d"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut; not every system can open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
