@@ -1,0 +1,59 @@
+"""Norms that take images and volumes, with the activation that follows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("batch", "group", "instance")
+
+# Set while activation checkpointing runs a forward pass for the second time.
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+@contextmanager
+def recomputation() -> Iterator[None]:
+    """Inside, batch norms leave their running statistics alone: this batch has been counted."""
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+class BatchNorm(nn.BatchNorm3d):
+    """Batch norm of (B, C, H, W) or (B, C, D, H, W), with BatchNorm2d's names.
+
+    Counts a batch once under activation checkpointing, where torch's own counts it twice.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (4, 5):
+            raise ValueError(f"batch norm takes (B, C, H, W) or (B, C, D, H, W), not {input.dim()} axes")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises over all axes but C."""
+        if self.training and self.track_running_stats and _recomputing.get():
+            self._check_input_dim(input)
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(input)
+
+
+def norm(kind: str, channels: int, groups: int) -> nn.Module:
+    """A norm of kind `batch`, `group` or `instance`; `groups` is lowered to what divides `channels`."""
+    if kind == "batch":
+        return BatchNorm(channels)
+    return nn.GroupNorm(channels if kind == "instance" else math.gcd(groups, channels), channels)
+
+
+def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual)."""
+    x = module(x)
+    if residual is not None:
+        x = x + residual
+    return F.relu(x, inplace=True)

@@ -1,0 +1,252 @@
+"""ResNets for volumes and images of any depth, with 3D, pseudo-3D, ACS or 2.5D convolutions."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssl3d.encoder import Encoder
+from ssl3d.encoders.convolutions import KINDS, Triple, convolution, triple
+from ssl3d.encoders.norms import NORMS, norm, norm_relu, recomputation
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Options of a ResNet.
+
+    Attributes:
+        kind: Convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three planes)
+            or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D ResNet's weights.
+        in_channels: Channels of the volumes.
+        width: Channels of the first stage; each later stage has twice those of the one before.
+        norm: batch, group or instance.
+        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        stem_kernel: Size of the first convolution's kernel, odd.
+        stem_stride: Stride of the first convolution along D H W.
+        stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D ResNet.
+        pool_stride: Stride of that max-pool along D H W.
+        stage_strides: Stride of each of the four stages along D H W; 1 along D keeps the depth.
+        zero_init_residual: Begin with residual branches that add nothing.
+        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
+            less memory, a third more time, the same gradients.
+    """
+
+    kind: str = "acs"
+    in_channels: int = 1
+    width: int = 64
+    norm: str = "batch"
+    norm_groups: int = 8
+    stem_kernel: int = 7
+    stem_stride: tuple[int, int, int] = (2, 2, 2)
+    stem_pool: bool = False
+    pool_stride: tuple[int, int, int] = (2, 2, 2)
+    stage_strides: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    zero_init_residual: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for field, allowed in (("kind", KINDS), ("norm", NORMS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
+        for field in ("in_channels", "width", "norm_groups", "stem_kernel"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.stem_kernel % 2 == 0:
+            raise ValueError(f"stem_kernel must be odd, not {self.stem_kernel}")
+        if len(self.stage_strides) != 4:
+            raise ValueError(f"stage_strides needs four triples, got {len(self.stage_strides)}")
+        for field in ("stem_stride", "pool_stride"):
+            _check_stride(field, getattr(self, field))
+        for stride in self.stage_strides:
+            _check_stride("stage_strides", stride)
+
+
+def _check_stride(field: str, stride: tuple[int, ...]) -> None:
+    if len(stride) != 3 or min(stride) < 1:
+        raise ValueError(f"{field} needs strides of at least 1 along D, H and W, got {stride}")
+
+
+class Shortcut(nn.Sequential):
+    """1 x 1 x 1 convolution and norm, `downsample.0` and `downsample.1`."""
+
+    def forward(self, x: Tensor, image: bool) -> Tensor:  # type: ignore[override]
+        """The block's input in the shape of its output."""
+        return self[1](self[0](x, image))
+
+
+class Block(nn.Module):
+    """A residual block: `branch` plus the shortcut, then ReLU."""
+
+    expansion: ClassVar[int]
+    downsample: Shortcut | None
+
+    def _shortcut(self, config: ResNetConfig, channels: int, out: int, stride: Triple) -> Shortcut | None:
+        if channels == out and stride == (1, 1, 1):
+            return None
+        return Shortcut(
+            convolution(config.kind, channels, out, 1, stride), norm(config.norm, out, config.norm_groups)
+        )
+
+    def shortcut(self, x: Tensor, image: bool) -> Tensor:
+        """The input, in the shape of the output."""
+        return x if self.downsample is None else self.downsample(x, image)
+
+
+class BasicBlock(Block):
+    """Two 3 x 3 x 3 convolutions (He et al., arXiv 1512.03385)."""
+
+    expansion = 1
+
+    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple):
+        super().__init__()
+        self.conv1 = convolution(config.kind, channels, width, 3, stride)
+        self.bn1 = norm(config.norm, width, config.norm_groups)
+        self.conv2 = convolution(config.kind, width, width, 3)
+        self.bn2 = norm(config.norm, width, config.norm_groups)
+        self.downsample = self._shortcut(config, channels, width, stride)
+
+    def forward(self, x: Tensor, image: bool) -> Tensor:
+        """(B, channels, ...) to (B, width, ...)."""
+        y = norm_relu(self.bn1, self.conv1(x, image))
+        return norm_relu(self.bn2, self.conv2(y, image), self.shortcut(x, image))
+
+
+class Bottleneck(Block):
+    """1, 3 and 1 voxels wide, with the stride on the middle one (torchvision's, "V1.5")."""
+
+    expansion = 4
+
+    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple):
+        super().__init__()
+        out = width * self.expansion
+        self.conv1 = convolution(config.kind, channels, width, 1)
+        self.bn1 = norm(config.norm, width, config.norm_groups)
+        self.conv2 = convolution(config.kind, width, width, 3, stride)
+        self.bn2 = norm(config.norm, width, config.norm_groups)
+        self.conv3 = convolution(config.kind, width, out, 1)
+        self.bn3 = norm(config.norm, out, config.norm_groups)
+        self.downsample = self._shortcut(config, channels, out, stride)
+
+    def forward(self, x: Tensor, image: bool) -> Tensor:
+        """(B, channels, ...) to (B, 4 width, ...)."""
+        y = norm_relu(self.bn1, self.conv1(x, image))
+        y = norm_relu(self.bn2, self.conv2(y, image))
+        return norm_relu(self.bn3, self.conv3(y, image), self.shortcut(x, image))
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row; the first one has the stride."""
+
+    def forward(self, x: Tensor, image: bool, checkpointing: bool) -> Tensor:  # type: ignore[override]
+        """Passes `image` on to every block."""
+        for block in self:
+            if checkpointing:
+                x = checkpoint(block, x, image, use_reentrant=False, context_fn=_count_once)
+            else:
+                x = block(x, image)
+        return x
+
+
+def _count_once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), recomputation()
+
+
+class ResNet(Encoder):
+    """A 2D ResNet's layout, with its parameter names, over volumes and images.
+
+    Its five feature maps are the stem's output (before any max-pool) and those of the four stages. An
+    input of depth 1 is an image: the whole network then runs in 2D, and kinds `acs` and `2.5d` compute
+    exactly what torchvision's ResNet computes with these weights. A map that strides have brought to
+    depth 1 stays a volume.
+    """
+
+    Config = ResNetConfig
+    paper = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition. CVPR 2016, arXiv 1512.03385"
+    block: ClassVar[type[Block]]
+    depths: ClassVar[tuple[int, int, int, int]]
+
+    def __init__(self, config: ResNetConfig | None = None):
+        super().__init__()
+        self.config = config = config or ResNetConfig()
+        block = self.block
+        self.conv1 = convolution(
+            config.kind, config.in_channels, config.width, config.stem_kernel, config.stem_stride
+        )
+        self.bn1 = norm(config.norm, config.width, config.norm_groups)
+        channels = [config.width]
+        strides = [triple(config.stem_stride)]
+        reached = strides[0]
+        if config.stem_pool:
+            reached = _times(reached, config.pool_stride)
+        for n, (depth, stride) in enumerate(zip(self.depths, config.stage_strides, strict=True)):
+            width = config.width * 2**n
+            blocks = []
+            for k in range(depth):
+                before = channels[-1] if k == 0 else width * block.expansion
+                blocks.append(block(config, before, width, triple(stride) if k == 0 else (1, 1, 1)))
+            setattr(self, f"layer{n + 1}", Stage(*blocks))
+            reached = _times(reached, stride)
+            channels.append(width * block.expansion)
+            strides.append(reached)
+        self.channels, self.strides = tuple(channels), tuple(strides)
+        self.embed_dim = channels[-1]
+        if config.zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, Block):
+                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                    nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
+            )
+        image = x.shape[2] == 1
+        if image:
+            x = x.squeeze(2)
+        x = norm_relu(self.bn1, self.conv1(x, image))
+        maps = [x]
+        if self.config.stem_pool:
+            stride = self.config.pool_stride
+            x = F.max_pool2d(x, 3, stride[1:], 1) if image else F.max_pool3d(x, 3, stride, 1)
+        again = self.config.checkpointing and self.training and torch.is_grad_enabled()
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x, image, again)
+            maps.append(x)
+        return [m.unsqueeze(2) for m in maps] if image else maps
+
+
+def _times(a: Triple, b: Triple) -> Triple:
+    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
+
+
+class ResNet10(ResNet):
+    """ResNet-10: one basic block per stage."""
+
+    block, depths = BasicBlock, (1, 1, 1, 1)
+
+
+class ResNet18(ResNet):
+    """ResNet-18."""
+
+    block, depths = BasicBlock, (2, 2, 2, 2)
+
+
+class ResNet34(ResNet):
+    """ResNet-34."""
+
+    block, depths = BasicBlock, (3, 4, 6, 3)
+
+
+class ResNet50(ResNet):
+    """ResNet-50: bottleneck blocks."""
+
+    block, depths = Bottleneck, (3, 4, 6, 3)
