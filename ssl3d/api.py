@@ -18,20 +18,38 @@ if TYPE_CHECKING:
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
+    from ssl3d.views.crops import draw_crop as draw_crop
+    from ssl3d.views.crops import draw_overlapping as draw_overlapping
+    from ssl3d.views.crops import draw_positions as draw_positions
+    from ssl3d.views.crops import fit_size as fit_size
+    from ssl3d.views.crops import lay_flat as lay_flat
+    from ssl3d.views.crops import neighbour_position as neighbour_position
+    from ssl3d.views.crops import read_crop as read_crop
+    from ssl3d.views.crops import read_slab as read_slab
+    from ssl3d.views.crops import slab_size as slab_size
 
 _HOME = {
     "BatchRng": "rng",
     "CheckpointError": "errors",
     "DataError": "errors",
+    "draw_crop": "views.crops",
+    "draw_overlapping": "views.crops",
+    "draw_positions": "views.crops",
     "Encoder": "encoder",
+    "encoder_from": "checkpoint",
+    "fit_size": "views.crops",
+    "identity_hash": "checkpoint",
+    "lay_flat": "views.crops",
+    "load_encoder": "checkpoint",
+    "load_proxies": "checkpoint",
+    "neighbour_position": "views.crops",
     "Proxy": "proxy",
+    "read_crop": "views.crops",
+    "read_slab": "views.crops",
+    "slab_size": "views.crops",
     "Ssl3dError": "errors",
     "StepOutput": "proxy",
     "UsageError": "errors",
-    "encoder_from": "checkpoint",
-    "identity_hash": "checkpoint",
-    "load_encoder": "checkpoint",
-    "load_proxies": "checkpoint",
 }
 
 
