@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.data.store import Volume as Volume
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
+    from ssl3d.sorting import in_order as in_order
+    from ssl3d.sorting import kendall_tau as kendall_tau
+    from ssl3d.sorting import sorting_loss as sorting_loss
     from ssl3d.views.crops import draw_crop as draw_crop
     from ssl3d.views.crops import draw_overlapping as draw_overlapping
     from ssl3d.views.crops import draw_positions as draw_positions
@@ -39,6 +43,8 @@ _HOME = {
     "encoder_from": "checkpoint",
     "fit_size": "views.crops",
     "identity_hash": "checkpoint",
+    "in_order": "sorting",
+    "kendall_tau": "sorting",
     "lay_flat": "views.crops",
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
@@ -48,8 +54,10 @@ _HOME = {
     "read_slab": "views.crops",
     "slab_size": "views.crops",
     "Ssl3dError": "errors",
+    "sorting_loss": "sorting",
     "StepOutput": "proxy",
     "UsageError": "errors",
+    "Volume": "data.store",
 }
 
 

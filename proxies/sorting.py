@@ -1,0 +1,315 @@
+"""Sorting: put shuffled slices of a volume back into their order (SortingLoss)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssl3d.api import (
+    BatchRng,
+    DataError,
+    Encoder,
+    Proxy,
+    StepOutput,
+    UsageError,
+    draw_crop,
+    draw_positions,
+    in_order,
+    kendall_tau,
+    read_slab,
+    slab_size,
+    sorting_loss,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from ssl3d.api import Volume
+
+
+@dataclass
+class SortingConfig:
+    """Options of the sorting proxy.
+
+    Attributes:
+        slices: Slices (slabs) drawn from each volume, at random distinct positions.
+        slab: Adjacent slices per slab. 1 suits the convolution kinds acs and 2.5d; a 3d or p3d encoder
+            needs slabs deeper than its stride along D.
+        axis: Axis the slices are drawn along and sorted by; D runs from inferior to superior.
+        min_gap_mm: Least distance between two slices' positions, in mm.
+        crop: In-plane size (height, width) of the slices, in voxels; smaller volumes are padded evenly.
+        relaxation: The differentiable sort: softsort, neuralsort, odd_even (sorting network) or pairwise
+            (logistic, no permutation matrix).
+        tau: Temperature of softsort, neuralsort and pairwise.
+        power: Exponent of the distance in softsort, 1 or 2 in its paper.
+        steepness: Steepness of the comparators of odd_even.
+        distribution: Comparators of odd_even: cauchy, logistic, reciprocal or optimal.
+        regularization: Weight of the mean squared score, which keeps the scale of the scores finite.
+        direction: `fixed` where the volumes' orientation is known; `either` takes, per volume, the smaller
+            loss of the two directions; `auto` does so for the volumes of unknown orientation. Where
+            either direction counts, kendall_tau is that of the better one, so chance is above 0.
+        flips: Mirror all slices of a volume along their rows and columns, each with probability 1/2.
+        rotation: Largest in-plane rotation, in degrees, the same for all slices of a volume.
+        scaling: Largest relative in-plane scaling, the same for all slices of a volume.
+        contrast: Largest change of a volume's contrast and gamma, as a factor exp(+-contrast).
+        jitter: Largest change of each slice's own brightness (in standard deviations of the volume) and
+            contrast, so that a slow change of intensity along the axis cannot be read off.
+        noise: Largest standard deviation of noise, in standard deviations of the volume.
+    """
+
+    slices: int = 8
+    slab: int = 1
+    axis: Literal["D", "H", "W"] = "D"
+    min_gap_mm: float = 2.0
+    crop: tuple[int, int] = (64, 64)
+    relaxation: Literal["softsort", "neuralsort", "odd_even", "pairwise"] = "softsort"
+    tau: float = 1.0
+    power: float = 1.0
+    steepness: float = 10.0
+    distribution: Literal["cauchy", "logistic", "reciprocal", "optimal"] = "cauchy"
+    regularization: float = 1e-3
+    direction: Literal["auto", "fixed", "either"] = "auto"
+    flips: bool = True
+    rotation: float = 10.0
+    scaling: float = 0.1
+    contrast: float = 0.2
+    jitter: float = 0.1
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        for name, least in (("slices", 2), ("slab", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if len(self.crop) != 2 or min(self.crop) < 1:
+            raise ValueError(f"crop is {self.crop}, must be two positive sizes: height and width")
+        for name in ("tau", "steepness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
+        if self.power < 1:
+            raise ValueError(
+                f"power is {self.power}, must be at least 1: below, the gradient is infinite at 0"
+            )
+        for name in ("min_gap_mm", "regularization", "rotation", "scaling", "contrast", "jitter", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if self.scaling >= 1:
+            raise ValueError(f"scaling is {self.scaling}, must be below 1")
+
+
+class Sorting(Proxy):
+    """The network must work out how far along the body each slice was cut, from its anatomy alone.
+
+    Slices at random positions along one axis of a volume are shuffled; the shared encoder and a linear
+    head give each one number, on its own; the loss brings the soft permutation that sorts the numbers to
+    the true order. All slices of a volume share one in-plane crop and one in-plane transformation, so
+    that neither tells them apart, and nothing is ever mirrored or turned across the axis.
+
+    Reconstructed from the abstract (no code or full text was at hand): the relaxation, its temperature,
+    the number of slices and the augmentations are ours. Differs from the abstract: slices may be slabs,
+    and pass through a 3D encoder.
+
+    In training, BatchNorm sees the slices of the whole batch at once; with one volume in it the mean
+    tells a slice where it lies among the others, so train with several, and read the metrics of
+    held-back subjects, which are taken in eval mode.
+    """
+
+    Config = SortingConfig
+    paper: ClassVar[str] = (
+        "Zharov, Ershov, Baumbach, Heuveline: Self-Supervised Learning Based on Spatial Awareness for "
+        "Medical Image Analysis / SortingLoss, arXiv:2203.09372, 2022"
+    )
+    main: ClassVar[str] = "kendall_tau"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3}
+
+    def __init__(self, config: SortingConfig, encoder: Encoder) -> None:
+        """Adds the scoring head.
+
+        Raises:
+            UsageError: The slabs are so thin that some taps of the encoder's kernels never see data.
+        """
+        super().__init__(config, encoder)
+        kind, stride = getattr(encoder.config, "kind", ""), encoder.strides[-1][0]
+        if kind in ("3d", "p3d") and config.slab <= stride:
+            raise UsageError(
+                f"slab is {config.slab}, but kernels of kind {kind} at a stride of {stride} along D learn "
+                f"nothing off-plane from slabs of fewer than {stride + 1} slices: deepen them, use strides "
+                "of 1 along D, or kind acs"
+            )
+        # Without a bias: the order does not depend on it.
+        self.head = nn.Linear(encoder.embed_dim, 1, bias=False)
+
+    @classmethod
+    def draw(cls, config: SortingConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Cuts `slabs` (S, C, slab, height, width), in their true order along the axis.
+
+        `oriented` says whether the direction of the axis is known.
+
+        Raises:
+            DataError: The foreground is too short for so many slices so far apart.
+        """
+        axis = "DHW".index(config.axis)
+        positions = draw_positions(
+            volume, axis, config.slices, rng, slab=config.slab, min_gap_mm=config.min_gap_mm
+        )
+        # Where in plane: the crop, over the whole way from the first slab to the last, must see something.
+        way = slab_size(axis, int(positions[-1] - positions[0]) + config.slab, config.crop)
+        corner = list(draw_crop(volume, way, rng, fixed={axis: int(positions[0])}))
+        slabs = [_slab(config, volume, position, corner) for position in positions]
+        return {"slabs": torch.stack(slabs), "oriented": torch.tensor(volume.orientation != "unknown")}
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Augments, shuffles and scores the slabs (B, S, C, slab, height, width)."""
+        slabs, oriented, config = batch["slabs"], batch["oriented"], self.config
+        count = slabs.shape[1]
+        repeats = (slabs[:, 1:] == slabs[:, :-1]).flatten(2).all(dim=2).any(dim=1)
+        if self.training:
+            slabs = self._augment(slabs, rng)
+        ranks = rng.permutation(count)
+        shown = slabs[torch.arange(len(slabs), device=slabs.device).unsqueeze(1), ranks]
+        scores = self.score(shown.flatten(0, 1)).view(-1, count)
+        with torch.autocast(scores.device.type, enabled=False):
+            loss, backwards = self._loss(scores, ranks), torch.zeros_like(oriented)
+            if config.direction != "fixed":
+                other = self._loss(scores, count - 1 - ranks)
+                backwards = other < loss
+                if config.direction == "auto":
+                    backwards &= ~oriented
+                loss = torch.where(backwards, other, loss)
+            total = loss.mean() + config.regularization * scores.square().mean()
+        scores = scores.detach()
+        ranks = torch.where(backwards.unsqueeze(1), count - 1 - ranks, ranks)
+        metrics = {
+            "kendall_tau": kendall_tau(scores, ranks).mean(),
+            "exact": in_order(scores, ranks).float().mean(),
+            "undecidable": repeats.float().mean(),
+        }
+        return StepOutput(total, metrics, lambda: _picture(shown[0], scores[0], ranks[0]))
+
+    def score(self, slabs: Tensor) -> Tensor:
+        """The position scores (N,) of slabs (N, C, slab, height, width), higher towards the axis' end."""
+        embedded = self.encoder.embed(slabs)
+        with torch.autocast(embedded.device.type, enabled=False):
+            return self.head(embedded.float()).squeeze(1)
+
+    @torch.no_grad()
+    def profile(self, volume: Volume, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Scores every slab of a volume, as it is, in eval mode.
+
+        Where the foreground is wider than the crop, the crop is tiled over it and scores are averaged.
+
+        Returns:
+            Centres of the slabs along the axis, in voxels, and their scores.
+
+        Raises:
+            DataError: The foreground is shorter than a slab.
+        """
+        config, axis = self.config, "DHW".index(self.config.axis)
+        start, stop = (np.asarray(side) for side in volume.foreground_box())
+        if stop[axis] - start[axis] < config.slab:
+            raise DataError(
+                f"{volume.id}: the foreground has {stop[axis] - start[axis]} slices along {config.axis}, a slab "
+                f"needs {config.slab}"
+            )
+        device, training = self.head.weight.device, self.training
+        starts = np.arange(start[axis], stop[axis] - config.slab + 1)
+        corners = _tiles(slab_size(axis, config.slab, config.crop), axis, start, stop)
+        total = np.zeros(len(starts))
+        self.eval()
+        try:
+            for corner in corners:
+                for first in range(0, len(starts), batch):
+                    some = starts[first : first + batch]
+                    slabs = torch.stack([_slab(config, volume, s, corner) for s in some])
+                    total[first : first + len(some)] += self.score(slabs.to(device)).double().cpu().numpy()
+        finally:
+            self.train(training)
+        return starts + (config.slab - 1) / 2, total / len(corners)
+
+    def _loss(self, scores: Tensor, ranks: Tensor) -> Tensor:
+        c = self.config
+        return sorting_loss(scores, ranks, c.relaxation, c.tau, c.power, c.steepness, c.distribution)
+
+    def _augment(self, slabs: Tensor, rng: BatchRng) -> Tensor:
+        """In-plane geometry and contrast per volume, brightness, contrast and noise per slab."""
+        config = self.config
+        turn = rng.uniform(low=-1, high=1) * math.radians(config.rotation)
+        scale = 1 + rng.uniform(2, low=-1, high=1) * config.scaling
+        mirror = torch.where(rng.chance(0.5, 2) & config.flips, -1.0, 1.0)
+        gamma = (rng.uniform(low=-1, high=1) * config.contrast).exp().view(-1, 1, 1, 1, 1, 1)
+        slope = 1 + rng.uniform(slabs.shape[1], low=-1, high=1) * config.jitter
+        shift = rng.uniform(slabs.shape[1], low=-1, high=1) * config.jitter
+        noise = rng.uniform() * config.noise
+        # One transformation per volume: slabs, channels and slices are channels to the sampler.
+        height, width = slabs.shape[-2:]
+        cosine, sine = turn.cos(), turn.sin()
+        theta = torch.stack(
+            (
+                torch.stack((cosine, -sine * height / width), 1),
+                torch.stack((sine * width / height, cosine), 1),
+            ),
+            1,
+        )
+        theta = torch.cat((theta * (scale * mirror).unsqueeze(2), theta.new_zeros(len(theta), 2, 1)), 2)
+        flat = slabs.flatten(1, 3)
+        grid = functional.affine_grid(theta.to(flat.dtype), list(flat.shape), align_corners=False)
+        x = functional.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(slabs)
+
+        # Gamma keeps the range of the volume, channel by channel.
+        dims = (1, 3, 4, 5)
+        low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+        reach = (high - low).clamp(min=1e-6)
+        x = ((x - low) / reach).clamp(0, 1).pow(gamma) * reach + low
+        unit = x.std(dims, keepdim=True)
+        x = x * slope.view(*slope.shape, 1, 1, 1, 1) + shift.view(*shift.shape, 1, 1, 1, 1) * unit
+        return x + noise.view(-1, 1, 1, 1, 1, 1) * unit * rng.normal(*x.shape[1:])
+
+
+def _slab(config: SortingConfig, volume: Volume, position: int, corner: Sequence[int]) -> Tensor:
+    """The slab (C, slab, height, width) at a position along the axis; `corner` is its start in plane."""
+    axis, start = "DHW".index(config.axis), list(corner)
+    start[axis] = int(position)
+    return read_slab(volume, axis, start, slab_size(axis, config.slab, config.crop))
+
+
+def _tiles(size: Sequence[int], axis: int, start: np.ndarray, stop: np.ndarray) -> list[list[int]]:
+    """Starts of the fewest crops that cover a box in plane, evenly spread, or one in its middle."""
+    places = []
+    for i in range(3):
+        room = int(stop[i] - start[i]) - size[i]
+        count = 1 if i == axis else max(1, math.ceil((room + size[i]) / size[i]))
+        spread = np.linspace(0, room, count) if count > 1 else np.array([room // 2])
+        places.append((start[i] + spread).round().astype(int).tolist())
+    return [list(corner) for corner in itertools.product(*places)]
+
+
+def _picture(slabs: Tensor, scores: Tensor, ranks: Tensor) -> Figure:
+    """The middle slices of one volume's slabs: above in their true order, below in the predicted one."""
+    from matplotlib.figure import Figure
+
+    count = len(slabs)
+    middle = slabs[:, 0, slabs.shape[2] // 2].detach().float().cpu().numpy()
+    scores, ranks = scores.float().cpu(), ranks.cpu()
+    figure = Figure(figsize=(1.2 * count, 3.2), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    low, high = np.percentile(middle, (1, 99))
+    for row, (order, name) in zip(axes, ((ranks.argsort(), "true"), (scores.argsort(), "predicted"))):
+        for place, (panel, item) in enumerate(zip(row, order.tolist())):
+            panel.imshow(middle[item], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            right = int(ranks[item]) == place
+            panel.set_title(
+                f"{int(ranks[item]) + 1}: {scores[item]:.2f}", fontsize=8, color="k" if right else "r"
+            )
+            panel.set_xticks([])
+            panel.set_yticks([])
+        row[0].set_ylabel(name)
+    return figure
