@@ -217,8 +217,8 @@ class Sorting(Proxy):
         start, stop = (np.asarray(side) for side in volume.foreground_box())
         if stop[axis] - start[axis] < config.slab:
             raise DataError(
-                f"{volume.id}: the foreground has {stop[axis] - start[axis]} slices along {config.axis}, a slab "
-                f"needs {config.slab}"
+                f"{volume.id}: the foreground has {stop[axis] - start[axis]} slices along "
+                f"{config.axis}, a slab needs {config.slab}"
             )
         device, training = self.head.weight.device, self.training
         starts = np.arange(start[axis], stop[axis] - config.slab + 1)
