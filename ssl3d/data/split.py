@@ -1,0 +1,100 @@
+"""The house split: by subject, within each data set, by a stable hash, stratified by class."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ssl3d.data.store import Collection
+from ssl3d.rng import seed_of
+
+NAMES = ("train", "val", "test")
+
+
+def house_split(
+    collection: Collection, seed: int = 0, fractions: Sequence[float] = (0.6, 0.2, 0.2)
+) -> np.ndarray:
+    """train, val or test for every volume, (N,) strings; a subject is never in two of them.
+
+    The data's own split holds wherever a data set has one: subjects with a split keep it (of several,
+    the one furthest from training), the rest of that data set trains. Data that comes as train and test
+    only gets its validation subjects from train. A data set without any is cut at the fractions, its
+    subjects ordered by a hash of (seed, data set, subject), each class apart so that every part has its
+    share. A subject's place depends on its own data set only, so adding another moves nobody.
+
+    Args:
+        collection: Of any stores.
+        seed: Of the hash.
+        fractions: Of train, val, test; they sum to 1.
+
+    Raises:
+        ValueError: The fractions are negative or do not sum to 1.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions {tuple(fractions)}: expected three from 0 that sum to 1")
+    people = collection.subject_codes
+    codes, first = np.unique(people, return_index=True)
+    position = np.searchsorted(codes, people)
+    given = _own_split(collection.splits, position, len(codes))
+    strata = _strata(collection.labels, position, len(codes))
+    names, subjects = collection.datasets[first], collection.subjects[first]
+    part = np.empty(len(codes), dtype=object)
+    by_dataset: dict[str, list[int]] = defaultdict(list)
+    for person, name in enumerate(names):
+        by_dataset[name].append(person)
+    for name, members in by_dataset.items():
+        own = {given[person] for person in members} - {""}
+        if own:
+            for person in members:
+                part[person] = given[person] or "train"
+            if own & {"val"} or fractions[1] == 0 or fractions[0] + fractions[1] == 0:
+                continue
+            cut, share = (
+                [p for p in members if part[p] == "train"],
+                fractions[1] / (fractions[0] + fractions[1]),
+            )
+            shares = (1 - share, share, 0.0)
+        else:
+            cut, shares = members, tuple(fractions)
+        order = sorted(cut, key=lambda p: seed_of("split", seed, name, subjects[p]))
+        for person, where in zip(order, _cut([strata[p] for p in order], shares), strict=True):
+            part[person] = where
+    return part[position].astype(str)
+
+
+def _own_split(splits: np.ndarray, position: np.ndarray, count: int) -> list[str]:
+    rank = {"": 0, "train": 1, "val": 2, "test": 3}
+    given = np.zeros(count, np.int64)
+    np.maximum.at(given, position, np.array([rank[s] for s in splits], np.int64))
+    return [("", *NAMES)[r] for r in given]
+
+
+def _strata(labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
+    """The class of each person (of several volumes, the first that has one); "" for real values."""
+    kinds = {type(label) for label in labels if label is not None}
+    found = [""] * count
+    if float in kinds or len(set(labels)) > 50:
+        return found
+    for person, label in zip(position, labels, strict=True):
+        if label is not None and not found[person]:
+            found[person] = str(label)
+    return found
+
+
+def _cut(strata: list[str], shares: Sequence[float]) -> list[str]:
+    """Deals people, class after class, so that both classes and the whole come out at the shares.
+
+    Person k of the queue of all classes goes to the part that is furthest behind its share; counted
+    over the whole queue, rounding does not add up over classes.
+    """
+    result = [""] * len(strata)
+    dealt = dict.fromkeys(range(3), 0)
+    queue = [i for kind in sorted(set(strata)) for i in range(len(strata)) if strata[i] == kind]
+    for number, person in enumerate(queue, start=1):
+        behind = [shares[k] * number - dealt[k] if shares[k] > 0 else -np.inf for k in range(3)]
+        chosen = int(np.argmax(behind))
+        dealt[chosen] += 1
+        result[person] = NAMES[chosen]
+    return result
