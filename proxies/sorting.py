@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ssl3d.api import (
     BatchRng,
@@ -19,13 +18,19 @@ from ssl3d.api import (
     Proxy,
     StepOutput,
     UsageError,
+    Views,
+    apply_torchio,
+    augment,
+    centre_crop,
     draw_crop,
     draw_positions,
     in_order,
     kendall_tau,
+    lay_flat,
     read_slab,
     slab_size,
     sorting_loss,
+    view_margin,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +41,16 @@ if TYPE_CHECKING:
     from ssl3d.api import Volume
 
 
+# Of torchio's transforms, those that neither mirror nor move anything along the depth of a slab.
+_IN_PLANE = ("RandomBiasField", "RandomBlur", "RandomGamma", "RandomGhosting", "RandomNoise", "RandomSpike")
+
+
 @dataclass
-class SortingConfig:
-    """Options of the sorting proxy.
+class SortingConfig(Views):
+    """Options of the sorting proxy; views are in plane, their geometry shared by the slices of a volume.
+
+    Contrast, gamma and noise change every slice on its own, so that a slow change of intensity along the
+    axis cannot be read off.
 
     Attributes:
         slices: Slices (slabs) drawn from each volume, at random distinct positions.
@@ -57,13 +69,6 @@ class SortingConfig:
         direction: `fixed` where the volumes' orientation is known; `either` takes, per volume, the smaller
             loss of the two directions; `auto` does so for the volumes of unknown orientation. Where
             either direction counts, kendall_tau is that of the better one, so chance is above 0.
-        flips: Mirror all slices of a volume along their rows and columns, each with probability 1/2.
-        rotation: Largest in-plane rotation, in degrees, the same for all slices of a volume.
-        scaling: Largest relative in-plane scaling, the same for all slices of a volume.
-        contrast: Largest change of a volume's contrast and gamma, as a factor exp(+-contrast).
-        jitter: Largest change of each slice's own brightness (in standard deviations of the volume) and
-            contrast, so that a slow change of intensity along the axis cannot be read off.
-        noise: Largest standard deviation of noise, in standard deviations of the volume.
     """
 
     slices: int = 8
@@ -78,15 +83,10 @@ class SortingConfig:
     distribution: Literal["cauchy", "logistic", "reciprocal", "optimal"] = "cauchy"
     regularization: float = 1e-3
     direction: Literal["auto", "fixed", "either"] = "auto"
-    flips: bool = True
-    rotation: float = 10.0
-    scaling: float = 0.1
-    contrast: float = 0.2
-    jitter: float = 0.1
-    noise: float = 0.1
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
         for name, least in (("slices", 2), ("slab", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
@@ -99,11 +99,15 @@ class SortingConfig:
             raise ValueError(
                 f"power is {self.power}, must be at least 1: below, the gradient is infinite at 0"
             )
-        for name in ("min_gap_mm", "regularization", "rotation", "scaling", "contrast", "jitter", "noise"):
+        for name in ("min_gap_mm", "regularization"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        if self.scaling >= 1:
-            raise ValueError(f"scaling is {self.scaling}, must be below 1")
+        across = [name for name in self.torchio if name not in _IN_PLANE]
+        if across:
+            raise ValueError(
+                f"torchio's {', '.join(across)} may move things across the axis to sort by; use "
+                f"{', '.join(_IN_PLANE)}"
+            )
 
 
 class Sorting(Proxy):
@@ -124,10 +128,7 @@ class Sorting(Proxy):
     """
 
     Config = SortingConfig
-    paper: ClassVar[str] = (
-        "Zharov, Ershov, Baumbach, Heuveline: Self-Supervised Learning Based on Spatial Awareness for "
-        "Medical Image Analysis / SortingLoss, arXiv:2203.09372, 2022"
-    )
+    paper: ClassVar[str] = "Zharov, Ershov, Baumbach, Heuveline: SortingLoss, arXiv:2203.09372, 2022"
     main: ClassVar[str] = "kendall_tau"
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3}
 
@@ -164,16 +165,28 @@ class Sorting(Proxy):
         # Where in plane: the crop, over the whole way from the first slab to the last, must see something.
         way = slab_size(axis, int(positions[-1] - positions[0]) + config.slab, config.crop)
         corner = list(draw_crop(volume, way, rng, fixed={axis: int(positions[0])}))
-        slabs = [_slab(config, volume, position, corner) for position in positions]
-        return {"slabs": torch.stack(slabs), "oriented": torch.tensor(volume.orientation != "unknown")}
+        margin = view_margin(config, (config.slab, *config.crop), axes=(1, 2))[1:]
+        slabs = torch.stack([_slab(config, volume, position, corner, margin) for position in positions])
+        # One transformation for all: to torchio, slabs are channels of one volume.
+        slabs = apply_torchio(config.torchio, slabs.flatten(0, 1), rng).view_as(slabs)
+        return {
+            "slabs": slabs,
+            "spacing": torch.tensor(lay_flat(volume.spacing, axis), dtype=torch.float32),
+            "oriented": torch.tensor(volume.orientation != "unknown"),
+        }
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Augments, shuffles and scores the slabs (B, S, C, slab, height, width)."""
-        slabs, oriented, config = batch["slabs"], batch["oriented"], self.config
-        count = slabs.shape[1]
-        repeats = (slabs[:, 1:] == slabs[:, :-1]).flatten(2).all(dim=2).any(dim=1)
+        config, oriented, size = self.config, batch["oriented"], (self.config.slab, *self.config.crop)
+        # Slabs are channels to the views: one draw of geometry per volume, of contrast per slab.
+        flat = batch["slabs"].flatten(1, 2)
+        plain = centre_crop(flat, size)
         if self.training:
-            slabs = self._augment(slabs, rng)
+            flat = augment(config, flat, rng, size, batch["spacing"], axes=(1, 2))
+        slabs = (flat if self.training else plain).view(*batch["slabs"].shape[:3], *size)
+        count = slabs.shape[1]
+        plain = plain.view_as(slabs)
+        repeats = (plain[:, 1:] == plain[:, :-1]).flatten(2).all(dim=2).any(dim=1)
         ranks = rng.permutation(count)
         shown = slabs[torch.arange(len(slabs), device=slabs.device).unsqueeze(1), ranks]
         scores = self.score(shown.flatten(0, 1)).view(-1, count)
@@ -239,46 +252,20 @@ class Sorting(Proxy):
         c = self.config
         return sorting_loss(scores, ranks, c.relaxation, c.tau, c.power, c.steepness, c.distribution)
 
-    def _augment(self, slabs: Tensor, rng: BatchRng) -> Tensor:
-        """In-plane geometry and contrast per volume, brightness, contrast and noise per slab."""
-        config = self.config
-        turn = rng.uniform(low=-1, high=1) * math.radians(config.rotation)
-        scale = 1 + rng.uniform(2, low=-1, high=1) * config.scaling
-        mirror = torch.where(rng.chance(0.5, 2) & config.flips, -1.0, 1.0)
-        gamma = (rng.uniform(low=-1, high=1) * config.contrast).exp().view(-1, 1, 1, 1, 1, 1)
-        slope = 1 + rng.uniform(slabs.shape[1], low=-1, high=1) * config.jitter
-        shift = rng.uniform(slabs.shape[1], low=-1, high=1) * config.jitter
-        noise = rng.uniform() * config.noise
-        # One transformation per volume: slabs, channels and slices are channels to the sampler.
-        height, width = slabs.shape[-2:]
-        cosine, sine = turn.cos(), turn.sin()
-        theta = torch.stack(
-            (
-                torch.stack((cosine, -sine * height / width), 1),
-                torch.stack((sine * width / height, cosine), 1),
-            ),
-            1,
-        )
-        theta = torch.cat((theta * (scale * mirror).unsqueeze(2), theta.new_zeros(len(theta), 2, 1)), 2)
-        flat = slabs.flatten(1, 3)
-        grid = functional.affine_grid(theta.to(flat.dtype), list(flat.shape), align_corners=False)
-        x = functional.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(slabs)
 
-        # Gamma keeps the range of the volume, channel by channel.
-        dims = (1, 3, 4, 5)
-        low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-        reach = (high - low).clamp(min=1e-6)
-        x = ((x - low) / reach).clamp(0, 1).pow(gamma) * reach + low
-        unit = x.std(dims, keepdim=True)
-        x = x * slope.view(*slope.shape, 1, 1, 1, 1) + shift.view(*shift.shape, 1, 1, 1, 1) * unit
-        return x + noise.view(-1, 1, 1, 1, 1, 1) * unit * rng.normal(*x.shape[1:])
-
-
-def _slab(config: SortingConfig, volume: Volume, position: int, corner: Sequence[int]) -> Tensor:
+def _slab(
+    config: SortingConfig,
+    volume: Volume,
+    position: int,
+    corner: Sequence[int],
+    margin: Sequence[int] = (0, 0),
+) -> Tensor:
     """The slab (C, slab, height, width) at a position along the axis; `corner` is its start in plane."""
-    axis, start = "DHW".index(config.axis), list(corner)
-    start[axis] = int(position)
-    return read_slab(volume, axis, start, slab_size(axis, config.slab, config.crop))
+    axis = "DHW".index(config.axis)
+    size = slab_size(axis, config.slab, [n + 2 * m for n, m in zip(config.crop, margin)])
+    start = np.asarray(corner) - slab_size(axis, 0, margin)
+    start[axis] = position
+    return read_slab(volume, axis, start.tolist(), size)
 
 
 def _tiles(size: Sequence[int], axis: int, start: np.ndarray, stop: np.ndarray) -> list[list[int]]:

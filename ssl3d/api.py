@@ -11,17 +11,27 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
     from ssl3d.data.store import Volume as Volume
+    from ssl3d.distributed import gather as gather
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
     from ssl3d.errors import Ssl3dError as Ssl3dError
     from ssl3d.errors import UsageError as UsageError
+    from ssl3d.heads import projection_head as projection_head
+    from ssl3d.losses import alignment as alignment
+    from ssl3d.losses import cross_correlation as cross_correlation
+    from ssl3d.losses import nt_xent as nt_xent
+    from ssl3d.losses import uniformity as uniformity
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
+    from ssl3d.views.compose import ViewRng as ViewRng
+    from ssl3d.views.compose import Views as Views
+    from ssl3d.views.compose import augment as augment
+    from ssl3d.views.compose import view_margin as view_margin
     from ssl3d.views.crops import draw_crop as draw_crop
     from ssl3d.views.crops import draw_overlapping as draw_overlapping
     from ssl3d.views.crops import draw_positions as draw_positions
@@ -31,10 +41,18 @@ if TYPE_CHECKING:
     from ssl3d.views.crops import read_crop as read_crop
     from ssl3d.views.crops import read_slab as read_slab
     from ssl3d.views.crops import slab_size as slab_size
+    from ssl3d.views.outside import apply_torchio as apply_torchio
+    from ssl3d.views.picture import view_pairs as view_pairs
+    from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
+    "alignment": "losses",
+    "apply_torchio": "views.outside",
+    "augment": "views.compose",
     "BatchRng": "rng",
+    "centre_crop": "views.spatial",
     "CheckpointError": "errors",
+    "cross_correlation": "losses",
     "DataError": "errors",
     "draw_crop": "views.crops",
     "draw_overlapping": "views.crops",
@@ -42,6 +60,7 @@ _HOME = {
     "Encoder": "encoder",
     "encoder_from": "checkpoint",
     "fit_size": "views.crops",
+    "gather": "distributed",
     "identity_hash": "checkpoint",
     "in_order": "sorting",
     "kendall_tau": "sorting",
@@ -49,14 +68,21 @@ _HOME = {
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
     "neighbour_position": "views.crops",
+    "nt_xent": "losses",
+    "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
     "read_slab": "views.crops",
     "slab_size": "views.crops",
-    "Ssl3dError": "errors",
     "sorting_loss": "sorting",
+    "Ssl3dError": "errors",
     "StepOutput": "proxy",
+    "uniformity": "losses",
     "UsageError": "errors",
+    "view_margin": "views.compose",
+    "view_pairs": "views.picture",
+    "ViewRng": "views.compose",
+    "Views": "views.compose",
     "Volume": "data.store",
 }
 
