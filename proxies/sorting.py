@@ -128,7 +128,10 @@ class Sorting(Proxy):
     """
 
     Config = SortingConfig
-    paper: ClassVar[str] = "Zharov, Ershov, Baumbach, Heuveline: SortingLoss, arXiv:2203.09372, 2022"
+    paper: ClassVar[str] = (
+        "Zharov, Ershov, Baumbach, Heuveline: Using the Order of Tomographic Slices as a Prior for Neural "
+        "Networks Pre-Training, arXiv:2203.09372, 2022"
+    )
     main: ClassVar[str] = "kendall_tau"
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3}
 
