@@ -6,11 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssl3d import statistics as statistics
+    from ssl3d.benchmark import Benchmark as Benchmark
+    from ssl3d.benchmark import Contestant as Contestant
+    from ssl3d.benchmark import Result as Result
+    from ssl3d.benchmark import Scores as Scores
+    from ssl3d.benchmark import find_result as find_result
+    from ssl3d.benchmark import read_result as read_result
+    from ssl3d.benchmark import split_digest as split_digest
+    from ssl3d.benchmark import write_result as write_result
     from ssl3d.checkpoint import encoder_from as encoder_from
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.data.phantoms import cache_folder as cache_folder
+    from ssl3d.data.split import house_split as house_split
+    from ssl3d.data.store import Collection as Collection
     from ssl3d.data.store import Volume as Volume
+    from ssl3d.data.store import open_data as open_data
     from ssl3d.distributed import gather as gather
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.errors import CheckpointError as CheckpointError
@@ -18,8 +31,11 @@ if TYPE_CHECKING:
     from ssl3d.errors import Ssl3dError as Ssl3dError
     from ssl3d.errors import UsageError as UsageError
     from ssl3d.heads import projection_head as projection_head
+    from ssl3d.inference import dense_features as dense_features
+    from ssl3d.inference import embed_volume as embed_volume
+    from ssl3d.inference import recalibrate_norm as recalibrate_norm
     from ssl3d.losses import alignment as alignment
-    from ssl3d.losses import cross_correlation as cross_correlation
+    from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
     from ssl3d.losses import uniformity as uniformity
     from ssl3d.proxy import Proxy as Proxy
@@ -42,25 +58,41 @@ if TYPE_CHECKING:
     from ssl3d.views.crops import read_slab as read_slab
     from ssl3d.views.crops import slab_size as slab_size
     from ssl3d.views.outside import apply_torchio as apply_torchio
-    from ssl3d.views.picture import view_pairs as view_pairs
+    from ssl3d.views.pairs import PairViews as PairViews
+    from ssl3d.views.pairs import augment_pairs as augment_pairs
+    from ssl3d.views.pairs import check_depth as check_depth
+    from ssl3d.views.pairs import draw_pairs as draw_pairs
+    from ssl3d.views.pairs import pair_picture as pair_picture
+    from ssl3d.views.pairs import rows_of as rows_of
     from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
     "alignment": "losses",
     "apply_torchio": "views.outside",
     "augment": "views.compose",
+    "augment_pairs": "views.pairs",
+    "barlow_twins_loss": "losses",
     "BatchRng": "rng",
+    "Benchmark": "benchmark",
+    "cache_folder": "data.phantoms",
     "centre_crop": "views.spatial",
+    "check_depth": "views.pairs",
     "CheckpointError": "errors",
-    "cross_correlation": "losses",
+    "Collection": "data.store",
+    "Contestant": "benchmark",
     "DataError": "errors",
+    "dense_features": "inference",
     "draw_crop": "views.crops",
     "draw_overlapping": "views.crops",
+    "draw_pairs": "views.pairs",
     "draw_positions": "views.crops",
+    "embed_volume": "inference",
     "Encoder": "encoder",
     "encoder_from": "checkpoint",
+    "find_result": "benchmark",
     "fit_size": "views.crops",
     "gather": "distributed",
+    "house_split": "data.split",
     "identity_hash": "checkpoint",
     "in_order": "sorting",
     "kendall_tau": "sorting",
@@ -69,27 +101,39 @@ _HOME = {
     "load_proxies": "checkpoint",
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
+    "open_data": "data.store",
+    "pair_picture": "views.pairs",
+    "PairViews": "views.pairs",
     "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
+    "read_result": "benchmark",
     "read_slab": "views.crops",
+    "recalibrate_norm": "inference",
+    "Result": "benchmark",
+    "rows_of": "views.pairs",
+    "Scores": "benchmark",
     "slab_size": "views.crops",
     "sorting_loss": "sorting",
+    "split_digest": "benchmark",
     "Ssl3dError": "errors",
+    "statistics": "statistics",
     "StepOutput": "proxy",
     "uniformity": "losses",
     "UsageError": "errors",
     "view_margin": "views.compose",
-    "view_pairs": "views.picture",
     "ViewRng": "views.compose",
     "Views": "views.compose",
     "Volume": "data.store",
+    "write_result": "benchmark",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"ssl3d.api has no {name!r}; it has {', '.join(sorted(_HOME))}")
+    if name == "statistics":
+        return importlib.import_module("ssl3d.statistics")
     return getattr(importlib.import_module(f"ssl3d.{_HOME[name]}"), name)
 
 

@@ -69,24 +69,24 @@ def draw_overlapping(
 
     Uniform among the starts that share at least `min_overlap` of the crop's length along every axis
     (nnssl asks .5) and `min_iou` of the joint volume (Medical-SSL asks .25) and have enough foreground.
-    Where chance finds none, the first crop is taken again, which always qualifies.
+    Where chance finds none, the first crop is taken again. Axes that are `fixed` count as if shared.
 
     Raises:
         DataError: The volume has no foreground at all.
     """
     occupancy = _Occupancy(volume)
     low, high = _range(volume, size, fixed)
-    length = np.asarray(size)
+    length, near = np.asarray(size), np.array(start)
+    for axis, at in (fixed or {}).items():
+        near[axis] = at  # what is given is not asked to overlap
     reach = np.floor((1 - min_overlap) * length + 1e-6).astype(int)
-    near = np.asarray(start)
     low, high = np.maximum(low, near - reach), np.minimum(high, near + reach)
 
     def enough_iou(starts: np.ndarray) -> np.ndarray:
         shared = np.prod(np.maximum(length - np.abs(starts - near), 0), axis=1)
         return shared / (2 * np.prod(length) - shared) >= min_iou - 1e-9
 
-    near_start = (int(near[0]), int(near[1]), int(near[2]))
-    return _draw(occupancy, size, low, high, rng, min_foreground, enough_iou, near_start)
+    return _draw(occupancy, size, low, high, rng, min_foreground, enough_iou, _triple(near))
 
 
 def draw_positions(

@@ -1,0 +1,108 @@
+"""Barlow Twins: features that agree over two views of a place and do not repeat each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ssl3d.api import (
+    BatchRng,
+    Encoder,
+    PairViews,
+    Proxy,
+    StepOutput,
+    UsageError,
+    augment_pairs,
+    barlow_twins_loss,
+    check_depth,
+    draw_pairs,
+    pair_picture,
+    projection_head,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Volume
+
+
+@dataclass
+class BarlowTwinsConfig(PairViews):
+    """Options of the Barlow Twins proxy.
+
+    Attributes:
+        off_diagonal: Weight of the correlations between different features.
+        hidden: Width of the projection head's two hidden layers.
+        out: Length of a projection.
+        head_norm: Norm of the projection head: batch, layer or none.
+    """
+
+    off_diagonal: float = 0.0051
+    hidden: int = 2048
+    out: int = 2048
+    head_norm: Literal["batch", "layer", "none"] = "batch"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        if self.off_diagonal < 0:
+            raise ValueError(f"off_diagonal must be 0 or more, not {self.off_diagonal:g}")
+        for name, least in (("hidden", 1), ("out", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+
+class BarlowTwins(Proxy):
+    """The network must work out what two views of a place share, in as many independent numbers as it can.
+
+    Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins: Self-Supervised Learning via Redundancy Reduction,
+    ICML 2021 (arXiv:2103.03230).
+
+    Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
+    values instead of colour; a head 2048 wide instead of 8192, which on a ResNet-18 would be 138 million
+    weights; AdamW instead of LARS in the recipe. Both views pass the network in one batch, so its
+    BatchNorm sees both; features are standardised over the global batch, as in the paper's pseudocode,
+    on any number of ranks.
+    """
+
+    Config = BarlowTwinsConfig
+    paper: ClassVar[str] = (
+        "Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins: Self-Supervised Learning via Redundancy "
+        "Reduction, ICML 2021"
+    )
+    main: ClassVar[str] = "diagonal"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
+
+    def __init__(self, config: BarlowTwinsConfig, encoder: Encoder) -> None:
+        """Adds the projection head.
+
+        Raises:
+            UsageError: Slabs too thin for the encoder's kernels.
+        """
+        super().__init__(config, encoder)
+        check_depth(config, encoder)
+        self.head = projection_head(
+            encoder.embed_dim, config.hidden, config.out, layers=3, norm=config.head_norm, norm_last=False
+        )
+
+    @classmethod
+    def draw(cls, config: BarlowTwinsConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+
+        Raises:
+            DataError: The volume has no foreground, or no room for so many slabs.
+        """
+        return draw_pairs(config, volume, rng)
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Augments both views, embeds and projects them, and correlates their features."""
+        if rng.total * self.config.per_volume == 1:
+            raise UsageError("barlow_twins correlates over the batch: a batch size of at least 2, not 1")
+        views = augment_pairs(self.config, batch, rng)
+        projected = self.head(self.encoder.embed(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        loss, diagonal, off_diagonal = barlow_twins_loss(*projected.unbind(1), self.config.off_diagonal)
+        metrics = {"diagonal": diagonal, "off_diagonal_rms": off_diagonal}
+        shown = projected.detach()
+        return StepOutput(loss, metrics, lambda: pair_picture(views, shown))

@@ -1,0 +1,120 @@
+"""SimCLR: recognise the other view of the same place among those of other subjects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ssl3d.api import (
+    BatchRng,
+    Encoder,
+    PairViews,
+    Proxy,
+    StepOutput,
+    UsageError,
+    alignment,
+    augment_pairs,
+    check_depth,
+    draw_pairs,
+    nt_xent,
+    pair_picture,
+    projection_head,
+    rows_of,
+    uniformity,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Volume
+
+
+@dataclass
+class SimCLRConfig(PairViews):
+    """Options of the SimCLR proxy.
+
+    Attributes:
+        temperature: Divides cosine similarities; lower looks harder at the nearest negatives.
+        hidden: Width of the projection head's hidden layer.
+        out: Length of a projection.
+        head_norm: Norm of the projection head: batch, layer or none.
+        same_subject_negatives: Take other crops of the same subject for negatives too.
+    """
+
+    temperature: float = 0.1
+    hidden: int = 512
+    out: int = 128
+    head_norm: Literal["batch", "layer", "none"] = "batch"
+    same_subject_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature:g}")
+        for name in ("hidden", "out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class SimCLR(Proxy):
+    """The network must work out which two crops show the same place of the same person.
+
+    Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
+    Representations, ICML 2020 (arXiv:2002.05709).
+
+    Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
+    values instead of colour; pairs of one subject are not each other's negatives unless asked; AdamW
+    instead of LARS in the recipe; a head 512 wide. BatchNorm sees both views at once, as in the paper,
+    but each rank's own examples.
+    """
+
+    Config = SimCLRConfig
+    paper: ClassVar[str] = (
+        "Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual "
+        "Representations, ICML 2020"
+    )
+    main: ClassVar[str] = "accuracy"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
+
+    def __init__(self, config: SimCLRConfig, encoder: Encoder) -> None:
+        """Adds the projection head.
+
+        Raises:
+            UsageError: Slabs too thin for the encoder's kernels.
+        """
+        super().__init__(config, encoder)
+        check_depth(config, encoder)
+        self.head = projection_head(encoder.embed_dim, config.hidden, config.out, norm=config.head_norm)
+
+    @classmethod
+    def draw(cls, config: SimCLRConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+
+        Raises:
+            DataError: The volume has no foreground, or no room for so many slabs.
+        """
+        return draw_pairs(config, volume, rng)
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Augments both views, embeds and projects them, and tells pairs from negatives."""
+        config = self.config
+        if rng.total * config.per_volume == 1:
+            raise UsageError("simclr needs negatives: a batch size of at least 2, not 1")
+        views = augment_pairs(config, batch, rng)
+        projected = self.head(self.encoder.embed(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        a, b = projected.unbind(1)
+        contrast = nt_xent(
+            a, b, rows_of(batch, "subject"), config.temperature, config.same_subject_negatives
+        )
+        metrics = {
+            "accuracy": contrast.accuracy,
+            "chance": contrast.chance,
+            "alignment": alignment(a, b),
+            "uniformity": uniformity(a),
+        }
+        shown = torch.stack([a, b], 1).detach()
+        return StepOutput(contrast.loss, metrics, lambda: pair_picture(views, shown))

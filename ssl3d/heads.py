@@ -1,0 +1,55 @@
+"""Heads on an encoder's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+NORMS = ("batch", "layer", "none")
+
+
+def projection_head(
+    in_features: int,
+    hidden: int,
+    out: int,
+    layers: int = 2,
+    norm: str = "batch",
+    norm_last: bool = True,
+) -> nn.Module:
+    """A projection head of lightly: `layers` linear layers, ReLU between them, (B, in) to (B, out).
+
+    With norm `batch`, two layers and `norm_last` it is lightly's `SimCLRProjectionHead`; with three
+    layers and without `norm_last` its `BarlowTwinsProjectionHead`.
+
+    Args:
+        in_features: The encoder's `embed_dim`.
+        hidden: Width between.
+        out: Width of the projection.
+        layers: Linear layers, at least 1.
+        norm: `batch`, or, so that every example stands alone (batches of a few, gradients equal over any
+            number of ranks), `layer` or `none`.
+        norm_last: Whether the last layer is normalised too.
+
+    Raises:
+        ValueError: `norm` is unknown or `layers` below 1.
+    """
+    from lightly.models.modules.heads import ProjectionHead
+
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, not {layers}")
+    make: dict[str, Callable[[int], nn.Module | None]] = {
+        "batch": nn.BatchNorm1d,
+        "layer": nn.LayerNorm,
+        "none": lambda width: None,
+    }
+    blocks: list[tuple[int, int, nn.Module | None, nn.Module | None]] = []
+    width = in_features
+    for _ in range(layers - 1):
+        blocks.append((width, hidden, make[norm](hidden), nn.ReLU()))
+        width = hidden
+    blocks.append((width, out, make[norm](out) if norm_last else None, None))
+    head: nn.Module = ProjectionHead(blocks)
+    return head

@@ -1,0 +1,133 @@
+"""Losses over the embeddings of two views, over the global batch, in float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl3d.distributed import gather, rank, row_counts, world_size
+
+
+class Contrast(NamedTuple):
+    """What `nt_xent` gives.
+
+    Attributes:
+        loss: Scalar, with gradient.
+        accuracy: Share of anchors whose positive is nearer than every negative.
+        chance: What guessing would reach: the mean of 1 / (1 + negatives).
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    chance: Tensor
+
+
+def nt_xent(
+    a: Tensor,
+    b: Tensor,
+    subject: Tensor,
+    temperature: float = 0.1,
+    same_subject_negatives: bool = False,
+) -> Contrast:
+    """The normalised temperature-scaled cross entropy of SimCLR, with negatives of other subjects only.
+
+    Row i of `a` and of `b` are each other's positive; negatives are all other rows of both, over all
+    ranks. Rows of the same subject, which may show the same anatomy, are left out of each other's
+    denominators unless asked for. With one row per subject this is lightly's `NTXentLoss`.
+
+    Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020.
+
+    Args:
+        a: Projections of the first views, (B, F).
+        b: Projections of the second views, (B, F).
+        subject: Code of the subject of each row, (B,), unique over data sets.
+        temperature: Divides cosine similarities.
+        same_subject_negatives: Whether rows of the same subject may be negatives.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
+        counts = row_counts(len(a), a.device)
+        start, total = sum(counts[: rank()]), sum(counts)
+        candidates = torch.cat([gather(a, counts), gather(b, counts)])
+        subjects = gather(subject, counts)
+        own = torch.arange(start, start + len(a), device=a.device)
+        positive = torch.cat([own + total, own])
+        itself = torch.cat([own, own + total])
+        logits = torch.cat([a, b]) @ candidates.T / temperature
+        allowed = torch.ones_like(logits, dtype=torch.bool)
+        if not same_subject_negatives:
+            allowed = (subject[:, None] != subjects).repeat(2, 2)
+        allowed = allowed.scatter(1, itself[:, None], False).scatter(1, positive[:, None], True)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        # A sum over own rows, scaled so that the mean over ranks is the mean over the global batch even
+        # where ranks hold unequal numbers of this group.
+        loss = F.cross_entropy(logits, positive, reduction="sum") * world_size() / (2 * total)
+        with torch.no_grad():
+            # Strictly nearer than all others: collapsed embeddings, all alike, recognise nothing.
+            others = logits.scatter(1, positive[:, None], -torch.inf).amax(1)
+            correct = logits.gather(1, positive[:, None])[:, 0] > others
+            chance = (1 / allowed.sum(1)).mean()
+        return Contrast(loss, correct.float().mean(), chance)
+
+
+def alignment(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance of positives on the unit sphere, 0 to 4 (Wang and Isola, ICML 2020)."""
+    a, b = F.normalize(a.detach().float(), dim=1), F.normalize(b.detach().float(), dim=1)
+    return (a - b).square().sum(1).mean()
+
+
+def uniformity(x: Tensor) -> Tensor:
+    """Log of the mean of exp(-2 d²) over pairs on the unit sphere; 0 is collapse (Wang and Isola, 2020)."""
+    x = F.normalize(x.detach().float(), dim=1)
+    if len(x) < 2:
+        return x.new_zeros(())
+    return torch.pdist(x).square().mul(-2).exp().mean().log()
+
+
+class Redundancy(NamedTuple):
+    """What `barlow_twins_loss` gives.
+
+    Attributes:
+        loss: Scalar, with gradient.
+        diagonal: Mean correlation of a feature with itself over views; 1 is invariance.
+        off_diagonal: Root mean square correlation of different features; 0 is no redundancy.
+    """
+
+    loss: Tensor
+    diagonal: Tensor
+    off_diagonal: Tensor
+
+
+def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float = 0.0051) -> Redundancy:
+    """How far the correlation of two views' features is from the identity, over the global batch.
+
+    C is the correlation matrix of standardised features; the loss is the sum of (C_ii - 1)² and of
+    `off_diagonal` C_ij². lightly's `BarlowTwinsLoss` computes it, from the rows of all ranks, because its
+    own gathering standardises each rank by itself. A group of a single row has no correlation: 0.
+
+    Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, ICML 2021.
+
+    Args:
+        a: Projections of the first views, (B, F).
+        b: Projections of the second views, (B, F).
+        off_diagonal: Weight of the second sum.
+    """
+    from lightly.loss import BarlowTwinsLoss
+
+    with torch.autocast(a.device.type, enabled=False):
+        counts = row_counts(len(a), a.device)
+        a, b = gather(a.float(), counts), gather(b.float(), counts)
+        if len(a) < 2:
+            zero = a.new_zeros(())
+            return Redundancy((a.sum() + b.sum()) * 0, zero, zero)
+        loss: Tensor = BarlowTwinsLoss(lambda_param=off_diagonal)(a, b)
+        with torch.no_grad():
+            standard = [F.batch_norm(x, None, None, training=True) for x in (a, b)]
+            c = standard[0].T @ standard[1] / len(a)
+            diagonal, features = c.diagonal(), len(c)
+            rest = c.square().sum() - diagonal.square().sum()
+            rms = (rest.clamp_min(0) / max(features * (features - 1), 1)).sqrt()
+        return Redundancy(loss, diagonal.mean(), rms)

@@ -1,0 +1,164 @@
+"""The options of a view, and all its augmentations in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssl3d.rng import BatchRng
+from ssl3d.views import intensity, spatial
+from ssl3d.views.outside import check_torchio
+
+
+class ViewRng(BatchRng):
+    """A batch's generator for several views of each example: B examples, B x `views` rows, views inside.
+
+    Args:
+        rng: Of the B examples.
+        views: Rows per example.
+        shared: Whether the views of an example get the same numbers.
+    """
+
+    def __init__(self, rng: BatchRng, views: int, shared: bool = False) -> None:
+        self._rng, self._views, self._shared = rng, views, shared
+        self.device, self.generator = rng.device, rng.generator
+
+    def __len__(self) -> int:
+        """Rows: examples times views."""
+        return len(self._rng) * self._views
+
+    def _spread(self, drawn: Tensor) -> Tensor:
+        if self._shared:
+            drawn = drawn.expand(-1, self._views, *drawn.shape[2:])
+        return drawn.flatten(0, 1)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform in [low, high), shape (B x views, *shape)."""
+        return self._spread(self._rng.uniform(self._each, *shape, low=low, high=high))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, shape (B x views, *shape)."""
+        return self._spread(self._rng.normal(self._each, *shape))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers in [low, high), shape (B x views, *shape), int64."""
+        return self._spread(self._rng.integers(low, high, self._each, *shape))
+
+    @property
+    def _each(self) -> int:
+        return 1 if self._shared else self._views
+
+
+@dataclasses.dataclass
+class Views:
+    """How views are augmented; 0 turns one off. A proxy's `Config` inherits these options.
+
+    Attributes:
+        chance: Probability of each augmentation, per example, except flip and turn.
+        flip: Probability of mirroring along each axis.
+        turn: Probability of a 90, 180 or 270 degree turn in each plane where crop and voxels are square.
+        rotate: Largest rotation about each axis, degrees.
+        scale: Largest zoom, less 1: 0.2 is 1/1.2 to 1.2.
+        stretch: Largest zoom of a single axis, less 1.
+        shift: Largest shift, as a share of the crop's side.
+        blur: Largest standard deviation of a Gaussian blur, voxels.
+        bias: Largest coefficient of the logarithm of a smooth multiplicative field.
+        gamma: Largest gamma, less 1.
+        contrast: Largest contrast factor, less 1, and brightness, in standard deviations.
+        noise: Largest standard deviation of Gaussian noise, in those of the crop.
+        cutout: Largest side of a box filled with the mean, as a share of the crop's.
+        torchio: torchio transforms by name, such as RandomMotion RandomGhosting; on the CPU, slow.
+    """
+
+    chance: float = 0.5
+    flip: float = 0.5
+    turn: float = 0.0
+    rotate: float = 15.0
+    scale: float = 0.2
+    stretch: float = 0.0
+    shift: float = 0.0
+    blur: float = 0.7
+    bias: float = 0.2
+    gamma: float = 0.5
+    contrast: float = 0.3
+    noise: float = 0.2
+    cutout: float = 0.0
+    torchio: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: A field is out of range; the message names it.
+        """
+        for name in ("chance", "flip", "turn"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name):g}")
+        for name, top in (("rotate", 180.0), ("shift", 0.5), ("cutout", 1.0)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(f"{name} must lie in 0 to {top:g}, not {getattr(self, name):g}")
+        for name in ("scale", "stretch", "blur", "bias", "gamma", "contrast", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (off) or more, not {getattr(self, name):g}")
+        check_torchio(self.torchio)
+
+
+def view_margin(views: Views, size: Sequence[int], axes: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
+    """Voxels to read around a crop of `size`, per side, so that `augment` finds no empty corners."""
+    if not views.chance:
+        return (0, 0, 0)
+    return spatial.affine_margin(size, views.rotate, views.scale, views.stretch, views.shift, axes)
+
+
+@torch.no_grad()
+def augment(
+    views: Views,
+    x: Tensor,
+    rng: BatchRng,
+    size: Sequence[int],
+    spacing: Tensor | None = None,
+    axes: Sequence[int] = (0, 1, 2),
+) -> Tensor:
+    """Augments a batch of crops; every example gets its own draw of every augmentation.
+
+    In this order: affine (which cuts the margin off), turns, flips, blur, bias field, gamma, contrast,
+    noise, cut-out.
+
+    Args:
+        views: Strengths.
+        x: (B, C, D, H, W), `size` plus the margin of `view_margin`.
+        rng: For the B rows of x; `ViewRng` where an example has several.
+        size: Of the result, (D, H, W).
+        spacing: (B, 3), mm, of x's axes; None for cubes. Rotations, turns and blur respect it.
+        axes: Axes, 0 to 2, along which anything may move. A proxy whose answer lies along an axis (the
+            order of slices) leaves it out.
+
+    Returns:
+        (B, C, *size), of x's dtype.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if views.chance and (views.rotate or views.scale or views.stretch or views.shift):
+            strengths = (views.rotate, views.scale, views.stretch, views.shift)
+            x = spatial.affine(x, rng, size, views.chance, *strengths, axes, spacing)
+        else:
+            x = spatial.centre_crop(x, size)
+        if views.turn:
+            x = spatial.turn(x, rng, views.turn, axes, spacing)
+        if views.flip:
+            x = spatial.flip(x, rng, views.flip, axes)
+        if views.blur:
+            x = intensity.blur(x, rng, views.chance, views.blur, spacing)
+        if views.bias:
+            x = intensity.bias_field(x, rng, views.chance, views.bias)
+        if views.gamma:
+            x = intensity.gamma(x, rng, views.chance, views.gamma)
+        if views.contrast:
+            x = intensity.contrast(x, rng, views.chance, views.contrast)
+        if views.noise:
+            x = intensity.noise(x, rng, views.chance, views.noise)
+        if views.cutout:
+            x = intensity.cutout(x, rng, views.chance, views.cutout)
+    return x

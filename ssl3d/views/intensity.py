@@ -1,0 +1,159 @@
+"""Contrast, noise, blur, bias fields and holes for batches of crops, on the device, one draw per example.
+
+All keep shape and dtype, take any D >= 1, and compute in float32. Strengths are relative to the
+example's own intensities, so they mean the same for z-scored MR, windowed CT and binary shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ssl3d.rng import BatchRng
+
+
+def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Tensor:
+    """Raises intensities, scaled to [0, 1] by the channel's range, to a power.
+
+    The exponent is log-uniform in [1/(1+strength), 1+strength], per example and channel; the range is
+    restored. With probability `p` per example.
+
+    Args:
+        x: (B, C, D, H, W).
+        rng: For the B examples.
+        p: Per example.
+        strength: Largest exponent, less 1.
+    """
+    exponent = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
+    low, high = _limits(x)
+    span = (high - low).clamp_min(1e-6)
+    scaled = ((x.float() - low) / span).clamp(0, 1)
+    return _chosen(rng, p, scaled.pow(_wide(exponent)) * span + low, x)
+
+
+def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) -> Tensor:
+    """Stretches intensities about the channel's mean and adds a constant.
+
+    The factor is log-uniform in [1/(1+strength), 1+strength], the constant uniform in ±strength standard
+    deviations of the channel, both per example and channel. With probability `p` per example.
+    """
+    factor = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
+    constant = rng.uniform(x.shape[1], low=-strength, high=strength)
+    mean, deviation = _moments(x)
+    changed = (x.float() - mean) * _wide(factor) + mean + deviation * _wide(constant)
+    return _chosen(rng, p, changed, x)
+
+
+def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Tensor:
+    """Adds Gaussian noise, its standard deviation uniform in [0, strength] of that of the channel.
+
+    With probability `p` per example.
+    """
+    share = rng.uniform(1, high=strength)
+    drawn = rng.normal(*x.shape[1:])
+    _, deviation = _moments(x)
+    return _chosen(rng, p, x.float() + drawn * deviation * _wide(share), x)
+
+
+def blur(
+    x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 1.0, spacing: Tensor | None = None
+) -> Tensor:
+    """Blurs with a Gaussian of standard deviation uniform in [0, strength] voxels.
+
+    In voxels of the finest axis: along an axis of coarser spacing ((B, 3), mm) the blur is narrower in
+    proportion. At the border the kernel is cut and renormalised. With probability `p` per example.
+    """
+    width = rng.uniform(1, high=strength)
+    flags = rng.chance(p)
+    width = torch.where(flags[:, None], width, 0.0)
+    blurred = x.float()
+    for axis in range(3):
+        n = x.shape[axis + 2]
+        if n == 1:
+            continue
+        sigma = width
+        if spacing is not None:
+            sigma = width * (spacing.amin(1) / spacing[:, axis])[:, None]
+        # A band matrix per example: a product is faster than convolutions with a kernel per example.
+        place = torch.arange(n, device=x.device, dtype=torch.float32)
+        exponent = -0.5 * ((place[:, None] - place) / sigma.clamp_min(1e-3)[..., None]) ** 2
+        kernel = exponent.softmax(dim=-1)
+        moved = blurred.movedim(axis + 2, -1)
+        product = moved.reshape(len(x), -1, n) @ kernel.transpose(1, 2)
+        blurred = product.view(moved.shape).movedim(-1, axis + 2)
+    return torch.where(_flags(flags), blurred.to(x.dtype), x)
+
+
+def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, order: int = 3) -> Tensor:
+    """Multiplies intensities, counted from the channel's lowest, by a smooth field, as MR coils do.
+
+    The field is exp of a polynomial in the crop's coordinates (each in [-1, 1]) of the given total
+    order, without a constant, its coefficients uniform in ±strength. With probability `p` per example.
+    """
+    powers = [
+        power
+        for power in itertools.product(range(order + 1), repeat=3)
+        if 0 < sum(power) <= order
+        and all(n > 1 or not exponent for n, exponent in zip(x.shape[2:], power, strict=True))
+    ]
+    if not powers:
+        return x
+    coefficients = rng.uniform(len(powers), low=-strength, high=strength)
+    d, h, w = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:])
+    terms = [
+        (d**i)[:, None, None] * (h**j)[:, None] * w**k  # a 1-voxel axis has power 0 only
+        for i, j, k in powers
+    ]
+    field = torch.exp((coefficients @ torch.stack(terms).flatten(1)).view(len(x), 1, *x.shape[2:]))
+    low, _ = _limits(x)
+    return _chosen(rng, p, (x.float() - low) * field + low, x)
+
+
+def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> Tensor:
+    """Fills one box with the channel's mean; its sides are uniform in [0, strength] of the crop's.
+
+    The box lies anywhere within the crop, uniformly; an axis of one voxel it spans whole. With
+    probability `p` per example.
+    """
+    sides = rng.uniform(3, high=strength)
+    place = rng.uniform(3)
+    inside: Tensor | None = None
+    for axis, n in enumerate(x.shape[2:]):
+        if n == 1:
+            continue
+        centres = (torch.arange(n, device=x.device, dtype=torch.float32) + 0.5) / n
+        start = (place * (1 - sides))[:, axis, None]
+        shape = [len(x), 1, 1, 1, 1]
+        shape[axis + 2] = n
+        along = ((centres >= start) & (centres < start + sides[:, axis, None])).view(shape)
+        inside = along if inside is None else inside & along
+    if inside is None:
+        return x
+    mean, _ = _moments(x)
+    return _chosen(rng, p, torch.where(inside, mean, x.float()), x)
+
+
+def _chosen(rng: BatchRng, p: float, changed: Tensor, x: Tensor) -> Tensor:
+    return torch.where(_flags(rng.chance(p)), changed.to(x.dtype), x)
+
+
+def _flags(flags: Tensor) -> Tensor:
+    return flags.view(-1, 1, 1, 1, 1)
+
+
+def _wide(per_channel: Tensor) -> Tensor:
+    return per_channel[:, :, None, None, None]
+
+
+def _limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = x.flatten(2).aminmax(dim=2)
+    return _wide(low.float()), _wide(high.float())
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per example and channel; of one voxel, deviation 0."""
+    variance, mean = torch.var_mean(x.float(), dim=(2, 3, 4), correction=0, keepdim=True)
+    return mean, variance.sqrt()

@@ -1,0 +1,71 @@
+"""torchio's random transforms by name, in `draw`, on the CPU."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.errors import UsageError
+
+# Those of torchio 1.2 that keep the shape, need no labels, and take their randomness from torch.
+TORCHIO = (
+    "RandomAffine",
+    "RandomAnisotropy",
+    "RandomBiasField",
+    "RandomBlur",
+    "RandomElasticDeformation",
+    "RandomFlip",
+    "RandomGamma",
+    "RandomGhosting",
+    "RandomMotion",
+    "RandomNoise",
+    "RandomSpike",
+    "RandomSwap",
+)
+
+
+def check_torchio(names: Sequence[str]) -> None:
+    """Checks names without importing torchio.
+
+    Raises:
+        ValueError: A name is not one of `TORCHIO`; suggestions follow.
+    """
+    for name in names:
+        if name not in TORCHIO:
+            close = difflib.get_close_matches(name, TORCHIO, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"torchio has no {name!r} that fits.{hint} Available: {', '.join(TORCHIO)}")
+
+
+def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Applies torchio's transforms, with their default strengths, to one crop (C, D, H, W).
+
+    They draw from torch's global generator: it is seeded from `rng` and put back afterwards.
+
+    Raises:
+        UsageError: torchio is missing, or a transform fails on such a crop.
+    """
+    if not names:
+        return x
+    try:
+        import SimpleITK as sitk
+        import torchio
+    except ImportError as error:
+        raise UsageError(f"--torchio {' '.join(names)}: {error}; pip install torchio") from error
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # else every worker takes all cores
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        for name in names:
+            try:
+                with np.errstate(all="ignore"):
+                    changed = getattr(torchio, name)(copy=False)(x.clone())
+            except Exception as error:
+                raise UsageError(
+                    f"torchio's {name} fails on a crop of {tuple(x.shape)}: {error}"
+                ) from error
+            x = changed.to(x.dtype)
+    return x

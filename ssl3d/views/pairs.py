@@ -1,0 +1,214 @@
+"""Two views of one place: what joint-embedding proxies draw and augment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.encoder import Encoder
+from ssl3d.errors import UsageError
+from ssl3d.rng import BatchRng
+from ssl3d.views.compose import ViewRng, Views, augment, view_margin
+from ssl3d.views.crops import (
+    AXES,
+    Triple,
+    draw_crop,
+    draw_overlapping,
+    draw_positions,
+    fit_size,
+    lay_flat,
+    neighbour_position,
+    read_crop,
+    slab_size,
+)
+from ssl3d.views.outside import apply_torchio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.data.store import Volume
+
+
+@dataclasses.dataclass
+class PairViews(Views):
+    """Options of proxies that compare two views of one place.
+
+    Attributes:
+        views: What a pair shows: two overlapping crops (volumes), or a slice twice, or two slices close
+            to each other (slices).
+        per_volume: Pairs drawn from each volume. They are one subject's.
+        crop: With volumes, size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
+        min_overlap: Least overlap of a pair's crops along each axis, as a share of the crop's side.
+        min_iou: Least intersection over union of a pair's crops.
+        plane: With slices, their size, voxels.
+        slab: With slices, adjacent slices per slab. 1 suits the convolution kinds acs and 2.5d; 3d and
+            p3d need slabs deeper than the encoder's stride along D.
+        axis: With slices, the axis they lie across.
+        max_distance_mm: With slices, how far apart a pair's may be; 0 shows the same slice twice.
+        min_foreground: Least share of foreground in a crop.
+    """
+
+    views: Literal["volumes", "slices"] = "volumes"
+    per_volume: int = 1
+    crop: tuple[int, int, int] = (32, 32, 32)
+    min_overlap: float = 0.5
+    min_iou: float = 0.25
+    plane: tuple[int, int] = (64, 64)
+    slab: int = 1
+    axis: Literal["D", "H", "W"] = "D"
+    max_distance_mm: float = 0.0
+    min_foreground: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: A field is out of range; the message names it.
+        """
+        super().__post_init__()
+        for name, sizes in (("crop", 3), ("plane", 2)):
+            value = getattr(self, name)
+            if len(value) != sizes or min(value) < 1:
+                raise ValueError(f"{name} needs {sizes} sizes of at least 1, not {value}")
+        for name in ("per_volume", "slab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("min_overlap", "min_iou", "min_foreground"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, 0 to 1, not {getattr(self, name):g}")
+        if self.max_distance_mm < 0:
+            raise ValueError(f"max_distance_mm must be 0 or more, not {self.max_distance_mm:g}")
+
+
+def check_depth(config: PairViews, encoder: Encoder) -> None:
+    """Refuses slabs so thin that some kernel taps of the encoder never see data.
+
+    Raises:
+        UsageError: With what to change.
+    """
+    kind, stride = getattr(encoder.config, "kind", ""), encoder.strides[-1][0]
+    if config.views == "slices" and kind in ("3d", "p3d") and config.slab <= stride:
+        raise UsageError(
+            f"slab is {config.slab}, but kernels of kind {kind} at a stride of {stride} along D learn "
+            f"nothing off-plane from slabs of fewer than {stride + 1} slices: deepen them, or take kind acs"
+        )
+
+
+def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Draws `per_volume` pairs of crops from one volume, with the margin that augmentation needs.
+
+    Returns:
+        `a` and `b`, (K, C, d, h, w) each, slices laid flat, and their `spacing`, (3,), mm.
+
+    Raises:
+        DataError: The volume has no foreground, or not room for so many slabs.
+    """
+    # torchio runs on what is read, margin and all: its artefacts then turn with the anatomy.
+    if config.views == "slices":
+        pairs, spacing = _slices(config, volume, rng), lay_flat(volume.spacing, AXES.index(config.axis))
+    else:
+        pairs, spacing = _volumes(config, volume, rng), volume.spacing
+    a, b = ([apply_torchio(config.torchio, x, rng) for x in side] for side in zip(*pairs, strict=True))
+    return {"a": torch.stack(a), "b": torch.stack(b), "spacing": torch.tensor(spacing, dtype=torch.float32)}
+
+
+def augment_pairs(config: PairViews, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
+    """Augments both views of every pair of `draw_pairs`, each on its own: (B x K, 2, C, d, h, w)."""
+    x = torch.stack([batch["a"], batch["b"]], dim=2)
+    examples, count = x.shape[:2]
+    axes, size = _result(config, depth=int(x.shape[4]))
+    spacing = batch["spacing"].repeat_interleave(2 * count, 0)
+    # Filling the layout that convolutions like is left to the encoder; rows are views, then pairs.
+    x = augment(config, x.flatten(0, 2), ViewRng(rng, 2 * count), size, spacing, axes)
+    return x.unflatten(0, (examples * count, 2))
+
+
+def rows_of(batch: dict[str, Tensor], key: str) -> Tensor:
+    """A per-example entry of the batch, such as `subject`, for each of the B x K pairs."""
+    return batch[key].repeat_interleave(batch["a"].shape[1], 0)
+
+
+def pair_picture(views: Tensor, projected: Tensor) -> Figure:
+    """Pairs of views, above and below; the frame says whether the nearest b of each a is its own.
+
+    Args:
+        views: (B, 2, C, d, h, w).
+        projected: (B, 2, F).
+    """
+    from matplotlib.figure import Figure
+
+    a, b = torch.nn.functional.normalize(projected.detach().float(), dim=2).unbind(1)
+    nearest = (a @ b.T).argmax(1).tolist()
+    count = min(len(views), 8)
+    middle = views[:, :, 0, views.shape[3] // 2].detach().float().cpu().numpy()
+    figure = Figure(figsize=(1.4 * count + 0.3, 4.6), layout="constrained")
+    panels = figure.subplots(3, count, squeeze=False)
+    for i in range(count):
+        right = nearest[i] == i
+        shown = (
+            (f"a{i}", middle[i, 0]),
+            (f"b{i}", middle[i, 1]),
+            (f"b{nearest[i]}", middle[nearest[i], 1]),
+        )
+        for row, (name, image) in enumerate(shown):
+            panel = panels[row, i]
+            panel.imshow(image, cmap="gray")
+            colour = "black" if row < 2 else "green" if right else "red"
+            panel.set_title(name, fontsize=8, color=colour)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            for side in panel.spines.values():
+                side.set_color(colour)
+                side.set_linewidth(2 if row == 2 else 0.5)
+    for row, name in enumerate(("view a", "view b", "nearest to a")):
+        panels[row, 0].set_ylabel(name, fontsize=8)
+    return figure
+
+
+def _result(config: PairViews, depth: int) -> tuple[tuple[int, ...], Triple]:
+    """Axes along which views may move, and the size of a view, from the depth that was read."""
+    if config.views == "slices":
+        return (1, 2), (config.slab, *config.plane)
+    if depth == 1:
+        return (1, 2), (1, config.crop[1], config.crop[2])
+    return (0, 1, 2), config.crop
+
+
+def _volumes(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
+    size = fit_size(volume, config.crop)
+    margin = view_margin(config, size)
+    pairs = []
+    for _ in range(config.per_volume):
+        a = draw_crop(volume, size, rng, config.min_foreground)
+        b = draw_overlapping(
+            volume, size, a, rng, config.min_overlap, config.min_iou, config.min_foreground
+        )
+        pairs.append((read_crop(volume, a, size, margin), read_crop(volume, b, size, margin)))
+    return pairs
+
+
+def _slices(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
+    axis = AXES.index(config.axis)
+    size = slab_size(axis, config.slab, config.plane)
+    margin = slab_size(axis, 0, view_margin(config, (config.slab, *config.plane), (1, 2))[1:])
+    pairs = []
+    for at in draw_positions(volume, axis, config.per_volume, rng, config.slab):
+        near = neighbour_position(volume, axis, int(at), rng, config.slab, config.max_distance_mm)
+        a = draw_crop(volume, size, rng, config.min_foreground, {axis: int(at)})
+        b = draw_overlapping(
+            volume,
+            size,
+            a,
+            rng,
+            config.min_overlap,
+            config.min_iou,
+            config.min_foreground,
+            fixed={axis: near},
+        )
+        flat = [read_crop(volume, start, size, margin).movedim(axis + 1, 1) for start in (a, b)]
+        pairs.append((flat[0], flat[1]))
+    return pairs

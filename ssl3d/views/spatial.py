@@ -1,0 +1,195 @@
+"""Flips, turns and affine transforms of batches of crops, on the device, one draw per example."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl3d.rng import BatchRng
+
+_ISOTROPIC = 1.25  # voxel sides whose ratio is below this may change places
+
+
+def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
+    """Mirrors each example along each axis, independently, with probability `p`.
+
+    Args:
+        x: (B, C, D, H, W).
+        rng: For the B examples.
+        p: Per example and axis.
+        axes: 0 to 2 for D, H, W: those that may be mirrored.
+    """
+    chosen = rng.chance(p, 3)
+    for axis in axes:
+        if x.shape[axis + 2] > 1:
+            x = torch.where(_wide(chosen[:, axis]), x.flip(axis + 2), x)
+    return x
+
+
+def turn(
+    x: Tensor,
+    rng: BatchRng,
+    p: float = 0.5,
+    axes: Sequence[int] = (0, 1, 2),
+    spacing: Tensor | None = None,
+) -> Tensor:
+    """Turns each example by 90, 180 or 270 degrees, each as likely, with probability `p` per plane.
+
+    Only in planes whose both axes are in `axes`, in which the crop is square and, for the example, the
+    voxels are (`spacing`, (B, 3) in mm, or None for cubes): a turn must not change anatomy's proportions.
+    """
+    quarter = torch.where(rng.chance(p, 3), rng.integers(1, 4, 3), 0)
+    for i, (a, b) in enumerate(itertools.combinations(range(3), 2)):
+        if a not in axes or b not in axes or x.shape[a + 2] != x.shape[b + 2] or x.shape[a + 2] == 1:
+            continue
+        quarters = quarter[:, i]
+        if spacing is not None:
+            ratio = spacing[:, a] / spacing[:, b]
+            quarters = quarters * ((ratio < _ISOTROPIC) & (ratio > 1 / _ISOTROPIC))
+        half = _wide(quarters >= 2)
+        x = torch.where(half, x.flip((a + 2, b + 2)), x)
+        x = torch.where(_wide(quarters % 2 == 1), x.rot90(1, (a + 2, b + 2)), x)
+    return x
+
+
+def affine(
+    x: Tensor,
+    rng: BatchRng,
+    size: Sequence[int],
+    p: float = 1.0,
+    rotate: float = 15.0,
+    scale: float = 0.2,
+    stretch: float = 0.0,
+    shift: float = 0.0,
+    axes: Sequence[int] = (0, 1, 2),
+    spacing: Tensor | None = None,
+) -> Tensor:
+    """Crops the middle `size` out of each example through a random affine map: one trilinear sampling.
+
+    With probability `p` per example, about the crop's centre: a rotation about each axis by an angle
+    uniform in ±`rotate` degrees; a zoom log-uniform in [1/(1+scale), 1+scale], times one per axis
+    log-uniform in [1/(1+stretch), 1+stretch]; a shift uniform in ±`shift` of the crop's side. The rest
+    are cropped, exactly. Rotations hold in mm: across voxels of unequal sides the angle is multiplied by
+    the ratio of the sides, so that the corners move no further, in voxels, than in a cube. Where the
+    sampling reaches beyond x, its border goes on.
+
+    Args:
+        x: (B, C, D, H, W), `size` plus the margin of `affine_margin` on every side, or less.
+        rng: For the B examples.
+        size: Of the result, (D, H, W).
+        p: Per example.
+        rotate: Degrees.
+        scale: Largest zoom, less 1.
+        stretch: Largest zoom of one axis, less 1.
+        shift: Share of the crop's side.
+        axes: Axes 0 to 2 that may be rotated, stretched and shifted; the others stay as they are.
+        spacing: (B, 3), mm; None for cubes.
+
+    Returns:
+        (B, C, *size), of x's dtype.
+    """
+    examples = len(x)
+    side = torch.tensor(size, dtype=torch.float32, device=x.device)
+    moves = torch.tensor([float(a in axes and size[a] > 1) for a in range(3)], device=x.device)
+    angles = rng.uniform(3, low=-1.0, high=1.0) * math.radians(rotate)
+    zoom = torch.exp(rng.uniform(1, low=-1.0, high=1.0) * math.log1p(scale))
+    stretches = torch.exp(rng.uniform(3, low=-1.0, high=1.0) * math.log1p(stretch) * moves)
+    shifts = rng.uniform(3, low=-1.0, high=1.0) * shift * side * moves
+    chosen = rng.chance(p)
+
+    matrix = torch.eye(3, device=x.device).repeat(examples, 1, 1)
+    mm = torch.ones(examples, 3, device=x.device) if spacing is None else spacing.float()
+    for about in range(3):
+        a, b = (i for i in range(3) if i != about)
+        if not (moves[a] and moves[b]):
+            continue
+        sides = mm[:, [a, b]]
+        angle = angles[:, about] * sides.amin(1) / sides.amax(1)
+        plane = torch.eye(3, device=x.device).repeat(examples, 1, 1)
+        plane[:, a, a] = plane[:, b, b] = angle.cos()
+        plane[:, a, b], plane[:, b, a] = -angle.sin(), angle.sin()
+        matrix = matrix @ plane
+    # Output voxel -> input voxel, both from the centre: rotate in mm, then zoom; a depth-1 axis stays.
+    matrix = matrix * mm[:, None, :] / mm[:, :, None]
+    matrix = matrix / torch.where(moves.bool(), zoom * stretches, torch.ones_like(stretches))[:, None, :]
+    matrix = torch.where(chosen[:, None, None], matrix, torch.eye(3, device=x.device))
+    shifts = torch.where(chosen[:, None], shifts, 0.0)
+    return _sample(x, matrix, shifts, size)
+
+
+def affine_margin(
+    size: Sequence[int],
+    rotate: float = 15.0,
+    scale: float = 0.2,
+    stretch: float = 0.0,
+    shift: float = 0.0,
+    axes: Sequence[int] = (0, 1, 2),
+    limit: float = 0.25,
+) -> tuple[int, int, int]:
+    """Voxels to read around a crop, per side and axis, for `affine` with the same arguments.
+
+    Enough for the corners of the crop at the largest angles, but at most `limit` of the crop's side: the
+    read volume grows with its cube, and the corners of rare draws may repeat the border.
+    """
+    moves = [a in axes and size[a] > 1 for a in range(3)]
+    reach = [0.0, 0.0, 0.0]
+    # The largest |matrix| over the extreme angles, up to 45 degrees, beyond which corners come back.
+    top = math.radians(min(rotate, 45.0))
+    for signs in itertools.product((-1.0, 1.0), repeat=3):
+        matrix = torch.eye(3, dtype=torch.float64)
+        for about in range(3):
+            a, b = (i for i in range(3) if i != about)
+            if not (moves[a] and moves[b]):
+                continue
+            plane = torch.eye(3, dtype=torch.float64)
+            plane[a, a] = plane[b, b] = math.cos(top)
+            plane[a, b], plane[b, a] = -signs[about] * math.sin(top), signs[about] * math.sin(top)
+            matrix = matrix @ plane
+        for k in range(3):
+            corner = sum(abs(float(matrix[k, j])) * size[j] / 2 for j in range(3))
+            reach[k] = max(reach[k], corner)
+    margin = []
+    for k in range(3):
+        grown = reach[k] * (1 + scale) * (1 + stretch) + shift * size[k] if moves[k] else size[k] / 2
+        margin.append(min(math.ceil(grown - size[k] / 2 - 1e-9), int(limit * size[k])))
+    return (margin[0], margin[1], margin[2])
+
+
+def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The middle `size` (D, H, W) of (B, C, D, H, W)."""
+    for axis, length in enumerate(size):
+        x = x.narrow(axis + 2, (x.shape[axis + 2] - length) // 2, length)
+    return x
+
+
+def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
+    """Trilinear values of x at matrix @ (output voxel from the centre) + shifts."""
+    axes = [torch.arange(n, device=x.device, dtype=torch.float32) - (n - 1) / 2 for n in size]
+    # The map is linear: three rays per example, added up, are cheaper than a product per voxel.
+    # grid_sample wants (W, H, D) in [-1, 1] over voxel centres (align_corners).
+    grid: Tensor | float = 0.0
+    lengths = torch.tensor(x.shape[2:], device=x.device, dtype=torch.float32)
+    centre = (lengths - 1) / 2
+    # As centre_crop does: an odd margin leaves the middle half a voxel low.
+    middle = torch.tensor(
+        [(n - m) // 2 + (m - 1) / 2 for n, m in zip(x.shape[2:], size, strict=True)], device=x.device
+    )
+    offset = (shifts + middle - centre) / centre.clamp_min(0.5)
+    matrix = matrix / centre.clamp_min(0.5)[:, None]
+    for axis in range(3):
+        shape = [1, 1, 1, 1, 1]
+        shape[axis + 1] = size[axis]
+        ray = matrix[:, [2, 1, 0], axis].view(-1, 1, 1, 1, 3) * axes[axis].view(shape)
+        grid = grid + ray
+    grid = grid + offset[:, [2, 1, 0]].view(-1, 1, 1, 1, 3)
+    sampled = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return sampled.to(x.dtype)
+
+
+def _wide(flags: Tensor) -> Tensor:
+    return flags.view(-1, 1, 1, 1, 1)
