@@ -156,7 +156,7 @@ def _parser(
 def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
     """Adds one flag per field; returns the defaults."""
     hints = typing.get_type_hints(config)
-    help_of = _field_help(config)
+    help_of = field_help(config)
     defaults = {}
     for field in dataclasses.fields(config):
         if not field.init:
@@ -182,7 +182,7 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
     return defaults
 
 
-def _field_help(config: type) -> dict[str, str]:
+def field_help(config: type) -> dict[str, str]:
     """Help per field: the string below it, else its line under `Attributes:`, of it or a base."""
     from docstring_parser import parse_from_object
 
