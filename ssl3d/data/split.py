@@ -55,7 +55,7 @@ def house_split(
                 [p for p in members if part[p] == "train"],
                 fractions[1] / (fractions[0] + fractions[1]),
             )
-            shares = (1 - share, share, 0.0)
+            shares: tuple[float, ...] = (1 - share, share, 0.0)
         else:
             cut, shares = members, tuple(fractions)
         order = sorted(cut, key=lambda p: seed_of("split", seed, name, subjects[p]))
