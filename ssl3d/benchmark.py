@@ -16,7 +16,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ssl3d.errors import DataError, Ssl3dError
+from ssl3d.errors import DataError, Ssl3dError, UsageError
+from ssl3d.statistics import RESAMPLES, Array, Statistic, interval
 
 if TYPE_CHECKING:
     from ssl3d.data.store import Collection
@@ -104,8 +105,8 @@ class Benchmark(ABC):
         version: Raised whenever the same contestant on the same data would get another score.
         description: One line: what is measured and how.
         reference: Where the protocol comes from.
-        mains: Kind of target that this benchmark takes -> the score that ranks contestants.
-        higher_is_better: Whether a higher main score is better, by kind of target.
+        mains: Kind of target that this benchmark takes -> the score that ranks contestants, higher being
+            better.
     """
 
     Config: ClassVar[type]
@@ -142,8 +143,28 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def summarise(self, predictions: Sequence[Mapping[str, Any]]) -> Scores:
-        """Scores and intervals from the predictions of `score`, of several folds perhaps."""
+    def statistics(self, predictions: Sequence[Mapping[str, Any]]) -> tuple[Array, dict[str, Statistic]]:
+        """Every score as a function of resampling weights (see `ssl3d.statistics`), and the clusters.
+
+        Args:
+            predictions: As `score` gives them, of several folds perhaps.
+
+        Returns:
+            Per row of the weights, the subject it belongs to; and per score its statistic.
+        """
+
+    def prepare(self, contestant: Contestant, data: Collection) -> None:
+        """Computes once what every `score` of this contestant needs, such as its features; optional."""
+
+    def summarise(self, predictions: list[dict[str, Any]], resamples: int = RESAMPLES) -> Scores:
+        """Scores and their intervals over the test subjects, from predictions."""
+        clusters, statistics = self.statistics(predictions)
+        found = {name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()}
+        return Scores(
+            {name: one.value for name, one in found.items()},
+            {name: (one.low, one.high) for name, one in found.items()},
+            predictions,
+        )
 
 
 # Records ------------------------------------------------------------------------------------------
@@ -236,8 +257,6 @@ class Result:
 
 def write_result(result: Result, folder: Path) -> Path:
     """Writes a record atomically, and returns where; what cannot be a number becomes null."""
-    from ssl3d.errors import UsageError
-
     content = {"format": FORMAT, "key": result.key, **asdict(result)}
     validate_result(content, result.filename)
     path = folder / result.filename
@@ -322,8 +341,8 @@ def split_digest(collection: Collection, parts: Sequence[str]) -> str:
     """Hash of who is in which part: (data set, subject, id, part) of every row, in any order."""
     rows = sorted(
         f"{dataset}\t{subject}\t{name}\t{part}"
-        for (dataset, subject), name, part in zip(
-            collection.identities(), collection.ids, parts, strict=True
+        for dataset, subject, name, part in zip(
+            collection.datasets, collection.subjects, collection.ids, parts, strict=True
         )
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
