@@ -19,11 +19,20 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.data.loader import Batch as Batch
+    from ssl3d.data.loader import Group as Group
+    from ssl3d.data.loader import Loader as Loader
     from ssl3d.data.phantoms import cache_folder as cache_folder
+    from ssl3d.data.phantoms import phantom as phantom
+    from ssl3d.data.phantoms import phantom_store as phantom_store
+    from ssl3d.data.phantoms import simulated_index as simulated_index
     from ssl3d.data.split import house_split as house_split
     from ssl3d.data.store import Collection as Collection
+    from ssl3d.data.store import Record as Record
     from ssl3d.data.store import Volume as Volume
+    from ssl3d.data.store import assemble as assemble
     from ssl3d.data.store import open_data as open_data
+    from ssl3d.data.store import write_part as write_part
     from ssl3d.distributed import gather as gather
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.errors import CheckpointError as CheckpointError
@@ -69,9 +78,11 @@ if TYPE_CHECKING:
 _HOME = {
     "alignment": "losses",
     "apply_torchio": "views.outside",
+    "assemble": "data.store",
     "augment": "views.compose",
     "augment_pairs": "views.pairs",
     "barlow_twins_loss": "losses",
+    "Batch": "data.loader",
     "BatchRng": "rng",
     "Benchmark": "benchmark",
     "cache_folder": "data.phantoms",
@@ -92,6 +103,7 @@ _HOME = {
     "find_result": "benchmark",
     "fit_size": "views.crops",
     "gather": "distributed",
+    "Group": "data.loader",
     "house_split": "data.split",
     "identity_hash": "checkpoint",
     "in_order": "sorting",
@@ -99,20 +111,25 @@ _HOME = {
     "lay_flat": "views.crops",
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
+    "Loader": "data.loader",
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
     "open_data": "data.store",
     "pair_picture": "views.pairs",
     "PairViews": "views.pairs",
+    "phantom": "data.phantoms",
+    "phantom_store": "data.phantoms",
     "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
     "read_result": "benchmark",
     "read_slab": "views.crops",
     "recalibrate_norm": "inference",
+    "Record": "data.store",
     "Result": "benchmark",
     "rows_of": "views.pairs",
     "Scores": "benchmark",
+    "simulated_index": "data.phantoms",
     "slab_size": "views.crops",
     "sorting_loss": "sorting",
     "split_digest": "benchmark",
@@ -125,6 +142,7 @@ _HOME = {
     "ViewRng": "views.compose",
     "Views": "views.compose",
     "Volume": "data.store",
+    "write_part": "data.store",
     "write_result": "benchmark",
 }
 

@@ -12,10 +12,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ssl3d.data.writer import Record, assemble, write_part
+from ssl3d.data.writer import ROW, Record, assemble, write_index, write_part
 from ssl3d.rng import numpy_rng, seed_of
 
 DEFAULT_COUNT = 48
@@ -144,6 +145,31 @@ def phantom_store(
         assemble(parts, out, settings, [])
     finally:
         shutil.rmtree(parts, ignore_errors=True)
+    return out
+
+
+def simulated_index(out: Path, count: int, first: int = 0) -> Path:
+    """A store of `count` volumes without voxels, to measure what opening large collections costs.
+
+    Args:
+        out: Where to.
+        count: Volumes, in four data sets, two per subject.
+        first: Number of the first one, so that several files make one collection.
+    """
+    rows = np.zeros(count, ROW)
+    rows["shape"], rows["spacing"], rows["block"] = (1, 160, 256, 256), (1.5, 0.75, 0.75), 8
+    records = [
+        Record(
+            id=f"hospital-{n % 4}/subject-{n // 8:07d}/series-{n:07d}.nii.gz",
+            dataset=f"hospital-{n % 4}",
+            subject=f"subject-{n // 8:07d}",
+            label=n % 2,
+            source=f"hospital-{n % 4}/subject-{n // 8:07d}/series-{n:07d}.nii.gz",
+        )
+        for n in range(first, first + count)
+    ]
+    with h5py.File(out, "w", libver="v110") as file:
+        write_index(file, rows, records)
     return out
 
 
