@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def check_torchio(names: Sequence[str]) -> None:
 
 
 def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Applies torchio's transforms, with their default strengths, to one crop (C, D, H, W).
+    """Applies torchio's transforms, with their default strengths, to one crop (C, D, H, W), in order.
 
     They draw from torch's global generator: it is seeded from `rng` and put back afterwards.
 
@@ -62,10 +63,17 @@ def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> 
         for name in names:
             try:
                 with np.errstate(all="ignore"):
-                    changed = getattr(torchio, name)(copy=False)(x.clone())
+                    changed = getattr(torchio, name)(copy=False, **_fitting(name, x))(x.clone())
             except Exception as error:
                 raise UsageError(
                     f"torchio's {name} fails on a crop of {tuple(x.shape)}: {error}"
                 ) from error
             x = changed.to(x.dtype)
     return x
+
+
+def _fitting(name: str, x: Tensor) -> dict[str, Any]:
+    """What a transform must be told about the crop, because its default would fail on small ones."""
+    if name == "RandomSwap":
+        return {"patch_size": tuple(max(1, min(15, n // 4)) for n in x.shape[1:])}
+    return {}
