@@ -89,7 +89,9 @@ def parse(
         for name, config in configs.items()
         if name in chosen
     }
+    positional = {f.name for f in dataclasses.fields(options) if f.metadata.get("positional")}
     own = {key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values}
+    own = {key: value for key, value in own.items() if key not in positional or value not in (None, [])}
     return Parsed(_build(prog, "", options, own, defaults[""]), sections, given)
 
 
@@ -175,7 +177,8 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
             if not several and not missing:
                 word = {"nargs": "?"}
             kind = _item(hints[field.name]) if several else hints[field.name]
-            parser.add_argument(field.name, type=kind, help=text, **word, **extra)
+            # jsonargparse wants no default here; `parse` leaves out what was not given.
+            parser.add_argument(field.name, type=kind, help=text, **word)
         else:
             flag = f"--{prefix}{field.name.replace('_', '-')}"
             parser.add_argument(flag, type=hints[field.name], help=text, required=missing, **extra)
