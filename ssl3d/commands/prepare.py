@@ -1,0 +1,21 @@
+"""`ssl3d prepare`: folders and files of scans to one store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+summary = "make a store of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST, PNG, MSD, BIDS, CSV"
+
+EPILOG = """The default keeps every scan's own spacing: nothing is interpolated, and proxies measure in mm.
+Call it again after any stop and it goes on where it was. Files that cannot be used are listed in rejected.csv
+beside the store. Exit status: 1 if nothing was usable, 2 for wrong input."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; 1 if no scan was usable."""
+    from ssl3d import config
+    from ssl3d.data.prepare import PrepareOptions, prepare
+
+    options = config.parse("ssl3d prepare", PrepareOptions, argv, epilog=EPILOG).options
+    made = prepare(options)
+    return 0 if made.volumes or made.empty_shard else 1

@@ -1,0 +1,127 @@
+"""Worker processes that may die: a death costs the task at hand and nothing else.
+
+`concurrent.futures` gives up the whole pool when the system kills one worker for memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Died:
+    """Stands for the result of a task whose worker died or raised; `reason` says how."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+
+def run(
+    function: Callable[[T], R],
+    tasks: Iterator[T],
+    workers: int,
+    start: Callable[[], None] | None = None,
+) -> Iterator[tuple[T, R | Died]]:
+    """Applies a function to tasks in worker processes; results come as they are ready.
+
+    A task is drawn from `tasks` when a worker is free for it, so memory is bounded by the workers.
+
+    Args:
+        function: Importable by name.
+        tasks: Drawn one by one in this process.
+        workers: Processes; 0 works in this one.
+        start: Called once in every worker.
+    """
+    if workers <= 0:
+        if start is not None:
+            start()
+        for task in tasks:
+            yield task, function(task)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    idle: list[_Worker] = []
+    busy: dict[Connection, tuple[_Worker, T]] = {}
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(busy) < workers:
+                task = next(tasks, _END)
+                if task is _END:
+                    exhausted = True
+                    break
+                worker = idle.pop() if idle else _Worker(context, function, start)
+                worker.connection.send(task)
+                busy[worker.connection] = (worker, task)  # type: ignore[assignment]
+            if not busy:
+                return
+            for ready in wait(list(busy)):
+                worker, done = busy.pop(ready)  # type: ignore[arg-type]
+                try:
+                    failed, result = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    worker.process.join()
+                    yield done, Died(_death(worker.process.exitcode))
+                    continue
+                idle.append(worker)
+                yield done, Died(result) if failed else result
+    finally:
+        for worker in [*idle, *(worker for worker, _ in busy.values())]:
+            worker.stop()
+
+
+_END: Any = object()
+
+
+class _Worker:
+    def __init__(self, context: Any, function: Callable[..., Any], start: Callable[[], None] | None):
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(theirs, function, start, os.getpid()), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def _serve(
+    connection: Connection, function: Callable[..., Any], start: Callable[[], None] | None, parent: int
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if start is not None:
+        start()
+    while True:
+        # Brothers hold copies of the parent's end, so its death does not close the pipe: look for it.
+        while not connection.poll(1.0):
+            if os.getppid() != parent:
+                os._exit(1)
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (False, function(task))
+        except Exception as error:  # handed to the parent, which reports it with the task's name
+            answer = (True, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        connection.send(answer)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+        hint = ", perhaps out of memory: fewer --workers" if name == "SIGKILL" else ""
+        return f"the worker was killed by {name}{hint}"
+    return f"the worker ended with status {code}"

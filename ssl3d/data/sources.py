@@ -1,0 +1,484 @@
+"""What is in the folders and files given: which are scans, whose, with which labels and masks.
+
+Nothing but names, small lists (`dataset.json`, CSV) and DICOM headers is read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl3d.data.read import ARRAYS, DICOM, FORMATS, ITK, NIFTI, PICTURES, dicom_tags, is_dicom, stem_of, suffix_of
+from ssl3d.errors import DataError
+
+_LABEL_NAME = re.compile(
+    r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|label|labels|labelmap|labelmaps"
+    r"|roi|rois|gt|dseg|aseg|annotation|annotations)\d*(?:$|[_\-. ])",
+    re.IGNORECASE,
+)
+_LABEL_FOLDER = re.compile(
+    r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val)?", re.IGNORECASE
+)
+# Names that say what was scanned and not who: the folder then names the subject.
+_SEQUENCES = frozenset("t1 t1w t1c t1ce t1gd t2 t2w flair pd adc dwi swi bold ct mr mri pet image img scan volume".split())
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "": "",
+}
+_IGNORED = frozenset((".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml"))
+_HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One volume to be made, or several if its file holds frames.
+
+    Attributes:
+        id: Unique among the scans found.
+        dataset: Data set.
+        subject: Subject within the data set.
+        source: Path relative to the root given.
+        files: Per channel, the files to read: one, the slices of a DICOM series, or none if missing.
+        channels: Names of the channels; one name for a file whose own channels are not known yet.
+        frames_are_channels: Whether a fourth axis holds these channels.
+        mask: Label map, if there is one.
+        label: Class or value.
+        split: "", "train", "val" or "test".
+        modality: As a list beside the data says; "" where none does.
+        named: Whether a list or the user named this file: then it is a scan, whatever its values.
+        member: Array of an .npz and the row in it.
+        boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
+    """
+
+    id: str
+    dataset: str
+    subject: str
+    source: str
+    files: tuple[tuple[Path, ...], ...]
+    channels: tuple[str, ...] = ("image",)
+    frames_are_channels: bool = False
+    mask: Path | None = None
+    label: int | float | str | None = None
+    split: str = ""
+    modality: str = ""
+    named: bool = False
+    member: tuple[str, int] | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def all_files(self) -> list[Path]:
+        """Every file that decides what this scan becomes."""
+        return [path for group in self.files for path in group] + ([self.mask] if self.mask else [])
+
+
+@dataclasses.dataclass
+class Found:
+    """What the sources hold.
+
+    Attributes:
+        scans: In a stable order.
+        rejected: (path relative to its root, reason): listed or named, but of no use.
+        notes: What the user should know, by name.
+        label_names: Per data set, mask value -> structure.
+    """
+
+    scans: list[Scan] = dataclasses.field(default_factory=list)
+    rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The options that decide what is taken.
+
+    Attributes:
+        dataset: Name of the data set; "" takes it from the source.
+        channels: File-name parts that are channels of one subject.
+        masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
+        take_labels: Whether label-like files are scans.
+    """
+
+    dataset: str = ""
+    channels: tuple[str, ...] = ()
+    masks: str = ""
+    take_labels: bool = False
+
+
+def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
+    """Finds the scans in folders and files.
+
+    Raises:
+        DataError: A source does not exist, holds nothing known, or is a list that cannot be used.
+    """
+    found = Found()
+    for source in map(Path, sources):
+        here = _find_one(source, wanted)
+        if not here.scans and not here.rejected and not here.notes:
+            raise DataError(f"{source}: no scans found; looked for {FORMATS}, dataset.json and CSV lists")
+        found.scans += here.scans
+        found.rejected += here.rejected
+        found.notes += here.notes
+        found.label_names.update(here.label_names)
+    return _distinct(found)
+
+
+def in_part(name: str, index: int, count: int) -> bool:
+    """Whether shard `index` of `count` (from 1) holds this name; the same everywhere and always."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % count == index - 1
+
+
+def split_of(name: str) -> str | None:
+    """A split's canonical name; None if it is no split."""
+    return _SPLIT_NAMES.get(name.strip().lower())
+
+
+def _find_one(source: Path, wanted: Wanted) -> Found:
+    from ssl3d.data import arrays, lists
+
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    source = source if source.is_dir() else source.resolve()
+    if source.is_file():
+        if suffix_of(source) in (".csv", ".tsv"):
+            return lists.from_csv(source, wanted)
+        if suffix_of(source) in ARRAYS:
+            return arrays.from_arrays(source, wanted, source.parent)
+        if source.name == "dataset.json":
+            return lists.from_dataset_json(source.parent, wanted)
+        if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
+            raise DataError(f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists")
+        return _from_files([source], source.parent, wanted, named=True)
+    if (source / "dataset.json").is_file():
+        found = lists.from_dataset_json(source, wanted)
+    elif _is_channelled(source):
+        found = lists.from_nnunet(source, wanted)
+    else:
+        found = from_folder(source, wanted)
+    return lists.with_listing(found, source)
+
+
+def from_folder(root: Path, wanted: Wanted) -> Found:
+    """Scans of a folder tree without a list: BIDS, DICOM series, class folders, or just files."""
+    from ssl3d.data.arrays import from_arrays
+
+    found, files = Found(), []
+    bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+    dicom: dict[Path, list[Path]] = defaultdict(list)
+    for path in walk(root, skip=_HEADERLESS if bids else frozenset()):
+        ending = suffix_of(path)
+        if ending in ARRAYS:
+            arrays = from_arrays(path, wanted, root)
+            found.scans += arrays.scans
+            found.rejected += arrays.rejected
+        elif ending in (*NIFTI, *ITK, *PICTURES):
+            files.append(path)
+        elif ending in DICOM or (ending not in _IGNORED and is_dicom(path)):
+            if path.name.upper() != "DICOMDIR":
+                dicom[path.parent].append(path)
+    plain = _from_files(files, root, wanted, named=False)
+    series = from_dicom(dicom, root, wanted)
+    for part in (plain, series):
+        found.scans += part.scans
+        found.rejected += part.rejected
+        found.notes += part.notes
+    return found
+
+
+def walk(root: Path, skip: Iterable[str] = ()) -> Iterable[Path]:
+    """Files below a folder in a stable order, without hidden ones and the parts of stores being made."""
+    skipped = set(skip)
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(".partial"):
+            continue
+        if path.is_dir():
+            if path.name not in skipped:
+                yield from walk(path)
+        elif path.is_file():
+            yield path
+
+
+def dataset_name(root: Path, wanted: Wanted) -> str:
+    """`--dataset`, else the folder's name (of `imagesTr`, `images`, `data`: the folder's above)."""
+    if wanted.dataset:
+        return wanted.dataset
+    root = root.resolve()
+    generic = re.fullmatch(r"images?(tr|ts)?|data|raw|nifti|dicom", root.name, re.IGNORECASE)
+    return (root.parent.name if generic else root.name) or "data"
+
+
+def relative(path: Path, root: Path) -> str:
+    """A path relative to the root given, POSIX; as it is if it lies elsewhere."""
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        try:
+            return path.resolve().relative_to(root.resolve()).as_posix()
+        except ValueError:
+            return path.as_posix()
+
+
+def looks_like_label(path: Path, root: Path) -> bool:
+    """Whether a file's name, or that of a folder between it and the root, says label map."""
+    if _LABEL_NAME.search(stem_of(path)):
+        return True
+    parents = relative(path.parent, root).split("/")
+    return any(_LABEL_FOLDER.fullmatch(part) for part in parents)
+
+
+# Plain files --------------------------------------------------------------------------------------
+
+
+def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) -> Found:
+    found = Found()
+    if wanted.channels and not named:
+        return _joined(files, root, wanted)
+    scans, maps = [], []
+    for path in files:
+        like_mask = bool(wanted.masks) and wanted.masks.lower() in tokens(path)
+        label = like_mask or (not named and not wanted.take_labels and looks_like_label(path, root))
+        (maps if label else scans).append(path)
+    masks = _beside(scans, maps, wanted.masks, root) if wanted.masks else {}
+    unused = [relative(path, root) for path in maps if path not in masks.values()]
+    if unused:
+        found.notes.append(label_note(unused))
+    dataset = dataset_name(root, wanted)
+    subjects = _subjects(scans, root)
+    classes = _class_folders(scans, root)
+    for path in scans:
+        label, split = classes.get(path, (None, ""))
+        if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+            found.scans += from_dicom({path.parent: [path]}, root, wanted).scans
+            continue
+        found.scans.append(
+            Scan(
+                id=f"{dataset}/{relative(path, root).removesuffix(path.name) + stem_of(path)}",
+                dataset=dataset,
+                subject=subjects[path],
+                source=relative(path, root),
+                files=((path,),),
+                mask=masks.get(path),
+                label=label,
+                split=split,
+                named=named or suffix_of(path) in PICTURES or wanted.take_labels,
+            )
+        )
+    return found
+
+
+def label_note(names: Sequence[str]) -> str:
+    """The line that says which files were taken for label maps."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"not taken for scans, they look like label maps: {shown} (--take-labels takes them, "
+        "--masks PART or a CSV with a column `mask` keeps them as masks)"
+    )
+
+
+def tokens(path: Path) -> list[str]:
+    """The parts of a file's name between _, -, . and blanks, in lower case."""
+    return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
+
+
+def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
+    """Scan -> label map: same name but for the part, or alone together in one folder."""
+    masks: dict[Path, Path] = {}
+    wanted = [path for path in maps if part.lower() in tokens(path)]
+    by_name = {(path.parent, tuple(t for t in tokens(path) if t != part.lower())): path for path in wanted}
+    here = Counter(path.parent for path in scans)
+    there = Counter(path.parent for path in wanted)
+    for path in scans:
+        mask = by_name.get((path.parent, tuple(tokens(path))))
+        if mask is None and here[path.parent] == 1 and there[path.parent] == 1:
+            mask = next(other for other in wanted if other.parent == path.parent)
+        if mask is not None:
+            masks[path] = mask
+    return masks
+
+
+def _subjects(paths: Sequence[Path], root: Path) -> dict[Path, str]:
+    """BIDS `sub-*`; else the file's name; else, where names repeat or name a sequence, its folder."""
+    stems = Counter(stem_of(path) for path in paths)
+    subjects = {}
+    for path in paths:
+        parts = relative(path, root).split("/")
+        bids = next((part for part in parts[:-1] if re.fullmatch(r"sub-[^/]+", part)), None)
+        bids = bids or next(iter(re.findall(r"^sub-[A-Za-z0-9]+", parts[-1])), None)
+        stem = stem_of(path)
+        if bids:
+            subjects[path] = bids
+        elif len(parts) > 1 and (stems[stem] > 1 or stem.lower() in _SEQUENCES):
+            anonymous = stem.lower() in _SEQUENCES
+            subjects[path] = "/".join(parts[:-1]) if anonymous or stems[stem] > 1 else stem
+            if not anonymous and _class_like(parts[:-1]):
+                subjects[path] = "/".join([*parts[:-1], stem])
+        else:
+            subjects[path] = stem
+    return subjects
+
+
+def _class_like(parts: Sequence[str]) -> bool:
+    return bool(parts) and any(split_of(part) for part in parts)
+
+
+def _class_folders(paths: Sequence[Path], root: Path) -> dict[Path, tuple[str | None, str]]:
+    """Pictures in folders named by their class, possibly below train, val and test."""
+    pictures = [path for path in paths if suffix_of(path) in PICTURES]
+    if not pictures or len(pictures) < len(paths):
+        return {}
+    placed = {}
+    for path in pictures:
+        folders = relative(path, root).split("/")[:-1]
+        split = next((s for s in (split_of(part) for part in folders) if s), "")
+        classes = [part for part in folders if not split_of(part) and part.lower() not in ("images", "image")]
+        placed[path] = (classes[-1] if classes else None, split)
+    labels = {label for label, _ in placed.values()}
+    usable = None not in labels and 1 < len(labels) < len(pictures)
+    return {path: (label if usable else None, split) for path, (label, split) in placed.items()}
+
+
+def _joined(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
+    """Sequences of one subject as channels: files whose paths agree but for the channel's name."""
+    found = Found()
+    names = [channel.lower() for channel in wanted.channels]
+    groups: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
+    masks: dict[tuple[str, ...], Path] = {}
+    labels, others = [], []
+    for path in files:
+        parts = [*relative(path.parent, root).split("/"), stem_of(path)]
+        cut = [[t for t in re.split(r"[_\-. ]+", part.lower()) if t] for part in parts]
+        mine = {token for component in cut for token in component}
+        if wanted.masks and wanted.masks.lower() in mine:
+            masks[_group(parts, cut, [wanted.masks.lower()])] = path
+            continue
+        if looks_like_label(path, root) and not wanted.take_labels:
+            labels.append(relative(path, root))
+            continue
+        channel = [name for name in names if name in mine]
+        if not channel:
+            others.append(relative(path, root))
+        elif len(channel) > 1:
+            found.rejected.append((relative(path, root), f"its name says {' and '.join(channel)}: which channel?"))
+        else:
+            key = _group(parts, cut, names)
+            if channel[0] in groups[key]:
+                other = relative(groups[key][channel[0]], root)
+                found.rejected.append((relative(path, root), f"{other} is {channel[0]} of the same subject too"))
+            else:
+                groups[key][channel[0]] = path
+    if labels:
+        found.notes.append(label_note(labels))
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        found.notes.append(f"no channel of {' '.join(wanted.channels)} in the name: {shown}")
+    dataset = dataset_name(root, wanted)
+    for key, members in sorted(groups.items()):
+        first = next(members[name] for name in names if name in members)
+        subject = next((part for part in key if part.startswith("sub-")), key[-1] if key else stem_of(first))
+        found.scans.append(
+            Scan(
+                id=f"{dataset}/{'/'.join(key) or stem_of(first)}",
+                dataset=dataset,
+                subject=subject,
+                source=relative(first, root),
+                files=tuple((members[name],) if name in members else () for name in names),
+                channels=tuple(wanted.channels),
+                mask=masks.get(key),
+                named=True,
+            )
+        )
+    return found
+
+
+def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
+    """What the channels of one subject have in common: (sub, ses) in BIDS, else the rest of the path."""
+    bids = [part for part in parts[:-1] if re.match(r"(sub|ses)-", part)]
+    if bids:
+        return tuple(bids)
+    rest = ["_".join(token for token in component if token not in names) for component in cut]
+    return tuple(part for part in rest if part)
+
+
+# DICOM --------------------------------------------------------------------------------------------
+
+
+def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> Found:
+    """Series, told apart by SeriesInstanceUID within each folder; the PatientID is the subject."""
+    found = Found()
+    dataset = dataset_name(root, wanted)
+    for folder, files in folders.items():
+        series: dict[str, list[Path]] = defaultdict(list)
+        tags: dict[str, dict[str, str]] = {}
+        for path in files:
+            try:
+                tag = dicom_tags(path)
+            except DataError as error:
+                found.rejected.append((relative(path, root), _damage(path, error)))
+                continue
+            uid = tag["series"] or path.name
+            series[uid].append(path)
+            tags.setdefault(uid, tag)
+        for uid, members in series.items():
+            tag = tags[uid]
+            if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
+                found.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
+                continue
+            place = relative(folder, root)
+            where = place if place != "." else ""
+            alone = len(members) == 1
+            name = stem_of(members[0]) if alone else uid
+            found.scans.append(
+                Scan(
+                    id="/".join(part for part in (dataset, where, name) if part),
+                    dataset=dataset,
+                    subject=_bids(where) or tag["patient"] or (name if alone or not where else where),
+                    source=relative(members[0], root) if alone else place,
+                    files=(tuple(members),),
+                    modality=tag["modality"],
+                    named=True,
+                )
+            )
+    return found
+
+
+def _bids(where: str) -> str | None:
+    return next((part for part in where.split("/") if part.startswith("sub-")), None)
+
+
+def _damage(path: Path, error: DataError) -> str:
+    return "empty file" if path.stat().st_size == 0 else str(error)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _is_channelled(root: Path) -> bool:
+    folder = root / "imagesTr"
+    return folder.is_dir() and any(re.search(r"_\d{4}$", stem_of(path)) for path in walk(folder))
+
+
+def _distinct(found: Found) -> Found:
+    """Drops what was found twice, and makes ids unique where different roots agree."""
+    seen: set[Any] = set()
+    scans: list[Scan] = []
+    ids: Counter[str] = Counter()
+    for scan in found.scans:
+        key = (tuple(path.resolve() for group in scan.files for path in group), scan.member)
+        if key in seen:
+            continue
+        seen.add(key)
+        ids[scan.id] += 1
+        if ids[scan.id] > 1:
+            scan = dataclasses.replace(scan, id=f"{scan.id}~{ids[scan.id]}")
+        scans.append(scan)
+    found.scans = scans
+    found.notes = list(dict.fromkeys(found.notes))
+    return found
