@@ -192,6 +192,18 @@ class LinearProbe(Benchmark):
             kept.append(mine[0])
         return np.stack(pooled), targets[kept], people[kept], [about[i] for i in kept]
 
+    def features_and_targets(self, part: Collection) -> tuple[Array, Array]:
+        """Features (n, f) and targets (n,) of prepared data, pooled over subjects if so configured."""
+        x, y, _, _ = self._rows(part)
+        return x, y
+
+    @property
+    def dense(self) -> DenseFeatures:
+        """The dense features of the contestant prepared last."""
+        if self._dense is None:
+            raise RuntimeError("prepare() comes first")
+        return self._dense[1]
+
     def targets(self, data: Collection) -> Array:
         """Class indices, or values, of the volumes (N,)."""
         if self.target == "classes":

@@ -81,14 +81,14 @@ def _encoded(
 ) -> Iterator[tuple[list[int], Array]]:
     import torch
 
-    from ssl3d.api import embed_volume
-
     device = next(iter(encoder.parameters())).device
     shapes = [tuple(int(n) for n in shape) for shape in data.shapes]
     with torch.inference_mode(), autocast(device, precision):
         for shape in sorted(set(shapes)):
             same = [position for position, own in enumerate(shapes) if own == shape]
             if any(n > w for n, w in zip(shape[1:], window, strict=True)):
+                from ssl3d.api import embed_volume
+
                 for position in same:
                     image = data[position].read().to(device)
                     one = embed_volume(encoder, image, window)

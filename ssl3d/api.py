@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ssl3d.data.loader import Batch as Batch
     from ssl3d.data.loader import Group as Group
     from ssl3d.data.loader import Loader as Loader
+    from ssl3d.config import parse as parse
     from ssl3d.data.phantoms import cache_folder as cache_folder
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
@@ -120,6 +121,7 @@ _HOME = {
     "phantom": "data.phantoms",
     "phantom_store": "data.phantoms",
     "projection_head": "heads",
+    "parse": "config",
     "Proxy": "proxy",
     "read_crop": "views.crops",
     "read_result": "benchmark",

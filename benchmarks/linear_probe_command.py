@@ -1,0 +1,90 @@
+"""`ssl3d linear-probe`: a frozen encoder's scores, with the rows they have to be read beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssl3d.api import parse
+
+summary = "score frozen encoders: linear probe of classes, values or masks, beside untrained and trivial rows"
+
+EPILOG = """Which probe: by what the data has (class labels, real values, else masks), or as --target says.
+Records are reused: the same contestant on the same split with the same options is not scored again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Probes frozen encoders with a linear model.
+
+    Attributes:
+        encoder: A run, its encoder/ folder, or scratch:NAME[:kind][:field=value...]; several stand side by side.
+        data: Stores, folders of stores, phantoms[:N], or scans (prepared into a cache first).
+        out: Folder for the records (JSON), the table and the pictures.
+        target: What the labels are: classes, ordinal (ordered integers), real, masks (dense probe), or auto.
+        folds: Grouped, stratified cross-validation with so many folds instead of the house split; 0 for none.
+        fractions: Shares of the training subjects to fit on; smaller subsets lie in larger ones.
+        repeats: Subsets per fraction below 1 (default 20, dense probe 5).
+        untrained: Untrained encoders of the same architecture beside each encoder; seeds 0, 1, ...
+        recalibrate: BatchNorm statistics taken anew from the training volumes, without labels: no, yes, or both rows.
+        pool_subject: Several volumes of a subject as one row each (none), their mean, or side by side (concat).
+        window: Largest input of the encoder along D H W; larger volumes are taken window by window.
+        precision: Of the frozen encoder, 32 or bf16.
+        device: auto, cpu, cuda or mps.
+        samples: Voxels per training volume, dense probe.
+        seed: Of the split, the subsets and the folds.
+        overwrite: Score again what has a record.
+    """
+
+    encoder: tuple[str, ...] = field(metadata={"positional": True})
+    data: tuple[str, ...] = ("phantoms",)
+    out: Path = Path("runs/linear-probe")
+    target: str = "auto"
+    folds: int = 0
+    fractions: tuple[float, ...] = (1.0,)
+    repeats: int | None = None
+    untrained: int = 5
+    recalibrate: str = "both"
+    pool_subject: str = "none"
+    window: tuple[int, int, int] = (128, 256, 256)
+    precision: str = "32"
+    device: str = "auto"
+    samples: int = 1024
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name, allowed in (
+            ("target", ("auto", "classes", "ordinal", "real", "masks")),
+            ("recalibrate", ("both", "yes", "no")),
+            ("pool_subject", ("none", "mean", "concat")),
+            ("precision", ("32", "bf16")),
+            ("device", ("auto", "cpu", "cuda", "mps")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        if not self.encoder:
+            raise ValueError("encoder: name a run, an encoder folder or scratch:NAME")
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds: {self.folds}; use 0 for the house split, or 2 and more")
+        if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
+            raise ValueError(f"fractions: {list(self.fractions)}; each must be above 0 and at most 1")
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"repeats: {self.repeats}; at least 1")
+        if self.untrained < 0:
+            raise ValueError(f"untrained: {self.untrained}; 0 or more")
+        if len(self.window) != 3 or min(self.window) < 1:
+            raise ValueError(f"window: {list(self.window)}; three sizes from 1")
+        if self.samples < 16:
+            raise ValueError(f"samples: {self.samples}; at least 16")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
+    options = parse("ssl3d linear-probe", Options, argv, epilog=EPILOG).options
+    from ssl3d_benchmarks.linear_probe_run import run
+
+    run(options)
+    return 0
