@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
+    from ssl3d.rng import numpy_rng as numpy_rng
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
@@ -115,6 +116,7 @@ _HOME = {
     "Loader": "data.loader",
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
+    "numpy_rng": "rng",
     "open_data": "data.store",
     "pair_picture": "views.pairs",
     "PairViews": "views.pairs",
