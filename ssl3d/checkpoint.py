@@ -6,10 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +18,12 @@ from ssl3d import plugins
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
+from ssl3d.snapshot import FORMAT, check_format, load_checkpoint, sync_folder
 
 if TYPE_CHECKING:
     from ssl3d.data.store import Collection
     from ssl3d.proxy import Proxy
 
-FORMAT = 1
-"""Of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
 WEIGHTS = "encoder.safetensors"
 CARD = "encoder.json"
 SCRATCH = "scratch:"
@@ -81,7 +78,7 @@ def save_encoder(encoder: Encoder, folder: str | Path, metadata: Mapping[str, An
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
@@ -162,7 +159,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     needed = {"format", "architecture", "config"}
     if not isinstance(card, dict) or not needed <= set(card):
         raise CheckpointError(f"{path}: not an encoder of ssl3d (it lacks {', '.join(sorted(needed))})")
-    _check_format(card["format"], str(path))
+    check_format(card["format"], str(path))
     return card
 
 
@@ -292,108 +289,6 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
     return proxies
 
 
-def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Writes one checkpoint atomically and removes all but the newest `keep`.
-
-    The name holds a digest of the bytes, so that a file cut short on disk is noticed.
-
-    Args:
-        run: The run folder.
-        step: Optimizer steps done.
-        write: Writes the state to a path.
-        keep: Checkpoints that stay.
-
-    Raises:
-        TrainingError: The disk is full; older checkpoints are intact.
-    """
-    folder = run / "checkpoints"
-    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
-        write(temporary)
-        digest = _digest(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        path = folder / f"step-{step:08d}-{digest}.pt"
-        temporary.replace(path)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its file writer.
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the write failed"
-        raise TrainingError(
-            f"the checkpoint of step {step} cannot be written to {folder} ({reason}); older ones are "
-            f"intact: make room, then ssl3d pretrain --resume {run}"
-        ) from error
-    for stale in checkpoints(run):
-        if stale != path and (step_of(stale) >= step or stale not in checkpoints(run)[:keep]):
-            stale.unlink()
-    return path
-
-
-def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """The newest checkpoint whose bytes are whole; None where there is none.
-
-    Args:
-        run: The run folder.
-        say: Told about every checkpoint that is passed over.
-
-    Raises:
-        CheckpointError: There are checkpoints and none is whole, or one is of a newer format.
-    """
-    found = checkpoints(run)
-    for path in found:
-        try:
-            return read_checkpoint(path)
-        except CheckpointError as error:
-            if "newer" in str(error):
-                raise
-            say(f"{error}; using the one before it")
-    if found:
-        raise CheckpointError(
-            f"{run}: none of its {len(found)} checkpoints is whole; "
-            f"delete {run / 'checkpoints'} to start at 0"
-        )
-    return None
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """One checkpoint's state; tensors on the CPU. Nothing but tensors and plain values is unpickled.
-
-    Raises:
-        CheckpointError: Its bytes are not those that were written, or its format is newer.
-    """
-    expected = path.stem.rpartition("-")[2]
-    if _digest(path) != expected:
-        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of ssl3d ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of ssl3d")
-    _check_format(state["format"], str(path))
-    return state
-
-
-def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [
-        p for p in (Path(run) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+-\w+", p.stem)
-    ]
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.split("-")[1])
-
-
 # What both record ---------------------------------------------------------------------------------
 
 
@@ -413,25 +308,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_format(found: Any, where: str) -> None:
-    if not isinstance(found, int):
-        raise CheckpointError(f"{where}: not a file of ssl3d (format {found!r})")
-    if found > FORMAT:
-        raise CheckpointError(
-            f"{where}: written by a newer ssl3d "
-            f"(format {found}, this one reads up to {FORMAT}); update ssl3d"
-        )
-
-
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -439,13 +319,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; not every system can open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,0 +1,149 @@
+"""Builds the parts of a pretraining run from its plan: encoder, proxies, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssl3d import checkpoint as disk
+from ssl3d import plugins
+from ssl3d.device import accelerator_of, default_workers
+from ssl3d.encoder import Encoder
+from ssl3d.errors import UsageError
+from ssl3d.monitor import Log
+from ssl3d.online import BATCHES
+from ssl3d.options import Plan, PretrainOptions
+from ssl3d.rng import seed_of
+from ssl3d.trainee import Group, Trainee, groups_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from ssl3d.data.loader import Loader
+    from ssl3d.data.store import Collection
+
+
+def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
+    """Steps, and the intervals that are shares of them."""
+    steps = options.steps or max(1, round(options.epochs * volumes / options.batch_size))
+    return {
+        "steps": steps,
+        "epochs": 0.0,
+        "eval_every": options.eval_every or max(1, steps // 10),
+        "log_every": options.log_every or max(1, steps // 40),
+    }
+
+
+def channels(plan: Plan, data: Collection) -> Any:
+    """The encoder's options, with as many input channels as the data has where nothing else is said."""
+    counts = sorted({int(shape[0]) for shape in data.shapes})
+    if len(counts) > 1:
+        raise UsageError(
+            f"the volumes have {' and '.join(map(str, counts))} channels; one encoder takes one"
+        )
+    config = plan.encoder_config
+    if config.in_channels == counts[0]:
+        return config
+    if config.in_channels == 1:
+        return replace(config, in_channels=counts[0])
+    raise UsageError(
+        f"--{plan.encoder_name}.in-channels is {config.in_channels}, the volumes have {counts[0]} channels"
+    )
+
+
+def build_encoder(plan: Plan) -> Encoder:
+    """The encoder to begin with: new weights of the run's seed, or those of --init.
+
+    Raises:
+        UsageError: --init is of another architecture than --encoder, or takes other channels.
+    """
+    options = plan.options
+    if options.init is None:
+        torch.manual_seed(seed_of(options.seed, "encoder"))
+        encoder: Encoder = plan.encoder(plan.encoder_config)
+        return encoder
+    encoder = disk.encoder_from(options.init, options.seed)
+    name = plugins.name_of(plugins.ENCODERS, type(encoder))
+    if "encoder" in plan.given and name != options.encoder:
+        raise UsageError(f"--encoder {options.encoder}: --init {options.init} is a {name}")
+    if encoder.config.in_channels != plan.encoder_config.in_channels:
+        raise UsageError(
+            f"--init {options.init}: takes {encoder.config.in_channels} channels, the volumes have "
+            f"{plan.encoder_config.in_channels}"
+        )
+    return encoder
+
+
+def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
+    """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed."""
+    options = plan.options
+    torch.manual_seed(seed_of(options.seed, "heads"))
+    proxies = {}
+    for name, (kind, config) in plan.proxies.items():
+        proxies[name] = kind(config, encoder)
+        proxies[name].setup(data)
+    weights = options.weights or (1.0,) * len(proxies)
+    return Trainee(encoder, proxies, dict(zip(proxies, weights, strict=True)), options.seed)
+
+
+def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:
+    """An encoder of the plan's architecture with the weights in a trainee's state."""
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = plan.encoder(plan.encoder_config)
+    prefix = "encoder."
+    own = {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
+    encoder.load_state_dict(own)
+    return encoder
+
+
+def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log) -> Loader:
+    """Batches from a step on, of this rank."""
+    from ssl3d.data.loader import Loader
+
+    options = plan.options
+    return Loader(
+        data,
+        plan.proxies,
+        options.batch_size,
+        seed=options.seed,
+        workers=default_workers(options, accelerator_of(options), fabric.world_size),
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        start_step=begin,
+        on_set_aside=lambda name, reason: log.say(f"set aside: {name}: {reason}"),
+        pin=fabric.device.type == "cuda",
+    )
+
+
+def holdout_batches(data: Collection, plan: Plan, fabric: Fabric, log: Log) -> list[list[Group]]:
+    """The same examples of the held-out subjects at every look, this rank's rows."""
+    from ssl3d.data.loader import Loader
+
+    world = fabric.world_size
+    most = plan.options.batch_size // plan.options.accumulate // world
+    # Two at least: contrastive losses have nothing to compare one example with.
+    size = max(2, min(most, -(-len(data) // world))) * world
+    count = min(BATCHES, -(-len(data) // size))
+    loader = Loader(
+        data, plan.proxies, size, seed=0, rank=fabric.global_rank, world=world, steps=count, pin=False,
+        on_set_aside=lambda name, reason: log.say(f"set aside: {name}: {reason}"),
+    )  # fmt: skip
+    return [groups_of(batch) for batch in loader]
+
+
+@dataclass
+class Once:
+    """What `Proxy.start_epoch` gets: lists of groups on the device, every volume once."""
+
+    loader: Loader
+    proxy: str
+    epoch: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+        for batch in self.loader.once(self.proxy, key=("epoch", self.epoch)):
+            yield [group.tensors for group in batch.to(self.device).groups]

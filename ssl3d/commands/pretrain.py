@@ -1,0 +1,33 @@
+"""`ssl3d pretrain`: trains an encoder on unlabelled volumes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+summary = "train an encoder on unlabelled volumes with one proxy task or several"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Starts or resumes a run; the exit status is 128 and the signal's number after a signal."""
+    from ssl3d.options import request_of
+
+    asked = request_of(argv)
+    if asked.print_only:
+        import yaml
+
+        from ssl3d.checkpoint import config_of
+
+        values = asked.plan.as_config() if asked.plan else config_of(Path(str(asked.options.resume)))
+        yaml.safe_dump(values, sys.stdout, sort_keys=False)
+        return 0
+    from ssl3d.runs import requeued_run
+    from ssl3d.train import resume, start
+
+    if asked.plan is None:
+        run = resume(Path(str(asked.options.resume)), asked.options, asked.given)
+    else:
+        again = requeued_run(asked.plan)
+        run = resume(again) if again is not None else start(asked.plan)
+    return 128 + run.stopped if run.stopped else 0

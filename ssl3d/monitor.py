@@ -1,0 +1,210 @@
+"""What a run tells: metrics.jsonl, TensorBoard, train.log, and a line on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """Lines for the user, on the terminal and in `train.log`; nothing on ranks other than 0.
+
+    Args:
+        folder: The run; None keeps to the terminal until `open` is called.
+        on: Whether this is rank 0.
+        stream: Where lines go beside the file.
+    """
+
+    def __init__(self, on: bool = True, stream: TextIO | None = None) -> None:
+        self.on = on
+        self.stream = stream or sys.stdout
+        self.before = 0  # width of the progress line to wipe
+        self._held: list[str] = []
+        self._file: TextIO | None = None
+
+    def open(self, folder: Path) -> None:
+        """Starts writing to the run's `train.log`, with what was said so far."""
+        if self.on:
+            self._file = (folder / "train.log").open("a")
+            for line in self._held:
+                self._record(line)
+            self._held = []
+
+    def say(self, line: str) -> None:
+        """One line."""
+        if not self.on:
+            return
+        self.wipe()
+        print(line, file=self.stream, flush=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """One line for the file alone."""
+        if self.on and self._file is None:
+            self._held.append(line)
+        elif self.on:
+            self._record(line)
+
+    def wipe(self) -> None:
+        """Clears the progress line."""
+        if self.before:
+            self.stream.write("\r" + " " * self.before + "\r")
+            self.before = 0
+
+    def _record(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.wipe()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Monitor:
+    """Records every step; only rank 0 has one.
+
+    Args:
+        folder: The run.
+        start: Steps already done: later lines and events are dropped, as they will come again.
+        total: Steps of the run.
+        log_every: Steps between lines off a terminal and TensorBoard points.
+        main: The metric to show, as in "sorting/kendall_tau".
+        log: Where lines go.
+    """
+
+    def __init__(
+        self, folder: Path, start: int, total: int, log_every: int, main: list[str], log: Log
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.total, self.log_every, self.main, self.log = folder, total, log_every, main, log
+        trim(folder / METRICS, start)
+        self._metrics = (folder / METRICS).open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._started, self._start = time.monotonic(), start
+        self._shown = 0.0
+        self._speed: float | None = None
+        self._terminal = log.stream.isatty()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One line of `metrics.jsonl`, flushed, and the progress."""
+        self._metrics.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+        self._metrics.flush()
+        step = int(record["step"])
+        seconds = float(record["seconds"])
+        # A moving mean, so that the time left follows a machine whose load changes.
+        self._speed = seconds if self._speed is None else 0.95 * self._speed + 0.05 * seconds
+        if step % self.log_every == 0 or step == self.total or step == 1:
+            for name, value in record.items():
+                if (
+                    name not in ("step", "epoch")
+                    and isinstance(value, int | float)
+                    and math.isfinite(value)
+                ):
+                    self._events.add_scalar(_tag(name), value, step)
+            if not self._terminal:
+                self.log.say(self._line(record))
+        if self._terminal and (time.monotonic() - self._shown > 0.2 or step == self.total):
+            self._shown = time.monotonic()
+            self._draw(self._line(record))
+            if step % self.log_every == 0:
+                self.log.note(self._line(record))
+
+    def pictures(self, figures: Mapping[str, Callable[[], Figure]], step: int) -> None:
+        """Draws every proxy's picture, into TensorBoard and `pictures/`."""
+        folder = self.folder / "pictures"
+        for name, draw in figures.items():
+            figure = draw()
+            folder.mkdir(exist_ok=True)
+            temporary = folder / f".{name}.png.tmp"
+            figure.savefig(temporary, format="png", dpi=100)
+            temporary.replace(folder / f"{name}-{step:08d}.png")
+            self._events.add_figure(f"{name}/picture", figure, step)
+
+    def _line(self, record: Mapping[str, Any]) -> str:
+        step = int(record["step"])
+        words = [f"step {step}/{self.total}", f"loss {record['loss']:.4g}"]
+        words += [f"{n.split('/', 1)[1]} {record[n]:.3f}" for n in self.main if n in record]
+        words += [f"holdout {record['holdout/' + n]:.3f}" for n in self.main if f"holdout/{n}" in record]
+        words.append(f"{record['volumes_per_s']:.3g} volumes/s")
+        words.append(f"{duration((self._speed or 0) * (self.total - step))} left")
+        words.append(f"waiting {100 * record['waiting']:.0f} %")
+        return "  ".join(words)
+
+    def _draw(self, line: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        filled = round(10 * int(line.split()[1].split("/")[0]) / self.total)
+        text = f"[{'#' * filled}{'.' * (10 - filled)}] {line}"[:width]
+        self.log.stream.write("\r" + text.ljust(self.log.before))
+        self.log.stream.flush()
+        self.log.before = len(text)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._metrics.close()
+        self._events.close()
+        self.log.wipe()
+
+
+def trim(path: Path, step: int) -> None:
+    """Drops the lines of `metrics.jsonl` after a step, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    path = Path(run) / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def duration(seconds: float) -> str:
+    """As in 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as in 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _tag(name: str) -> str:
+    return name if "/" in name else f"run/{name}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,167 @@
+"""What is looked at while a run goes on: held-out subjects, a kNN score, and whether it collapses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl3d.trainee import Group, Reducer, groups_to
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.data.store import Collection, Volume
+
+VOLUMES = 128
+"""Most volumes embedded for the kNN score, of each side."""
+BATCHES = 4
+"""Most batches of held-out subjects per look."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
+    modes = [(one, one.training) for one in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
+
+
+def held_out(
+    module: nn.Module, batches: Sequence[Sequence[Group]], reducer: Reducer, device: torch.device
+) -> tuple[dict[str, float], dict[str, Callable[[], Figure]]]:
+    """The proxies' losses and metrics on people never trained on, the same examples at every look.
+
+    Args:
+        module: The trainee, wrapped or not.
+        batches: Drawn from the held-out volumes.
+        reducer: Means over the ranks.
+        device: Where to.
+
+    Returns:
+        Means by name, and pictures by proxy.
+    """
+    parts: list[dict[str, tuple[Tensor, int]]] = []
+    pictures: dict[str, Callable[[], Figure]] = {}
+    with evaluating(module):
+        for number, groups in enumerate(batches):
+            _, sums = module("loss", groups_to(groups, device), f"holdout {number}")
+            parts.append(sums.values)
+            for name, draw in sums.pictures.items():
+                pictures.setdefault(name, draw)
+    means, _ = reducer.mean(parts)
+    return {f"holdout/{name}": value for name, value in means.items()}, pictures
+
+
+def embed_centres(
+    module: nn.Module, data: Collection, patch: Sequence[int], device: torch.device, most: int = VOLUMES
+) -> Tensor:
+    """Embeddings (N, embed_dim) of one crop from the middle of each volume's foreground.
+
+    Args:
+        module: The trainee, wrapped or not.
+        data: At most `most` of its volumes are taken, evenly spread.
+        patch: Crop size (D, H, W).
+        device: Where to.
+        most: See `data`.
+    """
+    found = []
+    with evaluating(module):
+        for volume in spread(data, most):
+            crop = centre_crop(volume, patch)[None].to(device)
+            found.append(module("embed", crop).float().cpu())
+    return torch.cat(found)
+
+
+def spread(data: Collection, most: int) -> list[Volume]:
+    """At most so many volumes, evenly spread."""
+    return [
+        data[int(i)] for i in np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int))
+    ]
+
+
+def centre_crop(volume: Volume, patch: Sequence[int]) -> Tensor:
+    """A crop (C, D, H, W) from the middle of the foreground; no deeper than an image is."""
+    low, high = volume.foreground_box()
+    extent = [1 if volume.shape[1] == 1 else patch[0], patch[1], patch[2]]
+    start = [(a + b - n) // 2 for a, b, n in zip(low, high, extent, strict=True)]
+    return volume.read(start, extent)
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Any, queries: Tensor, query_labels: Any) -> float:
+    """Share of queries whose class the weighted vote of their nearest neighbours gets right.
+
+    Args:
+        bank: Embeddings (N, embed_dim) of known class.
+        bank_labels: N classes.
+        queries: Embeddings (M, embed_dim).
+        query_labels: M classes.
+    """
+    from lightly.utils.benchmarking import knn_predict
+    from torch.nn.functional import normalize
+
+    names = sorted({*map(str, bank_labels), *map(str, query_labels)})
+    number = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([number[str(label)] for label in bank_labels])
+    truth = torch.tensor([number[str(label)] for label in query_labels])
+    # Lightly's default of 200 neighbours fails on a smaller bank.
+    near = min(20, len(bank))
+    ranked = knn_predict(
+        normalize(queries), normalize(bank).T, labels, num_classes=len(names), knn_k=near, knn_t=0.1
+    )
+    return float((ranked[:, 0] == truth).float().mean())
+
+
+def spread_of(embeddings: Tensor) -> float:
+    """Standard deviation of the L2-normalised embeddings, times the root of their length.
+
+    About 1 where they fill the sphere, 0 where all volumes give one vector (collapse).
+    """
+    from lightly.utils.debug import std_of_l2_normalized
+
+    return float(std_of_l2_normalized(embeddings)) * embeddings.shape[1] ** 0.5
+
+
+def look(
+    module: nn.Module, train: Collection, queries: Collection, patch: Sequence[int], device: torch.device
+) -> dict[str, float]:
+    """The collapse measure, and the kNN score where classes exist.
+
+    Args:
+        module: The trainee, wrapped or not.
+        train: What was trained on: the bank of the kNN score.
+        queries: Labelled volumes of other people; may be empty.
+        patch: Crop size (D, H, W).
+        device: Where to.
+    """
+    labelled = [i for i, label in enumerate(train.labels) if _is_class(label)]
+    known = train.select(labelled) if labelled else train
+    bank = embed_centres(module, known, patch, device)
+    found = {"online/embedding_std": spread_of(bank)} if len(bank) > 1 else {}
+    asked = [i for i, label in enumerate(queries.labels) if _is_class(label)]
+    if not labelled or not asked:
+        return found
+    test = queries.select(asked)
+    classes = [volume.label for volume in spread(known, VOLUMES)]
+    truth = [volume.label for volume in spread(test, VOLUMES)]
+    if len(set(map(str, classes))) < 2:
+        return found
+    found["online/knn_accuracy"] = knn_accuracy(
+        bank, classes, embed_centres(module, test, patch, device), truth
+    )
+    counts = [truth.count(label) for label in set(truth)]
+    found["online/knn_majority"] = max(counts) / len(truth)
+    return found
+
+
+def _is_class(label: Any) -> bool:
+    return isinstance(label, int | str)

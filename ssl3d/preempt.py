@@ -1,0 +1,73 @@
+"""Signals that ask a run to stop: noted, and acted upon at the end of the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))
+
+
+class Preemption:
+    """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered.
+
+    Attributes:
+        signum: The signal that came, 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._owner = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        """Installs the handlers; does nothing outside the main thread, where Python allows none."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Puts the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner or self.signum:
+            # Forked workers inherit this handler. A signal to the whole process group must leave them
+            # alive until the step is done, and a second one ends them, or an impatient user's run.
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+            if os.getpid() == self._owner:
+                os.kill(self._owner, signum)
+            return
+        self.signum = signum
+
+
+def name_of(signum: int) -> str:
+    """As in SIGTERM."""
+    return signal.Signals(signum).name
+
+
+def requeue() -> str:
+    """Puts a SLURM job back into the queue; returns what was done, or why not, empty off SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return ""
+    command = ["scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{' '.join(command)} failed: {error}"
+    if done.returncode:
+        return f"{' '.join(command)} failed: {' '.join(done.stderr.split())}"
+    return f"SLURM job {job} is queued again"
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0

@@ -1,0 +1,98 @@
+"""Which volumes a run trains on, which people it keeps out, and which the kNN score is taken on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ssl3d.errors import DataError
+from ssl3d.rng import seed_of
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Collection
+
+LEAST_FOR_HOLDOUT = 8
+
+
+@dataclass
+class Selection:
+    """The parts of the data.
+
+    Attributes:
+        train: What the proxies learn from.
+        holdout: Other people's volumes, for the proxies' metrics; may be empty.
+        queries: Labelled volumes for the online kNN score, of nobody in `train`; may be empty.
+        told: Lines for the user.
+    """
+
+    train: Collection
+    holdout: Collection
+    queries: Collection
+    told: list[str]
+
+
+def select(data: Collection, subjects: str, share: float) -> Selection:
+    """Chooses by subject; depends on the data alone, so that runs with other seeds compare.
+
+    Labelled data (classes, masks, boxes, or splits that they came with) give their train split, so that
+    a benchmark's test subjects stay unseen; unlabelled data are used whole.
+
+    Args:
+        data: Everything that was given.
+        subjects: "train", or "all" to use every split.
+        share: Of the chosen subjects that is kept out: at least one where there are 8 or more.
+
+    Raises:
+        DataError: Nothing is left to train on.
+    """
+    from ssl3d.data.split import house_split
+
+    count = len(data)
+    codes, names = data.dataset_codes, data.dataset_names
+    classes = np.array([label is not None for label in data.labels], dtype=bool)
+    known = classes | data.has_mask | data.has_boxes | (data.splits != "")
+    split = house_split(data) if known.any() else np.full(count, "train", dtype=object)
+    used = np.zeros(count, dtype=bool)
+    told = []
+    for code in np.unique(codes):
+        own = codes == code
+        labelled = bool(known[own].any())
+        chosen = own & (split == "train") if labelled and subjects == "train" else own
+        used |= chosen
+        what = "the train split" if labelled and subjects == "train" else "all"
+        why = "labelled" if labelled else "unlabelled"
+        people = len(np.unique(data.subject_codes[chosen]))
+        told.append(
+            f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
+        )
+    held = _held_out(data, used, share)
+    train = used & ~held
+    if not train.any():
+        raise DataError(f"no volume is left to train on, of {count} (--subjects all uses every split)")
+    if held.any():
+        people = len(np.unique(data.subject_codes[held]))
+        told.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
+    queries = classes & ((split == "val") & ~used | held)
+    return Selection(data.select(train), data.select(held), data.select(queries), told)
+
+
+def _held_out(data: Collection, used: np.ndarray, share: float) -> np.ndarray:
+    held = np.zeros(len(data), dtype=bool)
+    if share == 0 or not used.any():
+        return held
+    people = data.subject_codes
+    codes = data.dataset_codes
+    identity = dict(zip(people.tolist(), zip(data.datasets.tolist(), data.subjects.tolist()), strict=True))
+    every = np.unique(people[used]).tolist()
+    order = sorted(every, key=lambda code: seed_of("holdout", *map(str, identity[code])))
+    chosen: list[int] = []
+    for code in np.unique(codes[used]):
+        own = set(np.unique(people[used & (codes == code)]).tolist())
+        chosen += [person for person in order if person in own][: int(share * len(own) + 0.5)]
+    if not chosen and len(every) >= LEAST_FOR_HOLDOUT:
+        chosen = order[:1]
+    if len(chosen) >= len(every):
+        chosen = chosen[: len(every) - 1]
+    return used & np.isin(people, chosen)

@@ -1,0 +1,315 @@
+"""Pretraining, from the command line and from Python: builds a run, starts or resumes it, exports it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ssl3d import checkpoint as disk
+from ssl3d import plugins, snapshot
+from ssl3d.build import (
+    Once,
+    build_encoder,
+    build_trainee,
+    channels,
+    encoder_with,
+    holdout_batches,
+    lengths,
+    loader_of,
+)
+from ssl3d.device import apply_layout, make_fabric, resolve_precision, set_threads
+from ssl3d.encoder import Encoder
+from ssl3d.errors import UsageError
+from ssl3d.loop import Feed, Loop
+from ssl3d.monitor import Log, Monitor, read_metrics
+from ssl3d.optim import build_optimizer, without_decay
+from ssl3d.options import Plan, PretrainOptions, plan_from
+from ssl3d.preempt import name_of, requeue
+from ssl3d.runs import (
+    check_same,
+    full_state,
+    metadata,
+    plain_errors,
+    restore,
+    save_state,
+    settle,
+    write_config,
+)
+from ssl3d.selection import Selection, select
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from ssl3d.data.store import Collection
+    from ssl3d.proxy import Proxy
+
+
+@dataclass
+class Run:
+    """A pretraining run on disk.
+
+    Attributes:
+        folder: Of the run.
+        steps: Optimizer steps it has.
+        done: Steps that are saved.
+        stopped: The signal that stopped it, 0 if none did.
+    """
+
+    folder: Path
+    steps: int
+    done: int
+    stopped: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done and the encoder is written."""
+        return self.done >= self.steps and (self.folder / "encoder" / disk.CARD).is_file()
+
+    @property
+    def encoder(self) -> Encoder:
+        """The pretrained encoder, from the disk."""
+        return disk.load_encoder(self.folder)
+
+    @property
+    def proxies(self) -> dict[str, Proxy]:
+        """The proxies with their trained heads."""
+        return disk.load_proxies(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per step."""
+        return read_metrics(self.folder)
+
+
+def pretrain(
+    proxy: str | type[Proxy] | Sequence[str | type[Proxy]],
+    data: str | Path | Collection | Sequence[str | Path] = "phantoms",
+    out: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Pretrains an encoder; the same as `ssl3d pretrain`.
+
+    >>> run = ssl3d.pretrain("sorting", data="store.h5", steps=2000)  # doctest: +SKIP
+    >>> encoder = run.encoder  # doctest: +SKIP
+
+    Args:
+        proxy: Name or class of a proxy, or several.
+        data: Stores, scans, phantoms[:N], or an open collection.
+        out: Run folder.
+        options: Fields of `PretrainOptions`, and dictionaries of a proxy's or encoder's options under
+            its name, as in `encoder="resnet18", resnet18={"width": 32}, sorting={"slices": 8}`. An
+            encoder may be a class too.
+
+    Raises:
+        Ssl3dError: As the command does.
+    """
+    named: dict[str, Any] = {}
+
+    def name_and_keep(value: Any, group: str) -> str:
+        if isinstance(value, str):
+            return value
+        name = plugins.name_of(group, value)
+        named[name] = value
+        return name
+
+    several = [proxy] if isinstance(proxy, str | type) else list(proxy)
+    values = dict(options)
+    values["proxy"] = [name_and_keep(one, plugins.PROXIES) for one in several]
+    values["encoder"] = name_and_keep(values.get("encoder", "resnet18"), plugins.ENCODERS)
+    collection: Collection | None = None
+    if isinstance(data, str | Path):
+        values["data"] = [str(data)]
+    elif not isinstance(data, Sequence) or hasattr(data, "select"):
+        collection = cast("Collection", data)
+        values["data"] = [str(store.path) for store in collection.stores]
+    else:
+        values["data"] = [str(one) for one in data]
+    values.pop("preset", None)
+    plan = plan_from(values | ({"out": str(out)} if out else {}), "pretrain", named)
+    return start(plan, collection)
+
+
+def start(plan: Plan, data: Collection | None = None) -> Run:
+    """Starts a run in a new folder.
+
+    Raises:
+        UsageError: The folder is not empty, or options do not fit the data or the device.
+        TrainingError: The loss is not finite, or the disk is full.
+    """
+    with plain_errors(plan.options.out):
+        return _execute(plan, None, data)
+
+
+def resume(
+    folder: str | Path, changes: PretrainOptions | None = None, given: set[str] | None = None
+) -> Run:
+    """Goes on with a run; it ends with the bytes that it would have ended with.
+
+    Args:
+        folder: Of the run.
+        changes: Options that hold instead of the run's own, for the names in `given`.
+        given: See `changes`.
+
+    Raises:
+        CheckpointError: There is no run, or none of its checkpoints is whole.
+    """
+    folder = Path(folder)
+    values = disk.config_of(folder)
+    for name in given or set():
+        if name != "resume":
+            values[name] = getattr(changes, name)
+    plan = plan_from(values, str(folder / "config.yaml"))
+    with plain_errors(folder):
+        return _execute(plan, folder, None)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
+    from ssl3d.data.store import open_data
+
+    resuming = folder is not None
+    options = plan.options
+    threads = set_threads(options)
+    precision = resolve_precision(options)
+    fabric = make_fabric(options, precision)
+    if fabric.world_size > 1 or fabric.strategy.launcher is not None:
+        fabric.launch()
+    log = Log(on=fabric.is_global_zero)
+    if options.batch_size % (options.accumulate * fabric.world_size):
+        raise UsageError(
+            f"--batch-size {options.batch_size}: must be a multiple of --accumulate {options.accumulate} "
+            f"times {fabric.world_size} processes"
+        )
+    if data is None:
+        with fabric.rank_zero_first(local=True):  # scans are prepared once per node
+            data = open_data(options.data)
+    selection = select(data, options.subjects, options.holdout)
+    options = replace(options, precision=precision, threads=threads)
+    options = replace(options, **lengths(options, len(selection.train)))
+    plan = replace(plan, options=options, encoder_config=channels(plan, selection.train))
+    encoder = build_encoder(plan)
+    plan = replace(plan, encoder=type(encoder), encoder_config=encoder.config)
+    if plan.options.init is not None:
+        plan = replace(plan, options=replace(plan.options, encoder=plan.encoder_name))
+    layout = apply_layout(encoder, encoder, fabric.device, options.memory_format)
+    plan.options = replace(plan.options, memory_format=layout)
+
+    found = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
+    folder = settle(fabric, plan, folder)
+    if fabric.is_global_zero:
+        write_config(folder, plan)
+        log.open(folder)
+    try:
+        return _train(fabric, plan, folder, selection, encoder, found, log, resuming)
+    finally:
+        log.close()
+
+
+def _train(
+    fabric: Fabric,
+    plan: Plan,
+    folder: Path,
+    selection: Selection,
+    encoder: Encoder,
+    found: dict[str, Any] | None,
+    log: Log,
+    resuming: bool,
+) -> Run:
+    options = plan.options
+    begin = int(found["step"]) if found else 0
+    digest = selection.train.digest()
+    if found:
+        check_same(found, digest, fabric, options, folder, log)
+    run = Run(folder, options.steps, begin)
+    if run.finished:
+        log.say(f"{folder} is finished: {begin} steps, encoder in {folder / 'encoder'}")
+        return run
+    log.say(f"run {folder}, {_where(fabric, options)}")
+    for line in selection.told:
+        log.say(line)
+    if resuming:
+        log.say(f"resuming at step {begin} of {options.steps}")
+
+    trainee = build_trainee(plan, encoder, selection.train)
+    patch = list(found["patch"]) if found else [0, 0, 0]
+    if found:
+        trainee.load_state_dict(found["module"])
+    apply_layout(trainee, encoder, fabric.device, options.memory_format)
+    trainee.train()
+    loader = loader_of(selection.train, plan, fabric, begin, log)
+    batches = iter(loader)
+    spared = without_decay(trainee)
+    module = fabric.setup_module(trainee)
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(module.named_parameters(), spared, options))
+    if found:
+        restore(fabric, module, optimizer, found)
+
+    about = metadata(plan, selection.train, digest)
+
+    def export(name: str, done: int) -> None:
+        state = full_state(fabric, module, trainee)
+        if fabric.is_global_zero:
+            plain = encoder_with(plan, state)
+            disk.save_encoder(plain, folder / name, about | {"patch": list(patch), "steps": done})
+        fabric.barrier()
+
+    def save(done: int) -> None:
+        save_state(fabric, plan, module, trainee, optimizer, folder, done, patch, digest)
+
+    loop = Loop(
+        fabric=fabric,
+        options=options,
+        trainee=trainee,
+        module=module,
+        optimizer=optimizer,
+        feed=Feed(batches),
+        selection=selection,
+        holdout=lambda: holdout_batches(selection.holdout, plan, fabric, log),
+        steps_per_epoch=max(len(selection.train) / options.batch_size, 1e-9),
+        once=lambda name, epoch: Once(loader, name, epoch, fabric.device),
+        log=log,
+        monitor=None,
+        save=save,
+        export=export,
+        patch=patch,
+    )
+    stop = 0
+    if begin < options.steps:
+        loop.foretell(begin)
+        if fabric.is_global_zero:
+            main = [f"{name}/{kind.main}" for name, (kind, _) in plan.proxies.items()]
+            loop.monitor = Monitor(folder, begin, options.steps, options.log_every, main, log)
+        try:
+            run.done, stop = loop.run(begin)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            if loop.monitor is not None:
+                loop.monitor.close()
+    if stop:
+        queued = requeue() if name_of(stop) == "SIGUSR1" and fabric.is_global_zero else ""
+        log.say(
+            f"stopped by {name_of(stop)} after step {run.done} of {options.steps}, saved"
+            f"{'; ' + queued if queued else ''}; go on with: ssl3d pretrain --resume {folder}"
+        )
+        return replace(run, stopped=stop)
+    export("encoder", options.steps)
+    run.done = options.steps
+    words = " ".join(map(str, options.data))
+    log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
+    log.say(f"next: ssl3d linear-probe {folder} --data {words} --out {folder / 'probe'}")
+    return run
+
+
+def _where(fabric: Fabric, options: PretrainOptions) -> str:
+    if fabric.device.type == "cuda":
+        from torch import cuda
+
+        where = cuda.get_device_name(fabric.device)
+    else:
+        where = f"{fabric.device.type}, {options.threads} threads"
+    many = f"{fabric.world_size} processes on " if fabric.world_size > 1 else ""
+    return f"{many}{where}, precision {options.precision}, {options.memory_format}"
