@@ -30,7 +30,9 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
     try:
         shapes = {name: header[0] for name, header in array_headers(path).items()}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        found.rejected.append((source, "empty file" if path.stat().st_size == 0 else f"unreadable: {error}"))
+        found.rejected.append(
+            (source, "empty file" if path.stat().st_size == 0 else f"unreadable: {error}")
+        )
         return found
     # adrenalmnist3d_64 holds the same people as adrenalmnist3d.
     dataset = wanted.dataset or re.sub(r"_(64|128|224)$", "", stem_of(path))
@@ -77,7 +79,10 @@ def _flat_arrays(
     member = next((name for name in ("images", PACKED) if name in shapes), None)
     if member is None or (member == PACKED and "shape" not in shapes):
         found.rejected.append(
-            (source, f"arrays {', '.join(sorted(shapes)) or 'none'}; expected MedMNIST's train_images and so on")
+            (
+                source,
+                f"arrays {', '.join(sorted(shapes)) or 'none'}; expected MedMNIST's train_images and so on",
+            )
         )
         return found
     count = shapes[member][0]
@@ -97,14 +102,19 @@ def _flat_arrays(
                 return values if len(values) == count else values[rows]
         return None
 
-    subjects, labels, split = column("patient", "subject"), column("malignancy", "labels", "label"), column("split")
+    subjects, labels, split = (
+        column("patient", "subject"),
+        column("malignancy", "labels", "label"),
+        column("split"),
+    )
     counts: Counter[str] = Counter()
     for index in range(count):
         subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
         counts[subject] += 1
         found.scans.append(
             Scan(
-                id=f"{stem_of(path)}/{subject}" + (f"-{counts[subject]:03d}" if subjects is not None else ""),
+                id=f"{stem_of(path)}/{subject}"
+                + (f"-{counts[subject]:03d}" if subjects is not None else ""),
                 dataset=dataset,
                 subject=subject,
                 source=source,

@@ -42,7 +42,9 @@ def check_affine(affine: np.ndarray) -> None:
         raise DataError("the affine of the header is not finite")
     sides = np.array(spacing_of(affine))
     if (sides <= 0).any() or abs(np.linalg.det(affine[:3, :3] / np.where(sides > 0, sides, 1))) < 1e-3:
-        raise DataError(f"the affine of the header is degenerate (voxel sides {sides.round(4).tolist()} mm)")
+        raise DataError(
+            f"the affine of the header is degenerate (voxel sides {sides.round(4).tolist()} mm)"
+        )
 
 
 def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +79,9 @@ def shifted(affine: np.ndarray, start: Sequence[float]) -> np.ndarray:
     return moved
 
 
-def respaced(shape: Sequence[int], affine: np.ndarray, spacing: Triple) -> tuple[tuple[int, ...], np.ndarray]:
+def respaced(
+    shape: Sequence[int], affine: np.ndarray, spacing: Triple
+) -> tuple[tuple[int, ...], np.ndarray]:
     """The grid of another spacing over the same field of view, centres aligned, axes kept."""
     old = np.array(spacing_of(affine))
     ratio = np.array(spacing) / old

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from ssl3d.data import sources
+from ssl3d.data.dicom import is_dicom
 from ssl3d.data.normalize import modality_code
-from ssl3d.data.read import ITK, NIFTI, PICTURES, is_dicom, stem_of, suffix_of
+from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.series import from_dicom
 from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, relative, walk
 from ssl3d.errors import DataError
 
@@ -118,9 +120,9 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
                     dataset=dataset,
                     subject=case,
                     source=relative(first, root),
-                    files=((first,),) if alone else tuple(
-                        (members[i],) if i in members else () for i in range(len(channels))
-                    ),
+                    files=((first,),)
+                    if alone
+                    else tuple((members[i],) if i in members else () for i in range(len(channels))),
                     channels=channels,
                     frames_are_channels=alone,
                     mask=maps.get(case),
@@ -191,10 +193,12 @@ def _listed_scans(
         by_folder: dict[Path, list[Path]] = defaultdict(list)
         for file in files:
             by_folder[file.parent].append(file)
-        series = sources.from_dicom(by_folder, root, dataclasses.replace(wanted, dataset=dataset))
+        series = from_dicom(by_folder, root, dataclasses.replace(wanted, dataset=dataset))
         found.rejected += series.rejected
         if len(series.scans) != 1:
-            found.rejected.append((row.name, f"a folder with {len(series.scans)} DICOM series; list one per line"))
+            found.rejected.append(
+                (row.name, f"a folder with {len(series.scans)} DICOM series; list one per line")
+            )
             return []
         scan = series.scans[0]
         return [_with_row(scan, row)]
@@ -232,11 +236,17 @@ def with_listing(found: Found, root: Path) -> Found:
             mine = _column(path, "path")
         except DataError:
             continue
-        if mine is not None and path.name != "rejected.csv" and any((root / name).is_file() for name in mine[:50]):
+        if (
+            mine is not None
+            and path.name != "rejected.csv"
+            and any((root / name).is_file() for name in mine[:50])
+        ):
             listings.append(path)
     if len(listings) > 1:
         names = ", ".join(path.name for path in listings)
-        found.notes.append(f"{root}: several lists ({names}); none was used, give the one you mean as the source")
+        found.notes.append(
+            f"{root}: several lists ({names}); none was used, give the one you mean as the source"
+        )
     elif listings:
         rows = {row.path.resolve(): row for row in _rows(listings[0], Found())}
         matched = 0
@@ -245,7 +255,9 @@ def with_listing(found: Found, root: Path) -> Found:
             if row is not None:
                 found.scans[i] = _with_row(scan, row)
                 matched += 1
-        found.notes.append(f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans")
+        found.notes.append(
+            f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
+        )
     return _with_boxes(found, root)
 
 
@@ -312,7 +324,7 @@ def _column(path: Path, name: str) -> list[str] | None:
 
 
 def _label_type(values: Sequence[str]) -> Any:
-    """int if all labels are whole numbers, float if all are numbers, else str."""
+    """The type of a column: int if all labels are whole numbers, float if all are numbers, else str."""
     given = [value.strip() for value in values if value and value.strip()]
     for kind in (int, float):
         try:
@@ -341,7 +353,9 @@ def _with_boxes(found: Found, root: Path) -> Found:
     for entry in content["annotations"]:
         if "bbox" in entry and entry.get("image_id") in names:
             x, y, w, h = map(float, entry["bbox"])
-            boxes[names[entry["image_id"]]].append((0.0, y, x, 1.0, y + h, x + w, float(entry["category_id"])))
+            boxes[names[entry["image_id"]]].append(
+                (0.0, y, x, 1.0, y + h, x + w, float(entry["category_id"]))
+            )
     matched = 0
     for i, scan in enumerate(found.scans):
         name = Path(scan.source).name

@@ -84,7 +84,7 @@ def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
     # A coarse copy decides: holes are filled ten times faster, and crops need no more.
     steps = [max(1, round(n / 128)) for n in voxels.shape[1:]]
     coarse = voxels[:, :: steps[0], :: steps[1], :: steps[2]]
-    found = np.zeros(coarse.shape[1:], dtype=bool)
+    found: np.ndarray = np.zeros(coarse.shape[1:], dtype=bool)
     for channel in coarse:
         low = float(channel.min())
         level = -500.0 if kind == "ct" else low + 0.1 * (float(np.percentile(channel, 99.5)) - low)
@@ -125,7 +125,7 @@ def normalize(
         (C, D, H, W) float32, and what was done: `kind`, `clip` per channel, `mean` and `std` of `mr`,
         `background`: the value of air per channel, with which crops are filled beyond the volume.
     """
-    result = voxels.astype(np.float32)
+    result: np.ndarray = voxels.astype(np.float32)
     clips: list[list[float]] = []
     means: list[float] = []
     deviations: list[float] = []

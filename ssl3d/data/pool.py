@@ -49,7 +49,7 @@ def run(
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     idle: list[_Worker] = []
-    busy: dict[Connection, tuple[_Worker, T]] = {}
+    busy: dict[Any, tuple[_Worker, T]] = {}
     exhausted = False
     try:
         while True:
@@ -58,13 +58,14 @@ def run(
                 if task is _END:
                     exhausted = True
                     break
-                worker = idle.pop() if idle else _Worker(context, function, start)
-                worker.connection.send(task)
-                busy[worker.connection] = (worker, task)  # type: ignore[assignment]
+                worker = _sent(task, idle) or _sent(task, [_Worker(context, function, start)])
+                if worker is None:
+                    raise RuntimeError("workers do not start")
+                busy[worker.connection] = (worker, task)
             if not busy:
                 return
             for ready in wait(list(busy)):
-                worker, done = busy.pop(ready)  # type: ignore[arg-type]
+                worker, done = busy.pop(ready)
                 try:
                     failed, result = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
@@ -79,6 +80,19 @@ def run(
 
 
 _END: Any = object()
+
+
+def _sent(task: Any, idle: list[_Worker]) -> _Worker | None:
+    """The idle worker that took the task; those found dead are dropped."""
+    while idle:
+        worker = idle.pop()
+        try:
+            worker.connection.send(task)
+        except (BrokenPipeError, ConnectionResetError):
+            worker.process.join()
+            continue
+        return worker
+    return None
 
 
 class _Worker:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -13,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -21,11 +18,23 @@ import numpy as np
 
 from ssl3d.data import pool
 from ssl3d.data.geometry import Triple
-from ssl3d.data.process import Recipe, Task, limit_threads, process, spacing_of_scan
+from ssl3d.data.parts import (
+    VERSION,
+    digest_of,
+    keep_only,
+    key_of,
+    locked,
+    reuse_parts,
+    stamp,
+    store_counts,
+    store_settings,
+    write_rejected,
+)
+from ssl3d.data.process import Recipe, Task, process, spacing_of_scan, start_worker
+from ssl3d.data.progress import Progress, bytes_of, count_of, duration_of
 from ssl3d.data.sources import Found, Scan, Wanted, find, in_part, walk
 from ssl3d.errors import DataError
 
-_VERSION = 1  # of what `process` makes of a scan: raise it, and nothing made before is reused
 _SAMPLE = 4  # scans timed before the estimate
 
 
@@ -84,7 +93,9 @@ class PrepareOptions:
             raise ValueError(f"out is {self.out!r}; expected a name that ends in .h5")
         if isinstance(self.spacing, str):
             if self.spacing not in ("keep", "median"):
-                raise ValueError(f"spacing is {self.spacing!r}; expected keep, median or three numbers (D H W, mm)")
+                raise ValueError(
+                    f"spacing is {self.spacing!r}; expected keep, median or three numbers (D H W, mm)"
+                )
         else:
             self.spacing = _triple(self.spacing)
         if self.window is not None:
@@ -165,12 +176,12 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     refused = [r for r in found.rejected if in_part(r[0], index, count)]
     workers = _worker_count(options.workers, len(scans))
     if not scans and found.scans:
-        say(f"{out}: no subject of {_count(len(found.scans), 'volume')} falls to part {options.part}; nothing to do")
+        say(f"{out}: no subject of {len(found.scans):,} scans falls to part {options.part}; nothing to do")
         return Summary(out, 0, 0, len(refused), empty_shard=True)
     signed = _signed(scans, refused, options)
     done = _finished(out, signed, options.overwrite)
     if done is not None:
-        say(f"{out}: already prepared: {_count(done.volumes, 'volume')}, {done.rejected} rejected")
+        say(f"{out}: already prepared: {count_of(done.volumes, 'volume')}, {done.rejected} rejected")
         return done
     spacing = _spacing(options, found, workers, say)
     recipe = Recipe(
@@ -184,11 +195,11 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     )
     folder = out.with_name(f"{out.name}.partial")
     try:
-        with _locked(folder, out):
-            todo = _todo(scans, recipe, folder, say)
+        with locked(folder, out):
+            todo = reuse_parts(scans, recipe, folder, say)
             made = _make(todo, scans, recipe, folder, workers, out, say)
             rejected = refused + made
-            _keep_only(folder, todo)
+            keep_only(folder, todo)
             rows = [{"path": path, "reason": reason} for path, reason in sorted(rejected)]
             written = sorted(folder.glob("*.part"))
             if written:
@@ -199,7 +210,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
                     "options": _plain_options(options),
                     "spacing": spacing,
                     "mask_labels": found.label_names,
-                    "version": _VERSION,
+                    "version": VERSION,
                 }
                 assemble(folder, out, settings, rows)
             elif options.overwrite:
@@ -208,18 +219,18 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     except OSError as error:
         if _is_full(error):
             raise DataError(
-                f"{out}: no space left on the disk; what is done stays in {folder.name}, call again to go on"
+                f"{out}: no space left on the disk; what is done stays in {folder.name}: call again"
             ) from error
         raise DataError(f"{out}: {error.strerror or error}") from error
-    _write_rejected(out, rows)
+    write_rejected(out, rows)
     seconds = time.monotonic() - begun
     if not written:
         say(f"{out}: nothing usable: 0 volumes, {len(rejected)} rejected{_where(out, rejected)}")
         return Summary(out, 0, 0, len(rejected), seconds=seconds)
-    volumes, subjects = _counts(out)
+    volumes, subjects = store_counts(out)
     say(
-        f"{out}: {_count(volumes, 'volume')} of {_count(subjects, 'subject')}, {len(rejected)} rejected"
-        f"{_where(out, rejected)}, {_bytes(out.stat().st_size)}, {_duration(seconds)}"
+        f"{out}: {count_of(volumes, 'volume')} of {count_of(subjects, 'subject')}, {len(rejected)} rejected"
+        f"{_where(out, rejected)}, {bytes_of(out.stat().st_size)}, {duration_of(seconds)}"
     )
     return Summary(out, volumes, subjects, len(rejected), seconds=seconds)
 
@@ -243,8 +254,8 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
             raise DataError(f"{root}: no such file or folder")
     unkeyed = {key: value for key, value in options.items() if key not in ("workers", "out", "overwrite")}
     files = [file for root in roots for file in _neighbourhood(root)]
-    listing = [[str(file), *_stamp(file)] for file in files]
-    key = _digest([_VERSION, [str(root) for root in roots], listing, unkeyed])
+    listing = [[str(file), *stamp(file)] for file in files]
+    key = digest_of([VERSION, [str(root) for root in roots], listing, unkeyed])
     cache = Path(os.environ.get("SSL3D_CACHE") or Path.home() / ".cache" / "ssl3d")
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]
     out = cache / f"{name}-{key}.h5"
@@ -256,7 +267,9 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     print(f"preparing {', '.join(map(str, paths))} into {out}", file=sys.stderr)
     summary = prepare(made, output=sys.stderr)
     if not summary.volumes:
-        raise DataError(f"{paths[0]}: nothing usable in it ({summary.rejected} rejected, see {cache}/rejected.csv)")
+        raise DataError(
+            f"{paths[0]}: nothing usable in it ({summary.rejected} rejected, see {cache}/rejected.csv)"
+        )
     return out
 
 
@@ -266,7 +279,9 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
 def _triple(values: Sequence[float]) -> Triple:
     spacing = tuple(float(v) for v in values)
     if len(spacing) != 3 or not all(np.isfinite(v) and v > 0 for v in spacing):
-        raise ValueError(f"spacing is {values}; expected three positive numbers (D H W, mm), keep or median")
+        raise ValueError(
+            f"spacing is {values}; expected three positive numbers (D H W, mm), keep or median"
+        )
     return spacing[0], spacing[1], spacing[2]
 
 
@@ -278,19 +293,6 @@ def _neighbourhood(root: Path) -> Iterator[Path]:
         yield from walk(root if root.is_dir() else root.parent)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
 def _plain_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that decide what is in the store."""
     plain = dataclasses.asdict(options)
@@ -299,22 +301,13 @@ def _plain_options(options: PrepareOptions) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
-def _key(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
-    """What a scan is, and the state of its files: a part is reused for the same key only."""
-    for path in scan.all_files:
-        if path not in stamps:
-            stamps[path] = _stamp(path)
-    described = dataclasses.asdict(scan)
-    del described["files"], described["mask"]
-    files = [[path.name, *stamps[path]] for path in scan.all_files]
-    return _digest([described, [len(group) for group in scan.files], files])
-
-
-def _signed(scans: Sequence[Scan], refused: Sequence[tuple[str, str]], options: PrepareOptions) -> dict[str, Any]:
+def _signed(
+    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], options: PrepareOptions
+) -> dict[str, Any]:
     stamps: dict[Path, tuple[int, int]] = {}
     return {
-        "options": _digest([_VERSION, _plain_options(options)]),
-        "data": _digest([[_key(scan, stamps) for scan in scans], sorted(refused)]),
+        "options": digest_of([VERSION, _plain_options(options)]),
+        "data": digest_of([[key_of(scan, stamps) for scan in scans], sorted(refused)]),
         "found": len(scans),
     }
 
@@ -323,11 +316,11 @@ def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | N
     """The store that is there already, if it is the one wanted; None if there is none or it may go."""
     if not out.exists():
         return None
-    settings, rejected, reason = _opened(out)
+    settings, rejected, reason = store_settings(out)
     if not reason:
         before = settings.get("prepare", {})
         if before == signed:
-            volumes, subjects = _counts(out)
+            volumes, subjects = store_counts(out)
             return Summary(out, volumes, subjects, len(rejected), reused=True)
         same_options = before.get("options") == signed["options"]
         reason = (
@@ -339,29 +332,6 @@ def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | N
     if overwrite:
         return None
     raise DataError(f"{out}: exists, {reason}; --overwrite replaces it, --out names another")
-
-
-def _opened(path: Path) -> tuple[dict[str, Any], list[Any], str]:
-    """Settings and rejected files of a store, or what is wrong with it."""
-    import h5py
-
-    from ssl3d.data.writer import FORMAT
-
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
-                return {}, [], "an HDF5 file but not a store"
-            return json.loads(file["settings"][()].tobytes()), json.loads(file["rejected"][()].tobytes()), ""
-    except (OSError, KeyError, ValueError):
-        return {}, [], "not a whole store"
-
-
-def _counts(path: Path) -> tuple[int, int]:
-    import h5py
-
-    with h5py.File(path, "r", locking=False) as file:
-        rows = file["index/table"]["identity"]
-    return len(rows), len(np.unique(rows))
 
 
 # Work ---------------------------------------------------------------------------------------------
@@ -382,50 +352,15 @@ def _spacing(options: PrepareOptions, found: Found, workers: int, say: Any) -> T
         return options.spacing
     each = [
         result
-        for _, result in pool.run(spacing_of_scan, iter(found.scans), workers, limit_threads)
+        for _, result in pool.run(spacing_of_scan, iter(found.scans), workers, start_worker)
         if isinstance(result, tuple)
     ]
     if not each:
         say("--spacing median: no scan here has a spacing; kept as they are")
         return None
     d, h, w = (float(round(v, 4)) for v in np.median(np.array(each), axis=0))
-    say(f"median spacing {d:g} x {h:g} x {w:g} mm (D, H, W) of {_count(len(each), 'scan')}")
+    say(f"median spacing {d:g} x {h:g} x {w:g} mm (D, H, W) of {count_of(len(each), 'scan')}")
     return d, h, w
-
-
-def _todo(scans: Sequence[Scan], recipe: Recipe, folder: Path, say: Any) -> list[str]:
-    """Names of the parts, in order. Parts of an earlier call that still hold are given these names."""
-    stamps: dict[Path, tuple[int, int]] = {}
-    options = _digest([_VERSION, dataclasses.asdict(recipe)])
-    memo = folder / "options.json"
-    names = [f"{i:08d}-{_key(scan, stamps)}" for i, scan in enumerate(scans)]
-    before = memo.read_text() if memo.is_file() else ""
-    if before != options:
-        stale = list(folder.glob("*.part"))
-        for path in stale:
-            path.unlink()
-        if stale:
-            say(f"{folder.name}: {_count(len(stale), 'volume')} made with other options, not reused")
-        memo.write_text(options)
-        return names
-    wanted = {name.partition("-")[2]: name for name in names}
-    for path in folder.glob("*.part"):
-        number, _, rest = path.stem.partition("-")
-        key, _, frame = rest.partition("_")
-        name = wanted.get(key)
-        if name is None:
-            path.unlink()
-        elif name.partition("-")[0] != number:
-            path.rename(folder / f"{name}{'_' if frame else ''}{frame}.part")
-    return names
-
-
-def _keep_only(folder: Path, names: Sequence[str]) -> None:
-    """Removes what does not belong: temporary files of killed workers, parts of an orphan of another call."""
-    wanted = set(names)
-    for path in folder.iterdir():
-        if path.name.endswith(".tmp") or (path.suffix == ".part" and path.stem.partition("_")[0] not in wanted):
-            path.unlink(missing_ok=True)
 
 
 def _make(
@@ -440,19 +375,19 @@ def _make(
     """Has the missing parts made; returns what was rejected."""
     missing = [i for i, name in enumerate(names) if not (folder / f"{name}.part").exists()]
     if len(missing) < len(names):
-        say(f"going on: {len(names) - len(missing)} of {_count(len(names), 'scan')} are done")
+        say(f"going on: {len(names) - len(missing)} of {count_of(len(names), 'scan')} are done")
     rejected: list[tuple[str, str]] = []
     label_like: list[str] = []
-    progress = _Progress(len(missing))
+    progress = Progress(len(missing))
     # A few scans, spread over the whole, are timed first; .npz rows must be read in order.
     rows = any(scans[i].member for i in missing)
     sampled = missing[:_SAMPLE] if rows else missing[:: max(1, len(missing) // _SAMPLE)][:_SAMPLE]
     chosen = set(sampled)
     order = sampled + [i for i in missing if i not in chosen]
-    started, written, timed = time.monotonic(), 0, 0.0
+    started, written, worked = time.monotonic(), 0, 0.0
     tasks = _tasks(order, names, scans, recipe, folder, rejected)
-    sample = pool.run(process, itertools.islice(tasks, len(sampled)), workers, limit_threads)
-    rest = pool.run(process, tasks, workers, limit_threads)
+    sample = pool.run(process, itertools.islice(tasks, len(sampled)), workers, start_worker)
+    rest = pool.run(process, tasks, workers, start_worker)
     for number, (task, result) in enumerate(itertools.chain(sample, rest), start=1):
         if isinstance(result, pool.Died):
             rejected.append((task.scan.source, result.reason))
@@ -461,11 +396,11 @@ def _make(
                 raise OSError(28, result.full)
             rejected += result.rejected
             written += result.size
+            worked += result.seconds
             if result.label_like:
                 label_like.append(task.scan.source)
         if number == len(sampled):
-            timed = time.monotonic() - started
-            say(_estimate(scans, sampled, missing, timed, written, workers, out))
+            say(_estimate(scans, sampled, missing, worked / max(workers, 1), written, workers, out))
         progress.show(number, time.monotonic() - started)
     progress.clear()
     if label_like:
@@ -489,16 +424,16 @@ def _estimate(
     def weight(indices: Sequence[int]) -> float:
         if any(scans[i].member for i in indices):
             return len(indices)
-        return sum(_stamp(p)[0] for i in indices for p in scans[i].all_files) or len(indices)
+        return sum(stamp(p)[0] for i in indices for p in scans[i].all_files) or len(indices)
 
     factor = weight(missing) / max(weight(sampled), 1)
     free = shutil.disk_usage(out.parent).free
     disk = written * factor
     warning = " (NOT ENOUGH)" if 2 * disk > free else ""
     return (
-        f"{_count(len(missing), 'scan')} with {_count(workers, 'worker')}: about "
-        f"{_duration(seconds * factor)}; {_bytes(disk)} of disk, twice that while it is made, "
-        f"{_bytes(free)} are free{warning}"
+        f"{count_of(len(missing), 'scan')} with {count_of(workers, 'worker')}: about "
+        f"{duration_of(seconds * factor)}; {bytes_of(disk)} of disk, twice that while it is made, "
+        f"{bytes_of(free)} are free{warning}"
     )
 
 
@@ -526,97 +461,9 @@ def _tasks(
         yield task
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """Makes the folder of the parts, and refuses a second `prepare` of the same store at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-    try:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        # A lock of the process (not of the descriptor): workers do not inherit it, so it ends with us.
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{out}: another ssl3d prepare is making it right now") from error
-        yield
-    finally:
-        lock.close()
-
-
-def _write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Lists what was refused in `rejected.csv` beside the store; lines of other stores there stay."""
-    path = out.parent / "rejected.csv"
-    others: list[dict[str, str]] = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            others = [row for row in csv.DictReader(file) if row.get("store") != out.name]
-    lines = [{**row, "store": out.name} for row in rows]
-    if not others and not lines:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f".rejected.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, ("path", "reason", "store"), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(others + lines)
-    os.replace(temporary, path)
-
-
 def _is_full(error: OSError) -> bool:
     return error.errno in (28, 122) or "No space left" in str(error)
 
 
-# Words --------------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """A bar on the terminal; nothing elsewhere."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self.shown = sys.stderr.isatty() and total > 0
-        self.last = 0.0
-
-    def show(self, done: int, seconds: float) -> None:
-        if not self.shown or (seconds - self.last < 0.1 and done < self.total):
-            return
-        self.last = seconds
-        filled = round(30 * done / self.total)
-        left = _duration(seconds / done * (self.total - done))
-        bar = "#" * filled + "." * (30 - filled)
-        print(f"\r[{bar}] {done}/{self.total}  {left} left \x1b[K", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def _where(out: Path, rejected: Sequence[object]) -> str:
     return f" (see {out.parent / 'rejected.csv'})" if rejected else ""
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
+from ssl3d.data.itk import quiet_sitk
 from ssl3d.data.normalize import decide, foreground, normalize
 from ssl3d.data.read import Pixels, header_spacing, read, read_mask, sha256_of
 from ssl3d.data.sources import Scan
@@ -75,6 +78,7 @@ class Outcome:
         rejected: (source, reason) of what was refused.
         label_like: Whether it was left out because its values are those of a label map.
         full: The operating system's words when the disk is full.
+        seconds: It took.
     """
 
     parts: list[str] = dataclasses.field(default_factory=list)
@@ -82,10 +86,18 @@ class Outcome:
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     label_like: bool = False
     full: str = ""
+    seconds: float = 0.0
 
 
 def process(task: Task) -> Outcome:
     """Reads, places, resamples, normalises, crops and writes one scan. Never raises on bad data."""
+    started = time.monotonic()
+    outcome = _process(task)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _process(task: Task) -> Outcome:
     outcome, scan = Outcome(), task.scan
     try:
         pixels, missing, notes = _read_channels(task)
@@ -155,13 +167,21 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
         other = read(scan.files[index], recipe.max_voxels)
         name = scan.channels[index]
         if len(other.voxels) != 1:
-            raise DataError(f"channel {name}: {len(other.voxels)} frames or colours in the file of one channel")
-        same = other.voxels.shape == first.voxels.shape and np.allclose(other.affine, first.affine, atol=1e-3)
-        if same or (UNKNOWN in (first.orientation, other.orientation) and other.voxels.shape == first.voxels.shape):
+            raise DataError(
+                f"channel {name}: {len(other.voxels)} frames or colours in the file of one channel"
+            )
+        same = other.voxels.shape == first.voxels.shape and np.allclose(
+            other.affine, first.affine, atol=1e-3
+        )
+        if same or (
+            UNKNOWN in (first.orientation, other.orientation) and other.voxels.shape == first.voxels.shape
+        ):
             voxels[index] = other.voxels[0]
             continue
         if UNKNOWN in (first.orientation, other.orientation):
-            raise DataError(f"channel {name}: shape {other.voxels.shape[1:]}, the first has {first.voxels.shape[1:]}")
+            raise DataError(
+                f"channel {name}: shape {other.voxels.shape[1:]}, the first has {first.voxels.shape[1:]}"
+            )
         if not np.isfinite(other.voxels).all():
             raise DataError(f"channel {name}: {_unfinite(other.voxels)}")
         voxels[index] = geometry.regrid(
@@ -249,10 +269,9 @@ def _write(
     if kind == "auto":
         present = [i for i in range(len(voxels)) if i not in missing]
         kind = decide(voxels[present], pixels.modality or scan.modality, pixels.eight_bit)
-    if recipe.spacing is not None and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
-        if pixels.orientation != UNKNOWN:
-            voxels, mask, affine = _resampled(voxels, mask, affine, recipe, done)
-            pixels = dataclasses.replace(pixels, eight_bit=pixels.eight_bit)
+    placed = pixels.orientation != UNKNOWN
+    if placed and recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
+        voxels, mask, affine = _resampled(voxels, mask, affine, recipe, done)
     inside = foreground(voxels, kind)
     if mask is not None:
         inside |= mask > 0
@@ -358,7 +377,9 @@ def _resampled(
     assert recipe.spacing is not None
     shape, target = geometry.respaced(voxels.shape[1:], affine, recipe.spacing)
     if int(np.prod(shape, dtype=np.float64)) * len(voxels) > recipe.max_voxels:
-        raise DataError(f"{shape} voxels at {recipe.spacing} mm, more than --max-voxels {recipe.max_voxels:,}")
+        raise DataError(
+            f"{shape} voxels at {recipe.spacing} mm, more than --max-voxels {recipe.max_voxels:,}"
+        )
     done["resampled"] = {
         "from_spacing": geometry.spacing_of(affine),
         "from_shape": voxels.shape[1:],
@@ -379,9 +400,9 @@ def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(starts), tuple(stops)
 
 
-def limit_threads() -> None:
-    """One thread per worker, for every library that would start its own."""
-    from ssl3d.data.read import quiet_sitk
-
+def start_worker() -> None:
+    """One thread per worker, for every library that would start its own; imports what it will use."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     quiet_sitk()
+    for name in ("nibabel", "scipy.ndimage", "ssl3d.data.writer"):
+        importlib.import_module(name)

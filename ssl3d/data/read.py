@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import re
@@ -16,28 +15,16 @@ from typing import Any
 import numpy as np
 
 from ssl3d.data import geometry
+from ssl3d.data.dicom import RADIOGRAPHS, dicom_tags, frames_of, sorted_slices
 from ssl3d.data.geometry import CANONICAL, UNKNOWN, Triple
+from ssl3d.data.itk import affine_of, information, quiet_sitk
 from ssl3d.errors import DataError
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-DICOM = (".dcm", ".dicom", ".ima")
 ARRAYS = (".npz",)
 FORMATS = "NIfTI, NRRD, MHA/MHD, DICOM, MedMNIST .npz, PNG, JPEG"
-
-_RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
-_TAGS = {
-    "modality": "0008|0060",
-    "patient": "0010|0020",
-    "series": "0020|000e",
-    "instance": "0020|0013",
-    "position": "0020|0032",
-    "axes": "0020|0037",
-    "photometric": "0028|0004",
-    "spacing": "0028|0030",
-    "imager_spacing": "0018|1164",
-}
 
 
 @dataclasses.dataclass
@@ -66,7 +53,7 @@ class Pixels:
 
     @property
     def spacing(self) -> Triple:
-        """mm along (D, H, W)."""
+        """Voxel sides along (D, H, W), mm."""
         return geometry.spacing_of(self.affine)
 
 
@@ -126,11 +113,12 @@ def header_spacing(files: Sequence[Path]) -> Triple:
         if ending in NIFTI:
             import nibabel
 
-            affine = np.asarray(nibabel.load(first).affine, dtype=float)  # type: ignore[attr-defined]
+            image: Any = nibabel.load(first)
+            affine: np.ndarray = np.array(image.affine, dtype=np.float64)
         elif ending in PICTURES:
             return 1.0, 1.0, 1.0
         elif ending in ITK or len(files) == 1:
-            affine = _affine_of(_information(first))
+            affine = affine_of(information(first))
         else:
             return _read_dicom(list(files), None, header_only=True).spacing
     except DataError:
@@ -157,7 +145,9 @@ def read_mask(path: Path, files: Sequence[Path] = ()) -> Pixels:
             raise DataError(f"mask {path.name}: values such as {_odd(voxels):.4g}; expected whole numbers")
         voxels = rounded
     if voxels.min() < 0 or voxels.max() > 65535:
-        raise DataError(f"mask {path.name}: labels {voxels.min():g} to {voxels.max():g}; expected 0 to 65535")
+        raise DataError(
+            f"mask {path.name}: labels {voxels.min():g} to {voxels.max():g}; expected 0 to 65535"
+        )
     pixels.voxels = voxels.astype(np.uint16 if voxels.max() > 255 else np.uint8)
     return pixels
 
@@ -171,48 +161,13 @@ def sha256_of(files: Sequence[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def dicom_tags(path: Path) -> dict[str, str]:
-    """Modality, patient, series and geometry of a DICOM file's header; "" where absent.
-
-    Raises:
-        DataError: It is not readable as DICOM.
-    """
-    try:
-        reader = _information(path, "GDCMImageIO")
-    except RuntimeError as error:
-        raise DataError("not readable as DICOM") from error
-    keys = set(reader.GetMetaDataKeys())
-    return {name: reader.GetMetaData(key).strip() if key in keys else "" for name, key in _TAGS.items()}
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file calls itself DICOM, by its ending or its first bytes."""
-    if suffix_of(path) in DICOM:
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-@functools.cache
-def quiet_sitk() -> ModuleType:
-    """SimpleITK, with one thread and no warnings of its own on stderr."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
-
-
 # Formats ------------------------------------------------------------------------------------------
 
 
 def _read_nifti(path: Path, max_voxels: int | None) -> Pixels:
     import nibabel
 
-    image: Any = nibabel.load(path)  # type: ignore[attr-defined]
+    image: Any = nibabel.load(path)
     shape = tuple(int(n) for n in image.shape)
     _check_size(shape, max_voxels)
     affine = np.asarray(image.affine, dtype=float)
@@ -247,21 +202,21 @@ def _read_nifti(path: Path, max_voxels: int | None) -> Pixels:
 
 
 def _read_itk(path: Path, max_voxels: int | None) -> Pixels:
-    sitk = quiet_sitk()
-    information = _information(path)
-    _check_size((*information.GetSize(), information.GetNumberOfComponents()), max_voxels)
-    _check_length(path, information)
-    image = sitk.ReadImage(str(path))
-    return _from_sitk(image)
+    header = information(path)
+    _check_size((*header.GetSize(), header.GetNumberOfComponents()), max_voxels)
+    _check_length(path, header)
+    return _from_sitk(quiet_sitk().ReadImage(str(path)))
 
 
 def _read_picture(path: Path, max_voxels: int | None) -> Pixels:
     from PIL import Image
 
-    with Image.open(path) as picture:
+    with Image.open(path) as opened:
+        picture: Image.Image = opened
         _check_size(picture.size, max_voxels)
-        if getattr(picture, "n_frames", 1) > 1:
-            raise DataError(f"{picture.n_frames} pages in one picture; save them one by one, or as NIfTI")
+        pages = getattr(picture, "n_frames", 1)
+        if pages > 1:
+            raise DataError(f"{pages} pages in one picture; save them one by one, or as NIfTI")
         if picture.mode == "P":
             picture = picture.convert("RGB")
         if picture.mode in ("LA", "RGBA", "La", "RGBa", "PA"):
@@ -285,18 +240,18 @@ def _read_dicom(files: list[Path], max_voxels: int | None, header_only: bool = F
     sitk = quiet_sitk()
     tags = {path: dicom_tags(path) for path in files}
     first = tags[files[0]]
-    information = _information(files[0], "GDCMImageIO")
-    _check_size((*information.GetSize(), len(files)), max_voxels)
+    header = information(files[0], "GDCMImageIO")
+    _check_size((*header.GetSize(), len(files)), max_voxels)
     if len(files) == 1:
         image = sitk.ReadImage(str(files[0]), imageIO="GDCMImageIO")
         flat = image.GetDimension() == 2 or image.GetSize()[2] == 1
-        pixels = _from_sitk(image, flat and (first["modality"] in _RADIOGRAPHS or not first["axes"]))
+        pixels = _from_sitk(image, flat and (first["modality"] in RADIOGRAPHS or not first["axes"]))
     else:
-        ordered, positions = _sorted_slices(tags)
-        frames, gap = _frames_of(positions)
+        ordered, positions = sorted_slices(tags)
+        frames, gap = frames_of(positions)
         if header_only:
             image = sitk.ReadImage(str(ordered[0]), imageIO="GDCMImageIO")
-            affine = _affine_of(image)
+            affine = affine_of(image)
             affine[:3, 2] *= gap / np.linalg.norm(affine[:3, 2])
             voxels, moved = geometry.to_canonical(np.empty((1, 1, 1, 1)), affine)
             return Pixels(voxels, moved, CANONICAL, ())
@@ -316,45 +271,6 @@ def _series(sitk: ModuleType, files: Sequence[Path]) -> Pixels:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([str(path) for path in files])
     return _from_sitk(reader.Execute())
-
-
-def _sorted_slices(tags: dict[Path, dict[str, str]]) -> tuple[list[Path], np.ndarray]:
-    """Files of a series along the slice normal (repeats by instance number), and their positions in mm."""
-
-    def numbers(text: str, count: int, what: str, path: Path) -> list[float]:
-        values = [float(v) for v in text.split("\\") if v.strip()] if text else []
-        if len(values) != count:
-            raise DataError(f"slice {path.name} has no {what}: the series cannot be put in order")
-        return values
-
-    first = next(iter(tags))
-    axes = np.array(numbers(tags[first]["axes"], 6, "image orientation", first))
-    normal = np.cross(axes[:3], axes[3:])
-    keys = []
-    for path, tag in tags.items():
-        other = np.array(numbers(tag["axes"], 6, "image orientation", path))
-        if np.abs(other - axes).max() > 1e-2:
-            raise DataError(f"slices of several orientations in one series ({path.name} differs)")
-        position = float(np.dot(normal, numbers(tag["position"], 3, "image position", path)))
-        instance = int(tag["instance"]) if re.fullmatch(r"\d+", tag["instance"]) else 0
-        keys.append((round(position, 3), instance, path.name, path))
-    keys.sort()
-    return [key[3] for key in keys], np.array([key[0] for key in keys])
-
-
-def _frames_of(positions: np.ndarray) -> tuple[int, float]:
-    """How often every slice position occurs (phases, echoes), and the gap between neighbours in mm."""
-    places, counts = np.unique(positions, return_counts=True)
-    if counts.min() != counts.max():
-        raise DataError(f"slice positions occur {counts.min()} to {counts.max()} times: frames are incomplete")
-    if len(places) == 1:
-        return int(counts[0]), 1.0
-    gaps = np.diff(places)
-    usual = float(np.median(gaps))
-    if gaps.max() > 1.5 * usual:
-        at = places[int(gaps.argmax())]
-        raise DataError(f"slices are missing: a gap of {gaps.max():.4g} mm at {at:.4g}, usually {usual:.4g} mm")
-    return int(counts[0]), usual
 
 
 def _from_sitk(image: Any, unplaced: bool = False) -> Pixels:
@@ -379,35 +295,10 @@ def _from_sitk(image: Any, unplaced: bool = False) -> Pixels:
         sides = [float(side) for side in image.GetSpacing()[:2]]
         affine = geometry.unknown_affine((1.0, sides[1], sides[0]))
         return Pixels(voxels, affine, UNKNOWN, shape, None, "", eight_bit, colours)
-    affine = _affine_of(image)
+    affine = affine_of(image)
     geometry.check_affine(affine)
     canonical, moved = geometry.to_canonical(np.moveaxis(voxels, (1, 2, 3), (3, 2, 1)), affine)
     return Pixels(canonical, moved, CANONICAL, shape, affine, "", eight_bit, colours)
-
-
-def _information(path: Path, io: str = "") -> Any:
-    sitk = quiet_sitk()
-    reader = sitk.ImageFileReader()
-    if io:
-        reader.SetImageIO(io)
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return reader
-
-
-def _affine_of(image: Any) -> np.ndarray:
-    """(i, j, k) to RAS+ mm, of a SimpleITK image or reader; ITK's own world is LPS."""
-    n = image.GetDimension()
-    spacing, origin = np.ones(3), np.zeros(3)
-    direction = np.eye(3)
-    keep = min(n, 3)
-    spacing[:keep] = image.GetSpacing()[:keep]
-    origin[:keep] = image.GetOrigin()[:keep]
-    direction[:keep, :keep] = np.array(image.GetDirection()).reshape(n, n)[:keep, :keep]
-    affine = np.eye(4)
-    affine[:3, :3] = direction * spacing
-    affine[:3, 3] = origin
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -429,17 +320,19 @@ def _check_size(shape: Sequence[int], max_voxels: int | None) -> None:
         raise DataError(f"{count:,} voxels {tuple(shape)}, more than --max-voxels {max_voxels:,}")
 
 
-def _check_length(path: Path, information: Any) -> None:
+def _check_length(path: Path, header: Any) -> None:
     """MetaImage reads a short uncompressed file without a word: compare lengths first."""
     if suffix_of(path) != ".mha":
         return
     with open(path, "rb") as file:
-        header = file.read(4096)
-    if re.search(rb"CompressedData\s*=\s*True", header) or b"ElementDataFile = LOCAL" not in header:
+        text = file.read(4096)
+    if re.search(rb"CompressedData\s*=\s*True", text) or b"ElementDataFile = LOCAL" not in text:
         return
     sitk = quiet_sitk()
-    one = sitk.Image([1] * 2, information.GetPixelID(), information.GetNumberOfComponents())
-    needed = math.prod(information.GetSize()) * one.GetSizeOfPixelComponent() * one.GetNumberOfComponentsPerPixel()
+    one = sitk.Image([1] * 2, header.GetPixelID(), header.GetNumberOfComponents())
+    needed = (
+        math.prod(header.GetSize()) * one.GetSizeOfPixelComponent() * one.GetNumberOfComponentsPerPixel()
+    )
     if path.stat().st_size < needed:
         raise DataError(f"cut short: {path.stat().st_size:,} bytes, the header promises {needed:,}")
 

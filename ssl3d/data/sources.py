@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.read import ARRAYS, DICOM, FORMATS, ITK, NIFTI, PICTURES, dicom_tags, is_dicom, stem_of, suffix_of
+from ssl3d.data.dicom import is_dicom
+from ssl3d.data.read import ARRAYS, FORMATS, ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.errors import DataError
 
 _LABEL_NAME = re.compile(
-    r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|label|labels|labelmap|labelmaps"
+    r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|labels?|labelmaps?"
     r"|roi|rois|gt|dseg|aseg|annotation|annotations)\d*(?:$|[_\-. ])",
     re.IGNORECASE,
 )
@@ -25,14 +26,19 @@ _LABEL_FOLDER = re.compile(
     r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val)?", re.IGNORECASE
 )
 # Names that say what was scanned and not who: the folder then names the subject.
-_SEQUENCES = frozenset("t1 t1w t1c t1ce t1gd t2 t2w flair pd adc dwi swi bold ct mr mri pet image img scan volume".split())
+_SEQUENCE = re.compile(
+    r"t1|t1w|t1c|t1ce|t1gd|t2|t2w|flair|pd|adc|dwi|swi|bold|ct|mri?|pet|image|img|scan|volume",
+    re.IGNORECASE,
+)
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
     "": "",
 }
-_IGNORED = frozenset((".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml"))
+_IGNORED = frozenset(
+    (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
+)
 _HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
 
 
@@ -155,7 +161,9 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
         if source.name == "dataset.json":
             return lists.from_dataset_json(source.parent, wanted)
         if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
-            raise DataError(f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists")
+            raise DataError(
+                f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
+            )
         return _from_files([source], source.parent, wanted, named=True)
     if (source / "dataset.json").is_file():
         found = lists.from_dataset_json(source, wanted)
@@ -169,6 +177,7 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
 def from_folder(root: Path, wanted: Wanted) -> Found:
     """Scans of a folder tree without a list: BIDS, DICOM series, class folders, or just files."""
     from ssl3d.data.arrays import from_arrays
+    from ssl3d.data.series import from_dicom
 
     found, files = Found(), []
     bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
@@ -181,9 +190,10 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             found.rejected += arrays.rejected
         elif ending in (*NIFTI, *ITK, *PICTURES):
             files.append(path)
-        elif ending in DICOM or (ending not in _IGNORED and is_dicom(path)):
-            if path.name.upper() != "DICOMDIR":
-                dicom[path.parent].append(path)
+        elif path.name.upper() == "DICOMDIR" or ending in _IGNORED:
+            continue
+        elif is_dicom(path):
+            dicom[path.parent].append(path)
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
@@ -238,10 +248,13 @@ def looks_like_label(path: Path, root: Path) -> bool:
 
 
 def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) -> Found:
+    from ssl3d.data.series import from_channels, from_dicom
+
     found = Found()
     if wanted.channels and not named:
-        return _joined(files, root, wanted)
-    scans, maps = [], []
+        return from_channels(files, root, wanted)
+    scans: list[Path] = []
+    maps: list[Path] = []
     for path in files:
         like_mask = bool(wanted.masks) and wanted.masks.lower() in tokens(path)
         label = like_mask or (not named and not wanted.take_labels and looks_like_label(path, root))
@@ -254,7 +267,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     subjects = _subjects(scans, root)
     classes = _class_folders(scans, root)
     for path in scans:
-        label, split = classes.get(path, (None, ""))
+        group, split = classes.get(path, (None, ""))
         if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
             found.scans += from_dicom({path.parent: [path]}, root, wanted).scans
             continue
@@ -266,7 +279,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
                 source=relative(path, root),
                 files=((path,),),
                 mask=masks.get(path),
-                label=label,
+                label=group,
                 split=split,
                 named=named or suffix_of(path) in PICTURES or wanted.take_labels,
             )
@@ -315,8 +328,8 @@ def _subjects(paths: Sequence[Path], root: Path) -> dict[Path, str]:
         stem = stem_of(path)
         if bids:
             subjects[path] = bids
-        elif len(parts) > 1 and (stems[stem] > 1 or stem.lower() in _SEQUENCES):
-            anonymous = stem.lower() in _SEQUENCES
+        elif len(parts) > 1 and (stems[stem] > 1 or _SEQUENCE.fullmatch(stem)):
+            anonymous = _SEQUENCE.fullmatch(stem)
             subjects[path] = "/".join(parts[:-1]) if anonymous or stems[stem] > 1 else stem
             if not anonymous and _class_like(parts[:-1]):
                 subjects[path] = "/".join([*parts[:-1], stem])
@@ -338,123 +351,13 @@ def _class_folders(paths: Sequence[Path], root: Path) -> dict[Path, tuple[str | 
     for path in pictures:
         folders = relative(path, root).split("/")[:-1]
         split = next((s for s in (split_of(part) for part in folders) if s), "")
-        classes = [part for part in folders if not split_of(part) and part.lower() not in ("images", "image")]
+        classes = [
+            part for part in folders if not split_of(part) and part.lower() not in ("images", "image")
+        ]
         placed[path] = (classes[-1] if classes else None, split)
     labels = {label for label, _ in placed.values()}
     usable = None not in labels and 1 < len(labels) < len(pictures)
     return {path: (label if usable else None, split) for path, (label, split) in placed.items()}
-
-
-def _joined(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
-    """Sequences of one subject as channels: files whose paths agree but for the channel's name."""
-    found = Found()
-    names = [channel.lower() for channel in wanted.channels]
-    groups: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
-    masks: dict[tuple[str, ...], Path] = {}
-    labels, others = [], []
-    for path in files:
-        parts = [*relative(path.parent, root).split("/"), stem_of(path)]
-        cut = [[t for t in re.split(r"[_\-. ]+", part.lower()) if t] for part in parts]
-        mine = {token for component in cut for token in component}
-        if wanted.masks and wanted.masks.lower() in mine:
-            masks[_group(parts, cut, [wanted.masks.lower()])] = path
-            continue
-        if looks_like_label(path, root) and not wanted.take_labels:
-            labels.append(relative(path, root))
-            continue
-        channel = [name for name in names if name in mine]
-        if not channel:
-            others.append(relative(path, root))
-        elif len(channel) > 1:
-            found.rejected.append((relative(path, root), f"its name says {' and '.join(channel)}: which channel?"))
-        else:
-            key = _group(parts, cut, names)
-            if channel[0] in groups[key]:
-                other = relative(groups[key][channel[0]], root)
-                found.rejected.append((relative(path, root), f"{other} is {channel[0]} of the same subject too"))
-            else:
-                groups[key][channel[0]] = path
-    if labels:
-        found.notes.append(label_note(labels))
-    if others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        found.notes.append(f"no channel of {' '.join(wanted.channels)} in the name: {shown}")
-    dataset = dataset_name(root, wanted)
-    for key, members in sorted(groups.items()):
-        first = next(members[name] for name in names if name in members)
-        subject = next((part for part in key if part.startswith("sub-")), key[-1] if key else stem_of(first))
-        found.scans.append(
-            Scan(
-                id=f"{dataset}/{'/'.join(key) or stem_of(first)}",
-                dataset=dataset,
-                subject=subject,
-                source=relative(first, root),
-                files=tuple((members[name],) if name in members else () for name in names),
-                channels=tuple(wanted.channels),
-                mask=masks.get(key),
-                named=True,
-            )
-        )
-    return found
-
-
-def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
-    """What the channels of one subject have in common: (sub, ses) in BIDS, else the rest of the path."""
-    bids = [part for part in parts[:-1] if re.match(r"(sub|ses)-", part)]
-    if bids:
-        return tuple(bids)
-    rest = ["_".join(token for token in component if token not in names) for component in cut]
-    return tuple(part for part in rest if part)
-
-
-# DICOM --------------------------------------------------------------------------------------------
-
-
-def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> Found:
-    """Series, told apart by SeriesInstanceUID within each folder; the PatientID is the subject."""
-    found = Found()
-    dataset = dataset_name(root, wanted)
-    for folder, files in folders.items():
-        series: dict[str, list[Path]] = defaultdict(list)
-        tags: dict[str, dict[str, str]] = {}
-        for path in files:
-            try:
-                tag = dicom_tags(path)
-            except DataError as error:
-                found.rejected.append((relative(path, root), _damage(path, error)))
-                continue
-            uid = tag["series"] or path.name
-            series[uid].append(path)
-            tags.setdefault(uid, tag)
-        for uid, members in series.items():
-            tag = tags[uid]
-            if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
-                found.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
-                continue
-            place = relative(folder, root)
-            where = place if place != "." else ""
-            alone = len(members) == 1
-            name = stem_of(members[0]) if alone else uid
-            found.scans.append(
-                Scan(
-                    id="/".join(part for part in (dataset, where, name) if part),
-                    dataset=dataset,
-                    subject=_bids(where) or tag["patient"] or (name if alone or not where else where),
-                    source=relative(members[0], root) if alone else place,
-                    files=(tuple(members),),
-                    modality=tag["modality"],
-                    named=True,
-                )
-            )
-    return found
-
-
-def _bids(where: str) -> str | None:
-    return next((part for part in where.split("/") if part.startswith("sub-")), None)
-
-
-def _damage(path: Path, error: DataError) -> str:
-    return "empty file" if path.stat().st_size == 0 else str(error)
 
 
 # ------------------------------------------------------------------------------------------------
