@@ -145,7 +145,6 @@ class Loop:
             group["lr"] = rate
         sums: list[Sums] = []
         batch, waited = self.feed.next()
-        self._measure(batch)
         for part, cuts in enumerate(cut(batch, options.accumulate)):
             groups = groups_to(cuts, self.fabric.device)
             last = part == options.accumulate - 1
@@ -192,13 +191,6 @@ class Loop:
         if step == 0 or epoch != int((step - 1) / self.steps_per_epoch):
             for name, proxy in self.trainee.each():
                 proxy.start_epoch(epoch, self.once(name, epoch))
-
-    def _measure(self, groups: list[Group]) -> None:
-        """Keeps the largest crop seen: any tensor (B, ..., D, H, W) that may be an input."""
-        for group in groups:
-            for tensor in group.tensors.values():
-                if tensor.ndim >= 5 and tensor.is_floating_point():
-                    self.patch[:] = [max(a, b) for a, b in zip(self.patch, tensor.shape[-3:], strict=True)]
 
     def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
         losses = [one for told in sums for one in told.losses]

@@ -65,7 +65,9 @@ def held_out(
 def embed_centres(
     module: nn.Module, data: Collection, patch: Sequence[int], device: torch.device, most: int = VOLUMES
 ) -> Tensor:
-    """Embeddings (N, embed_dim) of one crop from the middle of each volume's foreground.
+    """Embeddings (N, embed_dim) of the middle of each volume's foreground.
+
+    One crop, or the mean over a few slices where the encoder was trained on slices.
 
     Args:
         module: The trainee, wrapped or not.
@@ -77,8 +79,8 @@ def embed_centres(
     found = []
     with evaluating(module):
         for volume in spread(data, most):
-            crop = centre_crop(volume, patch)[None].to(device)
-            found.append(module("embed", crop).float().cpu())
+            crops = centre_crops(volume, patch).to(device)
+            found.append(module("embed", crops).float().mean(dim=0, keepdim=True).cpu())
     return torch.cat(found)
 
 
@@ -89,12 +91,15 @@ def spread(data: Collection, most: int) -> list[Volume]:
     ]
 
 
-def centre_crop(volume: Volume, patch: Sequence[int]) -> Tensor:
-    """A crop (C, D, H, W) from the middle of the foreground; no deeper than an image is."""
+def centre_crops(volume: Volume, patch: Sequence[int], slices: int = 8) -> Tensor:
+    """A crop (1, C, D, H, W) from the middle of the foreground, or evenly spread slices (S, C, 1, H, W)."""
     low, high = volume.foreground_box()
     extent = [1 if volume.shape[1] == 1 else patch[0], patch[1], patch[2]]
     start = [(a + b - n) // 2 for a, b, n in zip(low, high, extent, strict=True)]
-    return volume.read(start, extent)
+    if patch[0] > 1 or volume.shape[1] == 1:
+        return volume.read(start, extent)[None]
+    places = np.unique(np.linspace(low[0], high[0] - 1, slices + 2).astype(int)[1:-1]).tolist()
+    return torch.stack([volume.read([place, *start[1:]], extent) for place in places])
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Any, queries: Tensor, query_labels: Any) -> float:

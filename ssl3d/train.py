@@ -235,8 +235,9 @@ def _train(
         log.say(f"resuming at step {begin} of {options.steps}")
 
     trainee = build_trainee(plan, encoder, selection.train)
-    patch = list(found["patch"]) if found else [0, 0, 0]
+    patch = trainee.patch
     if found:
+        patch[:] = found["patch"]
         trainee.load_state_dict(found["module"])
     apply_layout(trainee, encoder, fabric.device, options.memory_format)
     trainee.train()

@@ -54,6 +54,9 @@ class Sums(NamedTuple):
 class Trainee(nn.Module):
     """The encoder and the proxies that train it.
 
+    Attributes:
+        patch: Largest input (D, H, W) that the encoder was trained on so far.
+
     Args:
         encoder: Shared.
         proxies: By name.
@@ -69,6 +72,13 @@ class Trainee(nn.Module):
         self.proxies = nn.ModuleDict(dict(proxies))
         self.weights = dict(weights)
         self.seed = seed
+        self.patch = patch = [0, 0, 0]
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if module.training:
+                patch[:] = [max(a, b) for a, b in zip(patch, inputs[0].shape[-3:], strict=True)]
+
+        encoder.register_forward_pre_hook(note)
 
     def each(self) -> list[tuple[str, Proxy]]:
         """Names and proxies."""

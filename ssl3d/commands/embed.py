@@ -1,0 +1,22 @@
+"""`ssl3d embed`: volumes to embeddings, with a frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+summary = "embed volumes with a frozen encoder, into an HDF5 file"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the embeddings."""
+    from ssl3d.config import parse
+    from ssl3d.embedding import EmbedOptions, embed_collection
+
+    options = parse("ssl3d embed", EmbedOptions, argv).options
+    from ssl3d.checkpoint import encoder_from
+    from ssl3d.data.store import open_data
+
+    encoder = encoder_from(options.encoder)
+    count = embed_collection(encoder, open_data(options.data), options)
+    print(f"{count} embeddings of length {encoder.embed_dim} in {options.out}")
+    return 0

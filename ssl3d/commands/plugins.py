@@ -1,0 +1,64 @@
+"""`ssl3d proxies` and `ssl3d encoders`: what is installed, one line and the paper each."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ssl3d import plugins
+
+
+@dataclass
+class NoOptions:
+    """Lists what is installed, one line and the paper each."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A command that lists the plugins of a group.
+
+    Attributes:
+        group: Entry-point group.
+        word: The command.
+        summary: One line for `ssl3d --help`.
+    """
+
+    group: str
+    word: str
+    summary: str
+
+    def main(self, argv: Sequence[str]) -> int:
+        """Prints the list; a plugin that does not import is in it with its error, and status 1."""
+        from ssl3d.config import parse
+
+        parse(f"ssl3d {self.word}", NoOptions, argv)
+        failed = 0
+        for name in plugins.names(self.group):
+            try:
+                made = plugins.load(self.group, name)
+                text = describe(made)
+            except plugins.PluginError as error:
+                text, failed = f"broken: {error}", failed + 1
+            print(name)
+            print(textwrap.fill(" ".join(text.split("\n")[0].split()), 100, **_INDENT))
+            for line in text.split("\n")[1:]:
+                print(textwrap.fill(line, 100, **_INDENT))
+        if not plugins.names(self.group):
+            print(f"none installed (entry points {self.group})")
+        return 1 if failed else 0
+
+
+def describe(plugin: Any) -> str:
+    """The first sentence of a plugin's docstring, and its paper on a second line."""
+    documented = inspect.cleandoc(plugin.__doc__ or "no description").split("\n\n")[0]
+    paper = getattr(plugin, "paper", "") or "no paper"
+    return f"{' '.join(documented.split())}\n{' '.join(str(paper).split())}"
+
+
+_INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
+
+proxies = Listing(plugins.PROXIES, "proxies", "list the proxy tasks that are installed")
+encoders = Listing(plugins.ENCODERS, "encoders", "list the encoders that are installed")
