@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl3d.api import DataError, numpy_rng
+from ssl3d.api import DataError, numpy_rng, upsample
 from ssl3d_benchmarks.linear_probe_features import autocast
 from ssl3d_benchmarks.shape_features import intensity_maps
 
@@ -92,8 +92,7 @@ def _tiles(length: int, window: int, stride: int) -> list[tuple[int, int, int, i
 def _neighbours(positions: Tensor, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cells below and above voxel positions along an axis, and the share of the upper one.
 
-    Cell i of a map lies on voxel i x stride: kernels are odd and padded evenly. (`align_corners=False`
-    would put it in the middle of its block, up to 7.5 voxels off at stride 16.)
+    As `ssl3d.api.upsample` has it: cell i of a map lies on voxel i x stride.
     """
     place = (positions.float() / stride).clamp(max=size - 1)
     low = place.floor().long()
@@ -101,7 +100,7 @@ def _neighbours(positions: Tensor, stride: int, size: int) -> tuple[Tensor, Tens
 
 
 def at_voxels(map_: Tensor, stride: Triple, points: Tensor) -> Tensor:
-    """The up-sampled map (C, d, h, w) at voxels (n, 3); (n, C)."""
+    """What `ssl3d.api.upsample` makes of the map (C, d, h, w), at voxels (n, 3) only; (n, C)."""
     axes = [_neighbours(points[:, a], stride[a], map_.shape[1 + a]) for a in range(3)]
     rows = map_.flatten(1).T
     found = rows.new_zeros(len(points), rows.shape[1])
@@ -113,19 +112,6 @@ def at_voxels(map_: Tensor, stride: Triple, points: Tensor) -> Tensor:
             index = index * size + (high if upper else low)
         found += weight[:, None] * rows[index]
     return found
-
-
-def upsample(map_: Tensor, stride: Triple, shape: Sequence[int]) -> Tensor:
-    """The map (C, d, h, w) at every voxel, by trilinear interpolation; (C, *shape)."""
-    for axis in range(3):
-        size = map_.shape[1 + axis]
-        positions = torch.arange(shape[axis], device=map_.device)
-        low, high, share = _neighbours(positions, stride[axis], size)
-        if stride[axis] == 1 and size == shape[axis]:
-            continue
-        share = share.view([-1 if a == axis else 1 for a in range(3)])
-        map_ = torch.lerp(map_.index_select(1 + axis, low), map_.index_select(1 + axis, high), share)
-    return map_
 
 
 # Features of one contestant -----------------------------------------------------------------------
@@ -270,7 +256,7 @@ class Head:
         first = 0
         for map_, stride in zip(maps, strides, strict=True):
             weight = self.weight[:, first : first + map_.shape[0]]
-            total = total + upsample(torch.einsum("kc,cdhw->kdhw", weight, map_), stride, shape)
+            total = total + upsample(torch.einsum("kc,cdhw->kdhw", weight, map_)[None], shape, stride)[0]
             first += map_.shape[0]
         return total
 

@@ -91,7 +91,9 @@ def _encoded(
 
                 for position in same:
                     image = data[position].read().to(device)
-                    one = embed_volume(encoder, image, window)
+                    one = embed_volume(
+                        encoder, image, window, autocast=torch.bfloat16 if precision == "bf16" else None
+                    )
                     yield [position], one.float().cpu().numpy()[None]
                 continue
             size = max(1, BATCH_VOXELS // int(np.prod(shape)))

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ssl3d.inference import dense_features as dense_features
     from ssl3d.inference import embed_volume as embed_volume
     from ssl3d.inference import recalibrate_norm as recalibrate_norm
+    from ssl3d.inference import upsample as upsample
     from ssl3d.losses import alignment as alignment
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
@@ -141,6 +142,7 @@ _HOME = {
     "statistics": "statistics",
     "StepOutput": "proxy",
     "uniformity": "losses",
+    "upsample": "inference",
     "UsageError": "errors",
     "view_margin": "views.compose",
     "ViewRng": "views.compose",
