@@ -1,0 +1,327 @@
+"""`ssl3d info`: what a store, a run, an encoder or a scan holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl3d.errors import DataError
+
+summary = "show what a store, a run, an encoder or a scan holds"
+
+
+@dataclasses.dataclass
+class InfoOptions:
+    """Shows what a store, a folder of shards, a run, an encoder or a scan holds.
+
+    Attributes:
+        path: A store (.h5), a folder of stores, a run, an encoder, a scan, or a folder of scans.
+        json: Print JSON.
+    """
+
+    path: str = dataclasses.field(metadata={"positional": True})
+    json: bool = False
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    from ssl3d import config
+
+    options = config.parse("ssl3d info", InfoOptions, argv).options
+    described = describe(options.path)
+    if options.json:
+        print(json.dumps(described, indent=1, default=_plain))
+    else:
+        print("\n".join(_LINES[described["kind"]](described)))
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a path holds, as plain values; `kind` says which sort it is.
+
+    Raises:
+        DataError: There is nothing there, or nothing known.
+        CheckpointError: It is a damaged run or encoder.
+    """
+    place = Path(path)
+    if str(path).partition(":")[0] == "phantoms" and not place.exists():
+        return _of_stores(place)
+    if not place.exists():
+        raise DataError(f"{place}: no such file or folder")
+    if place.is_dir():
+        if (place / "config.yaml").is_file():
+            return _of_run(place)
+        if (place / "encoder.json").is_file():
+            return _of_encoder(place)
+        if any(place.rglob("*.h5")):
+            return _of_stores(place)
+        return _of_folder(place)
+    if place.name in ("encoder.json", "encoder.safetensors"):
+        return _of_encoder(place.parent)
+    if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
+        return _of_stores(place)
+    if place.suffix.lower() in (".csv", ".npz", ".json"):
+        return _of_folder(place)
+    return _of_scan([place])
+
+
+def _is_hdf5(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
+# What is there ------------------------------------------------------------------------------------
+
+
+def _of_stores(path: Path) -> dict[str, Any]:
+    from ssl3d.data.store import open_data
+
+    data = open_data([str(path)])
+    rejected = [entry for store in data.stores for entry in store.rejected]
+    return {
+        "kind": "store",
+        "path": str(path),
+        "volumes": len(data),
+        "subjects": len(data.identities()),
+        "rejected": len(rejected),
+        "rejected_files": rejected,
+        "bytes": sum(store.path.stat().st_size for store in data.stores),
+        "digest": data.digest(),
+        "stores": [
+            {
+                "path": str(store.path),
+                "volumes": len(store),
+                "rejected": len(store.rejected),
+                "datasets": store.fingerprint,
+                "settings": store.settings,
+            }
+            for store in data.stores
+        ],
+    }
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    from ssl3d.checkpoint import config_of
+
+    options = config_of(path)
+    last: dict[str, Any] = {}
+    log = path / "metrics.jsonl"
+    steps = 0
+    if log.is_file():
+        with open(log) as file:
+            for line in file:
+                try:
+                    last = json.loads(line)
+                    steps += 1
+                except ValueError:  # the line being written, or cut by a kill
+                    break
+    described = {
+        "kind": "run",
+        "path": str(path),
+        "finished": (path / "encoder" / "encoder.json").is_file(),
+        "steps_logged": steps,
+        "last": last,
+        "checkpoints": sorted(child.name for child in (path / "checkpoints").glob("*")),
+        "options": options,
+    }
+    if described["finished"]:
+        described["encoder"] = _of_encoder(path / "encoder")
+    return described
+
+
+def _of_encoder(path: Path) -> dict[str, Any]:
+    from ssl3d.checkpoint import read_card
+
+    card = read_card(path)
+    seen = card.get("identities")
+    if isinstance(seen, list):  # hashes, thousands of them
+        card = {**card, "identities": len(seen)}
+    weights = path / "encoder.safetensors"
+    return {
+        "kind": "encoder",
+        "path": str(path),
+        "bytes": weights.stat().st_size if weights.is_file() else 0,
+        "card": card,
+    }
+
+
+def _of_folder(path: Path) -> dict[str, Any]:
+    from ssl3d.data.sources import Wanted, find
+
+    found = find([path], Wanted())
+    if (
+        len(found.scans) == 1
+        and path.is_dir()
+        and found.scans[0].member is None
+        and not found.scans[0].mask
+    ):
+        return _of_scan(list(found.scans[0].files[0]), str(path))
+    return {
+        "kind": "scans",
+        "path": str(path),
+        "volumes": len(found.scans),
+        "subjects": len({(scan.dataset, scan.subject) for scan in found.scans}),
+        "rejected": len(found.rejected),
+        "rejected_files": [{"path": name, "reason": reason} for name, reason in found.rejected],
+        "masks": sum(scan.mask is not None for scan in found.scans),
+        "labelled": sum(scan.label is not None for scan in found.scans),
+        "datasets": sorted({scan.dataset for scan in found.scans}),
+        "notes": found.notes,
+    }
+
+
+def _of_scan(files: list[Path], shown: str = "") -> dict[str, Any]:
+    import numpy as np
+
+    from ssl3d.data.normalize import decide
+    from ssl3d.data.read import read
+
+    name = shown or str(files[0])
+    try:
+        pixels = read(files)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    voxels = pixels.voxels
+    values = voxels[np.isfinite(voxels)] if voxels.dtype.kind == "f" else voxels.reshape(-1)
+    quantiles = np.percentile(values, (0, 0.5, 50, 99.5, 100)) if values.size else np.full(5, np.nan)
+    return {
+        "kind": "scan",
+        "path": name,
+        "volumes": 1,
+        "rejected": 0,
+        "files": len(files),
+        "shape": list(voxels.shape),
+        "original_shape": list(pixels.original_shape),
+        "type": str(voxels.dtype),
+        "spacing": [round(side, 6) for side in pixels.spacing],
+        "orientation": pixels.orientation,
+        "affine": pixels.affine.tolist(),
+        "modality": pixels.modality,
+        "normalize": decide(voxels, pixels.modality, pixels.eight_bit),
+        "intensity": dict(zip(("min", "p0.5", "p50", "p99.5", "max"), quantiles.tolist(), strict=True)),
+        "not_finite": int(voxels.size - values.size),
+    }
+
+
+# As text ------------------------------------------------------------------------------------------
+
+
+def _store_lines(info: dict[str, Any]) -> list[str]:
+    several = f" in {len(info['stores'])} stores" if len(info["stores"]) > 1 else ""
+    lines = [
+        f"{info['path']}: {info['volumes']:,} volumes of {info['subjects']:,} subjects{several}, "
+        f"{info['rejected']:,} rejected, {info['bytes'] / 1e6:,.1f} MB, digest {info['digest']}"
+    ]
+    for store in info["stores"]:
+        if several:
+            lines.append(f"{store['path']}: {store['volumes']:,} volumes, {store['rejected']:,} rejected")
+        for name, print_ in store["datasets"].items():
+            lines += _fingerprint_lines(name, print_)
+        chosen = {
+            k: v for k, v in (store["settings"].get("options") or {}).items() if v not in ("", [], None)
+        }
+        if chosen:
+            lines.append(
+                "  options: " + ", ".join(f"{key} {_words(value)}" for key, value in chosen.items())
+            )
+    lines += [f"  rejected {entry['path']}: {entry['reason']}" for entry in info["rejected_files"][:20]]
+    if len(info["rejected_files"]) > 20:
+        lines.append(f"  and {len(info['rejected_files']) - 20} more (--json lists all)")
+    return lines
+
+
+def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
+    marks = [f"{print_[what]:,} {what}" for what in ("masks", "labelled", "boxes") if print_.get(what)]
+    splits = ", ".join(f"{split} {count:,}" for split, count in print_.get("splits", {}).items())
+    lines = [
+        f"{name}: {print_['volumes']:,} volumes of {print_['subjects']:,} subjects"
+        + "".join(f", {mark}" for mark in marks)
+        + f"; orientation {', '.join(print_['orientations'])}; channels {print_['channels']}; split {splits}"
+    ]
+    for what, unit in (("shape", "voxels"), ("spacing", "mm")):
+        low, mid, high = (print_[what][key] for key in ("min", "median", "max"))
+        lines.append(f"  {what} (D, H, W): {_words(low)} to {_words(high)}, median {_words(mid)} {unit}")
+    for channel, values in enumerate(print_["intensity"]):
+        text = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+        lines.append(
+            f"  stored intensity{f' of channel {channel}' if print_['channels'] > 1 else ''}: {text}"
+        )
+    if print_.get("classes"):
+        lines.append("  classes: " + ", ".join(f"{label} {n:,}" for label, n in print_["classes"].items()))
+    return lines
+
+
+def _run_lines(info: dict[str, Any]) -> list[str]:
+    state = (
+        "finished" if info["finished"] else f"not finished; ssl3d pretrain --resume {info['path']} goes on"
+    )
+    lines = [f"{info['path']}: a run, {state}; {info['steps_logged']:,} steps logged"]
+    if info["last"]:
+        lines.append("  last step: " + ", ".join(f"{k} {_words(v)}" for k, v in info["last"].items()))
+    lines += [f"  {key}: {_words(value)}" for key, value in info["options"].items()]
+    return lines + (_encoder_lines(info["encoder"]) if "encoder" in info else [])
+
+
+def _encoder_lines(info: dict[str, Any]) -> list[str]:
+    lines = [f"{info['path']}: an encoder, {info['bytes'] / 1e6:,.1f} MB of weights"]
+    return lines + [f"  {key}: {_words(value)}" for key, value in info["card"].items()]
+
+
+def _folder_lines(info: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{info['path']}: {info['volumes']:,} scans of {info['subjects']:,} subjects "
+        f"({', '.join(info['datasets'])}), {info['masks']:,} with masks, {info['labelled']:,} labelled, "
+        f"{info['rejected']:,} rejected; ssl3d prepare makes a store of them"
+    ]
+    lines += [f"  {note}" for note in info["notes"]]
+    return lines + [
+        f"  rejected {entry['path']}: {entry['reason']}" for entry in info["rejected_files"][:20]
+    ]
+
+
+def _scan_lines(info: dict[str, Any]) -> list[str]:
+    frames, *shape = info["shape"]
+    return [
+        f"{info['path']}: {_words(shape)} voxels (D, H, W)"
+        + (f", {frames} frames or channels" if frames > 1 else "")
+        + (f", {info['files']} files" if info["files"] > 1 else ""),
+        f"  spacing {_words(info['spacing'])} mm, orientation {info['orientation']}, {info['type']}"
+        + (f", modality {info['modality']}" if info["modality"] else ""),
+        "  intensity: " + ", ".join(f"{key} {value:.6g}" for key, value in info["intensity"].items()),
+        f"  --normalize auto takes {info['normalize']}"
+        + (f"; {info['not_finite']:,} voxels are not finite: refused" if info["not_finite"] else ""),
+    ]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if hasattr(value, "tolist"):
+        return _words(value.tolist())
+    if isinstance(value, list | tuple):
+        simple = all(isinstance(item, int | float | str) for item in value)
+        return (
+            (" x " if _numeric(value) else ", ").join(map(_words, value)) if simple else json.dumps(value)
+        )
+    return json.dumps(value, default=_plain) if isinstance(value, dict) else str(value)
+
+
+def _numeric(values: Sequence[Any]) -> bool:
+    return len(values) in (3, 4) and all(isinstance(v, int | float) for v in values)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+_LINES = {
+    "store": _store_lines,
+    "run": _run_lines,
+    "encoder": _encoder_lines,
+    "scans": _folder_lines,
+    "scan": _scan_lines,
+}
