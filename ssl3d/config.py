@@ -126,6 +126,9 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {_one_line(error)}") from error
 
 
+_TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word after it is not its value
+
+
 # Parsing ------------------------------------------------------------------------------------------
 
 
@@ -296,7 +299,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
                     if single and any(a not in (type(None),) for a in scalars):
                         listed = single if not _numeric_sequence(hint, single) else listed
             rest.append(f"{flag}={listed}")
-        elif words and not re.match(r"--\w", words[0]):
+        elif words and not re.match(r"--\w", words[0]) and (hint is not bool or words[0].lower() in _TRUTH):
             rest.append(f"{flag}={words.pop(0)}")
         elif hint is bool:
             rest.append(f"{flag}=true")

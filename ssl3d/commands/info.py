@@ -238,7 +238,8 @@ def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
     lines = [
         f"{name}: {print_['volumes']:,} volumes of {print_['subjects']:,} subjects"
         + "".join(f", {mark}" for mark in marks)
-        + f"; orientation {', '.join(print_['orientations'])}; channels {print_['channels']}; split {splits}"
+        + f"; orientation {', '.join(print_['orientations'])}; channels {print_['channels']}; "
+        f"split {splits}"
     ]
     for what, unit in (("shape", "voxels"), ("spacing", "mm")):
         low, mid, high = (print_[what][key] for key in ("min", "median", "max"))
