@@ -84,7 +84,13 @@ class BarlowTwins(Proxy):
         super().__init__(config, encoder)
         check_depth(config, encoder)
         self.head = projection_head(
-            encoder.embed_dim, config.hidden, config.out, layers=3, norm=config.head_norm, norm_last=False
+            encoder.embed_dim,
+            config.hidden,
+            config.out,
+            layers=3,
+            norm=config.head_norm,
+            norm_last=False,
+            bias_last=False,
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ def projection_head(
     layers: int = 2,
     norm: str = "batch",
     norm_last: bool = True,
+    bias_last: bool = True,
 ) -> nn.Module:
     """A projection head of lightly: `layers` linear layers, ReLU between them, (B, in) to (B, out).
 
@@ -30,6 +32,7 @@ def projection_head(
         norm: `batch`, or, so that every example stands alone (batches of a few, gradients equal over any
             number of ranks), `layer` or `none`.
         norm_last: Whether the last layer is normalised too.
+        bias_last: Whether a last layer without norm has a bias; losses that standardise need none.
 
     Raises:
         ValueError: `norm` is unknown or `layers` below 1.
@@ -45,11 +48,12 @@ def projection_head(
         "layer": nn.LayerNorm,
         "none": lambda width: None,
     }
-    blocks: list[tuple[int, int, nn.Module | None, nn.Module | None]] = []
+    blocks: list[tuple[Any, ...]] = []
     width = in_features
     for _ in range(layers - 1):
         blocks.append((width, hidden, make[norm](hidden), nn.ReLU()))
         width = hidden
-    blocks.append((width, out, make[norm](out) if norm_last else None, None))
+    last = make[norm](out) if norm_last else None
+    blocks.append((width, out, last, None, last is None and bias_last))
     head: nn.Module = ProjectionHead(blocks)
     return head

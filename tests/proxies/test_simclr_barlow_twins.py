@@ -1,0 +1,320 @@
+"""SimCLR and Barlow Twins: what they learn, what they must not, and that ranks agree with one process."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ssl3d_proxies.barlow_twins import BarlowTwins
+from ssl3d_proxies.simclr import SimCLR
+from torch.utils.data import default_collate
+
+from ssl3d.api import DataError, UsageError, open_data
+from ssl3d.config import to_dict
+from ssl3d.encoders.resnet import ResNet10
+from ssl3d.rng import numpy_rng, one_group, seed_of
+
+PROXIES = [SimCLR, BarlowTwins]
+SMALL = {SimCLR: {"hidden": 64, "out": 32}, BarlowTwins: {"hidden": 64, "out": 64}}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    from ssl3d.data.phantoms import phantom_store
+
+    return open_data([phantom_store(16, shape=(32, 32, 32), folder=tmp_path_factory.mktemp("phantoms"))])
+
+
+def config_of(cls, **options):
+    return cls.Config(**{**SMALL[cls], "crop": (16, 16, 16), "plane": (24, 24), **options})
+
+
+def make(cls, config, norm="batch", kind="acs", seed=0):
+    torch.manual_seed(seed)
+    encoder = ResNet10(ResNet10.Config(width=8, norm=norm, kind=kind, stem_kernel=3))
+    return cls(config, encoder)
+
+
+def batch_of(cls, config, data, size, step=0):
+    chosen = numpy_rng("which", step).permutation(len(data))[:size]
+    batch = default_collate([cls.draw(config, data[int(i)], numpy_rng(step, int(i))) for i in chosen])
+    codes = data.subject_codes[chosen]
+    return {**batch, "subject": torch.as_tensor(codes)}
+
+
+def train(proxy, draw, steps, lr=3e-3):
+    optimizer = torch.optim.AdamW(proxy.parameters(), lr)
+    history = []
+    for step in range(steps):
+        batch = draw(step)
+        out = proxy(batch, one_group(seed_of("step", step), len(batch["a"])))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        history.append({"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}})
+    return history
+
+
+def mean(history, name):
+    return float(np.mean([step[name] for step in history]))
+
+
+# Learning -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", ["volumes", "slices"])
+@pytest.mark.parametrize("cls", PROXIES)
+def test_it_learns_on_phantoms(cls, views, phantoms):
+    config = config_of(cls, views=views)
+    proxy = make(cls, config)
+    history = train(proxy, lambda step: batch_of(cls, config, phantoms, 12, step), 30)
+    first, last = history[:4], history[-6:]
+    assert mean(last, "loss") < 0.8 * mean(first, "loss")
+    if cls is SimCLR:
+        assert mean(last, "accuracy") > 5 * mean(last, "chance")
+    else:
+        assert mean(last, "diagonal") > 0.5
+        assert mean(last, "off_diagonal_rms") < mean(last, "diagonal")
+
+
+def noise_batch(step, size=12, side=16, shuffled=None):
+    """Pairs of crops from different places of pure noise: they share nothing."""
+    generator = torch.Generator().manual_seed(step)
+    a, b = torch.randn(2, size, 1, 1, side, side, side, generator=generator)
+    return {"a": a, "b": b, "spacing": torch.ones(size, 3), "subject": torch.arange(size)}
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_noise_that_shares_nothing_stays_at_chance(cls):
+    config = config_of(cls, rotate=0.0, scale=0.0)
+    history = train(make(cls, config), noise_batch, 40)[-20:]
+    if cls is SimCLR:
+        assert mean(history, "accuracy") < 2.5 * mean(history, "chance")
+    else:
+        assert abs(mean(history, "diagonal")) < 0.15
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_shuffled_pairs_stay_at_chance(cls, phantoms):
+    config = config_of(cls)
+
+    def draw(step):
+        batch = batch_of(cls, config, phantoms, 12, step)
+        batch["subject"] = torch.arange(12)
+        return {**batch, "b": batch["b"].roll(1 + step % 11, 0)}
+
+    history = train(make(cls, config), draw, 30)[-15:]
+    if cls is SimCLR:
+        assert mean(history, "accuracy") < 2.5 * mean(history, "chance")
+    else:
+        assert mean(history, "diagonal") < 0.3
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_the_plugin_keeps_the_contract(cls):
+    from ssl3d.testing import check_proxy
+
+    check_proxy(cls, config_of(cls))
+
+
+# Drawing ------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A volume that counts the voxels read from it."""
+
+    def __init__(self, volume):
+        self._volume, self.voxels = volume, 0
+
+    def __getattr__(self, name):
+        return getattr(self._volume, name)
+
+    def read(self, start, size):
+        self.voxels += int(np.prod(size))
+        return self._volume.read(start, size)
+
+
+def test_drawing_reads_the_crops_and_no_more(phantoms):
+    config = config_of(SimCLR, crop=(8, 8, 8), per_volume=2)
+    volume = Counting(phantoms[0])
+    drawn = SimCLR.draw(config, volume, numpy_rng(0))
+    assert drawn["a"].shape == drawn["b"].shape == (2, 1, 12, 12, 12)
+    assert volume.voxels == 4 * 12**3
+
+
+@pytest.mark.parametrize("axis", ["D", "H", "W"])
+def test_slices_lie_flat_and_do_not_move_across_their_axis(axis, phantoms):
+    config = config_of(SimCLR, views="slices", axis=axis, slab=3, per_volume=2, chance=0.0, flip=0.0)
+    volume = phantoms[0]
+    drawn = SimCLR.draw(config, volume, numpy_rng(3))
+    assert drawn["a"].shape == (2, 1, 3, 24, 24)
+    number = "DHW".index(axis)
+    assert drawn["spacing"][0] == pytest.approx(volume.spacing[number])
+    whole = volume.read((0, 0, 0), volume.shape[1:]).movedim(number + 1, 1)[0]
+    slab = drawn["a"][0, 0]
+    found = [
+        (z, y, x)
+        for z in range(30)
+        for y in range(9)
+        for x in range(9)
+        if torch.equal(whole[z : z + 3, y : y + 24, x : x + 24], slab)
+    ]
+    assert len(found) == 1
+
+
+def test_pairs_of_slices_are_as_close_as_asked(phantoms):
+    same = config_of(SimCLR, views="slices", chance=0.0, min_overlap=1.0)
+    drawn = SimCLR.draw(same, phantoms[0], numpy_rng(0))
+    assert torch.equal(drawn["a"], drawn["b"])
+    near = dataclasses.replace(same, max_distance_mm=3 * phantoms[0].spacing[0])
+    pairs = [SimCLR.draw(near, phantoms[0], numpy_rng(i)) for i in range(8)]
+    assert any(not torch.equal(pair["a"], pair["b"]) for pair in pairs)
+
+
+def test_images_give_views_of_depth_one(phantoms):
+    class Image(Counting):
+        shape = (1, 1, 32, 32)
+        block = (1, 8, 8)
+
+        def foreground(self):
+            return np.ones((1, 4, 4), np.float32)
+
+    config = config_of(SimCLR)
+    drawn = SimCLR.draw(config, Image(phantoms[0]), numpy_rng(0))
+    assert drawn["a"].shape[2] == 1
+    batch = default_collate([drawn, drawn])
+    views = []
+    proxy = make(SimCLR, config)
+    proxy.encoder.register_forward_pre_hook(lambda module, args: views.append(args[0].shape))
+    proxy.train()
+    out = proxy({**batch, "subject": torch.arange(2)}, one_group(0, 2))
+    out.loss.backward()
+    assert all(shape[2:] == (1, 16, 16) for shape in views)
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_a_volume_with_nothing_to_see_is_refused_by_name(cls, phantoms):
+    class Empty(Counting):
+        def foreground(self):
+            return np.zeros_like(self._volume.foreground())
+
+    with pytest.raises(DataError, match=r"no foreground"):
+        cls.draw(config_of(cls), Empty(phantoms[0]), numpy_rng(0))
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_torchio_by_name_in_draw(cls, phantoms):
+    config = config_of(cls, torchio=("RandomNoise",))
+    plain = cls.draw(config_of(cls), phantoms[0], numpy_rng(0))
+    noisy = cls.draw(config, phantoms[0], numpy_rng(0))
+    assert noisy["a"].shape == plain["a"].shape and not torch.equal(noisy["a"], plain["a"])
+    assert torch.equal(cls.draw(config, phantoms[0], numpy_rng(0))["b"], noisy["b"])
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_a_batch_of_one_is_refused(cls, phantoms):
+    config = config_of(cls)
+    with pytest.raises(UsageError, match="batch size of at least 2"):
+        make(cls, config)(batch_of(cls, config, phantoms, 1), one_group(0, 1))
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_slices_too_thin_for_the_kernels_are_refused(cls):
+    with pytest.raises(UsageError, match="slab is 1, but kernels of kind 3d"):
+        make(cls, config_of(cls, views="slices"), kind="3d")
+
+
+@pytest.mark.parametrize(
+    "cls,wrong",
+    [
+        (SimCLR, {"temperature": 0.0}),
+        (SimCLR, {"crop": (0, 4, 4)}),
+        (SimCLR, {"min_iou": 2.0}),
+        (BarlowTwins, {"out": 1}),
+        (BarlowTwins, {"off_diagonal": -1.0}),
+    ],
+)
+def test_options_out_of_range_name_the_field(cls, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        config_of(cls, **wrong)
+
+
+@pytest.mark.parametrize("cls", PROXIES)
+def test_the_picture_shows_pairs_and_what_is_nearest(cls, phantoms):
+    config = config_of(cls)
+    out = make(cls, config)(batch_of(cls, config, phantoms, 4), one_group(0, 4))
+    figure = out.picture()
+    assert len(figure.axes) == 12
+    assert cls.main in out.metrics
+
+
+# Ranks --------------------------------------------------------------------------------------------
+
+
+RANK = """
+import sys, torch
+from ssl3d.config import from_dict
+from ssl3d.config import to_dict
+from ssl3d.encoders.resnet import ResNet10
+from ssl3d.rng import BatchRng
+from ssl3d_proxies.barlow_twins import BarlowTwins
+from ssl3d_proxies.simclr import SimCLR
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+given = torch.load(f"{folder}/given.pt", weights_only=True)
+cls = {"SimCLR": SimCLR, "BarlowTwins": BarlowTwins}[given["cls"]]
+encoder = ResNet10(from_dict(ResNet10.Config, given["encoder"], "encoder"))
+proxy = cls(from_dict(cls.Config, given["config"], "proxy"), encoder)
+proxy.load_state_dict(given["weights"])
+wrapped = torch.nn.parallel.DistributedDataParallel(proxy)
+rows, batch = given["rows"][rank], given["batch"]
+out = wrapped({k: v[rows] for k, v in batch.items()}, BatchRng(5, rows, len(batch["a"])))
+out.loss.backward()
+loss = out.loss.detach() / 2
+torch.distributed.all_reduce(loss)
+if rank == 0:
+    torch.save({"loss": loss, **{n: p.grad for n, p in proxy.named_parameters()}}, f"{folder}/grads.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("split", ["interleaved", "unequal"])
+@pytest.mark.parametrize("cls", PROXIES)
+def test_gradients_of_two_ranks_are_those_of_one_process(cls, split, phantoms, tmp_path):
+    config = config_of(cls, head_norm="layer", per_volume=2)
+    batch = batch_of(cls, config, phantoms, 6)
+    batch["subject"] = torch.tensor([0, 0, 1, 2, 3, 3])
+    alone = make(cls, config, norm="group")
+    out = alone(batch, one_group(5, 6))
+    out.loss.backward()
+    rows = [[0, 2, 4], [1, 3, 5]] if split == "interleaved" else [[0, 2, 3, 5], [1, 4]]
+    torch.save(
+        {
+            "cls": cls.__name__,
+            "config": to_dict(config),
+            "encoder": to_dict(alone.encoder.config),
+            "weights": alone.state_dict(),
+            "batch": batch,
+            "rows": rows,
+        },
+        tmp_path / "given.pt",
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    ranks = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert torch.allclose(ranks.pop("loss"), out.loss.detach(), rtol=1e-4)
+    largest = max(float(parameter.grad.abs().max()) for parameter in alone.parameters())
+    for name, parameter in alone.named_parameters():
+        assert torch.allclose(ranks[name], parameter.grad, rtol=1e-3, atol=1e-5 * largest), name
