@@ -501,7 +501,7 @@ def _open_here(path: Path) -> h5py.File:
     if path in _open_files:
         _open_files.move_to_end(path)
         return _open_files[path]
-    if len(_open_files) >= _MAX_OPEN:
+    while len(_open_files) >= _MAX_OPEN:
         _open_files.popitem(last=False)[1].close()
     file = _open_files[path] = _checked(path)
     return file

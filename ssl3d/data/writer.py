@@ -156,8 +156,10 @@ def write_part(
     image = np.asarray(image, dtype=np.float32)
     _check(record, image, mask, boxes, foreground)
     background = np.asarray(record.done.get("background", image.min(axis=(1, 2, 3))), dtype=np.float32)
-    background = np.broadcast_to(background, image.shape[:1])
     stored, scale, offset = _encode(record.id, image, dtype)
+    if stored.dtype == np.float16:  # air outside the volume is to equal air inside
+        background = background.astype(np.float16).astype(np.float32)
+    background = np.broadcast_to(background, image.shape[:1])
     occupied = _derived_foreground(image, background) if foreground is None else foreground.astype(bool)
     block = block_size(image.shape[1:])
     boxes = None if boxes is None else np.asarray(boxes, dtype=np.float32).reshape(-1, 6)
