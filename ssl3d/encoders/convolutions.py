@@ -27,6 +27,30 @@ def triple(value: int | Sequence[int]) -> Triple:
     return (depth, height, width)
 
 
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Triple = 1,
+    padding: int | Triple = 0,
+    dilation: int | Triple = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv3d`, with gradients that are right on the CPU in bfloat16 as well.
+
+    There, oneDNN (torch 2.15, AVX-512) reads and writes beyond its buffers in the weight gradient of
+    small padded maps, such as kernel 3 on depth 2: infinite or plausible wrong numbers, or a crash.
+    Padding beforehand takes another path; maps that small make it cheap.
+    """
+    pads = triple(padding)
+    if any(pads) and x.device.type == "cpu":
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if half != torch.float32 and min(x.shape[2:]) < 2 * max(weight.shape[2:]):
+            x = F.pad(x, (pads[2], pads[2], pads[1], pads[1], pads[0], pads[0]))
+            padding = 0
+    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+
 def acs_split(channels: int) -> Triple:
     """How many output channels see the axial (H, W), coronal (D, W) and sagittal (D, H) plane.
 
@@ -85,7 +109,7 @@ def acs_conv3d(
             products, fewer passes over the input. None: the three, unless there are groups.
     """
     if groups > 1 or whole:
-        return F.conv3d(x, acs_kernel(weight), bias, stride, padding, dilation, groups)
+        return conv3d(x, acs_kernel(weight), bias, stride, padding, dilation, groups)
     size = weight.shape[-1]
     parts = []
     biases = (None, None, None) if bias is None else bias.split(acs_split(weight.shape[0]))
@@ -104,7 +128,7 @@ def acs_conv3d(
             seen = F.pad(x, pads)
         thin = (padding[0], padding[1], padding[2])
         thin = tuple(0 if axis == flat else p for axis, p in enumerate(thin))  # type: ignore[assignment]
-        parts.append(F.conv3d(seen, kernel.unsqueeze(2 + flat), offset, stride, thin, dilation))
+        parts.append(conv3d(seen, kernel.unsqueeze(2 + flat), offset, stride, thin, dilation))
     return torch.cat(parts, dim=1)
 
 
@@ -165,7 +189,7 @@ class Full(Convolution):
 
     def on_volume(self, x: Tensor) -> Tensor:
         """A plain 3D convolution."""
-        return F.conv3d(x, self.weight, None, self.stride, self.padding)
+        return conv3d(x, self.weight, None, self.stride, self.padding)
 
 
 class Pseudo3D(Convolution):
@@ -192,10 +216,10 @@ class Pseudo3D(Convolution):
     def on_volume(self, x: Tensor) -> Tensor:
         """In the plane, then across it."""
         if self.kernel == 1:
-            return F.conv3d(x, self.weight.unsqueeze(2), None, self.stride)
-        depth, *plane = self.stride
-        x = F.conv3d(x, self.weight.unsqueeze(2), None, (1, *plane), (0, self.padding, self.padding))
-        return F.conv3d(x, self.depth_weight[..., None, None], None, (depth, 1, 1), (self.padding, 0, 0))
+            return conv3d(x, self.weight.unsqueeze(2), None, self.stride)
+        depth, height, width = self.stride
+        x = conv3d(x, self.weight.unsqueeze(2), None, (1, height, width), (0, self.padding, self.padding))
+        return conv3d(x, self.depth_weight[..., None, None], None, (depth, 1, 1), (self.padding, 0, 0))
 
 
 class Flat(Convolution):
@@ -204,7 +228,7 @@ class Flat(Convolution):
     def on_volume(self, x: Tensor) -> Tensor:
         """Every slice by itself."""
         pad = (0, self.padding, self.padding)
-        return F.conv3d(x, self.weight.unsqueeze(2), None, self.stride, pad)
+        return conv3d(x, self.weight.unsqueeze(2), None, self.stride, pad)
 
 
 class ACS(Convolution):
@@ -213,7 +237,7 @@ class ACS(Convolution):
     def on_volume(self, x: Tensor) -> Tensor:
         """Each third of the output channels in its own plane."""
         if self.kernel == 1:
-            return F.conv3d(x, self.weight.unsqueeze(2), None, self.stride)
+            return conv3d(x, self.weight.unsqueeze(2), None, self.stride)
         return acs_conv3d(x, self.weight, None, self.stride, triple(self.padding))
 
 
