@@ -323,9 +323,9 @@ def test_a_part_cut_short_is_noticed_and_nothing_assembled(tmp_path):
     parts = tmp_path / "store.h5.partial"
     part = write_part(parts, "0", record(), IMAGE)
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    with pytest.raises(DataError, match="0.part: not a whole part .*delete it"):
+    with pytest.raises(DataError, match=r"0\.part: not a whole part .*delete it"):
         part_record(part)
-    with pytest.raises(DataError, match="0.part"):
+    with pytest.raises(DataError, match=r"0\.part"):
         assemble(parts, tmp_path / "store.h5", {}, [])
     assert [p.name for p in tmp_path.iterdir()] == ["store.h5.partial"]
 
