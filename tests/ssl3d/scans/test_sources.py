@@ -1,0 +1,333 @@
+"""What is found in folders and lists: subjects, series, channels, labels, masks."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from ssl3d.data.process import Recipe, Task, process
+from ssl3d.data.sources import Wanted, find, in_part
+from ssl3d.errors import DataError
+
+
+def by_id(found):
+    return {scan.id: scan for scan in found.scans}
+
+
+def test_bids_gives_subjects_and_leaves_derivatives_out(scans, tmp_path):
+    root = tmp_path / "study"
+    for sub in ("sub-01", "sub-02"):
+        for ses in ("ses-1", "ses-2"):
+            scans.nifti(root / sub / ses / "anat" / f"{sub}_{ses}_T1w.nii.gz", scans.body())
+    scans.nifti(root / "derivatives" / "fs" / "sub-01" / "brain.nii.gz", scans.body())
+    (root / "dataset_description.json").write_text("{}")
+    found = find([root], Wanted())
+    assert [scan.subject for scan in found.scans] == ["sub-01", "sub-01", "sub-02", "sub-02"]
+    assert {scan.dataset for scan in found.scans} == {"study"}
+    assert found.scans[0].source == "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz"
+
+
+def test_subject_is_the_file_name_or_the_folder_where_names_repeat(scans, tmp_path):
+    for name in ("a/flair.nii.gz", "b/flair.nii.gz"):
+        scans.nifti(tmp_path / "x" / name, scans.body())
+    scans.nifti(tmp_path / "y" / "p1.nii.gz", scans.body())
+    assert [scan.subject for scan in find([tmp_path / "x"], Wanted()).scans] == ["a", "b"]
+    assert [scan.subject for scan in find([tmp_path / "y"], Wanted()).scans] == ["p1"]
+
+
+def test_label_like_names_are_not_scans_and_are_named(scans, tmp_path):
+    for name in ("a", "a_seg", "b", "b-mask", "brainmask", "c_labels", "roi1", "segment_of_spine", "masked"):
+        scans.nifti(tmp_path / f"{name}.nii.gz", scans.body())
+    scans.nifti(tmp_path / "labels" / "d.nii.gz", scans.body())
+    found = find([tmp_path], Wanted())
+    assert [scan.subject for scan in found.scans] == ["a", "b", "masked", "segment_of_spine"]
+    assert len(found.notes) == 1
+    assert "a_seg.nii.gz" in found.notes[0]
+    assert "1 more" in found.notes[0]
+    assert len(find([tmp_path], Wanted(take_labels=True)).scans) == 10
+
+
+def test_masks_beside_scans_are_kept_when_asked(scans, tmp_path):
+    for name in ("a.nii.gz", "a_seg.nii.gz", "b.nii.gz", "p/flair.nii.gz", "p/seg.nii.gz", "p/brain_mask.nii.gz"):
+        scans.nifti(tmp_path / name, scans.body())
+    found = find([tmp_path], Wanted(masks="seg"))
+    masks = {scan.source: scan.mask and scan.mask.name for scan in found.scans}
+    assert masks == {"a.nii.gz": "a_seg.nii.gz", "b.nii.gz": None, "p/flair.nii.gz": "seg.nii.gz"}
+    assert "brain_mask" in found.notes[0]
+
+
+@pytest.mark.parametrize("layout", ["{s}/{c}.nii.gz", "{c}/{s}.nii.gz", "{s}_{c}.nii.gz", "sub-{s}/ses-1/x_{c}.nii"])
+def test_sequences_of_a_subject_become_channels(scans, tmp_path, layout):
+    for subject in ("p1", "p2"):
+        for channel in ("T1", "flair", "t1ce"):
+            if (subject, channel) != ("p2", "flair"):
+                scans.nifti(tmp_path / "d" / layout.format(s=subject, c=channel), scans.body())
+    found = find([tmp_path / "d"], Wanted(channels=("t1", "flair")))
+    assert len(found.scans) == 2
+    one, two = found.scans
+    assert one.subject.removeprefix("sub-") == "p1"
+    assert one.channels == ("t1", "flair")
+    assert [len(files) for files in one.files] == [1, 1]
+    assert "T1" in str(one.files[0][0].relative_to(tmp_path))
+    assert [len(files) for files in two.files] == [1, 0]
+    assert "t1ce" in " ".join(found.notes)
+
+
+def test_two_files_of_one_channel_are_refused_by_name(scans, tmp_path):
+    for name in ("p_t1.nii.gz", "t1_p.nii.gz"):
+        scans.nifti(tmp_path / name, scans.body())
+    found = find([tmp_path], Wanted(channels=("t1",)))
+    assert len(found.scans) == 1
+    assert found.rejected[0][0] == "t1_p.nii.gz"
+
+
+def _decathlon(scans, root, modality=None):
+    mask = np.zeros((12, 14, 16), np.uint8)
+    mask[5:8, 5:8, 5:8] = 1
+    for case in ("case_1", "case_2"):
+        scans.nifti(root / "imagesTr" / f"{case}.nii.gz", scans.body())
+        scans.nifti(root / "labelsTr" / f"{case}.nii.gz", mask)
+    scans.nifti(root / "imagesTr" / "._case_1.nii.gz", scans.body())
+    scans.nifti(root / "imagesTs" / "case_3.nii.gz", scans.body())
+    pairs = [
+        {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"}
+        for case in ("case_1", "case_2", "case_9")
+    ]
+    described = {
+        "name": "Spleen",
+        "modality": modality or {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen"},
+        "training": pairs,
+        "test": ["./imagesTs/case_3.nii.gz"],
+    }
+    (root / "dataset.json").write_text(json.dumps(described))
+
+
+def test_decathlon_folder_keeps_masks_names_and_modality(scans, tmp_path):
+    _decathlon(scans, tmp_path / "Task09")
+    found = find([tmp_path / "Task09"], Wanted())
+    assert [scan.subject for scan in found.scans] == ["case_1", "case_2", "case_3"]
+    assert [scan.mask is not None for scan in found.scans] == [True, True, False]
+    assert {scan.dataset for scan in found.scans} == {"Spleen"}
+    assert {scan.modality for scan in found.scans} == {"CT"}
+    assert found.label_names == {"Spleen": {"0": "background", "1": "spleen"}}
+    assert found.rejected == [("./imagesTr/case_9.nii.gz", "listed in dataset.json, no such file")]
+    assert {scan.dataset for scan in find([tmp_path / "Task09"], Wanted(dataset="mine")).scans} == {"mine"}
+
+
+def test_nnunet_suffixes_become_channels(scans, tmp_path):
+    root = tmp_path / "Dataset001_X"
+    for case, channels in (("a", (0, 1)), ("b", (0,))):
+        for channel in channels:
+            scans.nifti(root / "imagesTr" / f"{case}_{channel:04d}.nii.gz", scans.body(seed=channel))
+        scans.nifti(root / "labelsTr" / f"{case}.nii.gz", np.ones((12, 14, 16), np.uint8))
+    described = {
+        "channel_names": {"0": "T2", "1": "ADC"},
+        "labels": {"background": 0, "PZ": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps(described))
+    found = find([root], Wanted())
+    assert [scan.channels for scan in found.scans] == [("T2", "ADC")] * 2
+    assert [len(files) for files in found.scans[1].files] == [1, 0]
+    assert all(scan.mask for scan in found.scans)
+    assert found.label_names == {"Dataset001_X": {"0": "background", "1": "PZ"}}
+    (root / "dataset.json").unlink()
+    assert [scan.channels for scan in find([root], Wanted()).scans] == [("channel0", "channel1")] * 2
+
+
+def test_dicom_series_in_one_folder_are_told_apart(scans, tmp_path):
+    folder = tmp_path / "dicom" / "study"
+    scans.dicom(folder, scans.body((10, 12, 5)), "1.2.3.4", prefix="a")
+    scans.dicom(folder, scans.body((10, 12, 7)), "1.2.3.5", patient="P2", modality="CT", prefix="b")
+    (folder / "notes.txt").write_text("x")
+    (folder / "broken.dcm").write_bytes(b"not dicom at all")
+    found = find([tmp_path / "dicom"], Wanted())
+    assert [(s.subject, len(s.files[0]), s.modality) for s in found.scans] == [("P1", 5, "MR"), ("P2", 7, "CT")]
+    assert found.rejected == [("study/broken.dcm", "not readable as DICOM")]
+
+
+def test_dicom_files_without_an_ending_are_found(scans, tmp_path):
+    for path in scans.dicom(tmp_path / "d", scans.body((10, 12, 4)), "1.2.3.4"):
+        path.rename(path.with_name(path.stem.upper()))
+    (tmp_path / "d" / "README").write_text("x" * 400)
+    assert [len(scan.files[0]) for scan in find([tmp_path / "d"], Wanted()).scans] == [4]
+
+
+def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
+    for name in ("a", "b", "c"):
+        scans.nifti(tmp_path / "v" / f"{name}.nii.gz", scans.body())
+    scans.nifti(tmp_path / "v" / "m.nii.gz", np.ones((12, 14, 16), np.uint8))
+    (tmp_path / "l.csv").write_text(
+        "path,subject,label,split,mask\nv/a.nii.gz,p1,0,train,v/m.nii.gz\nv/b.nii.gz,p1,1,valid,\n"
+        "v/c.nii.gz,,,TEST,\nv/nowhere.nii.gz,p3,1,,\nv/a.nii.gz,p1,0,,\n"
+    )
+    found = find([tmp_path / "l.csv"], Wanted())
+    rows = [(s.subject, s.label, s.split, s.mask is not None) for s in found.scans]
+    assert rows == [("p1", 0, "train", True), ("p1", 1, "val", False), ("c", None, "test", False)]
+    reasons = dict(found.rejected)
+    assert "no such file" in reasons["v/nowhere.nii.gz"]
+    assert "listed twice" in reasons["v/a.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(("1", "2"), [1, 2]), (("1", "2.5"), [1.0, 2.5]), (("1", "x"), ["1", "x"]), (("nan", "1"), ["nan", "1"])],
+)
+def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
+    for i, _ in enumerate(labels):
+        scans.nifti(tmp_path / f"{i}.nii.gz", scans.body())
+    lines = "".join(f"{i}.nii.gz;{label}\n" for i, label in enumerate(labels))
+    (tmp_path / "l.csv").write_text("\ufeffFile;Label\n" + lines, encoding="utf-8")
+    found = [scan.label for scan in find([tmp_path / "l.csv"], Wanted()).scans]
+    assert found == expected
+    assert {type(label) for label in found} == {type(expected[0])}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,label\na,1\n", "no column `path` .columns: name, label."),
+        ("", "no column `path`"),
+        ("path,split\na.nii.gz,holdout\n", "line 2: split 'holdout'"),
+    ],
+)
+def test_a_useless_csv_is_refused(scans, tmp_path, text, message):
+    scans.nifti(tmp_path / "a.nii.gz", scans.body())
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        find([tmp_path / "l.csv"], Wanted())
+
+
+def test_csv_may_name_dicom_folders(scans, tmp_path):
+    scans.dicom(tmp_path / "p1", scans.body((8, 8, 4)), "1.2.3.4", patient="X")
+    scans.dicom(tmp_path / "p2", scans.body((8, 8, 4)), "1.2.3.5")
+    scans.dicom(tmp_path / "p2", scans.body((8, 8, 4)), "1.2.3.6", prefix="t")
+    (tmp_path / "l.csv").write_text("path,label\np1,sick\np2,well\n")
+    found = find([tmp_path / "l.csv"], Wanted())
+    assert [(scan.subject, scan.label, len(scan.files[0])) for scan in found.scans] == [("X", "sick", 4)]
+    assert found.rejected == [("p2", "a folder with 2 DICOM series; list one per line")]
+
+
+def test_a_list_beside_the_scans_is_used(scans, tmp_path):
+    for name in ("a", "b"):
+        scans.nifti(tmp_path / "v" / f"{name}.nii.gz", scans.body())
+    (tmp_path / "labels.csv").write_text("file,label\nv/b.nii.gz,ill\n")
+    found = find([tmp_path], Wanted())
+    assert [scan.label for scan in found.scans] == [None, "ill"]
+    assert "1 of 2" in found.notes[0]
+    (tmp_path / "other.csv").write_text("path,label\nv/b.nii.gz,well\n")
+    found = find([tmp_path], Wanted())
+    assert [scan.label for scan in found.scans] == [None, None]
+    assert "several lists" in found.notes[0]
+
+
+def _picture(path, seed=0, mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (20, 24) if mode == "L" else (20, 24, 3)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, np.uint8), mode).save(path)
+
+
+def test_class_folders_of_pictures_are_labels(tmp_path):
+    for split in ("train", "test"):
+        for kind in ("ill", "well"):
+            for i in range(2):
+                _picture(tmp_path / "x" / split / kind / f"{i}.png")
+    found = find([tmp_path / "x"], Wanted())
+    assert sorted({(scan.split, scan.label) for scan in found.scans}) == [
+        ("test", "ill"), ("test", "well"), ("train", "ill"), ("train", "well"),
+    ]  # fmt: skip
+    assert len({scan.subject for scan in found.scans}) == 8
+
+
+def test_pictures_in_one_folder_have_no_class(tmp_path):
+    for i in range(3):
+        _picture(tmp_path / "images" / f"{i}.jpg")
+    assert {scan.label for scan in find([tmp_path], Wanted()).scans} == {None}
+
+
+def test_coco_boxes_come_with_the_pictures(tmp_path):
+    _picture(tmp_path / "images" / "a.png")
+    _picture(tmp_path / "images" / "b.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}],
+        "annotations": [{"image_id": 7, "bbox": [2, 3, 10, 5], "category_id": 4}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    found = find([tmp_path], Wanted())
+    assert [scan.boxes for scan in found.scans] == [((0.0, 3.0, 2.0, 1.0, 8.0, 12.0, 4.0),), ()]
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3), (9, 10, 11)])
+def test_medmnist_rows_are_subjects_with_labels_and_splits(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        arrays[f"{split}_images"] = rng.integers(0, 255, (count, *shape), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count)[:, None].astype(np.uint8)
+    np.savez_compressed(tmp_path / "organmnist_64.npz", **arrays)
+    found = find([tmp_path / "organmnist_64.npz"], Wanted())
+    assert [scan.split for scan in found.scans] == ["train"] * 5 + ["val"] * 2 + ["test"] * 3
+    assert [scan.label for scan in found.scans] == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2]
+    assert found.scans[0].dataset == "organmnist"
+    assert len({scan.subject for scan in found.scans}) == 10
+    assert found.scans[5].subject == "val-00000"
+
+
+def test_other_arrays_are_refused_by_name(tmp_path):
+    np.savez(tmp_path / "x.npz", weights=np.zeros((3, 3)))
+    (tmp_path / "y.npz").write_bytes(b"PK nothing")
+    (tmp_path / "z.npz").write_bytes(b"")
+    np.savez(tmp_path / "o.npz", train_images=np.array([{}], dtype=object))
+    reasons = dict(find([tmp_path], Wanted()).rejected)
+    assert "weights" in reasons["x.npz"]
+    assert "unreadable" in reasons["y.npz"]
+    assert reasons["z.npz"] == "empty file"
+    assert "pickled" in reasons["o.npz"]
+
+
+def test_nothing_found_says_what_was_looked_for(tmp_path):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no scans found; looked for NIfTI.*CSV"):
+        find([tmp_path], Wanted())
+    with pytest.raises(DataError, match="no such file"):
+        find([tmp_path / "nowhere"], Wanted())
+    with pytest.raises(DataError, match="not a known format"):
+        find([tmp_path / "readme.txt"], Wanted())
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        find([tmp_path], Wanted())
+
+
+def test_a_file_found_twice_is_one_scan_and_equal_names_get_different_ids(scans, tmp_path):
+    for root in ("x", "y"):
+        scans.nifti(tmp_path / root / "data" / "a.nii.gz", scans.body())
+    found = find([tmp_path / "x" / "data", tmp_path / "x" / "data" / "a.nii.gz"], Wanted())
+    assert len(found.scans) == 1
+    found = find([tmp_path / "x" / "data", tmp_path / "y" / "data"], Wanted(dataset="d"))
+    assert len({scan.id for scan in found.scans}) == 2
+
+
+def test_shards_hold_every_name_once():
+    names = [f"d/s{i}" for i in range(200)]
+    shards = [[name for name in names if in_part(name, i, 4)] for i in (1, 2, 3, 4)]
+    assert sorted(sum(shards, [])) == sorted(names)
+    assert min(map(len, shards)) > 30
+
+
+def test_label_like_values_are_recognised_unless_the_file_was_named(scans, tmp_path):
+    labels = np.zeros((8, 9, 10), np.float32)
+    labels[2:5] = 3
+    scans.nifti(tmp_path / "a.nii.gz", labels)
+    folder = find([tmp_path], Wanted()).scans[0]
+    named = find([tmp_path / "a.nii.gz"], Wanted()).scans[0]
+    assert process(Task(folder, "n", tmp_path / "p", Recipe())).label_like
+    assert process(Task(named, "n", tmp_path / "p", Recipe())).parts == ["n"]
+    spot = np.zeros((8, 9, 10), np.int16)
+    spot[4, 4, 4] = 1000
+    nibabel.save(nibabel.Nifti1Image(spot, np.eye(4)), tmp_path / "a.nii.gz")
+    assert not process(Task(folder, "n", tmp_path / "p", Recipe())).label_like
