@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from ssl3d.rng import BatchRng
 from ssl3d.views import intensity, spatial
 from ssl3d.views.outside import check_torchio
+
+_CACHE = 2**18  # voxels that a core's cache holds, several times
 
 
 class ViewRng(BatchRng):
@@ -50,6 +52,41 @@ class ViewRng(BatchRng):
     @property
     def _each(self) -> int:
         return 1 if self._shared else self._views
+
+
+class _Recorded(BatchRng):
+    """Gives parts of the batch the rows of the same draws, as long as each part asks for the same ones."""
+
+    def __init__(self, rng: BatchRng) -> None:
+        self._rng, self._drawn = rng, list[Tensor]()
+        self.device = rng.device
+
+    def of(self, rows: slice) -> _Recorded:
+        """The generator of some rows, from the first draw on."""
+        self._part, self._next = rows, 0
+        return self
+
+    def __len__(self) -> int:
+        """Rows of the part."""
+        return len(range(len(self._rng))[self._part])
+
+    def _draw(self, draw: Callable[[], Tensor]) -> Tensor:
+        if self._next == len(self._drawn):
+            self._drawn.append(draw())
+        self._next += 1
+        return self._drawn[self._next - 1][self._part]
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """As of the whole batch."""
+        return self._draw(lambda: self._rng.uniform(*shape, low=low, high=high))
+
+    def normal(self, *shape: int) -> Tensor:
+        """As of the whole batch."""
+        return self._draw(lambda: self._rng.normal(*shape))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """As of the whole batch."""
+        return self._draw(lambda: self._rng.integers(low, high, *shape))
 
 
 @dataclasses.dataclass
@@ -140,25 +177,47 @@ def augment(
         (B, C, *size), of x's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
-        if views.chance and (views.rotate or views.scale or views.stretch or views.shift):
-            strengths = (views.rotate, views.scale, views.stretch, views.shift)
-            x = spatial.affine(x, rng, size, views.chance, *strengths, axes, spacing)
-        else:
-            x = spatial.centre_crop(x, size)
-        if views.turn:
-            x = spatial.turn(x, rng, views.turn, axes, spacing)
-        if views.flip:
-            x = spatial.flip(x, rng, views.flip, axes)
-        if views.blur:
-            x = intensity.blur(x, rng, views.chance, views.blur, spacing)
-        if views.bias:
-            x = intensity.bias_field(x, rng, views.chance, views.bias)
-        if views.gamma:
-            x = intensity.gamma(x, rng, views.chance, views.gamma)
-        if views.contrast:
-            x = intensity.contrast(x, rng, views.chance, views.contrast)
-        if views.noise:
-            x = intensity.noise(x, rng, views.chance, views.noise)
-        if views.cutout:
-            x = intensity.cutout(x, rng, views.chance, views.cutout)
+        rows = max(1, _CACHE // x[0].numel()) if x.device.type == "cpu" and len(x) else len(x)
+        if rows >= len(x):
+            return _augment(views, x, rng, size, spacing, axes)
+        # On a CPU, memory is the limit: as many examples as fit its cache go through everything at once.
+        recorded = _Recorded(rng)
+        y = x.new_empty(*x.shape[:2], *size)
+        for start in range(0, len(x), rows):
+            some = slice(start, start + rows)
+            mm = None if spacing is None else spacing[some]
+            y[some] = _augment(views, x[some], recorded.of(some), size, mm, axes)
+        return y
+
+
+def _augment(
+    views: Views,
+    x: Tensor,
+    rng: BatchRng,
+    size: Sequence[int],
+    spacing: Tensor | None,
+    axes: Sequence[int],
+) -> Tensor:
+    if views.chance and (views.rotate or views.scale or views.stretch or views.shift):
+        strengths = (views.rotate, views.scale, views.stretch, views.shift)
+        x = spatial.affine(x, rng, size, views.chance, *strengths, axes, spacing)
+    else:
+        x = spatial.centre_crop(x, size)
+    if views.turn:
+        x = spatial.turn(x, rng, views.turn, axes, spacing)
+    if views.flip:
+        x = spatial.flip(x, rng, views.flip, axes)
+    if views.blur:
+        x = intensity.blur(x, rng, views.chance, views.blur, spacing)
+    if views.bias:
+        x = intensity.bias_field(x, rng, views.chance, views.bias)
+    if views.gamma:
+        x = intensity.gamma(x, rng, views.chance, views.gamma)
+    if views.contrast:
+        x = intensity.contrast(x, rng, views.chance, views.contrast)
+    if views.noise:
+        x = intensity.noise(x, rng, views.chance, views.noise)
+    if views.cutout:
+        x = intensity.cutout(x, rng, views.chance, views.cutout)
+
     return x

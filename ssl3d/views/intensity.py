@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.rng import BatchRng
+from ssl3d.views.spatial import none_chosen
 
 
 def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Tensor:
@@ -28,10 +29,14 @@ def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Te
         strength: Largest exponent, less 1.
     """
     exponent = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
     low, high = _limits(x)
     span = (high - low).clamp_min(1e-6)
     scaled = ((x.float() - low) / span).clamp(0, 1)
-    return _chosen(rng, p, scaled.pow(_wide(exponent)) * span + low, x)
+    powered = (scaled.log() * _wide(exponent)).exp()  # pow with an exponent per example is slower
+    return _chosen(flags, powered * span + low, x)
 
 
 def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) -> Tensor:
@@ -42,9 +47,12 @@ def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) ->
     """
     factor = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
     constant = rng.uniform(x.shape[1], low=-strength, high=strength)
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
     mean, deviation = _moments(x)
     changed = (x.float() - mean) * _wide(factor) + mean + deviation * _wide(constant)
-    return _chosen(rng, p, changed, x)
+    return _chosen(flags, changed, x)
 
 
 def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Tensor:
@@ -54,8 +62,11 @@ def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Te
     """
     share = rng.uniform(1, high=strength)
     drawn = rng.normal(*x.shape[1:])
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
     _, deviation = _moments(x)
-    return _chosen(rng, p, x.float() + drawn * deviation * _wide(share), x)
+    return _chosen(flags, x.float() + drawn * deviation * _wide(share), x)
 
 
 def blur(
@@ -68,6 +79,8 @@ def blur(
     """
     width = rng.uniform(1, high=strength)
     flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
     width = torch.where(flags[:, None], width, 0.0)
     blurred = x.float()
     for axis in range(3):
@@ -101,15 +114,20 @@ def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, 
     ]
     if not powers:
         return x
-    coefficients = rng.uniform(len(powers), low=-strength, high=strength)
-    d, h, w = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:])
-    terms = [
-        (d**i)[:, None, None] * (h**j)[:, None] * w**k  # a 1-voxel axis has power 0 only
-        for i, j, k in powers
-    ]
-    field = torch.exp((coefficients @ torch.stack(terms).flatten(1)).view(len(x), 1, *x.shape[2:]))
+    drawn = rng.uniform(len(powers), low=-strength, high=strength)
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
+    coefficients = drawn.new_zeros(len(x), *[order + 1] * 3)
+    i, j, k = (list(power) for power in zip(*powers, strict=True))
+    coefficients[:, i, j, k] = drawn
+    exponents = torch.arange(order + 1, device=x.device)
+    d, h, w = (torch.linspace(-1, 1, n, device=x.device) ** exponents[:, None] for n in x.shape[2:])
+    # One axis after the other: the terms of the polynomial never exist in full size.
+    plane = torch.einsum("bijk,kw,jh->bihw", coefficients, w, h)
+    field = torch.einsum("bihw,id->bdhw", plane, d).exp()[:, None]
     low, _ = _limits(x)
-    return _chosen(rng, p, (x.float() - low) * field + low, x)
+    return _chosen(flags, (x.float() - low) * field + low, x)
 
 
 def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> Tensor:
@@ -120,6 +138,9 @@ def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> T
     """
     sides = rng.uniform(3, high=strength)
     place = rng.uniform(3)
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
     inside: Tensor | None = None
     for axis, n in enumerate(x.shape[2:]):
         if n == 1:
@@ -133,11 +154,11 @@ def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> T
     if inside is None:
         return x
     mean, _ = _moments(x)
-    return _chosen(rng, p, torch.where(inside, mean, x.float()), x)
+    return _chosen(flags, torch.where(inside, mean, x.float()), x)
 
 
-def _chosen(rng: BatchRng, p: float, changed: Tensor, x: Tensor) -> Tensor:
-    return torch.where(_flags(rng.chance(p)), changed.to(x.dtype), x)
+def _chosen(flags: Tensor, changed: Tensor, x: Tensor) -> Tensor:
+    return torch.where(_flags(flags), changed.to(x.dtype), x)
 
 
 def _flags(flags: Tensor) -> Tensor:
@@ -155,5 +176,7 @@ def _limits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per example and channel; of one voxel, deviation 0."""
-    variance, mean = torch.var_mean(x.float(), dim=(2, 3, 4), correction=0, keepdim=True)
-    return mean, variance.sqrt()
+    x = x.float()
+    mean = x.mean(dim=(2, 3, 4), keepdim=True)
+    norm = torch.linalg.vector_norm(x - mean, dim=(2, 3, 4), keepdim=True)
+    return mean, norm / math.sqrt(x[0, 0].numel())

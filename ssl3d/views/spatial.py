@@ -26,7 +26,7 @@ def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 
     """
     chosen = rng.chance(p, 3)
     for axis in axes:
-        if x.shape[axis + 2] > 1:
+        if x.shape[axis + 2] > 1 and not none_chosen(chosen[:, axis]):
             x = torch.where(_wide(chosen[:, axis]), x.flip(axis + 2), x)
     return x
 
@@ -51,6 +51,8 @@ def turn(
         if spacing is not None:
             ratio = spacing[:, a] / spacing[:, b]
             quarters = quarters * ((ratio < _ISOTROPIC) & (ratio > 1 / _ISOTROPIC))
+        if none_chosen(quarters > 0):
+            continue
         half = _wide(quarters >= 2)
         x = torch.where(half, x.flip((a + 2, b + 2)), x)
         x = torch.where(_wide(quarters % 2 == 1), x.rot90(1, (a + 2, b + 2)), x)
@@ -101,6 +103,8 @@ def affine(
     stretches = torch.exp(rng.uniform(3, low=-1.0, high=1.0) * math.log1p(stretch) * moves)
     shifts = rng.uniform(3, low=-1.0, high=1.0) * shift * side * moves
     chosen = rng.chance(p)
+    if none_chosen(chosen):
+        return centre_crop(x, size)
 
     matrix = torch.eye(3, device=x.device).repeat(examples, 1, 1)
     mm = torch.ones(examples, 3, device=x.device) if spacing is None else spacing.float()
@@ -169,26 +173,30 @@ def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
     """Trilinear values of x at matrix @ (output voxel from the centre) + shifts."""
-    axes = [torch.arange(n, device=x.device, dtype=torch.float32) - (n - 1) / 2 for n in size]
-    # The map is linear: three rays per example, added up, are cheaper than a product per voxel.
-    # grid_sample wants (W, H, D) in [-1, 1] over voxel centres (align_corners).
-    grid: Tensor | float = 0.0
-    lengths = torch.tensor(x.shape[2:], device=x.device, dtype=torch.float32)
-    centre = (lengths - 1) / 2
+    centre = (torch.tensor(x.shape[2:], device=x.device) - 1) / 2
     # As centre_crop does: an odd margin leaves the middle half a voxel low.
     middle = torch.tensor(
         [(n - m) // 2 + (m - 1) / 2 for n, m in zip(x.shape[2:], size, strict=True)], device=x.device
     )
-    offset = (shifts + middle - centre) / centre.clamp_min(0.5)
-    matrix = matrix / centre.clamp_min(0.5)[:, None]
-    for axis in range(3):
-        shape = [1, 1, 1, 1, 1]
-        shape[axis + 1] = size[axis]
-        ray = matrix[:, [2, 1, 0], axis].view(-1, 1, 1, 1, 3) * axes[axis].view(shape)
-        grid = grid + ray
-    grid = grid + offset[:, [2, 1, 0]].view(-1, 1, 1, 1, 3)
+    # grid_sample wants places in [-1, 1] over voxel centres (align_corners), in the order W, H, D.
+    unit = centre.clamp_min(0.5)
+    offset = ((shifts + middle - centre) / unit).flip(1)[:, :, None, None, None]
+    matrix = (matrix / unit[:, None]).flip(1)
+    # The map is linear: the sum of three rays is cheaper than a product per voxel.
+    d, h, w = (torch.arange(n, device=x.device, dtype=torch.float32) - (n - 1) / 2 for n in size)
+    planes = (
+        matrix[:, :, 0, None, None, None] * d[:, None, None]
+        + matrix[:, :, 1, None, None, None] * h[:, None]
+    )
+    grid = planes + (matrix[:, :, 2, None, None, None] * w + offset)
+    grid = grid.permute(0, 2, 3, 4, 1)
     sampled = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
     return sampled.to(x.dtype)
+
+
+def none_chosen(flags: Tensor) -> bool:
+    """Whether no example is to be changed, on the CPU, where asking costs nothing."""
+    return flags.device.type == "cpu" and not flags.any()
 
 
 def _wide(flags: Tensor) -> Tensor:
