@@ -16,7 +16,9 @@ import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ssl3d.data.writer import ROW, Record, assemble, write_index, write_part
+from ssl3d.data.index import IndexWriter
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.rng import numpy_rng, seed_of
 
 DEFAULT_COUNT = 48
@@ -156,20 +158,26 @@ def simulated_index(out: Path, count: int, first: int = 0) -> Path:
         count: Volumes, in four data sets, two per subject.
         first: Number of the first one, so that several files make one collection.
     """
-    rows = np.zeros(count, ROW)
-    rows["shape"], rows["spacing"], rows["block"] = (1, 160, 256, 256), (1.5, 0.75, 0.75), 8
-    records = [
-        Record(
-            id=f"hospital-{n % 4}/subject-{n // 8:07d}/series-{n:07d}.nii.gz",
-            dataset=f"hospital-{n % 4}",
-            subject=f"subject-{n // 8:07d}",
-            label=n % 2,
-            source=f"hospital-{n % 4}/subject-{n // 8:07d}/series-{n:07d}.nii.gz",
-        )
-        for n in range(first, first + count)
-    ]
     with h5py.File(out, "w", libver="v110") as file:
-        write_index(file, rows, records)
+        index = IndexWriter(file, count)
+        for n in range(first, first + count):
+            name = f"hospital-{n % 4}/subject-{n // 8:07d}/series-{n:07d}.nii.gz"
+            record = Record(
+                id=name,
+                dataset=f"hospital-{n % 4}",
+                subject=f"subject-{n // 8:07d}",
+                label=n % 2,
+                source=name,
+            )
+            index.add(
+                record,
+                shape=(1, 160, 256, 256),
+                block=(8, 8, 8),
+                has_mask=False,
+                foreground=np.zeros(0, np.uint8),
+                sketch=np.zeros((1, 2), np.float32),
+            )
+        index.close()
     return out
 
 

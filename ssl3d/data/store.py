@@ -16,21 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl3d.data.writer import (
-    FLOAT_LABEL,
-    FORMAT,
-    INT_LABEL,
-    PART,
-    ROW,
-    SPLITS,
-    TEXT_LABEL,
-    VERSION,
-    Affine,
-    assemble,
-    part_record,
-    write_part,
-)
-from ssl3d.data.writer import Record as Record
+from ssl3d.data.index import FORMAT, ROW, VERSION, label_of
+from ssl3d.data.record import SPLITS, Affine
+from ssl3d.data.record import Record as Record
+from ssl3d.data.writer import PART, assemble, part_record, write_part
 from ssl3d.errors import DataError
 
 __all__ = [
@@ -159,7 +148,7 @@ class Volume:
     @property
     def label(self) -> int | float | str | None:
         """Class, ordinal or real value."""
-        return _label(self._row, self._store.label_names)
+        return label_of(self._row, self._store.label_names)
 
     @property
     def boxes(self) -> np.ndarray | None:
@@ -179,7 +168,7 @@ class Volume:
     def record(self) -> Record:
         """Everything known about the volume."""
         start = int(self._row["provenance_at"])
-        text = self._store.file["provenance/text"][start : start + int(self._row["provenance_length"])]
+        text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
         return Record.from_json(text.tobytes())
 
     @property
@@ -392,7 +381,7 @@ class Collection(Sequence[Volume]):
     @cached_property
     def labels(self) -> np.ndarray:
         """(N,) objects: int, float, str or None."""
-        return self._strings(lambda store: [_label(row, store.label_names) for row in store.rows])
+        return self._strings(lambda store: [label_of(row, store.label_names) for row in store.rows])
 
     @property
     def shapes(self) -> np.ndarray:
@@ -629,12 +618,3 @@ def _decoded(stored: np.ndarray, data: h5py.Dataset) -> np.ndarray:
 def _texts(store: Store) -> list[str]:
     ends = (store.rows["id_at"] + store.rows["id_length"]).tolist()
     return [store.text[a:b].decode() for a, b in zip(store.rows["id_at"].tolist(), ends, strict=True)]
-
-
-def _label(row: Any, names: list[str]) -> int | float | str | None:
-    kind, value = int(row["label_kind"]), row["label"]
-    if kind == INT_LABEL:
-        return int(value)
-    if kind == FLOAT_LABEL:
-        return float(value)
-    return names[int(value)] if kind == TEXT_LABEL else None

@@ -1,10 +1,7 @@
 """Writes the HDF5 store: one part per volume, by any number of workers, then one atomic assembly.
 
-Layout of a store (version 1). `index/table` has one row per volume (`ROW`); strings live in
-`index/text`, one after the other; `index/head` is JSON: data sets, orientations, label names. The
-voxels of row i are `images/i` and `masks/i`; foreground maps and boxes lie end to end in
-`foreground`, `boxes`, `box_labels`; `provenance/text` holds one JSON `Record` per row. Opening a store
-reads the index and nothing else.
+A store holds the voxels of row i of its index as `images/i` and `masks/i`; see `ssl3d.data.index` for
+the rest of the layout.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,108 +19,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ssl3d.data.index import VERSION, IndexWriter
+from ssl3d.data.record import Record, blob, plain
 from ssl3d.errors import DataError
 
-FORMAT = "ssl3d-store"
 PART = "ssl3d-part"
-VERSION = 1
-SPLITS = ("", "train", "val", "test")
-NO_LABEL, INT_LABEL, FLOAT_LABEL, TEXT_LABEL = range(4)
-
-# One row of the index table. Offsets point into the flat data sets; boxes is -1 where there are none
-# because nobody looked, 0 where somebody looked and found none.
-ROW = np.dtype(
-    [
-        ("shape", "<i4", 4),
-        ("spacing", "<f8", 3),
-        ("block", "<i2", 3),
-        ("identity", "<i4"),
-        ("split", "u1"),
-        ("orientation", "u1"),
-        ("has_mask", "?"),
-        ("label_kind", "u1"),
-        ("label", "<f8"),
-        ("id_at", "<i8"),
-        ("id_length", "<i4"),
-        ("boxes", "<i4"),
-        ("boxes_at", "<i8"),
-        ("foreground_at", "<i8"),
-        ("provenance_at", "<i8"),
-        ("provenance_length", "<i4"),
-        ("content", "u1", 16),
-    ]
-)
 
 _CHUNK = 32  # voxels a side: 64 KiB in half precision
 _SKETCH = 65  # quantiles kept per channel and volume, to pool intensities over a data set
-_IDENTITY = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
-
-Affine = tuple[tuple[float, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What is known about one volume of a store: identity, geometry, origin, what was done to it.
-
-    Attributes:
-        id: Unique in its store.
-        dataset: Data set. A person is (dataset, subject).
-        subject: Subject within the data set.
-        split: "", "train", "val" or "test", as the data came.
-        label: Class, ordinal (int), real value (float) or class name (str); None where unknown.
-        spacing: Of the stored voxels, mm along (D, H, W).
-        orientation: "SAR" (D to superior, H to anterior, W to right) or "unknown".
-        affine: 4 x 4, stored voxel (d, h, w) to patient mm (RAS+ world).
-        original_shape: Shape of the source's voxel array.
-        original_affine: 4 x 4 of the source, None where it has none.
-        source: Path relative to the root given, POSIX.
-        sha256: Of the source file.
-        voxels: Hash of what is stored; filled in by `write_part`.
-        channels: Names of the channels.
-        done: What was done, JSON values only: resampling, normalisation, crop. `done["background"]`, a
-            number or one per channel, is the value of air; without it the minimum is taken.
-    """
-
-    id: str
-    dataset: str
-    subject: str
-    split: str = ""
-    label: int | float | str | None = None
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    orientation: str = "unknown"
-    affine: Affine = _IDENTITY
-    original_shape: tuple[int, ...] = ()
-    original_affine: Affine | None = None
-    source: str = ""
-    sha256: str = ""
-    voxels: str = ""
-    channels: tuple[str, ...] = ("image",)
-    done: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.label, np.generic | bool):
-            plain = self.label.item() if isinstance(self.label, np.generic) else int(self.label)
-            object.__setattr__(self, "label", plain)
-        if self.split not in SPLITS:
-            raise DataError(f"{self.id}: split {self.split!r}; known: train, val, test, or empty")
-        if not (len(self.spacing) == 3 and all(np.isfinite(s) and s > 0 for s in self.spacing)):
-            raise DataError(f"{self.id}: spacing {self.spacing} mm; expected three positive numbers")
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self), default=_plain, separators=(",", ":"))
-
-    @staticmethod
-    def from_json(text: str | bytes) -> Record:
-        """The record that `to_json` wrote; fields of later versions are dropped."""
-        known = {field.name for field in dataclasses.fields(Record)}
-        values = {key: value for key, value in json.loads(text).items() if key in known}
-        for key in ("affine", "original_affine"):
-            if values.get(key) is not None:
-                values[key] = tuple(tuple(map(float, row)) for row in values[key])
-        for key in ("spacing", "original_shape", "channels"):
-            values[key] = tuple(values.get(key, ()))
-        return Record(**values)
 
 
 def write_part(
@@ -174,15 +77,17 @@ def write_part(
     path = folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
     with _renamed(path) as temporary, h5py.File(temporary, "w", libver="v110") as file:
-        data = file.create_dataset("image", data=stored, chunks=_chunks(stored.shape))
+        # Without a fill value, border chunks end in whatever was in memory.
+        data = file.create_dataset("image", data=stored, chunks=_chunks(stored.shape), fillvalue=0)
         data.attrs.update(background=background, scale=scale, offset=offset)
         if small is not None:
-            file.create_dataset("mask", data=small, chunks=_chunks(small.shape))
+            file.create_dataset("mask", data=small, chunks=_chunks(small.shape), fillvalue=0)
         if boxes is not None and labels is not None:
             file["boxes"], file["box_labels"] = boxes, labels.astype(np.int64)
         file["foreground"] = _occupancy(occupied, block)
         file["sketch"] = _sketch(image, occupied)
-        file.attrs.update(format=PART, version=VERSION, record=np.bytes_(record.to_json().encode()))
+        file["record"] = blob(record.to_json())
+        file.attrs.update(format=PART, version=VERSION)
     return path
 
 
@@ -193,7 +98,7 @@ def part_record(path: Path) -> Record:
         DataError: It is missing, cut short, or not a part.
     """
     with open_part(path) as file:
-        return Record.from_json(bytes(file.attrs["record"]))
+        return Record.from_json(file["record"][()].tobytes())
 
 
 @contextmanager
@@ -209,7 +114,7 @@ def open_part(path: Path) -> Iterator[h5py.File]:
         reason = _reason(path, error)
         raise DataError(f"{path}: not a whole part ({reason}); delete it and prepare again") from error
     with file:
-        if file.attrs.get("format") != PART or "sketch" not in file:
+        if file.attrs.get("format") != PART or "record" not in file:
             raise DataError(f"{path}: not a part of a store; delete it and prepare again")
         yield file
 
@@ -232,44 +137,25 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
     out.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(out, sync=True) as temporary, h5py.File(temporary, "w", libver="v110") as file:
         images, masks = file.create_group("images"), file.create_group("masks")
-        records, maps, boxes, labels, sketches, rows = [], [], [], [], [], np.zeros(len(paths), ROW)
-        for i, path in enumerate(paths):
+        index = IndexWriter(file, len(paths))
+        for number, path in enumerate(paths):
             with open_part(path) as part:
-                text = bytes(part.attrs["record"])
-                record = Record.from_json(text)
-                row, shape = rows[i], part["image"].shape
-                row["shape"], row["spacing"], row["block"] = shape, record.spacing, block_size(shape[1:])
-                row["has_mask"] = "mask" in part
-                part.copy("image", images, name=str(i))
+                part.copy("image", images, name=str(number))
                 if "mask" in part:
-                    part.copy("mask", masks, name=str(i))
-                row["boxes"] = -1
-                if "boxes" in part:
-                    row["boxes"] = len(part["boxes"])
-                    boxes.append(part["boxes"][()])
-                    labels.append(part["box_labels"][()])
-                maps.append(part["foreground"][()].ravel())
-                sketches.append(part["sketch"][()])
-                records.append((record, text))
-        _write_index(file, rows, records)
-        rows["boxes_at"] = _starts(np.maximum(rows["boxes"], 0))
-        rows["foreground_at"] = _starts([len(m) for m in maps])
-        file["index/table"] = rows
-        file["foreground"] = np.concatenate(maps)
-        file["boxes"] = np.concatenate([np.zeros((0, 6), np.float32), *boxes])
-        file["box_labels"] = np.concatenate([np.zeros(0, np.int64), *labels])
-        file["settings"] = _blob(json.dumps(settings, default=_plain, sort_keys=True))
-        file["rejected"] = _blob(json.dumps(rejected, default=_plain))
-        fingerprint = _fingerprint(rows, [record for record, _ in records], sketches)
-        file["fingerprint"] = _blob(json.dumps(fingerprint, default=_plain))
-        file.attrs.update(format=FORMAT, version=VERSION, volumes=len(rows))
-
-
-def write_index(file: h5py.File, rows: np.ndarray, records: Iterable[Record]) -> None:
-    """Fills the text columns of `rows` and writes the whole index; used to simulate large stores."""
-    _write_index(file, rows, [(record, record.to_json().encode()) for record in records])
-    file["index/table"] = rows
-    file.attrs.update(format=FORMAT, version=VERSION, volumes=len(rows))
+                    part.copy("mask", masks, name=str(number))
+                index.add(
+                    Record.from_json(part["record"][()].tobytes()),
+                    shape=part["image"].shape,
+                    block=block_size(part["image"].shape[1:]),
+                    has_mask="mask" in part,
+                    foreground=part["foreground"][()],
+                    boxes=part["boxes"][()] if "boxes" in part else None,
+                    box_labels=part["box_labels"][()] if "boxes" in part else None,
+                    sketch=part["sketch"][()],
+                )
+        index.close()
+        file["settings"] = blob(json.dumps(settings, default=plain, sort_keys=True))
+        file["rejected"] = blob(json.dumps(rejected, default=plain))
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -372,100 +258,6 @@ def _sketch(image: np.ndarray, occupied: np.ndarray) -> np.ndarray:
     step = max(1, voxels.shape[1] // 65536)
     quantiles = np.quantile(voxels[:, ::step], np.linspace(0, 1, _SKETCH), axis=1)
     return np.ascontiguousarray(quantiles.T, dtype=np.float32)
-
-
-def _write_index(file: h5py.File, rows: np.ndarray, records: list[tuple[Record, bytes]]) -> None:
-    """Text columns, codes and provenance; everything of the index but the table itself."""
-    datasets, orientations, names = _Codes(), _Codes(), _Codes()
-    identities, seen, ids = _Codes(), set(), []
-    for row, (record, _) in zip(rows, records, strict=True):
-        if record.id in seen:
-            raise DataError(f"two volumes of one store are called {record.id!r}")
-        seen.add(record.id)
-        ids.append(record.id.encode())
-        row["identity"] = identities[datasets[record.dataset], record.subject]
-        row["split"] = SPLITS.index(record.split)
-        row["orientation"] = orientations[record.orientation]
-        row["content"] = np.frombuffer(bytes.fromhex(record.voxels or "00" * 16), np.uint8)
-        label = record.label
-        if isinstance(label, str):
-            row["label_kind"], row["label"] = TEXT_LABEL, names[label]
-        elif label is not None:
-            row["label_kind"] = INT_LABEL if isinstance(label, int) else FLOAT_LABEL
-            row["label"] = label
-    rows["id_length"] = [len(text) for text in ids]
-    rows["id_at"] = _starts(rows["id_length"])
-    rows["provenance_length"] = [len(text) for _, text in records]
-    rows["provenance_at"] = _starts(rows["provenance_length"])
-    head = {
-        "datasets": list(datasets),
-        "orientations": list(orientations),
-        "labels": list(names),
-        "identities": [list(identity) for identity in identities],
-    }
-    file["index/head"] = _blob(json.dumps(head))
-    file["index/text"] = np.frombuffer(b"".join(ids), np.uint8)
-    file["provenance/text"] = np.frombuffer(b"".join(text for _, text in records), np.uint8)
-
-
-def _fingerprint(rows: np.ndarray, records: list[Record], sketches: list[np.ndarray]) -> dict[str, Any]:
-    """Counts, shapes, spacings and foreground intensities, per data set."""
-    result: dict[str, Any] = {}
-    for dataset in sorted({record.dataset for record in records}):
-        here = [i for i, record in enumerate(records) if record.dataset == dataset]
-        shapes, spacings = rows["shape"][here, 1:], rows["spacing"][here]
-        channels = max(len(sketches[i]) for i in here)
-        pooled = [
-            np.concatenate([sketches[i][c] for i in here if c < len(sketches[i])]) for c in range(channels)
-        ]
-        labels = [records[i].label for i in here if records[i].label is not None]
-        kinds = sorted(set(labels), key=str)
-        classes = {str(kind): labels.count(kind) for kind in kinds} if len(kinds) <= 50 else {}
-        result[dataset] = {
-            "volumes": len(here),
-            "subjects": len({records[i].subject for i in here}),
-            "masks": int(rows["has_mask"][here].sum()),
-            "labelled": len(labels),
-            "classes": classes,
-            "boxes": int(np.maximum(rows["boxes"][here], 0).sum()),
-            "splits": {s or "none": n for s in SPLITS if (n := sum(records[i].split == s for i in here))},
-            "orientations": sorted({records[i].orientation for i in here}),
-            "channels": channels,
-            "voxels": int(rows["shape"][here].astype(np.int64).prod(axis=1).sum()),
-            "shape": {"min": shapes.min(0), "median": np.median(shapes, 0), "max": shapes.max(0)},
-            "spacing": {"min": spacings.min(0), "median": np.median(spacings, 0), "max": spacings.max(0)},
-            "intensity": [
-                {f"p{q:g}": round(float(np.percentile(values, q)), 4) for q in (0.5, 5, 50, 95, 99.5)}
-                | {"mean": round(float(values.mean()), 4), "std": round(float(values.std()), 4)}
-                for values in pooled
-            ],
-        }
-    return result
-
-
-class _Codes(dict[Any, int]):
-    """Numbers values in the order of their first look-up."""
-
-    def __missing__(self, key: Any) -> int:
-        self[key] = code = len(self)
-        return code
-
-
-def _starts(lengths: Any) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))[:-1]]).astype(np.int64)
-
-
-def _blob(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def _plain(value: Any) -> Any:
-    """Numpy values and paths as JSON knows them."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Path):
-        return value.as_posix()
-    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _reason(path: Path, error: OSError) -> str:

@@ -133,7 +133,7 @@ def test_several_proxies_draw_every_volume_each(data):
     two = load(data, proxies={"one": (Crop, Options()), "two": (Crop, Options())})
     found = flat(two)
     assert [g.proxy for g in next(iter(two)).groups] in (["one"] * n + ["two"] * n for n in (1, 2))
-    for step, proxy, row in found:
+    for step, _, row in found:
         mine, other = found[step, "one", row][0], found[step, "two", row][0]
         assert mine["index"] == other["index"] and mine["noise"] != other["noise"]
     # A proxy's examples do not depend on what else is trained.
