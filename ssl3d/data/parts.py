@@ -112,7 +112,7 @@ def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
     """Settings and rejected files of a store, or what is wrong with it."""
     import h5py
 
-    from ssl3d.data.writer import FORMAT
+    from ssl3d.data.index import FORMAT
 
     try:
         with h5py.File(path, "r", locking=False) as file:
