@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-import h5py
 import numpy as np
-import torch
-from torch import Tensor
 
-from ssl3d.data.index import FORMAT, ROW, VERSION, label_of
-from ssl3d.data.record import SPLITS, Affine
+from ssl3d.data.index import ROW, label_of
+from ssl3d.data.record import SPLITS
 from ssl3d.data.record import Record as Record
-from ssl3d.data.writer import PART, assemble, part_record, write_part
+from ssl3d.data.volume import Store as Store
+from ssl3d.data.volume import Volume as Volume
+from ssl3d.data.writer import assemble, part_record, write_part
 from ssl3d.errors import DataError
 
 __all__ = [
@@ -32,240 +29,6 @@ __all__ = [
     "part_record",
     "write_part",
 ]
-
-_MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
-
-
-class Store:
-    """One store file: its index in memory, its voxels on disk.
-
-    The file is opened by each process for itself and never locked, so a store survives `fork`, pickling
-    and readers on network file systems.
-
-    Attributes:
-        path: Of the file.
-        rows: Index table, one row per volume.
-        datasets: Names of the data sets.
-        people: Per identity code: position in `datasets`, subject.
-
-    Raises:
-        DataError: The file is missing, cut short, from a newer format, or not a store.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
-        file = _checked(self.path)
-        with file:
-            try:
-                self.rows: np.ndarray = file["index/table"].astype(ROW)[()]
-                self.text: bytes = file["index/text"][()].tobytes()
-                head = json.loads(file["index/head"][()].tobytes())
-            except (KeyError, OSError, ValueError, TypeError) as error:
-                raise DataError(
-                    f"{path}: its index cannot be read ({error}); prepare the store again"
-                ) from error
-        self.datasets: list[str] = head["datasets"]
-        self.orientations: list[str] = head["orientations"]
-        self.label_names: list[str] = head["labels"]
-        self.people: list[tuple[int, str]] = [tuple(person) for person in head["identities"]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def file(self) -> h5py.File:
-        """The file, opened by this process."""
-        return _open_here(self.path)
-
-    def _json(self, name: str, default: Any) -> Any:
-        file = self.file
-        return json.loads(file[name][()].tobytes()) if name in file else default
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How the volumes were made."""
-        return self._json("settings", {})
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Per data set: counts, shapes, spacings, intensities."""
-        return self._json("fingerprint", {})
-
-    @property
-    def rejected(self) -> list[dict[str, Any]]:
-        """The files that were refused, with their reasons."""
-        return self._json("rejected", [])
-
-
-class Volume:
-    """One volume of a collection, lazy.
-
-    Attributes:
-        index: Unique over all stores of the collection it came from, kept by `select`.
-        shape: (C, D, H, W).
-        spacing: mm along (D, H, W).
-        has_mask: Whether `read_mask` works.
-        block: Voxels per block of the foreground map along (D, H, W).
-    """
-
-    def __init__(self, store: Store, row: int, index: int):
-        self._store, self._number, self.index = store, row, index
-        entry = self._row = store.rows[row]
-        self.shape: tuple[int, int, int, int] = tuple(entry["shape"].tolist())
-        self.spacing: tuple[float, float, float] = tuple(entry["spacing"].tolist())
-        self.has_mask = bool(entry["has_mask"])
-        self.block: tuple[int, int, int] = tuple(entry["block"].tolist())
-
-    def __repr__(self) -> str:
-        return f"Volume({self.index}, {self.dataset}/{self.id}, shape {self.shape}, spacing {self.spacing})"
-
-    @property
-    def id(self) -> str:
-        """Name of the volume, unique in its store."""
-        start = int(self._row["id_at"])
-        return self._store.text[start : start + int(self._row["id_length"])].decode()
-
-    @property
-    def dataset(self) -> str:
-        """Data set."""
-        return self._store.datasets[self._store.people[self._row["identity"]][0]]
-
-    @property
-    def subject(self) -> str:
-        """Subject within the data set."""
-        return self._store.people[self._row["identity"]][1]
-
-    @property
-    def split(self) -> str:
-        """As the data came: train, val, test, or empty."""
-        return SPLITS[self._row["split"]]
-
-    @property
-    def orientation(self) -> str:
-        """Either "SAR" or "unknown"."""
-        return self._store.orientations[self._row["orientation"]]
-
-    @property
-    def label(self) -> int | float | str | None:
-        """Class, ordinal or real value."""
-        return label_of(self._row, self._store.label_names)
-
-    @property
-    def boxes(self) -> np.ndarray | None:
-        """(n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels; None where nobody looked for any."""
-        return self._flat("boxes")
-
-    @property
-    def box_labels(self) -> np.ndarray | None:
-        """(n,) int64."""
-        return self._flat("box_labels")
-
-    def _flat(self, name: str) -> np.ndarray | None:
-        count, start = int(self._row["boxes"]), int(self._row["boxes_at"])
-        return None if count < 0 else self._store.file[name][start : start + count]
-
-    @cached_property
-    def record(self) -> Record:
-        """Everything known about the volume."""
-        start = int(self._row["provenance_at"])
-        text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
-        return Record.from_json(text.tobytes())
-
-    @property
-    def affine(self) -> Affine:
-        """4 x 4, voxel (d, h, w) to patient mm (RAS+ world)."""
-        return self.record.affine
-
-    def crop_affine(self, start: Sequence[int]) -> Affine:
-        """The affine of a crop that begins at voxel `start`: places it back in patient space."""
-        matrix = np.array(self.affine, dtype=np.float64)
-        matrix[:3, 3] += matrix[:3, :3] @ np.asarray(start, dtype=np.float64)
-        return tuple(tuple(map(float, row)) for row in matrix)
-
-    @cached_property
-    def background(self) -> tuple[float, ...]:
-        """Value of air, per channel; what `read` fills in outside the volume."""
-        return tuple(self._store.file[f"images/{self._number}"].attrs["background"].tolist())
-
-    def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Voxels (C, d, h, w), float32; the whole volume if nothing is said.
-
-        Args:
-            start: First voxel along (D, H, W); may be negative.
-            size: Voxels along (D, H, W); may reach outside, where the background is filled in.
-
-        Raises:
-            DataError: The store cannot be read here.
-        """
-        data = self._data("images")
-        start, size = self._window(start, size)
-        inside, place, whole = _clip(start, size, self.shape[1:])
-        if whole:
-            found = _decoded(data[(slice(None), *inside)], data)
-            return torch.from_numpy(found)
-        out = np.empty((self.shape[0], *size), np.float32)
-        out[:] = np.asarray(self.background, np.float32)[:, None, None, None]
-        if all(s.stop > s.start for s in inside):
-            out[(slice(None), *place)] = _decoded(data[(slice(None), *inside)], data)
-        return torch.from_numpy(out)
-
-    def read_mask(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Mask (d, h, w), int64, 0 outside the volume; arguments as of `read`.
-
-        Raises:
-            DataError: The volume has no mask, or the store cannot be read here.
-        """
-        if not self.has_mask:
-            raise DataError(f"{self.dataset}/{self.id}: has no mask")
-        data = self._data("masks")
-        start, size = self._window(start, size)
-        inside, place, _ = _clip(start, size, self.shape[1:])
-        out = np.zeros(tuple(size), np.int64)
-        if all(s.stop > s.start for s in inside):
-            out[place] = data[inside]
-        return torch.from_numpy(out)
-
-    def foreground(self) -> np.ndarray:
-        """Share of each block that is foreground, 0 to 1, float32; see `block`."""
-        shape = tuple(-(-n // b) for n, b in zip(self.shape[1:], self.block, strict=True))
-        start = int(self._row["foreground_at"])
-        values = self._store.file["foreground"][start : start + int(np.prod(shape))]
-        return values.reshape(shape).astype(np.float32) / 255
-
-    def foreground_box(self, share: float = 0.1) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """First voxel and end (exclusive) of what holds all blocks with `share` foreground or more.
-
-        The whole volume where no block has.
-        """
-        occupied = self.foreground() >= share
-        limits = self.shape[1:]
-        if not occupied.any():
-            return (0, 0, 0), limits
-        first, end = [], []
-        for axis, (block, limit) in enumerate(zip(self.block, limits, strict=True)):
-            where = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
-            first.append(int(where[0]) * block)
-            end.append(min(int(where[-1] + 1) * block, limit))
-        return (first[0], first[1], first[2]), (end[0], end[1], end[2])
-
-    def _data(self, group: str) -> h5py.Dataset:
-        try:
-            return self._store.file[f"{group}/{self._number}"]
-        except KeyError as error:
-            raise DataError(
-                f"{self._store.path}: {self.id} is missing from {group}; prepare it again"
-            ) from error
-
-    def _window(
-        self, start: Sequence[int] | None, size: Sequence[int] | None
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        begin = (0, 0, 0) if start is None else tuple(map(int, start))
-        if size is None:
-            size = [n - b for n, b in zip(self.shape[1:], begin, strict=True)]
-        extent = tuple(map(int, size))
-        if len(begin) != 3 or len(extent) != 3 or min(extent) < 1:
-            raise ValueError(f"crop at {begin} of size {extent}: expected three numbers each, sizes from 1")
-        return begin, extent
 
 
 class Collection(Sequence[Volume]):
@@ -476,61 +239,6 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
 
 # ------------------------------------------------------------------------------------------------
 
-_open_files: OrderedDict[Path, h5py.File] = OrderedDict()
-_open_by = os.getpid()
-
-
-def _open_here(path: Path) -> h5py.File:
-    """The file of this process; HDF5 handles must not cross a fork."""
-    global _open_files, _open_by
-    if _open_by != os.getpid():
-        # Dropped, not closed: the parent still uses what these handles stand for.
-        _forgotten.append(_open_files)
-        _open_files, _open_by = OrderedDict(), os.getpid()
-    if path in _open_files:
-        _open_files.move_to_end(path)
-        return _open_files[path]
-    while len(_open_files) >= _MAX_OPEN:
-        _open_files.popitem(last=False)[1].close()
-    file = _open_files[path] = _checked(path)
-    return file
-
-
-_forgotten: list[OrderedDict[Path, h5py.File]] = []
-
-
-def _checked(path: Path) -> h5py.File:
-    """Opens a store for reading, or says in one line what is wrong with it."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, not a store")
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise DataError(_why_not(path, error)) from error
-    kind, version = file.attrs.get("format"), file.attrs.get("version")
-    if kind == FORMAT and isinstance(version, int | np.integer) and version <= VERSION:
-        return file
-    file.close()
-    if kind == FORMAT:
-        raise DataError(f"{path}: store format {version}, this ssl3d reads up to {VERSION}: update ssl3d")
-    if kind == PART:
-        raise DataError(f"{path}: one part of an unfinished store; let `ssl3d prepare` finish it")
-    raise DataError(f"{path}: an HDF5 file, but not a store of ssl3d; make one with `ssl3d prepare`")
-
-
-def _why_not(path: Path, error: OSError) -> str:
-    if not os.access(path, os.R_OK):
-        return f"{path}: no permission to read it"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        signed = file.read(8) == b"\x89HDF\r\n\x1a\n"
-    if not signed:
-        return f"{path}: not an HDF5 file ({size} bytes); make a store with `ssl3d prepare`"
-    return f"{path}: cut short or damaged ({size} bytes on disk); prepare it again, or copy it again"
-
-
 _SCANS = (
     ".nii",
     ".nii.gz",
@@ -592,27 +300,6 @@ def _count(text: str) -> int:
     if not number.isdigit() or int(number) < 1:
         raise DataError(f"{text}: expected phantoms:N with N from 1")
     return int(number)
-
-
-def _clip(
-    start: Sequence[int], size: Sequence[int], shape: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...], bool]:
-    """What of a window lies in the volume, where in the window that is, and whether it is all of it."""
-    inside, place = [], []
-    for begin, extent, limit in zip(start, size, shape, strict=True):
-        low, high = min(max(begin, 0), limit), min(max(begin + extent, 0), limit)
-        inside.append(slice(low, high))
-        place.append(slice(low - begin, high - begin))
-    whole = all(p.start == 0 and p.stop == n for p, n in zip(place, size, strict=True))
-    return tuple(inside), tuple(place), whole
-
-
-def _decoded(stored: np.ndarray, data: h5py.Dataset) -> np.ndarray:
-    found = stored.astype(np.float32)
-    if stored.dtype == np.int16:
-        found *= np.float32(data.attrs["scale"])
-        found += np.float32(data.attrs["offset"])
-    return found
 
 
 def _texts(store: Store) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl3d.data import store as store_module
+from ssl3d.data import volume as volume_module
 from ssl3d.data.phantoms import simulated_index
 from ssl3d.data.store import Collection, Record, Store, assemble, open_data, part_record, write_part
 from ssl3d.data.writer import _chunks, block_size
@@ -280,13 +280,13 @@ def test_a_child_does_not_use_the_files_of_its_parent(path):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_MAX_OPEN", 3)
+    monkeypatch.setattr(volume_module, "_MAX_OPEN", 3)
     for i in range(6):
         make(tmp_path, [(record(), IMAGE, {})], f"{i}.h5")
     volumes = open_data([tmp_path])
     for _ in range(2):
         assert len({float(v.read().sum()) for v in volumes}) == 1
-    assert len(store_module._open_files) <= 3
+    assert len(volume_module._open_files) <= 3
 
 
 # Killed, cut short, wrong -------------------------------------------------------------------------
