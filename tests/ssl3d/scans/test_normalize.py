@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ssl3d.data.normalize import decide, foreground, modality_code, normalize
 
 RNG = np.random.default_rng(0)
@@ -50,7 +51,8 @@ def test_auto_decides_by_header_then_values(voxels, modality, eight_bit, kind):
 
 @pytest.mark.parametrize(
     ("word", "code"),
-    [("MRI", "MR"), ("CT", "CT"), ("T1w", "MR"), ("FLAIR", "MR"), ("PET", "PT"), ("ct scan", "CT"), ("x-ray", "DX"),
+    [("MRI", "MR"), ("CT", "CT"), ("T1w", "MR"), ("FLAIR", "MR"), ("PET", "PT"), ("ct scan", "CT"),
+     ("x-ray", "DX"),
      ("image", ""), ("noNorm", "")],
 )  # fmt: skip
 def test_words_of_data_sets_are_understood(word, code):
@@ -98,7 +100,9 @@ def test_unit_scales_bytes_masks_and_percentiles():
     bytes_ = np.array([0, 51, 255] * 20, np.uint8).reshape(1, 1, 6, 10)
     inside = np.ones(bytes_.shape[1:], bool)
     np.testing.assert_allclose(np.unique(normalize(bytes_, "unit", inside, eight_bit=True)[0]), (0, 0.2, 1))
-    np.testing.assert_array_equal(normalize((bytes_ > 9).astype(np.uint8), "unit", inside, eight_bit=True)[0], bytes_ > 9)
+    np.testing.assert_array_equal(
+        normalize((bytes_ > 9).astype(np.uint8), "unit", inside, eight_bit=True)[0], bytes_ > 9
+    )
     sparse = np.zeros((1, 20, 20, 20), np.float32)
     sparse[0, 3, 4, 5] = 1  # the percentiles are both 0
     np.testing.assert_array_equal(normalize(sparse, "unit", np.ones((20, 20, 20), bool))[0], sparse)

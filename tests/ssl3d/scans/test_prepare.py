@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+
 from ssl3d.cli import main
 from ssl3d.data.prepare import PrepareOptions, prepare
 from ssl3d.data.store import open_data
@@ -39,7 +40,9 @@ def test_every_format_in_one_folder(scans, tmp_path):
     scans.dicom(root / "f", body, "1.2.3.4", prefix="x")
     scans.dicom(root / "f", body, "1.2.3.5", prefix="y", patient="P2")
     Image.fromarray(body[..., 5].astype(np.uint8)).save(root / "g.png")
-    np.savez(root / "hmnist.npz", train_images=(body[None] // 2).astype(np.uint8), train_labels=np.array([[1]]))
+    np.savez(
+        root / "hmnist.npz", train_images=(body[None] // 2).astype(np.uint8), train_labels=np.array([[1]])
+    )
     data, volumes = made(tmp_path, root)
     assert len(data) == 9
     reference = voxels_of(volumes["a"])
@@ -124,7 +127,11 @@ def test_channels_are_joined_on_the_grid_of_the_first(scans, tmp_path):
     ramp = np.indices((24, 24, 24)).sum(axis=0).astype(np.float32)
     scans.nifti(tmp_path / "d" / "p1_t1.nii.gz", ramp, fine)
     small = np.indices((12, 12, 12)) * 2.0
-    scans.nifti(tmp_path / "d" / "p1_flair.nii.gz", ((23 - small[0]) + small[1] + small[2]).astype(np.float32), coarse)
+    scans.nifti(
+        tmp_path / "d" / "p1_flair.nii.gz",
+        ((23 - small[0]) + small[1] + small[2]).astype(np.float32),
+        coarse,
+    )
     scans.nifti(tmp_path / "d" / "p2_t1.nii.gz", ramp, fine)
     data, volumes = made(tmp_path, tmp_path / "d", channels=("t1", "flair"), normalize="none")
     assert data.subjects.tolist() == ["p1", "p2"]
@@ -172,7 +179,9 @@ def test_decathlon_channels_in_a_fourth_axis(scans, tmp_path):
 def test_boxes_are_stored(tmp_path):
     (tmp_path / "d").mkdir()
     for name in "ab":
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24), np.uint8)).save(tmp_path / "d" / f"{name}.png")
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24), np.uint8)).save(
+            tmp_path / "d" / f"{name}.png"
+        )
     content = {
         "images": [{"id": 1, "file_name": "a.png"}],
         "annotations": [{"image_id": 1, "bbox": [2, 3, 10, 5], "category_id": 4}],
@@ -196,7 +205,9 @@ def bad_files(scans, root):
     scans.nifti(root / "nan.nii.gz", holes)
     holes[3, 3, 3] = np.inf
     scans.nifti(root / "infinite.nii.gz", holes)
-    scans.nifti(root / "truncated.nii.gz", np.random.default_rng(0).integers(0, 999, (30, 30, 30)).astype(np.int16))
+    scans.nifti(
+        root / "truncated.nii.gz", np.random.default_rng(0).integers(0, 999, (30, 30, 30)).astype(np.int16)
+    )
     whole = (root / "truncated.nii.gz").read_bytes()
     (root / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     scans.nifti(root / "large.nii.gz", np.zeros((40, 40, 40), np.int16))
@@ -284,7 +295,10 @@ def test_values_beyond_half_precision_are_refused_only_without_normalisation(sca
     path = scans.nifti(tmp_path / "a.nii.gz", scans.body().astype(np.float32) * 1e4)
     data, _ = made(tmp_path, path)
     assert np.isfinite(voxels_of(data[0])).all()
-    assert prepare(PrepareOptions((str(path),), str(tmp_path / "n.h5"), normalize="none", workers=0)).volumes == 0
+    assert (
+        prepare(PrepareOptions((str(path),), str(tmp_path / "n.h5"), normalize="none", workers=0)).volumes
+        == 0
+    )
     assert "half precision" in rejected(tmp_path)["a.nii.gz"]
 
 

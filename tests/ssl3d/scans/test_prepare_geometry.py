@@ -5,6 +5,7 @@ from __future__ import annotations
 import nibabel
 import numpy as np
 import pytest
+
 from ssl3d.data.geometry import respaced, save_nifti, spacing_of, to_patient, unknown_affine
 from ssl3d.data.prepare import PrepareOptions, prepare
 from ssl3d.data.store import open_data
@@ -128,7 +129,11 @@ def test_a_crop_is_written_back_into_patient_space(scans, tmp_path):
     scans.nifti(tmp_path / "in" / "head.nii.gz", _head(scans), affine)
     prepare(
         PrepareOptions(
-            (str(tmp_path / "in"),), str(tmp_path / "s.h5"), crop_foreground=True, normalize="none", workers=0
+            (str(tmp_path / "in"),),
+            str(tmp_path / "s.h5"),
+            crop_foreground=True,
+            normalize="none",
+            workers=0,
         )
     )
     volume = open_data([tmp_path / "s.h5"])[0]
@@ -150,7 +155,9 @@ def test_saving_channels_and_refusing_other_shapes(tmp_path, scans):
     scans.nifti(tmp_path / "a.nii.gz", _head(scans))
     prepare(PrepareOptions((str(tmp_path / "a.nii.gz"),), str(tmp_path / "s.h5"), workers=0))
     record = open_data([tmp_path / "s.h5"])[0].record
-    saved = nibabel.load(save_nifti(record, (0, 0, 0), np.zeros((2, 3, 4, 5), np.float16), tmp_path / "c.nii"))
+    saved = nibabel.load(
+        save_nifti(record, (0, 0, 0), np.zeros((2, 3, 4, 5), np.float16), tmp_path / "c.nii")
+    )
     assert saved.shape == (5, 4, 3, 2)
     with pytest.raises(DataError, match="expected"):
         save_nifti(record, (0, 0, 0), np.zeros((3, 4)), tmp_path / "c.nii")
@@ -165,7 +172,9 @@ def test_masks_are_resampled_to_the_nearest_label(scans, tmp_path):
     scans.nifti(tmp_path / "in" / "a.nii.gz", voxels, AFFINES["ras"])
     scans.nifti(tmp_path / "m" / "a.nii.gz", mask, AFFINES["ras"])
     (tmp_path / "list.csv").write_text("path,mask\nin/a.nii.gz,m/a.nii.gz\n")
-    prepare(PrepareOptions((str(tmp_path / "list.csv"),), str(tmp_path / "s.h5"), spacing=(1, 1, 1), workers=0))
+    prepare(
+        PrepareOptions((str(tmp_path / "list.csv"),), str(tmp_path / "s.h5"), spacing=(1, 1, 1), workers=0)
+    )
     volume = open_data([tmp_path / "s.h5"])[0]
     stored = volume.read_mask((0, 0, 0), volume.shape[1:]).numpy()
     assert set(np.unique(stored)) == {0, 5}
@@ -201,7 +210,9 @@ def test_the_field_of_view_is_kept():
         np.testing.assert_allclose(again, centre, atol=1e-9)
         assert spacing_of(moved) == pytest.approx(spacing)
         extents = np.array(shape) * spacing
-        assert (np.abs(extents - np.array([20, 30, 40]) * spacing_of(affine)) <= np.array(spacing) / 2 + 1e-9).all()
+        assert (
+            np.abs(extents - np.array([20, 30, 40]) * spacing_of(affine)) <= np.array(spacing) / 2 + 1e-9
+        ).all()
 
 
 def test_unknown_places_run_along_the_array():

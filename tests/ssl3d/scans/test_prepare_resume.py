@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+
 from ssl3d.cli import main
 from ssl3d.data import pool
 from ssl3d.data.prepare import PrepareOptions, prepare, prepare_cached
@@ -168,7 +169,9 @@ def test_shards_make_up_the_whole_and_keep_subjects_together(scans, tmp_path):
     source = tmp_path / "d"
     for i in range(12):
         for visit in "ab":
-            scans.nifti(source / f"sub-{i:02d}" / f"ses-{visit}" / f"sub-{i:02d}_T1w.nii.gz", scans.body(seed=i))
+            scans.nifti(
+                source / f"sub-{i:02d}" / f"ses-{visit}" / f"sub-{i:02d}_T1w.nii.gz", scans.body(seed=i)
+            )
     (source / "sub-03" / "bad.nii.gz").write_bytes(b"")
     prepare(options(source, tmp_path / "whole.h5"))
     shards = tmp_path / "shards"

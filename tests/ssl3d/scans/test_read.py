@@ -1,4 +1,4 @@
-"""Every format is read to the same voxels at the same place; every damaged file is refused with its reason."""
+"""Every format gives the same voxels at the same place; every damaged file is refused with its reason."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+
 from ssl3d.data.geometry import spacing_of
 from ssl3d.data.read import header_spacing, read, read_mask, sha256_of, stem_of, suffix_of
 from ssl3d.errors import DataError
@@ -185,7 +186,7 @@ def test_a_missing_raw_file_of_an_mhd_is_an_error(scans, tmp_path):
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd", "a.png", "a.dcm", "a"])
 def test_rubbish_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"hello world, this is no scan\n" * 30)
-    with pytest.raises(DataError, match="unreadable|not readable"):
+    with pytest.raises(DataError, match=r"unreadable|not readable"):
         read([tmp_path / name])
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(b"hello"))
     with pytest.raises(DataError, match="unreadable"):
@@ -258,7 +259,9 @@ def test_names_and_hashes(tmp_path):
 def test_real_oblique_volumes_keep_their_affine(real_data):
     for path in sorted((real_data / "brain_flair").glob("*.nii.gz")):
         pixels, source = read([path]), nibabel.load(path)
-        assert spacing_of(pixels.affine) == pytest.approx(sorted(source.header.get_zooms(), reverse=True), rel=1e-3)
+        assert spacing_of(pixels.affine) == pytest.approx(
+            sorted(source.header.get_zooms(), reverse=True), rel=1e-3
+        )
         brightest = np.unravel_index(pixels.voxels[0].argmax(), pixels.voxels[0].shape)
         there = (pixels.affine @ [*brightest, 1])[:3]
         index = np.rint(np.linalg.inv(source.affine) @ [*there, 1])[:3].astype(int)

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+
 from ssl3d.data.process import Recipe, Task, process
 from ssl3d.data.sources import Wanted, find, in_part
 from ssl3d.errors import DataError
@@ -39,7 +40,17 @@ def test_subject_is_the_file_name_or_the_folder_where_names_repeat(scans, tmp_pa
 
 
 def test_label_like_names_are_not_scans_and_are_named(scans, tmp_path):
-    for name in ("a", "a_seg", "b", "b-mask", "brainmask", "c_labels", "roi1", "segment_of_spine", "masked"):
+    for name in (
+        "a",
+        "a_seg",
+        "b",
+        "b-mask",
+        "brainmask",
+        "c_labels",
+        "roi1",
+        "segment_of_spine",
+        "masked",
+    ):
         scans.nifti(tmp_path / f"{name}.nii.gz", scans.body())
     scans.nifti(tmp_path / "labels" / "d.nii.gz", scans.body())
     found = find([tmp_path], Wanted())
@@ -51,7 +62,14 @@ def test_label_like_names_are_not_scans_and_are_named(scans, tmp_path):
 
 
 def test_masks_beside_scans_are_kept_when_asked(scans, tmp_path):
-    for name in ("a.nii.gz", "a_seg.nii.gz", "b.nii.gz", "p/flair.nii.gz", "p/seg.nii.gz", "p/brain_mask.nii.gz"):
+    for name in (
+        "a.nii.gz",
+        "a_seg.nii.gz",
+        "b.nii.gz",
+        "p/flair.nii.gz",
+        "p/seg.nii.gz",
+        "p/brain_mask.nii.gz",
+    ):
         scans.nifti(tmp_path / name, scans.body())
     found = find([tmp_path], Wanted(masks="seg"))
     masks = {scan.source: scan.mask and scan.mask.name for scan in found.scans}
@@ -59,7 +77,9 @@ def test_masks_beside_scans_are_kept_when_asked(scans, tmp_path):
     assert "brain_mask" in found.notes[0]
 
 
-@pytest.mark.parametrize("layout", ["{s}/{c}.nii.gz", "{c}/{s}.nii.gz", "{s}_{c}.nii.gz", "sub-{s}/ses-1/x_{c}.nii"])
+@pytest.mark.parametrize(
+    "layout", ["{s}/{c}.nii.gz", "{c}/{s}.nii.gz", "{s}_{c}.nii.gz", "sub-{s}/ses-1/x_{c}.nii"]
+)
 def test_sequences_of_a_subject_become_channels(scans, tmp_path, layout):
     for subject in ("p1", "p2"):
         for channel in ("T1", "flair", "t1ce"):
@@ -147,7 +167,10 @@ def test_dicom_series_in_one_folder_are_told_apart(scans, tmp_path):
     (folder / "notes.txt").write_text("x")
     (folder / "broken.dcm").write_bytes(b"not dicom at all")
     found = find([tmp_path / "dicom"], Wanted())
-    assert [(s.subject, len(s.files[0]), s.modality) for s in found.scans] == [("P1", 5, "MR"), ("P2", 7, "CT")]
+    assert [(s.subject, len(s.files[0]), s.modality) for s in found.scans] == [
+        ("P1", 5, "MR"),
+        ("P2", 7, "CT"),
+    ]
     assert found.rejected == [("study/broken.dcm", "not readable as DICOM")]
 
 
@@ -176,7 +199,12 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
-    [(("1", "2"), [1, 2]), (("1", "2.5"), [1.0, 2.5]), (("1", "x"), ["1", "x"]), (("nan", "1"), ["nan", "1"])],
+    [
+        (("1", "2"), [1, 2]),
+        (("1", "2.5"), [1.0, 2.5]),
+        (("1", "x"), ["1", "x"]),
+        (("nan", "1"), ["nan", "1"]),
+    ],
 )
 def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
     for i, _ in enumerate(labels):
@@ -315,7 +343,7 @@ def test_a_file_found_twice_is_one_scan_and_equal_names_get_different_ids(scans,
 def test_shards_hold_every_name_once():
     names = [f"d/s{i}" for i in range(200)]
     shards = [[name for name in names if in_part(name, i, 4)] for i in (1, 2, 3, 4)]
-    assert sorted(sum(shards, [])) == sorted(names)
+    assert sorted(name for shard in shards for name in shard) == sorted(names)
     assert min(map(len, shards)) > 30
 
 
