@@ -1,0 +1,147 @@
+"""Convolution kinds against references written from their definitions."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl3d.encoders.convolutions import (
+    ACS,
+    KINDS,
+    Flat,
+    Full,
+    Pseudo3D,
+    acs_conv3d,
+    acs_kernel,
+    acs_split,
+    convolution,
+)
+
+
+def acs_by_loops(x, weight, stride, padding, dilation):
+    """The definition, a voxel at a time: on the flat axis output i reads i*s - p + d(K-1)/2."""
+    batch, _, *space = x.shape
+    out_channels, _, size, _ = weight.shape
+    shape = [
+        (n + 2 * p - d * (size - 1) - 1) // s + 1
+        for n, s, p, d in zip(space, stride, padding, dilation, strict=True)
+    ]
+    out = x.new_zeros(batch, out_channels, *shape)
+    third, rest = divmod(out_channels, 3)
+    axial, coronal = third + (rest > 0), third + (rest > 1)
+    for o in range(out_channels):
+        flat = 0 if o < axial else 1 if o < axial + coronal else 2
+        for place in itertools.product(*map(range, shape)):
+            for a, b in itertools.product(range(size), repeat=2):
+                taps = [a, b]
+                taps.insert(flat, (size - 1) // 2)
+                at = [
+                    i * s - p + d * k
+                    for i, s, p, d, k in zip(place, stride, padding, dilation, taps, strict=True)
+                ]
+                if all(0 <= v < n for v, n in zip(at, space, strict=True)):
+                    out[(slice(None), o, *place)] += x[(slice(None), slice(None), *at)] @ weight[o, :, a, b]
+    return out
+
+
+@pytest.mark.parametrize("channels,split", [(3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 2, 1)), (64, (22, 21, 21))])
+def test_left_over_channels_go_to_the_first_planes(channels, split):
+    assert acs_split(channels) == split
+
+
+@pytest.mark.parametrize(
+    "size,stride,padding,dilation",
+    [
+        (3, (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        (3, (2, 2, 2), (1, 1, 1), (1, 1, 1)),
+        (3, (1, 2, 3), (1, 0, 2), (1, 1, 1)),
+        (3, (1, 1, 2), (2, 2, 2), (2, 2, 2)),
+        (3, (2, 1, 1), (0, 3, 1), (1, 2, 1)),
+        (5, (2, 2, 2), (2, 2, 2), (1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("space", [(6, 7, 5), (5, 6, 8)])
+def test_acs_is_its_definition_for_any_stride_padding_and_dilation(size, stride, padding, dilation, space):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *space, dtype=torch.float64)
+    weight = torch.randn(5, 3, size, size, dtype=torch.float64)
+    expected = acs_by_loops(x, weight, stride, padding, dilation)
+    for whole in (False, True):
+        seen = acs_conv3d(x, weight, None, stride, padding, dilation, whole=whole)
+        assert torch.allclose(seen, expected)
+
+
+def test_acs_with_groups_and_bias_keeps_each_group_to_its_channels():
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 4, 5, 6, dtype=torch.float64)
+    weight, bias = torch.randn(6, 2, 3, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    dense = torch.zeros(6, 6, 3, 3, dtype=torch.float64)
+    for o in range(6):
+        dense[o, 2 * (o // 2) : 2 * (o // 2) + 2] = weight[o]
+    expected = acs_conv3d(x, dense, bias, padding=(1, 1, 1))
+    assert torch.allclose(acs_conv3d(x, weight, bias, padding=(1, 1, 1), groups=3), expected)
+
+
+def test_acs_channels_see_only_their_plane():
+    x = torch.zeros(1, 1, 5, 5, 5)
+    x[0, 0, 2, 2, 2] = 1.0
+    y = acs_conv3d(x, torch.ones(3, 1, 3, 3), padding=(1, 1, 1))[0]
+    for channel in range(3):
+        reach = [len(set(y[channel].nonzero()[:, axis].tolist())) for axis in range(3)]
+        assert reach == [1 if axis == channel else 3 for axis in range(3)]
+    assert acs_kernel(torch.ones(3, 1, 3, 3)).sum(dim=(1, 2, 3, 4)).tolist() == [9.0, 9.0, 9.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
+def test_an_image_is_a_volume_of_depth_1_for_all_kinds_but_acs(kind, kernel, stride):
+    torch.manual_seed(0)
+    layer = convolution(kind, 2, 6, kernel, stride).double()
+    if kind == "p3d" and kernel > 1:
+        nn.init.normal_(layer.depth_weight)
+    x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    image = layer(x, True)
+    if kind == "acs":  # there the kernels are left whole
+        expected = F.conv2d(x, layer.weight, None, stride[1:], kernel // 2)
+    else:
+        expected = layer(x.unsqueeze(2), False).squeeze(2)
+    assert torch.allclose(image, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize("space", [(1, 1, 1), (2, 5, 8), (7, 4, 9)])
+def test_sizes_shrink_to_the_ceiling_of_size_over_stride(kind, kernel, stride, space):
+    y = convolution(kind, 1, 3, kernel, stride)(torch.randn(1, 1, *space), False)
+    assert y.shape == (1, 3, *(-(-n // s) for n, s in zip(space, stride, strict=True)))
+
+
+def test_kernels_have_the_shapes_of_their_kind():
+    assert Full(2, 6, 3).weight.shape == (6, 2, 3, 3, 3)
+    for kind in (ACS, Flat, Pseudo3D):
+        assert kind(2, 6, 3).weight.shape == (6, 2, 3, 3)
+    assert [name for name, _ in ACS(2, 6, 3).named_parameters()] == ["weight"]
+
+
+def test_pseudo_3d_begins_as_the_2d_network_on_every_slice():
+    torch.manual_seed(0)
+    layer, flat = Pseudo3D(2, 6, 3), Flat(2, 6, 3)
+    flat.load_state_dict({"weight": layer.weight})
+    x = torch.randn(1, 2, 5, 6, 7)
+    assert torch.allclose(layer(x, False), flat(x, False), atol=1e-6)
+
+
+def test_weights_keep_the_variance_that_the_layer_promises():
+    torch.manual_seed(0)
+    for kind, taps in (("3d", 27), ("acs", 9)):
+        weight = convolution(kind, 64, 128, 3).weight
+        assert weight.var().item() == pytest.approx(2 / (128 * taps), rel=0.05)
+
+
+def test_even_kernels_are_refused():
+    with pytest.raises(ValueError, match="kernel must be odd, not 4"):
+        convolution("acs", 1, 3, 4)
