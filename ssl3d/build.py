@@ -55,14 +55,18 @@ def channels(plan: Plan, data: Collection) -> Any:
     )
 
 
-def build_encoder(plan: Plan) -> Encoder:
+def build_encoder(plan: Plan, resuming: bool) -> Encoder:
     """The encoder to begin with: new weights of the run's seed, or those of --init.
+
+    Args:
+        plan: Of the run.
+        resuming: Whether a checkpoint's weights will follow.
 
     Raises:
         UsageError: --init is of another architecture than --encoder, or takes other channels.
     """
     options = plan.options
-    if options.init is None:
+    if options.init is None or resuming:  # a checkpoint has the weights; --init may be gone
         torch.manual_seed(seed_of(options.seed, "encoder"))
         encoder: Encoder = plan.encoder(plan.encoder_config)
         return encoder

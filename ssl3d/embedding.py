@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +39,7 @@ class EmbedOptions:
         overwrite: Replace the file.
     """
 
-    encoder: str
+    encoder: str = field(metadata={"positional": True})
     data: tuple[str, ...] = ("phantoms",)
     out: Path = Path("features.h5")
     patch: tuple[int, int, int] | None = None
@@ -90,6 +90,7 @@ def embed_collection(
     encoder = encoder.to(device).eval()
     patch = patch_of(encoder, options.patch)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
+    windows = options.overlap, options.batch_size
     found: list[np.ndarray] = []
     kept: list[int] = []
     temporary = options.out.with_name(f".{options.out.name}.tmp")
@@ -102,12 +103,10 @@ def embed_collection(
                 except (DataError, OSError) as error:
                     say(f"set aside: {volume.dataset}/{volume.id}: {error}")
                     continue
-                vector = embed_volume(
-                    encoder, voxels, patch, options.overlap, options.batch_size, autocast=autocast
-                )
+                vector = embed_volume(encoder, voxels, patch, *windows, autocast=autocast)
                 if options.dense:
                     maps = dense_features(
-                        encoder, voxels, patch, options.overlap, options.batch_size,
+                        encoder, voxels, patch, *windows,
                         levels=options.dense_levels, every=options.dense_every, autocast=autocast,
                     )  # fmt: skip
                     half = maps.cpu().numpy().astype(np.float16)
@@ -137,9 +136,8 @@ def _check(encoder: Encoder, data: Collection, say: Callable[[str], None]) -> No
         raise DataError("no volumes to embed")
     channels = sorted({int(shape[0]) for shape in data.shapes})
     if channels != [encoder.config.in_channels]:
-        raise UsageError(
-            f"the encoder takes {encoder.config.in_channels} channels, the volumes have {channels}"
-        )
+        takes = encoder.config.in_channels
+        raise UsageError(f"the encoder takes {takes} channels, the volumes have {channels}")
     trained = getattr(encoder, "metadata", {}).get("spacing")
     if trained:
         here = np.median(np.asarray(data.spacings, float), axis=0)

@@ -118,6 +118,8 @@ class Loop:
             for step in range(start, total):
                 record, drawn, stop = self._step(step, asked)
                 done = step + 1
+                if self.fabric.world_size == 1:
+                    stop = asked.signum  # also what came after the ranks agreed on stopping
                 pictures: dict[str, Any] = {}
                 if self.options.eval_every > 0 and (done % self.options.eval_every == 0 or done == total):
                     found, pictures = self._look(drawn)

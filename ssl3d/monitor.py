@@ -142,7 +142,8 @@ class Monitor:
         step = int(record["step"])
         words = [f"step {step}/{self.total}", f"loss {record['loss']:.4g}"]
         words += [f"{n.split('/', 1)[1]} {record[n]:.3f}" for n in self.main if n in record]
-        words += [f"holdout {record['holdout/' + n]:.3f}" for n in self.main if f"holdout/{n}" in record]
+        for name in (n for n in self.main if f"holdout/{n}" in record):
+            words.append(f"held out {record['holdout/' + name]:.3f}")
         words.append(f"{record['volumes_per_s']:.3g} volumes/s")
         words.append(f"{duration((self._speed or 0) * (self.total - step))} left")
         words.append(f"waiting {100 * record['waiting']:.0f} %")

@@ -287,6 +287,32 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def preset_values(name: str | None, proxies: Sequence[Any]) -> dict[str, Any]:
+    """The options of a preset, less the sections of proxies that are not trained.
+
+    Raises:
+        UsageError: There is no such preset.
+    """
+    if name is None:
+        return {}
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load(_preset(name).read_text())
+    known = {f.name for f in dataclasses.fields(PretrainOptions)}
+    return {
+        key: value
+        for key, value in values.items()
+        if key in {*known, *map(str, proxies), values.get("encoder")}
+    }
+
+
+def _preset(name: str) -> Path:
+    found = presets()
+    if name not in found:
+        raise UsageError(f"{PROG}: --preset: no preset {name!r}; there are {', '.join(found)}")
+    return found[name]
+
+
 def _with_preset(argv: Sequence[str]) -> list[str]:
     """Puts the file of `--preset NAME` in place of the flag, below everything else."""
     words: list[str] = []
@@ -298,10 +324,7 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
             words.append(word)
             continue
         name = word.partition("=")[2] or (rest.pop(0) if rest else "")
-        found = presets()
-        if name not in found:
-            raise UsageError(f"{PROG}: --preset: no preset {name!r}; there are {', '.join(found)}")
-        first = ["--config", str(found[name])]
+        first = ["--config", str(_preset(name))]
     return first + words
 
 

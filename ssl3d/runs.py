@@ -92,8 +92,7 @@ def save_state(
     optimizer: Any,
     folder: Path,
     done: int,
-    patch: list[int],
-    digest: str,
+    about: dict[str, Any],
 ) -> None:
     """Writes a checkpoint of so many steps; called on every rank."""
     spec = {
@@ -102,8 +101,8 @@ def save_state(
         "proxies": {name: to_dict(config) for name, (_, config) in plan.proxies.items()},
     }
     state: dict[str, Any] = {
-        "format": snapshot.FORMAT, "step": done, "steps": plan.options.steps, "patch": list(patch),
-        "digest": digest, "world": fabric.world_size, "device": fabric.device.type, "spec": spec,
+        "format": snapshot.FORMAT, "step": done, "steps": plan.options.steps, "patch": list(trainee.patch),
+        "about": about, "world": fabric.world_size, "device": fabric.device.type, "spec": spec,
         "precision": fabric.strategy.precision.state_dict(),
     }  # fmt: skip
     if sharded(fabric):
@@ -118,9 +117,15 @@ def save_state(
 
 
 def _torch_save(state: dict[str, Any], path: Path) -> None:
-    # Through a file of Python's: a full disk is then an OSError that says so.
-    with path.open("wb") as file:
-        torch.save(state, file)
+    # Through a file of Python's: a full disk is an OSError then, though torch hides it behind another.
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from error
 
 
 def restore(fabric: Fabric, module: Any, optimizer: Any, found: dict[str, Any]) -> None:
@@ -192,9 +197,10 @@ def check_same(
     Raises:
         CheckpointError: It does not.
     """
-    if found["digest"] != digest:
+    if found["about"]["data"]["digest"] != digest:
+        before = found["about"]["data"]["digest"]
         raise CheckpointError(
-            f"{folder}: its data have changed (digest {found['digest'][:12]} then, {digest[:12]} now); "
+            f"{folder}: its data have changed (digest {before[:12]} then, {digest[:12]} now); "
             "give the same with --data, or start a new run with --init"
         )
     if found["steps"] != options.steps:

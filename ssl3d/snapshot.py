@@ -46,13 +46,10 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
         path = folder / f"step-{step:08d}-{digest}.pt"
         temporary.replace(path)
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its file writer.
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the write failed"
+        reason = error.strerror or str(error)
         raise TrainingError(
             f"the checkpoint of step {step} cannot be written to {folder} ({reason}); older ones are "
             f"intact: make room, then ssl3d pretrain --resume {run}"

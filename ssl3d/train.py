@@ -25,7 +25,7 @@ from ssl3d.errors import UsageError
 from ssl3d.loop import Feed, Loop
 from ssl3d.monitor import Log, Monitor, read_metrics
 from ssl3d.optim import build_optimizer, without_decay
-from ssl3d.options import Plan, PretrainOptions, plan_from
+from ssl3d.options import Plan, PretrainOptions, plan_from, preset_values
 from ssl3d.preempt import name_of, requeue
 from ssl3d.runs import (
     check_same,
@@ -38,6 +38,7 @@ from ssl3d.runs import (
     write_config,
 )
 from ssl3d.selection import Selection, select
+from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -100,7 +101,7 @@ def pretrain(
         out: Run folder.
         options: Fields of `PretrainOptions`, and dictionaries of a proxy's or encoder's options under
             its name, as in `encoder="resnet18", resnet18={"width": 32}, sorting={"slices": 8}`. An
-            encoder may be a class too.
+            encoder may be a class too. With `preset="quick"`, say, they stand above the preset's.
 
     Raises:
         Ssl3dError: As the command does.
@@ -115,9 +116,10 @@ def pretrain(
         return name
 
     several = [proxy] if isinstance(proxy, str | type) else list(proxy)
-    values = dict(options)
+    values = preset_values(options.pop("preset", None), several) | options
     values["proxy"] = [name_and_keep(one, plugins.PROXIES) for one in several]
-    values["encoder"] = name_and_keep(values.get("encoder", "resnet18"), plugins.ENCODERS)
+    if "encoder" in values:
+        values["encoder"] = name_and_keep(values["encoder"], plugins.ENCODERS)
     collection: Collection | None = None
     if isinstance(data, str | Path):
         values["data"] = [str(data)]
@@ -126,7 +128,6 @@ def pretrain(
         values["data"] = [str(store.path) for store in collection.stores]
     else:
         values["data"] = [str(one) for one in data]
-    values.pop("preset", None)
     plan = plan_from(values | ({"out": str(out)} if out else {}), "pretrain", named)
     return start(plan, collection)
 
@@ -188,23 +189,35 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
     selection = select(data, options.subjects, options.holdout)
+    digest = selection.train.digest()
     options = replace(options, precision=precision, threads=threads)
     options = replace(options, **lengths(options, len(selection.train)))
     plan = replace(plan, options=options, encoder_config=channels(plan, selection.train))
-    encoder = build_encoder(plan)
-    plan = replace(plan, encoder=type(encoder), encoder_config=encoder.config)
-    if plan.options.init is not None:
-        plan = replace(plan, options=replace(plan.options, encoder=plan.encoder_name))
-    layout = apply_layout(encoder, encoder, fabric.device, options.memory_format)
-    plan.options = replace(plan.options, memory_format=layout)
-
     found = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
+    encoder = build_encoder(plan, found is not None)
+    layout = apply_layout(encoder, encoder, fabric.device, options.memory_format)
+    plan = replace(plan, encoder=type(encoder), encoder_config=encoder.config)
+    options = replace(options, memory_format=layout, encoder=plan.encoder_name)
+    plan = replace(plan, options=options)
+    about = found["about"] if found else metadata(plan, selection.train, digest)
+    if found is not None and folder is not None:
+        check_same(found, digest, fabric, options, folder, log)
+        if Run(folder, options.steps, int(found["step"])).finished:
+            log.say(f"{folder} is finished: {options.steps} steps, encoder in {folder / 'encoder'}")
+            return Run(folder, options.steps, options.steps)
+    # Whatever can be refused has been by now: only then is there a folder.
+    trainee = build_trainee(plan, encoder, selection.train)
     folder = settle(fabric, plan, folder)
     if fabric.is_global_zero:
         write_config(folder, plan)
         log.open(folder)
+    log.say(f"run {folder}, {_where(fabric, options)}")
+    for line in selection.told:
+        log.say(line)
+    if resuming:
+        log.say(f"resuming at step {found['step'] if found else 0} of {options.steps}")
     try:
-        return _train(fabric, plan, folder, selection, encoder, found, log, resuming)
+        return _train(fabric, plan, folder, selection, trainee, found, about, log)
     finally:
         log.close()
 
@@ -214,32 +227,19 @@ def _train(
     plan: Plan,
     folder: Path,
     selection: Selection,
-    encoder: Encoder,
+    trainee: Trainee,
     found: dict[str, Any] | None,
+    about: dict[str, Any],
     log: Log,
-    resuming: bool,
 ) -> Run:
     options = plan.options
     begin = int(found["step"]) if found else 0
-    digest = selection.train.digest()
-    if found:
-        check_same(found, digest, fabric, options, folder, log)
     run = Run(folder, options.steps, begin)
-    if run.finished:
-        log.say(f"{folder} is finished: {begin} steps, encoder in {folder / 'encoder'}")
-        return run
-    log.say(f"run {folder}, {_where(fabric, options)}")
-    for line in selection.told:
-        log.say(line)
-    if resuming:
-        log.say(f"resuming at step {begin} of {options.steps}")
-
-    trainee = build_trainee(plan, encoder, selection.train)
     patch = trainee.patch
     if found:
         patch[:] = found["patch"]
         trainee.load_state_dict(found["module"])
-    apply_layout(trainee, encoder, fabric.device, options.memory_format)
+    apply_layout(trainee, trainee.encoder, fabric.device, options.memory_format)
     trainee.train()
     loader = loader_of(selection.train, plan, fabric, begin, log)
     batches = iter(loader)
@@ -249,8 +249,6 @@ def _train(
     if found:
         restore(fabric, module, optimizer, found)
 
-    about = metadata(plan, selection.train, digest)
-
     def export(name: str, done: int) -> None:
         state = full_state(fabric, module, trainee)
         if fabric.is_global_zero:
@@ -259,7 +257,7 @@ def _train(
         fabric.barrier()
 
     def save(done: int) -> None:
-        save_state(fabric, plan, module, trainee, optimizer, folder, done, patch, digest)
+        save_state(fabric, plan, module, trainee, optimizer, folder, done, about)
 
     loop = Loop(
         fabric=fabric,

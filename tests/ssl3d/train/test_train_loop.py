@@ -1,0 +1,197 @@
+"""A run from start to end: what is trained, recorded, exported, and refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import ssl3d
+from ssl3d.errors import TrainingError, UsageError
+from ssl3d.options import plan_from, request_of
+
+
+def weights(run, name="encoder"):
+    return (run.folder / name / "encoder.safetensors").read_bytes()
+
+
+def state(run):
+    return run.encoder.state_dict()
+
+
+def close(a, b, tolerance=1e-5):
+    return all(torch.allclose(a[k].double(), b[k].double(), rtol=1e-4, atol=tolerance) for k in a)
+
+
+def test_a_run_leaves_everything_that_the_plan_lists(train, capsys):
+    run = train(steps=6, save_at=[0, 0.5, 1], eval_every=3, checkpoint_every=2)
+    names = {path.name for path in run.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "train.log", "checkpoints", "encoder"} <= names
+    assert {"encoder-at-00", "encoder-at-50", "encoder-at-100"} <= names
+    assert run.finished
+    assert weights(run) == weights(run, "encoder-at-100") != weights(run, "encoder-at-50")
+    assert len(list((run.folder / "checkpoints").iterdir())) == 2
+    records = run.metrics
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "grad_norm", "seconds", "waiting", "tiny/loss", "tiny/error"} <= set(records[0])
+    assert "holdout/tiny/error" in records[2] and "online/embedding_std" in records[2]
+    assert "online/knn_accuracy" in records[5]
+    told = capsys.readouterr().out
+    assert f"ssl3d linear-probe {run.folder}" in told
+    assert told.index("expected: about") < told.index("step 1/6")
+    assert "kept out" in told and "train split" in told
+    assert (run.folder / "train.log").read_text().count("expected: about") == 1
+    assert sorted(p.name for p in (run.folder / "pictures").iterdir()) == [
+        "tiny-00000003.png",
+        "tiny-00000006.png",
+    ]
+
+
+def test_the_encoder_tells_where_it_comes_from(train):
+    run = train()
+    card = run.encoder.metadata
+    assert card["patch"] == [12, 12, 12] and card["steps"] == 4 and card["labels_seen"] is False
+    assert card["proxies"]["tiny"]["size"] == 12
+    assert card["citations"]["tiny"] == "Nobody: Nothing, 2020"
+    assert len(card["data"]["digest"]) >= 16 and card["versions"]["torch"]
+    assert card["identities"] and all(len(one) == 16 for one in card["identities"])
+    assert "phantom" not in json.dumps(card["identities"])
+
+
+def test_the_loss_falls(train):
+    run = train(steps=40, lr=0.01, eval_every=-1)
+    losses = [record["loss"] for record in run.metrics]
+    assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:4])
+
+
+def test_the_number_of_workers_changes_nothing(train):
+    assert weights(train("a", workers=0)) == weights(train("b", workers=2))
+
+
+def test_the_seed_changes_weights_and_order(train):
+    assert weights(train("a", seed=0)) != weights(train("b", seed=1))
+
+
+def test_accumulation_is_the_whole_batch_in_parts(train):
+    whole, parts = train("a", batch_size=8), train("b", batch_size=8, accumulate=4)
+    assert close(state(whole), state(parts))
+    a, b = whole.metrics, parts.metrics
+    assert np.allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-4)
+    assert np.allclose([r["grad_norm"] for r in a], [r["grad_norm"] for r in b], rtol=1e-3)
+
+
+def test_several_proxies_are_weighted_and_logged_by_name(train):
+    run = train(proxy=["tiny", "other"], weights=[1.0, 0.25], other={"noise": 0.0})
+    for record in run.metrics:
+        assert record["loss"] == pytest.approx(record["tiny/loss"] + 0.25 * record["other/loss"], rel=1e-4)
+    assert set(ssl3d.load_proxies(run.folder)) == {"tiny", "other"}
+
+
+def test_a_weight_of_nought_trains_nothing(train):
+    off = train("a", proxy=["tiny", "other"], weights=[1.0, 0.0], weight_decay=0.01)
+    alone = train("b", weight_decay=0.01)
+    # The heads are drawn one after the other, so the first proxy's are the same in both runs.
+    assert close(state(off), state(alone), 1e-6)
+
+
+def test_trained_heads_are_loaded_with_the_proxies(train):
+    run = train(steps=8)
+    proxy = ssl3d.load_proxies(run.folder)["tiny"]
+    assert int(proxy.done) == 8 and not proxy.training
+    assert proxy.average.abs().sum() > 0
+    assert all(torch.equal(a, b) for a, b in zip(proxy.encoder.parameters(), run.encoder.parameters()))
+
+
+def test_a_loss_that_is_not_finite_names_the_volumes(train, tmp_path):
+    with pytest.raises(TrainingError, match=r"step 3.*tiny is not finite.*phantom.*phantom"):
+        train(tiny={"nan_at": 2}, checkpoint_every=1)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert [p.name.split("-")[1] for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "00000001",
+        "00000002",
+    ]
+
+
+def test_what_the_user_says_stands_above_the_recipe(tiny_plugins):
+    plan = plan_from({"proxy": "tiny", "lr": 0.1}, "x")
+    assert (plan.options.lr, plan.options.batch_size, plan.options.optimizer) == (0.1, 4, "sgd")
+    both = plan_from({"proxy": ["tiny", "other"]}, "x")
+    assert (both.options.lr, both.options.weight_decay) == (0.003, 0.01)
+    asked = request_of(["--proxy", "tiny", "--batch-size", "6"])
+    assert (asked.plan.options.batch_size, asked.plan.options.lr) == (6, 0.003)
+
+
+def test_the_configuration_makes_the_same_plan_again(train, tmp_path):
+    run = train(epochs=1.0, steps=0, weights=[2.0])
+    path = run.folder / "config.yaml"
+    again = request_of(["--config", str(path)]).plan
+    assert again.as_config() == yaml.safe_load(path.read_text())
+    assert again.options.steps >= 1 and again.options.epochs == 0
+
+
+def test_a_folder_that_is_not_empty_is_refused(train, tmp_path):
+    first = train()
+    with pytest.raises(UsageError, match="not empty; --overwrite"):
+        train()
+    assert weights(train(overwrite=True)) == weights(first)
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="holds no run"):
+        train("precious", overwrite=True)
+    assert (other / "thesis.txt").exists()
+
+
+def test_runs_are_numbered_by_default(tiny_plugins, phantoms, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        run = ssl3d.pretrain("tiny", data=phantoms, **small, steps=1, eval_every=-1)
+        assert str(run.folder) == f"runs/tiny-{number}"
+
+
+def test_a_run_starts_from_an_encoder(train, phantoms):
+    first = train("a", steps=3)
+    second = train("b", init=str(first.folder), steps=1, lr=1e-12)
+    assert close(state(first), state(second), 1e-7)
+    assert second.encoder.metadata["init"]["sha256"] == first.encoder.metadata["sha256"]
+    with pytest.raises(UsageError, match="is a resnet10"):
+        ssl3d.pretrain("tiny", data=phantoms, init=str(first.folder), encoder="resnet18", precision="32")
+
+
+def test_a_proxy_may_be_given_as_a_class(phantoms, small, tmp_path, tiny_plugins):
+    from tiny_ssl3d_plugins import Tiny
+
+    class Mine(Tiny):
+        """Mine."""
+
+    run = ssl3d.pretrain(Mine, data=phantoms, out=tmp_path / "run", **small, steps=2)
+    assert "mine/loss" in run.metrics[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_every_optimizer_trains(train, optimizer):
+    run = train(optimizer=optimizer, steps=2, weight_decay=1e-4, eval_every=-1)
+    assert run.finished
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5, "epochs": 1.0}, "epochs"),
+        ({"batch_size": 5, "accumulate": 2}, "multiple of --accumulate 2"),
+        ({"optimizer": "lars", "weight_decay": 0.0}, "switches the scaling of lars off"),
+        ({"precision": "16"}, "needs a CUDA device"),
+        ({"strategy": "fsdp"}, "fsdp needs CUDA"),
+        ({"weights": [1.0, 2.0]}, "weights has 2 values for 1"),
+        ({"save_at": [2.0]}, "save_at"),
+        ({"stepps": 3}, "unknown option stepps"),
+        ({"tiny": {"size": 1}}, "size is 1"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(train, options, message, tmp_path):
+    with pytest.raises(UsageError, match=message) as caught:
+        train(**options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

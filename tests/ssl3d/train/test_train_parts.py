@@ -1,0 +1,216 @@
+"""The parts of training: rates, optimizers, precision, the choice of subjects, means over parts."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ssl3d import device
+from ssl3d.errors import UsageError
+from ssl3d.online import evaluating, knn_accuracy, spread_of
+from ssl3d.optim import build_optimizer, lr_at, without_decay
+from ssl3d.options import PretrainOptions
+from ssl3d.selection import select
+from ssl3d.trainee import Group, Reducer, cut
+
+
+def test_the_rate_rises_then_falls_as_a_cosine():
+    rates = [lr_at(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert all(np.diff(rates[9:]) <= 0) and 0 < rates[-1] < 0.01
+    assert lr_at(0, 1, 1.0, 0.0) == 1.0
+
+
+def test_weight_decay_spares_norms_and_biases():
+    module = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.Linear(2, 2))
+    spared = without_decay(module)
+    assert spared == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    groups = build_optimizer(
+        module.named_parameters(), spared, PretrainOptions(weight_decay=0.3)
+    ).param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.3, 2), (0.0, 4)]
+
+
+def test_lars_scales_kernels_and_not_biases():
+    module = nn.Linear(4, 4)
+    options = PretrainOptions(optimizer="lars", lr=1.0, weight_decay=1e-6, momentum=0.0)
+    optimizer = build_optimizer(module.named_parameters(), without_decay(module), options)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    module.weight.grad, module.bias.grad = torch.full((4, 4), 100.0), torch.full((4,), 0.5)
+    optimizer.step()
+    # The trust ratio makes the step 1/1000 of the weights' norm, whatever the gradient's.
+    assert (module.weight - weight).norm().item() == pytest.approx(1e-3 * weight.norm().item(), rel=1e-2)
+    assert torch.allclose(module.bias, bias - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gain", "expected"),
+    [
+        ("flags : fpu sse avx512f avx512_bf16", 0.1, "bf16"),
+        ("flags : fpu amx_bf16 amx_tile", 0.1, "bf16"),
+        ("flags : fpu sse avx2", 9.0, "32"),
+        ("Features : asimd", 9.0, "bf16"),
+        ("Features : asimd", 1.0, "32"),
+        (None, 9.0, "bf16"),
+    ],
+)
+def test_auto_precision_follows_the_cpu(tmp_path, monkeypatch, flags, gain, expected):
+    monkeypatch.setattr(device, "accelerator_of", lambda options: "cpu")
+    monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(flags + "\n")
+    assert device.resolve_precision(PretrainOptions(), cpuinfo) == expected
+    assert device.resolve_precision(PretrainOptions(precision="32"), cpuinfo) == "32"
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "32")])
+def test_auto_precision_follows_the_gpu(monkeypatch, supported, expected):
+    monkeypatch.setattr(device, "accelerator_of", lambda options: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert device.resolve_precision(PretrainOptions()) == expected
+
+
+def test_the_launcher_says_how_many_ranks(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert device.ranks(PretrainOptions(), "cpu") == (1, 1)
+    assert device.ranks(PretrainOptions(devices=3, nodes=2), "cpu") == (3, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert device.ranks(PretrainOptions(), "cpu") == (2, 4)
+    with pytest.raises(UsageError, match="--devices 3: the launcher started 2"):
+        device.ranks(PretrainOptions(devices=3), "cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert device.ranks(PretrainOptions(), "cpu") == (4, 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from ssl3d.data.phantoms import phantom_store
+    from ssl3d.data.store import open_data
+
+    return open_data([phantom_store(40, shape=(16, 16, 16), folder=tmp_path_factory.mktemp("p"))])
+
+
+def people(part):
+    return set(part.subject_codes.tolist())
+
+
+def test_labelled_data_keep_their_test_subjects_out(data):
+    from ssl3d.data.split import house_split
+
+    chosen = select(data, "train", 0.1)
+    split = house_split(data)
+    allowed = people(data.select(split == "train"))
+    assert people(chosen.train) | people(chosen.holdout) == allowed
+    assert not people(chosen.train) & people(chosen.holdout)
+    assert not people(chosen.queries) & people(chosen.train)
+    assert not people(chosen.queries) & people(data.select(split == "test"))
+    assert len(people(chosen.holdout)) == round(0.1 * len(allowed))
+    assert any("train split" in line for line in chosen.told)
+
+
+def test_all_subjects_on_request_and_no_holdout(data):
+    chosen = select(data, "all", 0.0)
+    assert len(chosen.train) == len(data) and not len(chosen.holdout)
+
+
+def test_few_subjects_keep_one_out_from_eight_on(data):
+    order = np.unique(data.subject_codes)
+    for count, kept in ((7, 0), (8, 1)):
+        few = data.select(np.isin(data.subject_codes, order[:count]))
+        assert len(people(select(few, "all", 0.01).holdout)) == kept
+
+
+@given(rows=st.lists(st.integers(0, 3), min_size=4, max_size=12), parts=st.sampled_from([1, 2, 4]))
+def test_cutting_keeps_every_row_once(rows, parts):
+    # rows[i] is the group that row i is in.
+    groups = []
+    for number in sorted(set(rows)):
+        own = tuple(i for i, group in enumerate(rows) if group == number)
+        tensors = {"index": torch.tensor(own)}
+        groups.append(Group("p", tensors, own, len(rows), tuple(f"v{i}" for i in own)))
+    found = cut(groups, parts)
+    assert len(found) == parts
+    seen = [row for part in found for group in part for row in group.rows]
+    assert sorted(seen) == list(range(len(rows)))
+    sizes = [sum(len(group.rows) for group in part) for part in found]
+    assert max(sizes) - min(sizes) <= 1
+    for part in found:
+        for group in part:
+            assert group.tensors["index"].tolist() == list(group.rows)
+            assert group.volumes == tuple(f"v{i}" for i in group.rows)
+
+
+def test_means_are_weighted_by_examples():
+    one = {"a": (torch.tensor(6.0), 3), "b": (torch.tensor(1.0), 1)}
+    two = {"a": (torch.tensor(2.0), 1)}
+    means, flag = Reducer(1, torch.device("cpu")).mean([one, two], 9)
+    assert means == {"a": 2.0, "b": 1.0} and flag == 9
+
+
+def test_evaluation_puts_modes_back():
+    module = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    module.train()
+    module[1].eval()
+    with evaluating(module):
+        assert not module.training and not torch.is_grad_enabled()
+    assert module[0].training and not module[1].training
+
+
+def test_the_collapse_measure_is_nought_when_all_is_one():
+    torch.manual_seed(0)
+    assert spread_of(torch.ones(64, 32)) == pytest.approx(0, abs=1e-5)
+    assert spread_of(torch.randn(512, 32)) == pytest.approx(1, abs=0.05)
+
+
+def test_neighbours_of_a_small_bank_vote():
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    queries = torch.tensor([[1.0, 0.1], [0.1, 1.0]])
+    assert knn_accuracy(bank, ["a", "a", "b"], queries, ["a", "b"]) == 1.0
+    assert knn_accuracy(bank, ["a", "a", "b"], queries, ["b", "a"]) == 0.0
+
+
+def test_recorded_numbers_are_json_even_if_not_finite(tmp_path):
+    from ssl3d.monitor import _plain
+
+    assert _plain(math.nan) is None and _plain(1 / 3) == 0.3333333 and _plain("x") == "x"
+
+
+def test_the_loss_of_groups_is_that_of_the_whole_batch(tiny_plugins):
+    """Two groups of different sizes weigh by their examples."""
+    from ssl3d.checkpoint import encoder_from
+    from ssl3d.proxy import Proxy, StepOutput
+    from ssl3d.trainee import Trainee
+
+    class Mean(Proxy):
+        main, paper, Config = "x", "", SimpleNamespace
+
+        @classmethod
+        def draw(cls, config, volume, rng):
+            return {}
+
+        def forward(self, batch, rng):
+            return StepOutput(batch["x"].mean() + 0 * rng.uniform().sum(), {"x": batch["x"].mean()})
+
+    encoder = encoder_from("scratch:resnet10:width=4")
+    trainee = Trainee(encoder, {"mean": Mean(None, encoder)}, {"mean": 2.0}, seed=0)
+
+    def group(values, rows):
+        tensors = {"x": torch.tensor(values), "index": torch.tensor(rows)}
+        return Group("mean", tensors, tuple(rows), 3, tuple(map(str, rows)))
+
+    loss, sums = trainee("loss", [group([1.0, 2.0], [0, 2]), group([6.0], [1])], 0)
+    assert loss.item() == pytest.approx(2 * 3.0)
+    assert Reducer(1, torch.device("cpu")).mean([sums.values])[0] == {
+        "loss": pytest.approx(6.0), "mean/loss": pytest.approx(3.0), "mean/x": pytest.approx(3.0),
+    }  # fmt: skip
