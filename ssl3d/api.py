@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ssl3d.data.loader import Group as Group
     from ssl3d.data.loader import Loader as Loader
     from ssl3d.config import parse as parse
+    from ssl3d.config import print_table as print_table
     from ssl3d.data.phantoms import cache_folder as cache_folder
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
@@ -125,6 +126,7 @@ _HOME = {
     "phantom_store": "data.phantoms",
     "projection_head": "heads",
     "parse": "config",
+    "print_table": "config",
     "Proxy": "proxy",
     "read_crop": "views.crops",
     "read_result": "benchmark",
