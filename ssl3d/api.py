@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ssl3d.data.loader import Loader as Loader
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
+    from ssl3d.data.geometry import save_nifti as save_nifti
+    from ssl3d.data.geometry import to_patient as to_patient
     from ssl3d.data.phantoms import cache_folder as cache_folder
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
@@ -122,11 +124,11 @@ _HOME = {
     "open_data": "data.store",
     "pair_picture": "views.pairs",
     "PairViews": "views.pairs",
+    "parse": "config",
     "phantom": "data.phantoms",
     "phantom_store": "data.phantoms",
-    "projection_head": "heads",
-    "parse": "config",
     "print_table": "config",
+    "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
     "read_result": "benchmark",
@@ -135,6 +137,7 @@ _HOME = {
     "Record": "data.store",
     "Result": "benchmark",
     "rows_of": "views.pairs",
+    "save_nifti": "data.geometry",
     "Scores": "benchmark",
     "simulated_index": "data.phantoms",
     "slab_size": "views.crops",
@@ -143,6 +146,7 @@ _HOME = {
     "Ssl3dError": "errors",
     "statistics": "statistics",
     "StepOutput": "proxy",
+    "to_patient": "data.geometry",
     "uniformity": "losses",
     "upsample": "inference",
     "UsageError": "errors",

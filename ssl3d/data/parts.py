@@ -67,6 +67,9 @@ def reuse_parts(
         return names
     wanted = {name.partition("-")[2]: name for name in names}
     for path in folder.glob("*.part"):
+        if not _whole(path):  # the machine went down before the disk had it
+            path.unlink()
+            continue
         number, _, rest = path.stem.partition("-")
         key, _, frame = rest.partition("_")
         name = wanted.get(key)
@@ -75,6 +78,16 @@ def reuse_parts(
         elif name.partition("-")[0] != number:
             path.rename(folder / f"{name}{'_' if frame else ''}{frame}.part")
     return names
+
+
+def _whole(path: Path) -> bool:
+    from ssl3d.data.writer import part_record
+
+    try:
+        part_record(path)
+    except DataError:
+        return False
+    return True
 
 
 def keep_only(folder: Path, names: Sequence[str]) -> None:

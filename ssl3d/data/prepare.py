@@ -248,6 +248,8 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     Raises:
         DataError: Nothing is usable.
     """
+    from ssl3d.data.phantoms import cache_folder
+
     roots = [Path(path).resolve() for path in paths]
     for root in roots:
         if not root.exists():
@@ -256,7 +258,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     files = [file for root in roots for file in _neighbourhood(root)]
     listing = [[str(file), *stamp(file)] for file in files]
     key = digest_of([VERSION, [str(root) for root in roots], listing, unkeyed])
-    cache = Path(os.environ.get("SSL3D_CACHE") or Path.home() / ".cache" / "ssl3d")
+    cache = cache_folder()
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]
     out = cache / f"{name}-{key}.h5"
     if out.is_file():
@@ -384,7 +386,7 @@ def _make(
     sampled = missing[:_SAMPLE] if rows else missing[:: max(1, len(missing) // _SAMPLE)][:_SAMPLE]
     chosen = set(sampled)
     order = sampled + [i for i in missing if i not in chosen]
-    started, written, worked = time.monotonic(), 0, 0.0
+    started, written, worked, unspaced = time.monotonic(), 0, 0.0, 0
     tasks = _tasks(order, names, scans, recipe, folder, rejected)
     sample = pool.run(process, itertools.islice(tasks, len(sampled)), workers, start_worker)
     rest = pool.run(process, tasks, workers, start_worker)
@@ -397,12 +399,15 @@ def _make(
             rejected += result.rejected
             written += result.size
             worked += result.seconds
+            unspaced += result.unspaced
             if result.label_like:
                 label_like.append(task.scan.source)
         if number == len(sampled):
             say(_estimate(scans, sampled, missing, worked / max(workers, 1), written, workers, out))
         progress.show(number, time.monotonic() - started)
     progress.clear()
+    if unspaced:
+        say(f"{count_of(unspaced, 'scan')} without a spacing: not resampled")
     if label_like:
         from ssl3d.data.sources import label_note
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +77,7 @@ class Outcome:
         rejected: (source, reason) of what was refused.
         label_like: Whether it was left out because its values are those of a label map.
         full: The operating system's words when the disk is full.
+        unspaced: Whether it could not be resampled, for want of a spacing.
         seconds: It took.
     """
 
@@ -86,6 +86,7 @@ class Outcome:
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     label_like: bool = False
     full: str = ""
+    unspaced: bool = False
     seconds: float = 0.0
 
 
@@ -109,6 +110,7 @@ def _process(task: Task) -> Outcome:
     except DataError as error:
         outcome.rejected.append((scan.source, str(error)))
         return outcome
+    outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
     # Frame 0 is written last: where it stands, the others do too.
     for frame in reversed(range(len(volumes))):
         several = len(volumes) > 1
@@ -269,8 +271,9 @@ def _write(
     if kind == "auto":
         present = [i for i in range(len(voxels)) if i not in missing]
         kind = decide(voxels[present], pixels.modality or scan.modality, pixels.eight_bit)
-    placed = pixels.orientation != UNKNOWN
-    if placed and recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
+    if recipe.spacing and pixels.original_affine is None:
+        done["resampled"] = "not: the source has no spacing"
+    elif recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
         voxels, mask, affine = _resampled(voxels, mask, affine, recipe, done)
     inside = foreground(voxels, kind)
     if mask is not None:
@@ -401,8 +404,7 @@ def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def start_worker() -> None:
-    """One thread per worker, for every library that would start its own; imports what it will use."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    """One thread per worker where a library would start its own; imports what it will use."""
     quiet_sitk()
     for name in ("nibabel", "scipy.ndimage", "ssl3d.data.writer"):
         importlib.import_module(name)

@@ -245,7 +245,8 @@ def _read_dicom(files: list[Path], max_voxels: int | None, header_only: bool = F
     if len(files) == 1:
         image = sitk.ReadImage(str(files[0]), imageIO="GDCMImageIO")
         flat = image.GetDimension() == 2 or image.GetSize()[2] == 1
-        pixels = _from_sitk(image, flat and (first["modality"] in RADIOGRAPHS or not first["axes"]))
+        film = first["modality"] in (*RADIOGRAPHS, "US")  # of several frames: a film, not a volume
+        pixels = _from_sitk(image, film or (flat and not first["axes"]))
     else:
         ordered, positions = sorted_slices(tags)
         frames, gap = frames_of(positions)

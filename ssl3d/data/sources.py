@@ -160,6 +160,8 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
             return arrays.from_arrays(source, wanted, source.parent)
         if source.name == "dataset.json":
             return lists.from_dataset_json(source.parent, wanted)
+        if suffix_of(source) in (".h5", ".hdf5"):
+            raise DataError(f"{source}: a store is prepared already; give it to --data")
         if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
             raise DataError(
                 f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
