@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
-    from ssl3d.data.loader import Batch as Batch
-    from ssl3d.data.loader import Group as Group
-    from ssl3d.data.loader import Loader as Loader
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
     from ssl3d.data.geometry import save_nifti as save_nifti
     from ssl3d.data.geometry import to_patient as to_patient
+    from ssl3d.data.loader import Batch as Batch
+    from ssl3d.data.loader import Group as Group
+    from ssl3d.data.loader import Loader as Loader
     from ssl3d.data.phantoms import cache_folder as cache_folder
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
