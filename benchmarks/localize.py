@@ -186,7 +186,8 @@ def _fit(profiles: Sequence[Profile], placements: Sequence[Placement]) -> Axis:
     scores = np.concatenate([profile.scores for profile in profiles])
     step = float(np.median(np.concatenate([np.diff(profile.mm) for profile in profiles])))
     grid = np.arange(mm.min(), mm.max() + step / 2, step)
-    fitted = IsotonicRegression(increasing="auto", out_of_bounds="clip").fit(mm, scores).predict(grid)
+    rising = bool(np.mean((mm - mm.mean()) * (scores - scores.mean())) >= 0)
+    fitted = IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(mm, scores).predict(grid)
     if len(grid) < 2 or not np.ptp(fitted) > 1e-6 * max(1.0, float(np.abs(scores).max())):
         raise DataError("the scores do not change along the axis: the run has not learnt to sort this data")
     # Runs of equal values have no place of their own: lines between the middles of their runs.
@@ -426,8 +427,8 @@ def _choose(options: Options, proxy: Any) -> tuple[Collection, Collection, str]:
         unseen = data.select(np.flatnonzero(parts != "train"))
     if not len(unseen):
         raise DataError(
-            f"{' '.join(options.data)}: all of its {len(data)} volumes are of people that pretraining saw or "
-            "that are the reference; give others with --data"
+            f"{' '.join(options.data)}: all of its {len(data)} volumes are of people that pretraining saw "
+            "or that are the reference; give others with --data"
         )
     if not len(reference):
         raise DataError(
@@ -527,6 +528,6 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     if crops:
         median = np.median([row.error for row in crops if row.error is not None])
         guess = np.median([row.centre_error for row in crops if row.centre_error is not None])
-        title = f"{len(crops)} crops: median error {median:.1f} mm (guessing the middle {guess:.1f})"
+        title = f"{len(crops)} crops: median error {median:.1f} mm\n(guessing the middle: {guess:.1f} mm)"
     right.set(xlabel="true middle of the crop, mm", ylabel="where it was put, mm", title=title)
     return figure
