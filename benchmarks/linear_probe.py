@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ssl3d.api import Benchmark, DataError, Scores, statistics
 from ssl3d_benchmarks.linear_probe_features import embeddings
 
+from ssl3d.api import Benchmark, DataError, Scores, statistics
+
 if TYPE_CHECKING:
-    from ssl3d.api import Collection, Contestant
     from ssl3d_benchmarks.linear_probe_dense import DenseFeatures
+
+    from ssl3d.api import Collection, Contestant
 
 Array = NDArray[Any]
 
@@ -86,7 +87,7 @@ class LinearProbe(Benchmark):
     version = 1
     description = "a linear model on the frozen encoder: classes, ordinal or real targets, or masks (dense)"
     reference = (
-        "Alain, Bengio: Understanding intermediate layers using linear classifier probes, arXiv 1610.01644; "
+        "Alain, Bengio: Understanding intermediate layers using linear probes, arXiv 1610.01644; "
         "metrics of Yang et al.: MedMNIST v2, Sci Data 2023, arXiv 2110.14795"
     )
     mains: ClassVar[Mapping[str, str]] = {
@@ -211,7 +212,7 @@ class LinearProbe(Benchmark):
             return np.array([number[str(label)] for label in data.labels], dtype=np.int64)
         return np.array([float(label) for label in data.labels], dtype=np.float64)
 
-    def statistics(
+    def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
         """The scores of this kind of target, as functions of resampling weights."""
@@ -298,9 +299,7 @@ def fit_classifier(
     return (lambda new: _spread(model, new @ turn, classes)), L2_CLASSES[best]
 
 
-def fit_ridge(
-    x: Array, y: Array, subjects: Array, seed: int
-) -> tuple[Callable[[Array], Array], float]:
+def fit_ridge(x: Array, y: Array, subjects: Array, seed: int) -> tuple[Callable[[Array], Array], float]:
     """Ridge regression (scikit-learn), L2 of least cross-validated squared error.
 
     Raises:
@@ -338,7 +337,7 @@ def _folds(subjects: Array, y: Array | None, seed: int) -> list[Array]:
 
 
 def _compact(x: Array) -> tuple[Array, Array]:
-    """The rows in a basis of their own span and the turn into it: the L2 solution is the same, the fit faster."""
+    """The rows in a basis of their own span, and the turn into it: the same solution, found faster."""
     if x.shape[0] >= x.shape[1]:
         return x, np.eye(x.shape[1])
     _, singular, right = np.linalg.svd(x, full_matrices=False)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ssl3d.api import parse
 
-summary = "score frozen encoders: linear probe of classes, values or masks, beside untrained and trivial rows"
+summary = (
+    "score frozen encoders: linear probe of classes, values or masks, beside untrained and trivial rows"
+)
 
 EPILOG = """Which probe: by what the data has (class labels, real values, else masks), or as --target says.
 Records are reused: the same contestant on the same split with the same options is not scored again."""
@@ -19,16 +21,17 @@ class Options:
     """Probes frozen encoders with a linear model.
 
     Attributes:
-        encoder: A run, its encoder/ folder, or scratch:NAME[:kind][:field=value...]; several stand side by side.
+        encoder: A run, its encoder/ folder, or scratch:NAME[:kind][:field=value...]; one or several.
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into a cache first).
         out: Folder for the records (JSON), the table and the pictures.
-        target: What the labels are: classes, ordinal (ordered integers), real, masks (dense probe), or auto.
-        folds: Grouped, stratified cross-validation with so many folds instead of the house split; 0 for none.
+        target: What is probed: classes, ordinal (ordered integers), real, masks (dense probe), or auto.
+        folds: Of a cross-validation by subject instead of the house split; 0 for none.
         fractions: Shares of the training subjects to fit on; smaller subsets lie in larger ones.
         repeats: Subsets per fraction below 1 (default 20, dense probe 5).
         untrained: Untrained encoders of the same architecture beside each encoder; seeds 0, 1, ...
-        recalibrate: BatchNorm statistics taken anew from the training volumes, without labels: no, yes, or both rows.
-        pool_subject: Several volumes of a subject as one row each (none), their mean, or side by side (concat).
+        recalibrate: BatchNorm statistics taken anew from unlabelled training volumes: no, yes, or both
+            rows.
+        pool_subject: Several volumes of a subject: a row each (none), their mean, or side by side (concat).
         window: Largest input of the encoder along D H W; larger volumes are taken window by window.
         precision: Of the frozen encoder, 32 or bf16.
         device: auto, cpu, cuda or mps.

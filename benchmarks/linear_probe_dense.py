@@ -16,15 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from ssl3d_benchmarks.linear_probe_features import autocast
+from ssl3d_benchmarks.shape_features import intensity_maps
 from torch import Tensor
 
 from ssl3d.api import DataError, numpy_rng, upsample
-from ssl3d_benchmarks.linear_probe_features import autocast
-from ssl3d_benchmarks.shape_features import intensity_maps
 
 if TYPE_CHECKING:
-    from ssl3d.api import Collection, Contestant, Encoder, Volume
     from ssl3d_benchmarks.linear_probe import LinearProbeConfig
+
+    from ssl3d.api import Collection, Contestant, Encoder, Volume
 
 Array = NDArray[Any]
 Triple = tuple[int, int, int]
@@ -55,9 +56,7 @@ def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list
         window: Largest input along D, H, W.
     """
     deepest = [max(stride[axis] for stride in encoder.strides) for axis in range(3)]
-    tiles = [
-        _tiles(n, w, s) for n, w, s in zip(image.shape[1:], window, deepest, strict=True)
-    ]
+    tiles = [_tiles(n, w, s) for n, w, s in zip(image.shape[1:], window, deepest, strict=True)]
     if all(len(axis) == 1 for axis in tiles):
         return [m[0].float() for m in encoder(image[None])]
     found = [
@@ -212,7 +211,7 @@ class DenseFeatures:
 
 
 def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Array]:
-    """Voxels (n, 3) drawn evenly from every class, the rim and the rest, and the share each stands for (n,).
+    """Voxels (n, 3), as many of each class, of the rim and of the rest, and each one's share (n,).
 
     With these weights a loss over the sample estimates, without bias, the loss over the whole volume;
     small classes and the hard background at their border are seen as often as the easy rest.
@@ -359,9 +358,7 @@ def fit_dense(
                 "subject": volume.subject,
                 "id": volume.id,
                 "dice": {
-                    name: dice(predicted == k, truth == k)
-                    for k, name in enumerate(config.classes)
-                    if k > 0
+                    name: dice(predicted == k, truth == k) for k, name in enumerate(config.classes) if k > 0
                 },
             }
         )
@@ -396,15 +393,13 @@ def _predict(dense: DenseFeatures, head: Head, volume: Volume, maps: Sequence[Te
 
 
 def dice(predicted: Array, truth: Array) -> float | None:
-    """2 |A and B| / (|A| + |B|) of two masks; None where both are empty, which is neither right nor wrong."""
+    """2 |A and B| / (|A| + |B|) of two masks; None where both are empty: neither right nor wrong."""
     size = int(predicted.sum()) + int(truth.sum())
     return None if size == 0 else 2 * int((predicted & truth).sum()) / size
 
 
-def subject_dice(
-    predictions: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> tuple[Array, Array]:
-    """Subjects (S,), and per subject and class the mean Dice over its volumes (S, K), NaN where undefined."""
+def subject_dice(predictions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Array, Array]:
+    """Subjects (S,), and the mean Dice over the volumes of each, by class (S, K), NaN where undefined."""
     people: dict[str, list[list[float]]] = {}
     for row in predictions:
         values = [row["dice"][name] for name in names]

@@ -1,4 +1,4 @@
-"""Pictures of a linear probe: embeddings on their principal axes, or predicted masks beside the true ones."""
+"""Pictures of a linear probe: embeddings on their principal axes, or predicted beside true masks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _draw(entry: Entry, benchmark: LinearProbe, task: Task, options: Options, pa
         from ssl3d_benchmarks.linear_probe_dense import predict_masks
 
         firsts = np.unique(test.subject_codes, return_index=True)[1]
-        shown = test.select(np.sort(firsts)[np.linspace(0, len(firsts) - 1, min(PEOPLE, len(firsts))).astype(int)])
+        shown = test.select(
+            np.sort(firsts)[np.linspace(0, len(firsts) - 1, min(PEOPLE, len(firsts))).astype(int)]
+        )
         masks = predict_masks(benchmark.dense, train, val, shown, task.config, options.seed)
         figure = masks_figure(shown, masks, len(task.config.classes))
     else:
@@ -79,10 +81,10 @@ def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
     if benchmark.target == "classes":
         for k, name in enumerate(benchmark.config.classes):
             mine = target == k
-            plot.scatter(*points[mine].T, s=14, alpha=0.8, label=f"{name} ({mine.sum()})")
+            plot.scatter(points[mine, 0], points[mine, 1], s=14, alpha=0.8, label=f"{name} ({mine.sum()})")
         plot.legend(title="test rows", fontsize=8)
     else:
-        figure.colorbar(plot.scatter(*points.T, c=target, s=14), label="target")
+        figure.colorbar(plot.scatter(points[:, 0], points[:, 1], c=target, s=14), label="target")
     plot.set_xlabel(f"principal axis 1 ({100 * share[0]:.0f} %)")
     plot.set_ylabel(f"principal axis 2 ({100 * share[1]:.0f} %)" if len(share) > 1 else "")
     return figure
@@ -100,7 +102,9 @@ def masks_figure(volumes: Any, masks: Sequence[Array], classes: int) -> Any:
         z = int((truth > 0).sum(axis=(1, 2)).argmax())
         grey = volume.read((z, 0, 0), (1, *volume.shape[2:]))[0, 0].numpy()
         aspect = volume.spacing[1] / volume.spacing[2]
-        for column, (title, overlay) in enumerate((("image", None), ("truth", truth), ("prediction", mask))):
+        for column, (title, overlay) in enumerate(
+            (("image", None), ("truth", truth), ("prediction", mask))
+        ):
             plot = figure.add_subplot(len(masks), 3, 3 * number + column + 1)
             plot.imshow(grey, cmap="gray", aspect=aspect, origin="lower")
             if overlay is not None:

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
+from ssl3d_benchmarks.linear_probe_features import digest_of
+from ssl3d_benchmarks.linear_probe_table import Row, format_table
+from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
 
 from ssl3d.api import (
     Collection,
@@ -29,14 +33,11 @@ from ssl3d.api import (
     statistics,
     write_result,
 )
-from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
-from ssl3d_benchmarks.linear_probe_features import digest_of
-from ssl3d_benchmarks.linear_probe_table import Row, format_table
-from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
 
 if TYPE_CHECKING:
-    from ssl3d.api import Encoder
     from ssl3d_benchmarks.linear_probe_command import Options
+
+    from ssl3d.api import Encoder
 
 Array = NDArray[Any]
 
@@ -78,8 +79,9 @@ class Task:
 
 def run(options: Options) -> list[Row]:
     """Scores every contestant, writes records, table and pictures, prints the table."""
-    entries = contestants(options)  # a wrong path is said before anything is read
+    contestants(options)  # a wrong path is said before anything is read
     task = make_task(open_data(options.data), options)
+    entries = contestants(replace(options, encoder=_fitting(options.encoder, task.data)))
     check_channels(entries, task)
     _say(_headline(task))
     if not isinstance(options.out, Path) or (options.out.exists() and not options.out.is_dir()):
@@ -119,7 +121,9 @@ def make_task(data: Collection, options: Options) -> Task:
         pool_subject=options.pool_subject if target != "masks" else "none",
         window=options.window,
         precision=options.precision,
-        mask_classes=mask_values(data.select(known))[1:] if target != "masks" and data.has_mask.all() else (),
+        mask_classes=mask_values(data.select(known))[1:]
+        if target != "masks" and data.has_mask.all()
+        else (),
         samples=options.samples,
     )
     if target in ("ordinal", "real"):
@@ -245,8 +249,8 @@ def _check_fold(data: Collection, fold: Fold, options: Options) -> None:
     train, test = len(np.unique(people[fold.train])), len(np.unique(people[fold.test]))
     if train < 2 or test < 2:
         raise DataError(
-            f"{' '.join(options.data)}: {train} subjects to train on and {test} to test on; a probe needs two "
-            "of each: give more data, or use --folds"
+            f"{' '.join(options.data)}: {train} subjects to train on and {test} to test on; a probe "
+            "needs two of each: give more data, or use --folds"
         )
 
 
@@ -338,8 +342,19 @@ def check_channels(entries: list[Entry], task: Task) -> None:
             raise DataError(
                 f"{entry.name}: takes {entry.in_channels} channels, the data has "
                 f"{' and '.join(map(str, found))}"
-                + (f"; use {entry.group}:in_channels={found[0]}" if entry.kind == "untrained" else "")
             )
+
+
+def _fitting(specs: tuple[str, ...], data: Collection) -> tuple[str, ...]:
+    """Untrained encoders take the data's channels unless told otherwise."""
+    channels = {int(n) for n in data.shapes[:, 0]}
+    if channels == {1} or len(channels) > 1:
+        return specs
+    extra = f":in_channels={channels.pop()}"
+    return tuple(
+        spec + extra if spec.startswith("scratch:") and "in_channels" not in spec else spec
+        for spec in specs
+    )
 
 
 def _maker(spec: str, seed: int) -> Callable[[], Encoder]:
@@ -489,9 +504,7 @@ def _jobs(task: Task, options: Options) -> Iterator[tuple[float, int, list[tuple
             yield fraction, repeat, subsets
 
 
-def _subset(
-    task: Task, rows: Array, options: Options, seed: object, fraction: float, least: int
-) -> Array:
+def _subset(task: Task, rows: Array, options: Options, seed: object, fraction: float, least: int) -> Array:
     if fraction == 1 or not rows.any():
         return rows
     inside = np.flatnonzero(rows)
@@ -569,7 +582,6 @@ RECALIBRATION_VOLUMES = 256
 def _batches(train: Collection, options: Options) -> Iterator[Any]:
     """Batches of equal training volumes (or their central windows); at most 256 volumes, spread evenly."""
     import torch
-
     from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
 
     step = max(1, len(train) // RECALIBRATION_VOLUMES)

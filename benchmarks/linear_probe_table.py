@@ -73,8 +73,10 @@ def make_arm(rows: list[Row], benchmark: Benchmark) -> Arm:
     total: Array | None = None
     values = []
     for row in rows:
-        ordered = sorted(row.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
-        clusters, found = benchmark.statistics(ordered)
+        ordered = sorted(
+            row.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id")))
+        )
+        clusters, found = benchmark.score_functions(ordered)
         statistic = found[benchmark.main]
         drawn = statistic(statistics.resampling_weights(clusters))
         values.append(float(statistic(np.ones((1, len(clusters))))[0]))
@@ -159,7 +161,9 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
             f"minimum detectable difference in {benchmark.main}: {detectable:.3f} (2.80 x {error:.4f}, the "
             "standard error of a paired difference over the test subjects; alpha .05, power .8)"
         )
-    text.append("intervals: 95 %, bootstrap over test subjects (BCa, 2000 resamples); differences are paired")
+    text.append(
+        "intervals: 95 %, bootstrap over test subjects (BCa, 2000 resamples); differences are paired"
+    )
     if flagged:
         text.append("not ranked: pretraining saw subjects of the test part")
     return "\n".join(text)
@@ -201,5 +205,11 @@ def _signed(value: float) -> str:
 
 def _aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    text = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return [line.rstrip() for line in text[:1]] + ["-" * len(text[0].rstrip())] + [t.rstrip() for t in text[1:]]
+    text = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines
+    ]
+    return (
+        [line.rstrip() for line in text[:1]]
+        + ["-" * len(text[0].rstrip())]
+        + [t.rstrip() for t in text[1:]]
+    )

@@ -73,7 +73,7 @@ def pooled_voxels(image: Tensor) -> Array:
 
 
 def bright(image: Tensor) -> Array:
-    """The voxels (D, H, W) of the first channel above Otsu's threshold, which parts a binary volume exactly."""
+    """The voxels (D, H, W) above Otsu's threshold (first channel); of a binary volume, the object."""
     values = image[0].numpy().astype(np.float64)
     if values.min() == values.max():
         return np.zeros(values.shape, dtype=bool)
@@ -91,7 +91,7 @@ def bright(image: Tensor) -> Array:
 
 
 def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
-    """The seventeen features named in `FEATURES` of an object (D, H, W) of voxels of `spacing` mm; zeros if empty."""
+    """The features named in `FEATURES` of an object (D, H, W), voxels of `spacing` mm; zeros if empty."""
     from scipy import ndimage
 
     found = np.zeros(len(FEATURES))
@@ -159,7 +159,9 @@ def intensity_maps(image: Tensor) -> Tensor:
     for channel in image.numpy():
         maps.append(channel)
         maps += [ndimage.gaussian_filter(channel, sigma, mode="nearest") for sigma in (1, 2, 4)]
-    grid = np.meshgrid(*[np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in image.shape[1:]], indexing="ij")
+    grid = np.meshgrid(
+        *[np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in image.shape[1:]], indexing="ij"
+    )
     maps += grid
     maps += [grid[a] * grid[b] for a in range(3) for b in range(a, 3)]
     return torch.from_numpy(np.stack(maps).astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -143,7 +144,9 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def statistics(self, predictions: Sequence[Mapping[str, Any]]) -> tuple[Array, dict[str, Statistic]]:
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, Statistic]]:
         """Every score as a function of resampling weights (see `ssl3d.statistics`), and the clusters.
 
         Args:
@@ -155,10 +158,11 @@ class Benchmark(ABC):
 
     def prepare(self, contestant: Contestant, data: Collection) -> None:
         """Computes once what every `score` of this contestant needs, such as its features; optional."""
+        return
 
     def summarise(self, predictions: list[dict[str, Any]], resamples: int = RESAMPLES) -> Scores:
         """Scores and their intervals over the test subjects, from predictions."""
-        clusters, statistics = self.statistics(predictions)
+        clusters, statistics = self.score_functions(predictions)
         found = {name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()}
         return Scores(
             {name: one.value for name, one in found.items()},
@@ -266,7 +270,8 @@ def write_result(result: Result, folder: Path) -> Path:
         partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     return path
 

@@ -94,7 +94,9 @@ def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | 
     target, predicted = np.asarray(target), np.asarray(predicted)
     weights = _weights(weights, len(target))
     recalls = [
-        _divide(weights[:, target == k] @ (predicted[target == k] == k), weights[:, target == k].sum(axis=1))
+        _divide(
+            weights[:, target == k] @ (predicted[target == k] == k), weights[:, target == k].sum(axis=1)
+        )
         for k in np.unique(target)
     ]
     return np.mean(recalls, axis=0)
@@ -169,7 +171,7 @@ def interval(
 def summarise(
     value: float, drawn: Array, clusters: Array, statistic: Statistic | None, level: float = LEVEL
 ) -> Interval:
-    """The interval of `interval`, from resampled values at hand (without skew where no statistic is given)."""
+    """As `interval`, from resampled values at hand (without skew where no statistic is given)."""
     from scipy.stats import norm, t
 
     defined = drawn[np.isfinite(drawn)]
