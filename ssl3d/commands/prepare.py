@@ -7,9 +7,9 @@ from collections.abc import Sequence
 summary = "make a store of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST, PNG, MSD, BIDS, CSV"
 
 EPILOG = """Sources come first, before options of several words (--channels t1 flair). By default every scan
-keeps its spacing: nothing is interpolated, and proxies measure in mm. Call it again after any stop and it goes on
-where it was. Files of no use are listed in rejected.csv beside the store. Exit status: 1 if nothing was
-usable, 2 for wrong input."""
+keeps its spacing: nothing is interpolated, and proxies measure in mm. Call it again after any stop and it
+goes on where it was. Files of no use are listed in rejected.csv beside the store. Exit status: 1 if nothing
+was usable, 2 for wrong input."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -105,6 +105,7 @@ def normalize(
     window: Sequence[float] | None = None,
     eight_bit: bool = False,
     missing: Sequence[int] = (),
+    in_place: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Brings intensities to a common scale; says how.
 
@@ -120,12 +121,13 @@ def normalize(
         window: Lowest and highest value, of `ct` and `unit`; of `mr` instead of the percentiles.
         eight_bit: Whether the source held unsigned bytes.
         missing: Channels that the subject lacks; they stay 0.
+        in_place: Whether `voxels`, then float32, may be overwritten: a large scan is not held twice.
 
     Returns:
         (C, D, H, W) float32, and what was done: `kind`, `clip` per channel, `mean` and `std` of `mr`,
         `background`: the value of air per channel, with which crops are filled beyond the volume.
     """
-    result: np.ndarray = voxels.astype(np.float32)
+    result: np.ndarray = voxels.astype(np.float32, copy=not in_place)
     clips: list[list[float]] = []
     means: list[float] = []
     deviations: list[float] = []
@@ -145,8 +147,7 @@ def normalize(
         air = float(np.clip(_air(channel, inside), low, high))
         np.clip(channel, low, high, out=channel)
         if kind == "mr":
-            body = channel[inside]
-            mean, deviation = float(body.mean(dtype=np.float64)), float(body.std(dtype=np.float64))
+            mean, deviation = _moments(channel, inside)
             deviation = deviation or 1.0
             means.append(mean)
             deviations.append(deviation)
@@ -170,21 +171,35 @@ def _limits(channel: np.ndarray, kind: str, inside: np.ndarray, eight_bit: bool)
         top = float(channel.max())
         if eight_bit:
             return 0.0, 1.0 if top <= 1 else 255.0
-        body = channel
-    else:
-        body = channel[inside] if inside.any() else channel
-    sample = body.reshape(-1)[:: max(1, body.size // 4_000_000)]
+    step = max(1, channel.size // 4_000_000)
+    sample = channel.reshape(-1)[::step]
+    if kind != "unit":
+        chosen = inside.reshape(-1)[::step]
+        sample = sample[chosen] if chosen.any() else sample
     low, high = (float(v) for v in np.percentile(sample, _CLIP))
     if high <= low:  # nearly all voxels are alike: a shape mask, a lone bright spot
-        low, high = float(body.min()), float(body.max())
-    if high <= low:
         low, high = float(channel.min()), float(channel.max())
     return low, high
 
 
+def _moments(channel: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of the foreground in double precision, layer by layer to save memory."""
+    count = int(inside.sum())
+    if not count:
+        inside, count = np.ones_like(inside), inside.size
+    total = sum(float(layer[m].sum(dtype=np.float64)) for layer, m in zip(channel, inside, strict=True))
+    mean = total / count
+    squares = 0.0
+    for layer, m in zip(channel, inside, strict=True):
+        squares += float(((layer[m].astype(np.float64) - mean) ** 2).sum())
+    return mean, float(np.sqrt(squares / count))
+
+
 def _air(channel: np.ndarray, inside: np.ndarray) -> float:
     """What lies around the body: the median outside the foreground, else the darkest value."""
-    outside = channel[~inside]
-    if outside.size < max(8, channel.size // 1000):
+    step = max(1, channel.size // 1_000_000)
+    sample = channel.reshape(-1)[::step]
+    around = sample[~inside.reshape(-1)[::step]]
+    if around.size < max(8, sample.size // 1000):
         return float(channel.min())
-    return float(np.median(outside[:: max(1, outside.size // 100_000)]))
+    return float(np.median(around))

@@ -278,7 +278,7 @@ def _write(
     inside = foreground(voxels, kind)
     if mask is not None:
         inside |= mask > 0
-    image, how = normalize(voxels, kind, inside, recipe.window, pixels.eight_bit, missing)
+    image, how = normalize(voxels, kind, inside, recipe.window, pixels.eight_bit, missing, in_place=True)
     done["background"] = how.pop("background")
     done["normalize"] = how
     boxes = None if scan.boxes is None else np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
@@ -327,7 +327,7 @@ def _checked(pixels: Pixels, scan: Scan, missing: list[int]) -> np.ndarray:
     if pixels.voxels.dtype.kind not in "iufb":
         raise DataError(f"voxels of type {pixels.voxels.dtype}; expected numbers")
     with np.errstate(over="ignore"):
-        voxels = pixels.voxels.astype(np.float32)
+        voxels = pixels.voxels.astype(np.float32, order="C")
     if not np.isfinite(voxels).all():
         raise DataError(_unfinite(voxels))
     for index, channel in enumerate(voxels):
