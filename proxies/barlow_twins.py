@@ -73,7 +73,7 @@ class BarlowTwins(Proxy):
         "Reduction, ICML 2021"
     )
     main: ClassVar[str] = "diagonal"
-    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
 
     def __init__(self, config: BarlowTwinsConfig, encoder: Encoder) -> None:
         """Adds the projection head.

@@ -78,7 +78,7 @@ class SimCLR(Proxy):
         "Representations, ICML 2020"
     )
     main: ClassVar[str] = "accuracy"
-    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder) -> None:
         """Adds the projection head.

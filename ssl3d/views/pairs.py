@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class PairViews(Views):
     """Options of proxies that compare two views of one place.
 
+    Volumes lie in a known orientation, and which way is up is something to know: no flips by default.
+
     Attributes:
         views: What a pair shows: two overlapping crops (volumes), or a slice twice, or two slices close
             to each other (slices).
@@ -55,7 +57,8 @@ class PairViews(Views):
     views: Literal["volumes", "slices"] = "volumes"
     per_volume: int = 1
     crop: tuple[int, int, int] = (32, 32, 32)
-    min_overlap: float = 0.5
+    flip: float = 0.0
+    min_overlap: float = 0.75
     min_iou: float = 0.25
     plane: tuple[int, int] = (64, 64)
     slab: int = 1

@@ -61,25 +61,29 @@ def mean(history, name):
     return float(np.mean([step[name] for step in history]))
 
 
+# Weaker than the defaults, so that seconds are enough.
+EASY = {"min_overlap": 1.0, "rotate": 10.0, "scale": 0.1, "bias": 0.1, "gamma": 0.2, "contrast": 0.1}
+
+
 # Learning -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("views", ["volumes", "slices"])
 @pytest.mark.parametrize("cls", PROXIES)
 def test_it_learns_on_phantoms(cls, views, phantoms):
-    config = config_of(cls, views=views)
+    config = config_of(cls, views=views, **EASY)
     proxy = make(cls, config)
-    history = train(proxy, lambda step: batch_of(cls, config, phantoms, 12, step), 30)
-    first, last = history[:4], history[-6:]
-    assert mean(last, "loss") < 0.8 * mean(first, "loss")
+    history = train(proxy, lambda step: batch_of(cls, config, phantoms, 12, step), 40)
+    first, last = history[:4], history[-8:]
+    assert mean(last, "loss") < 0.7 * mean(first, "loss")
     if cls is SimCLR:
-        assert mean(last, "accuracy") > 5 * mean(last, "chance")
+        assert mean(last, "accuracy") > 10 * mean(last, "chance") > 0.4
     else:
-        assert mean(last, "diagonal") > 0.5
+        assert mean(last, "diagonal") > 0.7
         assert mean(last, "off_diagonal_rms") < mean(last, "diagonal")
 
 
-def noise_batch(step, size=12, side=16, shuffled=None):
+def noise_batch(step, size=12, side=16):
     """Pairs of crops from different places of pure noise: they share nothing."""
     generator = torch.Generator().manual_seed(step)
     a, b = torch.randn(2, size, 1, 1, side, side, side, generator=generator)
@@ -88,7 +92,7 @@ def noise_batch(step, size=12, side=16, shuffled=None):
 
 @pytest.mark.parametrize("cls", PROXIES)
 def test_noise_that_shares_nothing_stays_at_chance(cls):
-    config = config_of(cls, rotate=0.0, scale=0.0)
+    config = config_of(cls, **{**EASY, "rotate": 0.0, "scale": 0.0})
     history = train(make(cls, config), noise_batch, 40)[-20:]
     if cls is SimCLR:
         assert mean(history, "accuracy") < 2.5 * mean(history, "chance")
@@ -98,7 +102,7 @@ def test_noise_that_shares_nothing_stays_at_chance(cls):
 
 @pytest.mark.parametrize("cls", PROXIES)
 def test_shuffled_pairs_stay_at_chance(cls, phantoms):
-    config = config_of(cls)
+    config = config_of(cls, **EASY)
 
     def draw(step):
         batch = batch_of(cls, config, phantoms, 12, step)
@@ -113,10 +117,12 @@ def test_shuffled_pairs_stay_at_chance(cls, phantoms):
 
 
 @pytest.mark.parametrize("cls", PROXIES)
-def test_the_plugin_keeps_the_contract(cls):
+@pytest.mark.parametrize("views", ["volumes", "slices"])
+def test_the_plugin_keeps_the_contract(cls, views):
     from ssl3d.testing import check_proxy
 
-    check_proxy(cls, config_of(cls))
+    # Crops as deep as it takes for the last layer's off-centre taps to see something.
+    check_proxy(cls, config_of(cls, views=views, crop=(32, 32, 32), plane=(48, 48)), steps=20)
 
 
 # Drawing ------------------------------------------------------------------------------------------
@@ -259,7 +265,6 @@ def test_the_picture_shows_pairs_and_what_is_nearest(cls, phantoms):
 RANK = """
 import sys, torch
 from ssl3d.config import from_dict
-from ssl3d.config import to_dict
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import BatchRng
 from ssl3d_proxies.barlow_twins import BarlowTwins
@@ -268,53 +273,66 @@ from ssl3d_proxies.simclr import SimCLR
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-given = torch.load(f"{folder}/given.pt", weights_only=True)
-cls = {"SimCLR": SimCLR, "BarlowTwins": BarlowTwins}[given["cls"]]
-encoder = ResNet10(from_dict(ResNet10.Config, given["encoder"], "encoder"))
-proxy = cls(from_dict(cls.Config, given["config"], "proxy"), encoder)
-proxy.load_state_dict(given["weights"])
-wrapped = torch.nn.parallel.DistributedDataParallel(proxy)
-rows, batch = given["rows"][rank], given["batch"]
-out = wrapped({k: v[rows] for k, v in batch.items()}, BatchRng(5, rows, len(batch["a"])))
-out.loss.backward()
-loss = out.loss.detach() / 2
-torch.distributed.all_reduce(loss)
+found = []
+for given in torch.load(f"{folder}/given.pt", weights_only=True):
+    cls = {"SimCLR": SimCLR, "BarlowTwins": BarlowTwins}[given["cls"]]
+    encoder = ResNet10(from_dict(ResNet10.Config, given["encoder"], "encoder"))
+    proxy = cls(from_dict(cls.Config, given["config"], "proxy"), encoder)
+    proxy.load_state_dict(given["weights"])
+    wrapped = torch.nn.parallel.DistributedDataParallel(proxy)
+    rows, batch = given["rows"][rank], given["batch"]
+    out = wrapped({k: v[rows] for k, v in batch.items()}, BatchRng(5, rows, len(batch["a"])))
+    out.loss.backward()
+    loss = out.loss.detach() / 2
+    torch.distributed.all_reduce(loss)
+    found.append({"loss": loss, **{n: p.grad for n, p in proxy.named_parameters()}})
 if rank == 0:
-    torch.save({"loss": loss, **{n: p.grad for n, p in proxy.named_parameters()}}, f"{folder}/grads.pt")
+    torch.save(found, f"{folder}/found.pt")
 torch.distributed.destroy_process_group()
 """
+SPLITS = {"interleaved": [[0, 2, 4], [1, 3, 5]], "unequal": [[0, 2, 3, 5], [1, 4]]}
 
 
-@pytest.mark.parametrize("split", ["interleaved", "unequal"])
-@pytest.mark.parametrize("cls", PROXIES)
-def test_gradients_of_two_ranks_are_those_of_one_process(cls, split, phantoms, tmp_path):
-    config = config_of(cls, head_norm="layer", per_volume=2)
-    batch = batch_of(cls, config, phantoms, 6)
-    batch["subject"] = torch.tensor([0, 0, 1, 2, 3, 3])
-    alone = make(cls, config, norm="group")
-    out = alone(batch, one_group(5, 6))
-    out.loss.backward()
-    rows = [[0, 2, 4], [1, 3, 5]] if split == "interleaved" else [[0, 2, 3, 5], [1, 4]]
-    torch.save(
-        {
-            "cls": cls.__name__,
-            "config": to_dict(config),
-            "encoder": to_dict(alone.encoder.config),
-            "weights": alone.state_dict(),
-            "batch": batch,
-            "rows": rows,
-        },
-        tmp_path / "given.pt",
-    )
+@pytest.fixture(scope="module")
+def gradients(phantoms, tmp_path_factory):
+    """Loss and gradients by proxy and split of the batch: of one process, and of two."""
+    folder, given, alone = tmp_path_factory.mktemp("ranks"), [], []
+    cases = [(cls, split) for cls in PROXIES for split in SPLITS]
+    for cls, split in cases:
+        config = config_of(cls, head_norm="layer", per_volume=2)
+        batch = batch_of(cls, config, phantoms, 6)
+        batch["subject"] = torch.tensor([0, 0, 1, 2, 3, 3])
+        proxy = make(cls, config, norm="group")
+        given.append(
+            {
+                "cls": cls.__name__,
+                "config": to_dict(config),
+                "encoder": to_dict(proxy.encoder.config),
+                "weights": proxy.state_dict(),
+                "batch": batch,
+                "rows": SPLITS[split],
+            }
+        )
+        out = proxy(batch, one_group(5, 6))
+        out.loss.backward()
+        alone.append({"loss": out.loss.detach(), **{n: p.grad for n, p in proxy.named_parameters()}})
+    torch.save(given, folder / "given.pt")
     started = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder)], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
-    ranks = torch.load(tmp_path / "grads.pt", weights_only=True)
-    assert torch.allclose(ranks.pop("loss"), out.loss.detach(), rtol=1e-4)
-    largest = max(float(parameter.grad.abs().max()) for parameter in alone.parameters())
-    for name, parameter in alone.named_parameters():
-        assert torch.allclose(ranks[name], parameter.grad, rtol=1e-3, atol=1e-5 * largest), name
+    ranks = torch.load(folder / "found.pt", weights_only=True)
+    return {case: pair for case, *pair in zip(cases, alone, ranks, strict=True)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("cls", PROXIES)
+def test_gradients_of_two_ranks_are_those_of_one_process(cls, split, gradients):
+    alone, ranks = gradients[cls, split]
+    assert alone.keys() == ranks.keys()
+    largest = max(float(gradient.abs().max()) for gradient in alone.values())
+    for name, gradient in alone.items():
+        assert torch.allclose(ranks[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
