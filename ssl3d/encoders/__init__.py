@@ -17,8 +17,18 @@ def memory_format(encoder: nn.Module, device: torch.device | str) -> torch.memor
 
 
 def to_memory_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
-    """Brings the 3D kernels of `module` into a layout; `Module.to` refuses the 2D ones beside them."""
+    """Has the encoders and the 3D kernels inside `module` use a memory format.
+
+    `Module.to` will not do: it refuses the 2D kernels beside them.
+
+    Args:
+        module: An encoder, or a proxy with its encoder; changed in place and returned.
+        layout: torch.channels_last_3d or torch.contiguous_format.
+    """
     for parameter in module.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=layout)
+    for part in module.modules():
+        if hasattr(part, "channels_last"):
+            part.channels_last = layout == torch.channels_last_3d
     return module
