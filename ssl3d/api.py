@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ssl3d.data.store import write_part as write_part
     from ssl3d.distributed import gather as gather
     from ssl3d.encoder import Encoder as Encoder
+    from ssl3d.encoders import memory_format as memory_format
+    from ssl3d.encoders import to_memory_format as to_memory_format
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
     from ssl3d.errors import Ssl3dError as Ssl3dError
@@ -77,8 +79,8 @@ if TYPE_CHECKING:
     from ssl3d.views.pairs import augment_pairs as augment_pairs
     from ssl3d.views.pairs import check_depth as check_depth
     from ssl3d.views.pairs import draw_pairs as draw_pairs
+    from ssl3d.views.pairs import embed_pairs as embed_pairs
     from ssl3d.views.pairs import pair_picture as pair_picture
-    from ssl3d.views.pairs import rows_of as rows_of
     from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
@@ -103,6 +105,7 @@ _HOME = {
     "draw_overlapping": "views.crops",
     "draw_pairs": "views.pairs",
     "draw_positions": "views.crops",
+    "embed_pairs": "views.pairs",
     "embed_volume": "inference",
     "Encoder": "encoder",
     "encoder_from": "checkpoint",
@@ -118,6 +121,7 @@ _HOME = {
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
     "Loader": "data.loader",
+    "memory_format": "encoders",
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
     "numpy_rng": "rng",
@@ -136,7 +140,6 @@ _HOME = {
     "recalibrate_norm": "inference",
     "Record": "data.store",
     "Result": "benchmark",
-    "rows_of": "views.pairs",
     "save_nifti": "data.geometry",
     "Scores": "benchmark",
     "simulated_index": "data.phantoms",
@@ -147,6 +150,7 @@ _HOME = {
     "statistics": "statistics",
     "StepOutput": "proxy",
     "to_patient": "data.geometry",
+    "to_memory_format": "encoders",
     "uniformity": "losses",
     "upsample": "inference",
     "UsageError": "errors",
