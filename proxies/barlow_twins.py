@@ -13,11 +13,10 @@ from ssl3d.api import (
     PairViews,
     Proxy,
     StepOutput,
-    UsageError,
-    augment_pairs,
     barlow_twins_loss,
     check_depth,
     draw_pairs,
+    embed_pairs,
     pair_picture,
     projection_head,
 )
@@ -73,6 +72,7 @@ class BarlowTwins(Proxy):
         "Reduction, ICML 2021"
     )
     main: ClassVar[str] = "diagonal"
+    mixed: ClassVar[bool] = True  # features are standardised over pairs of all shapes
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
 
     def __init__(self, config: BarlowTwinsConfig, encoder: Encoder) -> None:
@@ -102,13 +102,15 @@ class BarlowTwins(Proxy):
         """
         return draw_pairs(config, volume, rng)
 
-    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Augments both views, embeds and projects them, and correlates their features."""
-        if rng.total * self.config.per_volume == 1:
-            raise UsageError("barlow_twins correlates over the batch: a batch size of at least 2, not 1")
-        views = augment_pairs(self.config, batch, rng)
-        projected = self.head(self.encoder.embed(views.flatten(0, 1))).unflatten(0, views.shape[:2])
-        loss, diagonal, off_diagonal = barlow_twins_loss(*projected.unbind(1), self.config.off_diagonal)
+    def forward(
+        self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
+    ) -> StepOutput:
+        """Augments both views, embeds and projects them, and correlates their features over all groups."""
+        pairs = embed_pairs(self.config, self.encoder, batch, rng)
+        projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
+        a, b = projected.unbind(1)
+        loss, diagonal, off_diagonal = barlow_twins_loss(a, b, self.config.off_diagonal)
         metrics = {"diagonal": diagonal, "off_diagonal_rms": off_diagonal}
-        shown = projected.detach()
+        views = pairs.views[0]
+        shown = projected[: len(views)].detach()
         return StepOutput(loss, metrics, lambda: pair_picture(views, shown))

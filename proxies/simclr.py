@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ssl3d.api import (
@@ -14,15 +13,13 @@ from ssl3d.api import (
     PairViews,
     Proxy,
     StepOutput,
-    UsageError,
     alignment,
-    augment_pairs,
     check_depth,
     draw_pairs,
+    embed_pairs,
     nt_xent,
     pair_picture,
     projection_head,
-    rows_of,
     uniformity,
 )
 
@@ -78,6 +75,7 @@ class SimCLR(Proxy):
         "Representations, ICML 2020"
     )
     main: ClassVar[str] = "accuracy"
+    mixed: ClassVar[bool] = True  # pairs of all shapes are each other's negatives
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder) -> None:
@@ -99,22 +97,21 @@ class SimCLR(Proxy):
         """
         return draw_pairs(config, volume, rng)
 
-    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Augments both views, embeds and projects them, and tells pairs from negatives."""
+    def forward(
+        self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
+    ) -> StepOutput:
+        """Augments both views, embeds and projects them, and tells pairs from negatives of all groups."""
         config = self.config
-        if rng.total * config.per_volume == 1:
-            raise UsageError("simclr needs negatives: a batch size of at least 2, not 1")
-        views = augment_pairs(config, batch, rng)
-        projected = self.head(self.encoder.embed(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        pairs = embed_pairs(config, self.encoder, batch, rng)
+        projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
         a, b = projected.unbind(1)
-        contrast = nt_xent(
-            a, b, rows_of(batch, "subject"), config.temperature, config.same_subject_negatives
-        )
+        contrast = nt_xent(a, b, pairs.subjects, config.temperature, config.same_subject_negatives)
         metrics = {
             "accuracy": contrast.accuracy,
             "chance": contrast.chance,
             "alignment": alignment(a, b),
             "uniformity": uniformity(a),
         }
-        shown = torch.stack([a, b], 1).detach()
+        views = pairs.views[0]
+        shown = projected[: len(views)].detach()
         return StepOutput(contrast.loss, metrics, lambda: pair_picture(views, shown))

@@ -130,9 +130,40 @@ def augment_pairs(config: PairViews, batch: dict[str, Tensor], rng: BatchRng) ->
     return x.unflatten(0, (examples * count, 2))
 
 
-def rows_of(batch: dict[str, Tensor], key: str) -> Tensor:
-    """A per-example entry of the batch, such as `subject`, for each of the B x K pairs."""
-    return batch[key].repeat_interleave(batch["a"].shape[1], 0)
+@dataclasses.dataclass
+class Embedded:
+    """The pairs of a batch, of all its groups.
+
+    Attributes:
+        views: Per group, (B x K, 2, C, d, h, w), augmented.
+        embeddings: (R, 2, E), R pairs of all groups.
+        subjects: (R,), codes.
+    """
+
+    views: list[Tensor]
+    embeddings: Tensor
+    subjects: Tensor
+
+
+def embed_pairs(
+    config: PairViews,
+    encoder: Encoder,
+    batch: dict[str, Tensor] | list[dict[str, Tensor]],
+    rng: BatchRng | list[BatchRng],
+) -> Embedded:
+    """Augments and embeds both views of every pair of a batch, mixed or of one group.
+
+    Raises:
+        UsageError: The global batch has a single pair: nothing to compare it with.
+    """
+    groups = [batch] if isinstance(batch, dict) else batch
+    rngs = [rng] if isinstance(rng, BatchRng) else rng
+    if rngs[0].total * config.per_volume == 1:
+        raise UsageError("pairs are compared with each other: a batch size of at least 2, not 1")
+    views = [augment_pairs(config, group, each) for group, each in zip(groups, rngs, strict=True)]
+    embeddings = [encoder.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
+    subjects = [group["subject"].repeat_interleave(group["a"].shape[1], 0) for group in groups]
+    return Embedded(views, torch.cat(embeddings), torch.cat(subjects))
 
 
 def pair_picture(views: Tensor, projected: Tensor) -> Figure:

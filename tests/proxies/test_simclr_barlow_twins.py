@@ -11,7 +11,7 @@ from ssl3d_proxies.barlow_twins import BarlowTwins
 from ssl3d_proxies.simclr import SimCLR
 from torch.utils.data import default_collate
 
-from ssl3d.api import DataError, UsageError, open_data
+from ssl3d.api import BatchRng, DataError, UsageError, open_data
 from ssl3d.config import to_dict
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
@@ -219,6 +219,19 @@ def test_torchio_by_name_in_draw(cls, phantoms):
     assert torch.equal(cls.draw(config, phantoms[0], numpy_rng(0))["b"], noisy["b"])
 
 
+@pytest.mark.parametrize("cls", PROXIES)
+def test_groups_of_several_shapes_are_compared_with_each_other(cls, phantoms):
+    config = config_of(cls, chance=0.0)
+    proxy = make(cls, config).eval()
+    batch = batch_of(cls, config, phantoms, 6)
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
+    rngs = [BatchRng(5, range(2), 6), BatchRng(5, range(2, 6), 6)]
+    whole, mixed = proxy(batch, one_group(5, 6)), proxy(parts, rngs)
+    assert torch.allclose(whole.loss, mixed.loss, rtol=1e-4)
+    flat = {**parts[0], "a": parts[0]["a"][:, :, :, :1], "b": parts[0]["b"][:, :, :, :1]}
+    assert proxy([flat, parts[1]], rngs).loss.isfinite()  # two images among the volumes
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -333,6 +346,8 @@ def gradients(phantoms, tmp_path_factory):
 def test_gradients_of_two_ranks_are_those_of_one_process(cls, split, gradients):
     alone, ranks = gradients[cls, split]
     assert alone.keys() == ranks.keys()
-    largest = max(float(gradient.abs().max()) for gradient in alone.values())
-    for name, gradient in alone.items():
+    assert torch.allclose(ranks["loss"], alone["loss"], rtol=1e-4)
+    parameters = {name: gradient for name, gradient in alone.items() if name != "loss"}
+    largest = max(float(gradient.abs().max()) for gradient in parameters.values())
+    for name, gradient in parameters.items():
         assert torch.allclose(ranks[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
