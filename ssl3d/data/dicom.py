@@ -85,7 +85,7 @@ def frames_of(positions: np.ndarray) -> tuple[int, float]:
         return int(counts[0]), 1.0
     gaps = np.diff(places)
     usual = float(np.median(gaps))
-    if gaps.max() > 1.5 * usual:
+    if gaps.max() > 1.5 * gaps.min():
         at = places[int(gaps.argmax())]
         raise DataError(
             f"slices are missing: a gap of {gaps.max():.4g} mm at {at:.4g}, usually {usual:.4g} mm"

@@ -322,7 +322,7 @@ def _check_size(shape: Sequence[int], max_voxels: int | None) -> None:
 
 
 def _check_length(path: Path, header: Any) -> None:
-    """MetaImage reads a short uncompressed file without a word: compare lengths first."""
+    """MetaImage prints lines of its own about a short file before it fails: compare lengths first."""
     if suffix_of(path) != ".mha":
         return
     with open(path, "rb") as file:
@@ -344,8 +344,12 @@ def _odd(voxels: np.ndarray) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """The informative line of a reader's error; ITK puts it last, after its own file and line."""
+    """The informative line of a reader's error; ITK puts it last, after its own file and line.
+
+    Its "Reason: ..." after that is whatever the system said last, about something else.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Reason:")] or lines
     text = lines[-1] if lines else type(error).__name__
     text = re.sub(r"^(sitk::)?ERROR:\s*", "", text)
     text = re.sub(r"\w+\(0x[0-9a-f]+\):\s*", "", text)

@@ -145,6 +145,22 @@ def test_channels_are_joined_on_the_grid_of_the_first(scans, tmp_path):
     assert not voxels_of(alone)[1].any()
 
 
+def test_channels_on_one_grid_keep_their_own_voxels(scans, tmp_path):
+    one, two = scans.body(seed=1), scans.body(seed=2)
+    scans.nifti(tmp_path / "d" / "p_t1.nii.gz", one)
+    scans.nifti(tmp_path / "d" / "p_t2.nii.gz", two)
+    data, _ = made(tmp_path, tmp_path / "d", channels=("t2", "t1"), normalize="none")
+    np.testing.assert_array_equal(voxels_of(data[0]), np.stack([two.T, one.T]))
+
+
+def test_scans_without_a_spacing_are_not_resampled_and_that_is_said(tmp_path, capsys):
+    rows = np.random.default_rng(0).integers(0, 255, (2, 9, 10, 11), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=rows, train_labels=np.zeros((2, 1)))
+    data, _ = made(tmp_path, tmp_path / "x.npz", spacing=(2, 2, 2))
+    assert data[0].shape == (1, 9, 10, 11)
+    assert "2 scans without a spacing: not resampled" in capsys.readouterr().out
+
+
 def test_four_dimensions_split_join_or_refuse(scans, tmp_path):
     frames = np.stack([scans.body(seed=s) for s in range(3)], axis=-1)
     path = scans.nifti(tmp_path / "d" / "cine.nii.gz", frames)

@@ -186,6 +186,22 @@ def test_shards_make_up_the_whole_and_keep_subjects_together(scans, tmp_path):
     assert (shards / "rejected.csv").read_text().count("bad.nii.gz") == 1
 
 
+def test_rows_of_arrays_are_found_again_in_shards_and_after_a_stop(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).integers(0, 255, (20, 6, 7, 8), dtype=np.uint8)
+    source = tmp_path / "xmnist.npz"
+    np.savez_compressed(source, train_images=rows, train_labels=np.arange(20)[:, None])
+    for part in ("1/3", "2/3", "3/3"):
+        prepare(options(source, tmp_path / "x" / "s.h5", part=part))
+    stopped(source, tmp_path / "s.h5", monkeypatch, 7)
+    prepare(options(source, tmp_path / "s.h5"))
+    for path in (tmp_path / "x", tmp_path / "s.h5"):
+        data = open_data([path])
+        assert sorted(data.labels) == list(range(20))
+        for volume in data:
+            image = volume.read((0, 0, 0), (6, 7, 8))[0].numpy()
+            np.testing.assert_allclose(image, rows[volume.label] / 255, atol=5e-4)
+
+
 def test_a_shard_without_subjects_is_no_error(scans, tmp_path, capsys):
     folder_of(scans, tmp_path / "d", 1)
     statuses = [
@@ -228,6 +244,25 @@ def _die_on_three(task):
     return task * 10, os.getpid()
 
 
+def test_damaged_files_make_workers_say_nothing(scans, tmp_path, capfd):
+    source = folder_of(scans, tmp_path / "d", 2)
+    path = scans.itk(source / "cut.mha", scans.body((30, 30, 30)), compress=True)
+    path.write_bytes(path.read_bytes()[:-500])
+    assert prepare(options(source, tmp_path / "s.h5", workers=2)).rejected == 1
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert len(said.out.splitlines()) == 2
+
+
+def test_a_part_that_the_disk_lost_is_made_again(scans, tmp_path, monkeypatch):
+    source, out = folder_of(scans, tmp_path / "d"), tmp_path / "s.h5"
+    stopped(source, out, monkeypatch, 4)
+    first, second, *_ = sorted((tmp_path / "s.h5.partial").glob("*.part"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:1500])
+    assert prepare(options(source, out)).volumes == 6
+
+
 def test_a_worker_that_dies_loses_only_its_task():
     results = dict(pool.run(_die_on_three, iter(range(8)), workers=2))
     assert "SIGKILL" in results[3].reason
@@ -255,9 +290,9 @@ def _identity(task):
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
-        "import os,sys,time\nfrom ssl3d.data import pool\n"
-        "def f(t):\n print(os.getpid(), flush=True)\n return t\n"
-        "r = pool.run(f, iter([1, 2, 3]), 2)\nnext(r)\ntime.sleep(60)\n"
+        "import os, time\nfrom ssl3d.data import pool\n"
+        "def f(task):\n return os.getpid()\n"
+        "results = pool.run(f, iter([1, 2, 3]), 2)\nprint(next(results)[1], flush=True)\ntime.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
