@@ -21,6 +21,7 @@ from ssl3d.data.writer import PART
 from ssl3d.errors import DataError
 
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
+_MAX_KNOWN = 4096  # data sets of one file
 
 
 class Store:
@@ -172,7 +173,7 @@ class Volume:
     @cached_property
     def background(self) -> tuple[float, ...]:
         """Value of air, per channel; what `read` fills in outside the volume."""
-        return tuple(self._store.file[f"images/{self._number}"].attrs["background"].tolist())
+        return tuple(self._data("images").attrs["background"].tolist())
 
     def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Voxels (C, d, h, w), float32; the whole volume if nothing is said.
@@ -237,7 +238,7 @@ class Volume:
 
     def _data(self, group: str) -> h5py.Dataset:
         try:
-            return self._store.file[f"{group}/{self._number}"]
+            return _dataset_here(self._store.path, f"{group}/{self._number}")
         except KeyError as error:
             raise DataError(
                 f"{self._store.path}: {self.id} is missing from {group}; prepare it again"
@@ -258,26 +259,38 @@ class Volume:
 # ------------------------------------------------------------------------------------------------
 
 _open_files: OrderedDict[Path, h5py.File] = OrderedDict()
+_known: dict[Path, dict[str, h5py.Dataset]] = {}
+_forgotten: list[object] = []
 _open_by = os.getpid()
 
 
 def _open_here(path: Path) -> h5py.File:
     """The file of this process; HDF5 handles must not cross a fork."""
-    global _open_files, _open_by
+    global _open_files, _known, _open_by
     if _open_by != os.getpid():
         # Dropped, not closed: the parent still uses what these handles stand for.
-        _forgotten.append(_open_files)
-        _open_files, _open_by = OrderedDict(), os.getpid()
+        _forgotten.append((_open_files, _known))
+        _open_files, _known, _open_by = OrderedDict(), {}, os.getpid()
     if path in _open_files:
         _open_files.move_to_end(path)
         return _open_files[path]
     while len(_open_files) >= _MAX_OPEN:
-        _open_files.popitem(last=False)[1].close()
+        oldest, file = _open_files.popitem(last=False)
+        _known.pop(oldest, None)
+        file.close()
     file = _open_files[path] = _checked(path)
     return file
 
 
-_forgotten: list[OrderedDict[Path, h5py.File]] = []
+def _dataset_here(path: Path, name: str) -> h5py.Dataset:
+    """A data set of this process's file; looking it up costs as much as reading a small crop."""
+    file = _open_here(path)
+    known = _known.setdefault(path, {})
+    if name not in known:
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[name] = file[name]
+    return known[name]
 
 
 def _checked(path: Path) -> h5py.File:

@@ -77,7 +77,7 @@ def load(data, **changes):
 
 def test_workers_change_nothing(data):
     expected = flat(load(data))
-    assert len(expected) == 9 * 6
+    assert len(expected) == 9 * 6 == len({held["noise"] for held, _ in expected.values()})
     for workers in (1, 2):
         assert flat(load(data, workers=workers)) == expected
 
