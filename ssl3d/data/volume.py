@@ -189,13 +189,12 @@ class Volume:
         start, size = self._window(start, size)
         inside, place, whole = _clip(start, size, self.shape[1:])
         if whole:
-            found = _decoded(data[(slice(None), *inside)], data)
-            return torch.from_numpy(found)
-        out = np.empty((self.shape[0], *size), np.float32)
-        out[:] = np.asarray(self.background, np.float32)[:, None, None, None]
+            return _decoded(data[(slice(None), *inside)], data)
+        out = torch.empty((self.shape[0], *size))
+        out[:] = torch.tensor(self.background)[:, None, None, None]
         if all(s.stop > s.start for s in inside):
             out[(slice(None), *place)] = _decoded(data[(slice(None), *inside)], data)
-        return torch.from_numpy(out)
+        return out
 
     def read_mask(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Mask (d, h, w), int64, 0 outside the volume; arguments as of `read`.
@@ -338,9 +337,8 @@ def _clip(
     return tuple(inside), tuple(place), whole
 
 
-def _decoded(stored: np.ndarray, data: h5py.Dataset) -> np.ndarray:
-    found = stored.astype(np.float32)
+def _decoded(stored: np.ndarray, data: h5py.Dataset) -> Tensor:
+    found = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
     if stored.dtype == np.int16:
-        found *= np.float32(data.attrs["scale"])
-        found += np.float32(data.attrs["offset"])
+        found = found * float(data.attrs["scale"]) + float(data.attrs["offset"])
     return found
