@@ -36,7 +36,7 @@ class Options:
         precision: Of the frozen encoder, 32 or bf16.
         device: auto, cpu, cuda or mps.
         samples: Voxels per training volume, dense probe.
-        seed: Of the split, the subsets and the folds.
+        seed: Of the subsets and the folds; the house split is always the one that pretraining spares.
         overwrite: Score again what has a record.
     """
 

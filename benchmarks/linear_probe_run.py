@@ -129,7 +129,7 @@ def make_task(data: Collection, options: Options) -> Task:
     if target in ("ordinal", "real"):
         _check_numbers(labels[known], target)
     # The split is that of the whole data, as pretraining makes it, so that test subjects are the same.
-    parts = house_split(data, options.seed)[known]
+    parts = house_split(data)[known]
     if (~known).any():
         _say(f"{int((~known).sum())} of {len(data)} volumes have no {target} target and are left out")
     data = data.select(known)

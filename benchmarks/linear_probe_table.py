@@ -190,6 +190,8 @@ def _notes(arm: Arm) -> str:
     notes = []
     if flags.get("seen_test_subjects"):
         notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
+    if arm.first.result.contestant.get("mask_classes"):
+        notes.append("from the true masks")
     if flags.get("saw_labels"):
         notes.append("pretrained with labels")
     return "; ".join(notes)

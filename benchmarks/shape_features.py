@@ -123,7 +123,7 @@ def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
         *np.log(axes),
         axes[1] / axes[0],
         axes[2] / axes[0],
-        _solidity(points, low, high),
+        _solidity(np.argwhere(mask & ~ndimage.binary_erosion(mask)), len(points)),
         thickness.max(),
         thickness.mean(),
         np.log(components),
@@ -132,18 +132,18 @@ def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
     return found
 
 
-def _solidity(points: Array, low: Array, high: Array) -> float:
-    """Volume over that of the convex hull of the voxels' corners (in the plane, for a flat object)."""
+def _solidity(points: Array, voxels: int) -> float:
+    """Volume over that of the convex hull of the corners of the surface's voxels (in the plane, if flat)."""
     from scipy.spatial import ConvexHull
 
-    wide = [axis for axis in range(3) if high[axis] - low[axis] > 1]
+    wide = [axis for axis in range(3) if np.ptp(points[:, axis]) > 0]
     if not wide:
         return 1.0
     flat = points[:, wide] if len(wide) > 1 else np.c_[points[:, wide], np.zeros(len(points), dtype=int)]
     corners = np.unique(
         np.concatenate([flat + shift for shift in np.ndindex(*[2] * flat.shape[1])]), axis=0
     )
-    return float(len(points) / ConvexHull(corners).volume)
+    return float(voxels / ConvexHull(corners).volume)
 
 
 def intensity_maps(image: Tensor) -> Tensor:
