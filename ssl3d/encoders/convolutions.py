@@ -36,16 +36,18 @@ def conv3d(
     dilation: int | Triple = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv3d`, with gradients that are right on the CPU in bfloat16 as well.
+    """`torch.nn.functional.conv3d`, with gradients that are right on the CPU on small maps as well.
 
     There, oneDNN (torch 2.15, AVX-512) reads and writes beyond its buffers in the weight gradient of
-    small padded maps, such as kernel 3 on depth 2: infinite or plausible wrong numbers, or a crash.
-    Padding beforehand takes another path; maps that small make it cheap.
+    small padded maps: in bfloat16 with kernel 3 on depth 2, and in float32 with kernel 7 and stride 2 on
+    5 voxels. The outcome is infinite or plausible wrong numbers, or a crash. Padding beforehand takes
+    another path; maps that small make it cheap.
     """
     pads = triple(padding)
     if any(pads) and x.device.type == "cpu":
-        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if half != torch.float32 and min(x.shape[2:]) < 2 * max(weight.shape[2:]):
+        used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        risky = used not in (torch.float32, torch.float64) or max(weight.shape[2:]) > 3
+        if risky and min(x.shape[2:]) < 2 * max(weight.shape[2:]):
             x = F.pad(x, (pads[2], pads[2], pads[1], pads[1], pads[0], pads[0]))
             padding = 0
     return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
