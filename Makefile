@@ -20,7 +20,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
 	@touch $@
 
 test: $(VENV)/.ready
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest
 
 slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow

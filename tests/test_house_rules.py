@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ssl3d": "ssl3d", "proxies": "ssl3d_proxies", "benchmarks": "ssl3d_benchmarks"}
+# Needed by a library that is: torch.utils.tensorboard writes events with the one, lightly imports the other.
+BEHIND_OTHERS = {"tensorboard", "torchvision"}
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
@@ -77,7 +79,7 @@ def test_declared_dependencies_are_exactly_those_imported():
             used |= {plain(home) for home in homes.get(name, [name])} & (
                 declared | {plain(homes.get(name, [name])[0])}
             )
-    assert used == declared
+    assert used | BEHIND_OTHERS == declared
 
 
 def test_every_module_has_a_docstring():
