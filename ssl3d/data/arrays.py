@@ -73,6 +73,12 @@ def _npz_label(row: np.ndarray) -> int | float | str | None:
     return int(value) if isinstance(value, bool) or float(value).is_integer() else float(value)
 
 
+def _flat_label(value: np.generic, real: bool) -> int | float | str:
+    """One type for a whole column: real if any of its values is."""
+    plain = value.item()
+    return plain if isinstance(plain, str) else float(plain) if real else int(plain)
+
+
 def _flat_arrays(
     path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], found: Found
 ) -> Found:
@@ -107,6 +113,10 @@ def _flat_arrays(
         column("malignancy", "labels", "label"),
         column("split"),
     )
+    if labels is not None and labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        found.rejected.append((source, "labels that are not finite"))
+        return found
+    real = labels is not None and labels.dtype.kind == "f" and bool((labels != np.rint(labels)).any())
     counts: Counter[str] = Counter()
     for index in range(count):
         subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
@@ -119,7 +129,7 @@ def _flat_arrays(
                 subject=subject,
                 source=source,
                 files=((path,),),
-                label=None if labels is None else _npz_label(np.atleast_1d(labels[index])),
+                label=None if labels is None else _flat_label(labels[index], real),
                 split="" if split is None else sources.split_of(str(split[index])) or "",
                 named=True,
                 member=(member, index),

@@ -121,6 +121,25 @@ def test_packed_masks_are_unpacked(tmp_path):
         np.testing.assert_array_equal(voxels_of(volume)[0], mask)
 
 
+def test_slices_of_lesions_take_what_their_lesion_says(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = rng.random((4, 16, 16)) > 0.8
+    np.savez(
+        tmp_path / "slices.npz",
+        images=rng.integers(0, 255, (4, 16, 16), dtype=np.uint8),
+        masks_packed=np.packbits(masks.reshape(4, -1), axis=1),
+        nodule=np.array([1, 1, 0, 1]),
+        patient=np.array(["p", "q"]),
+        malignancy=np.array([2.0, 3.5], np.float32),
+    )
+    data, _ = made(tmp_path, tmp_path / "slices.npz")
+    assert data.subjects.tolist() == ["q", "q", "p", "q"]
+    assert data.labels.tolist() == [3.5, 3.5, 2.0, 3.5]
+    assert {type(label) for label in data.labels} == {float}
+    for volume, mask in zip(data, masks, strict=True):
+        np.testing.assert_array_equal(volume.read_mask((0, 0, 0), (1, 16, 16))[0].numpy(), mask)
+
+
 def test_channels_are_joined_on_the_grid_of_the_first(scans, tmp_path):
     fine, coarse = np.diag([1.0, 1, 1, 1]), np.diag([-2.0, 2, 2, 1])
     coarse[0, 3] = 23
