@@ -403,6 +403,7 @@ def _make(
             if result.label_like:
                 label_like.append(task.scan.source)
         if number == len(sampled):
+            progress.clear()
             say(_estimate(scans, sampled, missing, worked / max(workers, 1), written, workers, out))
         progress.show(number, time.monotonic() - started)
     progress.clear()
