@@ -199,8 +199,8 @@ def recalibrate_norm(encoder: nn.Module, batches: Iterable[Tensor]) -> int:
             if not seen:
                 for name, value in buffers.items():
                     getattr(module, name).copy_(value)
-        for module, training in modes.items():
-            module.training = training
+        for part, training in modes.items():
+            part.training = training
     if not seen:
         raise ValueError("recalibrate_norm needs at least one batch of volumes, got none")
     return seen

@@ -7,13 +7,21 @@ from torch import nn
 
 
 def memory_format(encoder: nn.Module, device: torch.device | str) -> torch.memory_format:
-    """The layout of the volumes in which `encoder` trains fastest on `device`.
+    """The layout in which `encoder` trains fastest on `device`.
 
     Args:
-        encoder: Any registered encoder.
+        encoder: Any encoder; one that is no ResNet gets channels last on CUDA only.
         device: Where it runs.
     """
-    return torch.channels_last_3d
+    from ssl3d.encoders.resnet import ResNet, faster_channels_last
+
+    device = torch.device(device)
+    last = (
+        faster_channels_last(encoder.config, device)
+        if isinstance(encoder, ResNet)
+        else device.type == "cuda"
+    )
+    return torch.channels_last_3d if last else torch.contiguous_format
 
 
 def to_memory_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
@@ -30,5 +38,5 @@ def to_memory_format(module: nn.Module, layout: torch.memory_format) -> nn.Modul
             parameter.data = parameter.data.contiguous(memory_format=layout)
     for part in module.modules():
         if hasattr(part, "channels_last"):
-            part.channels_last = layout == torch.channels_last_3d
+            setattr(part, "channels_last", layout == torch.channels_last_3d)  # noqa: B010
     return module

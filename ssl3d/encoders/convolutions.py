@@ -43,14 +43,25 @@ def conv3d(
     5 voxels. The outcome is infinite or plausible wrong numbers, or a crash. Padding beforehand takes
     another path; maps that small make it cheap.
     """
-    pads = triple(padding)
-    if any(pads) and x.device.type == "cpu":
-        used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        risky = used not in (torch.float32, torch.float64) or max(weight.shape[2:]) > 3
-        if risky and min(x.shape[2:]) < 2 * max(weight.shape[2:]):
-            x = F.pad(x, (pads[2], pads[2], pads[1], pads[1], pads[0], pads[0]))
-            padding = 0
-    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    x, left = _pad_beforehand(x, weight, triple(padding))
+    return F.conv3d(x, weight, bias, stride, triple(left), dilation, groups)
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: int) -> Tensor:
+    """`torch.nn.functional.conv2d`, with the same care as `conv3d`."""
+    x, (height, width) = _pad_beforehand(x, weight, (padding, padding))
+    return F.conv2d(x, weight, None, stride, (height, width))
+
+
+def _pad_beforehand(x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """Pads where the convolution itself could not be trusted to; what is left for it to pad."""
+    if not any(pads) or x.device.type != "cpu":
+        return x, pads
+    used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    risky = used not in (torch.float32, torch.float64) or max(weight.shape[2:]) > 3
+    if not risky or min(x.shape[2:]) >= 2 * max(weight.shape[2:]):
+        return x, pads
+    return F.pad(x, [p for pad in reversed(pads) for p in (pad, pad)]), (0,) * len(pads)
 
 
 def acs_split(channels: int) -> Triple:
@@ -167,7 +178,7 @@ class Convolution(nn.Module):
 
     def on_image(self, x: Tensor) -> Tensor:
         """The 2D network's convolution."""
-        return F.conv2d(x, self.weight, None, self.stride[1:], self.padding)
+        return conv2d(x, self.weight, self.stride[1:], self.padding)
 
     def on_volume(self, x: Tensor) -> Tensor:
         """The 3D network's convolution."""
@@ -187,7 +198,7 @@ class Full(Convolution):
 
     def on_image(self, x: Tensor) -> Tensor:
         """Skips the planes that would meet padding only."""
-        return F.conv2d(x, self.weight[:, :, self.padding], None, self.stride[1:], self.padding)
+        return conv2d(x, self.weight[:, :, self.padding], self.stride[1:], self.padding)
 
     def on_volume(self, x: Tensor) -> Tensor:
         """A plain 3D convolution."""

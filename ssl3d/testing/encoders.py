@@ -130,7 +130,9 @@ def _check_maps(encoder: Encoder, channels: int, every_depth: bool) -> None:
         assert len(maps) == len(encoder.channels), (
             f"{who}: {len(maps)} feature maps, but channels names {len(encoder.channels)}"
         )
-        for n, (map_, width, stride) in enumerate(zip(maps, encoder.channels, encoder.strides, strict=True)):
+        for n, (map_, width, stride) in enumerate(
+            zip(maps, encoder.channels, encoder.strides, strict=True)
+        ):
             space = tuple(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
             expected = (len(x), width, *space)
             assert tuple(map_.shape) == expected, (
@@ -195,7 +197,7 @@ def _check_autocast(encoder: Encoder, channels: int) -> None:
     x = _volumes(encoder, channels)
     with torch.autocast(x.device.type, torch.bfloat16):
         maps = encoder(x)
-    sum(map_.float().square().mean() for map_ in maps).backward()  # type: ignore[union-attr]
+    sum(map_.float().square().mean() for map_ in maps).backward()
     for n, map_ in enumerate(maps):
         assert bool(map_.isfinite().all()), f"{type(encoder).__name__}: map {n} is not finite in bfloat16"
     for name, parameter in encoder.named_parameters():
@@ -242,5 +244,5 @@ def _check_checkpointing(cls: type[Encoder], config: Any) -> None:
             assert torch.allclose(one.grad, other.grad, atol=1e-6 + 1e-4 * float(one.grad.abs().max())), (
                 f"{cls.__name__}: the gradient of {name} at depth {depth} changes with checkpointing"
             )
-        for (name, one), other in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
-            assert torch.allclose(one, other), f"{cls.__name__}: {name} changes with checkpointing"
+        for (name, before), after in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
+            assert torch.allclose(before, after), f"{cls.__name__}: {name} changes with checkpointing"

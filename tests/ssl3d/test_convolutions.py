@@ -49,7 +49,9 @@ def acs_by_loops(x, weight, stride, padding, dilation):
     return out
 
 
-@pytest.mark.parametrize("channels,split", [(3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 2, 1)), (64, (22, 21, 21))])
+@pytest.mark.parametrize(
+    "channels,split", [(3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 2, 1)), (64, (22, 21, 21))]
+)
 def test_left_over_channels_go_to_the_first_planes(channels, split):
     assert acs_split(channels) == split
 
@@ -153,8 +155,10 @@ def test_even_kernels_are_refused():
 SMALL_STEMS = """
 import itertools, torch
 from ssl3d.encoders.convolutions import conv3d
+torch.manual_seed(0)
 for kernel in ((7, 7, 1), (7, 1, 7), (7, 7, 7)):
-    for space, dtype in itertools.product([(1, 1, 2), (3, 9, 9), (5, 5, 5)], [torch.float32, torch.bfloat16]):
+    spaces = [(1, 1, 2), (3, 9, 9), (5, 5, 5)]
+    for space, dtype in itertools.product(spaces, [torch.float32, torch.bfloat16]):
         for _ in range(3):
             x = torch.randn(2, 1, *space)
             weight = torch.randn(16, 1, *kernel)
@@ -165,7 +169,8 @@ for kernel in ((7, 7, 1), (7, 1, 7), (7, 7, 7)):
                 y = conv3d(x.to(precision), w, None, (2, 2, 2), pads)
                 y.backward(torch.ones_like(y))
                 found.append(w.grad.double())
-            assert torch.allclose(*found, atol=0.05 * float(found[0].abs().max())), (kernel, space, dtype)
+            size = float(max(x.abs().max(), found[0].abs().max()))
+            assert torch.allclose(*found, atol=0.03 * size), (kernel, space, dtype)
 """
 
 

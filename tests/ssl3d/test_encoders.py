@@ -135,9 +135,7 @@ def test_stride_and_stem_settings_give_the_2d_resnets_output_too():
 
 def test_2_5d_sees_every_slice_as_the_2d_network_where_depth_strides_are_1():
     strides = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
-    net = ResNet10(
-        ResNetConfig(kind="2.5d", width=8, stem_stride=(1, 2, 2), stage_strides=strides)
-    ).eval()
+    net = ResNet10(ResNetConfig(kind="2.5d", width=8, stem_stride=(1, 2, 2), stage_strides=strides)).eval()
     x = torch.randn(1, 1, 4, 32, 32)
     whole = net(x)[-1]
     for k in range(4):
@@ -267,7 +265,11 @@ def test_the_memory_format_changes_nothing_but_rounding(kind):
     other = to_memory_format(copy.deepcopy(net), torch.channels_last_3d)
     for one, two in zip(expected, other(x.contiguous(memory_format=torch.channels_last_3d)), strict=True):
         assert torch.allclose(one, two)
-    assert memory_format(net, "cpu") in (torch.contiguous_format, torch.channels_last_3d)
+    last = memory_format(net, "cpu") is torch.channels_last_3d
+    assert last == net(x)[-1].is_contiguous(memory_format=torch.channels_last_3d)
+    assert other(x)[1].is_contiguous(memory_format=torch.channels_last_3d)
+    other = to_memory_format(other, torch.contiguous_format)
+    assert other(x)[1].is_contiguous()
 
 
 def test_it_converts_to_synchronised_batch_norm_and_exports():
@@ -372,7 +374,7 @@ def test_check_encoder_refuses_what_breaks_the_contract(cls, message):
 
 
 def test_check_encoder_refuses_an_encoder_that_does_not_pickle():
-    with pytest.raises(Exception, match="pickle|lambda"):
+    with pytest.raises(Exception, match=r"pickle|lambda"):
         check_encoder(Unpicklable, ResNetConfig(width=8))
 
 

@@ -1,5 +1,7 @@
 """Sliding windows, dense features, recalibration."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ def test_windows_cover_every_voxel_and_stay_inside(size, window, overlap):
     covered = {voxel for start in starts for voxel in range(start, start + window)}
     assert covered == set(range(size))
     allowed = max(1, int(window * (1 - overlap)))
-    assert all(0 < b - a <= allowed for a, b in zip(starts, starts[1:], strict=False))
+    assert all(0 < b - a <= allowed for a, b in itertools.pairwise(starts))
 
 
 def test_a_volume_no_larger_than_the_window_is_embedded_as_it_is():
