@@ -78,7 +78,7 @@ def make_arm(rows: list[Row], benchmark: Benchmark) -> Arm:
         )
         clusters, found = benchmark.score_functions(ordered)
         statistic = found[benchmark.main]
-        drawn = statistic(statistics.resampling_weights(clusters))
+        drawn = statistics.resample(statistic, clusters)
         values.append(float(statistic(np.ones((1, len(clusters))))[0]))
         total = drawn if total is None else total + drawn
     assert total is not None
@@ -140,10 +140,10 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         for arm in seeds:
             seed = arm.first.result.contestant["weights_seed"]
             inserted.append([f"  seed {seed}", _main(arm), *_others(arm, others), "", _notes(arm)])
-        if not errors and len(seeds) > 1:
-            pairs = [(a.drawn - b.drawn) for k, a in enumerate(seeds) for b in seeds[k + 1 :]]
-            errors += [float(np.nanstd(pair, ddof=1)) for pair in pairs]
     lines[at:at] = inserted
+    if not errors:  # no encoder over untrained ones: any two rows
+        pairs = [a.drawn - b.drawn for k, a in enumerate(made) for b in made[k + 1 :]]
+        errors = [float(np.nanstd(pair, ddof=1)) for pair in pairs]
     tested = result.split["test"]
     train = result.split["train"]
     repeats = max(len(arm.rows) for arm in made)

@@ -133,7 +133,7 @@ def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
 
 
 def _solidity(points: Array, voxels: int) -> float:
-    """Volume over that of the convex hull of the corners of the surface's voxels (in the plane, if flat)."""
+    """Volume over that of the convex hull of the surface voxels' corners (in the plane, if flat)."""
     from scipy.spatial import ConvexHull
 
     wide = [axis for axis in range(3) if np.ptp(points[:, axis]) > 0]

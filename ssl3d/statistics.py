@@ -21,6 +21,7 @@ Statistic = Callable[[Array], Array]  # weights (R, N) -> values (R,)
 
 LEVEL = 0.95
 RESAMPLES = 2000
+BLOCK = 10_000_000  # weights in memory at a time
 
 
 class Interval(NamedTuple):
@@ -127,7 +128,7 @@ def r_squared(target: ArrayLike, predicted: ArrayLike, weights: Array | None = N
 # Intervals and tests ------------------------------------------------------------------------------
 
 
-def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0) -> Array:
     """How often each row is drawn when whole clusters (subjects) are drawn with replacement; (R, N).
 
     The same clusters, count and seed give the same weights, so contestants scored on the same rows are
@@ -139,6 +140,17 @@ def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: in
     drawn += number * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * number).reshape(resamples, number)
     return counts[:, codes.ravel()].astype(np.float64)
+
+
+def resample(statistic: Statistic, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """A statistic on every resample (R,), a block of them at a time, so that memory is bounded."""
+    clusters = np.asarray(clusters)
+    block = max(1, min(resamples, BLOCK // max(1, len(clusters))))
+    drawn = [
+        statistic(resampling_weights(clusters, min(block, resamples - first), (seed, first)))
+        for first in range(0, resamples, block)
+    ]
+    return np.concatenate(drawn)
 
 
 def interval(
@@ -164,7 +176,7 @@ def interval(
     """
     clusters = np.asarray(clusters)
     value = float(statistic(np.ones((1, len(clusters))))[0])
-    drawn = statistic(resampling_weights(clusters, resamples, seed))
+    drawn = resample(statistic, clusters, resamples, seed)
     return summarise(value, drawn, clusters, statistic, level)
 
 

@@ -125,6 +125,7 @@ def test_masks_end_to_end(cache, tmp_path, capsys):
     assert trivial.contestant["kind"] == "trivial"
     assert set(untrained.predictions[0]["dice"]) == set(untrained.settings["classes"]) - {"0"}
     assert Path(re.search(r"picture: (.+)", shown)[1]).exists()
+    assert "minimum detectable difference in dice" in shown
 
 
 def test_fractions_are_repeated_and_paired(cache, tmp_path, capsys):

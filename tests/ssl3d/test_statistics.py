@@ -129,6 +129,23 @@ def test_ignoring_that_volumes_share_a_subject_covers_too_little():
     assert coverage(naive, 0.0, 300) < 0.8
 
 
+def test_resampling_in_blocks_bounds_memory_and_repeats(monkeypatch):
+    values, sizes = np.random.default_rng(0).normal(size=50), []
+
+    def statistic(weights):
+        sizes.append(weights.shape)
+        return statistics.mean(values, weights)
+
+    whole = statistics.resample(statistic, np.arange(50), 1000)
+    monkeypatch.setattr(statistics, "BLOCK", 5000)
+    sizes.clear()
+    blocks = statistics.resample(statistic, np.arange(50), 1000)
+    assert max(rows * columns for rows, columns in sizes) <= 5000 and len(blocks) == 1000
+    assert np.std(blocks) == pytest.approx(np.std(whole), rel=0.1)
+    assert len(np.unique(blocks)) > 990  # no block repeats another
+    assert np.array_equal(blocks, statistics.resample(statistic, np.arange(50), 1000))
+
+
 def test_interval_of_a_constant_is_a_point():
     found = statistics.interval(lambda w: statistics.mean(np.ones(5), w), np.arange(5))
     assert (found.value, found.low, found.high, found.error) == (1, 1, 1, 0)
