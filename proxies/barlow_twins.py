@@ -73,7 +73,7 @@ class BarlowTwins(Proxy):
     )
     main: ClassVar[str] = "diagonal"
     mixed: ClassVar[bool] = True  # features are standardised over pairs of all shapes
-    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
 
     def __init__(self, config: BarlowTwinsConfig, encoder: Encoder) -> None:
         """Adds the projection head.

@@ -41,7 +41,7 @@ class SimCLRConfig(PairViews):
         same_subject_negatives: Take other crops of the same subject for negatives too.
     """
 
-    temperature: float = 0.1
+    temperature: float = 0.2
     hidden: int = 512
     out: int = 128
     head_norm: Literal["batch", "layer", "none"] = "batch"
@@ -65,8 +65,8 @@ class SimCLR(Proxy):
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
     values instead of colour; pairs of one subject are not each other's negatives unless asked; AdamW
-    instead of LARS in the recipe; a head 512 wide. BatchNorm sees both views at once, as in the paper,
-    but each rank's own examples.
+    instead of LARS in the recipe; a head 512 wide; temperature .2, for batches of tens. BatchNorm sees
+    both views at once, as in the paper, but each rank's own examples.
     """
 
     Config = SimCLRConfig

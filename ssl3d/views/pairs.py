@@ -38,6 +38,7 @@ class PairViews(Views):
     """Options of proxies that compare two views of one place.
 
     Volumes lie in a known orientation, and which way is up is something to know: no flips by default.
+    The other strengths are lower than those of `Views`, because a pair meets them twice.
 
     Attributes:
         views: What a pair shows: two overlapping crops (volumes), or a slice twice, or two slices close
@@ -58,6 +59,10 @@ class PairViews(Views):
     per_volume: int = 1
     crop: tuple[int, int, int] = (32, 32, 32)
     flip: float = 0.0
+    rotate: float = 10.0
+    scale: float = 0.1
+    gamma: float = 0.3
+    contrast: float = 0.2
     min_overlap: float = 0.75
     min_iou: float = 0.25
     plane: tuple[int, int] = (64, 64)
