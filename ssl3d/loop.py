@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class Loop:
         self.reducer = Reducer(self.fabric.world_size, self.fabric.device)
         self.looks = Reducer(self.fabric.world_size, self.fabric.device)
         self._examined: list[list[Group]] | None = None
+        self.flops_per_step = 0
 
     def run(self, start: int) -> tuple[int, int]:
         """Trains from a step to the end.
@@ -212,7 +214,9 @@ class Loop:
     def foretell(self, start: int) -> None:
         """Says how long the run will take and what it needs, from trial steps on a copy."""
         left = self.options.steps - start
-        seconds = self._trial() * self.options.accumulate
+        seconds, flops = self._trial()
+        seconds *= self.options.accumulate
+        self.flops_per_step = flops * self.options.accumulate * self.fabric.world_size
         weights = sum(p.numel() * p.element_size() for p in self.trainee.parameters())
         encoder = sum(p.numel() * p.element_size() for p in self.trainee.encoder.parameters())
         count = sum(p.numel() for p in self.trainee.encoder.parameters())
@@ -224,30 +228,34 @@ class Loop:
         memory = peak_memory(self.fabric.device) + held
         self.log.say(
             f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; {left} steps of "
-            f"{self.options.batch_size} volumes"
+            f"{self.options.batch_size} volumes, {self.flops_per_step:.3g} FLOPs a step"
         )
         self.log.say(
             f"expected: about {duration(seconds * left)} ({seconds:.3g} s a step), "
             f"{size(memory)} of memory, {size(disk)} on disk"
         )
 
-    def _trial(self) -> float:
-        """Seconds of a part of a step: forward and backward of a copy, on the first data."""
+    def _trial(self) -> tuple[float, int]:
+        """Seconds and FLOPs of a part of a step: forward and backward of a copy, on the first data."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         copied = copy.deepcopy(self.trainee)
         first = cut(groups_of(self.feed.peek()), self.options.accumulate)[0]
         groups = groups_to(first, self.fabric.device)
         seconds = 0.0
+        counter = FlopCounterMode(display=False)
         for attempt in range(2):
             began = time.perf_counter()
-            with self.fabric.autocast():
-                loss, _ = copied("loss", groups, "trial")
-            loss.backward()
+            with counter if attempt == 0 else nullcontext():
+                with self.fabric.autocast():
+                    loss, _ = copied("loss", groups, "trial")
+                loss.backward()
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize(self.fabric.device)
             seconds = time.perf_counter() - began
             if attempt == 0 and seconds > 5:
                 break  # warm-up matters little by then
-        return seconds
+        return seconds, counter.get_total_flops()
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

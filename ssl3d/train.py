@@ -21,7 +21,7 @@ from ssl3d.build import (
 )
 from ssl3d.device import apply_layout, make_fabric, resolve_precision, set_threads
 from ssl3d.encoder import Encoder
-from ssl3d.errors import UsageError
+from ssl3d.errors import Ssl3dError, UsageError
 from ssl3d.loop import Feed, Loop
 from ssl3d.monitor import Log, Monitor, read_metrics
 from ssl3d.optim import build_optimizer, without_decay
@@ -218,6 +218,9 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
         log.say(f"resuming at step {found['step'] if found else 0} of {options.steps}")
     try:
         return _train(fabric, plan, folder, selection, trainee, found, about, log)
+    except Ssl3dError as error:
+        log.note(str(error))
+        raise
     finally:
         log.close()
 
@@ -279,6 +282,8 @@ def _train(
     stop = 0
     if begin < options.steps:
         loop.foretell(begin)
+        compute = {"flops_per_step": loop.flops_per_step, "flops": loop.flops_per_step * options.steps}
+        about.setdefault("compute", compute)  # a resumed run keeps what it began with
         if fabric.is_global_zero:
             main = [f"{name}/{kind.main}" for name, (kind, _) in plan.proxies.items()]
             loop.monitor = Monitor(folder, begin, options.steps, options.log_every, main, log)
