@@ -266,10 +266,10 @@ def test_the_memory_format_changes_nothing_but_rounding(kind):
     for one, two in zip(expected, other(x.contiguous(memory_format=torch.channels_last_3d)), strict=True):
         assert torch.allclose(one, two)
     last = memory_format(net, "cpu") is torch.channels_last_3d
-    assert last == net(x)[-1].is_contiguous(memory_format=torch.channels_last_3d)
-    assert other(x)[1].is_contiguous(memory_format=torch.channels_last_3d)
+    assert last == net(x)[0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert other(x)[0].is_contiguous(memory_format=torch.channels_last_3d)
     other = to_memory_format(other, torch.contiguous_format)
-    assert other(x)[1].is_contiguous()
+    assert other(x)[0].is_contiguous()
 
 
 def test_it_converts_to_synchronised_batch_norm_and_exports():
