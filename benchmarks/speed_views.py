@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     import torchio
 
-    from ssl3d.api import Views, augment, view_margin
-    from ssl3d.rng import one_group
+    from ssl3d.api import BatchRng, Views, augment, view_margin
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     off = {f.name: 0.0 for f in dataclasses.fields(Views) if f.name not in ("chance", "torchio")}
@@ -63,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'size':>5} {'augmentation':>14} {'ours':>8} {'torchio':>8} {'ratio':>6}")
 
     def ours(views: Views, x: torch.Tensor, size: tuple[int, int, int]) -> None:
-        if augment(views, x, one_group(0, len(x), options.device), size).is_cuda:
+        rng = BatchRng(0, range(len(x)), len(x), options.device)
+        if augment(views, x, rng, size).is_cuda:
             torch.cuda.synchronize()
 
     for side in options.sizes:
