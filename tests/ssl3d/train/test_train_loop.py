@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssl3d
 from ssl3d.errors import TrainingError, UsageError
@@ -42,6 +43,10 @@ def test_a_run_leaves_everything_that_the_plan_lists(train, capsys):
     assert told.index("expected: about") < told.index("step 1/6")
     assert "kept out" in told and "train split" in told
     assert (run.folder / "train.log").read_text().count("expected: about") == 1
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("run/loss")] == [1, 2, 3, 4, 5, 6]
+    assert {"run/volumes_per_s", "run/waiting", "online/embedding_std"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["tiny/picture"]
     assert sorted(p.name for p in (run.folder / "pictures").iterdir()) == [
         "tiny-00000003.png",
         "tiny-00000006.png",
