@@ -67,9 +67,10 @@ def main() -> None:
             run = options.work / f"{store}-{proxy}-{options.seed}"
             if not (run / "encoder" / "encoder.json").exists():
                 steps = round(budget / flops(options.work, store, proxy, options.seed))
-                resumed = (run / "config.yaml").exists()
-                words = pretrain(options.work, store, proxy, run, steps)
-                ssl3d("pretrain", *(["--resume", run] if resumed else [*words, "--seed", options.seed]))
+                if (run / "config.yaml").exists():
+                    ssl3d("pretrain", "--resume", run)
+                else:
+                    ssl3d("pretrain", *pretrain(options.work, store, proxy, run, steps, options.seed))
     for task, (store, sources, words) in PROBES.items():
         runs = [options.work / f"{s}-{p}-{options.seed}" for s in sources for p in PRETRAIN[s]]
         out = options.out / task
@@ -77,13 +78,13 @@ def main() -> None:
             ssl3d("linear-probe", *runs, "--data", options.work / f"{store}.h5", "--out", out, *words)
 
 
-def pretrain(work: Path, store: str, proxy: str, run: Path, steps: int) -> list[object]:
+def pretrain(work: Path, store: str, proxy: str, run: Path, steps: int, seed: int) -> list[object]:
     """Words after `ssl3d pretrain`."""
     crop: list[str] = []
     if proxy != "sorting":
         crop = [f"--{proxy}.crop", *(FLAT if store == "pneumonia" else CROP)]
     words: list[object] = ["--proxy", proxy, "--data", work / f"{store}.h5", "--steps", steps, "--out", run]
-    return [*words, *ENCODER, *PROXIES[proxy], *crop, "--save-at", "0", "0.25", "0.5"]
+    return [*words, *ENCODER, *PROXIES[proxy], *crop, "--save-at", "0", "0.25", "0.5", "--seed", seed]
 
 
 def flops(work: Path, store: str, proxy: str, seed: int) -> int:
@@ -91,8 +92,8 @@ def flops(work: Path, store: str, proxy: str, seed: int) -> int:
     run = work / f"flops-{store}-{proxy}"
     card = run / "encoder" / "encoder.json"
     if not card.exists():
-        words = pretrain(work, store, proxy, run, 1)
-        ssl3d("pretrain", *words, "--seed", seed, "--eval-every", "-1", "--overwrite")
+        words = pretrain(work, store, proxy, run, 1, seed)
+        ssl3d("pretrain", *words, "--eval-every", "-1", "--overwrite")
     return int(json.loads(card.read_text())["compute"]["flops_per_step"])
 
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from ssl3d_benchmarks.linear_probe_features import embeddings
 
 from ssl3d.api import Benchmark, DataError, Scores, statistics
+from ssl3d_benchmarks.linear_probe_features import embeddings
 
 if TYPE_CHECKING:
-    from ssl3d_benchmarks.linear_probe_dense import DenseFeatures
-
     from ssl3d.api import Collection, Contestant
+    from ssl3d_benchmarks.linear_probe_dense import DenseFeatures
 
 Array = NDArray[Any]
 

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from ssl3d_benchmarks.linear_probe_features import autocast
-from ssl3d_benchmarks.shape_features import intensity_maps
 from torch import Tensor
 
 from ssl3d.api import DataError, numpy_rng, upsample
+from ssl3d_benchmarks.linear_probe_features import autocast
+from ssl3d_benchmarks.shape_features import intensity_maps
 
 if TYPE_CHECKING:
-    from ssl3d_benchmarks.linear_probe import LinearProbeConfig
-
     from ssl3d.api import Collection, Contestant, Encoder, Volume
+    from ssl3d_benchmarks.linear_probe import LinearProbeConfig
 
 Array = NDArray[Any]
 Triple = tuple[int, int, int]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ssl3d_benchmarks.shape_features import trivial_features
 
 from ssl3d.api import cache_folder
+from ssl3d_benchmarks.shape_features import trivial_features
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
-from ssl3d_benchmarks.linear_probe_features import digest_of
-from ssl3d_benchmarks.linear_probe_table import Row, format_table
-from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
 
 from ssl3d.api import (
     Collection,
@@ -33,11 +29,14 @@ from ssl3d.api import (
     statistics,
     write_result,
 )
+from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
+from ssl3d_benchmarks.linear_probe_features import digest_of
+from ssl3d_benchmarks.linear_probe_table import Row, format_table
+from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
 
 if TYPE_CHECKING:
-    from ssl3d_benchmarks.linear_probe_command import Options
-
     from ssl3d.api import Encoder
+    from ssl3d_benchmarks.linear_probe_command import Options
 
 Array = NDArray[Any]
 
@@ -582,6 +581,7 @@ RECALIBRATION_VOLUMES = 256
 def _batches(train: Collection, options: Options) -> Iterator[Any]:
     """Batches of equal training volumes (or their central windows); at most 256 volumes, spread evenly."""
     import torch
+
     from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
 
     step = max(1, len(train) // RECALIBRATION_VOLUMES)

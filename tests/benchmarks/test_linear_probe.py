@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ssl3d_benchmarks import linear_probe_dense as dense
-from ssl3d_benchmarks import shape_features as shapes
-from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig, fit_classifier, fit_ridge
 
 from ssl3d.api import Contestant, DataError, Encoder, encoder_from, open_data, upsample
 from ssl3d.data.store import Record, assemble, write_part
+from ssl3d_benchmarks import linear_probe_dense as dense
+from ssl3d_benchmarks import shape_features as shapes
+from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig, fit_classifier, fit_ridge
 
 
 def a_store(path, volumes):

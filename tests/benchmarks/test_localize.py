@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ssl3d_benchmarks.localize import Axis, Profile, common_axis, place_volume, summarize
 
 from ssl3d import cli
 from ssl3d.errors import DataError
+from ssl3d_benchmarks.localize import Axis, Profile, common_axis, place_volume, summarize
 
 
 def curve(mm):

@@ -1,13 +1,13 @@
 """Every registered proxy keeps the contract, with small options."""
 
 import pytest
-from ssl3d_proxies.sorting import SortingConfig
 
 from ssl3d import plugins
 from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store import open_data
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.testing import check_proxy
+from ssl3d_proxies.sorting import SortingConfig
 
 _SMALL = {
     "sorting": lambda cls: [

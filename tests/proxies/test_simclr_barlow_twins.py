@@ -7,14 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ssl3d_proxies.barlow_twins import BarlowTwins
-from ssl3d_proxies.simclr import SimCLR
 from torch.utils.data import default_collate
 
 from ssl3d.api import BatchRng, DataError, UsageError, open_data
 from ssl3d.config import to_dict
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
+from ssl3d_proxies.barlow_twins import BarlowTwins
+from ssl3d_proxies.simclr import SimCLR
 
 PROXIES = [SimCLR, BarlowTwins]
 SMALL = {SimCLR: {"hidden": 64, "out": 32}, BarlowTwins: {"hidden": 64, "out": 64}}

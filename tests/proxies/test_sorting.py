@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from ssl3d_proxies.sorting import Sorting, SortingConfig
 
 from ssl3d.api import BatchRng, DataError, UsageError
 from ssl3d.data.phantoms import phantom_store
@@ -11,6 +10,7 @@ from ssl3d.data.store import Record, assemble, open_data, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group
 from ssl3d.testing import check_proxy
+from ssl3d_proxies.sorting import Sorting, SortingConfig
 
 
 @pytest.fixture(scope="module")
