@@ -1,13 +1,12 @@
-"""`ssl3d localize`: places volumes and partial crops on the axis that a sorting proxy has learnt."""
+"""Places volumes and partial crops on the axis that a sorting proxy has learnt."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from ssl3d.api import (
     load_proxies,
     numpy_rng,
     open_data,
-    parse,
     print_table,
 )
 
@@ -27,55 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ssl3d.api import Collection, Proxy, Volume
-
-summary = "place unseen volumes and partial crops along the body with a sorting run, and measure the error"
-
-EPILOG = "The common axis is in mm, 0 in the middle of the average reference volume. No labels are used."
+    from ssl3d_benchmarks.localize_command import Options
 
 _FEWEST = 4  # slices that a crop must have to be placed
 _ROUNDS = 3  # of aligning the reference volumes with their own mean curve
-
-
-@dataclass(frozen=True)
-class Options:
-    """Places volumes and crops of them on the axis that a sorting run has learnt.
-
-    Attributes:
-        run: A run of `ssl3d pretrain --proxy sorting`.
-        data: What to place: stores, folders of stores, phantoms[:N], or scans (prepared into a cache
-            first). Volumes of people that pretraining saw are not placed.
-        reference: Volumes that make the common axis; if left out, those of the data whose people
-            pretraining saw, or else the training part of its house split.
-        out: Folder for localize.json, localize.csv and localize.png.
-        crops: Partial crops cut from every placed volume, to measure the error.
-        share: Least and largest length of those crops, as a share of the volume's foreground.
-        references: Most reference volumes to use.
-        proxy: Name of the proxy of the run to use, if it has several that score slices.
-        device: auto, cpu, cuda or mps.
-        seed: Of the crops, and of the choice of reference volumes.
-    """
-
-    run: Path = field(metadata={"positional": True})
-    data: tuple[str, ...] = ("phantoms",)
-    reference: tuple[str, ...] = ()
-    out: Path = Path("runs/localize")
-    crops: int = 5
-    share: tuple[float, float] = (0.3, 0.6)
-    references: int = 40
-    proxy: str = ""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if self.crops < 0:
-            raise ValueError(f"crops is {self.crops}, must be 0 or more")
-        if self.references < 1:
-            raise ValueError(f"references is {self.references}, must be at least 1")
-        if len(self.share) != 2 or not 0 < self.share[0] <= self.share[1] <= 1:
-            raise ValueError(
-                f"share is {self.share}, must be two numbers above 0 and at most 1, the lesser first"
-            )
 
 
 @dataclass(frozen=True)
@@ -342,9 +295,13 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 # The command --------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command."""
-    options = parse("ssl3d localize", Options, argv, epilog=EPILOG).options
+def localize(options: Options) -> None:
+    """Makes the common axis, places every unseen volume, writes and prints what was found.
+
+    Raises:
+        UsageError: The run has no proxy that scores slices.
+        DataError: Nothing can serve as reference, or nothing can be placed.
+    """
     name, proxy = _scoring_proxy(options)
     reference, unseen, how = _choose(options, proxy)
     print(f"{len(reference)} reference volumes ({how}), {len(unseen)} to place", flush=True)
@@ -375,7 +332,6 @@ def main(argv: Sequence[str]) -> int:
     if not rows:
         raise DataError("none of the volumes can be placed; see above")
     _write(options, name, how, axis, len(profiles), rows, curves, rejected)
-    return 0
 
 
 def _scoring_proxy(options: Options) -> tuple[str, Any]:

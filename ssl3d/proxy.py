@@ -42,7 +42,9 @@ class Proxy(nn.Module, ABC):
         main: Name of the metric shown in the progress bar.
         recipe: Values of `ssl3d pretrain` options (`batch_size`, `lr`, ...) that make this proxy learn;
             they hold where the user says nothing.
-        mixed: Whether `forward` takes the whole mixed batch, a list of groups, instead of one group.
+        mixed: Whether `forward` takes the whole mixed batch at once: a list of groups, and a list of
+            their generators. A loss that gathers over ranks needs this, since a rank may lack a group.
+        uses_labels: Whether labels or masks are learned from; checkpoints then say that they saw them.
     """
 
     Config: ClassVar[type]
@@ -50,6 +52,7 @@ class Proxy(nn.Module, ABC):
     main: ClassVar[str]
     recipe: ClassVar[Mapping[str, Any]] = {}
     mixed: ClassVar[bool] = False
+    uses_labels: ClassVar[bool] = False
 
     def __init__(self, config: Any, encoder: Encoder) -> None:
         """Keeps config and encoder; subclasses add heads, sized from `encoder.channels`."""

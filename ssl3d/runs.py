@@ -166,7 +166,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     import numpy as np
 
     identities = {disk.identity_hash(*person) for person in data.identities()}
-    labels = any(bool(getattr(kind, "uses_labels", False)) for kind, _ in plan.proxies.values())
+    labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
     if plan.options.init is not None:
         before = disk.encoder_from(plan.options.init, plan.options.seed).metadata

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ssl3d": "ssl3d", "proxies": "ssl3d_proxies", "benchmarks": "ssl3d_benchmarks"}
-# Needed by a library that is: torch.utils.tensorboard writes events with the one, lightly imports the other.
+# Needed by what is imported: torch.utils.tensorboard writes with the one, lightly imports the other.
 BEHIND_OTHERS = {"tensorboard", "torchvision"}
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")

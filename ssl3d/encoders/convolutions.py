@@ -8,6 +8,7 @@ activation checkpointing runs the forward pass again. Images travel as (B, C, H,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -145,7 +146,7 @@ def acs_conv3d(
     return torch.cat(parts, dim=1)
 
 
-class Convolution(nn.Module):
+class Convolution(nn.Module, ABC):
     """A convolution of one kind, without bias, that keeps the size where the stride is 1.
 
     Subclasses hold `weight`, and compute an image's output from (B, C, H, W) and a volume's from
@@ -180,9 +181,9 @@ class Convolution(nn.Module):
         """The 2D network's convolution."""
         return conv2d(x, self.weight, self.stride[1:], self.padding)
 
+    @abstractmethod
     def on_volume(self, x: Tensor) -> Tensor:
         """The 3D network's convolution."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """What `print` shows."""
