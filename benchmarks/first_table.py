@@ -22,8 +22,12 @@ STORES = {
     "pneumonia": ["pneumonia/pneumoniamnist.npz"],
 }
 # The reference step is 64 crops of 32^3: SimCLR's two views of 32 subjects.
-CROP = ["32", "32", "32"]
-FLAT = ["1", "28", "28"]
+CROPS = {
+    "hippocampus": ["32", "32", "32"],
+    "cardiac": ["8", "64", "64"],  # 6 to 18 slices of 10 mm
+    "adrenal": ["28", "28", "28"],
+    "pneumonia": ["1", "28", "28"],
+}
 PROXIES = {
     "simclr": ["--batch-size", "32"],
     "barlow_twins": ["--batch-size", "32"],
@@ -82,7 +86,7 @@ def pretrain(work: Path, store: str, proxy: str, run: Path, steps: int, seed: in
     """Words after `ssl3d pretrain`."""
     crop: list[str] = []
     if proxy != "sorting":
-        crop = [f"--{proxy}.crop", *(FLAT if store == "pneumonia" else CROP)]
+        crop = [f"--{proxy}.crop", *CROPS[store]]
     words: list[object] = ["--proxy", proxy, "--data", work / f"{store}.h5", "--steps", steps, "--out", run]
     return [*words, *ENCODER, *PROXIES[proxy], *crop, "--save-at", "0", "0.25", "0.5", "--seed", seed]
 
