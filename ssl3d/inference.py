@@ -119,9 +119,11 @@ def dense_features(
             for n, start in enumerate(starts):
                 # Positions inside this window of the voxels that are kept.
                 inside = [
-                    torch.arange(-begin % s, length, s, device=device)
+                    torch.arange(length, device=device)[-begin % s :: s]
                     for begin, length, s in zip(start, size, step, strict=True)
                 ]
+                if not all(len(positions) for positions in inside):
+                    continue  # a window of depth 1 between the slices that are kept
                 place = tuple(
                     slice(-(-begin // s), -(-begin // s) + len(positions))
                     for begin, s, positions in zip(start, step, inside, strict=True)

@@ -106,6 +106,12 @@ def test_dense_features_stand_on_their_own_voxels(shape, every):
     assert torch.allclose(dense[1][first], kept[0][first], atol=1e-3)
 
 
+def test_dense_features_of_every_other_slice_by_windows_of_depth_1():
+    ramp = torch.arange(9 * 6 * 7, dtype=torch.float32).reshape(1, 9, 6, 7)
+    dense = dense_features(Identity(), ramp, (1, 6, 7), every=(4, 2, 1))
+    torch.testing.assert_close(dense[:1], ramp[:, ::4, ::2])
+
+
 def test_upsampling_meets_the_input_where_an_impulse_was():
     torch.manual_seed(0)
     for stride in (2, 4):
