@@ -27,7 +27,7 @@ def build_optimizer(
     """The optimizer over named parameters, in two groups: with weight decay and without.
 
     Args:
-        parameters: Names and parameters; names may carry the prefixes of wrappers (FSDP).
+        parameters: Names and parameters; names may carry the prefixes of wrappers (DDP, FSDP).
         spared: Names from `without_decay`, taken before wrapping: a sharded kernel is a vector too.
         options: Of the run.
     """
@@ -35,8 +35,7 @@ def build_optimizer(
     undecayed: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
-            plain = name.replace("_fsdp_wrapped_module.", "").replace("_forward_module.", "")
-            (undecayed if plain in spared else decayed).append(parameter)
+            (undecayed if _unwrapped(name) in spared else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
@@ -51,6 +50,14 @@ def build_optimizer(
     # Lightly's skips the trust ratio where weight decay is 0, which is what the papers do for biases
     # and norms; for everything else PretrainOptions refuses a weight decay of 0.
     return LARS(groups, lr=options.lr, momentum=options.momentum)
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without the prefixes of Fabric, DDP (`module.`) and FSDP."""
+    name = name.replace("_fsdp_wrapped_module.", "")
+    if name.startswith("_forward_module."):
+        return name.removeprefix("_forward_module.").removeprefix("module.")
+    return name
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float) -> float:

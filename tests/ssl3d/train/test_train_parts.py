@@ -1,7 +1,9 @@
 """The parts of training: rates, optimizers, precision, the choice of subjects, means over parts."""
 
 import math
+import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,6 +37,31 @@ def test_weight_decay_spares_norms_and_biases():
         module.named_parameters(), spared, PretrainOptions(weight_decay=0.3)
     ).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.3, 2), (0.0, 4)]
+
+
+@pytest.fixture
+def own_environment():
+    """Fabric leaves its rank and port in the environment."""
+    with mock.patch.dict(os.environ):
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_NTASKS"):
+            os.environ.pop(name, None)
+        yield
+
+
+def test_weight_decay_spares_norms_and_biases_under_ddp(own_environment):
+    from torch import distributed
+
+    options = PretrainOptions(weight_decay=0.3, accelerator="cpu", strategy="ddp", devices=1)
+    fabric = device.make_fabric(options, "32")
+    fabric.launch()
+    try:
+        module = nn.ModuleDict({"encoder": nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2))})
+        spared = without_decay(module)
+        wrapped = fabric.setup_module(module)
+        groups = build_optimizer(wrapped.named_parameters(), spared, options).param_groups
+    finally:
+        distributed.destroy_process_group()
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.3, 1), (0.0, 3)]
 
 
 def test_lars_scales_kernels_and_not_biases():
