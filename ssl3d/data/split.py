@@ -38,8 +38,8 @@ def house_split(
     codes, first = np.unique(people, return_index=True)
     position = np.searchsorted(codes, people)
     given = _own_split(collection.splits, position, len(codes))
-    strata = _strata(collection.labels, position, len(codes))
     names, subjects = collection.datasets[first], collection.subjects[first]
+    strata = _strata(collection.datasets, collection.labels, position, len(codes))
     part = np.empty(len(codes), dtype=object)
     by_dataset: dict[str, list[int]] = defaultdict(list)
     for person, name in enumerate(names):
@@ -71,14 +71,22 @@ def _own_split(splits: np.ndarray, position: np.ndarray, count: int) -> list[str
     return [("", *NAMES)[r] for r in given]
 
 
-def _strata(labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
-    """The class of each person (of several volumes, the first that has one); "" for real values."""
-    kinds = {type(label) for label in labels if label is not None}
+def _strata(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
+    """The class of each person (of several volumes, the first that has one); "" for real values.
+
+    What is a class is told from the labels of a person's own data set.
+    """
     found = [""] * count
-    if float in kinds or len(set(labels)) > 50:
-        return found
-    for person, label in zip(position, labels, strict=True):
-        if label is not None and not found[person]:
+    by_dataset: dict[str, set[object]] = defaultdict(set)
+    for name, label in zip(datasets, labels, strict=True):
+        by_dataset[name].add(label)
+    real = {
+        name
+        for name, values in by_dataset.items()
+        if len(values) > 50 or any(isinstance(value, float) for value in values)
+    }
+    for name, person, label in zip(datasets, position, labels, strict=True):
+        if label is not None and not found[person] and name not in real:
             found[person] = str(label)
     return found
 

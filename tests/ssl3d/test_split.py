@@ -78,6 +78,15 @@ def test_another_data_set_moves_nobody():
     assert both[20:].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("label", [lambda i: i / 7, lambda i: f"class {i}"])
+def test_another_data_set_of_values_leaves_the_strata_alone(label):
+    # Else subjects tested on alone would be trained on beside it.
+    classes = people(60, label=lambda i: "ill" if i % 6 == 0 else "well")
+    alone = house_split(Columns(classes))
+    both = house_split(Columns(people(60, "b", label) + classes))
+    assert both[60:].tolist() == alone.tolist()
+
+
 def test_the_datas_own_split_holds():
     rows = people(30, split=lambda i: ("train", "val", "test")[i % 3])
     assert house_split(Columns(rows)).tolist() == [r[3] for r in rows]
