@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ssl3d.device import peak_memory
-from ssl3d.errors import TrainingError
+from ssl3d.errors import DataError, TrainingError
 from ssl3d.monitor import Log, Monitor, duration, size
 from ssl3d.online import BATCHES, held_out, look
 from ssl3d.optim import lr_at
@@ -107,7 +107,7 @@ class Loop:
             Steps done, and the signal that stopped the run, or 0.
 
         Raises:
-            TrainingError: The loss is not finite, or the disk is full.
+            TrainingError: The loss or a gradient is not finite, or the disk is full.
         """
         total = self.options.steps
         exports = {
@@ -161,7 +161,9 @@ class Loop:
             self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False
         )
         means, stop = self.reducer.mean([one.values for one in sums], asked.signum)
-        if not finite(means):
+        # With 16 bit the scaler skips such a step and lowers its scale.
+        bad_gradient = norm is not None and options.precision != "16" and not bool(torch.isfinite(norm))
+        if not finite(means) or bad_gradient:
             raise TrainingError(self._blame(step, sums, means))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,21 +186,45 @@ class Loop:
         pictures = fallback
         if len(self.selection.holdout):
             if self._examined is None:
-                self._examined = self.holdout()[:BATCHES]
-            found, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
+                self._examined = self._draw_holdout()
+            if self._examined:
+                found, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
         patch = self.patch if all(self.patch) else [1, 1, 1]
         found |= look(self.module, self.selection.train, self.selection.queries, patch, self.fabric.device)
         return found, pictures
 
+    def _draw_holdout(self) -> list[list[Group]]:
+        """Batches of held-out subjects; none, on every rank, where they cannot be drawn on one."""
+        drawn: list[list[Group]] = []
+        reason = ""
+        try:
+            drawn = self.holdout()[:BATCHES]
+        except DataError as error:
+            reason = str(error)
+        _, failed = self.looks.mean([], int(bool(reason)))
+        if failed:
+            self.log.say(f"no metrics of held-out subjects: {reason or 'another rank cannot draw them'}")
+            return []
+        return drawn
+
     def _new_epoch(self, step: int) -> None:
         epoch = int(step / self.steps_per_epoch)
         if step == 0 or epoch != int((step - 1) / self.steps_per_epoch):
+            # Equal on all ranks, as they all cluster the same; and after a resumption.
+            reseed(self.options.seed, f"epoch {epoch}", 0)
             for name, proxy in self.trainee.each():
                 proxy.start_epoch(epoch, self.once(name, epoch))
 
     def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
         losses = [one for told in sums for one in told.losses]
         bad = [(name, volumes) for name, loss, volumes in losses if not torch.isfinite(loss)]
+        if not bad and finite(means):
+            every = ", ".join(sorted({volume for _, _, volumes in losses for volume in volumes}))
+            return (
+                f"step {step + 1}: a gradient is not finite, though the loss is {means['loss']:.4g}; "
+                f"volumes of the batch: {every}. Lower --lr, or use --precision 32; the last checkpoint is "
+                f"intact"
+            )
         if not bad:
             return f"step {step + 1}: the loss is {means.get('loss')} on another rank: see its message"
         names = ", ".join(sorted({name for name, _ in bad}))
@@ -253,13 +279,15 @@ class Loop:
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize(self.fabric.device)
             seconds = time.perf_counter() - began
-            if attempt == 0 and seconds > 5:
+            # Agreed on: losses gather over the ranks, so all go on or none does.
+            _, enough = self.reducer.mean([], int(seconds > 5))
+            if enough:
                 break  # warm-up matters little by then
         return seconds, counter.get_total_flops()
 
 
-def reseed(seed: int, step: int, rank: int) -> None:
-    """Seeds the global generators for a step; dropout and the like take no generator."""
+def reseed(seed: int, step: object, rank: int) -> None:
+    """Seeds the global generators for a step or epoch; dropout and the like take no generator."""
     number = seed_of(seed, "global", step, rank)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl3d.errors import DataError
 from ssl3d.trainee import Group, Reducer, groups_to
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ def held_out(
 
 def embed_centres(
     module: nn.Module, data: Collection, patch: Sequence[int], device: torch.device, most: int = VOLUMES
-) -> Tensor:
-    """Embeddings (N, embed_dim) of the middle of each volume's foreground.
+) -> tuple[Tensor, list[Any]]:
+    """Embeddings (N, embed_dim) of the middle of each volume's foreground, and the volumes' labels.
 
-    One crop, or the mean over a few slices where the encoder was trained on slices.
+    One crop, or the mean over a few slices where the encoder was trained on slices. Volumes that cannot
+    be read are left out: it is the loader that names them.
 
     Args:
         module: The trainee, wrapped or not.
@@ -76,12 +78,16 @@ def embed_centres(
         device: Where to.
         most: See `data`.
     """
-    found = []
+    found, labels = [torch.zeros(0)], []
     with evaluating(module):
         for volume in spread(data, most):
-            crops = centre_crops(volume, patch).to(device)
+            try:
+                crops = centre_crops(volume, patch).to(device)
+            except (DataError, OSError):
+                continue
             found.append(module("embed", crops).float().mean(dim=0, keepdim=True).cpu())
-    return torch.cat(found)
+            labels.append(volume.label)
+    return torch.cat(found[1:] or found), labels
 
 
 def spread(data: Collection, most: int) -> list[Volume]:
@@ -150,19 +156,15 @@ def look(
     """
     labelled = [i for i, label in enumerate(train.labels) if _is_class(label)]
     known = train.select(labelled) if labelled else train
-    bank = embed_centres(module, known, patch, device)
+    bank, classes = embed_centres(module, known, patch, device)
     found = {"online/embedding_std": spread_of(bank)} if len(bank) > 1 else {}
     asked = [i for i, label in enumerate(queries.labels) if _is_class(label)]
-    if not labelled or not asked:
+    if not labelled or not asked or len(set(map(str, classes))) < 2:
         return found
-    test = queries.select(asked)
-    classes = [volume.label for volume in spread(known, VOLUMES)]
-    truth = [volume.label for volume in spread(test, VOLUMES)]
-    if len(set(map(str, classes))) < 2:
+    embedded, truth = embed_centres(module, queries.select(asked), patch, device)
+    if not truth:
         return found
-    found["online/knn_accuracy"] = knn_accuracy(
-        bank, classes, embed_centres(module, test, patch, device), truth
-    )
+    found["online/knn_accuracy"] = knn_accuracy(bank, classes, embedded, truth)
     counts = [truth.count(label) for label in set(truth)]
     found["online/knn_majority"] = max(counts) / len(truth)
     return found

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ssl3d
 from ssl3d.errors import TrainingError, UsageError
 from ssl3d.options import plan_from, request_of
+from ssl3d.trainee import Trainee
 
 
 def weights(run, name="encoder"):
@@ -117,6 +118,98 @@ def test_a_loss_that_is_not_finite_names_the_volumes(train, tmp_path):
         "00000001",
         "00000002",
     ]
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(phantoms, small, tmp_path, tiny_plugins):
+    from tiny_ssl3d_plugins import Tiny
+
+    class Steep(Tiny):
+        """Its loss stays finite, its gradient is 0 times infinity from the third step on."""
+
+        def forward(self, batch, rng):
+            output = super().forward(batch, rng)
+            steep = (self.head.weight * float(int(self.done) < 2)).abs().sum().sqrt()
+            return output._replace(loss=output.loss + 1e-3 * steep)
+
+    with pytest.raises(TrainingError, match=r"step 3: a gradient is not finite.*phantom.*phantom"):
+        ssl3d.pretrain(
+            Steep, data=phantoms, out=tmp_path / "run", **small, steps=4, checkpoint_every=1, eval_every=-1
+        )
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name.split("-")[1] for path in saved] == ["00000001", "00000002"]
+
+
+def test_held_out_volumes_that_cannot_be_read_do_not_end_a_run(train, capsys, monkeypatch):
+    import ssl3d.online as online
+    from ssl3d.data.loader import Loader
+    from ssl3d.errors import DataError
+
+    whole, centre, broken = Loader.__iter__, online.centre_crops, []
+
+    def hopeless(self):  # the loader of held-out subjects alone has an end
+        if self.steps is None:
+            return whole(self)
+        raise DataError("no volume can be drawn for tiny")
+
+    def unreadable(volume, *words):
+        if not broken:
+            broken.append(volume.id)
+        if volume.id in broken:
+            raise DataError(f"{volume.id}: damaged")
+        return centre(volume, *words)
+
+    monkeypatch.setattr(Loader, "__iter__", hopeless)
+    monkeypatch.setattr(online, "centre_crops", unreadable)
+    run = train(eval_every=2)
+    assert run.finished and broken
+    assert "no metrics of held-out subjects: no volume can be drawn for tiny" in capsys.readouterr().out
+    assert "online/knn_accuracy" in run.metrics[3] and "holdout/tiny/loss" not in run.metrics[3]
+
+
+def test_ranks_agree_on_a_second_trial(train, monkeypatch):
+    # On a slow rank one pass is enough, but its losses would be waited for by the others.
+    from ssl3d.trainee import Reducer
+
+    calls, flags = [], []
+    mean, forward = Reducer.mean, Trainee.forward
+
+    def other_rank_is_slow(self, parts, flag=0):
+        if not self.names and not parts:
+            flags.append(flag)
+            return {}, 1
+        return mean(self, parts, flag)
+
+    def counted(self, task, given, step=0):
+        calls.append(step)
+        return forward(self, task, given, step)
+
+    monkeypatch.setattr(Reducer, "mean", other_rank_is_slow)
+    monkeypatch.setattr(Trainee, "forward", counted)
+    train(steps=1, eval_every=-1)
+    assert calls.count("trial") == 1 and flags == [0]
+
+
+def test_what_start_epoch_draws_depends_on_seed_and_epoch_alone(phantoms, small, tmp_path, tiny_plugins):
+    from tiny_ssl3d_plugins import Tiny
+
+    drawn = []
+
+    class Clusters(Tiny):
+        """Draws from the global generator, as a clustering does."""
+
+        def start_epoch(self, epoch, loader):
+            drawn.append((epoch, float(torch.rand(()))))
+
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        torch.rand(ord(name))
+        ssl3d.pretrain(
+            Clusters, data=phantoms, out=tmp_path / name, **small, steps=5, epochs=0.0, eval_every=-1,
+            clusters={"dropout": 0.1 if name == "b" else 0.0},
+        )  # fmt: skip
+    half = len(drawn) // 2
+    assert half >= 2 and drawn[:half] == drawn[half:]
+    assert len({value for _, value in drawn}) == half
 
 
 def test_what_the_user_says_stands_above_the_recipe(tiny_plugins):
