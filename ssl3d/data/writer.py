@@ -73,6 +73,8 @@ def write_part(
             raise DataError(f"{record.id}: {len(boxes)} boxes but {len(labels)} box labels")
     small = None if mask is None else mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
     content = _content(stored, small, boxes)
+    if stored.dtype == np.int16:  # the same numbers are other voxels at another scale
+        content.update(np.array([scale, offset]).tobytes())
     record = dataclasses.replace(record, voxels=content.hexdigest())
     path = folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,8 @@ def test_digest_follows_the_content(tmp_path):
     assert base != open_data([make(tmp_path, [(record(), IMAGE + 1, {})], "3.h5")]).digest()
     assert base != open_data([make(tmp_path, [(record(), IMAGE, {"mask": MASK})], "4.h5")]).digest()
     assert base != open_data([make(tmp_path, [(record(label=0), IMAGE, {})], "5.h5")]).digest()
+    scaled = [make(tmp_path, [(record(), IMAGE * k, {"dtype": "int16"})], f"6{k}.h5") for k in (1, 2)]
+    assert open_data([scaled[0]]).digest() != open_data([scaled[1]]).digest()
 
 
 def test_assembly_gives_the_same_bytes(tmp_path):
