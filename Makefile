@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make slow: each sets up what it needs, in .venv.
+# make demo | make test | make slow | make lint | make speed: each sets up what it needs, in .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,10 @@ DEMO   ?= full
 # New files must reach the strict editable install; a folder's time changes when a file comes or goes.
 FOLDERS := $(shell find ssl3d proxies benchmarks -type d -not -name __pycache__ -not -path 'benchmarks/results*')
 
-.PHONY: setup test slow lint demo clean
+.PHONY: setup test slow lint demo speed clean
+
+# Where the real scans are; the benchmarks make their own where there are none.
+DATA   ?= ../shared/data
 
 setup: $(VENV)/.ready
 
@@ -31,14 +34,20 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 ifeq ($(DEMO),small)
-DEMO_SIZE := --data phantoms:16 --steps 40
+DEMO_SIZE := --data phantoms:60 --steps 40
 else
-DEMO_SIZE := --data phantoms:64 --steps 400
+DEMO_SIZE := --data phantoms:150 --steps 400
 endif
 
 demo: $(VENV)/.ready
 	$(BIN)/ssl3d pretrain --proxy sorting --encoder resnet10 --resnet10.width 16 $(DEMO_SIZE) --out demo/run --overwrite
 	$(BIN)/ssl3d linear-probe demo/run $(firstword $(subst --steps,,$(DEMO_SIZE))) $(word 2,$(DEMO_SIZE)) --out demo/results --overwrite
+
+speed: $(VENV)/.ready
+	$(BIN)/python benchmarks/speed_data.py
+	$(BIN)/python benchmarks/speed_encoder.py
+	$(BIN)/python benchmarks/speed_views.py
+	$(BIN)/ssl3d pretrain --proxy simclr --data $(or $(wildcard $(DATA)/hippocampus),phantoms) --steps 20 --eval-every -1 --out demo/speed --overwrite
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -33,6 +33,11 @@ PROXIES = {
     "barlow_twins": ["--batch-size", "32"],
     "sorting": ["--batch-size", "16", "--sorting.slices", "8"],
 }
+# ACDC: few slices, and headers whose direction is not to be trusted.
+CARDIAC_SORTING = [
+    *("--batch-size", "8", "--sorting.slices", "6"),
+    *("--sorting.crop", "128", "128", "--sorting.direction", "either"),
+]
 IMAGES = ["--batch-size", "256"]  # a 28 x 28 image costs a fortieth of a crop
 # What each store is pretrained with. Order means nothing on shape masks, and an image has no slices.
 PRETRAIN = {
@@ -89,6 +94,8 @@ def pretrain(work: Path, store: str, proxy: str, run: Path, steps: int, seed: in
     if proxy != "sorting":
         crop = [f"--{proxy}.crop", *CROPS[store]]
     batch = IMAGES if store == "pneumonia" else PROXIES[proxy]
+    if (store, proxy) == ("cardiac", "sorting"):
+        batch = CARDIAC_SORTING
     words: list[object] = ["--proxy", proxy, "--data", work / f"{store}.h5", "--steps", steps, "--out", run]
     return [*words, *ENCODER, *batch, *crop, "--save-at", "0", "0.25", "0.5", "--seed", seed]
 

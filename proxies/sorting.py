@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ssl3d.api import (
     BatchRng,
@@ -59,6 +60,9 @@ class SortingConfig(Views):
         axis: Axis the slices are drawn along and sorted by; D runs from inferior to superior.
         min_gap_mm: Least distance between two slices' positions, in mm.
         crop: In-plane size (height, width) of the slices, in voxels; smaller volumes are padded evenly.
+        field: What of a larger slice is seen: whole shrinks all of it to the crop's size, keeping its
+            proportions; crop cuts a place of that size out of it, at full resolution, the same for all
+            slices of a volume. Where a crop shows too little of the body, its order cannot be told.
         relaxation: The differentiable sort: softsort, neuralsort, odd_even (sorting network) or pairwise
             (logistic, no permutation matrix).
         tau: Temperature of softsort, neuralsort and pairwise.
@@ -76,6 +80,7 @@ class SortingConfig(Views):
     axis: Literal["D", "H", "W"] = "D"
     min_gap_mm: float = 2.0
     crop: tuple[int, int] = (64, 64)
+    field: Literal["whole", "crop"] = "whole"
     relaxation: Literal["softsort", "neuralsort", "odd_even", "pairwise"] = "softsort"
     tau: float = 1.0
     power: float = 1.0
@@ -165,16 +170,20 @@ class Sorting(Proxy):
         positions = draw_positions(
             volume, axis, config.slices, rng, slab=config.slab, min_gap_mm=config.min_gap_mm
         )
-        # Where in plane: the crop, over the whole way from the first slab to the last, must see something.
-        way = slab_size(axis, int(positions[-1] - positions[0]) + config.slab, config.crop)
-        corner = list(draw_crop(volume, way, rng, fixed={axis: int(positions[0])}))
+        corner = None
+        if config.field == "crop":
+            # The crop, over the whole way from the first slab to the last, must see something.
+            way = slab_size(axis, int(positions[-1] - positions[0]) + config.slab, config.crop)
+            corner = draw_crop(volume, way, rng, fixed={axis: int(positions[0])})
         margin = view_margin(config, (config.slab, *config.crop), axes=(1, 2))[1:]
         slabs = torch.stack([_slab(config, volume, position, corner, margin) for position in positions])
         # One transformation for all: to torchio, slabs are channels of one volume.
         slabs = apply_torchio(config.torchio, slabs.flatten(0, 1), rng).view_as(slabs)
+        along, high, wide = lay_flat(volume.spacing, axis)
+        shrunk = _shrinkage(config, volume)
         return {
             "slabs": slabs,
-            "spacing": torch.tensor(lay_flat(volume.spacing, axis), dtype=torch.float32),
+            "spacing": torch.tensor((along, high * shrunk, wide * shrunk), dtype=torch.float32),
             "oriented": torch.tensor(volume.orientation != "unknown"),
         }
 
@@ -223,7 +232,8 @@ class Sorting(Proxy):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores every slab of a volume's foreground, as it is, in eval mode.
 
-        Where the foreground is wider than the crop, the crop is tiled over it and scores are averaged.
+        With `field` crop, where the foreground is wider than the crop, the crop is tiled over it and
+        scores are averaged.
 
         Args:
             volume: Any.
@@ -246,7 +256,9 @@ class Sorting(Proxy):
             )
         device, training = self.head.weight.device, self.training
         starts = np.arange(low[axis], high[axis] - config.slab + 1)
-        corners = _tiles(slab_size(axis, config.slab, config.crop), axis, low, high)
+        corners: list[Sequence[int] | None] = [None]
+        if config.field == "crop":
+            corners = list(_tiles(slab_size(axis, config.slab, config.crop), axis, low, high))
         total = np.zeros(len(starts))
         self.eval()
         try:
@@ -268,15 +280,45 @@ def _slab(
     config: SortingConfig,
     volume: Volume,
     position: int,
-    corner: Sequence[int],
+    corner: Sequence[int] | None,
     margin: Sequence[int] = (0, 0),
 ) -> Tensor:
-    """The slab (C, slab, height, width) at a position along the axis; `corner` is its start in plane."""
+    """The slab (C, slab, height, width) at a position along the axis.
+
+    `corner` is where a crop starts in plane; None is the whole slice, shrunk to the size of a crop.
+    """
     axis = "DHW".index(config.axis)
+    if corner is None:
+        return _whole_slab(config, volume, position, margin)
     size = slab_size(axis, config.slab, [n + 2 * m for n, m in zip(config.crop, margin)])
     start = np.asarray(corner) - slab_size(axis, 0, margin)
     start[axis] = position
     return read_slab(volume, axis, start.tolist(), size)
+
+
+def _whole_slab(config: SortingConfig, volume: Volume, position: int, margin: Sequence[int]) -> Tensor:
+    axis = "DHW".index(config.axis)
+    start = slab_size(axis, position, (0, 0))
+    _, *plane = lay_flat(volume.shape[1:], axis)
+    slab = read_slab(volume, axis, start, slab_size(axis, config.slab, [int(n) for n in plane]))
+    shrunk = _shrinkage(config, volume)
+    if shrunk > 1:
+        small = [max(1, round(n / shrunk)) for n in plane]
+        slab = functional.interpolate(slab, size=small, mode="bilinear", antialias=True)
+    sides = [n + 2 * m for n, m in zip(config.crop, margin)]
+    empty = torch.tensor(volume.background, dtype=slab.dtype).view(-1, 1, 1, 1)
+    placed = empty.expand(-1, config.slab, *sides).clone()
+    top, left = ((side - n) // 2 for side, n in zip(sides, slab.shape[2:]))
+    placed[:, :, top : top + slab.shape[2], left : left + slab.shape[3]] = slab
+    return placed
+
+
+def _shrinkage(config: SortingConfig, volume: Volume) -> float:
+    """By how much a whole slice is shrunk to fit the crop; 1 where it fits as it is."""
+    if config.field == "crop":
+        return 1.0
+    _, *plane = lay_flat(volume.shape[1:], "DHW".index(config.axis))
+    return max(1.0, *(n / side for n, side in zip(plane, config.crop)))
 
 
 def _foreground(

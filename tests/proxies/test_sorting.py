@@ -81,7 +81,9 @@ def test_slabs_come_in_order_with_the_gap_asked_for(tmp_path, axis):
     image = np.moveaxis(ramp((30, 20, 16)), 0, "DHW".index(axis))
     spacing = tuple(np.insert([1.0, 1.0], "DHW".index(axis), 1.5))
     volume = store(tmp_path, [image], spacing)[0]
-    config = SortingConfig(slices=5, slab=2, axis=axis, min_gap_mm=5.0, crop=(12, 10), **PLAIN)
+    config = SortingConfig(
+        slices=5, slab=2, axis=axis, min_gap_mm=5.0, crop=(12, 10), field="crop", **PLAIN
+    )
     seen = set()
     for seed in range(30):
         slabs = Sorting.draw(config, volume, numpy_rng(seed))["slabs"]
@@ -98,7 +100,7 @@ def test_slabs_come_in_order_with_the_gap_asked_for(tmp_path, axis):
 def test_all_slices_of_a_volume_share_one_crop(tmp_path):
     image = np.random.default_rng(0).permutation(40 * 40).reshape(1, 40, 40).astype(np.float32)
     volume = store(tmp_path, [np.repeat(image, 12, axis=0)])[0]
-    config = SortingConfig(slices=4, crop=(16, 16), **PLAIN)
+    config = SortingConfig(slices=4, crop=(16, 16), field="crop", **PLAIN)
     corners = set()
     for seed in range(8):
         slabs = Sorting.draw(config, volume, numpy_rng(seed))["slabs"]
@@ -125,9 +127,30 @@ def test_a_volume_too_short_is_refused_with_both_numbers(tmp_path):
         Sorting.draw(SortingConfig(slices=8, min_gap_mm=2.0), volume, numpy_rng(0))
 
 
+@pytest.mark.parametrize("axis", ["D", "H", "W"])
+def test_a_whole_slice_is_shrunk_to_the_crop_in_its_proportions(tmp_path, axis):
+    image = np.zeros((12, 64, 32), np.float32)
+    image[:, 32:, :] = 1.0  # the second half of the long side
+    volume = store(tmp_path, [np.moveaxis(image, 0, "DHW".index(axis))])[0]
+    drawn = Sorting.draw(SortingConfig(slices=4, axis=axis, crop=(16, 16), **PLAIN), volume, numpy_rng(0))
+    slabs = drawn["slabs"][:, 0, 0]
+    assert torch.allclose(slabs[:, :7, 4:12], torch.zeros(()), atol=1e-5)
+    assert torch.allclose(slabs[:, 9:, 4:12], torch.ones(()), atol=1e-5)
+    assert (slabs[:, :, :4] == 0).all() and (slabs[:, :, 12:] == 0).all()  # background on both sides
+    assert drawn["spacing"].tolist() == [1.0, 4.0, 4.0]
+
+
+def test_profile_shrinks_wide_volumes(tmp_path):
+    volume = store(tmp_path, [ramp((8, 64, 48))])[0]
+    proxy = scored_by(SortingConfig(crop=(16, 16)))
+    _, scores = proxy.profile(volume)
+    # Three quarters of the crop are the slice, the rest is its background: the lowest value, 0.
+    assert np.allclose(scores, 75 * np.arange(8), rtol=1e-4)
+
+
 def test_margins_are_read_and_cut_off_again(tmp_path):
     volume = store(tmp_path, [np.random.default_rng(0).normal(size=(12, 40, 40))])[0]
-    config = SortingConfig(slices=3, crop=(16, 16))
+    config = SortingConfig(slices=3, crop=(16, 16), field="crop")
     batch = batch_of(config, [volume], 0)
     assert batch["slabs"].shape[-1] > 16  # what a rotation brings in is real
     proxy = scored_by(config)
@@ -365,7 +388,7 @@ def test_conformance():
 
 def test_profile_scores_every_slab_where_it_lies(tmp_path):
     volume = store(tmp_path, [ramp((20, 40, 24))])[0]
-    proxy = scored_by(SortingConfig(slab=3, crop=(16, 16)))
+    proxy = scored_by(SortingConfig(slab=3, crop=(16, 16), field="crop"))
     positions, scores = proxy.train().profile(volume, batch=7)
     assert proxy.training  # as before
     assert np.allclose(positions, np.arange(1, 19))  # centres of the slabs
@@ -379,7 +402,7 @@ def test_profile_tiles_wide_volumes(tmp_path):
     whole = np.ones(image.shape, bool)
     write_part(tmp_path / "p", "a", record, image[None], foreground=whole)
     assemble(tmp_path / "p", tmp_path / "s.h5", {}, [])
-    proxy = scored_by(SortingConfig(crop=(16, 16)))
+    proxy = scored_by(SortingConfig(crop=(16, 16), field="crop"))
     _, scores = proxy.profile(open_data([tmp_path / "s.h5"])[0])
     assert np.allclose(scores, 100.0)
 
