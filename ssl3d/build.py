@@ -118,7 +118,7 @@ def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log
         rank=fabric.global_rank,
         world=fabric.world_size,
         start_step=begin,
-        on_set_aside=lambda name, reason: log.say(f"set aside: {name}: {reason}"),
+        on_set_aside=lambda name, reason: log.warn(f"set aside: {name}: {reason}"),
         pin=fabric.device.type == "cuda",
     )
 
@@ -134,7 +134,7 @@ def holdout_batches(data: Collection, plan: Plan, fabric: Fabric, log: Log) -> l
     count = min(BATCHES, -(-len(data) // size))
     loader = Loader(
         data, plan.proxies, size, seed=0, rank=fabric.global_rank, world=world, steps=count, pin=False,
-        on_set_aside=lambda name, reason: log.say(f"set aside: {name}: {reason}"),
+        on_set_aside=lambda name, reason: log.warn(f"set aside: {name}: {reason}"),
     )  # fmt: skip
     return [groups_of(batch) for batch in loader]
 

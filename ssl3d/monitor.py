@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 class Log:
-    """Lines for the user, on the terminal and in `train.log`; nothing on ranks other than 0.
+    """Lines for the user, on the terminal and in `train.log`; warnings alone on ranks other than 0.
 
     Args:
         folder: The run; None keeps to the terminal until `open` is called.
@@ -50,6 +50,13 @@ class Log:
         self.wipe()
         print(line, file=self.stream, flush=True)
         self.note(line)
+
+    def warn(self, line: str) -> None:
+        """One line that another rank may be the only one to know; off rank 0 it goes to stderr."""
+        if self.on:
+            self.say(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
         """One line for the file alone."""

@@ -178,6 +178,32 @@ def test_cutting_keeps_every_row_once(rows, parts):
             assert group.volumes == tuple(f"v{i}" for i in group.rows)
 
 
+def test_every_rank_names_the_volumes_it_sets_aside(tiny_plugins, phantoms, capsys):
+    from ssl3d.build import holdout_batches, loader_of
+    from ssl3d.data.store import open_data
+    from ssl3d.errors import DataError
+    from ssl3d.monitor import Log
+    from ssl3d.options import plan_from
+
+    data = open_data([phantoms])
+    plan = plan_from({"proxy": "tiny", "batch_size": 4, "workers": 0}, "x")
+    fabric = SimpleNamespace(global_rank=1, world_size=2, device=torch.device("cpu"))
+    loader = loader_of(data, plan, fabric, 0, Log(on=False))
+    loader._on_set_aside("set/a", "cut short")
+    assert "set aside: set/a: cut short" in capsys.readouterr().err
+
+    class Never(plan.proxies["tiny"][0]):
+        @classmethod
+        def draw(cls, config, volume, rng):
+            raise DataError("damaged")
+
+    plan.proxies["tiny"] = (Never, plan.proxies["tiny"][1])
+    with pytest.raises(DataError, match="no volume can be drawn"):
+        holdout_batches(data, plan, fabric, Log(on=False))
+    told = capsys.readouterr()
+    assert "set aside: phantoms/" in told.err and not told.out
+
+
 def test_means_are_weighted_by_examples():
     one = {"a": (torch.tensor(6.0), 3), "b": (torch.tensor(1.0), 1)}
     two = {"a": (torch.tensor(2.0), 1)}
