@@ -189,10 +189,11 @@ class Collection(Sequence[Volume]):
         return [self._codes[3][code] for code in np.unique(self.subject_codes)]
 
     def digest(self) -> str:
-        """A hash of the volumes in order: identities, labels, splits, voxels, masks, boxes."""
+        """A hash of the volumes in order: identities, labels, splits, geometry, voxels, masks, boxes."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(np.ascontiguousarray(self._column("content")).data)
-        for column in (self.ids, self.datasets, self.subjects, self.splits, self.labels):
+        digest.update(np.ascontiguousarray(self.spacings, dtype=np.float64).data)
+        for column in (self.ids, self.datasets, self.subjects, self.splits, self.labels, self.orientations):
             digest.update("\0".join(map(str, column)).encode())
         return digest.hexdigest()
 
@@ -283,6 +284,17 @@ def _sort_out(path: Path) -> tuple[list[Path], bool]:
     if stores and scan is not None:
         raise DataError(f"{path}: holds stores ({stores[0].name}) and scans ({scan.name}); give them apart")
     return (stores, True) if stores else ([path], False)
+
+
+def holds_scans(paths: Sequence[str | Path]) -> bool:
+    """Whether `open_data` would prepare some of these first.
+
+    Raises:
+        DataError: One is missing, or mixes stores and scans.
+    """
+    named = [str(path) for path in paths]
+    files = [text for text in named if text != "phantoms" and not text.startswith("phantoms:")]
+    return any(not _sort_out(Path(text))[1] for text in files)
 
 
 def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
