@@ -24,7 +24,7 @@ from ssl3d.api import (
     find_result,
     house_split,
     identity_hash,
-    open_data,
+    open_data_for,
     split_digest,
     statistics,
     write_result,
@@ -79,7 +79,8 @@ class Task:
 def run(options: Options) -> list[Row]:
     """Scores every contestant, writes records, table and pictures, prints the table."""
     contestants(options)  # a wrong path is said before anything is read
-    task = make_task(open_data(options.data), options)
+    trained = [encoder_from(spec) for spec in options.encoder if not spec.startswith("scratch:")]
+    task = make_task(open_data_for(trained, options.data), options)
     entries = contestants(replace(options, encoder=_fitting(options.encoder, task.data)))
     check_channels(entries, task)
     _say(_headline(task))

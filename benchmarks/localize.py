@@ -17,7 +17,7 @@ from ssl3d.api import (
     identity_hash,
     load_proxies,
     numpy_rng,
-    open_data,
+    open_data_for,
     print_table,
 )
 
@@ -361,7 +361,7 @@ def _scoring_proxy(options: Options) -> tuple[str, Any]:
 
 def _choose(options: Options, proxy: Any) -> tuple[Collection, Collection, str]:
     """Reference volumes, volumes to place, and where the former came from."""
-    data = open_data(list(options.data))
+    data = open_data_for([proxy.encoder], list(options.data))
     known = set(getattr(proxy.encoder, "metadata", {}).get("identities", []))
 
     def seen(collection: Collection) -> np.ndarray:
@@ -370,7 +370,7 @@ def _choose(options: Options, proxy: Any) -> tuple[Collection, Collection, str]:
 
     trained = seen(data)
     if options.reference:
-        reference, how = open_data(list(options.reference)), "as given"
+        reference, how = open_data_for([proxy.encoder], list(options.reference)), "as given"
         theirs = {tuple(pair) for pair in reference.identities()}
         mine = np.array([pair in theirs for pair in zip(data.datasets, data.subjects)], dtype=bool)
         unseen = data.select(np.flatnonzero(~trained & ~mine))

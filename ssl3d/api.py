@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.checkpoint import open_data_for as open_data_for
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
     from ssl3d.data.geometry import save_nifti as save_nifti
@@ -126,6 +127,7 @@ _HOME = {
     "nt_xent": "losses",
     "numpy_rng": "rng",
     "open_data": "data.store",
+    "open_data_for": "checkpoint",
     "pair_picture": "views.pairs",
     "PairViews": "views.pairs",
     "parse": "config",

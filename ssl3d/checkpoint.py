@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +145,57 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
     return encoder.eval()
 
 
+def open_data_for(encoders: Sequence[Encoder], paths: Sequence[str | Path]) -> Collection:
+    """Opens data for trained encoders: raw scans are prepared as the encoders' own data were.
+
+    Raises:
+        UsageError: There are raw scans, and the encoders' data were prepared differently.
+        DataError: As `open_data`.
+    """
+    from ssl3d.data.store import holds_scans, open_data
+
+    if not holds_scans(paths):
+        return open_data(paths)
+    options = prepare_options_of(encoders)
+    if options:
+        told = ", ".join(f"{key} {value}" for key, value in options.items())
+        print(f"raw scans are prepared as the encoder's own data were: {told}", file=sys.stderr)
+    return open_data(paths, **options)
+
+
+def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
+    """How to prepare raw scans for these encoders: as the data of the trained ones were, for `open_data`.
+
+    Only what differs from the defaults of `ssl3d prepare`. A median spacing is the one that it came to.
+
+    Raises:
+        UsageError: Two encoders, or two stores of one, were prepared differently.
+    """
+    from ssl3d.data.prepare import PrepareOptions
+
+    kept = ("spacing", "normalize", "window", "crop_foreground", "colour", "frames")
+    defaults = {one.name: one.default for one in dataclasses.fields(PrepareOptions) if one.name in kept}
+    found: list[dict[str, Any]] = []
+    for encoder in encoders:
+        for settings in getattr(encoder, "metadata", {}).get("preprocessing") or []:
+            given = settings.get("options")
+            if not isinstance(given, dict):
+                continue  # phantoms, and stores that no `prepare` made
+            own = {key: given[key] for key in kept if key in given}
+            if own.get("spacing") == "median":
+                own["spacing"] = settings.get("spacing") or "keep"
+            own = {key: value for key, value in own.items() if value != defaults[key]}
+            if own not in found:
+                found.append(own)
+    if len(found) > 1:
+        both = " and ".join(json.dumps(own) for own in found[:2])
+        raise UsageError(
+            f"the encoders' own data were prepared differently ({both}): make a store of the scans with "
+            "`ssl3d prepare` and give it to --data"
+        )
+    return found[0] if found else {}
+
+
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The checked content of a folder's `encoder.json`, of this format.
 
@@ -175,6 +228,11 @@ def _encoder_folder(path: Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path}: not a run or an encoder (no {CARD} in it or in its encoder/)")
     raise CheckpointError(f"{path}: no such run or encoder (for an untrained one: scratch:resnet18)")
+
+
+def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
+    """Raises a CheckpointError where the weights beside a card are missing, cut short or of another card."""
+    _read_weights(Path(folder) / WEIGHTS, card)
 
 
 def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:

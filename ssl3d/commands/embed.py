@@ -13,10 +13,9 @@ def main(argv: Sequence[str]) -> int:
     from ssl3d.embedding import EmbedOptions, embed_collection
 
     options = parse("ssl3d embed", EmbedOptions, argv).options
-    from ssl3d.checkpoint import encoder_from
-    from ssl3d.data.store import open_data
+    from ssl3d.checkpoint import encoder_from, open_data_for
 
     encoder = encoder_from(options.encoder)
-    count = embed_collection(encoder, open_data(options.data), options)
+    count = embed_collection(encoder, open_data_for([encoder], options.data), options)
     print(f"{count} embeddings of length {encoder.embed_dim} in {options.out}")
     return 0

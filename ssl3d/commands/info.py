@@ -132,9 +132,10 @@ def _of_run(path: Path) -> dict[str, Any]:
 
 
 def _of_encoder(path: Path) -> dict[str, Any]:
-    from ssl3d.checkpoint import read_card
+    from ssl3d.checkpoint import check_weights, read_card
 
     card = read_card(path)
+    check_weights(path, card)
     seen = card.get("identities")
     if isinstance(seen, list):  # hashes, thousands of them
         card = {**card, "identities": len(seen)}

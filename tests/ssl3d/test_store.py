@@ -465,7 +465,9 @@ def test_the_digest_tells_spacings_and_orientations_apart(tmp_path):
     digests = set()
     for n, changed in enumerate(({}, {"spacing": (2.0, 1.0, 1.0)}, {"orientation": "unknown"})):
         known = {"spacing": (1.0, 1.0, 1.0), "orientation": "SAR"} | changed
-        write_part(tmp_path / str(n), "a", Record("a", "d", "s", **known), np.ones((1, 4, 4, 4), np.float32))
+        write_part(
+            tmp_path / str(n), "a", Record("a", "d", "s", **known), np.ones((1, 4, 4, 4), np.float32)
+        )
         assemble(tmp_path / str(n), tmp_path / f"{n}.h5", {}, [])
         digests.add(open_data([tmp_path / f"{n}.h5"]).digest())
     assert len(digests) == 3
