@@ -231,7 +231,7 @@ def _encoder_folder(path: Path) -> Path:
 
 
 def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
-    """Raises a CheckpointError where the weights beside a card are missing, cut short or of another card."""
+    """Raises a CheckpointError where the weights beside a card are missing, cut short or others."""
     _read_weights(Path(folder) / WEIGHTS, card)
 
 

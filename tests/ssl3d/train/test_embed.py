@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ssl3d import cli
-from ssl3d.checkpoint import encoder_from
+from ssl3d.checkpoint import encoder_from, open_data_for, save_encoder
 from ssl3d.data.store import open_data
+from ssl3d.errors import UsageError
 from ssl3d.inference import embed_volume
 
 WORD = "scratch:resnet10:width=4"
@@ -85,3 +86,39 @@ def test_bf16_is_close(phantoms, tmp_path):
     with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
         first, second = torch.tensor(a["embeddings"][:]), torch.tensor(b["embeddings"][:])
     assert torch.nn.functional.cosine_similarity(first, second).min() > 0.99
+
+
+def test_raw_scans_are_prepared_as_the_encoders_own_data_were(tmp_path, monkeypatch, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).normal(100, 30, (16, 16, 16)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(noise, np.eye(4)), scans / f"p{number}.nii.gz")
+    store = tmp_path / "own.h5"
+    words = ["--spacing", "2", "2", "2", "--normalize", "unit", "--workers", "0"]
+    assert cli.main(["prepare", str(scans), "--out", str(store), *words]) == 0
+    encoder = encoder_from(WORD)
+    save_encoder(encoder, tmp_path / "encoder", {"preprocessing": open_data([store]).settings})
+
+    trained = encoder_from(tmp_path / "encoder")
+    own = open_data_for([trained], [scans])
+    assert own.digest() == open_data([store]).digest() != open_data([scans]).digest()
+    assert "spacing [2.0, 2.0, 2.0], normalize unit" in capsys.readouterr().err
+    other = encoder_from(WORD)
+    other.metadata["preprocessing"] = [{"options": {"spacing": "keep", "normalize": "mr"}}]
+    with pytest.raises(UsageError, match="prepared differently"):
+        open_data_for([trained, other], [scans])
+    assert len(open_data_for([trained, other], [store])) == 2
+
+
+def test_info_tells_weights_that_are_cut_short(tmp_path, capsys):
+    save_encoder(encoder_from(WORD), tmp_path / "encoder")
+    weights = tmp_path / "encoder" / "encoder.safetensors"
+    assert cli.main(["info", str(tmp_path / "encoder")]) == 0
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert cli.main(["info", str(tmp_path / "encoder")]) == 2
+    assert "encoder.safetensors: truncated" in capsys.readouterr().err
+    weights.unlink()
+    assert cli.main(["info", str(tmp_path / "encoder")]) == 2
