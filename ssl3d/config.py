@@ -79,6 +79,13 @@ def parse(
         raise UsageError(f"{prog}: {_one_line(error)}") from error
     values = {key: value for key, value in namespace.as_dict().items() if key not in ("config",)}
     chosen = _chosen(options, plugins, values)
+    for word in argv:
+        section = re.match(r"--(\w+)\.", word)
+        if section and section[1] in selected and section[1] not in chosen:
+            option = selected[section[1]]
+            raise UsageError(
+                f"{prog}: {word.split('=')[0]}: {section[1]} is not selected; name it with --{option}"
+            )
     given = {
         field.name
         for field in dataclasses.fields(options)
@@ -148,6 +155,7 @@ def _parser(
         description=description,
         epilog=epilog or None,
         default_env=False,
+        allow_abbrev=False,  # a mistyped flag must not become another one
         formatter_class=DefaultHelpFormatter,
     )
     parser.add_argument("--config", action="config", help="a YAML file of options; flags go above it")
@@ -419,11 +427,29 @@ def _tuples(hint: Any, value: Any) -> Any:
     return value
 
 
+_PLAIN = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "NoneType": "null",
+}
+
+
 def _one_line(message: object) -> str:
     """Collapses an error that spans lines, and drops jsonargparse's preambles."""
     text = " ".join(str(message).split())
     text = re.sub(r"^(Parser|Validation) (error|failed): ?", "", text)
     text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1].replace('_', '-')}: ", text)
+    several = re.match(r"(--[\w.-]+): Does not validate against any of the Union subtypes", text)
+    if several:
+        # jsonargparse tells why each type of the union was not met; the type and the value say enough.
+        kinds = re.search(r"Subtypes: \[(.*?)\] Errors:", text)
+        value = re.search(r"Given value: (.*)$", text)
+        wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]) if kinds else "another type"
+        text = f"{several[1]}: expected one of {wanted}, got {value[1] if value else 'something else'}"
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda m: _PLAIN.get(m[1], m[1]), text)
+    text = text.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
     return text[:600]
 
 

@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ class Options:
     batch_size: int = 8
     lr: float | None = None
     spacing: tuple[float, float, float] | str = "median"
+    voxel: tuple[float, float, float] | Literal["keep"] = "keep"
     overwrite: bool = False
     devices: int | str = "auto"
     fractions: tuple[float, ...] = (1.0,)
@@ -152,6 +154,17 @@ def test_what_print_config_prints_can_be_read_back(tmp_path, capsys):
         (["--data", "a", "--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
         (["--data", "a", "--config"], "--config: names no file"),
         (["--data", "a", "--proxy", "sortin"], "sortin"),
+        (
+            ["--data", "a", "--simclr.slices", "4"],
+            "--simclr.slices: simclr is not selected; name it with --proxy",
+        ),
+        (["--data", "a", "--sorting.slice", "4"], "--sorting.slice"),
+        (["--data", "a", "--batch", "4"], "--batch"),
+        (["--data", "a", "--batch-size", "many"], "expected a whole number, got many"),
+        (
+            ["--data", "a", "--voxel", "1", "1"],
+            "--voxel: expected one of tuple[float, float, float], 'keep', got",
+        ),
     ],
 )
 def test_wrong_input_gives_one_line_that_names_the_flag(argv, said):
