@@ -49,7 +49,7 @@ PRETRAIN = {
 # Task -> store, runs, options of the probe.
 PROBES: dict[str, tuple[str, list[str], list[str]]] = {
     "hippocampus": ("hippocampus", ["hippocampus"], ["--target", "masks"]),
-    "cardiac": ("cardiac", ["cardiac"], ["--target", "masks"]),
+    "cardiac": ("cardiac", ["cardiac"], ["--target", "masks", "--precision", "bf16"]),
     "diagnosis": ("cardiac", ["cardiac"], ["--target", "classes", "--pool-subject", "concat"]),
     "adrenal": ("adrenal", ["adrenal", "hippocampus"], ["--target", "classes"]),
     "pneumonia": ("pneumonia", ["pneumonia", "hippocampus"], ["--target", "classes"]),

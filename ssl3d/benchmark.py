@@ -283,7 +283,7 @@ def read_result(path: Path) -> Result:
         DataError: The file is not a record, or one of a newer format.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
     validate_result(content, str(path))
