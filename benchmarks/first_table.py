@@ -50,6 +50,12 @@ PRETRAIN = {
 PROBES: dict[str, tuple[str, list[str], list[str]]] = {
     "hippocampus": ("hippocampus", ["hippocampus"], ["--target", "masks"]),
     "cardiac": ("cardiac", ["cardiac"], ["--target", "masks", "--precision", "bf16"]),
+    # Slice by slice: what was trained on slices alone, seen as it was trained.
+    "cardiac_slices": (
+        "cardiac",
+        ["cardiac"],
+        ["--target", "masks", "--precision", "bf16", "--recalibrate", "no", "--window", "1", "192", "192"],
+    ),
     "diagnosis": ("cardiac", ["cardiac"], ["--target", "classes", "--pool-subject", "concat"]),
     "adrenal": ("adrenal", ["adrenal", "hippocampus"], ["--target", "classes"]),
     "pneumonia": ("pneumonia", ["pneumonia", "hippocampus"], ["--target", "classes"]),
