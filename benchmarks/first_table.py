@@ -113,7 +113,7 @@ def flops(work: Path, store: str, proxy: str, seed: int) -> int:
     if not card.exists():
         words = pretrain(work, store, proxy, run, 1, seed)
         ssl3d("pretrain", *words, "--eval-every", "-1", "--overwrite")
-    return int(json.loads(card.read_text())["compute"]["flops_per_step"])
+    return int(json.loads(card.read_text(encoding="utf-8"))["compute"]["flops_per_step"])
 
 
 def ssl3d(*words: object) -> None:

@@ -92,7 +92,7 @@ def run(options: Options) -> list[Row]:
         rows += score_entry(entry, benchmark, task, options)
     text = format_table(rows, benchmark, task.how)
     print(text)
-    (options.out / "table.txt").write_text(text + "\n")
+    (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     from ssl3d_benchmarks.linear_probe_pictures import draw
 
     for path in draw(rows, benchmark, task, entries, options):

@@ -408,7 +408,7 @@ def _write(
 ) -> None:
     found = summarize(rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "localize.csv").open("w", newline="") as file:
+    with (options.out / "localize.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -423,7 +423,7 @@ def _write(
         "rows": [asdict(row) for row in rows],
         "rejected": list(rejected),
     }
-    (options.out / "localize.json").write_text(json.dumps(record, indent=1))
+    (options.out / "localize.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     picture(axis, curves, rows).savefig(options.out / "localize.png", dpi=120)
     shown = [row for row in rows if row.kind == "volume"]
     print_table(

@@ -151,7 +151,11 @@ def choose(folder: Path | None, size: int, limit: int, temporary: Path) -> list[
 def resident() -> float:
     """Memory of this process in MB; NaN where /proc does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return (
+            int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 1e6
+        )
     except OSError:
         return float("nan")
 

@@ -92,9 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     report(medians, options)
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"out": None, "json": None},
-                                            "machine": platform.processor() or platform.machine(),
-                                            "measured": found, "medians": medians}, indent=1))  # fmt: skip
+        told = {
+            "options": vars(options) | {"out": None, "json": None},
+            "machine": platform.processor() or platform.machine(),
+            "measured": found,
+            "medians": medians,
+        }
+        options.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
     if options.train_steps:
         with tempfile.TemporaryDirectory() as temporary:
             quality(options, options.out or Path(temporary))
@@ -161,7 +165,9 @@ def memory(device: Any) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) / 1024
     import resource
 

@@ -267,7 +267,7 @@ def write_result(result: Result, folder: Path) -> Path:
     partial = path.with_suffix(f".partial{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -283,7 +283,7 @@ def read_result(path: Path) -> Result:
         DataError: The file is not a record, or one of a newer format.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
     validate_result(content, str(path))

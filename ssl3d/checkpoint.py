@@ -204,7 +204,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text())
+        card = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except ValueError as error:
@@ -301,7 +301,7 @@ def config_of(run: str | Path) -> dict[str, Any]:
 
     path = Path(run) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{run}: not a run (config.yaml: {error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

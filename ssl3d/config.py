@@ -23,10 +23,12 @@ class Plugins:
         options: Fields of the command's dataclass that hold plugin names, and for each the function
             that gives a name's `Config` dataclass (and raises a `PluginError` for an unknown name).
         known: The names that may be sections, per option; used to tell a section from a typing error.
+        strict: Whether a flag of a plugin that no option selects is an error.
     """
 
     options: Mapping[str, Callable[[str], type]] = dataclasses.field(default_factory=dict)
     known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    strict: bool = True
 
 
 @dataclasses.dataclass
@@ -81,7 +83,7 @@ def parse(
     chosen = _chosen(options, plugins, values)
     for word in argv:
         section = re.match(r"--(\w+)\.", word)
-        if section and section[1] in selected and section[1] not in chosen:
+        if plugins.strict and section and section[1] in selected and section[1] not in chosen:
             option = selected[section[1]]
             raise UsageError(
                 f"{prog}: {word.split('=')[0]}: {section[1]} is not selected; name it with --{option}"
@@ -379,7 +381,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

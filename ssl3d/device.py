@@ -120,7 +120,7 @@ def resolve_precision(options: PretrainOptions, cpuinfo: Path = Path("/proc/cpui
     if accelerator == "mps":
         return "32"
     try:
-        flags = cpuinfo.read_text()
+        flags = cpuinfo.read_text(encoding="utf-8")
     except OSError:
         return "bf16" if _bf16_gain() > 1.3 else "32"
     if "flags" in flags:

@@ -38,7 +38,7 @@ class Log:
     def open(self, folder: Path) -> None:
         """Starts writing to the run's `train.log`, with what was said so far."""
         if self.on:
-            self._file = (folder / "train.log").open("a")
+            self._file = (folder / "train.log").open("a", encoding="utf-8")
             for line in self._held:
                 self._record(line)
             self._held = []
@@ -103,7 +103,7 @@ class Monitor:
 
         self.folder, self.total, self.log_every, self.main, self.log = folder, total, log_every, main, log
         trim(folder / METRICS, start)
-        self._metrics = (folder / METRICS).open("a")
+        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self._started, self._start = time.monotonic(), start
         self._shown = 0.0
@@ -176,19 +176,23 @@ def trim(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if int(json.loads(line)["step"]) <= step:
                 kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     path = Path(run) / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def duration(seconds: float) -> str:

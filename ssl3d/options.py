@@ -192,7 +192,9 @@ def request_of(argv: Sequence[str]) -> Request:
         UsageError: No proxy is named, or a flag is wrong; the message names it.
     """
     words = [word for word in argv if word not in ("--print_config", "--print-config")]
-    parsed = config.parse(PROG, PretrainOptions, _with_preset(words), _plugins(), epilog=_epilog())
+    # With --resume no plugin is named: the run's own options hold, and flags beside it are judged below.
+    named = _plugins(strict=not any(word.split("=")[0] == "--resume" for word in words))
+    parsed = config.parse(PROG, PretrainOptions, _with_preset(words), named, epilog=_epilog())
     options: PretrainOptions = parsed.options
     if options.resume is not None:
         changed = sorted((parsed.given | _sections_given(words)) - FREE_ON_RESUME)
@@ -297,7 +299,7 @@ def preset_values(name: str | None, proxies: Sequence[Any]) -> dict[str, Any]:
         return {}
     import yaml
 
-    values: dict[str, Any] = yaml.safe_load(_preset(name).read_text())
+    values: dict[str, Any] = yaml.safe_load(_preset(name).read_text(encoding="utf-8"))
     known = {f.name for f in dataclasses.fields(PretrainOptions)}
     return {
         key: value
@@ -334,13 +336,14 @@ def _sections_given(argv: Sequence[str]) -> set[str]:
     }
 
 
-def _plugins() -> config.Plugins:
+def _plugins(strict: bool = True) -> config.Plugins:
     def options_of(group: str) -> Any:
         return lambda name: plugins.load(group, name).Config
 
     return config.Plugins(
         options={"proxy": options_of(plugins.PROXIES), "encoder": options_of(plugins.ENCODERS)},
         known={"proxy": plugins.names(plugins.PROXIES), "encoder": plugins.names(plugins.ENCODERS)},
+        strict=strict,
     )
 
 

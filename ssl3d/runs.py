@@ -78,10 +78,10 @@ def write_config(folder: Path, plan: Plan) -> None:
     import yaml
 
     temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(plan.as_config(), sort_keys=False))
+    temporary.write_text(yaml.safe_dump(plan.as_config(), sort_keys=False), encoding="utf-8")
     temporary.replace(folder / "config.yaml")
     if os.environ.get("SLURM_JOB_ID"):
-        (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n")
+        (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n", encoding="utf-8")
 
 
 def save_state(
@@ -229,7 +229,7 @@ def requeued_run(plan: Plan) -> Path | None:
 
 def _job_of(folder: Path) -> str | None:
     path = folder / _JOB
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 class plain_errors:

@@ -25,7 +25,7 @@ def modules():
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,5 +83,9 @@ def test_declared_dependencies_are_exactly_those_imported():
 
 
 def test_every_module_has_a_docstring():
-    missing = [name for name, path in modules() if not ast.get_docstring(ast.parse(path.read_text()))]
+    missing = [
+        name
+        for name, path in modules()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     assert not missing

@@ -75,7 +75,7 @@ def test_an_installed_wheel_tells_the_help_of_every_command(wheel, tmp_path):
 
 def readme_proxy():
     """The README's complete example: its file name and its code."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.search(r"```python\n# (\w+\.py): (.*?)```", text, re.DOTALL)
 
 
@@ -87,13 +87,15 @@ def test_the_readme_proxy_is_short():
 
 
 def test_the_readme_proxy_trains_as_a_distribution_of_its_own(tmp_path):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     file = readme_proxy()[1]
     source = tmp_path / "source"
     source.mkdir()
-    (source / file).write_text("# " + readme_proxy()[0].removeprefix("```python\n# ").removesuffix("```"))
+    (source / file).write_text(
+        "# " + readme_proxy()[0].removeprefix("```python\n# ").removesuffix("```"), encoding="utf-8"
+    )
     toml = re.search(r"```toml\n# pyproject\.toml\n(.*?)```", text, re.DOTALL)[1]
-    (source / "pyproject.toml").write_text(toml)
+    (source / "pyproject.toml").write_text(toml, encoding="utf-8")
     install(build(source, tmp_path / "wheel"), tmp_path / "site")
     name = re.search(r'\[project\.entry-points\."ssl3d\.proxies"\]\n(\w+) *=', toml)[1]
 

@@ -110,7 +110,7 @@ def _of_run(path: Path) -> dict[str, Any]:
     log = path / "metrics.jsonl"
     steps = 0
     if log.is_file():
-        with open(log) as file:
+        with open(log, encoding="utf-8") as file:
             for line in file:
                 try:
                     last = json.loads(line)

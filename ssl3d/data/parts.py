@@ -56,14 +56,14 @@ def reuse_parts(
     options = digest_of([VERSION, dataclasses.asdict(recipe)])
     memo = folder / "options.json"
     names = [f"{i:08d}-{key_of(scan, stamps)}" for i, scan in enumerate(scans)]
-    before = memo.read_text() if memo.is_file() else ""
+    before = memo.read_text(encoding="utf-8") if memo.is_file() else ""
     if before != options:
         stale = list(folder.glob("*.part"))
         for path in stale:
             path.unlink()
         if stale:
             say(f"{folder.name}: {count_of(len(stale), 'volume')} made with other options, not reused")
-        memo.write_text(options)
+        memo.write_text(options, encoding="utf-8")
         return names
     wanted = {name.partition("-")[2]: name for name in names}
     for path in folder.glob("*.part"):
@@ -104,7 +104,7 @@ def keep_only(folder: Path, names: Sequence[str]) -> None:
 def locked(folder: Path, out: Path) -> Iterator[None]:
     """Makes the folder of the parts, and refuses a second `prepare` of the same store at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
+    lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
     try:
         try:
             import fcntl
@@ -154,14 +154,14 @@ def write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:
     path = out.parent / "rejected.csv"
     others: list[dict[str, str]] = []
     if path.is_file():
-        with open(path, newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             others = [row for row in csv.DictReader(file) if row.get("store") != out.name]
     lines = [{**row, "store": out.name} for row in rows]
     if not others and not lines:
         path.unlink(missing_ok=True)
         return
     temporary = path.with_name(f".rejected.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ("path", "reason", "store"), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(others + lines)

@@ -227,6 +227,6 @@ def test_records_are_plain_json(cache, tmp_path):
     data = a_store(tmp_path / "s.h5", [0, 1] * 10)
     out = tmp_path / "out"
     assert main(["linear-probe", SPEC, "--data", data, "--out", str(out), "--untrained", "1"]) == 0
-    content = json.loads(next(out.glob("scratch*.json")).read_text())
+    content = json.loads(next(out.glob("scratch*.json")).read_text(encoding="utf-8"))
     assert content["dataset"] == ["made"] and content["contestant"]["architecture"]["name"] == "resnet10"
     assert str(tmp_path) not in json.dumps(content)  # no machine's paths

@@ -172,12 +172,12 @@ def run(tmp_path_factory):
 def test_the_command_places_unseen_phantoms(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["localize", str(run), "--data", "phantoms:24", "--crops", "3", "--out", str(out)]) == 0
-    record = json.loads((out / "localize.json").read_text())
+    record = json.loads((out / "localize.json").read_text(encoding="utf-8"))
     assert record["reference"]["from"] == "seen in pretraining"
     scores = record["scores"]
     assert scores["crops"] == 3 * scores["volumes"] > 0
     assert scores["error"]["median"] < 0.6 * scores["centre_error"]["median"]
-    with (out / "localize.csv").open() as file:
+    with (out / "localize.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == scores["crops"] + scores["volumes"]
     assert {row["kind"] for row in rows} == {"volume", "crop"}
@@ -188,9 +188,9 @@ def test_the_command_places_unseen_phantoms(run, tmp_path, capsys):
 def test_people_seen_in_pretraining_are_not_placed(run, tmp_path):
     from ssl3d.api import identity_hash
 
-    known = set(json.loads((run / "encoder" / "encoder.json").read_text())["identities"])
+    known = set(json.loads((run / "encoder" / "encoder.json").read_text(encoding="utf-8"))["identities"])
     cli.main(["localize", str(run), "--data", "phantoms:24", "--crops", "0", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "localize.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "localize.json").read_text(encoding="utf-8"))["rows"]
     assert rows
     assert not known & {identity_hash(row["dataset"], row["subject"]) for row in rows}
 

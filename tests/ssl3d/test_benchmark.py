@@ -43,7 +43,7 @@ def test_record_round_trip(tmp_path):
     result = a_result()
     path = write_result(result, tmp_path / "new")
     assert read_result(path) == result
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert content["scores"]["auc"] == 0.8 and content["intervals"]["auc"] == [0.7, 0.9]
     assert content["key"] == result.key and content["versions"]["python"]
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
@@ -53,7 +53,7 @@ def test_undefined_scores_survive_as_null(tmp_path):
     path = write_result(
         a_result(scores={"auc": math.nan}, intervals={"auc": (math.nan, math.nan)}), tmp_path
     )
-    assert "NaN" not in path.read_text()
+    assert "NaN" not in path.read_text(encoding="utf-8")
     assert math.isnan(read_result(path).scores["auc"])
 
 
@@ -79,7 +79,7 @@ def test_a_finished_record_is_found_and_a_damaged_one_is_not(tmp_path):
     path = write_result(a_result(), tmp_path)
     assert find_result(a_result(scores={}), tmp_path).scores["auc"] == 0.8
     assert find_result(a_result(seed=1), tmp_path) is None
-    path.write_text(path.read_text()[:100])
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
     assert find_result(a_result(), tmp_path) is None
 
 
@@ -97,7 +97,9 @@ def test_a_finished_record_is_found_and_a_damaged_one_is_not(tmp_path):
 )
 def test_damaged_records_are_refused_in_one_line(tmp_path, damage, message):
     path = write_result(a_result(), tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **damage}), encoding="utf-8"
+    )
     with pytest.raises(DataError, match=message) as caught:
         read_result(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -109,7 +111,7 @@ def test_a_missing_key_is_named():
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match="cannot write"):
         write_result(a_result(), tmp_path / "file" / "deeper")
 

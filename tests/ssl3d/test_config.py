@@ -119,7 +119,9 @@ def test_selected_plugins_get_sections_with_their_flags():
 
 def test_flags_override_the_file_wherever_config_stands(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("proxy: simclr\nbatch_size: 3\nspacing: [1, 1, 2]\nsimclr:\n  slices: 4\n")
+    file.write_text(
+        "proxy: simclr\nbatch_size: 3\nspacing: [1, 1, 2]\nsimclr:\n  slices: 4\n", encoding="utf-8"
+    )
     parsed = run("--data", "a", "--batch-size", "5", "--config", str(file))
     assert parsed.options.batch_size == 5
     assert parsed.options.proxy == ("simclr",)
@@ -130,7 +132,7 @@ def test_flags_override_the_file_wherever_config_stands(tmp_path):
 
 def test_a_section_of_a_plugin_that_is_not_selected_is_accepted(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("proxy: sorting\nsimclr:\n  slices: 4\n")
+    file.write_text("proxy: sorting\nsimclr:\n  slices: 4\n", encoding="utf-8")
     assert set(run("--data", "a", "--config", str(file)).sections) == {"sorting", "resnet18"}
 
 
@@ -138,7 +140,7 @@ def test_what_print_config_prints_can_be_read_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--data", "a", "--encoder", "resnet10", "--resnet10.kind", "3d", "--print_config")
     file = tmp_path / "c.yaml"
-    file.write_text(capsys.readouterr().out)
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
     parsed = run("--config", str(file))
     assert parsed.sections["resnet10"].kind == "3d"
     assert parsed.options.data == ("a",)
@@ -176,10 +178,10 @@ def test_wrong_input_gives_one_line_that_names_the_flag(argv, said):
 
 def test_a_broken_configuration_file_is_named(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("a: [1,")
+    file.write_text("a: [1,", encoding="utf-8")
     with pytest.raises(UsageError, match=r"c\.yaml: not YAML"):
         run("--data", "a", "--config", str(file))
-    file.write_text("- a\n")
+    file.write_text("- a\n", encoding="utf-8")
     with pytest.raises(UsageError, match="holds no options"):
         run("--data", "a", "--config", str(file))
 

@@ -217,7 +217,7 @@ def test_several_stores_are_read_as_one(tmp_path, path):
 def test_a_folder_of_shards_is_read_as_one(tmp_path):
     make(tmp_path, [(record("a"), IMAGE, {})], "shard-2.h5")
     make(tmp_path, [(record("b"), IMAGE, {})], "shard-1.h5")
-    (tmp_path / "rejected.csv").write_text("path,reason\n")
+    (tmp_path / "rejected.csv").write_text("path,reason\n", encoding="utf-8")
     assert open_data([tmp_path]).ids.tolist() == ["b", "a"]
 
 

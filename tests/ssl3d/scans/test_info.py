@@ -17,7 +17,9 @@ def store(scans, tmp_path):
     for i in range(3):
         scans.nifti(source / f"p{i}.nii.gz", scans.body(seed=i))
     (source / "bad.nii.gz").write_bytes(b"")
-    (source / "labels.csv").write_text("path,label,split\np0.nii.gz,ill,train\np1.nii.gz,well,test\n")
+    (source / "labels.csv").write_text(
+        "path,label,split\np0.nii.gz,ill,train\np1.nii.gz,well,test\n", encoding="utf-8"
+    )
     prepare(PrepareOptions((str(source),), str(tmp_path / "s.h5"), workers=0))
     return tmp_path / "s.h5"
 
@@ -87,9 +89,9 @@ def test_encoder_and_run(tmp_path, capsys):
 
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text("proxy: [sorting]\nsteps: 5\n")
+    (run / "config.yaml").write_text("proxy: [sorting]\nsteps: 5\n", encoding="utf-8")
     (run / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo'
+        '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo', encoding="utf-8"
     )
     info = as_json(capsys, run)
     assert (info["kind"], info["finished"], info["steps_logged"], info["last"]["loss"]) == (

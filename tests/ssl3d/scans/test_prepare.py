@@ -26,7 +26,7 @@ def voxels_of(volume):
 
 
 def rejected(folder):
-    with open(folder / "rejected.csv", newline="") as file:
+    with open(folder / "rejected.csv", encoding="utf-8", newline="") as file:
         return {row["path"]: row["reason"] for row in csv.DictReader(file)}
 
 
@@ -202,7 +202,7 @@ def test_decathlon_channels_in_a_fourth_axis(scans, tmp_path):
         "name": "T", "modality": {"0": "T2", "1": "ADC"}, "labels": {"0": "bg", "1": "x"},
         "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
     }  # fmt: skip
-    (tmp_path / "t" / "dataset.json").write_text(json.dumps(described))
+    (tmp_path / "t" / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
     data, _ = made(tmp_path, tmp_path / "t")
     assert data[0].shape == (2, 16, 14, 12)
     assert data[0].record.channels == ("T2", "ADC")
@@ -221,7 +221,7 @@ def test_boxes_are_stored(tmp_path):
         "images": [{"id": 1, "file_name": "a.png"}],
         "annotations": [{"image_id": 1, "bbox": [2, 3, 10, 5], "category_id": 4}],
     }
-    (tmp_path / "d" / "instances.json").write_text(json.dumps(content))
+    (tmp_path / "d" / "instances.json").write_text(json.dumps(content), encoding="utf-8")
     _, volumes = made(tmp_path, tmp_path / "d")
     np.testing.assert_array_equal(volumes["a"].boxes, [[0, 3, 2, 1, 8, 12]])
     assert volumes["a"].box_labels.tolist() == [4]
@@ -304,7 +304,9 @@ def test_a_mask_that_does_not_fit_refuses_the_scan(scans, tmp_path):
         scans.nifti(tmp_path / f"{name}.nii.gz", scans.body())
     scans.nifti(tmp_path / "m1.nii.gz", np.ones((5, 5, 5), np.uint8))
     scans.nifti(tmp_path / "m2.nii.gz", np.full((12, 14, 16), 0.5, np.float32))
-    (tmp_path / "l.csv").write_text("path,mask\na.nii.gz,m1.nii.gz\nb.nii.gz,m2.nii.gz\nc.nii.gz,\n")
+    (tmp_path / "l.csv").write_text(
+        "path,mask\na.nii.gz,m1.nii.gz\nb.nii.gz,m2.nii.gz\nc.nii.gz,\n", encoding="utf-8"
+    )
     _, volumes = made(tmp_path, tmp_path / "l.csv")
     assert list(volumes) == ["c"]
     assert "does not fit the scan" in rejected(tmp_path)["a.nii.gz"]
@@ -319,7 +321,7 @@ def test_a_mask_on_a_coarser_grid_of_the_same_field_is_taken(scans, tmp_path):
     affine[:3, 3] = 0.5
     scans.nifti(tmp_path / "a.nii.gz", body)
     scans.nifti(tmp_path / "m.nii.gz", mask, affine)
-    (tmp_path / "l.csv").write_text("path,mask\na.nii.gz,m.nii.gz\n")
+    (tmp_path / "l.csv").write_text("path,mask\na.nii.gz,m.nii.gz\n", encoding="utf-8")
     data, _ = made(tmp_path, tmp_path / "l.csv")
     stored = data[0].read_mask((0, 0, 0), (20, 20, 20)).numpy()
     np.testing.assert_array_equal(stored, np.kron(mask, np.ones((2, 2, 2))).T)

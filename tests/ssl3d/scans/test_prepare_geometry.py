@@ -113,7 +113,8 @@ def test_cropping_moves_the_affine_and_takes_the_mask_along(scans, tmp_path):
     scans.nifti(tmp_path / "labelsTr" / "a.nii.gz", mask, affine)
     (tmp_path / "dataset.json").write_text(
         '{"name": "x", "labels": {"0": "bg", "1": "a", "2": "b"}, "modality": {"0": "MRI"},'
-        '"training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]}'
+        '"training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]}',
+        encoding="utf-8",
     )
     prepare(PrepareOptions((str(tmp_path),), str(tmp_path / "s.h5"), crop_foreground=True, workers=0))
     volume = open_data([tmp_path / "s.h5"])[0]
@@ -171,7 +172,7 @@ def test_masks_are_resampled_to_the_nearest_label(scans, tmp_path):
     (tmp_path / "m").mkdir()
     scans.nifti(tmp_path / "in" / "a.nii.gz", voxels, AFFINES["ras"])
     scans.nifti(tmp_path / "m" / "a.nii.gz", mask, AFFINES["ras"])
-    (tmp_path / "list.csv").write_text("path,mask\nin/a.nii.gz,m/a.nii.gz\n")
+    (tmp_path / "list.csv").write_text("path,mask\nin/a.nii.gz,m/a.nii.gz\n", encoding="utf-8")
     prepare(
         PrepareOptions((str(tmp_path / "list.csv"),), str(tmp_path / "s.h5"), spacing=(1, 1, 1), workers=0)
     )

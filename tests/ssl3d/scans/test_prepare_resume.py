@@ -83,10 +83,10 @@ def test_other_options_or_data_need_overwrite(scans, tmp_path):
     out.write_bytes(out.read_bytes()[:3000])
     with pytest.raises(DataError, match="not a whole store"):
         prepare(options(source, out))
-    (tmp_path / "n.h5").write_text("notes")
+    (tmp_path / "n.h5").write_text("notes", encoding="utf-8")
     with pytest.raises(DataError, match="not a whole store"):
         prepare(options(source, tmp_path / "n.h5"))
-    assert (tmp_path / "n.h5").read_text() == "notes"
+    assert (tmp_path / "n.h5").read_text(encoding="utf-8") == "notes"
 
 
 def stopped(source, out, monkeypatch, after, **more):
@@ -141,9 +141,11 @@ def test_parts_of_changed_or_vanished_files_are_not_reused(scans, tmp_path, monk
 def test_changed_labels_are_noticed(scans, tmp_path, monkeypatch):
     source, out = folder_of(scans, tmp_path / "d"), tmp_path / "s.h5"
     lines = [f"p{i:03d}.nii.gz,{i % 2}" for i in range(6)]
-    (source / "l.csv").write_text("path,label\n" + "\n".join(lines))
+    (source / "l.csv").write_text("path,label\n" + "\n".join(lines), encoding="utf-8")
     stopped(source / "l.csv", out, monkeypatch, 4)
-    (source / "l.csv").write_text("path,label\n" + "\n".join(line.replace(",0", ",2") for line in lines))
+    (source / "l.csv").write_text(
+        "path,label\n" + "\n".join(line.replace(",0", ",2") for line in lines), encoding="utf-8"
+    )
     prepare(options(source / "l.csv", out))
     assert set(open_data([out]).labels) == {1, 2}
 
@@ -183,7 +185,7 @@ def test_shards_make_up_the_whole_and_keep_subjects_together(scans, tmp_path):
     assert sorted(v.record.voxels for v in union) == sorted(v.record.voxels for v in whole)
     owners = [set(open_data([path]).subjects) for path in sorted(shards.glob("*.h5"))]
     assert sum(len(o) for o in owners) == 12
-    assert (shards / "rejected.csv").read_text().count("bad.nii.gz") == 1
+    assert (shards / "rejected.csv").read_text(encoding="utf-8").count("bad.nii.gz") == 1
 
 
 def test_rows_of_arrays_are_found_again_in_shards_and_after_a_stop(tmp_path, monkeypatch):
@@ -313,7 +315,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 
 
 def _state(pid):
-    with open(f"/proc/{pid}/stat") as file:
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
         return file.read()
 
 

@@ -24,7 +24,7 @@ def test_bids_gives_subjects_and_leaves_derivatives_out(scans, tmp_path):
         for ses in ("ses-1", "ses-2"):
             scans.nifti(root / sub / ses / "anat" / f"{sub}_{ses}_T1w.nii.gz", scans.body())
     scans.nifti(root / "derivatives" / "fs" / "sub-01" / "brain.nii.gz", scans.body())
-    (root / "dataset_description.json").write_text("{}")
+    (root / "dataset_description.json").write_text("{}", encoding="utf-8")
     found = find([root], Wanted())
     assert [scan.subject for scan in found.scans] == ["sub-01", "sub-01", "sub-02", "sub-02"]
     assert {scan.dataset for scan in found.scans} == {"study"}
@@ -123,7 +123,7 @@ def _decathlon(scans, root, modality=None):
         "training": pairs,
         "test": ["./imagesTs/case_3.nii.gz"],
     }
-    (root / "dataset.json").write_text(json.dumps(described))
+    (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 def test_decathlon_folder_keeps_masks_names_and_modality(scans, tmp_path):
@@ -150,7 +150,7 @@ def test_nnunet_suffixes_become_channels(scans, tmp_path):
         "numTraining": 2,
         "file_ending": ".nii.gz",
     }
-    (root / "dataset.json").write_text(json.dumps(described))
+    (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
     found = find([root], Wanted())
     assert [scan.channels for scan in found.scans] == [("T2", "ADC")] * 2
     assert [len(files) for files in found.scans[1].files] == [1, 0]
@@ -164,7 +164,7 @@ def test_dicom_series_in_one_folder_are_told_apart(scans, tmp_path):
     folder = tmp_path / "dicom" / "study"
     scans.dicom(folder, scans.body((10, 12, 5)), "1.2.3.4", prefix="a")
     scans.dicom(folder, scans.body((10, 12, 7)), "1.2.3.5", patient="P2", modality="CT", prefix="b")
-    (folder / "notes.txt").write_text("x")
+    (folder / "notes.txt").write_text("x", encoding="utf-8")
     (folder / "broken.dcm").write_bytes(b"not dicom at all")
     found = find([tmp_path / "dicom"], Wanted())
     assert [(s.subject, len(s.files[0]), s.modality) for s in found.scans] == [
@@ -177,7 +177,7 @@ def test_dicom_series_in_one_folder_are_told_apart(scans, tmp_path):
 def test_dicom_files_without_an_ending_are_found(scans, tmp_path):
     for path in scans.dicom(tmp_path / "d", scans.body((10, 12, 4)), "1.2.3.4"):
         path.rename(path.with_name(path.stem.upper()))
-    (tmp_path / "d" / "README").write_text("x" * 400)
+    (tmp_path / "d" / "README").write_text("x" * 400, encoding="utf-8")
     assert [len(scan.files[0]) for scan in find([tmp_path / "d"], Wanted()).scans] == [4]
 
 
@@ -187,7 +187,8 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
     scans.nifti(tmp_path / "v" / "m.nii.gz", np.ones((12, 14, 16), np.uint8))
     (tmp_path / "l.csv").write_text(
         "path,subject,label,split,mask\nv/a.nii.gz,p1,0,train,v/m.nii.gz\nv/b.nii.gz,p1,1,valid,\n"
-        "v/c.nii.gz,,,TEST,\nv/nowhere.nii.gz,p3,1,,\nv/a.nii.gz,p1,0,,\n"
+        "v/c.nii.gz,,,TEST,\nv/nowhere.nii.gz,p3,1,,\nv/a.nii.gz,p1,0,,\n",
+        encoding="utf-8",
     )
     found = find([tmp_path / "l.csv"], Wanted())
     rows = [(s.subject, s.label, s.split, s.mask is not None) for s in found.scans]
@@ -226,7 +227,7 @@ def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
 )
 def test_a_useless_csv_is_refused(scans, tmp_path, text, message):
     scans.nifti(tmp_path / "a.nii.gz", scans.body())
-    (tmp_path / "l.csv").write_text(text)
+    (tmp_path / "l.csv").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         find([tmp_path / "l.csv"], Wanted())
 
@@ -235,7 +236,7 @@ def test_csv_may_name_dicom_folders(scans, tmp_path):
     scans.dicom(tmp_path / "p1", scans.body((8, 8, 4)), "1.2.3.4", patient="X")
     scans.dicom(tmp_path / "p2", scans.body((8, 8, 4)), "1.2.3.5")
     scans.dicom(tmp_path / "p2", scans.body((8, 8, 4)), "1.2.3.6", prefix="t")
-    (tmp_path / "l.csv").write_text("path,label\np1,sick\np2,well\n")
+    (tmp_path / "l.csv").write_text("path,label\np1,sick\np2,well\n", encoding="utf-8")
     found = find([tmp_path / "l.csv"], Wanted())
     assert [(scan.subject, scan.label, len(scan.files[0])) for scan in found.scans] == [("X", "sick", 4)]
     assert found.rejected == [("p2", "a folder with 2 DICOM series; list one per line")]
@@ -244,11 +245,11 @@ def test_csv_may_name_dicom_folders(scans, tmp_path):
 def test_a_list_beside_the_scans_is_used(scans, tmp_path):
     for name in ("a", "b"):
         scans.nifti(tmp_path / "v" / f"{name}.nii.gz", scans.body())
-    (tmp_path / "labels.csv").write_text("file,label\nv/b.nii.gz,ill\n")
+    (tmp_path / "labels.csv").write_text("file,label\nv/b.nii.gz,ill\n", encoding="utf-8")
     found = find([tmp_path], Wanted())
     assert [scan.label for scan in found.scans] == [None, "ill"]
     assert "1 of 2" in found.notes[0]
-    (tmp_path / "other.csv").write_text("path,label\nv/b.nii.gz,well\n")
+    (tmp_path / "other.csv").write_text("path,label\nv/b.nii.gz,well\n", encoding="utf-8")
     found = find([tmp_path], Wanted())
     assert [scan.label for scan in found.scans] == [None, None]
     assert "several lists" in found.notes[0]
@@ -285,7 +286,7 @@ def test_coco_boxes_come_with_the_pictures(tmp_path):
         "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}],
         "annotations": [{"image_id": 7, "bbox": [2, 3, 10, 5], "category_id": 4}],
     }
-    (tmp_path / "instances.json").write_text(json.dumps(content))
+    (tmp_path / "instances.json").write_text(json.dumps(content), encoding="utf-8")
     found = find([tmp_path], Wanted())
     assert [scan.boxes for scan in found.scans] == [((0.0, 3.0, 2.0, 1.0, 8.0, 12.0, 4.0),), ()]
 
@@ -319,14 +320,14 @@ def test_other_arrays_are_refused_by_name(tmp_path):
 
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):
-    (tmp_path / "readme.txt").write_text("x")
+    (tmp_path / "readme.txt").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match=r"no scans found; looked for NIfTI.*CSV"):
         find([tmp_path], Wanted())
     with pytest.raises(DataError, match="no such file"):
         find([tmp_path / "nowhere"], Wanted())
     with pytest.raises(DataError, match="not a known format"):
         find([tmp_path / "readme.txt"], Wanted())
-    (tmp_path / "dataset.json").write_text("{")
+    (tmp_path / "dataset.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="not JSON"):
         find([tmp_path], Wanted())
 

@@ -123,13 +123,16 @@ def tiny_plugins(tmp_path_factory):
     from ssl3d import plugins
 
     folder = tmp_path_factory.mktemp("site")
-    (folder / "tiny_ssl3d_plugins.py").write_text(TINY)
+    (folder / "tiny_ssl3d_plugins.py").write_text(TINY, encoding="utf-8")
     info = folder / "tiny_ssl3d_plugins-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-ssl3d-plugins\nVersion: 1.0\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: tiny-ssl3d-plugins\nVersion: 1.0\n", encoding="utf-8"
+    )
     (info / "entry_points.txt").write_text(
         "[ssl3d.proxies]\ntiny = tiny_ssl3d_plugins:Tiny\nother = tiny_ssl3d_plugins:Other\n"
-        "broken = tiny_ssl3d_plugins:Missing\n"
+        "broken = tiny_ssl3d_plugins:Missing\n",
+        encoding="utf-8",
     )
     before = os.environ.get("PYTHONPATH", "")
     sys.path.insert(0, str(folder))

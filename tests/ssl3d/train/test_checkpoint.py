@@ -26,7 +26,9 @@ def saved(encoder, tmp_path):
 
 def rewrite(folder, **changes):
     path = folder / "encoder.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8"
+    )
 
 
 def test_an_encoder_comes_back_as_it_was(encoder, saved, tmp_path):
@@ -101,8 +103,11 @@ def pickled(folder):
         (flip_a_bit, "sha256 differs"),
         (pickled, "truncated or not safetensors"),
         (lambda f: (f / "encoder.safetensors").unlink(), "No such file"),
-        (lambda f: (f / "encoder.json").write_text("{"), "truncated or not JSON"),
-        (lambda f: (f / "encoder.json").write_text('{"a": 1}'), "not an encoder of ssl3d"),
+        (lambda f: (f / "encoder.json").write_text("{", encoding="utf-8"), "truncated or not JSON"),
+        (
+            lambda f: (f / "encoder.json").write_text('{"a": 1}', encoding="utf-8"),
+            "not an encoder of ssl3d",
+        ),
         (lambda f: rewrite(f, format=99), "newer ssl3d .format 99"),
         (lambda f: rewrite(f, format="one"), "not a file of ssl3d"),
         (lambda f: rewrite(f, architecture="resnet17"), "Did you mean resnet1"),
@@ -125,7 +130,7 @@ def test_a_path_that_holds_no_encoder(tmp_path):
         load_encoder(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="not a run or an encoder"):
         load_encoder(tmp_path)
-    (tmp_path / "config.yaml").write_text("proxy: [a]")
+    (tmp_path / "config.yaml").write_text("proxy: [a]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not finished; ssl3d pretrain --resume"):
         load_encoder(tmp_path)
 
@@ -150,7 +155,7 @@ def test_identities_are_hashed_without_mixing_their_parts():
 
 
 def test_an_unwritable_place_is_told(encoder, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(TrainingError, match="cannot be written"):
         save_encoder(encoder, tmp_path / "file" / "encoder")
 

@@ -43,7 +43,10 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tiny_plugins, phantoms
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("done: 4 steps") == 1
     one = train("one", proxy=["tiny", "other"], batch_size=8, steps=4, eval_every=2)
-    ours = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    ours = [
+        json.loads(line)
+        for line in (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("loss", "tiny/loss", "other/loss", "grad_norm", "lr"):
         two, alone = [record[name] for record in ours], [record[name] for record in one.metrics]
         assert two[0] == pytest.approx(alone[0], rel=1e-5), name

@@ -54,9 +54,9 @@ def test_a_run_brings_its_own_patch(train, phantoms, tmp_path):
 
 def test_what_is_there_stays(phantoms, tmp_path, capsys):
     out = tmp_path / "f.h5"
-    out.write_text("mine")
+    out.write_text("mine", encoding="utf-8")
     assert embed(phantoms, out) == 2
-    assert out.read_text() == "mine" and "--overwrite" in capsys.readouterr().err
+    assert out.read_text(encoding="utf-8") == "mine" and "--overwrite" in capsys.readouterr().err
     assert embed(phantoms, out, "--overwrite") == 0
 
 

@@ -50,7 +50,7 @@ def test_the_printed_configuration_can_be_used(tiny_plugins, tmp_path, capsys):
     values = yaml.safe_load(printed)
     assert values["lr"] == 0.5 and values["batch_size"] == 4 and values["resnet10"]["width"] == 8
     path = tmp_path / "c.yaml"
-    path.write_text(printed)
+    path.write_text(printed, encoding="utf-8")
     again = request_of(["--config", str(path), "--seed", "7"]).plan
     assert again.as_config() == {**values, "seed": 7}
 
@@ -59,7 +59,7 @@ def test_the_printed_configuration_can_be_used(tiny_plugins, tmp_path, capsys):
 @pytest.mark.parametrize("proxy", ["sorting", "simclr", "barlow_twins"])
 def test_presets_fit_every_built_in_proxy(name, proxy):
     plan = request_of(["--proxy", proxy, "--preset", name]).plan
-    text = presets()[name].read_text()
+    text = presets()[name].read_text(encoding="utf-8")
     assert text.startswith("#")
     for key, value in yaml.safe_load(text).items():
         if not isinstance(value, dict):
@@ -73,7 +73,7 @@ def test_presets_fit_every_built_in_proxy(name, proxy):
 
 def test_there_is_a_gpu_preset_that_states_its_memory():
     assert {"gpu-96", "quick"} <= set(presets())
-    assert "GB" in presets()["gpu-96"].read_text().split("\n\n")[0]
+    assert "GB" in presets()["gpu-96"].read_text(encoding="utf-8").split("\n\n")[0]
 
 
 def test_an_unknown_preset_is_told(capsys):

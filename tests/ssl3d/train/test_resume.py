@@ -24,7 +24,7 @@ def bytes_of(folder):
 
 def lines(folder):
     path = folder / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def start(flags, folder, data, steps, *more):
@@ -43,8 +43,10 @@ def wait_for(process, folder, steps):
 def calm(run):
     """Lets the proxy send no more signals, so that the run can end."""
     config = run.folder / "config.yaml"
-    text = config.read_text()
-    config.write_text(text.replace(text[text.index("signal_at:") :].split("\n")[0], "signal_at: -1"))
+    text = config.read_text(encoding="utf-8")
+    config.write_text(
+        text.replace(text[text.index("signal_at:") :].split("\n")[0], "signal_at: -1"), encoding="utf-8"
+    )
 
 
 def test_kill_9_at_any_step_and_resume_gives_the_same_bytes(tiny_plugins, phantoms, flags, train, tmp_path):
@@ -100,12 +102,12 @@ def test_the_exit_status_tells_the_signal(tiny_plugins, phantoms, flags, tmp_pat
 def test_sigusr1_under_slurm_puts_the_job_back(train, tmp_path, monkeypatch, capsys):
     called = tmp_path / "called"
     tool = tmp_path / "scontrol"
-    tool.write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    tool.write_text(f'#!/bin/sh\necho "$@" > {called}\n', encoding="utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
     run = train(steps=5, tiny={"signal_at": 1, "signum": int(signal.SIGUSR1)})
-    assert called.read_text().split() == ["requeue", "1234"]
+    assert called.read_text(encoding="utf-8").split() == ["requeue", "1234"]
     assert "queued again" in capsys.readouterr().out
     # SLURM runs the same command again: it goes on instead of refusing the folder.
     plan = runs_plan(run.folder)
@@ -211,7 +213,7 @@ def test_other_data_are_refused(train, tmp_path):
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert cli.main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
-    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "config.yaml").write_text("a: 1\n", encoding="utf-8")
     assert cli.main(["pretrain", "--resume", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 2
 

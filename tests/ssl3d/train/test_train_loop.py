@@ -43,7 +43,7 @@ def test_a_run_leaves_everything_that_the_plan_lists(train, capsys):
     assert f"ssl3d linear-probe {run.folder}" in told
     assert told.index("expected: about") < told.index("step 1/6")
     assert "kept out" in told and "train split" in told
-    assert (run.folder / "train.log").read_text().count("expected: about") == 1
+    assert (run.folder / "train.log").read_text(encoding="utf-8").count("expected: about") == 1
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("run/loss")] == [1, 2, 3, 4, 5, 6]
     assert {"run/volumes_per_s", "run/waiting", "online/embedding_std"} <= set(events.Tags()["scalars"])
@@ -112,7 +112,7 @@ def test_trained_heads_are_loaded_with_the_proxies(train):
 def test_a_loss_that_is_not_finite_names_the_volumes(train, tmp_path):
     with pytest.raises(TrainingError, match=r"step 3.*tiny is not finite.*phantom.*phantom"):
         train(tiny={"nan_at": 2}, checkpoint_every=1)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
     assert [p.name.split("-")[1] for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "00000001",
@@ -225,7 +225,7 @@ def test_the_configuration_makes_the_same_plan_again(train, tmp_path):
     run = train(epochs=1.0, steps=0, weights=[2.0])
     path = run.folder / "config.yaml"
     again = request_of(["--config", str(path)]).plan
-    assert again.as_config() == yaml.safe_load(path.read_text())
+    assert again.as_config() == yaml.safe_load(path.read_text(encoding="utf-8"))
     assert again.options.steps >= 1 and again.options.epochs == 0
 
 
@@ -236,7 +236,7 @@ def test_a_folder_that_is_not_empty_is_refused(train, tmp_path):
     assert weights(train(overwrite=True)) == weights(first)
     other = tmp_path / "precious"
     other.mkdir()
-    (other / "thesis.txt").write_text("years of work")
+    (other / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(UsageError, match="holds no run"):
         train("precious", overwrite=True)
     assert (other / "thesis.txt").exists()

@@ -92,7 +92,7 @@ def test_auto_precision_follows_the_cpu(tmp_path, monkeypatch, flags, gain, expe
     monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
     cpuinfo = tmp_path / "cpuinfo"
     if flags is not None:
-        cpuinfo.write_text(flags + "\n")
+        cpuinfo.write_text(flags + "\n", encoding="utf-8")
     assert device.resolve_precision(PretrainOptions(), cpuinfo) == expected
     assert device.resolve_precision(PretrainOptions(precision="32"), cpuinfo) == "32"
 
