@@ -473,8 +473,8 @@ def score_entry(entry: Entry, benchmark: LinearProbe, task: Task, options: Optio
             if found[job]:
                 continue
             train, val = subsets[number]
-            sets = (task.data.select(np.flatnonzero(rows)) for rows in (train, val, fold.test))
-            parts[job].append(benchmark.score(own, *sets, seed=options.seed))
+            fit, choose, test = (task.data.select(np.flatnonzero(rows)) for rows in (train, val, fold.test))
+            parts[job].append(benchmark.score(own, fit, choose, test, options.seed))
     for job, result in enumerate(results):
         if found[job]:
             continue
