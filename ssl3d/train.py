@@ -185,6 +185,8 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
             f"--batch-size {options.batch_size}: must be a multiple of --accumulate {options.accumulate} "
             f"times {fabric.world_size} processes"
         )
+    if options.init is not None and not resuming:
+        disk.encoder_from(options.init, options.seed)  # a typing error must not cost a long preparation
     if data is None:
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
