@@ -79,3 +79,10 @@ def test_there_is_a_gpu_preset_that_states_its_memory():
 def test_an_unknown_preset_is_told(capsys):
     assert cli.main(["pretrain", "--proxy", "sorting", "--preset", "gpu-97"]) == 2
     assert "gpu-96, quick" in capsys.readouterr().err
+
+
+def test_a_wrong_init_is_said_before_any_data_are_opened(tmp_path, capsys):
+    words = ["--proxy", "sorting", "--init", str(tmp_path / "none"), "--data", str(tmp_path / "nowhere")]
+    assert cli.main(["pretrain", *words, "--out", str(tmp_path / "run")]) == 2
+    assert f"{tmp_path / 'none'}: no such run or encoder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
