@@ -276,7 +276,7 @@ def test_the_picture_shows_pairs_and_what_is_nearest(cls, phantoms):
 
 
 RANK = """
-import sys, torch
+import os, sys, torch
 from ssl3d.config import from_dict
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import BatchRng
@@ -301,7 +301,12 @@ for given in torch.load(f"{folder}/given.pt", weights_only=True):
     found.append({"loss": loss, **{n: p.grad for n, p in proxy.named_parameters()}})
 if rank == 0:
     torch.save(found, f"{folder}/found.pt")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Not through the interpreter's end: a thread of the backward pass that outlives it aborts the process,
+# one time in many ("terminate called without an active exception").
+sys.stderr.flush()
+os._exit(0)
 """
 SPLITS = {"interleaved": [[0, 2, 4], [1, 3, 5]], "unequal": [[0, 2, 3, 5], [1, 4]]}
 
