@@ -30,4 +30,21 @@ def main(argv: Sequence[str]) -> int:
     else:
         again = requeued_run(asked.plan)
         run = resume(again) if again is not None else start(asked.plan)
-    return 128 + run.stopped if run.stopped else 0
+    return _leave(128 + run.stopped if run.stopped else 0)
+
+
+def _leave(status: int) -> int:
+    """Ends a process of several at once, without Python's own end; any other goes on."""
+    import os
+
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        # A thread of the process group that outlives the interpreter aborts, one time in many ("terminate
+        # called without an active exception"), and torchrun calls a finished run a failed one.
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
