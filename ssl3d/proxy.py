@@ -93,3 +93,11 @@ class Proxy(nn.Module, ABC):
 
     def after_step(self, step: int, total: int) -> None:
         """Called after each optimizer step: moving averages, queues."""
+
+    def travels(self) -> Mapping[str, nn.Module]:
+        """Modules that are exported beside the encoder, by name, as they serve without the proxy.
+
+        Each has its options in a dataclass, its attribute `config`, and is made from it alone; its class
+        is listed in `ssl3d.checkpoint.TRAVELLERS`. `ssl3d.checkpoint.load_traveller` loads it.
+        """
+        return {}

@@ -1,0 +1,51 @@
+"""Small, fast options of every proxy, for the tests that go over all of them."""
+
+from typing import Any
+
+import pytest
+
+# By proxy, as in a YAML file. Chosen for `tiny_encoder` (strides of 8 in all): crops of 16 leave a last
+# feature map two voxels wide, so that every kernel tap sees something.
+SMALL: dict[str, dict[str, Any]] = {
+    "sorting": {"crop": [32, 32], "slices": 5},
+    "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
+    "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
+}
+
+# On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
+DEEP: dict[str, dict[str, Any]] = {
+    "sorting": {"crop": [16, 16], "slices": 4, "slab": 9},
+}
+
+# On top of SMALL, where two ranks must give the gradients of one process: heads without batch norm.
+RANKS: dict[str, dict[str, Any]] = {
+    "simclr": {"head_norm": "layer"},
+    "barlow_twins": {"head_norm": "layer"},
+}
+
+
+@pytest.fixture(scope="session")
+def small():
+    """small(name, kind="acs", ranks=False): the small options of a proxy; its defaults if not listed."""
+    from ssl3d import plugins
+    from ssl3d.config import from_dict
+
+    def options(name, kind="acs", ranks=False):
+        values = dict(SMALL.get(name, {}))
+        values |= DEEP.get(name, {}) if kind in ("3d", "p3d") else {}
+        values |= RANKS.get(name, {}) if ranks else {}
+        return from_dict(plugins.load(plugins.PROXIES, name).Config, values, name)
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder():
+    """tiny_encoder(kind="acs", norm="batch"): makes a narrow resnet10 with strides of 8 in all."""
+    from ssl3d.encoders.resnet import ResNet10
+
+    def make(kind="acs", norm="batch"):
+        config = ResNet10.Config(width=8, kind=kind, norm=norm, stem_kernel=3, stem_stride=(1, 1, 1))
+        return ResNet10(config)
+
+    return make
