@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ssl3d.data.store import assemble as assemble
     from ssl3d.data.store import open_data as open_data
     from ssl3d.data.store import write_part as write_part
+    from ssl3d.decoder import Decoder as Decoder
     from ssl3d.distributed import gather as gather
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
@@ -101,6 +102,7 @@ _HOME = {
     "Collection": "data.store",
     "Contestant": "benchmark",
     "DataError": "errors",
+    "Decoder": "decoder",
     "dense_features": "inference",
     "draw_crop": "views.crops",
     "draw_overlapping": "views.crops",

@@ -139,7 +139,7 @@ def dense_features(
     return total.div_(seen)
 
 
-def upsample(map_: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+def upsample(map_: Tensor, size: Sequence[int], stride: Sequence[float]) -> Tensor:
     """A feature map at the input's voxels, by linear interpolation.
 
     Voxel i of a map of stride s is centred on voxel i * s of the input, as in every network whose odd
@@ -255,18 +255,20 @@ def _gaussian(positions: Sequence[Tensor], size: Triple) -> Tensor:
     return weight.clamp_min(1e-4)  # corners that one window alone covers
 
 
-def _sample(map_: Tensor, positions: Sequence[Tensor], stride: Sequence[int]) -> Tensor:
+def _sample(map_: Tensor, positions: Sequence[Tensor], stride: Sequence[float]) -> Tensor:
     """Interpolates at input positions: one small matrix product per axis."""
     for axis, (position, step) in enumerate(zip(positions, stride, strict=True)):
         length = map_.shape[2 + axis]
         if step == 1 and torch.equal(position, torch.arange(length, device=position.device)):
             continue
-        at = (position.to(map_.dtype) / step).clamp(max=length - 1)
+        # In float32 at least: bfloat16 does not count beyond 256.
+        exact = torch.promote_types(map_.dtype, torch.float32)
+        at = (position.to(exact) / step).clamp(max=length - 1)
         low = at.floor().long()
         high = (low + 1).clamp(max=length - 1)
         part = (at - low).unsqueeze(1)
-        one_hot = torch.eye(length, dtype=map_.dtype, device=map_.device)
-        matrix = one_hot[low] * (1 - part) + one_hot[high] * part
+        one_hot = torch.eye(length, dtype=exact, device=map_.device)
+        matrix = (one_hot[low] * (1 - part) + one_hot[high] * part).to(map_.dtype)
         map_ = torch.movedim(torch.movedim(map_, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
     return map_
 
