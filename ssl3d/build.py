@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl3d import checkpoint as disk
 from ssl3d import plugins
 from ssl3d.device import accelerator_of, default_workers
 from ssl3d.encoder import Encoder
-from ssl3d.errors import UsageError
+from ssl3d.errors import PluginError, UsageError
 from ssl3d.monitor import Log
 from ssl3d.online import BATCHES
 from ssl3d.options import Plan, PretrainOptions
@@ -102,6 +102,52 @@ def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:
     own = {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
     encoder.load_state_dict(own)
     return encoder
+
+
+class Traveller(NamedTuple):
+    """A module of a proxy that is exported beside the encoder.
+
+    Attributes:
+        prefix: Of its weights in a trainee's state.
+        kind: Its class.
+        config: Its options.
+    """
+
+    prefix: str
+    kind: Any
+    config: Any
+
+
+def travellers_of(trainee: Trainee) -> dict[str, Traveller]:
+    """What travels with a trainee's encoder, by name; where two proxies use one name, the later's is long.
+
+    Raises:
+        PluginError: A module cannot be written so that it can be loaded again.
+    """
+    names = {id(module): name for name, module in trainee.named_modules()}
+    found: dict[str, Traveller] = {}
+    for proxy_name, proxy in trainee.each():
+        for name, module in proxy.travels().items():
+            disk.traveller_class(name, module)
+            if id(module) not in names:
+                raise PluginError(f"proxy {proxy_name!r}: travels(): {name} is no part of the proxy")
+            key = f"{proxy_name}_{name}" if name in found else name
+            found[key] = Traveller(f"{names[id(module)]}.", type(module), module.config)
+    return found
+
+
+def travellers_with(
+    travellers: Mapping[str, Traveller], state: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The modules that travel, made anew, with the weights in a trainee's state."""
+    made: dict[str, nn.Module] = {}
+    for name, (prefix, kind, config) in travellers.items():
+        with torch.random.fork_rng(devices=[]):
+            made[name] = disk.make_traveller(kind, config)
+        made[name].load_state_dict(
+            {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
+        )
+    return made
 
 
 def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log) -> Loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ssl3d import plugins
 from ssl3d.config import from_dict, to_dict
@@ -29,32 +31,49 @@ if TYPE_CHECKING:
 WEIGHTS = "encoder.safetensors"
 CARD = "encoder.json"
 SCRATCH = "scratch:"
+TRAVELLERS = {"slice_aggregator": "ssl3d.aggregator:SliceAggregator"}
+"""Classes that may travel beside an encoder, as `encoder.json` calls them; no other is ever imported.
+
+Each has a dataclass `Config` and is made by `from_config(config)` where it has that, else of its config
+alone; an instance keeps it as `config`.
+"""
 
 
 # Encoders -----------------------------------------------------------------------------------------
 
 
-def save_encoder(encoder: Encoder, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+def save_encoder(
+    encoder: Encoder,
+    folder: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    travellers: Mapping[str, nn.Module] | None = None,
+) -> Path:
     """Writes `encoder.safetensors` (tensors only) and `encoder.json` (everything else) into a folder.
 
-    Both files appear at once, or not at all. An encoder that is there already is replaced.
+    All files appear at once, or none. An encoder that is there already is replaced.
 
     Args:
         encoder: Of a class registered under `ssl3d.encoders`, else it cannot be loaded by name.
         folder: Made where missing.
         metadata: Plain values for `encoder.json`: `patch` (D, H, W), `spacing`, `preprocessing`,
             `proxies`, `steps`, `data`, `identities`, `labels_seen`, `citations`, ...
+        travellers: Modules of the classes in `TRAVELLERS`, by name, each written to NAME.safetensors.
 
     Raises:
+        PluginError: A traveller cannot be made again from what would be written.
         TrainingError: The disk is full or the folder cannot be written.
     """
-    from safetensors.torch import save
-
     folder = Path(folder)
-    # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused.
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-             for k, v in encoder.state_dict().items()}  # fmt: skip
-    weights = save(state)
+    weights = _tensors_of(encoder)
+    others = {name: _tensors_of(module) for name, module in (travellers or {}).items()}
+    cards = {
+        name: {
+            "class": traveller_class(name, module),
+            "config": to_dict(module.config),
+            "sha256": hashlib.sha256(others[name]).hexdigest(),
+        }
+        for name, module in (travellers or {}).items()
+    }
     card = {
         "format": FORMAT,
         "architecture": plugins.name_of(plugins.ENCODERS, type(encoder)),
@@ -63,6 +82,7 @@ def save_encoder(encoder: Encoder, folder: str | Path, metadata: Mapping[str, An
         "strides": [list(stride) for stride in encoder.strides],
         "embed_dim": encoder.embed_dim,
         "sha256": hashlib.sha256(weights).hexdigest(),
+        **({"travellers": cards} if cards else {}),
         **dict(metadata or {}),
         "versions": versions(),
     }
@@ -72,6 +92,8 @@ def save_encoder(encoder: Encoder, folder: str | Path, metadata: Mapping[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary / WEIGHTS, weights)
+        for name, content in others.items():
+            _write(temporary / f"{name}.safetensors", content)
         _write(temporary / CARD, text.encode())
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -114,6 +136,86 @@ def load_encoder(path: str | Path) -> Encoder:
     _load_strictly(encoder, state, str(folder / WEIGHTS), name)
     encoder.metadata = card
     return encoder.eval()
+
+
+def _tensors_of(module: nn.Module) -> bytes:
+    from safetensors.torch import save
+
+    # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused.
+    return save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                 for k, v in module.state_dict().items()})  # fmt: skip
+
+
+def traveller_class(name: str, module: nn.Module) -> str:
+    """What `encoder.json` calls the class of a module that is to travel.
+
+    Raises:
+        PluginError: The name is no file's, the class is not listed, or the module has no `config`.
+    """
+    if not name.isidentifier() or name == "encoder":
+        raise PluginError(f"travels(): {name!r} cannot be the name of a file beside the encoder")
+    path = f"{type(module).__module__}:{type(module).__qualname__}"
+    found = [key for key, place in TRAVELLERS.items() if place == path]
+    if not found:
+        raise PluginError(
+            f"travels(): {name} is a {path}, which is not listed in ssl3d.checkpoint.TRAVELLERS "
+            f"({', '.join(TRAVELLERS.values())})"
+        )
+    if not dataclasses.is_dataclass(getattr(module, "config", None)):
+        raise PluginError(f"travels(): {name}, a {path}, keeps no dataclass `config` to be made again from")
+    return found[0]
+
+
+def load_traveller(path: str | Path, name: str) -> nn.Module:
+    """A module that travelled beside an encoder, such as the aggregator of intra_inter.
+
+    In evaluation mode, on the CPU; nothing is unpickled, and only a class in `TRAVELLERS` is made.
+
+    Args:
+        path: A run folder, or its `encoder/`.
+        name: As the proxy's `travels` calls it.
+
+    Raises:
+        CheckpointError: None of that name travelled, or its file is damaged.
+    """
+    folder = _encoder_folder(Path(path))
+    cards = travellers_of(read_card(folder))
+    if name not in cards:
+        there = f"it has {', '.join(cards)}" if cards else "it has none"
+        raise CheckpointError(f"{folder}: no {name} travelled with this encoder ({there})")
+    card, where = cards[name], f"{folder / CARD}, {name}"
+    if card.get("class") not in TRAVELLERS:
+        raise CheckpointError(
+            f"{where}: class {card.get('class')!r} is not one of {', '.join(TRAVELLERS)}; update ssl3d"
+        )
+    state = _read_weights(folder / f"{name}.safetensors", card)
+    module_name, _, class_name = TRAVELLERS[card["class"]].partition(":")
+    kind = getattr(importlib.import_module(module_name), class_name)
+    try:
+        config = from_dict(kind.Config, card.get("config") or {}, where)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    with torch.random.fork_rng(devices=[]):
+        module = make_traveller(kind, config)
+    _load_strictly(module, state, str(folder / f"{name}.safetensors"), card["class"])
+    return module.eval()
+
+
+def make_traveller(kind: Any, config: Any) -> nn.Module:
+    """A module of a class in `TRAVELLERS`, of its options alone."""
+    made: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return made
+
+
+def travellers_of(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What `encoder.json` says of the modules beside the encoder, by name."""
+    found = card.get("travellers")
+    return {
+        name: one
+        for name, one in (found.items() if isinstance(found, Mapping) else ())
+        # The name becomes a file's: one that leads elsewhere is none.
+        if isinstance(name, str) and name.isidentifier() and isinstance(one, Mapping)
+    }
 
 
 def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
@@ -231,8 +333,10 @@ def _encoder_folder(path: Path) -> Path:
 
 
 def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
-    """Raises a CheckpointError where the weights beside a card are missing, cut short or others."""
+    """Raises a CheckpointError where weights beside a card are missing, cut short or others."""
     _read_weights(Path(folder) / WEIGHTS, card)
+    for name, one in travellers_of(card).items():
+        _read_weights(Path(folder) / f"{name}.safetensors", one)
 
 
 def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -256,9 +360,7 @@ def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor
     return state
 
 
-def _load_strictly(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str
-) -> None:
+def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:

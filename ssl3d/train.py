@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from ssl3d import checkpoint as disk
 from ssl3d import plugins, snapshot
 from ssl3d.build import (
     Once,
+    Traveller,
     build_encoder,
     build_trainee,
     channels,
@@ -18,6 +19,8 @@ from ssl3d.build import (
     holdout_batches,
     lengths,
     loader_of,
+    travellers_of,
+    travellers_with,
 )
 from ssl3d.device import apply_layout, make_fabric, resolve_precision, set_threads
 from ssl3d.encoder import Encoder
@@ -209,6 +212,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
             return Run(folder, options.steps, options.steps)
     # Whatever can be refused has been by now: only then is there a folder.
     trainee = build_trainee(plan, encoder, selection.train)
+    travelling = travellers_of(trainee)
     folder = settle(fabric, plan, folder)
     if fabric.is_global_zero:
         write_config(folder, plan)
@@ -219,7 +223,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
     if resuming:
         log.say(f"resuming at step {found['step'] if found else 0} of {options.steps}")
     try:
-        return _train(fabric, plan, folder, selection, trainee, found, about, log)
+        return _train(fabric, plan, folder, selection, trainee, travelling, found, about, log)
     except Ssl3dError as error:
         log.note(str(error))
         raise
@@ -233,6 +237,7 @@ def _train(
     folder: Path,
     selection: Selection,
     trainee: Trainee,
+    travelling: Mapping[str, Traveller],
     found: dict[str, Any] | None,
     about: dict[str, Any],
     log: Log,
@@ -258,7 +263,8 @@ def _train(
         state = full_state(fabric, module, trainee)
         if fabric.is_global_zero:
             plain = encoder_with(plan, state)
-            disk.save_encoder(plain, folder / name, about | {"patch": list(patch), "steps": done})
+            others = travellers_with(travelling, state)
+            disk.save_encoder(plain, folder / name, about | {"patch": list(patch), "steps": done}, others)
         fabric.barrier()
 
     def save(done: int) -> None:
