@@ -83,6 +83,11 @@ if TYPE_CHECKING:
     from ssl3d.views.pairs import draw_pairs as draw_pairs
     from ssl3d.views.pairs import embed_pairs as embed_pairs
     from ssl3d.views.pairs import pair_picture as pair_picture
+    from ssl3d.views.restore import RestoreViews as RestoreViews
+    from ssl3d.views.restore import draw_one as draw_one
+    from ssl3d.views.restore import mirror_one as mirror_one
+    from ssl3d.views.restore import read_foreground as read_foreground
+    from ssl3d.views.restore import restoration_picture as restoration_picture
     from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
@@ -105,6 +110,7 @@ _HOME = {
     "Decoder": "decoder",
     "dense_features": "inference",
     "draw_crop": "views.crops",
+    "draw_one": "views.restore",
     "draw_overlapping": "views.crops",
     "draw_pairs": "views.pairs",
     "draw_positions": "views.crops",
@@ -125,6 +131,7 @@ _HOME = {
     "load_proxies": "checkpoint",
     "Loader": "data.loader",
     "memory_format": "encoders",
+    "mirror_one": "views.restore",
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
     "numpy_rng": "rng",
@@ -139,10 +146,13 @@ _HOME = {
     "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
+    "read_foreground": "views.restore",
     "read_result": "benchmark",
     "read_slab": "views.crops",
     "recalibrate_norm": "inference",
     "Record": "data.store",
+    "restoration_picture": "views.restore",
+    "RestoreViews": "views.restore",
     "Result": "benchmark",
     "save_nifti": "data.geometry",
     "Scores": "benchmark",

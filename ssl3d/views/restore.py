@@ -1,0 +1,128 @@
+"""One crop to be damaged and restored: what reconstruction proxies draw, mirror and show."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.rng import BatchRng
+from ssl3d.views import spatial
+from ssl3d.views.crops import draw_crop, fit_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.data.store import Volume
+
+_SHOWN = 6  # examples in a picture
+
+
+@dataclasses.dataclass
+class RestoreViews:
+    """Options of proxies that damage a crop and have it restored.
+
+    Attributes:
+        crop: Size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
+        flip: Probability of mirroring along each axis, before the damage.
+        min_foreground: Least share of foreground in a crop.
+    """
+
+    crop: tuple[int, int, int] = (32, 32, 32)
+    flip: float = 0.5
+    min_foreground: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: A field is out of range; the message names it.
+        """
+        if len(self.crop) != 3 or min(self.crop) < 1:
+            raise ValueError(f"crop needs 3 sizes of at least 1, not {self.crop}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability, 0 to 1, not {self.flip:g}")
+        if not 0 <= self.min_foreground <= 1:
+            raise ValueError(f"min_foreground is a share, 0 to 1, not {self.min_foreground:g}")
+
+
+def draw_one(config: RestoreViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Draws one crop of a volume.
+
+    Returns:
+        `crop` (C, d, h, w), float32, and `foreground` (d, h, w), bool: see `read_foreground`.
+
+    Raises:
+        DataError: The volume has no foreground.
+    """
+    size = fit_size(volume, config.crop)
+    start = draw_crop(volume, size, rng, config.min_foreground)
+    return {"crop": volume.read(start, size), "foreground": read_foreground(volume, start, size)}
+
+
+def read_foreground(volume: Volume, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Which voxels of a crop lie in a block that is foreground by half or more: (d, h, w), bool.
+
+    As coarse as the volume's foreground map (`volume.block`). Outside the volume nothing is foreground.
+    Where a crop has no such block at all, every block with some foreground counts.
+    """
+    share = volume.foreground()
+    inside = np.ones(tuple(size), bool)
+    places = []
+    for axis, (first, length) in enumerate(zip(start, size, strict=True)):
+        at = np.arange(first, first + length)
+        exists = (at >= 0) & (at < volume.shape[1 + axis])
+        inside &= exists.reshape([-1 if a == axis else 1 for a in range(3)])
+        places.append(np.clip(at, 0, volume.shape[1 + axis] - 1) // volume.block[axis])
+    found = np.where(inside, share[np.ix_(*places)], 0)
+    return torch.from_numpy((found >= 0.5) if (found >= 0.5).any() else (found > 0))
+
+
+def mirror_one(
+    config: RestoreViews, batch: dict[str, Tensor], rng: BatchRng, training: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The crops of a batch, mirrored at random while training, their foreground alike.
+
+    Returns:
+        (B, C, D, H, W), and (B, D, H, W), bool. They may be the batch's own tensors: never write to them.
+    """
+    crop, foreground = batch["crop"], batch["foreground"]
+    if not (training and config.flip):
+        return crop, foreground
+    # As one more channel, so that both turn alike.
+    both = spatial.flip(torch.cat([crop, foreground.unsqueeze(1).to(crop.dtype)], 1), rng, config.flip)
+    return both[:, :-1], both[:, -1] > 0.5
+
+
+def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -> Figure:
+    """Slices of the first examples: what the network was given, what it gave, and what is right.
+
+    Of each example the slice across D that was damaged most, in the grey window of the original.
+
+    Args:
+        original: (B, C, D, H, W); so are the others. The first channel is shown.
+        corrupted: What the encoder saw.
+        restored: What came out.
+    """
+    from matplotlib.figure import Figure
+
+    count = min(len(original), _SHOWN)
+    parts = [x[:count, 0].detach().float().cpu() for x in (corrupted, restored, original)]
+    damage = (parts[0] - parts[2]).abs().sum(dim=(2, 3))
+    places = damage.argmax(1).tolist()
+    figure = Figure(figsize=(1.7 * count + 0.3, 5.2), layout="constrained")
+    panels = figure.subplots(3, count, squeeze=False)
+    for i, place in enumerate(places):
+        low, high = np.percentile(parts[2][i].numpy(), (0.5, 99.5))
+        for row, part in enumerate(parts):
+            panel = panels[row, i]
+            panel.imshow(part[i, place].numpy(), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            panel.set_xticks([])
+            panel.set_yticks([])
+    for row, name in enumerate(("input", "restored", "original")):
+        panels[row, 0].set_ylabel(name, fontsize=9)
+    return figure
