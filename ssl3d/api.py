@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
     from ssl3d.losses import uniformity as uniformity
+    from ssl3d.permutations import PermutationSet as PermutationSet
+    from ssl3d.permutations import permutation_set as permutation_set
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from ssl3d.views.crops import draw_overlapping as draw_overlapping
     from ssl3d.views.crops import draw_positions as draw_positions
     from ssl3d.views.crops import fit_size as fit_size
+    from ssl3d.views.crops import foreground_shares as foreground_shares
     from ssl3d.views.crops import lay_flat as lay_flat
     from ssl3d.views.crops import neighbour_position as neighbour_position
     from ssl3d.views.crops import read_crop as read_crop
@@ -120,6 +123,7 @@ _HOME = {
     "encoder_from": "checkpoint",
     "find_result": "benchmark",
     "fit_size": "views.crops",
+    "foreground_shares": "views.crops",
     "gather": "distributed",
     "Group": "data.loader",
     "house_split": "data.split",
@@ -140,6 +144,8 @@ _HOME = {
     "pair_picture": "views.pairs",
     "PairViews": "views.pairs",
     "parse": "config",
+    "permutation_set": "permutations",
+    "PermutationSet": "permutations",
     "phantom": "data.phantoms",
     "phantom_store": "data.phantoms",
     "print_table": "config",

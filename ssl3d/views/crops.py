@@ -144,6 +144,15 @@ def draw_positions(
     return np.asarray(chosen[::-1], dtype=np.int64)
 
 
+def foreground_shares(volume: Volume, starts: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Share of foreground in the crops of one size at `starts` (N, 3), estimated as in `draw_crop`: (N,).
+
+    Raises:
+        DataError: The volume has no foreground at all.
+    """
+    return _Occupancy(volume).shares(np.asarray(starts), size)
+
+
 def neighbour_position(
     volume: Volume,
     axis: int,
