@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssl3d import statistics as statistics
+    from ssl3d.aggregator import AggregatorConfig as AggregatorConfig
+    from ssl3d.aggregator import Attended as Attended
+    from ssl3d.aggregator import SliceAggregator as SliceAggregator
+    from ssl3d.aggregator import attended_offset as attended_offset
     from ssl3d.benchmark import Benchmark as Benchmark
     from ssl3d.benchmark import Contestant as Contestant
     from ssl3d.benchmark import Result as Result
@@ -94,6 +98,10 @@ if TYPE_CHECKING:
     from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
+    "AggregatorConfig": "aggregator",
+    "Attended": "aggregator",
+    "attended_offset": "aggregator",
+    "SliceAggregator": "aggregator",
     "alignment": "losses",
     "apply_torchio": "views.outside",
     "assemble": "data.store",
