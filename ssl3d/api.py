@@ -24,8 +24,21 @@ if TYPE_CHECKING:
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
     from ssl3d.checkpoint import open_data_for as open_data_for
+    from ssl3d.clustering import MemoryBank as MemoryBank
+    from ssl3d.clustering import Prototypes as Prototypes
+    from ssl3d.clustering import agreement as agreement
+    from ssl3d.clustering import default_prototypes as default_prototypes
+    from ssl3d.clustering import mutual_information as mutual_information
+    from ssl3d.clustering import perplexity as perplexity
+    from ssl3d.clustering import prototype_picture as prototype_picture
+    from ssl3d.clustering import sinkhorn as sinkhorn
+    from ssl3d.clustering import spherical_kmeans as spherical_kmeans
+    from ssl3d.clustering import swav_loss as swav_loss
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
+    from ssl3d.corruptions import Corruptions as Corruptions
+    from ssl3d.corruptions import corrupt as corrupt
+    from ssl3d.corruptions import value_range as value_range
     from ssl3d.data.geometry import save_nifti as save_nifti
     from ssl3d.data.geometry import to_patient as to_patient
     from ssl3d.data.loader import Batch as Batch
@@ -99,8 +112,16 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AggregatorConfig": "aggregator",
+    "agreement": "clustering",
     "Attended": "aggregator",
     "attended_offset": "aggregator",
+    "default_prototypes": "clustering",
+    "MemoryBank": "clustering",
+    "mutual_information": "clustering",
+    "perplexity": "clustering",
+    "prototype_picture": "clustering",
+    "Prototypes": "clustering",
+    "sinkhorn": "clustering",
     "SliceAggregator": "aggregator",
     "alignment": "losses",
     "apply_torchio": "views.outside",
@@ -117,6 +138,8 @@ _HOME = {
     "CheckpointError": "errors",
     "Collection": "data.store",
     "Contestant": "benchmark",
+    "corrupt": "corruptions",
+    "Corruptions": "corruptions",
     "DataError": "errors",
     "Decoder": "decoder",
     "dense_features": "inference",
@@ -173,15 +196,18 @@ _HOME = {
     "simulated_index": "data.phantoms",
     "slab_size": "views.crops",
     "sorting_loss": "sorting",
+    "spherical_kmeans": "clustering",
     "split_digest": "benchmark",
     "Ssl3dError": "errors",
     "statistics": "statistics",
     "StepOutput": "proxy",
+    "swav_loss": "clustering",
     "to_patient": "data.geometry",
     "to_memory_format": "encoders",
     "uniformity": "losses",
     "upsample": "inference",
     "UsageError": "errors",
+    "value_range": "corruptions",
     "view_margin": "views.compose",
     "ViewRng": "views.compose",
     "Views": "views.compose",

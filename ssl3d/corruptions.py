@@ -1,0 +1,273 @@
+"""What Models Genesis does to crops before they are restored: curves, shuffled voxels, painted boxes.
+
+All work on batches on the device, with one draw per example, keep shape and dtype, take any D >= 1, and
+give a new tensor: what is to be restored is never touched. Strengths are relative to the example's own
+range, so they mean the same for z-scored MR and windowed CT.
+
+Zhou et al., Models Genesis, Medical Image Analysis 2021 (arXiv:2004.07882), and its released code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl3d.rng import BatchRng
+
+_NODES = 1000  # of a curve, between which it is straight
+_BLOCKS = 5  # boxes painted at most
+_CONTINUE = 0.95  # chance of each further box
+_BORDER = 3  # voxels at the border of a crop that no box touches
+
+
+@dataclasses.dataclass
+class Corruptions:
+    """What is done to a crop before it is restored. A proxy's `Config` inherits these options.
+
+    Attributes:
+        shuffle: Probability, per example, that voxels are shuffled within small blocks, of sides from 1
+            voxel to a tenth of the crop's.
+        shuffled: Share of those blocks that are shuffled.
+        curve: Probability, per example, that grey values run through a random curve, half of them
+            through a falling one, which inverts the image.
+        paint: Probability, per example, that boxes are painted over with noise.
+        outside: Share of the painted examples in which all but the boxes is painted over, instead of
+            the boxes.
+    """
+
+    shuffle: float = 0.5
+    shuffled: float = 0.85
+    curve: float = 0.9
+    paint: float = 0.9
+    outside: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ValueError: A field is out of range, or nothing is corrupted; the message names it.
+        """
+        for name in ("shuffle", "shuffled", "curve", "paint", "outside"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, 0 to 1, not {getattr(self, name):g}")
+        if not (self.shuffle and self.shuffled) and not self.curve and not self.paint:
+            raise ValueError("shuffle, curve and paint are all 0: nothing is corrupted, nothing to restore")
+
+
+class Corrupted(NamedTuple):
+    """What `corrupt` gives.
+
+    Attributes:
+        input: What the network sees, (B, C, D, H, W).
+        done: Which corruption befell which example, name -> (B,) booleans: shuffle, curve, inpaint,
+            outpaint.
+    """
+
+    input: Tensor
+    done: dict[str, Tensor]
+
+
+@torch.no_grad()
+def corrupt(options: Corruptions, x: Tensor, rng: BatchRng) -> Corrupted:
+    """Corrupts a batch of crops as Models Genesis does: shuffle, curve, then paint.
+
+    Args:
+        options: Probabilities.
+        x: (B, C, D, H, W); stays as it is, and is what to restore.
+        rng: For the B examples.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        shuffle, curve = rng.chance(options.shuffle), rng.chance(options.curve)
+        paint, outside = rng.chance(options.paint), rng.chance(options.outside)
+        seen = local_shuffle(x, rng, options.shuffled, shuffle)
+        seen = _only(curve, bezier_intensity(seen, rng), seen)
+        inpaint, outpaint = paint & ~outside, paint & outside
+        seen = _only(inpaint, in_painting(seen, rng), _only(outpaint, out_painting(seen, rng), seen))
+        done = {"shuffle": shuffle, "curve": curve, "inpaint": inpaint, "outpaint": outpaint}
+        return Corrupted(seen, done)
+
+
+# Grey values ------------------------------------------------------------------------------------------
+
+
+def bezier_intensity(x: Tensor, rng: BatchRng, inverted: float = 0.5) -> Tensor:
+    """Runs each example's grey values through a random cubic Bézier curve over its range.
+
+    The range of each channel is brought to [0, 1]; the curve goes from (0, 0) to (1, 1) by two control
+    points uniform in the unit square, so it is monotone; with probability `inverted` it is mirrored and
+    falls from (0, 1) to (1, 0). The range stays what it was. One curve per example and channel.
+
+    Args:
+        x: (B, C, D, H, W).
+        rng: For the B examples.
+        inverted: Share of falling curves.
+    """
+    channels = x.shape[1]
+    points = rng.uniform(channels, 2, 2)
+    falling = rng.chance(inverted, channels)
+    low, span = value_range(x)
+    across, up = bezier(points[..., 0]), bezier(points[..., 1])
+    # The released code sorts the places and, unless inverted, the values: the values then run downwards.
+    up = torch.where(falling[..., None], up.flip(-1), up)
+    unit = ((x.float() - low) / span.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)
+    changed = _interpolate(unit.flatten(2), across, up).view_as(unit)
+    return (low + changed * span).to(x.dtype)
+
+
+def bezier(inner: Tensor, nodes: int = _NODES) -> Tensor:
+    """One coordinate along cubic Bézier curves from 0 to 1.
+
+    Args:
+        inner: Of the two inner control points, (..., 2), in [0, 1].
+        nodes: Steps of the curve's parameter, from 0 to 1, both included.
+
+    Returns:
+        (..., nodes), from 0 to 1, never falling.
+    """
+    t = torch.linspace(0, 1, nodes, device=inner.device, dtype=inner.dtype)
+    a, b = inner[..., :1], inner[..., 1:]
+    curve = 3 * (1 - t) ** 2 * t * a + 3 * (1 - t) * t**2 * b + t**3
+    # Monotone but for rounding, which must not upset the search in it.
+    return curve.cummax(-1).values.clamp(max=1.0)
+
+
+def _interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """`numpy.interp` per row: x (B, C, N) between places and values (B, C, nodes)."""
+    after = torch.searchsorted(places, x, right=True).clamp_(1, places.shape[-1] - 1)
+    before = after - 1
+    left, width = places.gather(-1, before), places.diff(dim=-1).gather(-1, before)
+    start, rise = values.gather(-1, before), values.diff(dim=-1).gather(-1, before)
+    share = ((x - left) / width.clamp_min(torch.finfo(x.dtype).tiny)).clamp(0, 1)
+    return start + share * rise
+
+
+# Places -----------------------------------------------------------------------------------------------
+
+
+def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.85, rows: Tensor | None = None) -> Tensor:
+    """Permutes the voxels within small blocks, all channels of a voxel together.
+
+    Each axis is cut into pieces of random lengths, 1 voxel to a tenth of the side; the blocks between
+    the cuts are shuffled, each with probability `share`.
+
+    The released code draws 10 000 overlapping blocks for a crop of 64 x 64 x 32, with sides from the
+    same range, one after the other, each filled with a permutation of what the crop held there at
+    first. That touches 85 % of the voxels, and a voxel's value then comes from within one block around
+    it, as here; only here no value is lost or doubled, and all blocks are done at once.
+
+    Args:
+        x: (B, C, D, H, W).
+        rng: For the B examples.
+        share: Of the blocks.
+        rows: Which examples, (B,) booleans; all of them if None. The others come back as they are.
+    """
+    size = x.shape[2:]
+    voxels = size.numel()
+    cuts = [_pieces(rng, side) for side in size]
+    chance, order = rng.chance(share, voxels), rng.uniform(voxels)
+    some = torch.arange(len(x), device=x.device) if rows is None else rows.nonzero()[:, 0]
+    starts, lengths = zip(*[(start[some], length[some]) for start, length in cuts], strict=True)
+    z, y, w = (_along(axis, start) for axis, start in enumerate(starts))
+    p, q, r = (_along(axis, length) for axis, length in enumerate(lengths))
+    at = [_along(axis, torch.arange(side, device=x.device)[None]) for axis, side in enumerate(size)]
+    # With the voxels sorted by block, where each block begins, and where each of its voxels comes.
+    begin = z * size[1] * size[2] + p * y * size[2] + p * q * w
+    slot = begin + (at[0] - z) * q * r + (at[1] - y) * r + (at[2] - w)
+    # The same within the block by chance: float64, since the numbers go up to that of the voxels.
+    shuffled = (begin.flatten(1).double() + order[some]).argsort(dim=1)
+    corner = (z * size[1] + y) * size[2] + w
+    source = torch.where(
+        chance[some].gather(1, corner.flatten(1)),
+        shuffled.gather(1, slot.flatten(1)),
+        torch.arange(voxels, device=x.device),
+    )
+    flat = x[some].flatten(2)
+    moved = flat.gather(2, source[:, None].expand_as(flat)).view(len(some), *x.shape[1:])
+    return x.index_copy(0, some, moved)
+
+
+def _pieces(rng: BatchRng, side: int) -> tuple[Tensor, Tensor]:
+    """Cuts an axis at random: of each place, the first of its piece and the piece's length, (B, side)."""
+    longest = max(1, side // 10)
+    ends = rng.integers(1, longest + 1, side).cumsum(1).clamp(max=side)
+    at = torch.arange(side, device=ends.device)
+    piece = torch.searchsorted(ends, at.expand_as(ends).contiguous(), right=True)
+    last = ends.gather(1, piece)
+    first = torch.cat([torch.zeros_like(ends[:, :1]), ends], dim=1).gather(1, piece)
+    return first, last - first
+
+
+def _along(axis: int, values: Tensor) -> Tensor:
+    """(B, side) as (B, D, H, W), 1 along the other axes."""
+    return values[:, :, None, None].movedim(1, axis + 1)
+
+
+# Boxes ------------------------------------------------------------------------------------------------
+
+
+def in_painting(x: Tensor, rng: BatchRng) -> Tensor:
+    """Paints up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+
+    Sides are a sixth to a third of the crop's; after each box comes another with probability .95, so
+    one example in twenty has none. As released, boxes keep 3 voxels from the border, where there is room.
+    """
+    inside = draw_boxes(rng, x.shape[2:], [(n // 6, n // 3) for n in x.shape[2:]], least=0)
+    return torch.where(inside[:, None], _noise(x, rng), x)
+
+
+def out_painting(x: Tensor, rng: BatchRng) -> Tensor:
+    """Paints all but up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+
+    A box's sides are the crop's less 3/7 to 4/7 of it; there is one, and after each comes another with
+    probability .95. As released, boxes keep 3 voxels from the border, where there is room.
+    """
+    limits = [(n - 4 * n // 7, n - 3 * n // 7) for n in x.shape[2:]]
+    inside = draw_boxes(rng, x.shape[2:], limits, least=1)
+    return torch.where(inside[:, None], x, _noise(x, rng))
+
+
+def draw_boxes(rng: BatchRng, size: Sequence[int], limits: Sequence[tuple[int, int]], least: int) -> Tensor:
+    """Draws up to five boxes per example; where any of them lies, (B, D, H, W) booleans.
+
+    Args:
+        rng: For the B examples.
+        size: (D, H, W).
+        limits: Least and largest side of a box, per axis.
+        least: Boxes that there are for certain.
+    """
+    more = torch.cat([rng.chance(1.0, least), rng.chance(_CONTINUE, _BLOCKS - least)], dim=1)
+    there = more.int().cumprod(1).bool()
+    inside = []
+    for length, (shortest, longest) in zip(size, limits, strict=True):
+        sides = rng.integers(max(shortest, 1), max(longest, 1) + 1, _BLOCKS)
+        border = (length - sides).div(2, rounding_mode="floor").clamp(0, _BORDER)
+        room = length - sides - 2 * border + 1
+        start = border + (rng.uniform(_BLOCKS) * room).long()
+        at = torch.arange(length, device=start.device)
+        inside.append((at >= start[..., None]) & (at < (start + sides)[..., None]))
+    d, h, w = inside
+    d = d & there[..., None]
+    found = torch.zeros(len(d), *size, dtype=torch.bool, device=d.device)
+    for n in range(_BLOCKS):
+        found |= d[:, n, :, None, None] & h[:, n, None, :, None] & w[:, n, None, None, :]
+    return found
+
+
+def value_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest value and range of each example's channels, (B, C, 1, 1, 1), float32."""
+    low, high = x.flatten(2).aminmax(dim=2)
+    low, high = low.float()[..., None, None, None], high.float()[..., None, None, None]
+    return low, high - low
+
+
+def _noise(x: Tensor, rng: BatchRng) -> Tensor:
+    low, span = value_range(x)
+    return (low + rng.uniform(*x.shape[1:]) * span).to(x.dtype)
+
+
+def _only(flags: Tensor, changed: Tensor, x: Tensor) -> Tensor:
+    return torch.where(flags.view(-1, 1, 1, 1, 1), changed, x)
