@@ -1,0 +1,393 @@
+"""Prototypes, balanced assignments, spherical k-means and the bank of features that is clustered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from ssl3d.distributed import gather, rank, row_counts, world_size
+from ssl3d.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IGNORED = -100
+"""Target of an example that has none; `cross_entropy` of torch leaves it out."""
+_ROWS = 4096  # features compared with all centroids at once
+
+
+def default_prototypes(items: int) -> int:
+    """How many prototypes so many items are worth: a tenth of them, within 8 and 3000.
+
+    ImageNet's 3000 are one for 427 images. A prototype with one or two items is learnt by heart and
+    parts a subject from all others; with ten it must hold what several subjects share. Fewer than 8
+    ask too little, more than 3000 were no better in the paper. Never more than there are items.
+
+    Args:
+        items: What is clustered: volumes, times places in each.
+    """
+    return max(2, min(items, max(8, min(items // 10, 3000))))
+
+
+class Prototypes(nn.Module):
+    """Unit vectors that features are compared with: a linear layer without bias, its rows normalised.
+
+    Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, NeurIPS
+    2020: rows are normalised before every forward pass. Here that is part of the graph, so a module may
+    run several times before one backward pass; call `normalize_` after each step, else the rows grow
+    and learn ever slower.
+
+    Args:
+        features: Length F.
+        count: Number K.
+    """
+
+    def __init__(self, features: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(count, features), dim=1))
+
+    def __len__(self) -> int:
+        """The number of prototypes."""
+        return len(self.weight)
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """Cosine similarities (..., K) of features (..., F), float32 whatever the precision.
+
+        Args:
+            x: Normalised here.
+            frozen: Whether the prototypes get no gradient, as at first in the paper.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight.detach() if frozen else self.weight
+            return F.normalize(x.float(), dim=-1) @ F.normalize(weight.float(), dim=1).T
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Brings the rows back to length 1, in place; for `Proxy.after_step`."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Soft assignments to prototypes, every prototype used equally over the batch of all ranks.
+
+    The authors' iteration on Q = exp(scores / epsilon): each prototype's share is divided by its sum and
+    by K, then each row's by its sum and by B. It runs on logarithms in float32, where it cannot
+    overflow, and on every rank on the rows of all of them, so ranks may hold unequal numbers of rows.
+    Every rank must call it. On one rank it is lightly's `sinkhorn`.
+
+    Caron et al., NeurIPS 2020; Cuturi, NeurIPS 2013.
+
+    Args:
+        scores: This rank's rows, (B, K), cosine similarities.
+        epsilon: Lower is harder.
+        iterations: 3 in the paper.
+
+    Returns:
+        (B, K) float32; each row sums to 1.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        counts = row_counts(len(scores), scores.device)
+        logq = gather(scores.detach().float(), counts) / epsilon
+        for _ in range(iterations):
+            logq = logq - logq.logsumexp(0, keepdim=True)
+            logq = logq - logq.logsumexp(1, keepdim=True)
+        if not iterations:
+            logq = logq - logq.logsumexp(1, keepdim=True)
+        start = sum(counts[: rank()])
+        return logq[start : start + counts[rank()]].exp()
+
+
+def swav_loss(scores: Sequence[Tensor], assignments: Sequence[Tensor], temperature: float = 0.1) -> Tensor:
+    """Predicts each large view's assignment from all other views; mean over the batch of all ranks.
+
+    1/I sum over views i of 1/(V - 1) sum over views v != i of -mean_b q_i . log softmax(scores_v / t).
+
+    Caron et al., NeurIPS 2020, equation 1 and its multi-crop form.
+
+    Args:
+        scores: V views' cosine similarities to the prototypes, (B, K) each; the I large ones first.
+        assignments: What `sinkhorn` gave for the I large views, (B, K) each.
+        temperature: Divides scores.
+
+    Returns:
+        Scalar. A sum over own rows, scaled so that the mean over ranks is that of the global batch.
+
+    Raises:
+        ValueError: Fewer than two views, or more assignments than views.
+    """
+    if len(scores) < 2 or not 0 < len(assignments) <= len(scores):
+        raise ValueError(
+            f"{len(scores)} views with {len(assignments)} assignments: two views at least, and no more "
+            "assignments than views"
+        )
+    with torch.autocast(scores[0].device.type, enabled=False):
+        logs = [F.log_softmax(view.float() / temperature, dim=1) for view in scores]
+        total = sum(row_counts(len(scores[0]), scores[0].device))
+        terms = [
+            -(q.float() * view).sum() / (len(logs) - 1)
+            for i, q in enumerate(assignments)
+            for v, view in enumerate(logs)
+            if v != i
+        ]
+        return torch.stack(terms).sum() / len(assignments) * world_size() / max(total, 1)
+
+
+class Clusters(NamedTuple):
+    """What `spherical_kmeans` gives.
+
+    Attributes:
+        centroids: (K, F), unit length.
+        assignment: (N,) int64, the nearest centroid of each row.
+    """
+
+    centroids: Tensor
+    assignment: Tensor
+
+
+@torch.no_grad()
+def spherical_kmeans(
+    features: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None
+) -> Clusters:
+    """k-means by cosine similarity, as in DeepCluster-v2: from random rows, a fixed number of iterations.
+
+    A cluster that loses all its rows keeps its centroid. Sums run in a fixed order on any device.
+
+    Caron et al., NeurIPS 2020, appendix D; Dhillon and Modha, Machine Learning 2001.
+
+    Args:
+        features: (N, F), normalised here; float32 whatever the precision.
+        k: Clusters.
+        iterations: Of assigning and averaging; a last assignment follows.
+        generator: Of the CPU; chooses the first centroids.
+
+    Raises:
+        UsageError: Fewer rows than clusters.
+    """
+    if len(features) < k:
+        raise UsageError(
+            f"{len(features)} features cannot start {k} clusters; ask for at most {len(features)}"
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features.float(), dim=1)
+        first = torch.randperm(len(x), generator=generator)[:k].to(x.device)
+        centroids = x[first]
+        for _ in range(iterations):
+            sums, counts = torch.zeros_like(centroids), x.new_zeros(k)
+            for part in x.split(_ROWS):
+                # A product, not index_add, whose order of summation is not fixed on a GPU.
+                member = F.one_hot(_nearest(part, centroids), k).to(x.dtype)
+                sums += member.T @ part
+                counts += member.sum(0)
+            held = (counts > 0)[:, None]
+            centroids = torch.where(held, F.normalize(sums, dim=1), centroids)
+        return Clusters(centroids, torch.cat([_nearest(part, centroids) for part in x.split(_ROWS)]))
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    return (x @ centroids.T).argmax(1)
+
+
+class MemoryBank(nn.Module):
+    """The latest features of every item's views, in buffers: the same on all ranks, and in checkpoints.
+
+    An item is whatever keeps its identity through the run: a volume, or the k-th place in a volume. Its
+    code must be unique over all data sets: `Volume.index` is, and so is `index * places + place`.
+
+    Attributes:
+        codes: (N,) int64, increasing.
+        features: (V, N, F) float32, unit length where filled.
+        filled: (N,) whether an item was ever written.
+
+    Args:
+        codes: Of all items, in any order.
+        features: Length F of a feature.
+        views: V, kept apart.
+
+    Raises:
+        ValueError: A code comes twice.
+    """
+
+    codes: Tensor
+    features: Tensor
+    filled: Tensor
+
+    def __init__(self, codes: Iterable[int] | Tensor, features: int, views: int = 2) -> None:
+        super().__init__()
+        given = torch.as_tensor(codes if isinstance(codes, Tensor) else list(codes), dtype=torch.int64)
+        ordered = given.unique()
+        if len(ordered) < len(given):
+            raise ValueError(f"{len(given)} items have {len(ordered)} different codes; each needs its own")
+        self.register_buffer("codes", ordered)
+        self.register_buffer("features", torch.zeros(views, len(ordered), features))
+        self.register_buffer("filled", torch.zeros(len(ordered), dtype=torch.bool))
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.codes)
+
+    def rows(self, codes: Tensor) -> Tensor:
+        """Where items stand, int64, -1 for those that the bank does not know (held-out subjects)."""
+        if not len(self):
+            return torch.full_like(codes, -1)
+        place = torch.searchsorted(self.codes, codes).clamp_max(len(self) - 1)
+        return torch.where(self.codes[place] == codes, place, -1)
+
+    def targets(self, assignment: Tensor, codes: Tensor) -> Tensor:
+        """Each item's entry of `assignment` (..., N); -100, which losses ignore, if it is not known."""
+        rows = self.rows(codes)
+        found = assignment[..., rows.clamp_min(0)] if len(self) else assignment.new_zeros(codes.shape)
+        return torch.where(rows >= 0, found, IGNORED)
+
+    @torch.no_grad()
+    def write(self, codes: Tensor, features: Tensor) -> None:
+        """Stores what all ranks give; every rank must call it, with any number of rows.
+
+        Unknown items are left out; of an item that comes twice the last one stays.
+
+        Args:
+            codes: (R,).
+            features: (R, V, F), normalised here.
+        """
+        counts = row_counts(len(codes), codes.device)
+        codes = gather(codes, counts)
+        given = F.normalize(gather(features.detach().float(), counts), dim=2)
+        order = codes.argsort(stable=True)
+        ordered = codes[order]
+        last = torch.ones_like(ordered, dtype=torch.bool)
+        last[:-1] = ordered[1:] != ordered[:-1]
+        rows = self.rows(ordered)
+        keep = last & (rows >= 0)
+        self.features[:, rows[keep]] = given[order[keep]].movedim(1, 0)
+        self.filled[rows[keep]] = True
+
+    @torch.no_grad()
+    def cluster(
+        self, view: int, k: int, iterations: int = 10, generator: torch.Generator | None = None
+    ) -> Clusters:
+        """Spherical k-means of one view's features, the same on all ranks; every rank must call it.
+
+        Where fewer than `k` items are filled, the last centroids are copies of others: nothing is nearest
+        to them first, so they stay without items.
+
+        Returns:
+            Centroids (k, F), and assignments (N,), -100 for items that are not filled.
+
+        Raises:
+            UsageError: No item is filled.
+        """
+        known = self.features[view, self.filled]
+        if not len(known):
+            raise UsageError("nothing to cluster: no volume could be drawn, see what was set aside")
+        fewer = min(k, len(known))
+        found = spherical_kmeans(known, fewer, iterations, generator)
+        copies = torch.arange(k, device=known.device) % fewer
+        centroids = found.centroids[copies].contiguous()
+        assignment = torch.full_like(self.codes, IGNORED)
+        assignment[self.filled] = found.assignment
+        if world_size() > 1:  # ranks on unequal hardware may differ in the last bit
+            dist.broadcast(centroids, 0)
+            dist.broadcast(assignment, 0)
+        return Clusters(centroids, assignment)
+
+
+# What a person reads -------------------------------------------------------------------------------
+
+
+class Agreement(NamedTuple):
+    """What `agreement` gives, over the rows of all ranks; scalars.
+
+    Attributes:
+        agreement: Share of rows in which both chose the same prototype.
+        chance: What two independent choices with these frequencies would reach.
+        kappa: (agreement - chance) / (1 - chance): 1 is perfect; 0 is chance, and also collapse, where
+            everything is given one prototype (Cohen 1960).
+        used: Effective number of prototypes chosen: the exponential of their entropy, 1 to K.
+    """
+
+    agreement: Tensor
+    chance: Tensor
+    kappa: Tensor
+    used: Tensor
+
+
+@torch.no_grad()
+def agreement(first: Tensor, second: Tensor, count: int) -> Agreement:
+    """How well two choices of prototypes agree, against chance. Every rank must call it.
+
+    Args:
+        first: (B,) prototypes, this rank's rows; rows with a negative one are left out.
+        second: (B,).
+        count: Prototypes there are.
+    """
+    both = gather(torch.stack([first, second], 1))
+    both = both[(both >= 0).all(1)]
+    if not len(both):
+        zero = torch.zeros((), device=first.device)
+        return Agreement(zero, zero, zero, zero)
+    same = (both[:, 0] == both[:, 1]).float().mean()
+    shares = F.one_hot(both, count).float().mean(0)
+    chance = (shares[0] * shares[1]).sum()
+    kappa = torch.where(chance < 1, (same - chance) / (1 - chance).clamp_min(1e-6), 0.0)
+    return Agreement(same, chance, kappa, perplexity(shares.mean(0)))
+
+
+def perplexity(weights: Tensor) -> Tensor:
+    """Effective number of prototypes used: the exponential of the entropy of counts or shares (K,)."""
+    shares = weights.float() / weights.sum().clamp_min(1e-12)
+    return torch.special.entr(shares).sum().exp()
+
+
+def mutual_information(first: Tensor, second: Tensor) -> float:
+    """Normalised mutual information of two clusterings of the same items, 0 to 1; negative ones left out.
+
+    1 is the same clustering, whatever the clusters are called.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    both = (first >= 0) & (second >= 0)
+    if not both.any():
+        return 0.0
+    return float(normalized_mutual_info_score(first[both].cpu().numpy(), second[both].cpu().numpy()))
+
+
+def prototype_picture(views: Tensor, target: Tensor, predicted: Tensor, most: int = 24) -> Figure:
+    """Views, those of one prototype together; the frame says whether the other view chose the same.
+
+    Args:
+        views: (B, C, d, h, w); the middle slice is shown.
+        target: (B,) prototype that each was assigned; negative ones are left out.
+        predicted: (B,) prototype chosen for it from another view.
+        most: Views shown, those of the largest prototypes first.
+    """
+    from matplotlib.figure import Figure
+
+    target, predicted = target.cpu(), predicted.cpu()
+    sizes = torch.bincount(target.clamp_min(0), weights=(target >= 0).double())
+    shown = [int(i) for i in torch.argsort(-sizes[target.clamp_min(0)] * 1e6 + target, stable=True)]
+    shown = [i for i in shown if target[i] >= 0][:most]
+    columns = min(max(len(shown), 1), 8)
+    rows = max(-(-len(shown) // columns), 1)
+    figure = Figure(figsize=(1.3 * columns, 1.55 * rows + 0.2), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    middle = views[:, 0, views.shape[2] // 2].detach().float().cpu().numpy()
+    for place, panel in enumerate(panels.flat):
+        panel.set_xticks([])
+        panel.set_yticks([])
+        if place >= len(shown):
+            panel.axis("off")
+            continue
+        i = shown[place]
+        own, other = int(target[i]), int(predicted[i])
+        colour = "green" if own == other else "red"
+        panel.imshow(middle[i], cmap="gray")
+        panel.set_title(f"{own}" if own == other else f"{own}, not {other}", fontsize=8, color=colour)
+        for side in panel.spines.values():
+            side.set_color(colour)
+            side.set_linewidth(2)
+    return figure
