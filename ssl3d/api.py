@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
     from ssl3d.rng import numpy_rng as numpy_rng
+    from ssl3d.rng import one_group as one_group
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
@@ -170,6 +171,7 @@ _HOME = {
     "neighbour_position": "views.crops",
     "nt_xent": "losses",
     "numpy_rng": "rng",
+    "one_group": "rng",
     "open_data": "data.store",
     "open_data_for": "checkpoint",
     "pair_picture": "views.pairs",
