@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssl3d import statistics as statistics
+    from ssl3d.aggregator import AggregatedEncoder as AggregatedEncoder
     from ssl3d.aggregator import AggregatorConfig as AggregatorConfig
     from ssl3d.aggregator import Attended as Attended
     from ssl3d.aggregator import SliceAggregator as SliceAggregator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ssl3d.clustering import mutual_information as mutual_information
     from ssl3d.clustering import perplexity as perplexity
     from ssl3d.clustering import prototype_picture as prototype_picture
+    from ssl3d.clustering import shard as shard
     from ssl3d.clustering import sinkhorn as sinkhorn
     from ssl3d.clustering import spherical_kmeans as spherical_kmeans
     from ssl3d.clustering import swav_loss as swav_loss
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from ssl3d.config import print_table as print_table
     from ssl3d.corruptions import Corruptions as Corruptions
     from ssl3d.corruptions import corrupt as corrupt
-    from ssl3d.corruptions import value_range as value_range
+    from ssl3d.corruptions import restoration_error as restoration_error
     from ssl3d.data.geometry import save_nifti as save_nifti
     from ssl3d.data.geometry import to_patient as to_patient
     from ssl3d.data.loader import Batch as Batch
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
     from ssl3d.data.store import write_part as write_part
     from ssl3d.decoder import Decoder as Decoder
     from ssl3d.distributed import gather as gather
+    from ssl3d.distributed import rank as rank
+    from ssl3d.distributed import row_counts as row_counts
+    from ssl3d.distributed import world_size as world_size
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
@@ -65,7 +70,9 @@ if TYPE_CHECKING:
     from ssl3d.errors import Ssl3dError as Ssl3dError
     from ssl3d.errors import UsageError as UsageError
     from ssl3d.heads import projection_head as projection_head
+    from ssl3d.embedding import pooled_by as pooled_by
     from ssl3d.inference import dense_features as dense_features
+    from ssl3d.inference import embed_slices as embed_slices
     from ssl3d.inference import embed_volume as embed_volume
     from ssl3d.inference import recalibrate_norm as recalibrate_norm
     from ssl3d.inference import upsample as upsample
@@ -112,7 +119,10 @@ if TYPE_CHECKING:
     from ssl3d.views.spatial import centre_crop as centre_crop
 
 _HOME = {
+    "AggregatedEncoder": "aggregator",
     "AggregatorConfig": "aggregator",
+    "embed_slices": "inference",
+    "pooled_by": "embedding",
     "agreement": "clustering",
     "Attended": "aggregator",
     "attended_offset": "aggregator",
@@ -122,6 +132,7 @@ _HOME = {
     "perplexity": "clustering",
     "prototype_picture": "clustering",
     "Prototypes": "clustering",
+    "shard": "clustering",
     "sinkhorn": "clustering",
     "SliceAggregator": "aggregator",
     "alignment": "losses",
@@ -157,6 +168,9 @@ _HOME = {
     "fit_size": "views.crops",
     "foreground_shares": "views.crops",
     "gather": "distributed",
+    "rank": "distributed",
+    "row_counts": "distributed",
+    "world_size": "distributed",
     "Group": "data.loader",
     "house_split": "data.split",
     "identity_hash": "checkpoint",
@@ -190,6 +204,7 @@ _HOME = {
     "read_slab": "views.crops",
     "recalibrate_norm": "inference",
     "Record": "data.store",
+    "restoration_error": "corruptions",
     "restoration_picture": "views.restore",
     "RestoreViews": "views.restore",
     "Result": "benchmark",
@@ -209,7 +224,6 @@ _HOME = {
     "uniformity": "losses",
     "upsample": "inference",
     "UsageError": "errors",
-    "value_range": "corruptions",
     "view_margin": "views.compose",
     "ViewRng": "views.compose",
     "Views": "views.compose",

@@ -271,3 +271,49 @@ def _noise(x: Tensor, rng: BatchRng) -> Tensor:
 
 def _only(flags: Tensor, changed: Tensor, x: Tensor) -> Tensor:
     return torch.where(flags.view(-1, 1, 1, 1, 1), changed, x)
+
+
+# Errors -----------------------------------------------------------------------------------------------
+
+
+class RestorationError(NamedTuple):
+    """What `restoration_error` gives.
+
+    Attributes:
+        loss: Mean squared error in units of each example's range; with gradient.
+        relative: That error relative to handing back the input: 1 restores nothing, 0 is perfect.
+        flat: The same for each channel's true mean everywhere, which a network that sees no structure
+            can at best give.
+    """
+
+    loss: Tensor
+    relative: Tensor
+    flat: Tensor
+
+
+def restoration_error(restored: Tensor, corrupted: Tensor, original: Tensor) -> RestorationError:
+    """How far a restored crop is from the original, and how far the corrupted one and a flat one are.
+
+    Squared errors are divided by the square of the range of each example's channel, as if it had been
+    brought to [0, 1], so that volumes of strong contrast do not rule the loss; or by 1 where the range is
+    smaller (in z-scored data a standard deviation), so that nearly empty crops do not either.
+
+    Args:
+        restored: (B, C, D, H, W); so are the others.
+        corrupted: What the network saw.
+        original: What is right.
+    """
+    with torch.autocast(original.device.type, enabled=False):
+        original = original.float()
+        scale = value_range(original)[1].clamp_min(1)
+        loss = ((restored.float() - original) / scale).square().mean()
+        with torch.no_grad():
+            copied = ((corrupted.float() - original) / scale).square().mean()
+            flat = ((original - original.mean((2, 3, 4), keepdim=True)) / scale).square().mean()
+            # A batch that chance left uncorrupted has nothing to restore: as good as its input.
+            spoilt = copied > 0
+            relative, flat = (
+                torch.where(spoilt, error / copied.where(spoilt, torch.ones_like(copied)), 1.0)
+                for error in (loss.detach(), flat)
+            )
+        return RestorationError(loss, relative, flat)

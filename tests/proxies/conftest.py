@@ -10,6 +10,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sorting": {"crop": [32, 32], "slices": 5},
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
+    "models_genesis": {"crop": [16, 16, 16], "width": 8},
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.

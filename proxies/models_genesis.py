@@ -1,0 +1,105 @@
+"""Models Genesis: restore crops whose grey values, texture and parts were spoilt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssl3d.api import (
+    BatchRng,
+    Corruptions,
+    Decoder,
+    Encoder,
+    Proxy,
+    RestoreViews,
+    StepOutput,
+    corrupt,
+    draw_one,
+    mirror_one,
+    restoration_error,
+    restoration_picture,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Volume
+
+
+@dataclass
+class ModelsGenesisConfig(RestoreViews, Corruptions):
+    """Options of the Models Genesis proxy.
+
+    Attributes:
+        flip: Probability of mirroring along each axis, input and target alike.
+        width: Channels of the decoder at half resolution.
+        skips: Whether the decoder sees the encoder's shallow maps too, as in a U-Net.
+    """
+
+    flip: float = 0.4
+    width: int = 32
+    skips: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        RestoreViews.__post_init__(self)
+        Corruptions.__post_init__(self)
+        if self.width < 2:
+            raise ValueError(f"width must be at least 2, not {self.width}")
+
+
+class ModelsGenesis(Proxy):
+    """The network must work out what a crop looked like before it was recoloured, shuffled and painted.
+
+    Zhou, Sodha, Pang, Gotway, Liang: Models Genesis, Medical Image Analysis 67, 2021 (arXiv:2004.07882).
+
+    A crop runs through a random curve of its grey values, has its voxels shuffled within small blocks,
+    and noise painted over boxes or over all but boxes; encoder and decoder restore it. Probabilities,
+    curves and boxes are those of the released code.
+
+    Differs from the paper: its CT lies in one window, brought to [0, 1]; here each crop's own range takes
+    the place of that window for curves and noise, the encoder sees the corrupted crop in the grey values
+    that the data were prepared to (as it will downstream), and squared errors are divided by the square
+    of that range, or by 1 where the range is smaller. Shuffled blocks do not overlap, so that no value
+    is lost or doubled. Crops are 32³ instead of 64 x 64 x 32; any encoder with a light decoder instead
+    of a 3D U-Net; AdamW instead of SGD.
+    """
+
+    Config = ModelsGenesisConfig
+    paper: ClassVar[str] = (
+        "Zhou, Sodha, Pang, Gotway, Liang: Models Genesis, Medical Image Analysis 67, 101840, 2021"
+    )
+    main: ClassVar[str] = "relative_error"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 1e-3}
+
+    def __init__(self, config: ModelsGenesisConfig, encoder: Encoder) -> None:
+        """Adds the decoder."""
+        super().__init__(config, encoder)
+        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+
+    @classmethod
+    def draw(
+        cls, config: ModelsGenesisConfig, volume: Volume, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """One crop: `crop` (C, d, h, w), and its `foreground`.
+
+        Raises:
+            DataError: The volume has no foreground.
+        """
+        return draw_one(config, volume, rng)
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Corrupts and restores the crops; relative_error is 1 for handing back the input as it came."""
+        original, _ = mirror_one(self.config, batch, rng, self.training)
+        corrupted, done = corrupt(self.config, original, rng)
+        restored = self.decoder(self.encoder(corrupted), original.shape[2:])
+        error = restoration_error(restored, corrupted, original)
+        metrics = {
+            "relative_error": error.relative,
+            "flat_error": error.flat,
+            **{f"share_{name}": flags.float().mean() for name, flags in done.items()},
+        }
+        return StepOutput(error.loss, metrics, lambda: restoration_picture(original, corrupted, restored))
