@@ -19,6 +19,7 @@ from ssl3d.encoders.convolutions import (
     acs_conv3d,
     acs_kernel,
     acs_split,
+    conv3d,
     convolution,
 )
 
@@ -183,3 +184,132 @@ def test_wide_kernels_on_small_volumes_have_right_gradients_and_do_not_crash():
         env={**os.environ, "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-500:]
+
+
+# Depth-wise and grouped --------------------------------------------------------------------------------
+
+
+def dense(weight, in_channels, groups):
+    """The kernel of one group that computes the same: zeros between the groups."""
+    out_channels, inside = weight.shape[:2]
+    whole = weight.new_zeros(out_channels, in_channels, *weight.shape[2:])
+    for o in range(out_channels):
+        group = o // (out_channels // groups)
+        whole[o, group * inside : (group + 1) * inside] = weight[o]
+    return whole
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 3, 3), (3, 1, 3), (3, 3, 1), (3, 1, 1), (3, 3, 3), (1, 1, 1), (5, 3, 3)]
+)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 3), (3, 1, 2)])
+@pytest.mark.parametrize("space", [(1, 1, 1), (2, 5, 8), (7, 4, 9)])
+def test_depthwise_routes_are_torchs_convolution_with_its_gradients(size, stride, space):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, *space, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1, *size, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64)
+    pads = tuple(k // 2 for k in size)
+    expected = F.conv3d(x, weight, bias, stride, pads, 1, 4)
+    direction = torch.randn_like(expected)
+    theirs = torch.autograd.grad((expected * direction).sum(), [x, weight])
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        y = conv3d(x.contiguous(memory_format=layout), weight, bias, stride, pads, 1, 4)
+        assert torch.allclose(y, expected)
+        assert y.is_contiguous(memory_format=layout)
+        ours = torch.autograd.grad((y * direction).sum(), [x, weight])
+        assert all(torch.allclose(one, two) for one, two in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (2, 1, 0), (3, 2, 2)])
+def test_depthwise_routes_take_any_padding(padding):
+    x, weight = torch.randn(1, 3, 5, 5, 5), torch.randn(3, 1, 3, 3, 3)
+    for kernel in (weight, weight[:, :, :1], weight[:, :, :, :1], weight[..., :1], weight[..., :1, :1]):
+        for stride in ((1, 1, 1), (2, 3, 4)):
+            expected = F.conv3d(x, kernel, None, stride, padding, 1, 3)
+            assert torch.allclose(conv3d(x, kernel, None, stride, padding, 1, 3), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stride,padding,dilation",
+    [
+        ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        ((2, 2, 2), (1, 1, 1), (1, 1, 1)),
+        ((1, 2, 3), (1, 0, 2), (1, 1, 1)),  # the flat axis is padded or cropped: the package's defect
+        ((2, 1, 1), (0, 3, 1), (1, 2, 1)),
+        ((1, 1, 2), (2, 2, 2), (2, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("out,groups", [(5, 5), (10, 5), (5, 1)])
+def test_grouped_acs_is_its_definition(stride, padding, dilation, out, groups):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 7, 5, dtype=torch.float64)
+    weight = torch.randn(out, 5 // groups, 3, 3, dtype=torch.float64)
+    bias = torch.randn(out, dtype=torch.float64)
+    expected = acs_by_loops(x, dense(weight, 5, groups), stride, padding, dilation)
+    for whole in (None, True):
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            seen = acs_conv3d(
+                x.contiguous(memory_format=layout), weight, bias, stride, padding, dilation, groups, whole
+            )
+            assert torch.allclose(seen, expected + bias[:, None, None, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize("space", [(1, 1, 1), (2, 5, 8), (7, 4, 9)])
+def test_groups_of_every_kind_are_the_dense_layer_with_zeros_between_them(kind, groups, stride, space):
+    torch.manual_seed(0)
+    layer = convolution(kind, 6, 6, 3, stride, groups).double()
+    whole = convolution(kind, 6, 6, 3, stride).double()
+    if kind == "p3d":
+        nn.init.normal_(layer.depth_weight)
+    for name, weight in layer.state_dict().items():
+        whole.state_dict()[name].copy_(dense(weight, 6, groups))
+    x = torch.randn(2, 6, *space, dtype=torch.float64)
+    assert torch.allclose(layer(x, False), whole(x, False))
+    assert torch.allclose(layer(x[:, :, 0], True), whole(x[:, :, 0], True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_of_a_depthwise_layer_do_not_meet(kind):
+    layer = convolution(kind, 6, 6, 3, groups=6)
+    x = torch.zeros(1, 6, 3, 3, 3)
+    x[:, 4] = 1.0
+    assert layer(x, False).sum(dim=(0, 2, 3, 4)).ne(0).tolist() == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_depthwise_weights_keep_the_variance(kind):
+    """torchvision's begin a width too small, as fan-out counts the outputs of all groups."""
+    torch.manual_seed(0)
+    layer = convolution(kind, 96, 96, 3, groups=96)
+    y = layer(torch.randn(4, 96, 9, 9, 9), False)[..., 2:-2, 2:-2, 2:-2]
+    assert y.var().item() == pytest.approx(2.0, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", [(1, 1, 1), (1, 2, 2), (2, 2, 2), (3, 5, 2), (5, 1, 3), (4, 7, 6)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
+def test_depthwise_gradients_in_bfloat16_are_those_in_float32(kind, space, stride):
+    torch.manual_seed(0)
+    layer = convolution(kind, 32, 32, 3, stride, 32)
+    x = torch.randn(3, 32, *space)
+    found = []
+    for half in (False, True):
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            layer.zero_grad()
+            given = x.clone().contiguous(memory_format=layout).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = layer(given, False)
+            y.float().square().sum().backward()
+            found.append([given.grad, *(p.grad for p in layer.parameters())])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.allclose(one, two, atol=0.03 * float(one.abs().max()), rtol=0)
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="groups must divide 6 and 8 channels; 4 do not"):
+        convolution("acs", 6, 8, 3, groups=4)
