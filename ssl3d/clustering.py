@@ -296,6 +296,11 @@ class MemoryBank(nn.Module):
         return Clusters(centroids, assignment)
 
 
+def shard(rows: Tensor) -> Tensor:
+    """This rank's part of rows that all ranks hold, so that over the ranks each counts once."""
+    return rows[rank() :: world_size()]
+
+
 # What a person reads -------------------------------------------------------------------------------
 
 

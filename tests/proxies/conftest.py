@@ -11,6 +11,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
+    "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
@@ -22,6 +23,7 @@ DEEP: dict[str, dict[str, Any]] = {
 RANKS: dict[str, dict[str, Any]] = {
     "simclr": {"head_norm": "layer"},
     "barlow_twins": {"head_norm": "layer"},
+    "swav": {"head_norm": "layer"},
 }
 
 
