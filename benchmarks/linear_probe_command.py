@@ -31,6 +31,8 @@ class Options:
         untrained: Untrained encoders of the same architecture beside each encoder; seeds 0, 1, ...
         recalibrate: BatchNorm statistics taken anew from unlabelled training volumes: no, yes, or both
             rows.
+        pool: How a volume becomes one embedding: the mean over its feature maps, or the aggregator over
+            its slices that intra_inter trained with the encoder.
         pool_subject: Several volumes of a subject: a row each (none), their mean, or side by side (concat).
         window: Largest input of the encoder along D H W; larger volumes are taken window by window.
         precision: Of the frozen encoder, 32 or bf16.
@@ -49,6 +51,7 @@ class Options:
     repeats: int | None = None
     untrained: int = 5
     recalibrate: str = "both"
+    pool: str = "mean"
     pool_subject: str = "none"
     window: tuple[int, int, int] = (128, 256, 256)
     precision: str = "32"
@@ -62,6 +65,7 @@ class Options:
         for name, allowed in (
             ("target", ("auto", "classes", "ordinal", "real", "masks")),
             ("recalibrate", ("both", "yes", "no")),
+            ("pool", ("mean", "aggregator")),
             ("pool_subject", ("none", "mean", "concat")),
             ("precision", ("32", "bf16")),
             ("device", ("auto", "cpu", "cuda", "mps")),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import cache_folder
+from ssl3d.api import AggregatedEncoder, cache_folder
 from ssl3d_benchmarks.shape_features import trivial_features
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ def _encoded(
     with torch.inference_mode(), autocast(device, precision):
         for shape in sorted(set(shapes)):
             same = [position for position, own in enumerate(shapes) if own == shape]
-            if any(n > w for n, w in zip(shape[1:], window, strict=True)):
+            # An aggregator takes slices out of a volume of any depth, and windows in plane itself.
+            whole = isinstance(encoder, AggregatedEncoder)
+            if not whole and any(n > w for n, w in zip(shape[1:], window, strict=True)):
                 from ssl3d.api import embed_volume
 
                 for position in same:

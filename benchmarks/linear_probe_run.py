@@ -14,17 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import (
+    AggregatedEncoder,
     Collection,
     Contestant,
     DataError,
     Result,
     Scores,
+    SliceAggregator,
     UsageError,
     encoder_from,
     find_result,
     house_split,
     identity_hash,
     open_data_for,
+    pooled_by,
     split_digest,
     statistics,
     write_result,
@@ -113,6 +116,11 @@ def make_task(data: Collection, options: Options) -> Task:
     if not len(data):
         raise DataError(f"{' '.join(options.data)}: holds no volumes")
     target = find_target(data, options)
+    if target == "masks" and options.pool != "mean":
+        raise UsageError(
+            f"--pool {options.pool}: the dense probe of masks reads feature maps and pools nothing; it is "
+            "for --target classes, ordinal or real"
+        )
     labels = data.labels
     known = np.array([_known(label) for label in labels]) if target != "masks" else data.has_mask
     config = LinearProbeConfig(
@@ -305,14 +313,14 @@ def contestants(options: Options) -> list[Entry]:
     given: list[Entry] = []
     untrained: dict[str, list[Entry]] = {}
     for spec in options.encoder:
-        encoder = encoder_from(spec, seed=0)
+        encoder = pooled_by(options.pool, encoder_from(spec, seed=0), spec)
         group = _architecture(encoder)
         channels = encoder.config.in_channels
         if not spec.startswith("scratch:"):
-            name = str(Path(spec))
+            name = str(Path(spec)) + _pooled(options.pool)
             if name in [entry.name for entry in given]:
                 raise UsageError(f"{spec}: given twice")
-            make = _maker(spec, 0)
+            make = _maker(spec, 0, options.pool)
             given += _with_norm(
                 Entry(name, "encoder", group, make, spec, in_channels=channels), encoder, options
             )
@@ -323,7 +331,8 @@ def contestants(options: Options) -> list[Entry]:
                 for seed in seeds
                 for row in _with_norm(
                     Entry(
-                        f"{group}, seed {seed}", "untrained", group, _maker(group, seed), group,
+                        f"{group}{_pooled(options.pool)}, seed {seed}", "untrained", group,
+                        _untrained(group, seed, encoder), group,
                         in_channels=channels,
                     ),
                     encoder,
@@ -357,8 +366,28 @@ def _fitting(specs: tuple[str, ...], data: Collection) -> tuple[str, ...]:
     )
 
 
-def _maker(spec: str, seed: int) -> Callable[[], Encoder]:
-    return lambda: encoder_from(spec, seed=seed)
+def _maker(spec: str, seed: int, pool: str) -> Callable[[], Encoder]:
+    return lambda: pooled_by(pool, encoder_from(spec, seed=seed), spec)
+
+
+def _untrained(group: str, seed: int, like: Encoder) -> Callable[[], Encoder]:
+    """Makes an untrained encoder, with an untrained aggregator where `like` has one."""
+
+    def make() -> Encoder:
+        encoder = encoder_from(group, seed=seed)
+        if not isinstance(like, AggregatedEncoder):
+            return encoder
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AggregatedEncoder(encoder, SliceAggregator(like.aggregator.config)).eval()
+
+    return make
+
+
+def _pooled(pool: str) -> str:
+    return "" if pool == "mean" else f", {pool}"
 
 
 def _with_norm(entry: Entry, encoder: Encoder, options: Options) -> list[Entry]:
@@ -407,6 +436,8 @@ def build(entry: Entry, task: Task, fold: Fold, options: Options) -> Contestant:
     encoder = entry.make()
     card: dict[str, Any] = encoder.metadata
     details: dict[str, Any] = {"norm_recalibrated": entry.recalibrate}
+    if options.pool != "mean":
+        details["pool"] = options.pool
     if entry.kind == "untrained":
         details["weights_seed"] = card["seed"]
     encoder.to(_device(options)).eval()
@@ -573,7 +604,12 @@ def recalibrate(encoder: Encoder, train: Collection, options: Options) -> None:
     """Takes the norm statistics anew from training volumes, without labels, on the probe's own input."""
     from ssl3d.api import recalibrate_norm
 
-    recalibrate_norm(encoder, _batches(train, options))
+    batches = _batches(train, options)
+    if isinstance(encoder, AggregatedEncoder):
+        # Sees slices, and so do its norms.
+        recalibrate_norm(encoder.encoder, map(encoder.slabs, batches))
+    else:
+        recalibrate_norm(encoder, batches)
 
 
 RECALIBRATION_VOLUMES = 256

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl3d.errors import DataError
-
-if TYPE_CHECKING:
-    from ssl3d.encoder import Encoder
+from ssl3d.encoder import Encoder
+from ssl3d.errors import CheckpointError, DataError
 
 AXES = "DHW"
 
@@ -189,33 +187,78 @@ class SliceAggregator(nn.Module):
         Raises:
             DataError: The volume is thinner than one slab.
         """
-        from ssl3d.inference import embed_volume
+        from ssl3d.inference import embed_slices
 
         config = self.config
-        device = next(self.parameters()).device
-        slab = 1 if volume.shape[1] == 1 else config.slab
-        axis = 0 if volume.shape[1] == 1 else AXES.index(config.axis)
-        flat = volume.movedim(axis + 1, 1)
-        if flat.shape[1] < slab:
-            raise DataError(
-                f"the aggregator was trained on slabs of {slab} slices along {config.axis}; the volume has "
-                f"{flat.shape[1]}"
-            )
-        training = self.training
+        flat, slab = self.lay_flat(volume), 1 if volume.shape[1] == 1 else config.slab
+        embeddings = embed_slices(encoder, flat, slab, config.plane, 0.5, batch, autocast)
+        embeddings = embeddings.to(next(self.parameters()).device)
+        modes = [(part, part.training) for part in self.modules()]
         self.eval()
         try:
-            window = (slab, *config.plane)
-            starts = list(range(0, flat.shape[1] - slab + 1, slab))
-            tokens = []
-            for start in starts:
-                piece = flat[:, start : start + slab]
-                tokens.append(embed_volume(encoder, piece, window, 0.5, batch, autocast=autocast))
-            embeddings = torch.stack(tokens).to(device)
-            stacks = interleaved(len(starts), config.slices)
+            stacks = interleaved(len(embeddings), config.slices)
             pooled = torch.stack([self(embeddings[list(stack)][None])[1][0] for stack in stacks])
         finally:
-            self.train(training)
+            for part, training in modes:
+                part.training = training
         return F.normalize(pooled.mean(dim=0), dim=0).to(volume.device)
+
+    def lay_flat(self, volume: Tensor) -> Tensor:
+        """A volume (C, D, H, W) with the axis that slices lie across as its depth; an image as it is.
+
+        Raises:
+            DataError: It is thinner than one slab.
+        """
+        if volume.shape[1] == 1:
+            return volume
+        flat = volume.movedim(AXES.index(self.config.axis) + 1, 1)
+        if flat.shape[1] < self.config.slab:
+            raise DataError(
+                f"the aggregator was trained on slabs of {self.config.slab} slices along "
+                f"{self.config.axis}; the volume has {flat.shape[1]}"
+            )
+        return flat
+
+
+class AggregatedEncoder(Encoder):
+    """An encoder whose embedding of a volume is an aggregator's, of the volume's slices.
+
+    Feature maps are the encoder's own, of the volume as a whole.
+
+    Args:
+        encoder: Trained with the aggregator.
+        aggregator: Its pooling.
+    """
+
+    paper: ClassVar[str] = ""
+
+    def __init__(self, encoder: Encoder, aggregator: SliceAggregator) -> None:
+        super().__init__()
+        if aggregator.config.features != encoder.embed_dim:
+            raise CheckpointError(
+                f"the aggregator takes embeddings of length {aggregator.config.features}, the encoder gives "
+                f"{encoder.embed_dim}"
+            )
+        self.encoder, self.aggregator = encoder, aggregator
+        self.config, self.channels, self.strides = encoder.config, encoder.channels, encoder.strides
+        self.embed_dim = aggregator.embed_dim
+        self.metadata = getattr(encoder, "metadata", {})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The encoder's feature maps of (B, C, D, H, W)."""
+        maps: list[Tensor] = self.encoder(x)
+        return maps
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings (B, width) of volumes (B, C, D, H, W), without gradients."""
+        return torch.stack([self.aggregator.embed_volume(self.encoder, volume) for volume in x])
+
+    def slabs(self, x: Tensor) -> Tensor:
+        """What the encoder sees of volumes (B, C, D, H, W): slabs (N, C, slab, h, w)."""
+        slab = 1 if x.shape[2] == 1 else self.aggregator.config.slab
+        flat = torch.stack([self.aggregator.lay_flat(volume) for volume in x])
+        count = flat.shape[2] // slab
+        return flat[:, :, : count * slab].unflatten(2, (count, slab)).transpose(1, 2).flatten(0, 1)
 
 
 class _Layer(nn.Module):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ssl3d.errors import DataError, UsageError
+from ssl3d.errors import CheckpointError, DataError, UsageError
 
 if TYPE_CHECKING:
     from ssl3d.data.store import Collection
@@ -28,6 +28,8 @@ class EmbedOptions:
         encoder: A run, its encoder/, or scratch:resnet18[:acs].
         data: Stores, folders of stores, anything that `ssl3d prepare` takes, or phantoms[:N].
         out: HDF5 file to write.
+        pool: How a volume becomes one embedding: the mean over its feature maps, or the aggregator over
+            its slices that intra_inter trained with the encoder.
         patch: Window along D H W; left out, the crop that the encoder was trained on.
         overlap: Share of a window that the next one covers too.
         batch_size: Windows per forward pass.
@@ -42,6 +44,7 @@ class EmbedOptions:
     encoder: str = field(metadata={"positional": True})
     data: tuple[str, ...] = ("phantoms",)
     out: Path = Path("features.h5")
+    pool: Literal["mean", "aggregator"] = "mean"
     patch: tuple[int, int, int] | None = None
     overlap: float = 0.5
     batch_size: int = 4
@@ -62,12 +65,16 @@ class EmbedOptions:
             value = getattr(self, name)
             if value is not None and (len(value) != 3 or min(value) < 1):
                 raise ValueError(f"{name} is {value}, must be three sizes D H W of at least 1")
+        if self.pool == "aggregator" and self.patch is not None:
+            raise ValueError("patch is of pool mean; the aggregator takes slices as it was trained on")
 
 
 def embed_collection(
     encoder: Encoder, data: Collection, options: EmbedOptions, say: Callable[[str], None] = print
 ) -> int:
     """Writes embeddings, identities and labels of every volume; returns how many.
+
+    An `AggregatedEncoder` pools with its aggregator (see `pooled_by`).
 
     The file appears when it is complete. Volumes that cannot be read are named and left out.
 
@@ -78,6 +85,7 @@ def embed_collection(
     import h5py
     import torch
 
+    from ssl3d.aggregator import AggregatedEncoder
     from ssl3d.inference import dense_features, embed_volume
 
     if options.out.exists() and not options.overwrite:
@@ -103,7 +111,10 @@ def embed_collection(
                 except (DataError, OSError) as error:
                     say(f"set aside: {volume.dataset}/{volume.id}: {error}")
                     continue
-                vector = embed_volume(encoder, voxels, patch, *windows, autocast=autocast)
+                if isinstance(encoder, AggregatedEncoder):
+                    vector = encoder.aggregator.embed_volume(encoder.encoder, voxels, autocast=autocast)
+                else:
+                    vector = embed_volume(encoder, voxels, patch, *windows, autocast=autocast)
                 if options.dense:
                     maps = dense_features(
                         encoder, voxels, patch, *windows,
@@ -122,6 +133,33 @@ def embed_collection(
     finally:
         temporary.unlink(missing_ok=True)
     return len(kept)
+
+
+def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
+    """The encoder, or with pool `aggregator`, its embedding being that of the aggregator beside it.
+
+    Args:
+        pool: mean or aggregator.
+        encoder: Loaded from `spec`.
+        spec: As given on the command line.
+
+    Raises:
+        CheckpointError: No aggregator travelled with this encoder.
+    """
+    if pool != "aggregator":
+        return encoder
+    from ssl3d.aggregator import AggregatedEncoder, SliceAggregator
+    from ssl3d.checkpoint import SCRATCH, load_traveller
+
+    hint = "--pool aggregator needs an encoder that intra_inter trained"
+    if spec.startswith(SCRATCH):
+        raise CheckpointError(f"{spec}: untrained, without an aggregator; {hint}")
+    try:
+        aggregator = load_traveller(spec, "aggregator")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {hint}") from error
+    assert isinstance(aggregator, SliceAggregator)
+    return AggregatedEncoder(encoder, aggregator).eval()
 
 
 def patch_of(encoder: Encoder, asked: Sequence[int] | None) -> tuple[int, int, int]:
@@ -172,6 +210,7 @@ def _write(
     file.attrs["encoder_json"] = json.dumps(about, default=str)
     file.attrs["patch"] = patch
     file.attrs["overlap"] = options.overlap
+    file.attrs["pool"] = options.pool
     if options.dense:
         file["dense"].attrs["every"] = options.dense_every
         file["dense"].attrs["levels"] = options.dense_levels

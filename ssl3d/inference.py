@@ -75,6 +75,48 @@ def embed_volume(
     return (total / weights.sum()).float().to(volume.device)
 
 
+def embed_slices(
+    encoder: Encoder,
+    volume: Tensor,
+    slab: int = 1,
+    plane: Sequence[int] | None = None,
+    overlap: float = 0.5,
+    batch: int = 64,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """The embeddings of a volume's slabs, one after the other along D, each on its own.
+
+    Args:
+        encoder: Used in eval mode, on its own device.
+        volume: (C, D, H, W).
+        slab: Slices in a slab; what is left of D by whole slabs is not seen.
+        plane: Window size (H, W), voxels; a larger slab is the mean over windows, every voxel counting
+            the same. None: slabs are seen whole.
+        overlap: Share of a window that the next one covers too, in [0, 1).
+        batch: Slabs per forward pass.
+        autocast: Such as torch.bfloat16; None for the encoder's own precision.
+
+    Returns:
+        (D // slab, embed_dim) float32, on the volume's device.
+    """
+    count = volume.shape[1] // slab
+    window = (count * slab, *(volume.shape[2:] if plane is None else plane))
+    (_, high, wide), windows = _windows(volume, window, overlap)
+    slabs = volume[:, : count * slab].unflatten(1, (count, slab)).transpose(0, 1)
+    ways = [_axis_weights(windows[a], n, volume.shape[1 + a], "even") for a, n in ((1, high), (2, wide))]
+    found = torch.zeros(count, encoder.embed_dim, device=volume.device)
+    with _inference(encoder, autocast) as device:
+        for first in range(0, count, batch):
+            some = slabs[first : first + batch].float()
+            for (h, w), (one, other) in zip(
+                itertools.product(*windows[1:]), itertools.product(*ways), strict=True
+            ):
+                crops = some[..., h : h + high, w : w + wide].to(device)
+                embedded = encoder.embed(crops).float().to(volume.device)
+                found[first : first + batch] += embedded * (one * other)
+    return found / (sum(ways[0]) * sum(ways[1]))
+
+
 def dense_features(
     encoder: Encoder,
     volume: Tensor,
