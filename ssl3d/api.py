@@ -117,6 +117,8 @@ if TYPE_CHECKING:
     from ssl3d.views.restore import read_foreground as read_foreground
     from ssl3d.views.restore import restoration_picture as restoration_picture
     from ssl3d.views.spatial import centre_crop as centre_crop
+    from ssl3d.words import find_alike as find_alike
+    from ssl3d.words import word_places as word_places
 
 _HOME = {
     "AggregatedEncoder": "aggregator",
@@ -164,6 +166,7 @@ _HOME = {
     "embed_volume": "inference",
     "Encoder": "encoder",
     "encoder_from": "checkpoint",
+    "find_alike": "words",
     "find_result": "benchmark",
     "fit_size": "views.crops",
     "foreground_shares": "views.crops",
@@ -228,6 +231,7 @@ _HOME = {
     "ViewRng": "views.compose",
     "Views": "views.compose",
     "Volume": "data.store",
+    "word_places": "words",
     "write_part": "data.store",
     "write_result": "benchmark",
 }

@@ -11,6 +11,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
+    "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
 }
 
@@ -23,6 +24,7 @@ DEEP: dict[str, dict[str, Any]] = {
 RANKS: dict[str, dict[str, Any]] = {
     "simclr": {"head_norm": "layer"},
     "barlow_twins": {"head_norm": "layer"},
+    "cube_ordering": {"head_norm": "layer"},
     "swav": {"head_norm": "layer"},
 }
 

@@ -1,0 +1,285 @@
+"""TransVW: recognise which place of the body a spoilt crop is from, and restore it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssl3d.api import (
+    BatchRng,
+    Corruptions,
+    DataError,
+    Decoder,
+    Encoder,
+    Proxy,
+    RestoreViews,
+    StepOutput,
+    corrupt,
+    find_alike,
+    mirror_one,
+    restoration_error,
+    restoration_picture,
+    word_places,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Collection, Volume
+
+_TRIES = 8  # words tried for one with something to see
+
+
+@dataclass
+class TransVWConfig(RestoreViews, Corruptions):
+    """Options of the TransVW proxy.
+
+    Attributes:
+        flip: Probability of mirroring along each axis, input and target alike. Left is another word than
+            right: none by default.
+        words: Number of visual words, which are the classes.
+        alike: Share of the volumes that a word is taken from: those that look most like its reference.
+        exact: Share of the crops cut at the very place of their word; the others are shifted and zoomed.
+        zoom: Largest zoom of those others, less 1: 0.25 is crops of 1/1.25 to 1.25 the size, resized.
+        shift: How far those others are shifted, as a share of the distance between neighbouring words.
+        restore_weight: Of the restoration's error.
+        word_weight: Of the words' cross entropy.
+        width: Channels of the decoder at half resolution.
+        skips: Whether the decoder sees the encoder's shallow maps too, as in a U-Net.
+        word_seed: Of the words: where they lie and which volumes are their references.
+    """
+
+    flip: float = 0.0
+    words: int = 44
+    alike: float = 0.5
+    exact: float = 1 / 3
+    zoom: float = 0.25
+    shift: float = 0.25
+    restore_weight: float = 1.0
+    word_weight: float = 0.01
+    width: int = 32
+    skips: bool = True
+    word_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        RestoreViews.__post_init__(self)
+        Corruptions.__post_init__(self)
+        for name in ("words", "width"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, not {getattr(self, name)}")
+        if not 0 < self.alike <= 1:
+            raise ValueError(f"alike is a share, above 0 and up to 1, not {self.alike:g}")
+        if not 0 <= self.exact <= 1:
+            raise ValueError(f"exact is a share, 0 to 1, not {self.exact:g}")
+        for name in ("zoom", "shift", "restore_weight", "word_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name):g}")
+        if not self.restore_weight and not self.word_weight:
+            raise ValueError("restore_weight and word_weight are both 0: nothing is learned")
+
+
+class _Volumes:
+    """The training volumes until the words are found; a copy of the proxy shares them."""
+
+    def __init__(self, volumes: list[Volume]) -> None:
+        self.volumes = volumes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Volumes:
+        return self
+
+
+class TransVW(Proxy):
+    """The network must work out which place of the body a spoilt crop is from, and what it looked like.
+
+    Haghighi, Hosseinzadeh Taher, Zhou, Gotway, Liang: Transferable Visual Words: Exploiting the Semantics
+    of Anatomical Patterns for Self-supervised Learning, IEEE TMI 40(10), 2021 (arXiv:2102.10680).
+
+    A visual word is a place relative to the body's box, in the volumes that look most like a reference
+    volume drawn for it. Crops of words, at several scales, are corrupted as in Models Genesis; a decoder
+    restores them, a linear classifier names the word. Before the first step every volume is read once,
+    to compare thumbnails; the words are kept in the checkpoint.
+
+    Differs from the paper: volumes are compared by the principal components of thumbnails (a linear
+    auto-encoder in closed form) instead of a trained auto-encoder's latent; places are relative to the
+    foreground's box instead of absolute, evenly spread instead of random, and passed over in volumes
+    where they show too little foreground; a word is taken from a share of the volumes instead of from
+    200; crops of the other volumes are restored too, but have no class (see `coverage`); shifts are
+    relative to the distance of words; nothing is mirrored; errors and intensities as in
+    `models_genesis`; any encoder with a light decoder and a linear classifier.
+
+    Volumes must lie alike: all prepared in one orientation, showing about the same part of the body.
+    """
+
+    Config = TransVWConfig
+    paper: ClassVar[str] = (
+        "Haghighi, Hosseinzadeh Taher, Zhou, Gotway, Liang: Transferable Visual Words: Exploiting the "
+        "Semantics of Anatomical Patterns for Self-supervised Learning, IEEE TMI 40(10), 2021"
+    )
+    main: ClassVar[str] = "word_accuracy"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 1e-3}
+
+    codes: Tensor
+    member: Tensor
+    references: Tensor
+    places: Tensor
+
+    def __init__(self, config: TransVWConfig, encoder: Encoder) -> None:
+        """Adds decoder and classifier."""
+        super().__init__(config, encoder)
+        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.classifier = nn.Linear(encoder.embed_dim, config.words)
+        self.register_buffer("places", torch.from_numpy(word_places(config.words, config.word_seed)))
+        self.register_buffer("references", torch.full((config.words,), -1))
+        self._resize([])
+        self._data: _Volumes | None = None
+
+    def setup(self, data: Collection) -> None:
+        """Makes room for the words of these volumes.
+
+        Raises:
+            DataError: There are only images, or a single subject.
+        """
+        volumes = [volume for volume in data if volume.shape[1] > 1]
+        subjects = {(volume.dataset, volume.subject) for volume in volumes}
+        if len(subjects) < 2:
+            raise DataError(
+                f"transvw: words are places that several people share, and the data have volumes of "
+                f"{len(subjects)} subject{'' if len(subjects) == 1 else 's'} (images, of depth 1, do not "
+                f"count); at least 2 are needed"
+            )
+        volumes.sort(key=lambda volume: volume.index)
+        self._data = _Volumes(volumes)
+        self._resize([volume.index for volume in volumes])
+
+    def _resize(self, codes: list[int]) -> None:
+        device = self.places.device
+        self.register_buffer("codes", torch.tensor(codes, dtype=torch.int64, device=device))
+        self.register_buffer(
+            "member", torch.zeros(len(codes), self.config.words, dtype=torch.bool, device=device)
+        )
+
+    def start_epoch(self, epoch: int, loader: Any) -> None:
+        """Finds the words, once: which volumes look like which reference."""
+        if self._data is None or bool(self.member.any()):
+            return
+        config, volumes = self.config, self._data.volumes
+        found = find_alike(volumes, config.words, config.alike, config.word_seed, device=self.codes.device)
+        self.member.copy_(found.alike)
+        self.references.copy_(self.codes[found.references.to(self.codes.device)])
+
+    @classmethod
+    def draw(cls, config: TransVWConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The crop of a random word, `crop` (C, d, h, w), and which one it is, `word`.
+
+        Raises:
+            DataError: An image, a volume without foreground, or one so small that all words coincide.
+        """
+        if volume.shape[1] == 1:
+            raise DataError(f"{volume.id}: an image; visual words are places in volumes")
+        for _ in range(_TRIES):
+            word = int(rng.integers(config.words))
+            start, size = _cut(config, volume, word, rng)
+            if _foreground(volume, start, size) >= config.min_foreground:
+                break
+        else:
+            if not volume.foreground().any():
+                raise DataError(f"{volume.id}: no foreground, nothing to draw a crop from")
+        crop = volume.read(start, size)
+        if tuple(crop.shape[1:]) != tuple(config.crop):
+            crop = functional.interpolate(crop[None], size=config.crop, mode="trilinear")[0]
+        return {"crop": crop, "word": torch.tensor(word)}
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Corrupts the crops, restores them, and names their words."""
+        config, word = self.config, batch["word"]
+        everywhere = torch.ones_like(batch["crop"][:, 0], dtype=torch.bool)
+        views = {"crop": batch["crop"], "foreground": everywhere}
+        original, _ = mirror_one(config, views, rng, self.training)
+        corrupted, _ = corrupt(config, original, rng)
+        maps = self.encoder(corrupted)
+        restored = self.decoder(maps, original.shape[2:])
+        embedding = self.encoder.pool(maps)
+        counts = self.counts(batch["index"], word)
+        error = restoration_error(restored, corrupted, original)
+        with torch.autocast(embedding.device.type, enabled=False):
+            logits = self.classifier(embedding.float())
+            # A mean over all examples, whatever their number that counts: equal over any number of ranks.
+            word_loss = (functional.cross_entropy(logits, word, reduction="none") * counts).mean()
+        metrics = {
+            "word_accuracy": (logits.argmax(1) == word).float().mean(),
+            "chance": torch.full_like(error.loss.detach(), 1 / config.words),
+            "coverage": (counts > 0).float().mean(),
+            "word_loss": word_loss.detach(),
+            "relative_error": error.relative,
+            "flat_error": error.flat,
+        }
+        return StepOutput(
+            config.restore_weight * error.loss + config.word_weight * word_loss,
+            metrics,
+            lambda: restoration_picture(original, corrupted, restored),
+        )
+
+    def counts(self, index: Tensor, word: Tensor) -> Tensor:
+        """How much each example counts as one of its word: 0 in volumes that are unlike its reference.
+
+        The others make up for it, so that the mean is 1. All words count in volumes of people that were
+        kept out, of whom no one knows whom they look like.
+        """
+        if not len(self.codes):
+            return torch.ones_like(index, dtype=torch.float32)
+        row = torch.searchsorted(self.codes, index).clamp_max(len(self.codes) - 1)
+        known = self.codes[row] == index
+        share = self.member.float().mean().clamp_min(1e-9)
+        return torch.where(known, self.member[row, word] / share, torch.ones_like(share))
+
+
+def _cut(
+    config: TransVWConfig, volume: Volume, word: int, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Start and size of a crop of a word in a volume, in voxels."""
+    place = word_places(config.words, config.word_seed)[word]
+    low, high = volume.foreground_box()
+    move = rng.uniform(-1, 1, 3) * config.shift / config.words ** (1 / 3)
+    factor = (1 + config.zoom) ** rng.uniform(-1, 1)
+    if rng.uniform() < config.exact:
+        move, factor = move * 0, 1.0
+    start, size, rooms = [], [], []
+    for axis, (side, limit) in enumerate(zip(config.crop, volume.shape[1:], strict=True)):
+        first, room = _room(low[axis], high[axis], side, limit)
+        extent = min(max(round(side * factor), 1), max(limit, side))
+        begin = first + (place[axis] + move[axis]) * room + (side - extent) / 2
+        # Padding would give away that the place lies at the border: only what is there is shown.
+        lowest, highest = min(0, (limit - extent) // 2), max((limit - extent) // 2, limit - extent)
+        start.append(min(max(round(begin), lowest), highest))
+        size.append(extent)
+        rooms.append(room)
+    if not any(rooms):
+        raise DataError(
+            f"{volume.id}: {volume.shape[1:]} voxels leave a crop of {tuple(config.crop)} a single place, "
+            f"so all words are one: take smaller crops (--transvw.crop)"
+        )
+    return start, size
+
+
+def _room(low: int, high: int, side: int, limit: int) -> tuple[int, int]:
+    """First start along an axis, and how many further ones, of crops within the foreground's box."""
+    if side >= limit:
+        return (limit - side) // 2, 0
+    if side > high - low:  # as much of the volume around it as it takes
+        return min(max((low + high - side) // 2, 0), limit - side), 0
+    return low, high - low - side
+
+
+def _foreground(volume: Volume, start: list[int], size: list[int]) -> float:
+    """Share of foreground in a window, from the volume's coarse map."""
+    share = volume.foreground()
+    for axis, (first, extent) in enumerate(zip(start, size, strict=True)):
+        block, limit = volume.block[axis], volume.shape[axis + 1]
+        begin, end = max(first, 0) // block, -(-min(first + extent, limit) // block)
+        share = share.take(range(begin, end), axis)
+    return float(share.mean()) if share.size else 0.0
