@@ -7,6 +7,7 @@ import pytest
 # By proxy, as in a YAML file. Chosen for `tiny_encoder` (strides of 8 in all): crops of 16 leave a last
 # feature map two voxels wide, so that every kernel tap sees something.
 SMALL: dict[str, dict[str, Any]] = {
+    "cube_ordering": {"crop": [24, 24, 24], "gap": 1, "jitter": 1, "permutations": 20, "hidden": 32},
     "sorting": {"crop": [32, 32], "slices": 5},
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
