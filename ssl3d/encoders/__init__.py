@@ -10,17 +10,12 @@ def memory_format(encoder: nn.Module, device: torch.device | str) -> torch.memor
     """The layout in which `encoder` trains fastest on `device`.
 
     Args:
-        encoder: Any encoder; one that is no ResNet gets channels last on CUDA only.
+        encoder: Any encoder; one without `prefers_channels_last(device)` gets channels last on CUDA only.
         device: Where it runs.
     """
-    from ssl3d.encoders.resnet import ResNet, faster_channels_last
-
     device = torch.device(device)
-    last = (
-        faster_channels_last(encoder.config, device)
-        if isinstance(encoder, ResNet)
-        else device.type == "cuda"
-    )
+    prefers = getattr(encoder, "prefers_channels_last", None)
+    last = device.type == "cuda" if prefers is None else prefers(device)
     return torch.channels_last_3d if last else torch.contiguous_format
 
 

@@ -58,3 +58,8 @@ def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> T
     if residual is not None:
         x = x + residual
     return F.relu(x, inplace=True)
+
+
+def norm_relu6(module: nn.Module, x: Tensor) -> Tensor:
+    """min(relu(norm(x)), 6)."""
+    return F.relu6(module(x), inplace=True)

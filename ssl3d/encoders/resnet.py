@@ -235,6 +235,10 @@ class ResNet(Encoder):
             maps.append(x)
         return [m.unsqueeze(2) for m in maps] if image else maps
 
+    def prefers_channels_last(self, device: torch.device | str) -> bool:
+        """Whether it trains faster with the channels last in memory."""
+        return faster_channels_last(self.config, device)
+
     def _layout(self, x: Tensor, image: bool) -> torch.memory_format:
         channels_last = self.channels_last
         if channels_last is None:

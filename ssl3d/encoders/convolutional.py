@@ -1,0 +1,131 @@
+"""What convolutional encoders share: an image is seen once, memory format, checkpointing, strides."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssl3d.encoder import Encoder
+from ssl3d.encoders.convolutions import KINDS, Triple, triple
+from ssl3d.encoders.norms import NORMS, recomputation
+
+
+class Options(Protocol):
+    """What `check_options` reads of a configuration."""
+
+    kind: str
+    norm: str
+
+
+def check_options(config: Options, at_least_1: tuple[str, ...], strides: dict[str, int | None]) -> None:
+    """Checks a configuration's fields.
+
+    Args:
+        config: With `kind` and `norm`.
+        at_least_1: Fields that hold whole numbers of at least 1.
+        strides: Fields that hold one stride (None), or so many of them.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for field, allowed in (("kind", KINDS), ("norm", NORMS)):
+        if getattr(config, field) not in allowed:
+            raise ValueError(f"{field} is {getattr(config, field)!r}; choose {', '.join(allowed)}")
+    for field in at_least_1:
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field} must be at least 1, not {getattr(config, field)}")
+    for field, count in strides.items():
+        given = getattr(config, field)
+        if count is not None and len(given) != count:
+            raise ValueError(f"{field} needs {count} strides along D H W, got {len(given)}")
+        for stride in (given,) if count is None else given:
+            if len(stride) != 3 or min(stride) < 1:
+                raise ValueError(f"{field} needs strides of at least 1 along D, H and W, got {stride}")
+
+
+class ConvolutionalEncoder(Encoder):
+    """An encoder that runs in 2D on an input of depth 1, which it decides once per forward pass.
+
+    A subclass writes `maps`, and hands its `image` on as an argument to every layer. Its configuration
+    has `kind`, `in_channels` and `checkpointing`.
+
+    Attributes:
+        channels_last: Memory format of the feature maps; None for the faster one. It changes the time
+            and nothing else.
+    """
+
+    channels_last: bool | None = None
+
+    @abstractmethod
+    def maps(self, x: Tensor, image: bool) -> list[Tensor]:
+        """Feature maps of (B, C, H, W) where `image`, else of (B, C, D, H, W)."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
+            )
+        if x.shape[2] == 1:
+            return [m.unsqueeze(2) for m in self.maps(x.squeeze(2), True)]
+        return self.maps(x, False)
+
+    def prefers_channels_last(self, device: torch.device | str) -> bool:
+        """Whether it trains faster with the channels last in memory.
+
+        Measured on an AVX-512 processor: flat kernels are faster so, full ones with channels first.
+        """
+        kind = torch.device(device).type
+        return kind == "cuda" or (kind == "cpu" and self.config.kind != "3d")
+
+    def in_layout(self, x: Tensor, image: bool) -> Tensor:
+        """The first convolution's output in the memory format of all that follows.
+
+        After the convolution: with one channel in, its input has no layout that the output could take.
+        """
+        last = self.channels_last
+        if last is None:
+            last = self.prefers_channels_last(x.device)
+        if not last:
+            return x.contiguous()
+        return x.contiguous(memory_format=torch.channels_last if image else torch.channels_last_3d)
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """block(*inputs); its inside computed again in the backward pass where the options say so."""
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=_count_once)
+            return again
+        out: Tensor = block(*inputs)
+        return out
+
+
+def _count_once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), recomputation()
+
+
+def max_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
+    """Max-pool of size 3, to ceil(n / stride)."""
+    return F.max_pool2d(x, 3, stride[1:], 1) if image else F.max_pool3d(x, 3, stride, 1)
+
+
+def average_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
+    """The mean of each cell of `stride` voxels, to ceil(n / stride): the last cells may be cut.
+
+    torchvision's pools leave out what does not fill a cell, ours do not: equal where sizes are multiples.
+    """
+    steps = stride[1:] if image else stride
+    cell = [min(step, size) for step, size in zip(steps, x.shape[2:], strict=True)]  # torch wants no larger
+    pool = F.avg_pool2d if image else F.avg_pool3d
+    return pool(x, cell, steps, ceil_mode=True, count_include_pad=False)
+
+
+def times(a: Triple, b: Triple) -> Triple:
+    """Strides one after the other."""
+    a, b = triple(a), triple(b)
+    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
