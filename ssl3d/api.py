@@ -116,6 +116,7 @@ if TYPE_CHECKING:
     from ssl3d.views.restore import mirror_one as mirror_one
     from ssl3d.views.restore import read_foreground as read_foreground
     from ssl3d.views.restore import restoration_picture as restoration_picture
+    from ssl3d.views.places import draw_places as draw_places
     from ssl3d.views.spatial import centre_crop as centre_crop
     from ssl3d.words import find_alike as find_alike
     from ssl3d.words import word_places as word_places
@@ -161,6 +162,7 @@ _HOME = {
     "draw_one": "views.restore",
     "draw_overlapping": "views.crops",
     "draw_pairs": "views.pairs",
+    "draw_places": "views.places",
     "draw_positions": "views.crops",
     "embed_pairs": "views.pairs",
     "embed_volume": "inference",

@@ -14,6 +14,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
     "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
+    "deepcluster_v2": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "per_volume": 2},
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
@@ -27,6 +28,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "barlow_twins": {"head_norm": "layer"},
     "cube_ordering": {"head_norm": "layer"},
     "swav": {"head_norm": "layer"},
+    "deepcluster_v2": {"head_norm": "layer"},
 }
 
 
