@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
+    from ssl3d.encoders.masking import can_mask as can_mask
+    from ssl3d.encoders.masking import only_visible as only_visible
+    from ssl3d.encoders.masking import visible_at as visible_at
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
     from ssl3d.errors import Ssl3dError as Ssl3dError
@@ -148,6 +151,7 @@ _HOME = {
     "BatchRng": "rng",
     "Benchmark": "benchmark",
     "cache_folder": "data.phantoms",
+    "can_mask": "encoders.masking",
     "centre_crop": "views.spatial",
     "check_depth": "views.pairs",
     "CheckpointError": "errors",
@@ -191,6 +195,7 @@ _HOME = {
     "nt_xent": "losses",
     "numpy_rng": "rng",
     "one_group": "rng",
+    "only_visible": "encoders.masking",
     "open_data": "data.store",
     "open_data_for": "checkpoint",
     "pair_picture": "views.pairs",
@@ -229,6 +234,7 @@ _HOME = {
     "uniformity": "losses",
     "upsample": "inference",
     "UsageError": "errors",
+    "visible_at": "encoders.masking",
     "view_margin": "views.compose",
     "ViewRng": "views.compose",
     "Views": "views.compose",

@@ -43,6 +43,9 @@ class Decoder(nn.Module):
             everything that comes out.
         norm: batch, group or instance. `instance` takes the mean and scale of every channel from each
             example, and with them much of what an absolute grey value is restored from.
+
+    Attributes:
+        sources: Which of the encoder's maps are decoded.
     """
 
     def __init__(
@@ -66,6 +69,9 @@ class Decoder(nn.Module):
         used = maps if skips else {}
         self._stages = [(stride, used.get(stride) if stride != deepest else None) for stride in path]
         self._deepest = deepest
+        self.sources = tuple(
+            sorted({len(encoder.strides) - 1, *(m for _, m in self._stages if m is not None)})
+        )
         channels = encoder.channels[-1]
         self.carry, self.skip = nn.ModuleList(), nn.ModuleDict()
         self.mix, self.norms = nn.ModuleList(), nn.ModuleList()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch.nn.functional as F
@@ -16,14 +16,34 @@ NORMS = ("batch", "group", "instance")
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 
 
+# What else has to hold again during that second pass: makes the context that the first one ran in.
+surroundings: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar(
+    "surroundings", default=nullcontext
+)
+
+
+def recomputation() -> AbstractContextManager[None]:
+    """For the second pass: batch norms leave their running statistics alone, this batch has been counted.
+
+    To be called during the first pass, as `torch.utils.checkpoint` calls its `context_fn`: what
+    `surroundings` makes then is entered again.
+    """
+    return _recomputation(surroundings.get())
+
+
 @contextmanager
-def recomputation() -> Iterator[None]:
-    """Inside, batch norms leave their running statistics alone: this batch has been counted."""
+def _recomputation(again: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
     token = _recomputing.set(True)
     try:
-        yield
+        with again():
+            yield
     finally:
         _recomputing.reset(token)
+
+
+def recomputing() -> bool:
+    """Whether this is the second pass."""
+    return _recomputing.get()
 
 
 class BatchNorm(nn.BatchNorm3d):
@@ -38,7 +58,7 @@ class BatchNorm(nn.BatchNorm3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises over all axes but C."""
-        if self.training and self.running_mean is not None and _recomputing.get():
+        if self.training and self.running_mean is not None and recomputing():
             assert self.running_var is not None
             mean, var = self.running_mean.clone(), self.running_var.clone()  # thrown away
             return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)

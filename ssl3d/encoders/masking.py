@@ -1,0 +1,132 @@
+"""Convolutional encoders on part of their input, as if convolutions were sparse."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ssl3d.encoders.norms import recomputing, surroundings
+
+_At = Callable[[Tensor], Tensor]
+
+
+def can_mask(encoder: nn.Module) -> bool:
+    """Whether `only_visible` holds for an encoder: attention would carry masked places into others."""
+    return not any(
+        isinstance(module, nn.LayerNorm | nn.MultiheadAttention)
+        or "attention" in type(module).__name__.lower()
+        for module in encoder.modules()
+    )
+
+
+@contextmanager
+def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
+    """Inside, the encoder computes from the visible voxels alone, at every one of its stages.
+
+    What a convolution or norm gives is set to 0 wherever no voxel beneath it is visible, so that the
+    pattern of the mask is the same at all depths instead of being closed layer by layer; and norms take
+    their statistics, the running ones too, over visible places alone. It is what SparK does (Tian et al.,
+    Designing BERT for Convolutional Networks, ICLR 2023), there by replacing the modules.
+
+    The input has to be zero where it is masked, already. Exact where the mask consists of blocks that are
+    multiples of the encoder's deepest stride. The encoder is as before on leaving, pickles and copies;
+    blocks that are computed again in the backward pass (activation checkpointing in ssl3d's encoders)
+    are so under the same mask, through `norms.recomputation`.
+
+    Args:
+        encoder: With norms of torch: batch, instance or group; see `can_mask`.
+        visible: (B, 1, D, H, W), bool, of the encoder's input.
+    """
+    levels: dict[tuple[int, ...], Tensor] = {}
+
+    def at(x: Tensor) -> Tensor:
+        shape = tuple(x.shape[2:])
+        if shape not in levels:
+            levels[shape] = visible_at(visible, shape)
+        return levels[shape]
+
+    handles = []
+    patched: list[nn.Module] = []
+    token = surroundings.set(functools.partial(only_visible, encoder, visible))
+    try:
+        for module in encoder.modules():
+            if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm):
+                module.forward = functools.partial(_norm, module, at)  # type: ignore[method-assign]
+                patched.append(module)
+            elif next(module.parameters(recurse=False), None) is not None:
+                handles.append(module.register_forward_hook(functools.partial(_hide, at)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in patched:
+            del module.forward
+        surroundings.reset(token)
+
+
+def visible_at(visible: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask (B, 1, D, H, W) at the resolution of a feature map: visible where any voxel beneath is.
+
+    Returns:
+        (B, 1, *shape), bool; of an image, `shape` may leave out the depth.
+    """
+    found = F.adaptive_max_pool3d(visible.float(), shape if len(shape) == 3 else (1, *shape)) > 0
+    return found if len(shape) == 3 else found.squeeze(2)
+
+
+def _hide(at: _At, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return output * at(output) if isinstance(output, Tensor) and output.ndim in (4, 5) else output
+
+
+def _norm(module: Any, at: _At, x: Tensor) -> Tensor:
+    """What the norm computes, with statistics over visible places, and 0 elsewhere."""
+    if x.ndim not in (4, 5):
+        return type(module).forward(module, x)
+    mask, axes = at(x), tuple(range(2, x.ndim))
+    with torch.autocast(x.device.type, enabled=False):
+        y, shown = x.float(), mask.float()
+        wide = (1, -1, *(1 for _ in axes))
+        if isinstance(module, _BatchNorm):
+            if module.training or module.running_mean is None:
+                mean, var, count = _statistics(y, shown, (0, *axes))
+                if module.training and module.running_mean is not None and not recomputing():
+                    _count(module, mean.detach().flatten(), var.detach().flatten(), count)
+            else:
+                assert module.running_mean is not None and module.running_var is not None
+                mean, var = module.running_mean.view(wide), module.running_var.view(wide)
+        else:
+            groups = module.num_groups if isinstance(module, nn.GroupNorm) else x.shape[1]
+            grouped, each = y.unflatten(1, (groups, -1)), x.shape[1] // groups
+            mean, var, _ = _statistics(grouped, shown.unsqueeze(2), tuple(range(2, grouped.ndim)), each)
+            mean, var = (s.expand(-1, -1, each, *s.shape[3:]).flatten(1, 2) for s in (mean, var))
+        y = (y - mean) * torch.rsqrt(var + module.eps)
+        if module.weight is not None:
+            y = y * module.weight.view(wide) + module.bias.view(wide)
+        return (y * shown).to(x.dtype)
+
+
+def _statistics(
+    x: Tensor, shown: Tensor, axes: tuple[int, ...], each: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance (biased) and number of values in visible places, of which each has `each` values."""
+    count = (each * shown.sum(axes, keepdim=True)).clamp_min(1)
+    mean = (x * shown).sum(axes, keepdim=True) / count
+    var = ((x - mean).square() * shown).sum(axes, keepdim=True) / count
+    return mean, var, count
+
+
+def _count(module: Any, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Running statistics, as torch's batch norm keeps them."""
+    module.num_batches_tracked.add_(1)
+    share = module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
+    n = count.flatten()[:1]
+    module.running_mean.lerp_(mean.to(module.running_mean.dtype), share)
+    module.running_var.lerp_((var * n / (n - 1).clamp_min(1)).to(module.running_var.dtype), share)
