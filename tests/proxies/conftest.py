@@ -11,6 +11,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "sorting": {"crop": [32, 32], "slices": 5},
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
+    "context_restoration": {"crop": [16, 16, 16], "width": 8},
+    "mae": {"crop": [16, 16, 16], "width": 8},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
     "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},

@@ -1,0 +1,298 @@
+"""Masked autoencoding: restore the hidden blocks of a volume from the few that are seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl3d.api import (
+    BatchRng,
+    Decoder,
+    Encoder,
+    Proxy,
+    RestoreViews,
+    StepOutput,
+    UsageError,
+    can_mask,
+    draw_one,
+    mirror_one,
+    only_visible,
+    restoration_picture,
+    visible_at,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Volume
+
+_LARGEST = 16  # side of a block that is not given, voxels
+_PARTS = 4  # blocks along an axis, at least, where it has the voxels
+
+
+@dataclass
+class MAEConfig(RestoreViews):
+    """Options of masked autoencoding.
+
+    Attributes:
+        block: Sides of the masked blocks along D H W, voxels. None given: a quarter of the crop's side,
+            16 at most; with remask at least the encoder's stride.
+        ratio: Share of the blocks that is masked.
+        masking: `token` puts a learned value in place of what is masked, and the encoder runs as ever;
+            `remask` sets masked places to zero again after every convolution and norm of the encoder,
+            whose statistics leave them out, and puts learned tokens into its maps for the decoder.
+        norm_targets: Restore each block less its mean, over its standard deviation.
+        width: Channels of the decoder at half resolution.
+        skips: Whether the decoder sees the encoder's shallower maps too, or the deepest alone.
+    """
+
+    block: tuple[int, ...] = ()
+    ratio: float = 0.75
+    masking: Literal["token", "remask"] = "token"
+    norm_targets: bool = False
+    width: int = 32
+    skips: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        if self.block and (len(self.block) != 3 or min(self.block) < 1):
+            raise ValueError(f"block needs 3 sizes of at least 1, or none, not {self.block}")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must lie between 0 and 1, not {self.ratio:g}")
+        if self.width < 2:
+            raise ValueError(f"width must be at least 2, not {self.width}")
+
+
+class MAE(Proxy):
+    """The network must work out what lies in the hidden three quarters of a crop from the rest of it.
+
+    He, Chen, Xie, Li, Dollár, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022; for
+    volumes and convolutional networks as in nnssl (Wald et al., arXiv:2412.17041); `remask` after SparK
+    (Tian et al., Designing BERT for Convolutional Networks, ICLR 2023).
+
+    Differs from the papers: an encoder of maps instead of tokens, so masked places are computed too; the
+    light decoder of all restoring proxies instead of a transformer or a mirrored U-Net; blocks scaled to
+    the crop. nnssl puts zeros where something is masked, here the value is learned. The loss is theirs:
+    the mean squared error over masked voxels, of the background too, since where the body ends is to be
+    worked out as well.
+
+    The metrics count masked voxels of the foreground alone, because background is easily guessed:
+    `relative_error` is the squared error divided by that of guessing the mean of what is seen of the
+    foreground; `blur_error` the same, divided by that of blurring what is seen into the gaps.
+    """
+
+    Config = MAEConfig
+    paper: ClassVar[str] = (
+        "He, Chen, Xie, Li, Dollár, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022"
+    )
+    main: ClassVar[str] = "relative_error"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 2e-3}
+
+    def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
+        """Adds the decoder and the tokens.
+
+        Raises:
+            UsageError: `remask` with an encoder or blocks that it cannot work on, or a crop of one block.
+        """
+        super().__init__(config, encoder)
+        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.tokens = nn.ParameterDict()
+        if config.masking == "token":
+            self.tokens["input"] = nn.Parameter(torch.zeros(encoder.config.in_channels, 1, 1, 1))
+        else:
+            if not can_mask(encoder):
+                raise UsageError(
+                    f"masking remask needs a convolutional encoder, {type(encoder).__name__} attends over "
+                    "all places: choose masking token"
+                )
+            for n in self.decoder.sources:
+                token = nn.init.trunc_normal_(torch.empty(encoder.channels[n], 1, 1, 1), std=0.02)
+                self.tokens[str(n)] = nn.Parameter(token)
+        self.block_of(config.crop)
+
+    def block_of(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Sides (D, H, W) of the masked blocks in a crop of this size.
+
+        Raises:
+            UsageError: There would be a single block, or `remask` asks for other ones.
+        """
+        config, sides = self.config, []
+        for axis, length in enumerate(size):
+            stride = self.encoder.strides[-1][axis] if config.masking == "remask" else 1
+            side = config.block[axis] if config.block else max(1, min(_LARGEST, length // _PARTS))
+            if not config.block:
+                side = -(-side // stride) * stride
+            elif side % stride and side < length:
+                raise UsageError(
+                    f"block is {side} along {'DHW'[axis]}, masking remask needs multiples of the encoder's "
+                    f"stride, {stride}: choose {-(-side // stride) * stride}, or masking token"
+                )
+            sides.append(min(side, length))
+        if all(side >= length for side, length in zip(sides, size, strict=True)):
+            raise UsageError(
+                f"a crop of {'x'.join(map(str, size))} is a single block of {'x'.join(map(str, sides))}, "
+                "nothing would be seen: enlarge crop, or make block smaller (masking token allows any)"
+            )
+        return (sides[0], sides[1], sides[2])
+
+    @classmethod
+    def draw(cls, config: MAEConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One `crop` (C, d, h, w) and its `foreground` (d, h, w).
+
+        Raises:
+            DataError: The volume has no foreground.
+        """
+        return draw_one(config, volume, rng)
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Masks blocks of the crops (B, C, D, H, W) and restores them."""
+        config = self.config
+        original, foreground = mirror_one(config, batch, rng, self.training)
+        blocks = Blocks.of(original.shape[2:], self.block_of(original.shape[2:]))
+        masked = mask_blocks(blocks, rng, config.ratio)
+        seen, maps = self._encode(original, masked)
+        predicted = self.decoder(maps, original.shape[2:])
+        with torch.autocast(original.device.type, enabled=False):
+            predicted, image = predicted.float(), original.float()
+            target = normalise(image, blocks) if config.norm_targets else image
+            error = (predicted - target).square().mean(1, keepdim=True) * masked
+            loss = (error.sum((1, 2, 3, 4)) / masked.sum((1, 2, 3, 4))).mean()
+            metrics = self._metrics(predicted.detach(), target, image, masked, foreground, blocks)
+
+        def picture() -> Any:
+            filled = predicted.detach()
+            if config.norm_targets:
+                mean, deviation = block_statistics(image, blocks)
+                filled = filled * deviation + mean
+            return restoration_picture(image, seen, torch.where(masked, filled, image))
+
+        return StepOutput(loss, metrics, picture)
+
+    def _encode(self, original: Tensor, masked: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the encoder is shown, and its maps, with tokens where they know nothing."""
+        if self.config.masking == "token":
+            seen = torch.where(masked, self.tokens["input"].to(original.dtype), original)
+            return seen.detach(), self.encoder(seen)
+        seen = original.masked_fill(masked, 0)
+        with only_visible(self.encoder, ~masked):
+            maps = self.encoder(seen)
+        for n in self.decoder.sources:
+            known = visible_at(~masked, tuple(maps[n].shape[2:]))
+            maps[n] = torch.where(known, maps[n], self.tokens[str(n)].to(maps[n].dtype))
+        return seen, maps
+
+    @torch.no_grad()
+    def _metrics(
+        self,
+        predicted: Tensor,
+        target: Tensor,
+        image: Tensor,
+        masked: Tensor,
+        foreground: Tensor,
+        blocks: Blocks,
+    ) -> dict[str, Tensor]:
+        body = foreground.unsqueeze(1)
+        asked = masked & body
+        mean, blurred = visible_mean(image, ~masked, body), blur_in(image, ~masked, blocks)
+        if self.config.norm_targets:  # whoever knows nothing guesses 0 there
+            mean, blurred = torch.zeros_like(mean), normalise(blurred, blocks)
+        error, guess, blur = (
+            ((y - target).square() * asked).sum() for y in (predicted, mean.expand_as(target), blurred)
+        )
+        return {
+            "relative_error": _ratio(error, guess),
+            "blur_error": _ratio(error, blur),
+            "background": 1 - asked.sum() / masked.sum(),
+        }
+
+
+class Blocks(NamedTuple):
+    """A crop cut into blocks, the last along an axis cut off by its border.
+
+    Attributes:
+        size: Of the crop, (D, H, W).
+        side: Of a block.
+        counts: Blocks along each axis.
+    """
+
+    size: tuple[int, ...]
+    side: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, size: Sequence[int], side: Sequence[int]) -> Blocks:
+        """The blocks of this side in a crop of this size."""
+        return cls(tuple(size), tuple(side), tuple(-(-n // s) for n, s in zip(size, side, strict=True)))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A value per block, (B, C, *counts), at every voxel of the block: (B, C, D, H, W)."""
+        for axis, (n, side) in enumerate(zip(self.size, self.side, strict=True)):
+            x = x.repeat_interleave(side, axis + 2).narrow(axis + 2, 0, n)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over every block, (B, C, *counts), of (B, C, D, H, W)."""
+        for axis, (n, side, count) in enumerate(zip(self.size, self.side, self.counts, strict=True)):
+            of = torch.arange(n, device=x.device) // side
+            member = (of == torch.arange(count, device=x.device).unsqueeze(1)).to(x.dtype)
+            member = member / member.sum(1, keepdim=True)
+            x = (x.movedim(axis + 2, -1) @ member.T).movedim(-1, axis + 2)
+        return x
+
+
+def mask_blocks(blocks: Blocks, rng: BatchRng, ratio: float) -> Tensor:
+    """Chooses the masked blocks of each example: (B, 1, D, H, W), bool.
+
+    The same number for all, the closest to the ratio that leaves one to see and one to restore.
+    """
+    total = math.prod(blocks.counts)
+    hidden = min(max(round(ratio * total), 1), total - 1)
+    chosen = rng.permutation(total) < hidden
+    return blocks.spread(chosen.view(-1, 1, *blocks.counts))
+
+
+def block_statistics(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the block that each voxel of (B, C, D, H, W) lies in."""
+    mean = blocks.spread(blocks.mean(x))
+    var = blocks.spread(blocks.mean((x - mean).square()))
+    return mean, (var + 1e-6).sqrt()
+
+
+def normalise(x: Tensor, blocks: Blocks) -> Tensor:
+    """(x - mean) / deviation, block by block: the targets of He et al. that carry texture over shade."""
+    mean, deviation = block_statistics(x, blocks)
+    return (x - mean) / deviation
+
+
+def visible_mean(x: Tensor, visible: Tensor, body: Tensor) -> Tensor:
+    """Mean per example and channel, (B, C, 1, 1, 1), of what is seen of the body, else of all that is seen."""
+    weight = (visible & body).to(x.dtype)
+    weight = torch.where(weight.sum((2, 3, 4), keepdim=True) > 0, weight, visible.to(x.dtype))
+    return (x * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True)
+
+
+def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
+    """The visible voxels, blurred into the gaps: weighted by a Gaussian, divided by the weights there.
+
+    Its standard deviation is half a block along each axis. Far from everything visible the mean of the
+    visible takes over.
+    """
+    known = visible.to(x.dtype)
+    mean = (x * known).sum((2, 3, 4), keepdim=True) / known.sum((2, 3, 4), keepdim=True)
+    both = torch.cat([(x - mean) * known, known], dim=1)
+    for axis, (n, side) in enumerate(zip(blocks.size, blocks.side, strict=True)):
+        at = torch.arange(n, device=x.device, dtype=x.dtype)
+        kernel = torch.exp(-0.5 * ((at[:, None] - at) / (0.5 * side)).square())
+        both = (both.movedim(axis + 2, -1) @ kernel).movedim(-1, axis + 2)
+    return mean + both[:, :-1] / (both[:, -1:] + 1e-6)
+
+
+def _ratio(error: Tensor, trivial: Tensor) -> Tensor:
+    """Where there was nothing to restore, 1: no better than the trivial."""
+    return torch.where(trivial > 0, error / trivial.clamp_min(1e-12), torch.ones_like(error))
