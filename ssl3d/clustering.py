@@ -241,8 +241,9 @@ class MemoryBank(nn.Module):
     def targets(self, assignment: Tensor, codes: Tensor) -> Tensor:
         """Each item's entry of `assignment` (..., N); -100, which losses ignore, if it is not known."""
         rows = self.rows(codes)
-        found = assignment[..., rows.clamp_min(0)] if len(self) else assignment.new_zeros(codes.shape)
-        return torch.where(rows >= 0, found, IGNORED)
+        # A last column for what is not known, so that an empty bank needs no case of its own.
+        padded = F.pad(assignment, (0, 1), value=IGNORED)
+        return padded[..., rows % (len(self) + 1)]
 
     @torch.no_grad()
     def write(self, codes: Tensor, features: Tensor) -> None:
