@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ssl3d.distributed import rank as rank
     from ssl3d.distributed import row_counts as row_counts
     from ssl3d.distributed import world_size as world_size
+    from ssl3d.embedding import pooled_by as pooled_by
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from ssl3d.errors import Ssl3dError as Ssl3dError
     from ssl3d.errors import UsageError as UsageError
     from ssl3d.heads import projection_head as projection_head
-    from ssl3d.embedding import pooled_by as pooled_by
     from ssl3d.inference import dense_features as dense_features
     from ssl3d.inference import embed_slices as embed_slices
     from ssl3d.inference import embed_volume as embed_volume
@@ -114,12 +114,12 @@ if TYPE_CHECKING:
     from ssl3d.views.pairs import draw_pairs as draw_pairs
     from ssl3d.views.pairs import embed_pairs as embed_pairs
     from ssl3d.views.pairs import pair_picture as pair_picture
+    from ssl3d.views.places import draw_places as draw_places
     from ssl3d.views.restore import RestoreViews as RestoreViews
     from ssl3d.views.restore import draw_one as draw_one
     from ssl3d.views.restore import mirror_one as mirror_one
     from ssl3d.views.restore import read_foreground as read_foreground
     from ssl3d.views.restore import restoration_picture as restoration_picture
-    from ssl3d.views.places import draw_places as draw_places
     from ssl3d.views.spatial import centre_crop as centre_crop
     from ssl3d.words import find_alike as find_alike
     from ssl3d.words import word_places as word_places

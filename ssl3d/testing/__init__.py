@@ -9,8 +9,14 @@ if TYPE_CHECKING:
     from ssl3d.testing.encoders import check_encoder as check_encoder
     from ssl3d.testing.encoders import dead_taps as dead_taps
     from ssl3d.testing.proxies import check_proxy as check_proxy
+    from ssl3d.testing.ranks import check_ranks as check_ranks
 
-_HOME = {"check_encoder": "encoders", "check_proxy": "proxies", "dead_taps": "encoders"}
+_HOME = {
+    "check_encoder": "encoders",
+    "check_proxy": "proxies",
+    "check_ranks": "ranks",
+    "dead_taps": "encoders",
+}
 
 
 def __getattr__(name: str) -> Any:

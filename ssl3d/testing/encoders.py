@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl3d import plugins
 from ssl3d.encoder import Encoder
+from ssl3d.encoders import to_memory_format
 
 
 def dead_taps(module: nn.Module) -> list[str]:
@@ -71,8 +72,9 @@ def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
     Depths of 1, 2, odd and even; `channels`, `strides` and `embed_dim` are true of the maps; a volume's
     embedding does not depend on its batch, nor on what the encoder saw before; a gradient reaches every
     parameter and every kernel tap; copies, pickles and state dicts give the same network; the weights
-    are a function of torch's seed; 1 and 3 input channels; bfloat16 autocast stays finite; gradients
-    with activation checkpointing are those without, where the configuration has the switch.
+    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides; bfloat16
+    autocast stays finite; the memory format changes nothing but rounding; gradients with activation
+    checkpointing are those without, where the configuration has the switch.
 
     Args:
         encoder: A registered name or a class.
@@ -90,6 +92,8 @@ def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
         made = _make(cls, config)
         _check_seed(made, cls, config)
         _check_inference(made, config.in_channels)
+        _check_tiny(made, config.in_channels)
+        _check_layouts(made, config.in_channels)
         _check_copies(made, cls, config)
         _check_autocast(made, config.in_channels)
         _check_gradients(made, config.in_channels)
@@ -124,9 +128,11 @@ def _check_maps(encoder: Encoder, channels: int, every_depth: bool) -> None:
     encoder.eval()
     for depth in (1, 2, 3, 8, None) if every_depth else (1, 5):
         x = _volumes(encoder, channels, depth=depth)
+        before = x.clone()
         with torch.no_grad():
             maps, embedding = encoder(x), encoder.embed(x)
             pooled = encoder.pool(maps)
+        assert torch.equal(x, before), f"{who}: forward changes its input (an activation in place?)"
         assert len(maps) == len(encoder.channels), (
             f"{who}: {len(maps)} feature maps, but channels names {len(encoder.channels)}"
         )
@@ -168,6 +174,36 @@ def _check_inference(encoder: Encoder, channels: int) -> None:
             encoder.embed(_volumes(encoder, channels, depth=4 - depth))
             assert torch.equal(together, encoder.embed(x)), (
                 f"{who}: an embedding at depth {depth} depends on the depth the encoder saw before"
+            )
+
+
+def _check_tiny(encoder: Encoder, channels: int) -> None:
+    who = type(encoder).__name__
+    encoder.eval()
+    for size in ((1, 1, 1), (2, 1, 3), (3, 5, 2)):
+        x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            maps = encoder(x)
+        for n, (map_, stride) in enumerate(zip(maps, encoder.strides, strict=True)):
+            space = tuple(-(-length // step) for length, step in zip(size, stride, strict=True))
+            assert tuple(map_.shape[2:]) == space and bool(map_.isfinite().all()), (
+                f"{who}: map {n} of a volume of {size} voxels has {tuple(map_.shape[2:])}, not {space}, "
+                "or is not finite"
+            )
+
+
+def _check_layouts(encoder: Encoder, channels: int) -> None:
+    encoder.eval()
+    for depth in (1, 3):
+        x = _volumes(encoder, channels, depth=depth)
+        found = []
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            other = to_memory_format(copy.deepcopy(encoder), layout)
+            with torch.no_grad():
+                found.append(other(x.contiguous(memory_format=layout)))
+        for n, (first, last) in enumerate(zip(*found, strict=True)):
+            assert torch.allclose(first, last, atol=1e-4 * float(first.abs().max()), rtol=1e-3), (
+                f"{type(encoder).__name__}: map {n} at depth {depth} depends on the memory format"
             )
 
 

@@ -1,0 +1,358 @@
+"""Two ranks must learn what one process learns: tested on any proxy, with real processes."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl3d import plugins
+from ssl3d.encoder import Encoder
+from ssl3d.loop import reseed
+from ssl3d.proxy import Proxy
+from ssl3d.rng import seed_of
+from ssl3d.testing.proxies import _global_state_kept
+from ssl3d.trainee import Group, Trainee, groups_of
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Collection
+
+_WORLD = 2
+_SEED = 0
+
+
+class _Case(NamedTuple):
+    """One way to share a batch out: the groups of each rank, and what each rank's loss counts."""
+
+    name: str
+    groups: list[list[Group]]
+    counts: list[float]
+
+
+class _Given(NamedTuple):
+    """What the ranks are handed, by file."""
+
+    cls: type[Proxy]
+    config: Any
+    encoder: Encoder
+    data: Collection
+    weights: dict[str, Tensor]
+    epoch: list[list[dict[str, Tensor]]]
+    cases: list[_Case]
+
+
+class _Found(NamedTuple):
+    """What a process came to: buffers after `start_epoch`, then loss and gradients of each case."""
+
+    buffers: dict[str, Tensor]
+    losses: list[Tensor]
+    gradients: list[dict[str, Tensor]]
+
+
+def check_ranks(
+    proxy: str | type[Proxy],
+    config: Any = None,
+    encoder: Callable[[], Encoder] | None = None,
+    data: Collection | None = None,
+    batch_size: int = 6,
+    *,
+    rtol: float = 1e-3,
+    timeout: float = 180.0,
+) -> None:
+    """Tests that two processes (gloo, CPU) get the loss and the gradients of a single one.
+
+    One batch is drawn, and shared out in two ways: row by row, and unequally. Where the proxy is
+    `mixed`, the second rank lacks one of the groups the second time. The weights are handed over;
+    `setup` and `start_epoch` have been called on every rank. The buffers that `start_epoch` leaves must
+    be the same on both ranks, and those of the single process. Dropout is switched off.
+
+    Args:
+        proxy: A registered name or a class that another process can import.
+        config: Its configuration, without batch norm; the default one if None.
+        encoder: Makes an encoder without batch norm, called under a fixed seed of torch; a narrow
+            resnet10 with group norm if None.
+        data: Volumes to draw from, of several shapes for batches of several groups; phantoms if None.
+        batch_size: Of the global batch, at least 4.
+        rtol: Of the comparison; gradients may differ by 1e-5 of the largest, too.
+        timeout: Seconds until ranks that wait for each other are given up.
+
+    Raises:
+        AssertionError: The ranks learn something else; the message says what.
+        ValueError: There is batch norm, whose statistics are each rank's own.
+        PluginError: The name is not registered or does not import.
+    """
+    cls = plugins.load(plugins.PROXIES, proxy) if isinstance(proxy, str) else proxy
+    with _global_state_kept(), tempfile.TemporaryDirectory(prefix="ssl3d-ranks-") as folder:
+        config = cls.Config() if config is None else config
+        data = _phantoms() if data is None else data
+        torch.manual_seed(seed_of("check_ranks"))
+        made = (_default_encoder(int(data[0].shape[0])) if encoder is None else encoder)()
+        blank = copy.deepcopy(made)
+        single = cls(config, made)
+        single.setup(data)
+        norms = [n for n, m in single.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            raise ValueError(
+                f"{cls.__name__}: {norms[0]} is a batch norm, whose statistics are each rank's own: give "
+                "an encoder with norm group, and options whose heads have no batch norm"
+            )
+        weights = copy.deepcopy(single.state_dict())
+        groups, epoch = _draw(cls, config, data, batch_size)
+        cases = _cases(groups, cls.mixed)
+        given = _Given(cls, config, blank, data, weights, epoch, cases)
+        try:
+            Path(folder, "given.pickle").write_bytes(pickle.dumps(given))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise AssertionError(f"{cls.__name__}: cannot be handed to another process: {error}") from error
+        whole = [_Case(case.name, [groups], [1.0]) for case in cases[:1]]
+        alone = _run(single, 0, given._replace(cases=whole), lambda trainee: trainee)
+        _compare(cls.__name__, cases, alone, _launch(cls.__name__, folder, timeout), rtol)
+
+
+def _draw(
+    cls: type[Proxy], config: Any, data: Collection, batch_size: int
+) -> tuple[list[Group], list[list[dict[str, Tensor]]]]:
+    """A global batch, and what `start_epoch` iterates over."""
+    from ssl3d.data.loader import Loader
+
+    loader = Loader(data, {"proxy": (cls, config)}, batch_size, seed=_SEED, steps=1, pin=False)
+    epoch = []
+    if cls.start_epoch is not Proxy.start_epoch:
+        epoch = [
+            [group.tensors for group in batch.groups] for batch in loader.once("proxy", key=("epoch", 0))
+        ]
+    return groups_of(next(iter(loader))), epoch
+
+
+def _cases(groups: list[Group], mixed: bool) -> list[_Case]:
+    """Two ways to share a batch out among the ranks."""
+    rows = sorted(row for group in groups for row in group.rows)
+    # Rank 1 gets every third row: less than half, and none of a group where it can be helped.
+    shares = {
+        "interleaved": [rows[rank::_WORLD] for rank in range(_WORLD)],
+        "unequal": [[row for i, row in enumerate(rows) if i % 3 != 1], rows[1::3]],
+    }
+    cases = []
+    for name, shared in shares.items():
+        parts = groups
+        if mixed and name == "unequal":
+            # A group that the second rank lacks: the batch's last one, or some of the first rank's rows.
+            lone = set(groups[-1].rows) if len(groups) > 1 else set(shared[0][-2:])
+            shared = [sorted({*shared[0], *lone}), [row for row in shared[1] if row not in lone]]
+            parts = [
+                part
+                for group in groups
+                for part in (_rows(group, set(group.rows) - lone), _rows(group, lone))
+                if part is not None
+            ]
+        owned = [
+            [part for group in parts if (part := _rows(group, set(own))) is not None] for own in shared
+        ]
+        # A loss of all ranks together counts as it is; a mean over a rank's own examples by their number.
+        counts = [1.0 if mixed else len(own) * _WORLD / len(rows) for own in shared]
+        assert all(owned), "a rank has nothing: give a larger batch"
+        cases.append(_Case(name, owned, counts))
+    return cases
+
+
+def _rows(group: Group, rows: set[int]) -> Group | None:
+    own = [i for i, row in enumerate(group.rows) if row in rows]
+    if not own:
+        return None
+    return Group(
+        group.proxy,
+        {key: value[own] for key, value in group.tensors.items()},
+        tuple(group.rows[i] for i in own),
+        group.total,
+        tuple(group.volumes[i] for i in own),
+    )
+
+
+def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any]) -> _Found:
+    """Runs the epoch's start and each case, always from the same weights and buffers."""
+    for module in proxy.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    proxy.train()
+    reseed(_SEED, "epoch 0", 0)
+    proxy.start_epoch(0, given.epoch)
+    proxy.train()
+    buffers = {name: value.clone() for name, value in proxy.named_buffers()}
+    trainee = Trainee(proxy.encoder, {"proxy": proxy}, {"proxy": 1.0}, _SEED)
+    module = wrap(trainee)
+    found = _Found(buffers, [], [])
+    for case in given.cases:
+        with torch.no_grad():
+            for name, value in proxy.named_buffers():
+                value.copy_(buffers[name])
+        proxy.zero_grad(set_to_none=True)
+        loss, _ = module("loss", case.groups[rank], "ranks")
+        loss = loss * case.counts[rank]
+        loss.backward()
+        found.losses.append(loss.detach().clone())
+        found.gradients.append(
+            {n: p.grad.clone() for n, p in proxy.named_parameters() if p.grad is not None}
+        )
+    return found
+
+
+# The ranks ----------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, folder: str, timeout: float) -> None:
+    """What a child process does; it ends here.
+
+    Not through the interpreter's end: a thread of the backward pass that outlives it aborts the process,
+    one time in many ("terminate called without an active exception").
+    """
+    status = 1
+    with Path(folder, f"log-{rank}").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        _work(rank, folder, timeout)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(rank: int, folder: str, timeout: float) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    # Our own file, written a moment ago by the process that started this one.
+    given: _Given = pickle.loads(Path(folder, "given.pickle").read_bytes())
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=_WORLD,
+        timeout=timedelta(seconds=timeout),
+    )
+    proxy = given.cls(given.config, given.encoder)
+    proxy.setup(given.data)
+    proxy.load_state_dict(given.weights)
+    found = _run(
+        proxy,
+        rank,
+        given,
+        lambda trainee: nn.parallel.DistributedDataParallel(trainee, broadcast_buffers=False),
+    )
+    for loss in found.losses:
+        dist.all_reduce(loss)
+        loss /= _WORLD
+    torch.save(found._asdict(), Path(folder, f"found-{rank}.pt"))
+    dist.barrier()
+
+
+def _launch(who: str, folder: str, timeout: float) -> list[_Found]:
+    """Starts the ranks, waits for them, and gives what they found."""
+    # A server that has torch imported, and nothing else running, forks the ranks of every check; a fork
+    # of this process, whose backward pass has threads, would hang.
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([__name__, "torch._dynamo", "torchvision", "lightly.models"])
+    ranks = range(_WORLD)
+    started = [context.Process(target=_rank, args=(n, folder, timeout), daemon=True) for n in ranks]
+    for process in started:
+        process.start()
+    deadline = time.monotonic() + timeout
+    try:
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            codes = [process.exitcode for process in started]
+    finally:
+        for process in started:  # one that fails leaves the other waiting
+            process.kill()
+            process.join()
+    failed = [rank for rank, status in enumerate(codes) if status]
+    if failed:
+        raise AssertionError(f"{who}: rank {failed[0]} of {_WORLD} fails: {_last_lines(folder, failed[0])}")
+    assert None not in codes, (
+        f"{who}: the {_WORLD} ranks have not come to an end in {timeout:g} s: does one wait for the other, "
+        "in a collective that not every rank calls?"
+    )
+    return [_Found(**torch.load(Path(folder, f"found-{n}.pt"), weights_only=True)) for n in ranks]
+
+
+def _last_lines(folder: str, rank: int) -> str:
+    log = Path(folder, f"log-{rank}")
+    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
+    return text[-2000:] or "without a word"
+
+
+# The comparison -----------------------------------------------------------------------------------
+
+
+def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_Found], rtol: float) -> None:
+    for name, value in alone.buffers.items():
+        first, second = (found.buffers[name] for found in ranks)
+        assert torch.equal(first, second), (
+            f"{who}: after start_epoch, buffer {name} differs between the ranks"
+        )
+        assert first.shape == value.shape and _close(first, value, rtol), (
+            f"{who}: after start_epoch, buffer {name} is not that of a single process"
+        )
+    loss, expected = alone.losses[0], alone.gradients[0]
+    largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
+    assert largest > 0, f"{who}: every gradient of the single process is 0: nothing can be compared"
+    for number, case in enumerate(cases):
+        found, gradients = ranks[0].losses[number], ranks[0].gradients[number]
+        how = f"(rows {case.name}: {' and '.join(str(_sizes(groups)) for groups in case.groups)})"
+        hint = (
+            "" if len(case.groups[0]) == 1 and case.name == "interleaved"
+            else "; a loss that is no mean over examples needs mixed = True and ssl3d.distributed.gather"
+        )  # fmt: skip
+        assert torch.allclose(found, loss, rtol=rtol, atol=1e-5), (
+            f"{who}: the loss of two ranks is {found.item():.6g}, of one process {loss.item():.6g} "
+            f"{how}{hint}"
+        )
+        missing = sorted(set(expected) ^ set(gradients))
+        assert not missing, f"{who}: {missing[0]} has a gradient in one process or in two, not in both"
+        for name, gradient in expected.items():
+            assert torch.allclose(gradients[name], gradient, rtol=rtol, atol=1e-5 * largest), (
+                f"{who}: the gradient of {name} differs between two ranks and one process by "
+                f"{(gradients[name] - gradient).abs().max():.3g}, the largest is {largest:.3g} {how}{hint}"
+            )
+
+
+def _close(a: Tensor, b: Tensor, rtol: float) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=rtol, atol=1e-5 * scale)
+
+
+def _sizes(groups: Sequence[Group]) -> list[int]:
+    return [len(group.rows) for group in groups]
+
+
+def _phantoms() -> Collection:
+    from ssl3d.data.store import open_data
+
+    return open_data(["phantoms:16"])
+
+
+def _default_encoder(in_channels: int) -> Callable[[], Encoder]:
+    cls = plugins.load(plugins.ENCODERS, "resnet10")
+    return lambda: cls(cls.Config(width=8, norm="group", in_channels=in_channels))
