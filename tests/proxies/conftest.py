@@ -17,10 +17,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
     "deepcluster_v2": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "per_volume": 2},
+    "intra_inter": {
+        "plane": [16, 16], "slices": 4, "hidden": 32, "out": 16, "width": 16, "heads": 2, "layers": 1,
+        "queue": 8, "queue_from": 0.0,
+    },  # fmt: skip
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
 DEEP: dict[str, dict[str, Any]] = {
+    "intra_inter": {"slices": 3, "slab": 9},
     "sorting": {"crop": [16, 16], "slices": 4, "slab": 9},
 }
 
@@ -29,6 +34,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "simclr": {"head_norm": "layer"},
     "barlow_twins": {"head_norm": "layer"},
     "cube_ordering": {"head_norm": "layer"},
+    "intra_inter": {"dropout": 0.0},
     "swav": {"head_norm": "layer"},
     "deepcluster_v2": {"head_norm": "layer"},
 }
