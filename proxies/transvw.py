@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +21,7 @@ from ssl3d.api import (
     StepOutput,
     corrupt,
     find_alike,
+    foreground_shares,
     mirror_one,
     restoration_error,
     restoration_picture,
@@ -27,8 +29,6 @@ from ssl3d.api import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ssl3d.api import Collection, Volume
 
 _TRIES = 8  # words tried for one with something to see
@@ -184,11 +184,8 @@ class TransVW(Proxy):
         for _ in range(_TRIES):
             word = int(rng.integers(config.words))
             start, size = _cut(config, volume, word, rng)
-            if _foreground(volume, start, size) >= config.min_foreground:
+            if foreground_shares(volume, np.array([start]), size)[0] >= config.min_foreground:
                 break
-        else:
-            if not volume.foreground().any():
-                raise DataError(f"{volume.id}: no foreground, nothing to draw a crop from")
         crop = volume.read(start, size)
         if tuple(crop.shape[1:]) != tuple(config.crop):
             crop = functional.interpolate(crop[None], size=config.crop, mode="trilinear")[0]
@@ -218,10 +215,12 @@ class TransVW(Proxy):
             "relative_error": error.relative,
             "flat_error": error.flat,
         }
+        # The middle slices: what boxes leave of an example lies there rather than at its ends.
+        shown = [x[:, :, x.shape[2] // 2, None] for x in (original, corrupted, restored)]
         return StepOutput(
             config.restore_weight * error.loss + config.word_weight * word_loss,
             metrics,
-            lambda: restoration_picture(original, corrupted, restored),
+            lambda: restoration_picture(*shown),
         )
 
     def counts(self, index: Tensor, word: Tensor) -> Tensor:
@@ -273,13 +272,3 @@ def _room(low: int, high: int, side: int, limit: int) -> tuple[int, int]:
     if side > high - low:  # as much of the volume around it as it takes
         return min(max((low + high - side) // 2, 0), limit - side), 0
     return low, high - low - side
-
-
-def _foreground(volume: Volume, start: list[int], size: list[int]) -> float:
-    """Share of foreground in a window, from the volume's coarse map."""
-    share = volume.foreground()
-    for axis, (first, extent) in enumerate(zip(start, size, strict=True)):
-        block, limit = volume.block[axis], volume.shape[axis + 1]
-        begin, end = max(first, 0) // block, -(-min(first + extent, limit) // block)
-        share = share.take(range(begin, end), axis)
-    return float(share.mean()) if share.size else 0.0

@@ -40,7 +40,7 @@ class Corruptions:
     """
 
     shuffle: float = 0.5
-    shuffled: float = 0.85
+    shuffled: float = 0.82
     curve: float = 0.9
     paint: float = 0.9
     outside: float = 0.8
@@ -148,7 +148,7 @@ def _interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
 # Places -----------------------------------------------------------------------------------------------
 
 
-def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.85, rows: Tensor | None = None) -> Tensor:
+def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | None = None) -> Tensor:
     """Permutes the voxels within small blocks, all channels of a voxel together.
 
     Each axis is cut into pieces of random lengths, 1 voxel to a tenth of the side; the blocks between
@@ -156,7 +156,7 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.85, rows: Tensor | 
 
     The released code draws 10 000 overlapping blocks for a crop of 64 x 64 x 32, with sides from the
     same range, one after the other, each filled with a permutation of what the crop held there at
-    first. That touches 85 % of the voxels, and a voxel's value then comes from within one block around
+    first. That touches 82 % of the voxels, and a voxel's value then comes from within one block around
     it, as here; only here no value is lost or doubled, and all blocks are done at once.
 
     Args:
