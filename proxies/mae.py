@@ -271,7 +271,7 @@ def normalise(x: Tensor, blocks: Blocks) -> Tensor:
 
 
 def visible_mean(x: Tensor, visible: Tensor, body: Tensor) -> Tensor:
-    """Mean per example and channel, (B, C, 1, 1, 1), of what is seen of the body, else of all that is seen."""
+    """Mean per example and channel, (B, C, 1, 1, 1), of what is seen of the body, else of all seen."""
     weight = (visible & body).to(x.dtype)
     weight = torch.where(weight.sum((2, 3, 4), keepdim=True) > 0, weight, visible.to(x.dtype))
     return (x * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True)
