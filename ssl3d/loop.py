@@ -99,6 +99,7 @@ class Loop:
         self.looks = Reducer(self.fabric.world_size, self.fabric.device)
         self._examined: list[list[Group]] | None = None
         self.flops_per_step = 0
+        self._begun = -1
 
     def run(self, start: int) -> tuple[int, int]:
         """Trains from a step to the end.
@@ -209,7 +210,8 @@ class Loop:
 
     def _new_epoch(self, step: int) -> None:
         epoch = int(step / self.steps_per_epoch)
-        if step == 0 or epoch != int((step - 1) / self.steps_per_epoch):
+        if step != self._begun and (step == 0 or epoch != int((step - 1) / self.steps_per_epoch)):
+            self._begun = step
             # Equal on all ranks, as they all cluster the same; and after a resumption.
             reseed(self.options.seed, f"epoch {epoch}", 0)
             for name, proxy in self.trainee.each():
@@ -240,6 +242,8 @@ class Loop:
     def foretell(self, start: int) -> None:
         """Says how long the run will take and what it needs, from trial steps on a copy."""
         left = self.options.steps - start
+        if start == 0:
+            self._new_epoch(0)  # a proxy that clusters cannot be tried before
         seconds, flops = self._trial()
         seconds *= self.options.accumulate
         self.flops_per_step = flops * self.options.accumulate * self.fabric.world_size

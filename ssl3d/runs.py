@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -103,7 +104,7 @@ def save_state(
     state: dict[str, Any] = {
         "format": snapshot.FORMAT, "step": done, "steps": plan.options.steps, "patch": list(trainee.patch),
         "about": about, "world": fabric.world_size, "device": fabric.device.type, "spec": spec,
-        "precision": fabric.strategy.precision.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(), "ranks": _own_buffers(fabric, trainee),
     }  # fmt: skip
     if sharded(fabric):
         whole = folder / ".sharded.tmp"
@@ -114,6 +115,47 @@ def save_state(
         state |= {"module": trainee.state_dict(), "optimizer": optimizer.state_dict()}
         snapshot.save_checkpoint(folder, done, lambda path: _torch_save(state, path))
     fabric.barrier()
+
+
+def _own_buffers(fabric: Fabric, trainee: Trainee) -> list[dict[str, Tensor]]:
+    """Each rank's buffers that are not the same on all ranks: statistics of batch norm, queues, banks.
+
+    Called on every rank; only rank 0 is given them. Rank 0's own are in the state of the module.
+    """
+    if fabric.world_size == 1:
+        return []
+    import torch.distributed as dist
+
+    own = _persistent_buffers(trainee)
+    offered: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(offered, {name: _digest(value) for name, value in own.items()})
+    differ = [name for name in own if len({digests.get(name) for digests in offered}) > 1]
+    if not differ:
+        return []
+    mine: dict[str, Tensor] = {}
+    if not fabric.is_global_zero:
+        mine = {name: own[name].detach().cpu() for name in differ}
+    gathered: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
+    dist.gather_object(mine, gathered, dst=0)
+    return gathered or []
+
+
+def _persistent_buffers(trainee: Trainee) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by their names there, wrapped or not."""
+    found = {}
+    for prefix, module in trainee.named_modules():
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                place = f"{prefix}.{name}" if prefix else name
+                for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+                    place = place.replace(wrapper, "")
+                found[place] = value
+    return found
+
+
+def _digest(value: Tensor) -> str:
+    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(value.shape)} {hashlib.sha256(content.tobytes()).hexdigest()}"
 
 
 def _torch_save(state: dict[str, Any], path: Path) -> None:
@@ -128,8 +170,17 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
         raise cause or error from error
 
 
-def restore(fabric: Fabric, module: Any, optimizer: Any, found: dict[str, Any]) -> None:
-    """Gives the optimizer, and the scaler of 16 bit, the state of a checkpoint."""
+def restore(fabric: Fabric, module: Any, trainee: Trainee, optimizer: Any, found: dict[str, Any]) -> None:
+    """Gives the optimizer, the scaler of 16 bit, and each rank its own buffers, the state of a checkpoint.
+
+    With another number of ranks, all keep rank 0's buffers.
+    """
+    ranks = found.get("ranks") or []
+    if len(ranks) == fabric.world_size:
+        own = _persistent_buffers(trainee)
+        with torch.no_grad():
+            for name, value in ranks[fabric.global_rank].items():
+                own[name].copy_(value)
     if sharded(fabric):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -212,7 +263,10 @@ def check_same(
         ("device", found["device"], fabric.device.type),
     ):
         if then != now:
-            log.say(f"note: {what} {then} before, {now} now: the run goes on, but not to the same bytes")
+            kept = "; every process starts with the buffers of the first" if what == "processes" else ""
+            log.say(
+                f"note: {what} {then} before, {now} now: the run goes on, but not to the same bytes{kept}"
+            )
 
 
 def requeued_run(plan: Plan) -> Path | None:

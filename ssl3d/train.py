@@ -257,7 +257,7 @@ def _train(
     module = fabric.setup_module(trainee)
     optimizer: Any = fabric.setup_optimizers(build_optimizer(module.named_parameters(), spared, options))
     if found:
-        restore(fabric, module, optimizer, found)
+        restore(fabric, module, trainee, optimizer, found)
 
     def export(name: str, done: int) -> None:
         state = full_state(fabric, module, trainee)
