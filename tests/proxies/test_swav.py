@@ -271,3 +271,33 @@ def test_slices_too_thin_for_the_kernels_are_refused():
 def test_options_out_of_range_name_the_field(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         config_of(**wrong)
+
+
+# Ranks --------------------------------------------------------------------------------------------
+
+QUEUED = '''
+import torch
+
+from ssl3d_proxies.swav import SwAV
+
+
+class Queued(SwAV):
+    """SwAV in the middle of a run: with a full queue."""
+
+    def setup(self, data):
+        super().setup(data)
+        self.queue.copy_(torch.randn(self.queue.shape, generator=torch.Generator().manual_seed(0)))
+        self.queued.fill_(99)
+'''
+
+
+def test_ranks_share_the_queue_out(phantoms, tmp_path, monkeypatch):
+    import importlib
+
+    from ssl3d.testing import check_ranks
+
+    (tmp_path / "queued_swav.py").write_text(QUEUED, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    queued = importlib.import_module("queued_swav").Queued
+    config = config_of(head_norm="layer", queue=9, small_crops=1)  # 9: unequal shares
+    check_ranks(queued, config, data=phantoms)
