@@ -19,8 +19,13 @@ from ssl3d.encoders.norms import NORMS, recomputation
 class Options(Protocol):
     """What `check_options` reads of a configuration."""
 
-    kind: str
-    norm: str
+    @property
+    def kind(self) -> str:
+        """Of convolutions."""
+
+    @property
+    def norm(self) -> str:
+        """Of norms."""
 
 
 def check_options(config: Options, at_least_1: tuple[str, ...], strides: dict[str, int | None]) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Triple = tuple[int, int, int]
+Axes = tuple[int, ...]
 
 KINDS = ("3d", "p3d", "acs", "2.5d")
 
@@ -44,12 +46,18 @@ def conv3d(
     5 voxels. The outcome is infinite or plausible wrong numbers, or a crash. Padding beforehand takes
     another path; maps that small make it cheap.
 
-    Depth-wise kernels take the routes of `depthwise_conv3d`.
+    Depth-wise kernels take the routes of `depthwise_conv3d`; single taps with the channels last in memory
+    are a 2D convolution of slices, since the 3D one in float32 is slower and puts the channels first.
     """
     stride, padding, dilation = triple(stride), triple(padding), triple(dilation)
     if groups > 1 and groups == x.shape[1] == weight.shape[0] and dilation == (1, 1, 1):
         y = depthwise_conv3d(x, weight, stride, padding)
         return y if bias is None else y + bias.to(y.dtype)[:, None, None, None]
+    single = groups == 1 and weight.shape[2:] == (1, 1, 1) and padding == (0, 0, 0)
+    if single and x.device.type == "cpu" and _format(x) is torch.channels_last_3d:
+        x = x[:, :, :: stride[0], :: stride[1], :: stride[2]]
+        y = F.conv2d(_fold(x, (0, 2), (1,), (3,), (4,)), weight[:, :, 0], bias)
+        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
     x, left = _pad_beforehand(x, weight, padding)
     return F.conv3d(x, weight, bias, stride, triple(left), dilation, groups)
 
@@ -100,7 +108,8 @@ def _depthwise(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Te
     if size[1] == size[2] == 1:
         x = x[..., :: stride[1], :: stride[2]]
         space = x.shape[3:]
-        y = conv2d(x.flatten(3), weight[..., 0], (stride[0], 1), (padding[0], 0), channels)
+        columns = _fold(x, (0,), (1,), (2,), (3, 4))
+        y = conv2d(columns, weight[..., 0], (stride[0], 1), (padding[0], 0), channels)
         return y.unflatten(3, space)
     if size[2] == 1:
         return _flat_width(x[..., :: stride[2]], weight[..., 0], stride[:2], padding[:2])
@@ -110,24 +119,37 @@ def _depthwise(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Te
     return _planes(x, weight, stride, padding)
 
 
+def _fold(x: Tensor, batch: Axes, channels: Axes, rows: Axes, columns: Axes) -> Tensor:
+    """A picture (B, C, H, W) of which each axis is made of these axes of `x`.
+
+    Without a copy where that can be; otherwise the copy has the channels where `x` has them, for a plain
+    `reshape` would put them first.
+    """
+    last = x.stride(1) == 1
+    groups = (batch, rows, columns, channels) if last else (batch, channels, rows, columns)
+    y = x.permute([axis for group in groups for axis in group])
+    y = y.reshape([prod(x.shape[axis] for axis in group) for group in groups])
+    return y.permute(0, 3, 1, 2) if last else y
+
+
 def _flat_depth(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Slices join the batch."""
     batch, channels, depth = x.shape[:3]
-    y = conv2d(x.transpose(1, 2).flatten(0, 1), weight, stride, padding, channels)
+    y = conv2d(_fold(x, (0, 2), (1,), (3,), (4,)), weight, stride, padding, channels)
     return y.unflatten(0, (batch, depth)).transpose(1, 2)
 
 
 def _flat_height(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Rows join the batch, at the price of a copy."""
     batch, channels, _, height = x.shape[:4]
-    y = conv2d(x.permute(0, 3, 1, 2, 4).flatten(0, 1), weight, stride, padding, channels)
+    y = conv2d(_fold(x, (0, 3), (1,), (2,), (4,)), weight, stride, padding, channels)
     return y.unflatten(0, (batch, height)).permute(0, 2, 3, 1, 4)
 
 
 def _flat_width(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Columns join the channels, each with the same kernels."""
     channels, width = x.shape[1], x.shape[4]
-    y = x.permute(0, 4, 1, 2, 3).flatten(1, 2)
+    y = _fold(x, (0,), (4, 1), (2,), (3,))
     y = conv2d(y, weight.repeat(width, 1, 1, 1), stride, padding, width * channels)
     return y.unflatten(1, (width, channels)).permute(0, 2, 3, 4, 1)
 

@@ -160,11 +160,14 @@ class DenseNet(ConvolutionalEncoder):
             x = max_pool(x, self.config.pool_stride, image)
         for n in range(4):
             known = [x]
-            for layer in parts[f"denseblock{n + 1}"].values():
+            block = parts[f"denseblock{n + 1}"]
+            assert isinstance(block, nn.ModuleDict)
+            for layer in block.values():
                 known.append(self.run(layer, image, *known))
             x = torch.cat(known, dim=1)
             if n < 3:
                 seen, x = parts[f"transition{n + 1}"](x, image)
+                x = self.in_layout(x, image)  # torch's 3D mean puts the channels first
             else:
                 seen = norm_relu(parts["norm5"], x)
             found.append(seen)
@@ -172,6 +175,6 @@ class DenseNet(ConvolutionalEncoder):
 
 
 class DenseNet121(DenseNet):
-    """DenseNet-121: dense blocks of 6, 12, 24 and 16 layers."""
+    """DenseNet-121: every layer sees all layers before it; blocks of 6, 12, 24 and 16 layers."""
 
     layers = (6, 12, 24, 16)

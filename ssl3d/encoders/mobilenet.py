@@ -116,15 +116,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(ConvolutionalEncoder):
-    """The 2D MobileNetV2's layout, with its parameter names (`features.*`), over volumes and images.
+    """MobileNetV2: inverted residuals around depth-wise convolutions.
 
-    Its five feature maps are those before each of the four strides of `stage_strides`, and the last
-    layer's: the outputs of `features.1`, `.3`, `.6`, `.13` and `.18`, with 16, 24, 32, 96 and 1280
-    channels. As timm's, but for the last, which there is `.17`: an encoder leaves no layer unused. An
-    input of depth 1 is an image: the whole network then runs in 2D, and kinds `acs` and `2.5d` compute
-    exactly what torchvision's MobileNetV2 computes with these weights, where all strides are 2. By
-    default the last stride is 1, for a volume has fewer voxels along an axis than a picture. A map that
-    strides have brought to depth 1 stays a volume.
+    The 2D network's layout, with its parameter names (`features.*`), over volumes and images. Its five
+    feature maps are those before each of the four strides of `stage_strides`, and the last layer's: the
+    outputs of `features.1`, `.3`, `.6`, `.13` and `.18`, with 16, 24, 32, 96 and 1280 channels. As timm's,
+    but for the last, which there is `.17`: an encoder leaves no layer unused. An input of depth 1 is an
+    image: the whole network then runs in 2D, and kinds `acs` and `2.5d` compute exactly what torchvision's
+    MobileNetV2 computes with these weights, where all strides are 2. By default the last stride is 1, for
+    a volume has fewer voxels along an axis than a picture. A map that strides have brought to depth 1
+    stays a volume.
 
     Differs from the paper: depth-wise kernels begin with the variance that keeps the signal's, where
     torchvision's begin smaller by the number of channels.
@@ -179,8 +180,8 @@ class MobileNetV2(ConvolutionalEncoder):
         found = []
         for n, layer in enumerate(self.features):
             if n == 0:
-                stem, normed = layer  # type: ignore[misc]
-                x = norm_relu6(normed, self.in_layout(stem(x, image), image))
+                assert isinstance(layer, ConvNormReLU6)
+                x = norm_relu6(layer[1], self.in_layout(layer[0](x, image), image))
             else:
                 x = self.run(layer, x, image)
             if n in self.cuts:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssl3d import plugins
 from ssl3d.encoder import Encoder
 from ssl3d.encoders import to_memory_format
+from ssl3d.errors import UsageError
 
 
 def dead_taps(module: nn.Module) -> list[str]:
@@ -72,7 +73,7 @@ def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
     Depths of 1, 2, odd and even; `channels`, `strides` and `embed_dim` are true of the maps; a volume's
     embedding does not depend on its batch, nor on what the encoder saw before; a gradient reaches every
     parameter and every kernel tap; copies, pickles and state dicts give the same network; the weights
-    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides; bfloat16
+    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides (or a UsageError); bfloat16
     autocast stays finite; the memory format changes nothing but rounding; gradients with activation
     checkpointing are those without, where the configuration has the switch.
 
@@ -182,8 +183,11 @@ def _check_tiny(encoder: Encoder, channels: int) -> None:
     encoder.eval()
     for size in ((1, 1, 1), (2, 1, 3), (3, 5, 2)):
         x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            maps = encoder(x)
+        try:
+            with torch.no_grad():
+                maps = encoder(x)
+        except UsageError:  # said in one line that it cannot be, as an instance norm of one voxel
+            continue
         for n, (map_, stride) in enumerate(zip(maps, encoder.strides, strict=True)):
             space = tuple(-(-length // step) for length, step in zip(size, stride, strict=True))
             assert tuple(map_.shape[2:]) == space and bool(map_.isfinite().all()), (
@@ -195,14 +199,14 @@ def _check_tiny(encoder: Encoder, channels: int) -> None:
 def _check_layouts(encoder: Encoder, channels: int) -> None:
     encoder.eval()
     for depth in (1, 3):
-        x = _volumes(encoder, channels, depth=depth)
+        x = _volumes(encoder, channels, depth=depth).double()
         found = []
         for layout in (torch.contiguous_format, torch.channels_last_3d):
-            other = to_memory_format(copy.deepcopy(encoder), layout)
+            other = to_memory_format(copy.deepcopy(encoder).double(), layout)
             with torch.no_grad():
                 found.append(other(x.contiguous(memory_format=layout)))
         for n, (first, last) in enumerate(zip(*found, strict=True)):
-            assert torch.allclose(first, last, atol=1e-4 * float(first.abs().max()), rtol=1e-3), (
+            assert torch.allclose(first, last, atol=1e-6 * float(first.abs().max()), rtol=1e-5), (
                 f"{type(encoder).__name__}: map {n} at depth {depth} depends on the memory format"
             )
 

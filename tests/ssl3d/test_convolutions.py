@@ -313,3 +313,15 @@ def test_depthwise_gradients_in_bfloat16_are_those_in_float32(kind, space, strid
 def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ValueError, match="groups must divide 6 and 8 channels; 4 do not"):
         convolution("acs", 6, 8, 3, groups=4)
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_taps_keep_the_channels_last_and_the_result(stride, dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 8, 5, 6, 7), torch.randn(12, 8, 1, 1, 1), torch.randn(12)
+    expected = F.conv3d(x, weight, bias, stride)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    y = conv3d(last.to(dtype), weight.to(dtype), bias.to(dtype), stride)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.allclose(y.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.1)

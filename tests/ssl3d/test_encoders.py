@@ -1,6 +1,7 @@
 """Every registered encoder keeps the contract; the ResNets are the 2D ResNets on images."""
 
 import copy
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -13,20 +14,39 @@ from ssl3d.encoder import Encoder
 from ssl3d.encoders import memory_format, to_memory_format
 from ssl3d.encoders.norms import norm, norm_relu
 from ssl3d.encoders.resnet import ResNet, ResNet10, ResNet18, ResNet34, ResNet50, ResNetConfig
+from ssl3d.errors import Ssl3dError
 from ssl3d.testing import check_encoder, dead_taps
 
 ENCODERS = plugins.names(plugins.ENCODERS)
 
 
-def small(name):
-    """A configuration that is tested quickly, where the encoder has a width to lower."""
-    config = plugins.load(plugins.ENCODERS, name).Config()
-    return replace(config, width=8) if hasattr(config, "width") else config
+# By name, the options that make an encoder quick to test; others are tested as they come.
+SMALL = {
+    "densenet121": {"growth": 4, "width": 8, "bottleneck": 2},
+    "mobilenet_v2": {"width_multiplier": 0.2, "last_channels": 16},
+    **{name: {"width": 8} for name in ("resnet10", "resnet18", "resnet34", "resnet50")},
+    **{name: {"width": 4, "max_width": 16} for name in ("resenc", "resenc_l")},
+}
+EXTRAS = ("monai",)
+
+
+def registered(name):
+    """An encoder and a configuration that is tested quickly; skips what needs an extra that is missing."""
+    try:
+        cls = plugins.load(plugins.ENCODERS, name)
+        config = replace(cls.Config(), **SMALL.get(name, {}))
+        cls(config)
+    except Ssl3dError as error:
+        for extra in EXTRAS:
+            if extra in str(error) and importlib.util.find_spec(extra) is None:
+                pytest.skip(f"{name} needs {extra}, which is not installed")
+        raise
+    return cls, config
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_registered_encoder_keeps_the_contract(name):
-    check_encoder(name, small(name))
+    check_encoder(*registered(name))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -349,6 +369,22 @@ class Unpicklable(ResNet10):
         self.hook = lambda x: x
 
 
+class InPlace(ResNet10):
+    def forward(self, x):
+        return super().forward(x.relu_())
+
+
+class NeedsSpace(ResNet10):
+    def forward(self, x):
+        maps = super().forward(x)
+        return [*maps[:-1], maps[-1] / min(1, min(x.shape[3:]) - 1)]
+
+
+class DependsOnLayout(ResNet10):
+    def forward(self, x):
+        return [m * 2 if self.channels_last else m for m in super().forward(x)]
+
+
 class Unseeded(ResNet10):
     def __init__(self, config=None):
         super().__init__(config)
@@ -365,6 +401,9 @@ class Unseeded(ResNet10):
         (UsesBatch, "rest of its batch"),
         (Unused, r"reaches extra \(no gradient\)"),
         (Noisy, "embed is not pool|deterministic"),
+        (InPlace, "changes its input"),
+        (NeedsSpace, "or is not finite"),
+        (DependsOnLayout, "depends on the memory format"),
         (Unseeded, "not a function of torch's seed"),
     ],
 )
