@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl3d import checkpoint as disk
 from ssl3d import plugins
+from ssl3d.balance import build_balance
 from ssl3d.device import accelerator_of, default_workers
 from ssl3d.encoder import Encoder
 from ssl3d.errors import PluginError, UsageError
@@ -90,8 +91,9 @@ def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
     for name, (kind, config) in plan.proxies.items():
         proxies[name] = kind(config, encoder)
         proxies[name].setup(data)
-    weights = options.weights or (1.0,) * len(proxies)
-    return Trainee(encoder, proxies, dict(zip(proxies, weights, strict=True)), options.seed)
+    weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
+    balance = build_balance(options.balance, weights, options.balance_alpha)
+    return Trainee(encoder, proxies, weights, options.seed, balance)
 
 
 def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:

@@ -168,6 +168,8 @@ class Loop:
             raise TrainingError(self._blame(step, sums, means))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.trainee.balance is not None:
+            self.trainee.balance.step()
         for _, proxy in self.trainee.each():
             proxy.after_step(step, options.steps)
         seconds = time.perf_counter() - began
@@ -274,8 +276,11 @@ class Loop:
         groups = groups_to(first, self.fabric.device)
         seconds = 0.0
         counter = FlopCounterMode(display=False)
+        balance = copied.balance
         for attempt in range(2):
             began = time.perf_counter()
+            # The counter's hooks refuse the gradients that gradnorm takes in a forward pass: not counted.
+            copied.balance = None if attempt == 0 else balance
             with counter if attempt == 0 else nullcontext():
                 with self.fabric.autocast():
                     loss, _ = copied("loss", groups, "trial")

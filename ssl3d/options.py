@@ -49,6 +49,10 @@ class PretrainOptions:
         warmup: Share of the steps over which the learning rate rises; afterwards it falls as a cosine.
         clip: Largest norm of the gradient; 0 lets any pass.
         weights: Of the proxies' losses, in their order; 1 each if left out.
+        balance: Of several proxies: fixed keeps the weights; uncertainty and gradnorm start from them and
+            go on by each loss' learned variance (Kendall et al., 2018), or so that the gradients at the
+            encoder's last layer are equally large, larger where a proxy learns slowly (Chen et al., 2018).
+        balance_alpha: Of gradnorm, how strongly a proxy that learns slowly is favoured; 0 not at all.
         precision: auto takes bf16 where the device is fast at it, else 32.
         memory_format: Layout of the kernels; auto takes what the encoder is faster in.
         threads: CPU threads of the main process; 0 leaves torch's number. Kept by --resume.
@@ -86,6 +90,8 @@ class PretrainOptions:
     warmup: float = 0.1
     clip: float = 1.0
     weights: tuple[float, ...] = ()
+    balance: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
+    balance_alpha: float = 1.5
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     threads: int = 0
@@ -133,6 +139,13 @@ class PretrainOptions:
             raise ValueError(f"weights has {len(self.weights)} values for {len(self.proxy)} proxies")
         if any(not weight >= 0 for weight in self.weights):
             raise ValueError(f"weights is {self.weights}, must be 0 or more each")
+        if self.balance != "fixed" and any(weight == 0 for weight in self.weights):
+            raise ValueError(f"weights is {self.weights}; with balance {self.balance} each starts above 0")
+        if not 0 <= self.balance_alpha < float("inf"):
+            raise ValueError(f"balance_alpha is {self.balance_alpha}, must be 0 or more")
+        if self.balance == "gradnorm" and (self.strategy == "fsdp" or self.precision == "16"):
+            what = "strategy fsdp" if self.strategy == "fsdp" else "precision 16"
+            raise ValueError(f"balance gradnorm needs whole gradients, unscaled: not with {what}")
         if len(set(self.proxy)) < len(self.proxy):
             raise ValueError(f"proxy names one twice: {' '.join(self.proxy)}")
         if not self.data:

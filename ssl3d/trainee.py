@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ssl3d.balance import Balance, last_shared
 from ssl3d.encoder import Encoder
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, seed_of
@@ -62,15 +63,22 @@ class Trainee(nn.Module):
         proxies: By name.
         weights: Of their losses.
         seed: Of the run.
+        balance: Finds the weights while training; None where they are fixed.
     """
 
     def __init__(
-        self, encoder: Encoder, proxies: Mapping[str, Proxy], weights: Mapping[str, float], seed: int
+        self,
+        encoder: Encoder,
+        proxies: Mapping[str, Proxy],
+        weights: Mapping[str, float],
+        seed: int,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.proxies = nn.ModuleDict(dict(proxies))
         self.weights = dict(weights)
+        self.balance = balance
         self.seed = seed
         self.patch = patch = [0, 0, 0]
 
@@ -101,7 +109,7 @@ class Trainee(nn.Module):
 
     def _loss(self, groups: Sequence[Group], step: object) -> tuple[Tensor, Sums]:
         sums = Sums({}, {}, [])
-        weighted: list[Tensor] = []
+        losses: dict[str, Tensor] = {}
         for name, proxy in self.each():
             own = [group for group in groups if group.proxy == name]
             count = sum(len(group.rows) for group in own)
@@ -119,12 +127,22 @@ class Trainee(nn.Module):
                 if output.picture is not None:
                     sums.pictures.setdefault(name, output.picture)
                 sums.losses.append((name, detached, tuple(v for group in ran for v in group.volumes)))
-            weighted.append(self.weights[name] * torch.stack(parts).sum())
-        total = torch.stack(weighted).sum()
+            losses[name] = torch.stack(parts).sum()
+        total = self._together(losses, sums, sum(len(group.rows) for group in groups))
         _add(sums.values, "loss", total.detach().float(), sum(len(group.rows) for group in groups))
         if torch.is_grad_enabled():
             total = total + self._nothing(total)
         return total, sums
+
+    def _together(self, losses: Mapping[str, Tensor], sums: Sums, examples: int) -> Tensor:
+        """The weighted sum of the proxies' losses."""
+        if self.balance is None:
+            return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+        for name, weight in zip(self.balance.names, self.balance.current(), strict=True):
+            _add(sums.values, f"{name}/weight", weight.float(), examples)
+        learning = self.training and torch.is_grad_enabled()
+        total: Tensor = self.balance(losses, last_shared(self.encoder) if learning else None)
+        return total
 
     def _outputs(
         self, name: str, proxy: Proxy, groups: list[Group], step: object
