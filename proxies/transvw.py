@@ -31,7 +31,7 @@ from ssl3d.api import (
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Volume
 
-_TRIES = 8  # words tried for one with something to see
+_TRIES = 32  # words tried for one with something to see
 
 
 @dataclass
@@ -133,7 +133,9 @@ class TransVW(Proxy):
         super().__init__(config, encoder)
         self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
         self.classifier = nn.Linear(encoder.embed_dim, config.words)
-        self.register_buffer("places", torch.from_numpy(word_places(config.words, config.word_seed)))
+        self.register_buffer(
+            "places", torch.from_numpy(word_places(config.words, config.word_seed)).float()
+        )
         self.register_buffer("references", torch.full((config.words,), -1))
         self._resize([])
         self._data: _Volumes | None = None
@@ -171,6 +173,7 @@ class TransVW(Proxy):
         found = find_alike(volumes, config.words, config.alike, config.word_seed, device=self.codes.device)
         self.member.copy_(found.alike)
         self.references.copy_(self.codes[found.references.to(self.codes.device)])
+        self._data = None
 
     @classmethod
     def draw(cls, config: TransVWConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
