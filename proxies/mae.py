@@ -280,15 +280,15 @@ def visible_mean(x: Tensor, visible: Tensor, body: Tensor) -> Tensor:
 def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
     """The visible voxels, blurred into the gaps: weighted by a Gaussian, divided by the weights there.
 
-    Its standard deviation is half a block along each axis. Far from everything visible the mean of the
-    visible takes over.
+    Its standard deviation is a quarter of a block along each axis, the best of 1/4 to 2 blocks on brain
+    and heart MR. More than a block from everything visible the mean of the visible takes over.
     """
     known = visible.to(x.dtype)
     mean = (x * known).sum((2, 3, 4), keepdim=True) / known.sum((2, 3, 4), keepdim=True)
     both = torch.cat([(x - mean) * known, known], dim=1)
     for axis, (n, side) in enumerate(zip(blocks.size, blocks.side, strict=True)):
         at = torch.arange(n, device=x.device, dtype=x.dtype)
-        kernel = torch.exp(-0.5 * ((at[:, None] - at) / (0.5 * side)).square())
+        kernel = torch.exp(-0.5 * ((at[:, None] - at) / (0.25 * side)).square())
         both = (both.movedim(axis + 2, -1) @ kernel).movedim(-1, axis + 2)
     return mean + both[:, :-1] / (both[:, -1:] + 1e-6)
 

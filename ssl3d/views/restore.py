@@ -101,7 +101,8 @@ def mirror_one(
 def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -> Figure:
     """Slices of the first examples: what the network was given, what it gave, and what is right.
 
-    Of each example the slice across D that was damaged most, in the grey window of the original.
+    Of each example the slice across D that was damaged as much as slices are on average, in the grey
+    window of the original.
 
     Args:
         original: (B, C, D, H, W); so are the others. The first channel is shown.
@@ -113,7 +114,7 @@ def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -
     count = min(len(original), _SHOWN)
     parts = [x[:count, 0].detach().float().cpu() for x in (corrupted, restored, original)]
     damage = (parts[0] - parts[2]).abs().sum(dim=(2, 3))
-    places = damage.argmax(1).tolist()
+    places = (damage - damage.mean(1, keepdim=True)).abs().argmin(1).tolist()
     figure = Figure(figsize=(1.7 * count + 0.3, 5.2), layout="constrained")
     panels = figure.subplots(3, count, squeeze=False)
     for i, place in enumerate(places):
