@@ -93,7 +93,9 @@ def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
         proxies[name].setup(data)
     weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
     balance = build_balance(options.balance, weights, options.balance_alpha)
-    return Trainee(encoder, proxies, weights, options.seed, balance)
+    trainee = Trainee(encoder, proxies, weights, options.seed, balance)
+    trainee.outline = disk.outline_of(data)
+    return trainee
 
 
 def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:

@@ -418,10 +418,11 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
 
     Args:
         run: A run folder; its newest intact checkpoint is read.
-        data: For proxies that size themselves by the data (memory banks): the data of the run.
+        data: The data of the run, for a proxy that needs more of them here than what the checkpoint
+            knows: their number, shapes, spacings, and which are whose.
 
     Raises:
-        CheckpointError: The folder is no run, or has no checkpoint that can be read.
+        CheckpointError: The folder is no run, no checkpoint can be read, or a proxy needs its data.
     """
     run = Path(run)
     config = config_of(run)
@@ -430,6 +431,9 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
         raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
     state = found["module"]
     spec = found["spec"]
+    sized: Any = data
+    if data is None and found.get("outline"):
+        sized = Outline(found["outline"], f"load_proxies({str(run)!r}, data)")
     kind = plugins.load(plugins.ENCODERS, spec["encoder"])
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
@@ -437,16 +441,76 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
         for name, options in spec["proxies"].items():
             made = plugins.load(plugins.PROXIES, name)
             proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
-            if data is not None:
-                proxy.setup(data)
+            if sized is not None:
+                proxy.setup(sized)
             prefix = f"proxies.{name}."
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            where = f"{run}, proxy {name}"
-            _load_strictly(proxy, own, where if data is not None else f"{where} (without its data)", name)
+            where = f"{run}, proxy {name}" + ("" if sized is not None else " (without its data)")
+            _load_strictly(proxy, own, where, name)
             proxies[name] = proxy.eval()
     card = run / "encoder" / CARD
     encoder.metadata = read_card(card.parent) if card.is_file() else {"config": config}
     return proxies
+
+
+class Outline(Sequence[Any]):
+    """What a checkpoint knows of the volumes of its run: enough for most proxies to size themselves.
+
+    Args:
+        columns: From `outline_of`.
+        instead: What to call where more is needed.
+    """
+
+    def __init__(self, columns: Mapping[str, torch.Tensor], instead: str) -> None:
+        shown = {key: value.tolist() for key, value in columns.items()}
+        self.shapes = [tuple(shape) for shape in shown["shapes"]]
+        self.spacings = [tuple(spacing) for spacing in shown["spacings"]]
+        self.dataset_codes, self.subject_codes = columns["datasets"].numpy(), columns["subjects"].numpy()
+        self.datasets = [str(code) for code in shown["datasets"]]
+        self._indices, self._instead = shown["indices"], instead
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, position: Any) -> Any:
+        """The outline of a volume."""
+        return OutlinedVolume(
+            int(self._indices[position]), self.shapes[position], self.spacings[position],
+            self.datasets[position], str(int(self.subject_codes[position])), self._instead,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlinedVolume:
+    """A volume without its voxels; data set and subject are numbers in words."""
+
+    index: int
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    dataset: str
+    subject: str
+    instead: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CheckpointError(
+            f"a proxy asks for `{name}` of a volume, which the checkpoint does not hold: give the data of "
+            f"the run, {self.instead}"
+        )
+
+
+def outline_of(data: Collection) -> dict[str, torch.Tensor]:
+    """What checkpoints keep of the volumes of a run, as tensors; nobody can be named by it."""
+    import numpy as np
+
+    return {
+        "indices": torch.as_tensor(np.asarray(data.rows, dtype=np.int64)),
+        "shapes": torch.as_tensor(np.asarray([tuple(shape) for shape in data.shapes], dtype=np.int64)),
+        "spacings": torch.as_tensor(np.asarray(data.spacings, dtype=np.float64)),
+        "datasets": torch.as_tensor(np.asarray(data.dataset_codes, dtype=np.int64)),
+        "subjects": torch.as_tensor(np.asarray(data.subject_codes, dtype=np.int64)),
+    }
 
 
 # What both record ---------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def save_state(
     state: dict[str, Any] = {
         "format": snapshot.FORMAT, "step": done, "steps": plan.options.steps, "patch": list(trainee.patch),
         "about": about, "world": fabric.world_size, "device": fabric.device.type, "spec": spec,
+        "outline": trainee.outline,
         "precision": fabric.strategy.precision.state_dict(), "ranks": _own_buffers(fabric, trainee),
     }  # fmt: skip
     if sharded(fabric):

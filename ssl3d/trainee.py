@@ -57,6 +57,7 @@ class Trainee(nn.Module):
 
     Attributes:
         patch: Largest input (D, H, W) that the encoder was trained on so far.
+        outline: Of the data that the proxies were sized by, for checkpoints.
 
     Args:
         encoder: Shared.
@@ -81,6 +82,7 @@ class Trainee(nn.Module):
         self.balance = balance
         self.seed = seed
         self.patch = patch = [0, 0, 0]
+        self.outline: dict[str, Tensor] = {}
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:

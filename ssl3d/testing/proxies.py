@@ -43,6 +43,7 @@ def check_proxy(
     batch_size: int = 6,
     lr: float = 1e-3,
     fall: float = 0.05,
+    bfloat16: bool = False,
 ) -> None:
     """Tests that a proxy keeps the contract of `ssl3d.Proxy`, by training it for a moment.
 
@@ -68,6 +69,7 @@ def check_proxy(
         batch_size: Of training.
         lr: Peak learning rate of AdamW.
         fall: Share of its first value by which the loss must fall, on the batches trained on.
+        bfloat16: Train under bfloat16 autocast.
 
     Raises:
         AssertionError: The contract is broken; the message says how.
@@ -91,7 +93,7 @@ def check_proxy(
         _check_gradients(made, groups)
         _check_eval(made, groups[0])
         _check_autocast(made, groups[0])
-        trained = _check_learning(started, groups, steps, lr, fall)
+        trained = _check_learning(started, groups, steps, lr, fall, bfloat16)
         _check_state(trained, cls, config, make, volumes, groups)
 
 
@@ -339,7 +341,12 @@ def _check_autocast(proxy: Proxy, group: dict[str, Tensor]) -> None:
 
 
 def _check_learning(
-    proxy: Proxy, groups: Sequence[dict[str, Tensor]], steps: int, lr: float, fall: float
+    proxy: Proxy,
+    groups: Sequence[dict[str, Tensor]],
+    steps: int,
+    lr: float,
+    fall: float,
+    bfloat16: bool,
 ) -> Proxy:
     who = type(proxy).__name__
     proxy.train()
@@ -355,7 +362,8 @@ def _check_learning(
                 (step + 1) / (0.2 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
             )
         n = step % len(groups)
-        output = _step(proxy, groups[n], _LEARNT + n)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            output = _step(proxy, groups[n], _LEARNT + n)
         assert bool(output.loss.isfinite()), f"{who}: the loss is {output.loss.item()} at step {step}"
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()

@@ -1,19 +1,92 @@
-"""Every registered proxy keeps the contract, with small options."""
+"""Every registered proxy keeps the contract, resumes to the same bytes, and learns over ranks as alone."""
+
+import shutil
 
 import pytest
+import torch
 
-from ssl3d import plugins
+import ssl3d
+from ssl3d import plugins, snapshot
+from ssl3d.checkpoint import load_proxies
+from ssl3d.config import to_dict
 from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store import open_data
-from ssl3d.testing import check_proxy
+from ssl3d.testing import check_proxy, check_ranks
+
+NAMES = plugins.names(plugins.PROXIES)
+ALTERNATING = [(name, ("acs", "3d")[number % 2]) for number, name in enumerate(NAMES)]
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return open_data([phantom_store(16, folder=tmp_path_factory.mktemp("phantoms"))])
+def store(tmp_path_factory):
+    return phantom_store(12, shape=(40, 40, 40), folder=tmp_path_factory.mktemp("phantoms"))
 
 
-@pytest.mark.parametrize("number,name", enumerate(plugins.names(plugins.PROXIES)))
-def test_proxy_keeps_the_contract(number, name, small, tiny_encoder, phantoms):
-    kind = ("acs", "3d")[number % 2]
+@pytest.fixture(scope="module")
+def phantoms(store):
+    return open_data([store])
+
+
+@pytest.mark.parametrize("name,kind", ALTERNATING)
+def test_it_keeps_the_contract(name, kind, small, tiny_encoder, phantoms):
     check_proxy(name, small(name, kind), encoder=lambda: tiny_encoder(kind), data=phantoms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["acs", "3d"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_keeps_the_contract_with_every_kernel_and_precision(
+    name, kind, bfloat16, small, tiny_encoder, phantoms
+):
+    config = small(name, kind)
+    check_proxy(name, config, encoder=lambda: tiny_encoder(kind), data=phantoms, bfloat16=bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_and_two_are_four(name, small, tiny_encoder, store, tmp_path):
+    # Three steps an epoch: it goes on in the middle of one, and begins another.
+    whole = ssl3d.pretrain(
+        name,
+        data=str(store),
+        out=tmp_path / "whole",
+        encoder="resnet10",
+        resnet10=to_dict(tiny_encoder("acs").config),
+        **{name: to_dict(small(name))},
+        steps=4,
+        batch_size=4,
+        checkpoint_every=2,
+        subjects="all",
+        holdout=0.0,
+        eval_every=-1,
+        precision="32",
+        workers=0,
+        threads=1,
+    )
+    # As it was when the second step had been saved, and no more.
+    half = shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(half / "encoder")
+    newest, before = snapshot.checkpoints(half)
+    newest.unlink()
+    assert snapshot.step_of(before) == 2
+    again = ssl3d.resume(half)
+    ours, theirs = (snapshot.load_checkpoint(run.folder) for run in (again, whole))
+    kept = theirs["module"]
+    assert [key for key, value in kept.items() if not _equal(ours["module"][key], value)] == []
+    ours, theirs = ((run.folder / "encoder" / "encoder.safetensors").read_bytes() for run in (again, whole))
+    assert ours == theirs
+    # Its heads are loaded without the data: the checkpoint knows what they were sized by.
+    loaded = load_proxies(whole.folder)[name].state_dict()
+    prefix = f"proxies.{name}."
+    assert all(_equal(loaded[k.removeprefix(prefix)], v) for k, v in kept.items() if k.startswith(prefix))
+    losses = [[record[f"{name}/loss"] for record in run.metrics] for run in (again, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def _equal(a, b):
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_learn_what_one_learns(name, small, tiny_encoder, phantoms):
+    check_ranks(name, small(name, ranks=True), lambda: tiny_encoder(norm="group"), phantoms)

@@ -11,6 +11,8 @@ import torch
 
 import ssl3d
 from ssl3d import snapshot
+from ssl3d.checkpoint import load_proxies
+from ssl3d.errors import CheckpointError
 
 PLUGIN = '''
 import json
@@ -228,3 +230,34 @@ def test_one_process_calls_start_epoch_as_if_it_had_not_been_stopped(queue_plugi
     assert epochs(stopped.folder) == epochs(whole.folder) == ["0", "1", "2", "3"]
     same(final(again.folder), final(whole.folder))
     assert again.metrics[-1]["queue/loss"] == whole.metrics[-1]["queue/loss"]
+
+
+def test_proxies_are_loaded_without_their_data(queue_plugin, train, tmp_path, monkeypatch):
+    import queue_ssl3d_plugin
+
+    options = {"steps": 3, "subjects": "all", "holdout": 0.0, "eval_every": -1}
+    run = train("run", proxy="queue", queue={"log": str(tmp_path / "log")}, **options)
+    proxy = load_proxies(run.folder)["queue"]
+    assert len(proxy.bank) == 12 and bool(proxy.bank.any()) and not proxy.training
+    assert torch.equal(proxy.bank, final(run.folder)["module"]["proxies.queue.bank"])
+
+    def setup(self, data):
+        self.register_buffer("bank", torch.zeros(len(data), 2))
+        assert all(volume.read((0, 0, 0), (1, 1, 1)).numel() for volume in data)
+
+    monkeypatch.setattr(queue_ssl3d_plugin.Queue, "setup", setup)
+    with pytest.raises(
+        CheckpointError, match=r"asks for `read` of a volume.*load_proxies\(.*, data\)"
+    ) as caught:
+        load_proxies(run.folder)
+    assert "\n" not in str(caught.value)
+    from ssl3d.data.store import open_data
+
+    data = open_data(train_data(run))
+    assert torch.equal(load_proxies(run.folder, data)["queue"].bank, proxy.bank)
+
+
+def train_data(run):
+    from ssl3d.checkpoint import config_of
+
+    return config_of(run.folder)["data"]
