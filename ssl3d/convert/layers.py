@@ -1,0 +1,542 @@
+"""Layers of 2D networks over volumes, on folded slices, with the 2D layers' parameters and names."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl3d.convert.folding import (
+    Triple,
+    adaptive_avg_pool,
+    adaptive_max_pool,
+    along_depth,
+    avg_pool,
+    fold,
+    interpolate,
+    lp_pool,
+    max_pool,
+    output_size,
+    pad,
+    pad_volume,
+    pair,
+    same_pads,
+    unfold,
+)
+from ssl3d.encoders.convolutions import conv3d
+
+KINDS = ("acs", "soft-acs", "i3d", "2.5d", "p3d")
+Pads = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Folded:
+    """What converted layers share: called in a network with folded slices, on their own with volumes."""
+
+    def forward(self, x: Tensor, batch: int | None = None, image: bool = False) -> Tensor:
+        """Folded (B D, C, H, W) with `batch` B; or a volume (B, C, D, H, W) by itself."""
+        if batch is not None:
+            return self.on_slices(x, batch, image)
+        return unfold(self.on_slices(fold(x), len(x), x.shape[2] == 1), len(x))
+
+    @abstractmethod
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """The layer."""
+
+
+def remade(cls: type[Layer], layer: nn.Module) -> Layer:
+    """A layer of another class with a copy of everything this one has."""
+    made = cls.__new__(cls)
+    made.__dict__.update(copy.deepcopy(layer.__dict__))
+    return made
+
+
+# Convolutions -------------------------------------------------------------------------------------
+
+
+class Convolution(Folded, nn.Conv2d):
+    """A 2D convolution over volumes; on an image it is the 2D convolution.
+
+    Depth has the stride, dilation and padding of height and width, the smaller where they differ. Where
+    a volume is so thin that nothing would be left, kernels keep their middle along depth, stride 1.
+
+    Attributes:
+        like_tensorflow: Pads as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
+        depth_padding: zeros, or replicate: depth continues beyond its ends.
+    """
+
+    like_tensorflow: bool
+    depth_padding: Literal["zeros", "replicate"]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, depth_padding: str, **options: Any) -> Convolution:
+        """A converted copy."""
+        made = remade(cls, layer)
+        made.like_tensorflow = is_same(layer)
+        made.depth_padding = depth_padding  # type: ignore[assignment]
+        made.begin(**options)
+        return made
+
+    def begin(self) -> None:
+        """Makes parameters of its own out of the 2D ones."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        if image:
+            if self.like_tensorflow:
+                x = F.pad(x, (*self._tensorflow(x.shape[3], 1), *self._tensorflow(x.shape[2], 0)))
+            return self.on_image(x)
+        return fold(self.on_volume(unfold(x, batch)))
+
+    def on_image(self, x: Tensor) -> Tensor:
+        """The 2D network's convolution, padding of TensorFlow's kind done."""
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def on_volume(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) to (B, C', D', H', W')."""
+        kernel, stride, dilation = self.kernel_size, pair(self.stride), pair(self.dilation)
+        k, s, d = along_depth(kernel), along_depth(stride), along_depth(dilation)
+        pads = self._pads(x, k, s, d)
+        shrunk = output_size(x.shape[2], k, s, pads[0], d) < 1
+        if shrunk:
+            s, d, pads = 1, 1, ((0, 0), pads[1], pads[2])
+        elif self.depth_padding == "replicate":
+            x = pad_volume(x, (0, 0, 0, 0, *pads[0]), "replicate")
+            pads = ((0, 0), pads[1], pads[2])
+        if self.padding_mode != "zeros":
+            x = pad_volume(x, [n for axis in reversed(pads) for n in axis], self.padding_mode)
+            pads = ((0, 0), (0, 0), (0, 0))
+        return self.convolve(x, (s, *stride), (d, *dilation), pads, shrunk)
+
+    @abstractmethod
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """The convolution itself; `shrunk`: kernels are to keep their middle along depth."""
+
+    def _tensorflow(self, n: int, axis: int) -> tuple[int, int]:
+        return same_pads(n, self.kernel_size[axis], pair(self.stride)[axis], pair(self.dilation)[axis])
+
+    def _pads(self, x: Tensor, k: int, s: int, d: int) -> Pads:
+        if self.like_tensorflow:
+            deep = same_pads(x.shape[2], k, s, d)
+            return deep, self._tensorflow(x.shape[3], 0), self._tensorflow(x.shape[4], 1)
+        if self.padding == "valid":
+            return (0, 0), (0, 0), (0, 0)
+        if self.padding == "same":
+            totals = [
+                e * (n - 1) for e, n in zip((d, *pair(self.dilation)), (k, *self.kernel_size), strict=True)
+            ]
+            deep, height, width = ((t // 2, t - t // 2) for t in totals)
+            return deep, height, width
+        high, wide = pair(self.padding)  # type: ignore[arg-type]
+        least = along_depth((high, wide))
+        return (least, least), (high, high), (wide, wide)
+
+
+class Flat(Convolution):
+    """2.5D: the 2D kernel on every slice, with the stride on all three axes."""
+
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """As the class says."""
+        k = 1 if shrunk else along_depth(self.kernel_size)
+        return planar(x, self.weight, self.bias, 0, k, stride, dilation, pads, self.groups)
+
+
+class ACS(Convolution):
+    """Axial-coronal-sagittal (Yang et al., arXiv:1911.10477): a third of the kernels in each plane."""
+
+    def begin(self) -> None:
+        """Kernels of unequal sides fit all planes only where they keep the size of every axis."""
+        _check_square(self)
+
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """As the class says."""
+        if self.kernel_size == (1, 1):
+            return planar(x, self.weight, self.bias, 0, 1, stride, dilation, pads, self.groups)
+        parts = []
+        for plane, (low, high) in enumerate(thirds(self.out_channels)):
+            if low < high:
+                bias = None if self.bias is None else self.bias[low:high]
+                parts.append(self._plane(x, plane, low, high, bias, stride, dilation, pads, shrunk))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _plane(
+        self, x: Tensor, plane: int, low: int, high: int, bias: Tensor | None, stride: Triple,
+        dilation: Triple, pads: Pads, shrunk: bool,
+    ) -> Tensor:  # fmt: skip
+        # Groups at the border of two thirds are computed whole, and cut.
+        size, inputs = self.out_channels // self.groups, self.in_channels // self.groups
+        first, last = low // size, -(-high // size)
+        weight = self.weight[low:high] if self.groups == 1 else self.weight[first * size : last * size]
+        part = x if self.groups == 1 else x[:, first * inputs : last * inputs]
+        k = along_depth(self.kernel_size)
+        if self.kernel_size[0] != self.kernel_size[1]:
+            # It keeps the size of every axis (`_check_square`): each is padded for what lies along it.
+            spans = [axis for axis in range(3) if axis != plane]
+            totals = dict(
+                zip(
+                    spans, (d * (n - 1) for d, n in zip(pair(self.dilation), self.kernel_size)), strict=True
+                )
+            )
+            low_high = [(totals.get(axis, 0) // 2, -(-totals.get(axis, 0) // 2)) for axis in range(3)]
+            pads, k = (low_high[0], low_high[1], low_high[2]), 1
+        if shrunk:
+            k, weight = (
+                (1, weight) if plane == 0 else (k, weight[:, :, self.kernel_size[0] // 2].unsqueeze(2))
+            )
+        y = planar(
+            part, weight, None, plane, k, stride, dilation, pads, last - first if self.groups > 1 else 1
+        )
+        if self.groups > 1:
+            y = y[:, low - first * size : high - first * size]
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None, None]
+
+
+class SoftACS(ACS):
+    """Every kernel in all three planes, mixed by a learned softmax per output channel.
+
+    `plane_logits` (Cout, 3) begins at zero: the mean of the planes.
+    """
+
+    plane_logits: nn.Parameter
+
+    def begin(self) -> None:
+        """Adds the mixture."""
+        super().begin()
+        self.plane_logits = nn.Parameter(self.weight.new_zeros(self.out_channels, 3))
+
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """As the class says."""
+        share = self.plane_logits.softmax(1)
+        total: Tensor | None = None
+        for plane in range(3):
+            y = self._plane(x, plane, 0, self.out_channels, None, stride, dilation, pads, shrunk)
+            y = y * share[:, plane].to(y.dtype)[:, None, None, None]
+            total = y if total is None else total + y
+        assert total is not None
+        return total if self.bias is None else total + self.bias.to(total.dtype)[:, None, None, None]
+
+
+class Inflated(Convolution):
+    """I3D (Carreira and Zisserman, arXiv:1705.07750): copies of the 2D kernel, over their number.
+
+    `weight` has five axes. On an image only the kernel's middle along depth meets anything, as in a
+    network of kind `3d`.
+    """
+
+    def begin(self, axis: int = 0) -> None:
+        """Inflates along D (0), H (1) or W (2) the kernel that lies in the other two axes."""
+        _check_square(self, needed=axis != 0)
+        count = along_depth(self.kernel_size)
+        copies = [self.weight.detach().unsqueeze(2 + axis)] * count
+        self.weight = nn.Parameter(torch.cat(copies, 2 + axis) / count)
+
+    def on_image(self, x: Tensor) -> Tensor:
+        """The kernel's middle."""
+        return self._conv_forward(x, self.weight[:, :, self.weight.shape[2] // 2], self.bias)
+
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """As the class says."""
+        middle = self.weight.shape[2] // 2
+        weight = self.weight[:, :, middle : middle + 1] if shrunk else self.weight
+        return _padded_conv3d(x, weight, self.bias, stride, dilation, pads, self.groups)
+
+
+class Pseudo3D(Convolution):
+    """P3D (Qiu et al., arXiv:1711.10305), serial: the 2D kernel, then `depth_weight` (Cout, Cout/g, K).
+
+    `depth_weight` begins as the identity, so the network begins as the 2D one on every slice.
+    """
+
+    depth_weight: nn.Parameter
+
+    def begin(self) -> None:
+        """Adds the depth kernel, with the groups of the 2D one where its channels divide so."""
+        k = along_depth(self.kernel_size)
+        if k > 1:
+            weight = self.weight.new_zeros(self.out_channels, self.out_channels // self.groups, k)
+            weight[torch.arange(len(weight)), torch.arange(len(weight)) % weight.shape[1], (k - 1) // 2] = 1
+            self.depth_weight = nn.Parameter(weight)
+
+    def on_image(self, x: Tensor) -> Tensor:
+        """The depth kernel's middle."""
+        x = super().on_image(x)
+        if along_depth(self.kernel_size) == 1:
+            return x
+        k = self.depth_weight.shape[2]
+        return F.conv2d(x, self.depth_weight[:, :, (k - 1) // 2, None, None], groups=self.groups)
+
+    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+        """As the class says."""
+        k = along_depth(self.kernel_size)
+        if shrunk or k == 1:
+            return planar(
+                x, self.weight, self.bias, 0, 1 if shrunk else k, stride, dilation, pads, self.groups
+            )
+        flat = ((0, 0), pads[1], pads[2])
+        x = planar(x, self.weight, self.bias, 0, 1, (1, *stride[1:]), (1, *dilation[1:]), flat, self.groups)
+        deep = (pads[0], (0, 0), (0, 0))
+        weight = self.depth_weight[..., None, None]
+        return _padded_conv3d(x, weight, None, (stride[0], 1, 1), (dilation[0], 1, 1), deep, self.groups)
+
+
+def planar(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plane: int, flat: int, stride: Triple,
+    dilation: Triple, pads: Pads, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """A 2D kernel in one plane of a volume.
+
+    Across the plane it behaves as the middle of a kernel of `flat` voxels: output i reads voxel
+    i s - p + d (K - 1) / 2, and nothing but zeros where that lies outside.
+
+    Args:
+        x: (B, C, D, H, W).
+        weight: (Cout, Cin/g, K, K).
+        bias: (Cout,).
+        plane: The axis it is flat along: 0 (D, axial), 1 (H) or 2 (W).
+        flat: Size, along that axis, of the kernel that it stands for.
+        stride: Along D, H, W.
+        dilation: Along D, H, W.
+        pads: Before and behind, along D, H, W.
+        groups: Of the convolution.
+    """
+    n, s, d = x.shape[2 + plane], stride[plane], dilation[plane]
+    before, behind = pads[plane]
+    count = output_size(n, flat, s, (before, behind), d)
+    start = d * ((flat - 1) // 2) - before
+    low, high = -start, (count - 1) * s + 1 + start - n
+    axis = 2 * (2 - plane)  # F.pad counts from the last axis
+    if low or high > 0 or (n - 1) // s + 1 > count:
+        around = [0] * 6
+        around[axis], around[axis + 1] = low, high
+        x = F.pad(x, around)
+    free = list(pads)
+    free[plane] = (0, 0)
+    around_plane = (free[0], free[1], free[2])
+    return _padded_conv3d(x, weight.unsqueeze(2 + plane), bias, stride, dilation, around_plane, groups)
+
+
+def _padded_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Triple,
+    dilation: Triple,
+    pads: Pads,
+    groups: int,
+) -> Tensor:
+    if any(low != high for low, high in pads):
+        x = F.pad(x, [n for axis in reversed(pads) for n in axis])
+        pads = ((0, 0), (0, 0), (0, 0))
+    return conv3d(x, weight, bias, stride, (pads[0][0], pads[1][0], pads[2][0]), dilation, groups)
+
+
+def thirds(channels: int) -> list[tuple[int, int]]:
+    """Output channels of the axial, coronal and sagittal kernels; what is left over goes to the first."""
+    size, rest = divmod(channels, 3)
+    ends = [size + (rest > 0), 2 * size + (rest > 0) + (rest > 1), channels]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _check_square(layer: nn.Conv2d, needed: bool = True) -> None:
+    height, width = layer.kernel_size
+    (down, right), (over, across) = pair(layer.stride), pair(layer.dilation)
+    if not needed or (height == width and down == right and over == across and _square_padding(layer)):
+        return
+    keeps = down == right == 1 and (
+        isinstance(layer.padding, str) or tuple(2 * p for p in pair(layer.padding)) == (
+            over * (height - 1), across * (width - 1)
+        )
+    )  # fmt: skip
+    if not keeps or layer.padding_mode != "zeros":
+        raise ValueError(
+            f"a kernel of {height} x {width} with stride {down}, {right} fits one plane: kind 2.5d or i3d"
+        )
+
+
+def _square_padding(layer: nn.Conv2d) -> bool:
+    return isinstance(layer.padding, str) or pair(layer.padding)[0] == pair(layer.padding)[1]
+
+
+def is_same(layer: nn.Module) -> bool:
+    """Whether it pads as TensorFlow does (timm's classes, told by their names)."""
+    return type(layer).__name__ in ("Conv2dSame", "MaxPool2dSame", "AvgPool2dSame")
+
+
+class Transposed(Folded, nn.ConvTranspose2d):  # type: ignore[misc]
+    """A transposed convolution: a depth as much longer as the height, each plane kept.
+
+    Across depth the kernel is repeated and scaled by stride / kernel, so that a volume constant along
+    depth stays so away from its ends; with kernel = stride every slice is repeated. Of one kind, for all.
+    """
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        if image:
+            return nn.ConvTranspose2d.forward(self, x)
+        kernel, stride, pads = self.kernel_size, pair(self.stride), pair(self.padding)  # type: ignore[arg-type]
+        behind, dilation = pair(self.output_padding), pair(self.dilation)
+        k, s, p, o, d = (along_depth(v) for v in (kernel, stride, pads, behind, dilation))
+        weight = self.weight.unsqueeze(2).repeat(1, 1, k, 1, 1) * (s / k)
+        y = F.conv_transpose3d(
+            unfold(x, batch),
+            weight,
+            self.bias,
+            (s, *stride),
+            (p, *pads),
+            (o, *behind),
+            self.groups,
+            (d, *dilation),
+        )
+        return fold(y)
+
+
+# Others -------------------------------------------------------------------------------------------
+
+
+class MaxPool(Folded, nn.MaxPool2d):
+    """Max-pooling over depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        padding = self.padding
+        if getattr(self, "like_tensorflow", False):
+            x, padding = _pad_like_tensorflow(self, x, -torch.inf, batch, image), 0
+        return max_pool(
+            x,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.ceil_mode,
+            batch=batch,
+            image=image,
+        )
+
+
+class AvgPool(Folded, nn.AvgPool2d):
+    """Average pooling over depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        padding = self.padding
+        if getattr(self, "like_tensorflow", False):
+            x, padding = _pad_like_tensorflow(self, x, 0.0, batch, image), 0
+        return avg_pool(
+            x, self.kernel_size, self.stride, padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override, batch=batch, image=image,
+        )  # fmt: skip
+
+
+def _pad_like_tensorflow(layer: Any, x: Tensor, value: float, batch: int, image: bool) -> Tensor:
+    kernel, stride, dilation = (
+        pair(v) for v in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
+    )
+    height, width = (same_pads(x.shape[2 + i], kernel[i], stride[i], dilation[i]) for i in (0, 1))
+    whole = unfold(x, batch)
+    deep = (
+        (0, 0)
+        if image
+        else same_pads(whole.shape[2], *(along_depth(v) for v in (kernel, stride, dilation)))
+    )
+    return fold(pad_volume(whole, (*width, *height, *deep), "constant", value))
+
+
+class LPPool(Folded, nn.LPPool2d):
+    """Power-average pooling over depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return lp_pool(
+            x, self.norm_type, self.kernel_size, self.stride, self.ceil_mode, batch=batch, image=image
+        )
+
+
+class AdaptiveAvgPool(Folded, nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling, to one slice."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return adaptive_avg_pool(x, self.output_size, batch=batch, image=image)
+
+
+class AdaptiveMaxPool(Folded, nn.AdaptiveMaxPool2d):
+    """Adaptive max-pooling, to one slice."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return adaptive_max_pool(x, self.output_size, self.return_indices, batch=batch, image=image)
+
+
+class Upsample(Folded, nn.Upsample):
+    """Up-sampling of depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return interpolate(
+            x, self.size, self.scale_factor, self.mode, self.align_corners, self.recompute_scale_factor,
+            batch=batch, image=image,
+        )  # fmt: skip
+
+
+class Pad(Folded, nn.Module):
+    """Padding of depth as of height.
+
+    Args:
+        layer: A 2D padding module.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.pads = tuple(layer.padding)  # type: ignore[arg-type]
+        named = type(layer).__name__
+        modes = {"Refl": "reflect", "Repl": "replicate", "Circ": "circular"}
+        self.mode = modes.get(named[:4], "constant")
+        self.value = getattr(layer, "value", 0.0) if self.mode == "constant" else None
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return pad(x, self.pads, self.mode, self.value, batch=batch, image=image)
+
+
+class GroupNorm(Folded, nn.GroupNorm):
+    """Group norm over depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return fold(nn.GroupNorm.forward(self, unfold(x, batch)))
+
+
+class InstanceNorm(Folded, nn.InstanceNorm3d):
+    """Instance norm over depth too."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return fold(nn.InstanceNorm3d.forward(self, unfold(x, batch)))
+
+
+class Dropout(Folded, nn.Dropout3d):
+    """Dropout of whole channels of a volume."""
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return fold(nn.Dropout3d.forward(self, unfold(x, batch)))
+
+
+class PerSample(Folded, nn.Module):
+    """A layer that drops samples (stochastic depth): a volume with all its slices, or none of it.
+
+    Args:
+        layer: On tensors of any number of axes.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """As the class says."""
+        return fold(self.layer(unfold(x, batch)))

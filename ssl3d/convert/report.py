@@ -1,0 +1,54 @@
+"""What a conversion did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer or function call.
+
+    Attributes:
+        name: Of the module in the network, or of the call in its forward pass.
+        before: What it was.
+        after: What it became.
+        parameters: Numbers it has now.
+        kept: How many of those are the 2D network's own, or copies of them.
+    """
+
+    name: str
+    before: str
+    after: str
+    parameters: int = 0
+    kept: int = 0
+
+
+@dataclass
+class Report:
+    """Of one conversion; `print` shows it as a table.
+
+    Attributes:
+        kind: Of the convolutions.
+        entries: What was converted.
+        slicewise: Name and kind of what works on every slice by itself because it was allowed to.
+        parameters: Of the network now.
+        before: Of the 2D network.
+    """
+
+    kind: str
+    entries: list[Entry] = field(default_factory=list)
+    slicewise: list[tuple[str, str]] = field(default_factory=list)
+    parameters: int = 0
+    before: int = 0
+
+    def __str__(self) -> str:
+        width = max((len(e.name) for e in self.entries), default=4)
+        wide = max((len(e.before) for e in self.entries), default=6)
+        lines = [f"{e.name:{width}}  {e.before:{wide}}  {e.after}" for e in self.entries]
+        lines += [
+            f"{name:{width}}  {what:{wide}}  slice by slice (allowed)" for name, what in self.slicewise
+        ]
+        return "\n".join(
+            [*lines, f"{self.kind}: {self.before:,} parameters before, {self.parameters:,} after"]
+        )
