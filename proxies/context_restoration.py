@@ -70,6 +70,10 @@ class ContextRestoration(Proxy):
     number of swaps, and their sides by those of the crop. One U-shaped decoder for all later tasks, where
     the paper trains a plainer one for classification. `swap_patches` says how patches are laid out.
 
+    With an encoder whose stem has a stride, no map shows single voxels to copy, so skips are on: they
+    restore better (`mean_error` .54 against .60 after 100 small steps on hippocampus MR). Without them the
+    deepest map must hold everything; which leaves the better features was open after that trial.
+
     The metric `relative_error` is the squared error on moved voxels, divided by that of leaving the input
     as it is. Giving each example's mean everywhere would already make it about 0.5, so `mean_error` is
     the same divided by that of the mean: below 1, something of the anatomy is restored.

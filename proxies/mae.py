@@ -82,6 +82,11 @@ class MAE(Proxy):
     the mean squared error over masked voxels, of the background too, since where the body ends is to be
     worked out as well.
 
+    `token` is the default: the encoder runs as it will run later, on whole maps, and may be of any kind,
+    with blocks of any size. In a small trial, too, (hippocampus MR, blocks of 8 voxels at a stride of 8, 100
+    steps, one seed) it restored better than `remask` (relative error .67 against .73) and left better
+    features (balanced accuracy of a linear dense probe .86 against .83, untrained .76).
+
     The metrics count masked voxels of the foreground alone, because background is easily guessed:
     `relative_error` is the squared error divided by that of guessing the mean of what is seen of the
     foreground; `blur_error` the same, divided by that of blurring what is seen into the gaps.
