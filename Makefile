@@ -47,6 +47,7 @@ speed: $(VENV)/.ready
 	$(BIN)/python benchmarks/speed_data.py
 	$(BIN)/python benchmarks/speed_encoder.py
 	$(BIN)/python benchmarks/speed_views.py
+	$(BIN)/python benchmarks/speed_proxies.py --data $(or $(wildcard $(DATA)/hippocampus),phantoms:64)
 	$(BIN)/ssl3d pretrain --proxy simclr --data $(or $(wildcard $(DATA)/hippocampus),phantoms) --steps 20 --eval-every -1 --out demo/speed --overwrite
 
 clean:
