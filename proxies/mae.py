@@ -83,7 +83,7 @@ class MAE(Proxy):
     worked out as well.
 
     `token` is the default: the encoder runs as it will run later, on whole maps, and may be of any kind,
-    with blocks of any size. In a small trial, too, (hippocampus MR, blocks of 8 voxels at a stride of 8, 100
+    with blocks of any size. In a small trial (hippocampus MR, blocks of 8 voxels at a stride of 8, 100
     steps, one seed) it restored better than `remask` (relative error .67 against .73) and left better
     features (balanced accuracy of a linear dense probe .86 against .83, untrained .76).
 
