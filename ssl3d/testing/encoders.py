@@ -73,9 +73,10 @@ def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
     Depths of 1, 2, odd and even; `channels`, `strides` and `embed_dim` are true of the maps; a volume's
     embedding does not depend on its batch, nor on what the encoder saw before; a gradient reaches every
     parameter and every kernel tap; copies, pickles and state dicts give the same network; the weights
-    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides (or a UsageError); bfloat16
-    autocast stays finite; the memory format changes nothing but rounding; gradients with activation
-    checkpointing are those without, where the configuration has the switch.
+    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides, unless they
+    are refused with a UsageError; bfloat16 autocast stays finite; the memory format changes nothing but
+    rounding; gradients with activation checkpointing are those without, where the configuration has the
+    switch.
 
     Args:
         encoder: A registered name or a class.
