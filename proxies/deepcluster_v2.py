@@ -124,7 +124,7 @@ class DeepClusterV2(Proxy):
             encoder.embed_dim, config.hidden, config.out, norm=config.head_norm, norm_last=False
         )
         self.register_buffer("waited", torch.zeros((), dtype=torch.int64))  # steps since the clustering
-        self.register_buffer("told", torch.zeros(2))  # of the last clustering: used, nmi
+        self.register_buffer("told", torch.zeros(2))  # of the last clustering: used, stability
         self._size(torch.zeros(0, dtype=torch.int64))
 
     def setup(self, data: Collection) -> None:
@@ -237,7 +237,7 @@ class DeepClusterV2(Proxy):
             "accuracy": torch.stack([one.agreement for one in found]).mean(),
             "chance": torch.stack([one.chance for one in found]).mean(),
             "used": self.told[0].clone(),
-            "nmi": self.told[1].clone(),
+            "stability": self.told[1].clone(),
         }
         if self.training:
             self.bank.write(codes, projected)
