@@ -314,7 +314,8 @@ def contestants(options: Options) -> list[Entry]:
     untrained: dict[str, list[Entry]] = {}
     for spec in options.encoder:
         encoder = pooled_by(options.pool, encoder_from(spec, seed=0), spec)
-        group = _architecture(encoder)
+        words = _architecture(encoder)
+        group = words + _pooled(options.pool)
         channels = encoder.config.in_channels
         if not spec.startswith("scratch:"):
             name = str(Path(spec)) + _pooled(options.pool)
@@ -331,9 +332,8 @@ def contestants(options: Options) -> list[Entry]:
                 for seed in seeds
                 for row in _with_norm(
                     Entry(
-                        f"{group}{_pooled(options.pool)}, seed {seed}", "untrained", group,
-                        _untrained(group, seed, encoder), group,
-                        in_channels=channels,
+                        f"{group}, seed {seed}", "untrained", group, _untrained(words, seed, encoder),
+                        words, in_channels=channels,
                     ),
                     encoder,
                     options,

@@ -70,8 +70,9 @@ class IntraInterConfig(Views):
         stack: Which slices: evenly spread over the volume (spread), a random set (random), or neighbours
             at a regular distance (block).
         step_mm: Distance of neighbours in a block; 0 takes adjacent ones.
-        augmentation: What moves alike: the whole volume, one geometry for its slices and contrast of each
-            (volume), or every slice on its own (slice).
+        augmentation: Every slice on its own (slice), or, as in the paper, the volume: its slices turn,
+            blur and change their contrast alike (volume). Then how strongly can be read off the slices
+            that are seen: on volumes of pure noise, half of a masked slice's embedding.
         min_foreground: Least share of foreground in what is drawn.
         clustering: How views agree: swav (balanced assignments of the batch) or deepcluster_v2 (k-means
             over a bank of the whole data, anew in each epoch).
@@ -118,7 +119,7 @@ class IntraInterConfig(Views):
     plane: tuple[int, int] = (64, 64)
     stack: Literal["spread", "random", "block"] = "spread"
     step_mm: float = 0.0
-    augmentation: Literal["volume", "slice"] = "volume"
+    augmentation: Literal["slice", "volume"] = "slice"
     min_foreground: float = 0.1
     clustering: Literal["swav", "deepcluster_v2"] = "swav"
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -225,9 +226,10 @@ class IntraInter(Proxy):
     Differs from the paper: the three losses are joined unless asked for in stages; the masked loss is on
     masked slices only, whose targets have no gradient and are standardised over the batch, since a joint
     loss would be least with all slices alike; slices are drawn anew in each step, and augmented in plane;
-    prototypes scale with the data instead of 3000; a small aggregator. Differs from the released code:
-    attention runs along the slices (there along the features), the projection of the tokens is trained
-    and saved, views are drawn anew in each epoch, and the entries of the memory bank of several data sets
+    prototypes scale with the data instead of 3000; a small aggregator; every slice is augmented on its
+    own, since what slices share of an augmentation is a short cut to masked ones. Differs from the
+    released code: attention runs along the slices (there along the features), the projection of the
+    tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank of several data sets
     do not collide. In the frozen stage the encoder gets no gradient; the optimizer's weight decay still
     acts on it. An aggregator with `pooling` attention or mean is for ablation.
     """

@@ -236,8 +236,8 @@ class AggregatedEncoder(Encoder):
         super().__init__()
         if aggregator.config.features != encoder.embed_dim:
             raise CheckpointError(
-                f"the aggregator takes embeddings of length {aggregator.config.features}, the encoder gives "
-                f"{encoder.embed_dim}"
+                f"the aggregator takes embeddings of length {aggregator.config.features}, "
+                f"the encoder gives {encoder.embed_dim}"
             )
         self.encoder, self.aggregator = encoder, aggregator
         self.config, self.channels, self.strides = encoder.config, encoder.channels, encoder.strides
