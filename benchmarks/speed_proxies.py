@@ -108,9 +108,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ssl3d.api import Loader, encoder_from, open_data
-    from ssl3d.loop import reseed
-    from ssl3d.trainee import Trainee, groups_of, groups_to
+    from ssl3d.api import BatchRng, Loader, encoder_from, open_data
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -128,7 +126,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         voxels += inputs[0].shape[0] * inputs[0][0, 0].numel()
 
     hook = encoder.register_forward_pre_hook(count)
-    reseed(0, "speed", 0)
+    torch.manual_seed(0)
     proxy = cls(config, encoder)
 
     def loader(volumes: int, steps: int) -> Any:
@@ -140,35 +138,43 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     proxy.to(device).train()
     proxy.start_epoch(0, _Once(loader(8, 1), name, device))
     prepared = clock() - start
-    trainee = Trainee(encoder, {name: proxy}, {name: 1.0}, 0).to(device).train()
+
+    def loss_of(batch: Any, step: int) -> Any:
+        """Of a batch's groups, weighted by their examples, as in `ssl3d pretrain`."""
+        groups = [group.to(device) for group in batch.groups]
+        rngs = [BatchRng(step, group.rows, group.total, device) for group in groups]
+        with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
+            if proxy.mixed:
+                return proxy([group.tensors for group in groups], rngs).loss
+            total = sum(map(len, groups))
+            pairs = zip(groups, rngs, strict=True)
+            return sum(proxy(group.tensors, rng).loss * (len(group) / total) for group, rng in pairs)
 
     # How many voxels a volume costs: of two, without a gradient.
-    voxels, probe = 0, groups_of(next(iter(loader(2, 1))))
-    buffers = {key: value.clone() for key, value in trainee.named_buffers()}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
-        trainee("loss", groups_to(probe, device), "probe")
-        for key, value in trainee.named_buffers():
+    voxels = 0
+    buffers = {key: value.clone() for key, value in proxy.named_buffers()}
+    with torch.no_grad():
+        loss_of(next(iter(loader(2, 1))), 0)
+        for key, value in proxy.named_buffers():
             value.copy_(buffers[key])
     volumes = max(2, round(options.crops * CROP / (voxels / 2)))
 
     start = clock()
-    batches = [groups_of(batch) for batch in loader(volumes, options.steps + 2)]
+    batches = list(loader(volumes, options.steps + 2))
     drawing = (clock() - start) / len(batches)
 
-    optimizer = torch.optim.AdamW([p for p in trainee.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in proxy.parameters() if p.requires_grad], lr=1e-4)
     held = memory(device)
     seconds, flops, passed = [], 0, 0
     for step, batch in enumerate(batches):
-        groups = groups_to(batch, device)
-        reseed(0, step, 0)
+        batch = batch.to(device)
+        torch.manual_seed(step)
         synchronize(device)
         voxels, start = 0, clock()
         counter = FlopCounterMode(display=False)
         with counter if step == 0 else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
-                loss, _ = trainee("loss", groups, step)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+            loss_of(batch, step).backward()
+        torch.nn.utils.clip_grad_norm_(proxy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         proxy.after_step(step, 1000)
