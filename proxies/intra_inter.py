@@ -85,10 +85,12 @@ class IntraInterConfig(Views):
             which nothing can be predicted: weights 1 1 0.
         prototypes: How many, intra and inter; 0 takes a tenth of what the data have to show, 8 to 3000.
         temperature: Divides similarities to the prototypes before the softmax.
-        epsilon: Of swav's assignments: lower is harder.
+        epsilon: Of swav's assignments: lower is harder. At the paper's .05 small batches stay at the loss
+            of equal assignments, the logarithm of the prototypes.
         iterations: Of Sinkhorn (swav: 3 in the paper) and of k-means (deepcluster_v2: 10 in the paper).
             0 takes the paper's.
-        queue: Earlier pairs that swav's assignments are balanced over beside the batch.
+        queue: Earlier pairs that swav's assignments are balanced over beside the batch; for batches
+            smaller than the prototypes, once features change slowly.
         queue_from: Share of the training from which on the queue is used.
         freeze: Share of the training in which swav's prototypes stay as they began.
         clusterings: Of deepcluster_v2, each from its own start; they take the views' banks in turn.
@@ -128,9 +130,9 @@ class IntraInterConfig(Views):
     pooling: Literal["deformable", "attention", "mean"] = "deformable"
     prototypes: tuple[int, int] = (0, 0)
     temperature: float = 0.1
-    epsilon: float = 0.05
+    epsilon: float = 0.03
     iterations: int = 0
-    queue: int = 256
+    queue: int = 0
     queue_from: float = 0.1
     freeze: float = 0.0
     clusterings: int = 2
@@ -229,9 +231,9 @@ class IntraInter(Proxy):
     prototypes scale with the data instead of 3000; a small aggregator; every slice is augmented on its
     own, since what slices share of an augmentation is a short cut to masked ones. Differs from the
     released code: attention runs along the slices (there along the features), the projection of the
-    tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank of several data sets
-    do not collide. In the frozen stage the encoder gets no gradient; the optimizer's weight decay still
-    acts on it. An aggregator with `pooling` attention or mean is for ablation.
+    tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank
+    of several data sets do not collide. In the frozen stage the encoder gets no gradient; the
+    optimizer's weight decay still acts on it. An aggregator with `pooling` attention or mean is for ablation.
     """
 
     Config = IntraInterConfig
@@ -241,7 +243,7 @@ class IntraInter(Proxy):
     )
     main: ClassVar[str] = "kappa"
     mixed: ClassVar[bool] = True  # images and volumes share assignments
-    recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 1e-3}
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 2e-3}
 
     progress: Tensor
 
