@@ -18,9 +18,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
     "deepcluster_v2": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "per_volume": 2},
     "intra_inter": {
-        "plane": [16, 16], "slices": 4, "hidden": 32, "out": 16, "width": 16, "heads": 2, "layers": 1,
-        "queue": 8, "queue_from": 0.0,
-    },  # fmt: skip
+        "plane": [16, 16],
+        "slices": 4,
+        "hidden": 32,
+        "out": 16,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+        "queue": 8,
+        "queue_from": 0.0,
+    },
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
