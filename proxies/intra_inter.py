@@ -233,7 +233,7 @@ class IntraInter(Proxy):
     released code: attention runs along the slices (there along the features), the projection of the
     tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank
     of several data sets do not collide. In the frozen stage the encoder gets no gradient; the
-    optimizer's weight decay still acts on it. An aggregator with `pooling` attention or mean is for ablation.
+    optimizer's weight decay still acts on it. Pooling by plain attention or the mean is for ablation.
     """
 
     Config = IntraInterConfig

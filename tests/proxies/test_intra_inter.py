@@ -20,7 +20,6 @@ from ssl3d_proxies.intra_inter import (
     augment_stack,
     draw_mask,
     draw_stack,
-    encode,
     neighbours,
     standardised,
 )
