@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from ssl3d.api import Collection, Volume
 
-_PLACES = 8  # places in a volume that count as items of their own; more of them show the same again
+_PLACES = 4  # most places in a volume that count as items of their own; more show the same again
 
 
 @dataclass
@@ -46,13 +46,15 @@ class SwAVConfig(PairViews):
     """Options of the SwAV proxy.
 
     Attributes:
-        prototypes: How many; 0 takes a tenth of the places that the data have to show (at most 8 in each
+        prototypes: How many; 0 takes a tenth of the places that the data have to show (at most 4 in each
             volume), 8 to 3000.
         temperature: Divides similarities to the prototypes before the softmax.
-        epsilon: Of the assignments: lower is harder.
+        epsilon: Of the assignments: lower is harder. Raise it where few prototypes are used; lower it
+            where the loss stays at the logarithm of their number.
         iterations: Sinkhorn iterations.
-        queue: Earlier pairs that assignments are balanced over beside the batch. Batch and queue
-            together should be at least as many as the prototypes; 0 turns it off.
+        queue: Earlier pairs that assignments are balanced over beside the batch, for batches much
+            smaller than the number of prototypes. 0 turns it off: features that still change fast are
+            set apart from older ones rather than from each other.
         queue_from: Share of the training from which on the queue is used.
         freeze: Share of the training in which prototypes stay as they began.
         small_crops: Further views of half the side, of the same place, predicted from the large ones.
@@ -63,10 +65,10 @@ class SwAVConfig(PairViews):
 
     prototypes: int = 0
     temperature: float = 0.1
-    epsilon: float = 0.05
+    epsilon: float = 0.02
     iterations: int = 3
-    queue: int = 256
-    queue_from: float = 0.1
+    queue: int = 0
+    queue_from: float = 0.3
     freeze: float = 0.01
     small_crops: int = 0
     hidden: int = 512
@@ -96,10 +98,13 @@ class SwAV(Proxy):
     Contrasting Cluster Assignments, NeurIPS 2020 (arXiv:2006.09882).
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; prototypes scale with the data instead of 3000; a head 512 wide instead of
-    2048; small crops have half the side at the same resolution, and lie within the large ones; the queue
-    holds the batches of all ranks and is used as soon as it is full; AdamW instead of LARS in the
-    recipe. The gradient of a prototype runs through its normalisation.
+    values instead of colour; prototypes scale with the data instead of 3000. Epsilon is .02 instead of
+    .05: assignments must be sharper than predictions by more than the views differ, else equal scores
+    are where training ends, and on small batches of weakly agreeing crops it did. Projections are
+    normalised over the batch as well, which removes the direction that all features share at first. No
+    queue unless asked for; it then holds the batches of all ranks. A head 512 wide instead of 2048;
+    small crops have half the side at the same resolution, and lie within the large ones; AdamW instead
+    of LARS in the recipe; a prototype's gradient runs through its normalisation.
     """
 
     Config = SwAVConfig
@@ -123,9 +128,7 @@ class SwAV(Proxy):
         """
         super().__init__(config, encoder)
         check_depth(config, encoder)
-        self.head = projection_head(
-            encoder.embed_dim, config.hidden, config.out, norm=config.head_norm, norm_last=False
-        )
+        self.head = projection_head(encoder.embed_dim, config.hidden, config.out, norm=config.head_norm)
         self.prototypes = Prototypes(config.out, config.prototypes or default_prototypes(0))
         self.register_buffer("queue", torch.zeros(config.queue, 2, config.out))
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
