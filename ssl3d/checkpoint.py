@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WEIGHTS = "encoder.safetensors"
 CARD = "encoder.json"
 SCRATCH = "scratch:"
+IMAGENET = "imagenet:"
 TRAVELLERS = {"slice_aggregator": "ssl3d.aggregator:SliceAggregator"}
 """Classes that may travel beside an encoder, as `encoder.json` calls them; no other is ever imported.
 
@@ -223,14 +224,24 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
 
     Args:
         spec: A run, its `encoder/`, or `scratch:NAME[:kind][:field=value...]` for an untrained one, as
-            in `scratch:resnet18:acs:width=32:stem_stride=1,1,1`.
+            in `scratch:resnet18:acs:width=32:stem_stride=1,1,1`; or `imagenet:NAME[:kind][:field=value...]
+            [:weights=FILE]` for a 2D network with ImageNet's weights made 3D, as in
+            `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.encoder.ConvertedConfig`.
         seed: Of an untrained encoder's weights.
 
     Raises:
-        UsageError: The words after `scratch:` name no encoder or no option of it.
-        CheckpointError: As `load_encoder`.
+        UsageError: The words after `scratch:` or `imagenet:` name no encoder or no option of it.
+        CheckpointError: As `load_encoder`; ImageNet's weights cannot be had.
     """
     text = str(spec)
+    if text.startswith(IMAGENET):
+        from ssl3d.convert.named import from_spec
+
+        # A file's name may hold colons: it comes last.
+        before, given, file = text.removeprefix(IMAGENET).partition(":weights=")
+        network, *options = before.split(":")
+        fields = _fields(options)
+        return from_spec(text, {"network": network, **fields, **({"weights": file} if given else {})})
     if not text.startswith(SCRATCH):
         return load_encoder(spec)
     name, *words = text.removeprefix(SCRATCH).split(":")
@@ -245,6 +256,14 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
     encoder.metadata = {"architecture": name, "config": to_dict(config), "scratch": text, "seed": seed,
                         "steps": 0, "identities": [], "labels_seen": False}  # fmt: skip
     return encoder.eval()
+
+
+def fitting(spec: str, channels: int) -> str:
+    """A word for an encoder without weights of volumes, with the volumes' channels if it names none."""
+    if not spec.startswith((SCRATCH, IMAGENET)) or "in_channels" in spec or channels == 1:
+        return spec
+    words, given, file = spec.partition(":weights=")
+    return f"{words}:in_channels={channels}{given}{file}"
 
 
 def open_data_for(encoders: Sequence[Encoder], paths: Sequence[str | Path]) -> Collection:
@@ -386,7 +405,12 @@ def _fields(words: list[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             key, value = "kind", word
-        fields[key] = yaml.safe_load(f"[{value}]" if "," in value else value)
+        try:  # [[1,1,1],[2,2,2]] is a list already, 1,1,1 and [1,1,1],[2,2,2] are what is in one
+            fields[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            fields[key] = value
+        if "," in value and not isinstance(fields[key], list):
+            fields[key] = yaml.safe_load(f"[{value}]")
     return fields
 
 

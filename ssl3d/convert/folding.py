@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,10 +104,19 @@ def max_pool(
     *,
     batch: int,
     image: bool,
+    cells: Cells | tuple[int, ...] | None = None,
 ) -> Tensor:
     """`F.max_pool2d`, over depth too."""
     if return_indices:
         raise ValueError("max-pooling with indices has no counterpart here")
+    if cells is not None:
+        whole = unfold(x, batch)
+        kernel, steps, pads, dilations, behind = _cells(cells).window(
+            whole.shape, kernel_size, stride, padding, dilation, image
+        )
+        if any(behind):
+            whole = F.pad(whole, [n for b in reversed(behind) for n in (0, b)], value=-torch.inf)
+        return fold(F.max_pool3d(whole, kernel, steps, pads, dilations))
     if image:
         return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     whole = unfold(x, batch)
@@ -125,10 +135,15 @@ def avg_pool(
     *,
     batch: int,
     image: bool,
+    cells: Cells | tuple[int, ...] | None = None,
 ) -> Tensor:
     """`F.avg_pool2d`, over depth too."""
     if divisor_override is not None:
         raise ValueError("average pooling with divisor_override has no counterpart here")
+    if cells is not None:
+        return _avg_pool_cells(
+            x, kernel_size, stride, padding, count_include_pad, batch, image, _cells(cells)
+        )
     if image:
         return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
     whole = unfold(x, batch)
@@ -141,6 +156,28 @@ def avg_pool(
     if not count_include_pad:
         y = y / F.avg_pool3d(F.pad(torch.ones_like(whole[:1, :1]), around), kernel, steps, 0, ceil_mode)
     return fold(y)
+
+
+def _avg_pool_cells(
+    x: Tensor,
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
+    count_include_pad: bool,
+    batch: int,
+    image: bool,
+    cells: Cells,
+) -> Tensor:
+    whole = unfold(x, batch)
+    kernel, steps, pads, _, behind = cells.window(whole.shape, kernel_size, stride, padding, 1, image)
+    if not any(pads) and not any(behind):
+        return fold(F.avg_pool3d(whole, kernel, steps))
+    own = [n for p in reversed(pads) for n in (p, p)]
+    more = [n for b in reversed(behind) for n in (0, b)]
+    y = F.avg_pool3d(F.pad(F.pad(whole, own), more), kernel, steps)
+    # What counts: the data, and the layer's own padding where it says so, but never what completes a cell.
+    counted = F.pad(torch.ones_like(whole[:1, :1]), own, value=1.0 if count_include_pad else 0.0)
+    return fold(y / F.avg_pool3d(F.pad(counted, more), kernel, steps))
 
 
 def lp_pool(
@@ -306,6 +343,73 @@ def match(given: Sequence[Any], batch: int) -> list[Any]:
 
 def _repeat(x: Tensor, depth: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, depth, *x.shape[1:]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What turns a strided layer into one that gives ceil(n / stride) voxels along an axis of n.
+
+    As an `Encoder` promises. Where n is a multiple of the stride, and the layer gave n / stride voxels
+    before, nothing changes; else a last cell is added that is partly empty.
+
+    Attributes:
+        steps: The stride along D, H, W, in place of the layer's own.
+    """
+
+    steps: Triple | None = None
+
+    def strides(self, own: Triple) -> Triple:
+        """The stride along D, H, W of a layer with a stride of its own."""
+        return own if self.steps is None else self.steps
+
+    def pads(
+        self, n: int, kernel: int, step: int, own: int, dilation: int, pads: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Padding of one axis of a convolution, before and behind.
+
+        Where the stride became smaller, the kernel stays where it was relative to the middle of a cell.
+        """
+        if own == 1 and step == 1:
+            return pads
+        before = pads[0] + max(0, (own - step) // 2)
+        return before, pads[1] + _missing(n, kernel, step, dilation, (before, pads[1]))
+
+    def window(
+        self, shape: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, image: bool
+    ) -> tuple[Triple, Triple, Triple, Triple, Triple]:
+        """Kernel, stride, padding, dilation, and voxels to add behind, of a pool over (B, C, D, H, W).
+
+        An axis whose stride became 1 is not pooled along at all.
+        """
+        kernel, dilations, sides = pair(kernel_size), pair(dilation), pair(padding)
+        own = kernel if stride is None or stride == [] else pair(stride)
+        sizes, owns, pads, gaps = ([along_depth(v), *v] for v in (kernel, own, sides, dilations))
+        steps = list(self.strides((owns[0], owns[1], owns[2])))
+        if image:
+            steps[0] = sizes[0] = gaps[0] = 1
+            pads[0] = 0
+        for axis in range(3):
+            if steps[axis] == 1 and owns[axis] > 1:
+                sizes[axis], pads[axis], gaps[axis] = 1, 0, 1
+        behind = [
+            0 if steps[a] == 1
+            else _missing(shape[2 + a], sizes[a], steps[a], gaps[a], (pads[a], pads[a]))
+            for a in range(3)
+        ]  # fmt: skip
+        a, b, c, d, e = ((v[0], v[1], v[2]) for v in (sizes, steps, pads, gaps, behind))
+        return a, b, c, d, e
+
+
+def _cells(given: Cells | tuple[int, ...]) -> Cells:
+    """Of plain numbers: a stride, or none for the layer's own."""
+    if isinstance(given, Cells):
+        return given
+    return Cells((given[0], given[1], given[2]) if given else None)
+
+
+def _missing(n: int, kernel: int, step: int, dilation: int, pads: tuple[int, int]) -> int:
+    """Voxels to add behind an axis for ceil(n / step) outputs."""
+    return max(0, (-(-n // step) - 1) * step + dilation * (kernel - 1) + 1 - n - sum(pads))
 
 
 def _adaptive_size(given: Any) -> Any:

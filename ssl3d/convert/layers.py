@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl3d.convert.folding import (
+    Cells,
     Triple,
     adaptive_avg_pool,
     adaptive_max_pool,
@@ -27,7 +29,7 @@ from ssl3d.convert.folding import (
     same_pads,
     unfold,
 )
-from ssl3d.encoders.convolutions import conv3d
+from ssl3d.encoders.convolutions import conv2d, conv3d
 
 KINDS = ("acs", "soft-acs", "i3d", "2.5d", "p3d")
 Pads = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -67,10 +69,12 @@ class Convolution(Folded, nn.Conv2d):
     Attributes:
         like_tensorflow: Pads as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
         depth_padding: zeros, or replicate: depth continues beyond its ends.
+        cells: Other strides and sizes than the 2D layer's, as encoders have them.
     """
 
     like_tensorflow: bool
     depth_padding: Literal["zeros", "replicate"]
+    cells: Cells | None = None
 
     @classmethod
     def of(cls, layer: nn.Conv2d, depth_padding: str, **options: Any) -> Convolution:
@@ -87,20 +91,26 @@ class Convolution(Folded, nn.Conv2d):
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
         """As the class says."""
         if image:
-            if self.like_tensorflow:
-                x = F.pad(x, (*self._tensorflow(x.shape[3], 1), *self._tensorflow(x.shape[2], 0)))
             return self.on_image(x)
         return fold(self.on_volume(unfold(x, batch)))
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The 2D network's convolution, padding of TensorFlow's kind done."""
-        return self._conv_forward(x, self.weight, self.bias)
+        """The 2D network's convolution."""
+        return self.on_plane(x, self.weight)
+
+    def on_plane(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A 2D kernel on an image."""
+        _, height, width = self._pads((1, *x.shape[2:]))
+        return padded_conv2d(
+            x, weight, self.bias, self._strides()[1:], pair(self.dilation), (height, width), self.groups,
+            self.padding_mode,
+        )  # fmt: skip
 
     def on_volume(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) to (B, C', D', H', W')."""
-        kernel, stride, dilation = self.kernel_size, pair(self.stride), pair(self.dilation)
-        k, s, d = along_depth(kernel), along_depth(stride), along_depth(dilation)
-        pads = self._pads(x, k, s, d)
+        dilation, stride = pair(self.dilation), self._strides()
+        k, s, d = along_depth(self.kernel_size), stride[0], along_depth(dilation)
+        pads = self._pads(x.shape[2:])
         shrunk = output_size(x.shape[2], k, s, pads[0], d) < 1
         if shrunk:
             s, d, pads = 1, 1, ((0, 0), pads[1], pads[2])
@@ -110,30 +120,46 @@ class Convolution(Folded, nn.Conv2d):
         if self.padding_mode != "zeros":
             x = pad_volume(x, [n for axis in reversed(pads) for n in axis], self.padding_mode)
             pads = ((0, 0), (0, 0), (0, 0))
-        return self.convolve(x, (s, *stride), (d, *dilation), pads, shrunk)
+        return self.convolve(x, (s, stride[1], stride[2]), (d, *dilation), pads, shrunk)
 
     @abstractmethod
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
         """The convolution itself; `shrunk`: kernels are to keep their middle along depth."""
 
-    def _tensorflow(self, n: int, axis: int) -> tuple[int, int]:
-        return same_pads(n, self.kernel_size[axis], pair(self.stride)[axis], pair(self.dilation)[axis])
+    def _strides(self) -> Triple:
+        height, width = pair(self.stride)
+        own = (along_depth((height, width)), height, width)
+        return own if self.cells is None else self.cells.strides(own)
 
-    def _pads(self, x: Tensor, k: int, s: int, d: int) -> Pads:
+    def _pads(self, sizes: Sequence[int]) -> Pads:
+        """Before and behind, along D, H, W."""
+        (high, wide), (down, right), (over, across) = (
+            self.kernel_size, pair(self.stride), pair(self.dilation)
+        )  # fmt: skip
+        kernel = (along_depth((high, wide)), high, wide)
+        own = (along_depth((down, right)), down, right)
+        dilation = (along_depth((over, across)), over, across)
+        steps = self._strides()
+        pads: list[tuple[int, int]]
         if self.like_tensorflow:
-            deep = same_pads(x.shape[2], k, s, d)
-            return deep, self._tensorflow(x.shape[3], 0), self._tensorflow(x.shape[4], 1)
-        if self.padding == "valid":
-            return (0, 0), (0, 0), (0, 0)
-        if self.padding == "same":
-            totals = [
-                e * (n - 1) for e, n in zip((d, *pair(self.dilation)), (k, *self.kernel_size), strict=True)
+            pads = [
+                same_pads(n, k, s, d) for n, k, s, d in zip(sizes, kernel, steps, dilation, strict=True)
             ]
-            deep, height, width = ((t // 2, t - t // 2) for t in totals)
-            return deep, height, width
-        high, wide = pair(self.padding)  # type: ignore[arg-type]
-        least = along_depth((high, wide))
-        return (least, least), (high, high), (wide, wide)
+            return pads[0], pads[1], pads[2]
+        if self.padding == "valid":
+            pads = [(0, 0)] * 3
+        elif self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            pads = [(t // 2, t - t // 2) for t in totals]
+        else:
+            height, width = pair(self.padding)  # type: ignore[arg-type]
+            pads = [(p, p) for p in (along_depth((height, width)), height, width)]
+        if self.cells is not None:
+            pads = [
+                self.cells.pads(*axis)
+                for axis in zip(sizes, kernel, steps, own, dilation, pads, strict=True)
+            ]
+        return pads[0], pads[1], pads[2]
 
 
 class Flat(Convolution):
@@ -198,7 +224,8 @@ class ACS(Convolution):
 class SoftACS(ACS):
     """Every kernel in all three planes, mixed by a learned softmax per output channel.
 
-    `plane_logits` (Cout, 3) begins at zero: the mean of the planes.
+    `plane_logits` (Cout, 3) begins at zero: the mean of the planes. A 1 x 1 kernel is the same in all, and
+    has none.
     """
 
     plane_logits: nn.Parameter
@@ -206,10 +233,21 @@ class SoftACS(ACS):
     def begin(self) -> None:
         """Adds the mixture."""
         super().begin()
+        if self.kernel_size == (1, 1):
+            return
         self.plane_logits = nn.Parameter(self.weight.new_zeros(self.out_channels, 3))
+
+    def on_image(self, x: Tensor) -> Tensor:
+        """The 2D network's convolution; the mixture has no part in it, but a gradient (of 0) for DDP."""
+        y = super().on_image(x)
+        if self.kernel_size == (1, 1) or not (self.training and torch.is_grad_enabled()):
+            return y
+        return y + 0 * self.plane_logits.sum().to(y.dtype)
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
         """As the class says."""
+        if self.kernel_size == (1, 1):
+            return super().convolve(x, stride, dilation, pads, shrunk)
         share = self.plane_logits.softmax(1)
         total: Tensor | None = None
         for plane in range(3):
@@ -236,7 +274,7 @@ class Inflated(Convolution):
 
     def on_image(self, x: Tensor) -> Tensor:
         """The kernel's middle."""
-        return self._conv_forward(x, self.weight[:, :, self.weight.shape[2] // 2], self.bias)
+        return self.on_plane(x, self.weight[:, :, self.weight.shape[2] // 2])
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
         """As the class says."""
@@ -334,6 +372,19 @@ def _padded_conv3d(
     return conv3d(x, weight, bias, stride, (pads[0][0], pads[1][0], pads[2][0]), dilation, groups)
 
 
+def padded_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], dilation: tuple[int, int],
+    pads: tuple[tuple[int, int], tuple[int, int]], groups: int, mode: str = "zeros",
+) -> Tensor:  # fmt: skip
+    """A 2D convolution with padding of its own on each side."""
+    (top, bottom), (left, right) = pads
+    height, width = top, left
+    if mode != "zeros" or top != bottom or left != right:
+        x = F.pad(x, (left, right, top, bottom), "constant" if mode == "zeros" else mode)
+        height = width = 0
+    return conv2d(x, weight, (stride[0], stride[1]), (height, width), groups, bias, dilation)
+
+
 def thirds(channels: int) -> list[tuple[int, int]]:
     """Output channels of the axial, coronal and sagittal kernels; what is left over goes to the first."""
     size, rest = divmod(channels, 3)
@@ -400,6 +451,8 @@ class Transposed(Folded, nn.ConvTranspose2d):  # type: ignore[misc]
 class MaxPool(Folded, nn.MaxPool2d):
     """Max-pooling over depth too."""
 
+    cells: Cells | None = None
+
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
         """As the class says."""
         padding = self.padding
@@ -414,11 +467,14 @@ class MaxPool(Folded, nn.MaxPool2d):
             self.ceil_mode,
             batch=batch,
             image=image,
+            cells=self.cells,
         )
 
 
 class AvgPool(Folded, nn.AvgPool2d):
     """Average pooling over depth too."""
+
+    cells: Cells | None = None
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
         """As the class says."""
@@ -427,7 +483,7 @@ class AvgPool(Folded, nn.AvgPool2d):
             x, padding = _pad_like_tensorflow(self, x, 0.0, batch, image), 0
         return avg_pool(
             x, self.kernel_size, self.stride, padding, self.ceil_mode, self.count_include_pad,
-            self.divisor_override, batch=batch, image=image,
+            self.divisor_override, batch=batch, image=image, cells=self.cells,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ssl3d.convert import folding, layers
+from ssl3d.convert import folding, layers, maps
+from ssl3d.convert.maps import Maps, find_maps
 from ssl3d.convert.report import Entry, Report
 from ssl3d.errors import UsageError
 
@@ -46,7 +47,7 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 }  # fmt: skip
 _REDUCTIONS = {torch.mean: "mean", torch.sum: "sum", torch.amax: "amax"}
 _REDUCING_METHODS = ("mean", "sum", "amax")
-_UNKNOWN_REDUCTIONS = ("var", "std", "norm", "amin", "median")
+_UNKNOWN_REDUCTIONS = ("var", "std", "norm", "amin", "median", "matmul", "bmm")
 _BINARY = {
     operator.add: "add", operator.iadd: "add", torch.add: "add", operator.sub: "sub", operator.isub: "sub",
     torch.sub: "sub", operator.mul: "mul", operator.imul: "mul", torch.mul: "mul", operator.truediv: "div",
@@ -58,7 +59,8 @@ _JOINING = {torch.cat: "cat", torch.concat: "cat", torch.stack: "stack"}
 _FUNCTIONS_OF_SPACE = {
     F.conv2d, torch.conv2d, F.conv_transpose2d, F.unfold, F.fold, F.pixel_shuffle, F.pixel_unshuffle,
     F.grid_sample, F.affine_grid, F.instance_norm, F.group_norm, F.dropout2d, F.max_unpool2d,
-    F.scaled_dot_product_attention,
+    F.scaled_dot_product_attention, operator.matmul, torch.matmul, torch.bmm, torch.einsum, torch.var,
+    torch.std, torch.norm, torch.amin,
 }  # fmt: skip
 
 
@@ -105,6 +107,46 @@ def to_3d(
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or type(module) in _SWAPPED:
         return swap.alone(copy.deepcopy(module))
     return swap.network(module)
+
+
+def feature_network(
+    module: nn.Module,
+    kind: str,
+    *,
+    strides: Sequence[folding.Triple] = (),
+    axis: str = "D",
+    depth_padding: str = "zeros",
+    allow: Collection[str] = (),
+    channels: int = 3,
+) -> tuple[Converted, Maps]:
+    """A 2D network as a 3D one that returns its feature maps, shallow to deep, and stops there.
+
+    What comes after the deepest map is taken out, parameters and all. A map of a stride s has ceil(n / s)
+    voxels along an axis of n; where sizes are multiples of the stride it is the 2D network's.
+
+    Args:
+        module: As for `to_3d`.
+        kind: As for `to_3d`.
+        strides: Along D, H, W of each place where the network strides, in order, in place of its own; a
+            pool whose stride becomes 1 is left out. Empty: its own, on all three axes.
+        axis: As for `to_3d`.
+        depth_padding: As for `to_3d`.
+        allow: As for `to_3d`.
+        channels: That it takes.
+
+    Returns:
+        The network, and where its maps were found.
+
+    Raises:
+        UsageError: As `to_3d`; there are no such maps; there are more or fewer strides than given.
+    """
+    swap = _Swap(kind, axis, depth_padding, set(allow), Report(kind))
+    swap.report.before = sum(p.numel() for p in module.parameters())
+    swap.maps_of = lambda net, graph: find_maps(net, graph, channels)
+    swap.strides = strides
+    made = swap.network(module)
+    assert swap.found is not None
+    return made, swap.found
 
 
 class Converted(nn.Module):
@@ -186,10 +228,11 @@ class _Named:
         return importlib.import_module(self.name)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Sees into everything but torch's own layers, and what follows train and eval by itself."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d):
             return True
         if type(m).__name__ in _SAMPLEWISE or hasattr(m, "on_slices"):
@@ -204,6 +247,11 @@ class _Swap:
         self.kind, self.axis, self.depth_padding = kind, axis, depth_padding
         self.allow, self.report = allow, report
         self.refused: dict[str, str] = {}
+        # Of networks that return their feature maps; see `feature_network`.
+        self.maps_of: Callable[[nn.Module, fx.Graph], Maps] | None = None
+        self.strides: Sequence[folding.Triple] = ()
+        self.found: Maps | None = None
+        self.cells: dict[str, folding.Cells] = {}
 
     def alone(self, layer: nn.Module) -> nn.Module:
         """A network that is one layer."""
@@ -214,11 +262,18 @@ class _Swap:
         made.report = self.report  # type: ignore[assignment]
         return made
 
-    def network(self, module: nn.Module) -> nn.Module:
+    def network(self, module: nn.Module) -> Converted:
         """Anything else."""
         net = copy.deepcopy(module)
-        was = module.training
-        graphs = {mode: self._trace(net, mode) for mode in (False, True)}
+        graphs = {mode: self._trace(net, mode) for mode in (True, False)}
+        if self.maps_of is not None:
+            modes = {name: part.training for name, part in net.named_modules()}
+            for mode, graph in graphs.items():
+                self._cut(net.train(mode), graph)
+            for name, part in net.named_modules():
+                part.training = modes[name]
+            maps.prune(net, list(graphs.values()))
+            self.report.before = sum(p.numel() for p in net.parameters())
         used = {
             str(node.target)
             for graph in graphs.values()
@@ -235,7 +290,6 @@ class _Swap:
         for graph in graphs.values():
             self._rewrite(graph, made)
         self._check()
-        net.train(was)
         converted = Converted(net, {m: g.python_code("self") for m, g in graphs.items()}, self.report)
         self._count(converted)
         return converted
@@ -245,7 +299,7 @@ class _Swap:
         net.train(training)
         try:
             fixed = _switches(net)
-            graph = _Tracer().trace(net, fixed or None)
+            graph = Tracer().trace(net, fixed or None)
             for node in reversed(list(graph.nodes)):
                 # Of an argument that is fixed, tracing leaves a check of its value.
                 if node.op == "placeholder" and _argument(node) in fixed:
@@ -263,6 +317,44 @@ class _Swap:
         finally:
             for name, module in net.named_modules():
                 module.training = modes[name]
+
+    def _cut(self, net: nn.Module, graph: fx.Graph) -> None:
+        """Has a graph return its maps, with the strides that are wanted."""
+        assert self.maps_of is not None
+        found = self.maps_of(net, graph)
+        if self.found is not None and (found.channels, found.strides) != (
+            self.found.channels, self.found.strides
+        ):  # fmt: skip
+            raise UsageError(f"{type(net).__name__}: in training it has other feature maps than afterwards")
+        self.found = found
+        if self.strides and len(self.strides) != len(found.reductions):
+            places = ", ".join(one.nodes[0].name for one in found.reductions)
+            raise UsageError(
+                f"strides: {len(self.strides)} given, but {type(net).__name__} strides in "
+                f"{len(found.reductions)} places ({places})"
+            )
+        for reduction, step in zip(found.reductions, self.strides, strict=False):
+            if tuple(step) == (reduction.factor,) * 3:
+                continue
+            for node in reduction.nodes:
+                module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+                pooled = node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
+                strided = type(module) in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+                if not (pooled or strided or isinstance(module, nn.Conv2d)):
+                    raise UsageError(
+                        f"strides: {type(net).__name__} strides by {node.name}, which takes no other stride"
+                    )
+                key = str(node.target) if module is not None else node.name
+                self.cells[key] = folding.Cells((step[0], step[1], step[2]))
+        for node in found.nodes:
+            # What is returned must not be changed afterwards, as activations in place would.
+            for user in node.users:
+                module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
+                if getattr(module, "inplace", False):
+                    module.inplace = False
+                if "inplace" in user.kwargs:
+                    user.kwargs = {**user.kwargs, "inplace": False}
+        maps.cut(graph, found)
 
     def _layer(self, name: str, layer: nn.Module) -> nn.Module | None:
         """The counterpart of a layer, or None where it needs none or has none."""
@@ -293,6 +385,10 @@ class _Swap:
                 own = sum(p.numel() for p in layer.parameters())
                 self.report.entries.append(Entry(name, before, "as it is, over depth too", own, own))
             return None
+        # Pools that pad as TensorFlow does give ceil(n / stride) by themselves.
+        pools = isinstance(new, layers.MaxPool | layers.AvgPool) and not layers.is_same(layer)
+        if self.maps_of is not None and (pools or isinstance(new, layers.Convolution)):
+            new.cells = self.cells.get(name, folding.Cells())  # type: ignore[assignment]
         own = sum(p.numel() for p in new.parameters())
         extra = getattr(new, "depth_weight", getattr(new, "plane_logits", None))
         kept = own - (extra.numel() if isinstance(extra, Tensor) else 0)
@@ -360,6 +456,10 @@ class _Swap:
         if before in _FUNCTIONS:
             node.target = _FUNCTIONS[before]
             node.kwargs = {**node.kwargs, "batch": batch, "image": image}
+            if self.maps_of is not None and node.target in (folding.max_pool, folding.avg_pool):
+                # As plain numbers, which the code of a graph can hold.
+                steps = self.cells.get(node.name, folding.Cells()).steps
+                node.kwargs = {**node.kwargs, "cells": steps or ()}
             if node.target is folding.interpolate:
                 size = node.kwargs.get("size", node.args[1] if len(node.args) > 1 else None)
                 node.kwargs = {**node.kwargs, "like": _whose_size(size)}

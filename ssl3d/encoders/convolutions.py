@@ -63,12 +63,18 @@ def conv3d(
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: int | tuple[int, int], groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: int | tuple[int, int],
+    groups: int = 1,
+    bias: Tensor | None = None,
+    dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, with the same care as `conv3d`."""
     pads = (padding, padding) if isinstance(padding, int) else padding
     x, (height, width) = _pad_beforehand(x, weight, pads)
-    return F.conv2d(x, weight, None, stride, (height, width), 1, groups)
+    return F.conv2d(x, weight, bias, stride, (height, width), dilation, groups)
 
 
 def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:

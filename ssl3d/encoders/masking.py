@@ -23,6 +23,8 @@ def can_mask(encoder: nn.Module) -> bool:
     return not any(
         isinstance(module, nn.LayerNorm | nn.MultiheadAttention)
         or "attention" in type(module).__name__.lower()
+        # In converted networks, these see the slices of a volume together, as a hook would not.
+        or (hasattr(module, "on_slices") and isinstance(module, nn.GroupNorm | _InstanceNorm))
         for module in encoder.modules()
     )
 
@@ -48,10 +50,12 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
     levels: dict[tuple[int, ...], Tensor] = {}
 
     def at(x: Tensor) -> Tensor:
-        shape = tuple(x.shape[2:])
-        if shape not in levels:
-            levels[shape] = visible_at(visible, shape)
-        return levels[shape]
+        folded = x.ndim == 4  # an image, or slices in the batch, as in converted networks
+        shape = (x.shape[0] // len(visible), *x.shape[2:]) if folded else tuple(x.shape[2:])
+        if (folded, *shape) not in levels:
+            level = visible_at(visible, shape)
+            levels[folded, *shape] = level.movedim(2, 1).flatten(0, 1) if folded else level
+        return levels[folded, *shape]
 
     handles = []
     patched: list[nn.Module] = []

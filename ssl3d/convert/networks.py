@@ -1,0 +1,160 @@
+"""2D networks by name, and where their ImageNet weights are."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ssl3d.convert.network import Tracer
+from ssl3d.errors import UsageError
+
+TIMM = "timm/"
+LITE = "efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights of a network.
+
+    Attributes:
+        url: To fetch.
+        file: Its name there, and in torch's folder of checkpoints.
+        hub: The repository on the Hugging Face hub, instead of a URL.
+    """
+
+    url: str = ""
+    file: str = ""
+    hub: str = ""
+
+
+def build(name: str) -> nn.Module:
+    """The 2D network of a name, untrained, for RGB images.
+
+    Args:
+        name: torchvision's classifiers (`resnet18`), timm's (`timm/resnet18d`), `efficientnet_lite0`.
+
+    Raises:
+        UsageError: There is no such network, or it needs timm, which is missing.
+    """
+    if name == LITE:
+        from ssl3d.convert.lite import EfficientNetLite0
+
+        return EfficientNetLite0()
+    if name.startswith(TIMM):
+        made: nn.Module = _timm(name).create_model(name.removeprefix(TIMM), pretrained=False)
+        return made
+    from torchvision import models
+
+    _check_torchvision(name)
+    # Without aux_logits=False, inception's and googlenet's builders would say what will change in them.
+    quick = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network: nn.Module = models.get_model(name, weights=None, **quick)
+    return network
+
+
+def source_of(name: str, version: str | None = None) -> Source | None:
+    """Where the ImageNet weights of a network are; None if nobody gives them by name.
+
+    Args:
+        name: Of the network.
+        version: torchvision's name of one of several, such as IMAGENET1K_V2; the first by default, which
+            all published comparisons use.
+
+    Raises:
+        UsageError: There are no weights of that version.
+    """
+    if name == LITE:
+        return None
+    if name.startswith(TIMM):
+        given = _timm(name).get_pretrained_cfg(name.removeprefix(TIMM))
+        url, hub = str(getattr(given, "url", "") or ""), str(getattr(given, "hf_hub_id", "") or "")
+        return Source(url, url.rpartition("/")[2], hub) if url or hub else None
+    from torchvision import models
+
+    _check_torchvision(name)
+    members = list(models.get_model_weights(name))
+    if not members:
+        return None
+    chosen = members[0]
+    if version is not None:
+        named = {one.name: one for one in members}
+        if version not in named:
+            raise UsageError(f"{name}: weights {version!r} are no file, nor one of {', '.join(named)}")
+        chosen = named[version]
+    return Source(chosen.url, chosen.url.rpartition("/")[2])
+
+
+def stems_of(net: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that read the image: one, or several side by side.
+
+    Raises:
+        UsageError: The image goes elsewhere first, or not as three channels.
+    """
+    graph = Tracer().trace(net)
+    ahead = [node for node in graph.nodes if node.op == "placeholder"][:1]
+    found: dict[str, nn.Conv2d] = {}
+    seen = set(ahead)
+    while ahead:
+        for user in ahead.pop().users:
+            module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(module, nn.Conv2d):
+                found[str(user.target)] = module
+            elif user not in seen:
+                seen.add(user)
+                ahead.append(user)
+    wrong = [name for name, conv in found.items() if conv.in_channels != 3 or conv.groups != 1]
+    if wrong or not found:
+        told = f": {wrong[0]} reads {found[wrong[0]].in_channels} channels" if wrong else ""
+        raise UsageError(f"{type(net).__name__} does not begin with a convolution of RGB images{told}")
+    return list(found.values())
+
+
+def replace_stem(net: nn.Module, channels: int) -> None:
+    """Has a network read as many channels as given: RGB kernels summed, shared out among the channels.
+
+    A picture, the same in all channels, gives what it gave the 2D network; three channels change nothing.
+
+    Args:
+        net: With a stem that reads three channels; changed in place.
+        channels: To read.
+    """
+    for stem in stems_of(net) if channels != 3 else ():
+        weight = stem.weight.detach().sum(1, keepdim=True) / channels
+        stem.weight = nn.Parameter(weight.expand(-1, channels, -1, -1).contiguous())
+        stem.in_channels = channels
+
+
+def tripled_stem(net: nn.Module, groups: int) -> None:
+    """Has a network read each of several channels as an RGB image, with its kernels, over their number."""
+    for stem in stems_of(net) if groups > 1 else ():
+        stem.weight = nn.Parameter(stem.weight.detach().repeat(1, groups, 1, 1) / groups)
+        stem.in_channels = 3 * groups
+
+
+def _check_torchvision(name: str) -> None:
+    from torchvision import models
+
+    known = [str(one) for one in models.list_models(module=models)]
+    if name not in known:
+        close = difflib.get_close_matches(name, [*known, LITE], n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UsageError(
+            f"network {name!r} is not one of torchvision's classifiers{hint} (timm's are called timm/NAME)"
+        )
+
+
+def _timm(name: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"network {name!r} needs timm: pip install 'ssl3d[timm]'") from error
+    # Only registered names: others would be fetched from the hub, or read as paths.
+    plain = name.removeprefix(TIMM).partition(".")[0]
+    if not timm.is_model(plain):
+        close = difflib.get_close_matches(plain, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(TIMM + one for one in close)}?" if close else ""
+        raise UsageError(f"network {name!r} is not one of timm's{hint}")
+    return timm
