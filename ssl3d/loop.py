@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl3d.device import peak_memory
 from ssl3d.errors import DataError, TrainingError
@@ -75,6 +76,7 @@ class Loop:
         save: Writes a checkpoint of so many steps.
         export: Writes the encoder into a folder of the run, after so many steps.
         patch: Largest crop seen.
+        flops_between: Spent between epochs so far (clustering), on all ranks.
     """
 
     fabric: Fabric
@@ -92,6 +94,7 @@ class Loop:
     save: Callable[[int], None]
     export: Callable[[str, int], None]
     patch: list[int]
+    flops_between: int = 0
 
     def __post_init__(self) -> None:
         """Prepares the means over ranks."""
@@ -216,8 +219,11 @@ class Loop:
             self._begun = step
             # Equal on all ranks, as they all cluster the same; and after a resumption.
             reseed(self.options.seed, f"epoch {epoch}", 0)
-            for name, proxy in self.trainee.each():
-                proxy.start_epoch(epoch, self.once(name, epoch))
+            counter = FlopCounterMode(display=False)
+            with counter:
+                for name, proxy in self.trainee.each():
+                    proxy.start_epoch(epoch, self.once(name, epoch))
+            self.flops_between += counter.get_total_flops() * self.fabric.world_size
 
     def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
         losses = [one for told in sums for one in told.losses]
@@ -269,8 +275,6 @@ class Loop:
 
     def _trial(self) -> tuple[float, int]:
         """Seconds and FLOPs of a part of a step: forward and backward of a copy, on the first data."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         copied = copy.deepcopy(self.trainee)
         first = cut(groups_of(self.feed.peek()), self.options.accumulate)[0]
         groups = groups_to(first, self.fabric.device)

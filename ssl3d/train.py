@@ -260,6 +260,7 @@ def _train(
         restore(fabric, module, trainee, optimizer, found)
 
     def export(name: str, done: int) -> None:
+        spent(done)
         state = full_state(fabric, module, trainee)
         if fabric.is_global_zero:
             plain = encoder_with(plan, state)
@@ -267,7 +268,18 @@ def _train(
             disk.save_encoder(plain, folder / name, about | {"patch": list(patch), "steps": done}, others)
         fabric.barrier()
 
+    def spent(done: int) -> None:
+        """Adds up the FLOPs of so many steps, and of what went between epochs."""
+        if "compute" in about:
+            compute = about["compute"]
+            between = loop.flops_between
+            about["compute"] = compute | {
+                "flops_between_epochs": between,
+                "flops": compute["flops_per_step"] * done + between,
+            }
+
     def save(done: int) -> None:
+        spent(done)
         save_state(fabric, plan, module, trainee, optimizer, folder, done, about)
 
     loop = Loop(
@@ -286,12 +298,12 @@ def _train(
         save=save,
         export=export,
         patch=patch,
+        flops_between=int(about.get("compute", {}).get("flops_between_epochs", 0)),
     )
     stop = 0
     if begin < options.steps:
         loop.foretell(begin)
-        compute = {"flops_per_step": loop.flops_per_step, "flops": loop.flops_per_step * options.steps}
-        about.setdefault("compute", compute)  # a resumed run keeps what it began with
+        about.setdefault("compute", {"flops_per_step": loop.flops_per_step})  # a resumed run keeps its own
         if fabric.is_global_zero:
             main = [f"{name}/{kind.main}" for name, (kind, _) in plan.proxies.items()]
             loop.monitor = Monitor(folder, begin, options.steps, options.log_every, main, log)

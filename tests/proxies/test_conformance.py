@@ -90,3 +90,13 @@ def _equal(a, b):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_learn_what_one_learns(name, small, tiny_encoder, phantoms):
     check_ranks(name, small(name, ranks=True), lambda: tiny_encoder(norm="group"), phantoms)
+
+
+def test_the_record_counts_what_clustering_costs_beside_the_steps(small, phantoms, tmp_path):
+    run = ssl3d.pretrain(
+        "deepcluster_v2", phantoms, tmp_path / "run", steps=3, batch_size=4, eval_every=-1,
+        encoder="resnet10", resnet10={"width": 8}, deepcluster_v2=to_dict(small("deepcluster_v2")),
+    )  # fmt: skip
+    compute = run.encoder.metadata["compute"]
+    assert compute["flops_between_epochs"] > 0
+    assert compute["flops"] == 3 * compute["flops_per_step"] + compute["flops_between_epochs"]
