@@ -24,6 +24,7 @@ from ssl3d.api import (
     UsageError,
     encoder_from,
     find_result,
+    fitting,
     house_split,
     identity_hash,
     open_data_for,
@@ -355,15 +356,12 @@ def check_channels(entries: list[Entry], task: Task) -> None:
 
 
 def _fitting(specs: tuple[str, ...], data: Collection) -> tuple[str, ...]:
-    """Untrained encoders take the data's channels unless told otherwise."""
+    """Encoders that saw no volumes take the data's channels unless told otherwise."""
     channels = {int(n) for n in data.shapes[:, 0]}
     if channels == {1} or len(channels) > 1:
         return specs
-    extra = f":in_channels={channels.pop()}"
-    return tuple(
-        spec + extra if spec.startswith("scratch:") and "in_channels" not in spec else spec
-        for spec in specs
-    )
+    count = channels.pop()
+    return tuple(fitting(spec, count) for spec in specs)
 
 
 def _maker(spec: str, seed: int, pool: str) -> Callable[[], Encoder]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ssl3d.benchmark import split_digest as split_digest
     from ssl3d.benchmark import write_result as write_result
     from ssl3d.checkpoint import encoder_from as encoder_from
+    from ssl3d.checkpoint import fitting as fitting
     from ssl3d.checkpoint import identity_hash as identity_hash
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ssl3d.clustering import swav_loss as swav_loss
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
+    from ssl3d.convert import to_3d as to_3d
     from ssl3d.corruptions import Corruptions as Corruptions
     from ssl3d.corruptions import corrupt as corrupt
     from ssl3d.corruptions import restoration_error as restoration_error
@@ -175,6 +177,7 @@ _HOME = {
     "find_alike": "words",
     "find_result": "benchmark",
     "fit_size": "views.crops",
+    "fitting": "checkpoint",
     "foreground_shares": "views.crops",
     "gather": "distributed",
     "rank": "distributed",
@@ -229,6 +232,7 @@ _HOME = {
     "statistics": "statistics",
     "StepOutput": "proxy",
     "swav_loss": "clustering",
+    "to_3d": "convert",
     "to_patient": "data.geometry",
     "to_memory_format": "encoders",
     "uniformity": "losses",

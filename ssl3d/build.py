@@ -71,7 +71,7 @@ def build_encoder(plan: Plan, resuming: bool) -> Encoder:
         torch.manual_seed(seed_of(options.seed, "encoder"))
         encoder: Encoder = plan.encoder(plan.encoder_config)
         return encoder
-    encoder = disk.encoder_from(options.init, options.seed)
+    encoder = disk.encoder_from(disk.fitting(options.init, plan.encoder_config.in_channels), options.seed)
     name = plugins.name_of(plugins.ENCODERS, type(encoder))
     if "encoder" in plan.given and name != options.encoder:
         raise UsageError(f"--encoder {options.encoder}: --init {options.init} is a {name}")

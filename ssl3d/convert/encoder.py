@@ -150,6 +150,7 @@ class ConvertedEncoder(Encoder):
             net, kind, strides=config.strides, axis=config.axis, depth_padding=config.depth_padding,
             allow=config.allow, channels=entering,
         )  # fmt: skip
+        self.network.report.kind = config.kind
         steps = config.strides or tuple((one.factor,) * 3 for one in maps.reductions)
         strides = maps.with_strides(steps)
         self.kept = tuple(

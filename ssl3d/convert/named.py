@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl3d.checkpoint import save_encoder
 from ssl3d.config import from_dict, to_dict
 from ssl3d.convert import networks
 from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
@@ -113,3 +114,14 @@ def _renamed(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
     return {old.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def save(encoder: ConvertedEncoder, folder: Path, **more: Any) -> Path:
+    """Writes a converted network as an encoder folder.
+
+    Raises:
+        TrainingError: The disk is full or the folder cannot be written.
+    """
+    own = ("architecture", "config", "sha256")  # `save_encoder` says these itself
+    about = {key: value for key, value in encoder.metadata.items() if key not in own}
+    return save_encoder(encoder, folder, {**about, "citations": {"converted": encoder.paper}, **more})

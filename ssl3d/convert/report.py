@@ -45,7 +45,12 @@ class Report:
     def __str__(self) -> str:
         width = max((len(e.name) for e in self.entries), default=4)
         wide = max((len(e.before) for e in self.entries), default=6)
-        lines = [f"{e.name:{width}}  {e.before:{wide}}  {e.after}" for e in self.entries]
+        far = max((len(e.after) for e in self.entries), default=5)
+        lines = [
+            f"{e.name:{width}}  {e.before:{wide}}  {e.after:{far}}"
+            + (f"  {e.kept:>11,} of {e.parameters:>11,} parameters kept" if e.parameters else "").rstrip()
+            for e in self.entries
+        ]
         lines += [
             f"{name:{width}}  {what:{wide}}  slice by slice (allowed)" for name, what in self.slicewise
         ]
