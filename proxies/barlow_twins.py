@@ -34,13 +34,14 @@ class BarlowTwinsConfig(PairViews):
     Attributes:
         off_diagonal: Weight of the correlations between different features.
         hidden: Width of the projection head's two hidden layers.
-        out: Length of a projection.
+        out: Length of a projection. Sampling noise in its out x out correlations drowns what the views
+            share where it is much longer than the batch: take 4 to 8 times the batch size.
         head_norm: Norm of the projection head: batch, layer or none.
     """
 
     off_diagonal: float = 0.0051
-    hidden: int = 2048
-    out: int = 2048
+    hidden: int = 512
+    out: int = 256
     head_norm: Literal["batch", "layer", "none"] = "batch"
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class BarlowTwins(Proxy):
     ICML 2021 (arXiv:2103.03230).
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; a head 2048 wide instead of 8192, which on a ResNet-18 would be 138 million
-    weights; AdamW instead of LARS in the recipe. Both views pass the network in one batch, so its
+    values instead of colour; projections of 256 numbers instead of 8192, as batches are of tens and not of
+    2048 (the paper has 4 numbers per example); AdamW instead of LARS in the recipe. Both views pass the network in one batch, so its
     BatchNorm sees both; features are standardised over the global batch, as in the paper's pseudocode,
     on any number of ranks.
     """
