@@ -61,7 +61,7 @@ def pretrained(name: str, steps: int, work: Path) -> Path:
     folder = work / f"{name}-{steps}"
     if not (folder / "encoder" / "encoder.json").exists():
         ssl3d.pretrain(
-            name, DATA, folder, steps=steps, encoder="resnet18", resnet18={"width": 32}, overwrite=True,
+            name, DATA, folder, steps=steps, encoder="resnet18", resnet18={"width": 16}, overwrite=True,
             eval_every=-1,
         )  # fmt: skip
     return folder
