@@ -193,9 +193,9 @@ def plain_3d(module: Any) -> Any:
         elif isinstance(child, nn.BatchNorm2d):
             new = nn.BatchNorm3d(child.num_features, child.eps, child.momentum)
         elif isinstance(child, nn.MaxPool2d):
-            new = nn.MaxPool3d(child.kernel_size, child.stride, child.padding)
+            new = nn.MaxPool3d(*map(threefold, (child.kernel_size, child.stride, child.padding)))
         elif isinstance(child, nn.AvgPool2d):
-            new = nn.AvgPool3d(child.kernel_size, child.stride, child.padding)
+            new = nn.AvgPool3d(*map(threefold, (child.kernel_size, child.stride, child.padding)))
         if new is None:
             plain_3d(child)
         else:

@@ -350,8 +350,8 @@ class _Swap:
             # What is returned must not be changed afterwards, as activations in place would.
             for user in node.users:
                 module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
-                if getattr(module, "inplace", False):
-                    module.inplace = False
+                if module is not None and getattr(module, "inplace", False):
+                    setattr(module, "inplace", False)  # noqa: B010
                 if "inplace" in user.kwargs:
                     user.kwargs = {**user.kwargs, "inplace": False}
         maps.cut(graph, found)
