@@ -192,10 +192,9 @@ def plain_3d(module: Any) -> Any:
             )  # fmt: skip
         elif isinstance(child, nn.BatchNorm2d):
             new = nn.BatchNorm3d(child.num_features, child.eps, child.momentum)
-        elif isinstance(child, nn.MaxPool2d):
-            new = nn.MaxPool3d(*map(threefold, (child.kernel_size, child.stride, child.padding)))
-        elif isinstance(child, nn.AvgPool2d):
-            new = nn.AvgPool3d(*map(threefold, (child.kernel_size, child.stride, child.padding)))
+        elif isinstance(child, nn.MaxPool2d | nn.AvgPool2d):
+            pool: Any = nn.MaxPool3d if isinstance(child, nn.MaxPool2d) else nn.AvgPool3d
+            new = pool(threefold(child.kernel_size), threefold(child.stride), threefold(child.padding))
         if new is None:
             plain_3d(child)
         else:
