@@ -156,8 +156,7 @@ def make(network: str, kind: str) -> Any:
     """A module from the input to the deepest map."""
     from torch import nn
 
-    from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
-    from ssl3d.convert.networks import build
+    from ssl3d.api import ConvertedConfig, ConvertedEncoder, network_2d
 
     class Deepest(nn.Module):
         def __init__(self, encoder: nn.Module):
@@ -168,7 +167,7 @@ def make(network: str, kind: str) -> Any:
             return self.encoder(x)[-1]
 
     if kind in ("2d", "3d"):
-        net = build(network)
+        net = network_2d(network)
         inner = net.features if hasattr(net, "features") else nn.Sequential(*list(net.children())[:-2])
         return inner if kind == "2d" else plain_3d(inner)
     return Deepest(ConvertedEncoder(ConvertedConfig(network=network, kind=kind, in_channels=3)))

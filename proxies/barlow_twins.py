@@ -61,10 +61,10 @@ class BarlowTwins(Proxy):
     ICML 2021 (arXiv:2103.03230).
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; projections of 256 numbers instead of 8192, as batches are of tens and not of
-    2048 (the paper has 4 numbers per example); AdamW instead of LARS in the recipe. Both views pass the network in one batch, so its
-    BatchNorm sees both; features are standardised over the global batch, as in the paper's pseudocode,
-    on any number of ranks.
+    values instead of colour; projections of 256 numbers instead of 8192, as batches are of tens and not
+    of 2048 (the paper has 4 numbers per example); AdamW instead of LARS in the recipe. Both views pass
+    the network in one batch, so its BatchNorm sees both; features are standardised over the global
+    batch, as in the paper's pseudocode, on any number of ranks.
     """
 
     Config = BarlowTwinsConfig

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
     from ssl3d.convert import to_3d as to_3d
+    from ssl3d.convert.encoder import ConvertedConfig as ConvertedConfig
+    from ssl3d.convert.encoder import ConvertedEncoder as ConvertedEncoder
+    from ssl3d.convert.networks import network_2d as network_2d
     from ssl3d.corruptions import Corruptions as Corruptions
     from ssl3d.corruptions import corrupt as corrupt
     from ssl3d.corruptions import restoration_error as restoration_error
@@ -161,6 +164,8 @@ _HOME = {
     "Contestant": "benchmark",
     "corrupt": "corruptions",
     "Corruptions": "corruptions",
+    "ConvertedConfig": "convert.encoder",
+    "ConvertedEncoder": "convert.encoder",
     "DataError": "errors",
     "Decoder": "decoder",
     "dense_features": "inference",
@@ -195,6 +200,7 @@ _HOME = {
     "memory_format": "encoders",
     "mirror_one": "views.restore",
     "neighbour_position": "views.crops",
+    "network_2d": "convert.networks",
     "nt_xent": "losses",
     "numpy_rng": "rng",
     "one_group": "rng",

@@ -133,7 +133,7 @@ class ConvertedEncoder(Encoder):
         """
         super().__init__()
         self.config = config = config or ConvertedConfig()
-        net = networks.build(config.network)
+        net = networks.network_2d(config.network)
         kind = "2.5d" if config.kind == "triplanar" else config.kind
         if state is not None:
             plain, _ = feature_network(net, "2.5d", allow=config.allow)

@@ -30,7 +30,7 @@ class Source:
     hub: str = ""
 
 
-def build(name: str) -> nn.Module:
+def network_2d(name: str) -> nn.Module:
     """The 2D network of a name, untrained, for RGB images.
 
     Args:

@@ -453,7 +453,7 @@ def photographs(folder, count, mean, std):
 def classified(imagenet, count):
     from ssl3d.convert import to_3d
 
-    net = networks.build("efficientnet_lite0").eval()
+    net = networks.network_2d("efficientnet_lite0").eval()
     net.load_state_dict(read_state(imagenet / "efficientnet_lite0.pth"))
     x, labels = photographs(imagenet, count, [0.498], [0.502])
     made = {kind: to_3d(net, kind) for kind in ("acs", "2.5d")}
