@@ -340,7 +340,9 @@ def _compact(x: Array) -> tuple[Array, Array]:
     if x.shape[0] >= x.shape[1]:
         return x, np.eye(x.shape[1])
     _, singular, right = np.linalg.svd(x, full_matrices=False)
-    turn = right[singular > 1e-10 * max(singular[0], 1e-300)].T
+    spanned = singular > 1e-10 * max(singular[0], 1e-300)
+    spanned[0] = True  # of features that never vary, one is left, and predicts the classes' shares
+    turn = right[spanned].T
     return x @ turn, turn
 
 

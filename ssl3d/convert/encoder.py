@@ -97,6 +97,8 @@ class ConvertedEncoder(Encoder):
     Volumes enter as they are: networks of ImageNet want pictures of mean 0 and standard deviation 1, over
     all pictures, and that is what prepared volumes have.
 
+    Differs from torchvision: untrained grouped kernels begin with the variance that keeps the signal's.
+
     Attributes:
         network: The converted network, with the 2D network's parameter names.
         match: How much of it came from a file, where it did.
@@ -139,6 +141,8 @@ class ConvertedEncoder(Encoder):
             plain, _ = feature_network(net, "2.5d", allow=config.allow)
             keys = set(plain.state_dict())
             self.match = load_matching(net, state, where, keys, least)
+        else:
+            networks.keep_the_signal(net)
         entering = {"sum": config.in_channels, "rgb": 3, "slices-as-rgb": 3 * config.in_channels}[
             config.stem
         ]

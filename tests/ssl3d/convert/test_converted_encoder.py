@@ -266,6 +266,13 @@ def test_untrained_ones_are_named_as_others_are():
     assert fitting("runs/one", 3) == "runs/one"
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_lite0"])
+def test_untrained_ones_tell_volumes_apart(name):
+    encoder = encoder_from(f"scratch:converted:network={name}")
+    with torch.no_grad():
+        assert encoder.embed(torch.randn(4, 1, 8, 32, 32)).std(0).mean() > 1e-3
+
+
 # What is wrong is said in one line ----------------------------------------------------------------
 
 
