@@ -255,7 +255,7 @@ def place(n, seed):
 def test_it_restores_what_continues_and_the_cue_makes_it_easier():
     waves = train(proxy_of(flip=0.0), smooth)
     assert waves["mean_error"] < 0.75 and waves["relative_error"] < 0.4
-    assert train(proxy_of(flip=0.0), place)["mean_error"] < 0.6 * waves["mean_error"]
+    assert train(proxy_of(flip=0.0), place)["mean_error"] < 0.8 * waves["mean_error"]
 
 
 def test_noise_stays_at_chance():
