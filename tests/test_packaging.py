@@ -21,7 +21,7 @@ def run(*command, path=(), cwd=None, **env):
         env={**os.environ, "PYTHONPATH": paths, **env},
         cwd=cwd,
         capture_output=True,
-        text=True,
+        encoding="utf-8",  # whatever the locale that a library of another test has set
     )
 
 

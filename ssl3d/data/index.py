@@ -135,6 +135,7 @@ class IndexWriter:
             "labels": list(self._labels),
             "identities": [list(person) for person in self._people],
         }
+        file.create_group("index")  # one made on the way to a data set would hold the time of its making
         file["index/head"] = blob(json.dumps(head))
         file["index/text"] = blob("".join(self._ids))
         file["index/table"] = rows
