@@ -32,14 +32,13 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     data = open_data([DATA])
-    split = house_split(data)
-    train, test = (data.select(np.flatnonzero(split == part)) for part in ("train", "test"))
+    test = data.select(np.flatnonzero(house_split(data) == "test"))
     for name in options.proxy or installed():
         began = time.perf_counter()
         found = {}
         for moment, steps in (("before", 1), ("after", options.steps)):
             run = pretrained(name, steps, options.work)
-            found[moment] = look(name, load_proxies(run, train)[name], test)
+            found[moment] = look(name, load_proxies(run)[name], test)
         seconds = time.perf_counter() - began
         save(options.out / f"{name}.png", name, options.steps, found)
         record(options.out / "gallery.json", name, options.steps, found)
