@@ -12,9 +12,10 @@ A suite is a YAML file:
     stores: {NAME: SOURCE, ...}               # what `ssl3d prepare` makes of the data root
     runs: {NAME: --proxy ... --data {STORE} ..., ...}     # what follows `ssl3d pretrain`
     probes:                                   # what follows `ssl3d linear-probe`
-      NAME: {runs: [PATTERN, ...], options: --data {STORE} ..., curve: true}
+      NAME: {runs: [PATTERN, ...], encoders: [imagenet:..., ...], options: --data {STORE} ..., curve: true}
 
-With `curve`, the encoders at 25 and 50 % of the budget are probed too, in a folder of their own.
+`{root}` is the folder of the data. With `curve`, the encoders at 25 and 50 % of the budget are probed too, in
+a folder of their own.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Suite:
     _budget: int = field(default=0)
 
     def words(self, text: str) -> list[str]:
-        """Splits a command's words, {NAME} made the path of that store."""
-        stores = {name: str(self.work / f"{name}.h5") for name in self.content["stores"]}
-        return [word.format(**stores) for word in shlex.split(text)]
+        """Splits a command's words, {NAME} made the path of that store, {root} that of the data."""
+        places = {name: str(self.work / f"{name}.h5") for name in self.content["stores"]}
+        return [word.format(root=self.root, **places) for word in shlex.split(text)]
 
     def prepare(self) -> None:
         """Makes the stores that are not there."""
@@ -109,7 +110,8 @@ class Suite:
         runs = [n for n in self.content["runs"] if any(fnmatch.fnmatch(n, p) for p in task["runs"])]
         folders = [self.folder(run) for run in runs]
         options = self.words(task["options"])
-        ssl3d("linear-probe", *folders, *options, "--out", out / name)
+        others = [word for spec in task.get("encoders", ()) for word in self.words(spec)]
+        ssl3d("linear-probe", *folders, *others, *options, "--out", out / name)
         if task.get("curve"):
             # The first is every run's: untrained, of this seed.
             marks = [folders[0] / "encoder-at-00"]
