@@ -1,0 +1,222 @@
+"""Fine-tuning: what a task must bring, and the protocol that trains every contestant on it alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl3d.api import Benchmark, Scores, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from ssl3d.api import BatchRng, Collection, Contestant, Encoder, Volume, statistics
+
+Array = NDArray[Any]
+
+TASKS: dict[str, str] = {
+    "classification": "ssl3d_benchmarks.finetune_classification:Classification",
+    "segmentation": "ssl3d_benchmarks.finetune_segmentation:Segmentation",
+    "detection": "ssl3d_benchmarks.finetune_detection:Detection",
+}
+"""Name of a task -> module:class; imported when named."""
+
+
+class FinetuneTask(ABC):
+    """What is learned downstream: the model, its loss, its predictions and their scores.
+
+    The frame owns everything else: who is trained, on which subjects, with which optimizer and schedule,
+    which step is kept, records and tables. A task is made once per run and never told which contestant
+    it serves. It must pickle (workers draw with it).
+
+    Attributes:
+        Config: Dataclass of its own options, flags `--NAME.*`.
+        name: As in `TASKS`; records are of task `finetune-NAME/TARGET`.
+        version: Raised whenever the same contestant on the same data would get another score.
+        description: One line.
+        reference: Where model and metrics come from.
+        mains: Kind of target -> the score that ranks contestants and chooses steps, higher being better.
+        recipe: Defaults of the frame's options for this task, by field of `finetune_command.Options`
+            (steps or epochs, batch_size, lr, lr_scratch, optimizer, ...).
+        presets: Name -> as `recipe`, for `--preset`; a key of the form `NAME.field` sets an option of
+            the task's own.
+        trivial: Names of the rows without a network that belong beside its results.
+        target: Kind of target, a key of `mains`; set by `__init__`.
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    version: ClassVar[int]
+    description: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    mains: ClassVar[Mapping[str, str]]
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    trivial: ClassVar[tuple[str, ...]] = ()
+
+    config: Any
+    target: str
+
+    @abstractmethod
+    def __init__(self, config: Any, data: Collection) -> None:
+        """Finds classes, spacings and the like.
+
+        Args:
+            config: Its options.
+            data: All volumes that have a target (`known`), of train, val and test.
+
+        Raises:
+            DataError: There is nothing to learn, such as one class only.
+        """
+
+    @classmethod
+    def known(cls, config: Any, data: Collection) -> NDArray[np.bool_]:
+        """Which volumes have a target, (N,); the others are left out and counted.
+
+        Raises:
+            DataError: None has one; the message says what to give.
+        """
+        return np.ones(len(data), dtype=bool)
+
+    def strata(self, data: Collection) -> Array | None:
+        """Class of each volume (N,), by which subsets and folds are stratified; None for none."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """What a record keeps of the task's options, resolved; everything here changes the record's key."""
+        return dataclasses.asdict(self.config)
+
+    @abstractmethod
+    def model(self, encoder: Encoder) -> nn.Module:
+        """The whole network; its attribute `encoder` is that encoder. New weights follow torch's seed."""
+
+    @abstractmethod
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One training example, on the CPU, in a worker: reading and cutting.
+
+        Examples of equal names and shapes are stacked; `loss` runs once for each such group of a batch,
+        so tensors of varying length (boxes) are padded. `index`, `subject` and `dataset` are added.
+        """
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of stacked examples on the device, and values for the log; augments by `rng`."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
+        """What the scores of one volume are computed from, as JSON holds it.
+
+        The model is in evaluation mode, without gradients, in the run's precision. The frame adds
+        `dataset`, `subject` and `id`.
+        """
+
+    def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
+        """`predict` of every volume, in order; overridden where batches are faster."""
+        return [self.predict(model, volume) for volume in data]
+
+    @abstractmethod
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """As `Benchmark.score_functions`: clusters, and scores as functions of resampling weights."""
+
+    def predict_trivial(
+        self, name: str, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> list[dict[str, Any]]:
+        """Predictions of a row named in `trivial`, with `dataset`, `subject` and `id`."""
+        raise NotImplementedError(name)
+
+    def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
+        """Writes a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""
+        return None
+
+    def picture(self, model: nn.Module, data: Collection) -> Any:
+        """A matplotlib figure of predictions beside the truth on some of `data`, or None."""
+        return None
+
+
+class Finetune(Benchmark):
+    """Fine-tuning as a benchmark: an encoder trained on a downstream task, scored by the task.
+
+    Made with a `FinetuneTask`; `ssl3d finetune` and `finetune_run` say how contestants are trained.
+    """
+
+    Config = object
+    name = "finetune"
+    version = 1
+    description = (
+        "an encoder trained further on classes, masks or boxes, beside the same network from scratch"
+    )
+    reference = (
+        "learning rates of their own for the scratch arm: Chen, Ma, Zheng: Med3D, arXiv 1904.00625; "
+        "equal effort: He, Girshick, Dollar: Rethinking ImageNet Pre-training, ICCV 2019, arXiv 1811.08883"
+    )
+    mains: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, work: FinetuneTask) -> None:
+        """Takes the task, its data known."""
+        super().__init__(work.config)
+        self.work = work
+        self.target = work.target
+
+    @property
+    def main(self) -> str:
+        """The score that ranks contestants and chooses steps."""
+        return self.work.mains[self.target]
+
+    @property
+    def task(self) -> str:
+        """`finetune-NAME/TARGET`."""
+        return f"{self.name}-{self.work.name}/{self.target}"
+
+    @property
+    def task_version(self) -> int:
+        """Of the frame and of the task: either changes the scores."""
+        return 100 * self.version + self.work.version
+
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """The task's."""
+        return self.work.score_functions(predictions)
+
+    def value(self, predictions: Sequence[Mapping[str, Any]]) -> float:
+        """The main score alone, without resampling: what chooses steps on val."""
+        if not predictions:
+            return float("nan")
+        clusters, found = self.score_functions(predictions)
+        return float(found[self.main](np.ones((1, len(clusters))))[0])
+
+    def score(
+        self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> Scores:
+        """Trains a copy of the contestant's encoder by the task's recipe, and scores it on `test`."""
+        from ssl3d_benchmarks.finetune_run import score_by_recipe
+
+        return score_by_recipe(self, contestant, train, val, test, seed)
+
+
+def task_class(name: str) -> type[FinetuneTask]:
+    """The class of a task.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"--task {name}: is none of {', '.join(TASKS)}{hint}")
+    module, _, kind = TASKS[name].partition(":")
+    found: type[FinetuneTask] = getattr(importlib.import_module(module), kind)
+    return found
