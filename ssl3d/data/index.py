@@ -19,7 +19,7 @@ from ssl3d.data.record import SPLITS, Record, blob, plain
 from ssl3d.errors import DataError
 
 FORMAT = "ssl3d-store"
-VERSION = 1
+VERSION = 2  # 2: some voxels are stored as uint8; a store without any is of version 1
 NO_LABEL, INT_LABEL, FLOAT_LABEL, TEXT_LABEL = range(4)
 
 # One row of the index table. Offsets point into the flat data sets; boxes is -1 where there are none
@@ -56,9 +56,13 @@ class IndexWriter:
     Args:
         file: Open for writing.
         count: Volumes to come.
+
+    Attributes:
+        version: Of the format, as the file will say it.
     """
 
     def __init__(self, file: h5py.File, count: int):
+        self.version = 1
         self._file, self._rows, self._filled = file, np.zeros(count, ROW), 0
         self._datasets, self._orientations, self._labels = _Codes(), _Codes(), _Codes()
         self._people, self._ids = _Codes(), dict[str, None]()
@@ -140,7 +144,7 @@ class IndexWriter:
         file["index/text"] = blob("".join(self._ids))
         file["index/table"] = rows
         file["fingerprint"] = blob(json.dumps(self._fingerprint(), default=plain))
-        file.attrs.update(format=FORMAT, version=VERSION, volumes=len(rows))
+        file.attrs.update(format=FORMAT, version=self.version, volumes=len(rows))
 
     def _fingerprint(self) -> dict[str, Any]:
         """Counts, shapes, spacings and foreground intensities, per data set."""

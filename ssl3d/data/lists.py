@@ -24,7 +24,7 @@ from ssl3d.errors import DataError
 _COLUMNS = {
     "path": ("path", "file", "filename", "image"),
     "subject": ("subject", "patient", "subject_id", "patient_id"),
-    "label": ("label", "class", "diagnosis"),
+    "label": ("label", "class", "class_index", "diagnosis"),
     "split": ("split",),
     "mask": ("mask",),
 }

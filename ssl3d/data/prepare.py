@@ -60,7 +60,9 @@ class PrepareOptions:
         window: Lowest and highest value, instead of -1000 1000 HU (ct) or the percentiles.
         crop_foreground: Cut off the background around the foreground.
         frames: What becomes of 4D files: split into volumes, channels of one volume, or refuse.
-        colour: What becomes of coloured pictures: grey, or rgb (three channels, for grey ones too).
+        colour: What becomes of pictures: grey, or rgb (three channels, for grey ones too). With rgb they
+            are taken for natural images: folders are their classes, every picture is a subject of its own
+            unless a list says whose it is, and a byte stays what it is, divided by 255 when it is read.
         max_voxels: Refuse scans with more voxels than this, before reading them.
         workers: Processes; by default one per core, at most 8; 0 works without any.
         part: I/N makes shard I of N (from 1), all volumes of a subject in one; the name gets -I-of-N.
@@ -167,7 +169,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     out = options.store()
     if out.is_dir():
         raise DataError(f"{out}: a folder; --out names a file")
-    wanted = Wanted(options.dataset, options.channels, options.masks, options.take_labels)
+    wanted = Wanted(options.dataset, options.channels, options.masks, options.take_labels, options.colour)
     found = find(options.sources, wanted)
     for note in found.notes:
         say(note)

@@ -278,9 +278,14 @@ def _write(
     inside = foreground(voxels, kind)
     if mask is not None:
         inside |= mask > 0
-    image, how = normalize(voxels, kind, inside, recipe.window, pixels.eight_bit, missing, in_place=True)
+    natural = pixels.colours and pixels.eight_bit and kind == "unit"
+    # A channel that is nearly black is one of a picture, and no mask of 0 and 1.
+    window = (0.0, 255.0) if natural and recipe.window is None else recipe.window
+    image, how = normalize(voxels, kind, inside, window, pixels.eight_bit, missing, in_place=True)
     done["background"] = how.pop("background")
     done["normalize"] = how
+    # 255ths, exactly: stored as they came, in half the room.
+    plain = natural and window == (0.0, 255.0) and not isinstance(done.get("resampled"), dict)
     boxes = None if scan.boxes is None else np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
     if recipe.crop_foreground:
         start, stop = _box(inside)
@@ -311,7 +316,8 @@ def _write(
     )
     box_labels = None if boxes is None else boxes[:, 6].astype(np.int64)
     coordinates = None if boxes is None else boxes[:, :6]
-    return write_part(task.folder, name, record, image, mask, coordinates, box_labels, inside)
+    dtype = "uint8" if plain else "float16"
+    return write_part(task.folder, name, record, image, mask, coordinates, box_labels, inside, dtype)
 
 
 def _channels(scan: Scan, pixels: Pixels, count: int) -> tuple[str, ...]:
@@ -331,6 +337,9 @@ def _checked(pixels: Pixels, scan: Scan, missing: list[int]) -> np.ndarray:
     if not np.isfinite(voxels).all():
         raise DataError(_unfinite(voxels))
     for index, channel in enumerate(voxels):
+        # Of a coloured picture one channel may be: a red one has no green.
+        if pixels.colours and voxels.min() < voxels.max():
+            break
         if index not in missing and channel.min() == channel.max():
             which = f"channel {scan.channels[index]}: " if len(voxels) == len(scan.channels) > 1 else ""
             raise DataError(f"{which}constant: every voxel is {channel.flat[0]:g}")

@@ -209,14 +209,15 @@ def _read_itk(path: Path, max_voxels: int | None) -> Pixels:
 
 
 def _read_picture(path: Path, max_voxels: int | None) -> Pixels:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path) as opened:
         picture: Image.Image = opened
         _check_size(picture.size, max_voxels)
         pages = getattr(picture, "n_frames", 1)
-        if pages > 1:
+        if pages > 1 and picture.format != "MPO":  # a telephone's JPEG, whose second page is a preview
             raise DataError(f"{pages} pages in one picture; save them one by one, or as NIfTI")
+        picture = ImageOps.exif_transpose(picture)  # as it is to be looked at
         if picture.mode == "P":
             picture = picture.convert("RGB")
         if picture.mode in ("LA", "RGBA", "La", "RGBa", "PA"):

@@ -110,12 +110,14 @@ class Wanted:
         channels: File-name parts that are channels of one subject.
         masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
         take_labels: Whether label-like files are scans.
+        colour: grey, or rgb: pictures are then natural images, in folders named by their class.
     """
 
     dataset: str = ""
     channels: tuple[str, ...] = ()
     masks: str = ""
     take_labels: bool = False
+    colour: str = "grey"
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -259,7 +261,9 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     maps: list[Path] = []
     for path in files:
         like_mask = bool(wanted.masks) and wanted.masks.lower() in tokens(path)
-        label = like_mask or (not named and not wanted.take_labels and looks_like_label(path, root))
+        natural = wanted.colour == "rgb" and suffix_of(path) in PICTURES  # `mask` may be its class
+        named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
+        label = like_mask or named_so
         (maps if label else scans).append(path)
     masks = _beside(scans, maps, wanted.masks, root) if wanted.masks else {}
     unused = [relative(path, root) for path in maps if path not in masks.values()]
@@ -267,7 +271,9 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
         found.notes.append(label_note(unused))
     dataset = dataset_name(root, wanted)
     subjects = _subjects(scans, root)
-    classes = _class_folders(scans, root)
+    classes = _class_folders(scans, root, natural=wanted.colour == "rgb")
+    if wanted.colour == "rgb":  # n01440764/10026.JPEG: the folder is no person
+        subjects |= {path: relative(path, root).removesuffix(path.name) + stem_of(path) for path in classes}
     for path in scans:
         group, split = classes.get(path, (None, ""))
         if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
@@ -344,8 +350,13 @@ def _class_like(parts: Sequence[str]) -> bool:
     return bool(parts) and any(split_of(part) for part in parts)
 
 
-def _class_folders(paths: Sequence[Path], root: Path) -> dict[Path, tuple[str | None, str]]:
-    """Pictures in folders named by their class, possibly below train, val and test."""
+def _class_folders(
+    paths: Sequence[Path], root: Path, natural: bool = False
+) -> dict[Path, tuple[str | None, str]]:
+    """Pictures in folders named by their class, possibly below train, val and test.
+
+    Folders with one picture each are taken for classes only where the pictures are natural.
+    """
     pictures = [path for path in paths if suffix_of(path) in PICTURES]
     if not pictures or len(pictures) < len(paths):
         return {}
@@ -358,7 +369,7 @@ def _class_folders(paths: Sequence[Path], root: Path) -> dict[Path, tuple[str | 
         ]
         placed[path] = (classes[-1] if classes else None, split)
     labels = {label for label, _ in placed.values()}
-    usable = None not in labels and 1 < len(labels) < len(pictures)
+    usable = None not in labels and 1 < len(labels) < len(pictures) + natural
     return {path: (label if usable else None, split) for path, (label, split) in placed.items()}
 
 

@@ -339,6 +339,6 @@ def _clip(
 
 def _decoded(stored: np.ndarray, data: h5py.Dataset) -> Tensor:
     found = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
-    if stored.dtype == np.int16:
+    if stored.dtype in (np.int16, np.uint8):
         found = found * float(data.attrs["scale"]) + float(data.attrs["offset"])
     return found

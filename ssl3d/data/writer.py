@@ -51,10 +51,10 @@ def write_part(
         boxes: (n, 6), z1 y1 x1 z2 y2 x2 in voxels, upper corner exclusive.
         box_labels: (n,), integers; zeros if left out.
         foreground: (D, H, W), boolean; by default what is brighter than the background.
-        dtype: float16, float32, or int16 (scaled per volume to its own range).
+        dtype: float16, float32, int16 (scaled per volume to its own range), or uint8 (255ths of 1).
 
     Raises:
-        DataError: Shapes disagree, a voxel is not finite, or does not fit half precision.
+        DataError: Shapes disagree, a voxel is not finite, or does not fit what it is to be stored as.
     """
     image = np.asarray(image, dtype=np.float32)
     _check(record, image, mask, boxes, foreground)
@@ -145,6 +145,8 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
                 part.copy("image", images, name=str(number))
                 if "mask" in part:
                     part.copy("mask", masks, name=str(number))
+                if part["image"].dtype == np.uint8:
+                    index.version = VERSION
                 index.add(
                     Record.from_json(part["record"][()].tobytes()),
                     shape=part["image"].shape,
@@ -208,7 +210,13 @@ def _encode(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray, float
         low, high = float(image.min()), float(image.max())
         scale, offset = max((high - low) / 65534, 1e-12), (high + low) / 2
         return np.rint((image - offset) / scale).astype(np.int16), scale, offset
-    raise DataError(f"{name}: cannot store voxels as {dtype!r}; known: float16, float32, int16")
+    if dtype == "uint8":
+        if image.min() < 0 or image.max() > 1:
+            raise DataError(
+                f"{name}: voxels from {image.min():.6g} to {image.max():.6g}; uint8 holds 0 to 1"
+            )
+        return np.rint(image * 255).astype(np.uint8), 1 / 255, 0.0
+    raise DataError(f"{name}: cannot store voxels as {dtype!r}; known: float16, float32, int16, uint8")
 
 
 def _content(stored: np.ndarray, mask: np.ndarray | None, boxes: np.ndarray | None) -> hashlib.blake2b:
