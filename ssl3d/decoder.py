@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         deepest = encoder.strides[-1]
         # Only what is no coarser than the deepest can be met on the way up.
         stops = sorted((s for s in maps if s != deepest and _within(s, deepest)), reverse=True)
-        path = _path(deepest, [*stops, (1, 1, 1)])
+        path = stride_path(deepest, [*stops, (1, 1, 1)])
         used = maps if skips else {}
         self._stages = [(stride, used.get(stride) if stride != deepest else None) for stride in path]
         self._deepest = deepest
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             if source is not None:
                 x = x + self.skip[str(n)](maps[source])
             x = F.leaky_relu(
-                self.norms[n](_conv3(x, self.mix[n].get_parameter("weight"))), 0.01, inplace=True
+                self.norms[n](conv3x3x3(x, self.mix[n].get_parameter("weight"))), 0.01, inplace=True
             )
         return self.out(x)
 
@@ -115,7 +115,7 @@ def _within(stride: Sequence[int], other: Sequence[int]) -> bool:
     return all(a <= b for a, b in zip(stride, other, strict=True))
 
 
-def _path(start: Triple, stops: Sequence[Triple]) -> list[Triple]:
+def stride_path(start: Triple, stops: Sequence[Triple]) -> list[Triple]:
     """Strides from `start` (left out) over `stops` to full resolution, no step of more than a factor 2.
 
     An encoder of stride 1 stays where it is: one step at full resolution.
@@ -130,7 +130,7 @@ def _path(start: Triple, stops: Sequence[Triple]) -> list[Triple]:
     return path[1:] or path
 
 
-def _conv3(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3x3(x: Tensor, weight: Tensor) -> Tensor:
     """A padded 3 x 3 x 3 convolution; one in 2D, with the same outcome, where the depth is 1."""
     if x.shape[2] == 1:
         return conv2d(x.squeeze(2), weight[:, :, 1], (1, 1), 1).unsqueeze(2)

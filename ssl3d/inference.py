@@ -170,7 +170,7 @@ def dense_features(
                     slice(-(-begin // s), -(-begin // s) + len(positions))
                     for begin, s, positions in zip(start, step, inside, strict=True)
                 )
-                weight = _gaussian(inside, size).to(volume.device)
+                weight = gaussian_weight(inside, size).to(volume.device)
                 first = 0
                 for level in chosen:
                     fine = _sample(maps[level][n : n + 1].float(), inside, encoder.strides[level])[0]
@@ -287,7 +287,7 @@ def _axis_weights(starts: list[int], window: int, length: int, weighting: str) -
     return [float((1 / cover[start : start + window]).mean()) for start in starts]
 
 
-def _gaussian(positions: Sequence[Tensor], size: Triple) -> Tensor:
+def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
     axes = []
     for position, length in zip(positions, size, strict=True):
         away = (position - (length - 1) / 2) / max(length / 8, 0.5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from ssl3d.api import Decoder
-from ssl3d.decoder import _conv3, _path
+from ssl3d.decoder import conv3x3x3, stride_path
 from ssl3d.encoders.resnet import ResNet10
 
 THIN = {"stem_stride": (1, 2, 2), "stage_strides": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))}
@@ -82,7 +82,7 @@ strides = st.lists(st.tuples(*[st.sampled_from((1, 2, 3, 4, 8, 16))] * 3), max_s
 @given(start=st.tuples(*[st.integers(1, 32)] * 3), stops=strides)
 @settings(max_examples=60, deadline=None)
 def test_the_way_up_halves_at_most_and_ends_at_every_voxel(start, stops):
-    path = [start, *_path(start, [*sorted(stops, reverse=True), (1, 1, 1)])]
+    path = [start, *stride_path(start, [*sorted(stops, reverse=True), (1, 1, 1)])]
     assert path[-1] == (1, 1, 1)
     for a, b in itertools.pairwise(path):
         assert all(y <= x <= 2 * y for x, y in zip(a, b))
@@ -91,7 +91,7 @@ def test_the_way_up_halves_at_most_and_ends_at_every_voxel(start, stops):
 
 def test_images_run_in_2d_with_the_same_outcome():
     x, weight = torch.randn(2, 3, 1, 9, 7), torch.randn(4, 3, 3, 3, 3)
-    assert torch.allclose(_conv3(x, weight), functional.conv3d(x, weight, padding=1), atol=1e-5)
+    assert torch.allclose(conv3x3x3(x, weight), functional.conv3d(x, weight, padding=1), atol=1e-5)
 
 
 def test_a_cue_stays_where_it_is():
