@@ -63,6 +63,12 @@ if TYPE_CHECKING:
     from ssl3d.data.store import open_data as open_data
     from ssl3d.data.store import write_part as write_part
     from ssl3d.decoder import Decoder as Decoder
+    from ssl3d.detection.metrics import Detections as Detections
+    from ssl3d.detection.metrics import DetectionScores as DetectionScores
+    from ssl3d.detection.metrics import Truths as Truths
+    from ssl3d.detection.metrics import average_precision as average_precision
+    from ssl3d.detection.metrics import box_iou as box_iou
+    from ssl3d.detection.metrics import froc as froc
     from ssl3d.distributed import gather as gather
     from ssl3d.distributed import rank as rank
     from ssl3d.distributed import row_counts as row_counts
@@ -71,9 +77,12 @@ if TYPE_CHECKING:
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
+    from ssl3d.encoders.convolutions import conv2d as conv2d
+    from ssl3d.encoders.convolutions import conv3d as conv3d
     from ssl3d.encoders.masking import can_mask as can_mask
     from ssl3d.encoders.masking import only_visible as only_visible
     from ssl3d.encoders.masking import visible_at as visible_at
+    from ssl3d.encoders.norms import norm as norm
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
     from ssl3d.errors import Ssl3dError as Ssl3dError
@@ -84,6 +93,8 @@ if TYPE_CHECKING:
     from ssl3d.inference import embed_volume as embed_volume
     from ssl3d.inference import recalibrate_norm as recalibrate_norm
     from ssl3d.inference import upsample as upsample
+    from ssl3d.leaks import hashes_in as hashes_in
+    from ssl3d.leaks import leak_flags as leak_flags
     from ssl3d.losses import alignment as alignment
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
@@ -101,6 +112,7 @@ if TYPE_CHECKING:
     from ssl3d.views.compose import ViewRng as ViewRng
     from ssl3d.views.compose import Views as Views
     from ssl3d.views.compose import augment as augment
+    from ssl3d.views.compose import augment_labelled as augment_labelled
     from ssl3d.views.compose import view_margin as view_margin
     from ssl3d.views.crops import draw_crop as draw_crop
     from ssl3d.views.crops import draw_overlapping as draw_overlapping
@@ -112,6 +124,10 @@ if TYPE_CHECKING:
     from ssl3d.views.crops import read_crop as read_crop
     from ssl3d.views.crops import read_slab as read_slab
     from ssl3d.views.crops import slab_size as slab_size
+    from ssl3d.views.labelled import draw_labelled as draw_labelled
+    from ssl3d.views.labelled import mask_places as mask_places
+    from ssl3d.views.labelled import mask_values as mask_values
+    from ssl3d.views.labelled import read_labelled as read_labelled
     from ssl3d.views.outside import apply_torchio as apply_torchio
     from ssl3d.views.pairs import PairViews as PairViews
     from ssl3d.views.pairs import augment_pairs as augment_pairs
@@ -150,6 +166,14 @@ _HOME = {
     "apply_torchio": "views.outside",
     "assemble": "data.store",
     "augment": "views.compose",
+    "augment_labelled": "views.compose",
+    "conv2d": "encoders.convolutions",
+    "conv3d": "encoders.convolutions",
+    "draw_labelled": "views.labelled",
+    "mask_places": "views.labelled",
+    "mask_values": "views.labelled",
+    "norm": "encoders.norms",
+    "read_labelled": "views.labelled",
     "augment_pairs": "views.pairs",
     "barlow_twins_loss": "losses",
     "Batch": "data.loader",
@@ -166,6 +190,12 @@ _HOME = {
     "Corruptions": "corruptions",
     "ConvertedConfig": "convert.encoder",
     "ConvertedEncoder": "convert.encoder",
+    "average_precision": "detection.metrics",
+    "box_iou": "detection.metrics",
+    "Detections": "detection.metrics",
+    "DetectionScores": "detection.metrics",
+    "froc": "detection.metrics",
+    "Truths": "detection.metrics",
     "DataError": "errors",
     "Decoder": "decoder",
     "dense_features": "inference",
@@ -194,6 +224,8 @@ _HOME = {
     "in_order": "sorting",
     "kendall_tau": "sorting",
     "lay_flat": "views.crops",
+    "leak_flags": "leaks",
+    "hashes_in": "leaks",
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
     "Loader": "data.loader",
