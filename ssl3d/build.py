@@ -95,6 +95,8 @@ def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
     balance = build_balance(options.balance, weights, options.balance_alpha)
     trainee = Trainee(encoder, proxies, weights, options.seed, balance)
     trainee.outline = disk.outline_of(data)
+    for name, proxy in proxies.items():
+        trainee.outline |= {f"{name}/{key}": value for key, value in proxy.outline().items()}
     return trainee
 
 

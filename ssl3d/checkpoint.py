@@ -22,6 +22,7 @@ from ssl3d import plugins
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
+from ssl3d.leaks import HASHES, hashes_apart, hashes_together
 from ssl3d.snapshot import FORMAT, check_format, load_checkpoint, sync_folder
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def save_encoder(
         **dict(metadata or {}),
         "versions": versions(),
     }
+    apart = hashes_apart(card)
     text = json.dumps(card, indent=1, default=_plain) + "\n"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -95,6 +97,8 @@ def save_encoder(
         _write(temporary / WEIGHTS, weights)
         for name, content in others.items():
             _write(temporary / f"{name}.safetensors", content)
+        if apart is not None:
+            _write(temporary / HASHES, apart)
         _write(temporary / CARD, text.encode())
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -135,7 +139,7 @@ def load_encoder(path: str | Path) -> Encoder:
         encoder: Encoder = kind(config)
     state = _read_weights(folder / WEIGHTS, card)
     _load_strictly(encoder, state, str(folder / WEIGHTS), name)
-    encoder.metadata = card
+    encoder.metadata = hashes_together(card, folder)
     return encoder.eval()
 
 
@@ -455,9 +459,6 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
         raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
     state = found["module"]
     spec = found["spec"]
-    sized: Any = data
-    if data is None and found.get("outline"):
-        sized = Outline(found["outline"], f"load_proxies({str(run)!r}, data)")
     kind = plugins.load(plugins.ENCODERS, spec["encoder"])
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
@@ -465,6 +466,9 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
         for name, options in spec["proxies"].items():
             made = plugins.load(plugins.PROXIES, name)
             proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
+            sized: Any = data
+            if data is None and found.get("outline"):
+                sized = Outline(found["outline"], f"load_proxies({str(run)!r}, data)", name)
             if sized is not None:
                 proxy.setup(sized)
             prefix = f"proxies.{name}."
@@ -480,13 +484,19 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
 class Outline(Sequence[Any]):
     """What a checkpoint knows of the volumes of its run: enough for most proxies to size themselves.
 
+    Attributes:
+        found: What the proxy's own `outline` kept, by name.
+
     Args:
-        columns: From `outline_of`.
+        columns: From `outline_of`, and the proxies' own.
         instead: What to call where more is needed.
+        proxy: Which one is to be sized.
     """
 
-    def __init__(self, columns: Mapping[str, torch.Tensor], instead: str) -> None:
-        shown = {key: value.tolist() for key, value in columns.items()}
+    def __init__(self, columns: Mapping[str, torch.Tensor], instead: str, proxy: str = "") -> None:
+        own = f"{proxy}/"
+        self.found = {key.removeprefix(own): v for key, v in columns.items() if key.startswith(own)}
+        shown = {key: value.tolist() for key, value in columns.items() if "/" not in key}
         self.shapes = [tuple(shape) for shape in shown["shapes"]]
         self.spacings = [tuple(spacing) for spacing in shown["spacings"]]
         self.dataset_codes, self.subject_codes = columns["datasets"].numpy(), columns["subjects"].numpy()

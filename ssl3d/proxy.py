@@ -45,6 +45,8 @@ class Proxy(nn.Module, ABC):
         mixed: Whether `forward` takes the whole mixed batch at once: a list of groups, and a list of
             their generators. A loss that gathers over ranks needs this, since a rank may lack a group.
         uses_labels: Whether labels or masks are learned from; checkpoints then say that they saw them.
+        distinct: Whether no subject should come twice in a batch, where there are subjects enough. Without
+            it every data set has its equal share of each batch, however few its subjects are.
     """
 
     Config: ClassVar[type]
@@ -53,6 +55,7 @@ class Proxy(nn.Module, ABC):
     recipe: ClassVar[Mapping[str, Any]] = {}
     mixed: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
+    distinct: ClassVar[bool] = True
 
     def __init__(self, config: Any, encoder: Encoder) -> None:
         """Keeps config and encoder; subclasses add heads, sized from `encoder.channels`."""
@@ -83,7 +86,17 @@ class Proxy(nn.Module, ABC):
         """
 
     def setup(self, data: Collection) -> None:
-        """Sizes what depends on the data (memory banks, branches), before weights are loaded."""
+        """Sizes what depends on the data (memory banks, branches), before weights are loaded.
+
+        Where a checkpoint is loaded without its data, `data` is an `ssl3d.checkpoint.Outline` of them.
+        """
+
+    def outline(self) -> Mapping[str, Tensor]:
+        """What `setup` found in the data beyond what every checkpoint keeps of them, by name.
+
+        Small tensors. Without the data, `setup` gets them as the attribute `found` of their outline.
+        """
+        return {}
 
     def start_epoch(self, epoch: int, loader: Any) -> None:
         """Called before each pass over the data, on every rank; `loader` gives batches to cluster.

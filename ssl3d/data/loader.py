@@ -143,7 +143,10 @@ class Loader:
         self.collection, self.proxies, self.batch_size = collection, dict(proxies), batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
         self.start_step, self.steps = start_step, steps
-        self.stream = Stream(collection.dataset_codes, collection.subject_codes, batch_size, seed, balance)
+        distinct = any(getattr(proxy, "distinct", True) for proxy, _ in self.proxies.values())
+        self.stream = Stream(
+            collection.dataset_codes, collection.subject_codes, batch_size, seed, balance, distinct
+        )
         self.set_aside: dict[str, str] = {}
         self.waited = 0.0
         self._on_set_aside = on_set_aside

@@ -17,7 +17,8 @@ class Stream:
     sets take turns, so that a small one is passed through more often. Batches are made in rounds of
     whole batches: what a round holds is sorted by subject and dealt out like cards, so that no subject
     comes twice in a batch if there are as many subjects as places. A subject with so many volumes that
-    this cannot be is drawn less often than its share, others of its data set instead.
+    this cannot be is drawn less often than its share, others of its data set instead; then subjects of
+    other data sets. With `distinct` off a subject may come several times, and shares are always kept.
 
     Args:
         datasets: (N,) code of each volume's data set.
@@ -25,12 +26,19 @@ class Stream:
         batch_size: Of the global batch.
         seed: Of the run.
         balance: Whether data sets have equal shares, else volumes have.
+        distinct: Whether a batch has no subject twice, where there are as many subjects as places.
     """
 
     def __init__(
-        self, datasets: np.ndarray, subjects: np.ndarray, batch_size: int, seed: int, balance: bool = True
+        self,
+        datasets: np.ndarray,
+        subjects: np.ndarray,
+        batch_size: int,
+        seed: int,
+        balance: bool = True,
+        distinct: bool = True,
     ):
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.distinct = batch_size, seed, distinct
         self.subjects = np.unique(subjects, return_inverse=True)[1].reshape(-1)
         self._people = int(self.subjects.max(initial=-1)) + 1
         self._datasets = np.unique(datasets, return_inverse=True)[1].reshape(-1)
@@ -55,10 +63,16 @@ class Stream:
         """What to try, in order, where the volume at a row cannot be drawn.
 
         Subjects that are not in the batch come first, and no two rows try the same of them; then come
-        all volumes.
+        all volumes. Where subjects may come twice, volumes of the same data set come first: it keeps its
+        share, as long as one of its volumes can be drawn.
         """
         rng = numpy_rng("substitutes", self.seed, step)
         order = rng.permutation(len(self.subjects))
+        if not self.distinct:
+            rolled = np.roll(order, -row)
+            other = self._datasets[rolled] != self._datasets[self.batch(step)[row]]
+            yield from map(int, rolled[np.argsort(other, kind="stable")])
+            return
         present = np.isin(self.subjects[order], self.subjects[self.batch(step)])
         absent = order[~present]
         _, first = np.unique(self.subjects[absent], return_index=True)
@@ -78,7 +92,9 @@ class Stream:
                 (at - group + groups - 1) // groups for at in (number * places, (number + 1) * places)
             )
             drawn.append(self._sequence(group, begin, end))
-        items = self._spread(np.concatenate(drawn), rng)
+        items = np.concatenate(drawn)
+        if self.distinct:
+            items = self._spread(items, rng)
         by_subject, by_dataset = rng.permutation(self._people), rng.permutation(self._datasets.max() + 1)
         # Sorted by data set too: every batch has an even share of each.
         keys = (rng.random(places), by_subject[self.subjects[items]], by_dataset[self._datasets[items]])

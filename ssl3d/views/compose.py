@@ -190,6 +190,60 @@ def augment(
         return y
 
 
+@torch.no_grad()
+def augment_labelled(
+    views: Views,
+    x: Tensor,
+    mask: Tensor,
+    rng: BatchRng,
+    size: Sequence[int],
+    spacing: Tensor | None = None,
+    axes: Sequence[int] = (0, 1, 2),
+) -> tuple[Tensor, Tensor]:
+    """Augments crops as `augment` does, and moves their label maps alike, by the nearest voxel.
+
+    Args:
+        views: Strengths; those of the intensities leave the mask alone.
+        x: (B, C, D, H, W), `size` plus the margin of `view_margin`.
+        mask: (B, D, H, W), of x's size, whole numbers up to 2^24.
+        rng: For the B rows of x.
+        size: Of the result, (D, H, W).
+        spacing: As of `augment`.
+        axes: As of `augment`.
+
+    Returns:
+        (B, C, *size), of x's dtype, and (B, *size), of the mask's.
+    """
+    recorded = _Recorded(rng)
+    image = augment(views, x, recorded.of(slice(None)), size, spacing, axes)
+    # What moves voxels is drawn first, so the mask meets the same numbers.
+    with torch.autocast(x.device.type, enabled=False):
+        again = recorded.of(slice(None))
+        moved = _move(views, mask.unsqueeze(1).float(), again, size, spacing, axes, nearest=True)
+    return image, moved.squeeze(1).to(mask.dtype)
+
+
+def _move(
+    views: Views,
+    x: Tensor,
+    rng: BatchRng,
+    size: Sequence[int],
+    spacing: Tensor | None,
+    axes: Sequence[int],
+    nearest: bool = False,
+) -> Tensor:
+    if views.chance and (views.rotate or views.scale or views.stretch or views.shift):
+        strengths = (views.rotate, views.scale, views.stretch, views.shift)
+        x = spatial.affine(x, rng, size, views.chance, *strengths, axes, spacing, nearest)
+    else:
+        x = spatial.centre_crop(x, size)
+    if views.turn:
+        x = spatial.turn(x, rng, views.turn, axes, spacing)
+    if views.flip:
+        x = spatial.flip(x, rng, views.flip, axes)
+    return x
+
+
 def _augment(
     views: Views,
     x: Tensor,
@@ -198,15 +252,7 @@ def _augment(
     spacing: Tensor | None,
     axes: Sequence[int],
 ) -> Tensor:
-    if views.chance and (views.rotate or views.scale or views.stretch or views.shift):
-        strengths = (views.rotate, views.scale, views.stretch, views.shift)
-        x = spatial.affine(x, rng, size, views.chance, *strengths, axes, spacing)
-    else:
-        x = spatial.centre_crop(x, size)
-    if views.turn:
-        x = spatial.turn(x, rng, views.turn, axes, spacing)
-    if views.flip:
-        x = spatial.flip(x, rng, views.flip, axes)
+    x = _move(views, x, rng, size, spacing, axes)
     if views.blur:
         x = intensity.blur(x, rng, views.chance, views.blur, spacing)
     if views.bias:

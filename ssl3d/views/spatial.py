@@ -70,6 +70,7 @@ def affine(
     shift: float = 0.0,
     axes: Sequence[int] = (0, 1, 2),
     spacing: Tensor | None = None,
+    nearest: bool = False,
 ) -> Tensor:
     """Crops the middle `size` out of each example through a random affine map: one trilinear sampling.
 
@@ -91,6 +92,7 @@ def affine(
         shift: Share of the crop's side.
         axes: Axes 0 to 2 that may be rotated, stretched and shifted; the others stay as they are.
         spacing: (B, 3), mm; None for cubes.
+        nearest: Whether the nearest voxel's value is taken, as label maps need it.
 
     Returns:
         (B, C, *size), of x's dtype.
@@ -123,7 +125,7 @@ def affine(
     matrix = matrix / torch.where(moves.bool(), zoom * stretches, torch.ones_like(stretches))[:, None, :]
     matrix = torch.where(chosen[:, None, None], matrix, torch.eye(3, device=x.device))
     shifts = torch.where(chosen[:, None], shifts, 0.0)
-    return _sample(x, matrix, shifts, size)
+    return _sample(x, matrix, shifts, size, "nearest" if nearest else "bilinear")
 
 
 def affine_margin(
@@ -171,8 +173,8 @@ def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
     return x
 
 
-def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
-    """Trilinear values of x at matrix @ (output voxel from the centre) + shifts."""
+def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Values of x at matrix @ (output voxel from the centre) + shifts."""
     centre = (torch.tensor(x.shape[2:], device=x.device) - 1) / 2
     # As centre_crop does: an odd margin leaves the middle half a voxel low.
     middle = torch.tensor(
@@ -190,7 +192,7 @@ def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int]) -> T
     )
     grid = planes + (matrix[:, :, 2, None, None, None] * w + offset)
     grid = grid.permute(0, 2, 3, 4, 1)
-    sampled = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    sampled = F.grid_sample(x.float(), grid, mode=mode, padding_mode="border", align_corners=True)
     return sampled.to(x.dtype)
 
 

@@ -311,6 +311,22 @@ def test_a_subject_with_very_many_volumes_is_drawn_less():
     assert counts[0] == 200 and counts[1:].min() >= 60
 
 
+def test_a_data_set_of_two_people_has_its_share_if_they_may_come_twice():
+    datasets, subjects = np.repeat([0, 1], [50, 2]), np.arange(52)
+    shares = {}
+    for distinct in (True, False):
+        made = stream(datasets, subjects, 10, distinct=distinct)
+        each = np.array([np.bincount(datasets[made.batch(step)], minlength=2) for step in range(60)])
+        shares[distinct] = each.mean(axis=0).tolist()
+        assert np.ptp(each, axis=0).max() <= 1
+    assert shares == {True: [8, 2], False: [5, 5]}
+    # Of those that cannot be drawn, others of the same data set take the place, all of them.
+    for row, volume in enumerate(made.batch(3)):
+        order = list(made.substitutes(3, row))
+        own = np.flatnonzero(datasets == datasets[volume])
+        assert sorted(order[: len(own)]) == own.tolist() and sorted(order) == list(range(52))
+
+
 def test_which_volumes_meet_changes_from_pass_to_pass():
     made = stream([0] * 64, range(64), 8)
     together = {frozenset(made.batch(step).tolist()) for step in range(80)}

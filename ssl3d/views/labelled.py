@@ -1,0 +1,133 @@
+"""Crops with their label map: where they are drawn from, so that rare structures are met."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.rng import numpy_rng
+from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Volume
+
+_SLAB = 16  # slices of a mask that are looked at together
+_KEPT = 1024  # volumes whose places a process remembers
+
+_places: OrderedDict[tuple[str, str, int], dict[int, np.ndarray]] = OrderedDict()
+_places_of = os.getpid()
+
+
+def draw_labelled(
+    volume: Volume,
+    size: Sequence[int],
+    rng: np.random.Generator,
+    around: float = 0.5,
+    min_foreground: float = 0.1,
+) -> Triple:
+    """Draws the start (D, H, W) of a crop of a volume with a mask.
+
+    With probability `around` the crop holds a voxel of a structure: the structure is drawn from those of
+    the volume, each as likely (as nnU-Net's oversampling), the voxel from its voxels, and the crop from
+    all crops that hold it, so that structures are not always in the middle. The rest are `draw_crop`'s,
+    and so are the crops of a volume whose mask is empty.
+
+    Args:
+        volume: Where from.
+        size: Of the crop, (D, H, W); a smaller volume lies in its middle.
+        rng: All randomness.
+        around: Probability of a crop that holds a structure.
+        min_foreground: Of the others, as of `draw_crop`.
+
+    Raises:
+        DataError: The volume has no mask, or no foreground.
+    """
+    places = mask_places(volume) if around else {}
+    if rng.random() >= around or not places:
+        return draw_crop(volume, size, rng, min_foreground)
+    value = sorted(places)[int(rng.integers(len(places)))]
+    voxel = places[value][int(rng.integers(len(places[value])))]
+    low, high = _range(volume, size, None)
+    first, last = np.maximum(low, voxel - np.asarray(size) + 1), np.minimum(high, voxel)
+    return _triple(rng.integers(first, last + 1))
+
+
+def read_labelled(
+    volume: Volume, start: Sequence[int], size: Sequence[int], margin: Sequence[int] = (0, 0, 0)
+) -> tuple[Tensor, Tensor]:
+    """Reads a crop and its mask, with `margin` more voxels on every side.
+
+    Returns:
+        (C, D + 2 margin, ...), float32, and (D + 2 margin, ...), int32, 0 outside the volume.
+
+    Raises:
+        DataError: The volume has no mask.
+    """
+    first = tuple(int(s) - m for s, m in zip(start, margin, strict=True))
+    extent = tuple(int(n) + 2 * m for n, m in zip(size, margin, strict=True))
+    return read_crop(volume, start, size, margin), volume.read_mask(first, extent).to(torch.int32)
+
+
+def mask_values(volume: Volume) -> np.ndarray:
+    """The values in a volume's mask, increasing, int64; read slab by slab.
+
+    Raises:
+        DataError: The volume has no mask.
+    """
+    found = [torch.unique(slab).numpy() for _, slab in _slabs(volume)]
+    return np.unique(np.concatenate(found))
+
+
+def mask_places(volume: Volume, most: int = 1000) -> dict[int, np.ndarray]:
+    """Where each structure of a mask lies: value above 0 -> voxels (n, 3), int32, at most `most` of them.
+
+    All voxels, or so many drawn at random, the same ones every time. A process remembers them.
+
+    Raises:
+        DataError: The volume has no mask.
+    """
+    global _places, _places_of
+    if _places_of != os.getpid():  # a worker's memory is its own
+        _places, _places_of = OrderedDict(), os.getpid()
+    key = (volume.id, volume.record.voxels, most)
+    if key in _places:
+        _places.move_to_end(key)
+        return _places[key]
+    rng = numpy_rng("mask places", volume.dataset, volume.id)
+    parts: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for first, slab in _slabs(volume):
+        where = torch.nonzero(slab > 0)
+        values = slab[tuple(where.T)].numpy()
+        voxels = where.numpy().astype(np.int32) + np.array([first, 0, 0], np.int32)
+        for value in np.unique(values).tolist():
+            own = voxels[values == value]
+            # In random order: any number of the first ones are a fair sample.
+            chosen = own[rng.permutation(len(own))[:most]]
+            parts.setdefault(int(value), []).append((len(own), chosen))
+    found = {value: _thinned(some, most, rng) for value, some in sorted(parts.items())}
+    _places[key] = found
+    if len(_places) > _KEPT:
+        _places.popitem(last=False)
+    return found
+
+
+def _thinned(parts: Sequence[tuple[int, np.ndarray]], most: int, rng: np.random.Generator) -> np.ndarray:
+    """Of the slabs' voxels at most so many, from each slab as many as it has by its share."""
+    counts = np.array([count for count, _ in parts])
+    if counts.sum() <= most:
+        return np.concatenate([chosen for _, chosen in parts])
+    shares = rng.multivariate_hypergeometric(counts, most)
+    return np.concatenate([chosen[:n] for n, (_, chosen) in zip(shares, parts, strict=True)])
+
+
+def _slabs(volume: Volume) -> Iterator[tuple[int, Tensor]]:
+    """A mask in slabs along D: the first slice, and (d, H, W)."""
+    _, depth, height, width = volume.shape
+    for first in range(0, depth, _SLAB):
+        yield first, volume.read_mask((first, 0, 0), (min(_SLAB, depth - first), height, width))
