@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from ssl3d_benchmarks.contestants import Entry
     from ssl3d_benchmarks.linear_probe import LinearProbe
     from ssl3d_benchmarks.linear_probe_command import Options
-    from ssl3d_benchmarks.linear_probe_run import Entry, Task
     from ssl3d_benchmarks.linear_probe_table import Row
+    from ssl3d_benchmarks.task import Task
 
 Array = NDArray[Any]
 
