@@ -192,7 +192,8 @@ def _pad_beforehand(x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> tuple[T
         return x, pads
     used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     risky = used not in (torch.float32, torch.float64) or max(weight.shape[2:]) > 3
-    if not risky or min(x.shape[2:]) >= 2 * max(weight.shape[2:]):
+    reach = max(*weight.shape[2:], *(2 * pad + 1 for pad in pads))  # a dilated kernel's is its padding's
+    if not risky or min(x.shape[2:]) >= 2 * reach:
         return x, pads
     return F.pad(x, [p for pad in reversed(pads) for p in (pad, pad)]), (0,) * len(pads)
 
@@ -299,6 +300,7 @@ class Convolution(nn.Module, ABC):
         kernel: Size K, odd.
         stride: Along D, H, W.
         groups: Of channels that see each other; `in_channels` of them is depth-wise.
+        dilation: Distance between taps along D, H, W.
     """
 
     def __init__(
@@ -308,6 +310,7 @@ class Convolution(nn.Module, ABC):
         kernel: int,
         stride: Triple = (1, 1, 1),
         groups: int = 1,
+        dilation: Triple = (1, 1, 1),
     ):
         super().__init__()
         if kernel % 2 == 0:
@@ -317,8 +320,9 @@ class Convolution(nn.Module, ABC):
                 f"groups must divide {in_channels} and {out_channels} channels; {groups} do not"
             )
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
-        self.stride, self.groups = triple(stride), groups
-        self.padding = kernel // 2
+        self.stride, self.groups, self.dilation = triple(stride), groups, triple(dilation)
+        self.middle = kernel // 2
+        self.padding = triple([self.middle * distance for distance in self.dilation])
         self.weight = nn.Parameter(torch.empty(self.weight_shape()))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         if groups > 1:  # torch counts the outputs of all groups, of which an input reaches only its own
@@ -335,7 +339,11 @@ class Convolution(nn.Module, ABC):
 
     def on_image(self, x: Tensor) -> Tensor:
         """The 2D network's convolution."""
-        return conv2d(x, self.weight, self.stride[1:], self.padding, self.groups)
+        return self._in_plane(x, self.weight)
+
+    def _in_plane(self, x: Tensor, weight: Tensor) -> Tensor:
+        pads, dilation = self.padding[1:], self.dilation[1:]
+        return conv2d(x, weight, self.stride[1:], pads, self.groups, dilation=dilation)
 
     @abstractmethod
     def on_volume(self, x: Tensor) -> Tensor:
@@ -343,10 +351,9 @@ class Convolution(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        groups = f", groups={self.groups}" if self.groups > 1 else ""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}{groups}"
-        )
+        more = f", groups={self.groups}" if self.groups > 1 else ""
+        more += f", dilation={self.dilation}" if self.dilation != (1, 1, 1) else ""
+        return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}{more}"
 
 
 class Full(Convolution):
@@ -358,11 +365,11 @@ class Full(Convolution):
 
     def on_image(self, x: Tensor) -> Tensor:
         """Skips the planes that would meet padding only."""
-        return conv2d(x, self.weight[:, :, self.padding], self.stride[1:], self.padding, self.groups)
+        return self._in_plane(x, self.weight[:, :, self.middle])
 
     def on_volume(self, x: Tensor) -> Tensor:
         """A plain 3D convolution."""
-        return conv3d(x, self.weight, None, self.stride, self.padding, 1, self.groups)
+        return conv3d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Pseudo3D(Convolution):
@@ -380,8 +387,9 @@ class Pseudo3D(Convolution):
         kernel: int,
         stride: Triple = (1, 1, 1),
         groups: int = 1,
+        dilation: Triple = (1, 1, 1),
     ):
-        super().__init__(in_channels, out_channels, kernel, stride, groups)
+        super().__init__(in_channels, out_channels, kernel, stride, groups, dilation)
         if kernel > 1:
             self.depth_weight = nn.Parameter(torch.empty(out_channels, out_channels // groups, kernel))
             nn.init.dirac_(self.depth_weight, groups)
@@ -391,17 +399,17 @@ class Pseudo3D(Convolution):
         x = super().on_image(x)
         if self.kernel == 1:
             return x
-        return F.conv2d(x, self.depth_weight[:, :, self.padding, None, None], groups=self.groups)
+        return F.conv2d(x, self.depth_weight[:, :, self.middle, None, None], groups=self.groups)
 
     def on_volume(self, x: Tensor) -> Tensor:
         """In the plane, then across it."""
         if self.kernel == 1:
             return conv3d(x, self.weight.unsqueeze(2), None, self.stride, groups=self.groups)
         depth, height, width = self.stride
-        flat = (0, self.padding, self.padding)
-        x = conv3d(x, self.weight.unsqueeze(2), None, (1, height, width), flat, 1, self.groups)
-        pad = (self.padding, 0, 0)
-        return conv3d(x, self.depth_weight[..., None, None], None, (depth, 1, 1), pad, 1, self.groups)
+        flat, taps = (0, *self.padding[1:]), (1, *self.dilation[1:])
+        x = conv3d(x, self.weight.unsqueeze(2), None, (1, height, width), flat, taps, self.groups)
+        pad, taps = (self.padding[0], 0, 0), (self.dilation[0], 1, 1)
+        return conv3d(x, self.depth_weight[..., None, None], None, (depth, 1, 1), pad, taps, self.groups)
 
 
 class Flat(Convolution):
@@ -409,8 +417,8 @@ class Flat(Convolution):
 
     def on_volume(self, x: Tensor) -> Tensor:
         """Every slice by itself."""
-        pad = (0, self.padding, self.padding)
-        return conv3d(x, self.weight.unsqueeze(2), None, self.stride, pad, 1, self.groups)
+        pad, taps = (0, *self.padding[1:]), (1, *self.dilation[1:])
+        return conv3d(x, self.weight.unsqueeze(2), None, self.stride, pad, taps, self.groups)
 
 
 class ACS(Convolution):
@@ -420,7 +428,7 @@ class ACS(Convolution):
         """Each third of the output channels in its own plane."""
         if self.kernel == 1:
             return conv3d(x, self.weight.unsqueeze(2), None, self.stride, groups=self.groups)
-        return acs_conv3d(x, self.weight, None, self.stride, triple(self.padding), groups=self.groups)
+        return acs_conv3d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
 _KINDS: dict[str, type[Convolution]] = {"3d": Full, "p3d": Pseudo3D, "acs": ACS, "2.5d": Flat}
@@ -433,6 +441,7 @@ def convolution(
     kernel: int,
     stride: int | Sequence[int] = 1,
     groups: int = 1,
+    dilation: int | Sequence[int] = 1,
 ) -> Convolution:
-    """A convolution of kind `3d`, `p3d`, `acs` or `2.5d`; stride along (D, H, W)."""
-    return _KINDS[kind](in_channels, out_channels, kernel, triple(stride), groups)
+    """A convolution of kind `3d`, `p3d`, `acs` or `2.5d`; stride and dilation along (D, H, W)."""
+    return _KINDS[kind](in_channels, out_channels, kernel, triple(stride), groups, triple(dilation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.convolutions import KINDS, Triple, convolution, triple
 from ssl3d.encoders.norms import NORMS, norm, norm_relu, recomputation
+
+ShortcutType = Literal["B", "A"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class ResNetConfig:
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D ResNet.
         pool_stride: Stride of that max-pool along D H W.
         stage_strides: Stride of each of the four stages along D H W; 1 along D keeps the depth.
+        shortcut: How a block's input takes the shape of its output where the two differ: B (1x1x1
+            convolution and norm) or A (every stride-th voxel, zeros for the channels that are new; no
+            parameters), as MedicalNet has it in its ResNet-18 and -34.
+        dilated: Let stages 3 and 4 dilate their kernels by what they would have strided, as Med3D does:
+            stride 1 with dilations of 2 and 4, so that the deepest maps are four times as fine.
+        high_resolution: Fine maps, for dense tasks: the first convolution and the third stage have stride
+            1 and the max-pool goes, whatever the options above say (Zhang et al., arXiv 2201.01426).
         zero_init_residual: Begin with residual branches that add nothing.
         checkpointing: Keep only each block's input for the backward pass and compute the rest again:
             less memory, a third more time, the same gradients.
@@ -47,12 +56,15 @@ class ResNetConfig:
     stem_pool: bool = False
     pool_stride: tuple[int, int, int] = (2, 2, 2)
     stage_strides: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    shortcut: ShortcutType = "B"
+    dilated: bool = False
+    high_resolution: bool = False
     zero_init_residual: bool = False
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for field, allowed in (("kind", KINDS), ("norm", NORMS)):
+        for field, allowed in (("kind", KINDS), ("norm", NORMS), ("shortcut", get_args(ShortcutType))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
         for field in ("in_channels", "width", "norm_groups", "stem_kernel"):
@@ -66,6 +78,27 @@ class ResNetConfig:
             _check_stride(field, getattr(self, field))
         for stride in self.stage_strides:
             _check_stride("stage_strides", stride)
+
+    def stem(self) -> tuple[Triple, bool]:
+        """Stride of the first convolution, and whether the max-pool follows."""
+        if self.high_resolution:
+            return (1, 1, 1), False
+        return triple(self.stem_stride), self.stem_pool
+
+    def steps(self) -> list[tuple[Triple, Triple]]:
+        """Stride and dilation of each stage."""
+        strides = [triple(stride) for stride in self.stage_strides]
+        if self.high_resolution:
+            strides[2] = (1, 1, 1)
+        if not self.dilated:
+            return [(stride, (1, 1, 1)) for stride in strides]
+        third = strides[2]
+        return [
+            (strides[0], (1, 1, 1)),
+            (strides[1], (1, 1, 1)),
+            ((1, 1, 1), third),
+            ((1, 1, 1), _times(third, strides[3])),
+        ]
 
 
 def _check_stride(field: str, stride: tuple[int, ...]) -> None:
@@ -81,16 +114,40 @@ class Shortcut(nn.Sequential):
         return self[1](self[0](x, image))
 
 
+class ZeroPadding(nn.Module):
+    """Every stride-th voxel, and zeros for new channels (He et al.'s option A); it has no parameters.
+
+    Differs from MedicalNet, whose shortcut passes no gradient on.
+    """
+
+    def __init__(self, new_channels: int, stride: Triple):
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x: Tensor, image: bool) -> Tensor:
+        """The block's input in the shape of its output."""
+        last = torch.channels_last if image else torch.channels_last_3d
+        layout = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+        for axis, step in enumerate(self.stride[1:] if image else self.stride, 2):
+            x = x[(slice(None),) * axis + (slice(None, None, step),)]
+        padded = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, self.new_channels))
+        return padded.contiguous(memory_format=layout)
+
+
 class Block(nn.Module):
     """A residual block: `branch` plus the shortcut, then ReLU."""
 
     expansion: ClassVar[int]
     last_norm: ClassVar[str]
-    downsample: Shortcut | None
+    downsample: Shortcut | ZeroPadding | None
 
-    def _shortcut(self, config: ResNetConfig, channels: int, out: int, stride: Triple) -> Shortcut | None:
+    def _shortcut(
+        self, config: ResNetConfig, channels: int, out: int, stride: Triple
+    ) -> Shortcut | ZeroPadding | None:
         if channels == out and stride == (1, 1, 1):
             return None
+        if config.shortcut == "A":
+            return ZeroPadding(out - channels, stride)
         return Shortcut(
             convolution(config.kind, channels, out, 1, stride), norm(config.norm, out, config.norm_groups)
         )
@@ -106,11 +163,11 @@ class BasicBlock(Block):
     expansion = 1
     last_norm = "bn2"
 
-    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple):
+    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple, dilation: Triple):
         super().__init__()
-        self.conv1 = convolution(config.kind, channels, width, 3, stride)
+        self.conv1 = convolution(config.kind, channels, width, 3, stride, dilation=dilation)
         self.bn1 = norm(config.norm, width, config.norm_groups)
-        self.conv2 = convolution(config.kind, width, width, 3)
+        self.conv2 = convolution(config.kind, width, width, 3, dilation=dilation)
         self.bn2 = norm(config.norm, width, config.norm_groups)
         self.downsample = self._shortcut(config, channels, width, stride)
 
@@ -126,12 +183,12 @@ class Bottleneck(Block):
     expansion = 4
     last_norm = "bn3"
 
-    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple):
+    def __init__(self, config: ResNetConfig, channels: int, width: int, stride: Triple, dilation: Triple):
         super().__init__()
         out = width * self.expansion
         self.conv1 = convolution(config.kind, channels, width, 1)
         self.bn1 = norm(config.norm, width, config.norm_groups)
-        self.conv2 = convolution(config.kind, width, width, 3, stride)
+        self.conv2 = convolution(config.kind, width, width, 3, stride, dilation=dilation)
         self.bn2 = norm(config.norm, width, config.norm_groups)
         self.conv3 = convolution(config.kind, width, out, 1)
         self.bn3 = norm(config.norm, out, config.norm_groups)
@@ -188,21 +245,20 @@ class ResNet(Encoder):
         super().__init__()
         self.config = config = config or ResNetConfig()
         block = self.block
-        self.conv1 = convolution(
-            config.kind, config.in_channels, config.width, config.stem_kernel, config.stem_stride
-        )
+        first, self.pools = config.stem()
+        self.conv1 = convolution(config.kind, config.in_channels, config.width, config.stem_kernel, first)
         self.bn1 = norm(config.norm, config.width, config.norm_groups)
         channels = [config.width]
-        strides = [triple(config.stem_stride)]
-        reached = strides[0]
-        if config.stem_pool:
+        strides = [first]
+        reached = first
+        if self.pools:
             reached = _times(reached, config.pool_stride)
-        for n, (depth, stride) in enumerate(zip(self.depths, config.stage_strides, strict=True)):
+        for n, (depth, (stride, dilation)) in enumerate(zip(self.depths, config.steps(), strict=True)):
             width = config.width * 2**n
             blocks = []
             for k in range(depth):
                 before = channels[-1] if k == 0 else width * block.expansion
-                blocks.append(block(config, before, width, triple(stride) if k == 0 else (1, 1, 1)))
+                blocks.append(block(config, before, width, stride if k == 0 else (1, 1, 1), dilation))
             self.add_module(f"layer{n + 1}", Stage(*blocks))
             reached = _times(reached, stride)
             channels.append(width * block.expansion)
@@ -226,7 +282,7 @@ class ResNet(Encoder):
         # After the convolution: with one channel in, its input has no layout that the output could take.
         x = norm_relu(self.bn1, self.conv1(x, image).contiguous(memory_format=self._layout(x, image)))
         maps = [x]
-        if self.config.stem_pool:
+        if self.pools:
             stride = self.config.pool_stride
             x = F.max_pool2d(x, 3, stride[1:], 1) if image else F.max_pool3d(x, 3, stride, 1)
         again = self.config.checkpointing and self.training and torch.is_grad_enabled()
@@ -284,3 +340,21 @@ class ResNet50(ResNet):
     """ResNet-50: bottleneck blocks."""
 
     block, depths = Bottleneck, (3, 4, 6, 3)
+
+
+class ResNet101(ResNet):
+    """ResNet-101: bottleneck blocks."""
+
+    block, depths = Bottleneck, (3, 4, 23, 3)
+
+
+class ResNet152(ResNet):
+    """ResNet-152: bottleneck blocks."""
+
+    block, depths = Bottleneck, (3, 8, 36, 3)
+
+
+class ResNet200(ResNet):
+    """ResNet-200: bottleneck blocks."""
+
+    block, depths = Bottleneck, (3, 24, 36, 3)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssl3d import plugins
 from ssl3d.encoder import Encoder
 from ssl3d.encoders import to_memory_format
+from ssl3d.encoders.convolutions import Convolution
 from ssl3d.errors import UsageError
 
 
@@ -109,9 +110,11 @@ def _make(cls: type[Encoder], config: Any) -> Encoder:
 
 
 def _sizes(encoder: Encoder) -> tuple[int, int, int]:
-    """An odd size at which the deepest map is at least two voxels wide, so that no tap sees only zeros."""
+    """An odd size at which the deepest map is wide enough that no tap, dilated or not, sees only zeros."""
     deepest = encoder.strides[-1]
-    return (2 * deepest[0] + 1, 2 * deepest[1] + 3, 2 * deepest[2] + 1)
+    gaps = [module.dilation for module in encoder.modules() if isinstance(module, Convolution)]
+    wide = max((max(gap) for gap in gaps), default=1) + 1
+    return (wide * deepest[0] + 1, wide * deepest[1] + 3, wide * deepest[2] + 1)
 
 
 def _volumes(encoder: Encoder, channels: int, batch: int = 2, depth: int | None = None) -> Tensor:

@@ -18,6 +18,8 @@ from ssl3d.errors import Ssl3dError
 from ssl3d.testing import check_encoder, dead_taps
 
 ENCODERS = plugins.names(plugins.ENCODERS)
+DEEP = ("resnet101", "resnet152", "resnet200")  # nothing but more blocks of resnet50
+CONTRACT = [pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name for name in ENCODERS]
 
 
 # By name, the options that make an encoder quick to test; others are tested as they come.
@@ -28,6 +30,7 @@ SMALL = {
     "vit": {"patch": (4, 4, 4), "width": 16, "layers": 4, "heads": 2, "grid": (2, 4, 4), "maps": 2},
     "swin": {"width": 6, "window": (2, 2, 2)},
     **{name: {"width": 8} for name in ("resnet10", "resnet18", "resnet34", "resnet50")},
+    **{name: {"width": 4} for name in DEEP},
     **{name: {"width": 4, "max_width": 16} for name in ("resenc", "resenc_l")},
 }
 EXTRAS = ("monai",)
@@ -47,7 +50,7 @@ def registered(name):
     return cls, config
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", CONTRACT)
 def test_every_registered_encoder_keeps_the_contract(name):
     check_encoder(*registered(name))
 
