@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -114,11 +115,25 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 def digest_of(encoder: Encoder) -> str:
     """Hash of an encoder's class, configuration, weights and buffers."""
-    digest = hashlib.sha256(f"{type(encoder).__name__} {encoder.config}".encode())
+    digest = hashlib.sha256(f"{type(encoder).__name__} {_written(encoder.config)}".encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+LATER = ("shortcut", "dilated", "high_resolution")
+"""Options that encoders got after the first records: at their defaults, they leave digests as they were."""
+
+
+def _written(config: Any) -> str:
+    """A configuration's `repr`, without later options that are at their defaults."""
+    shown = [
+        f"{one.name}={getattr(config, one.name)!r}"
+        for one in dataclasses.fields(config)
+        if one.name not in LATER or getattr(config, one.name) != one.default
+    ]
+    return f"{type(config).__qualname__}({', '.join(shown)})"
 
 
 def _bytes(tensor: Tensor) -> bytes:

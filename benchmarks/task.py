@@ -209,8 +209,8 @@ def split_up(
         how = "the data's own split" if any(data.splits) else "house split by subject"
         digest = split_digest(data, list(parts))
     for fold in made:
-        people = data.subject_codes
-        train, test = len(np.unique(people[fold.train])), len(np.unique(people[fold.test]))
+        codes = data.subject_codes
+        train, test = len(np.unique(codes[fold.train])), len(np.unique(codes[fold.test]))
         if train < 2 or test < 2:
             raise DataError(
                 f"{where}: {train} subjects to train on and {test} to test on; {noun} "
