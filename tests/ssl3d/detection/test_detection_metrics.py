@@ -115,7 +115,7 @@ def test_perfect_predictor_scores_one():
 
 
 def test_average_precision_by_hand():
-    """Truths 3; hits and misses in order of score: + - + - -, so precision 1, 1/2, 2/3 at recall 1/3, 2/3."""
+    """Three truths; hits and misses in order of score + - + - -: precision 1, 2/3 at recall 1/3, 2/3."""
     truths = [Truths([[0, 0, 4, 4], [10, 10, 14, 14], [20, 20, 24, 24]])]
     boxes = [[0, 0, 4, 4], [30, 30, 31, 31], [10, 10, 14, 14], [40, 40, 41, 41], [50, 50, 51, 51]]
     detections = [Detections(boxes, [0.9, 0.8, 0.7, 0.6, 0.5])]
