@@ -43,6 +43,7 @@ class Contestant:
         architecture: Name and configuration of the encoder.
         pretraining: What the checkpoint says of its training: proxies, steps, compute, data digest.
         identities: Hashes of the subjects that pretraining saw.
+        volumes_seen: Hashes of the files and voxels that pretraining saw (`ssl3d.leaks`); None: not known.
         saw_labels: Whether pretraining saw labels.
         details: Whatever else belongs in the record (the seed of random weights, recalibration).
     """
@@ -56,6 +57,7 @@ class Contestant:
     architecture: dict[str, Any] = field(default_factory=dict)
     pretraining: dict[str, Any] = field(default_factory=dict)
     identities: frozenset[str] = frozenset()
+    volumes_seen: frozenset[str] | None = None
     saw_labels: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -72,6 +74,7 @@ class Contestant:
             "architecture": self.architecture,
             "pretraining": self.pretraining,
             "identities_seen": len(self.identities),
+            "hashes_seen": None if self.volumes_seen is None else len(self.volumes_seen),
             "saw_labels": self.saw_labels,
             **self.details,
         }

@@ -205,7 +205,8 @@ def _write(
         file.create_dataset("labels", data=["" if one is None else str(one) for one in labels], dtype=text)
     else:
         file["labels"] = np.array([np.nan if one is None else one for one in labels], dtype=np.float64)
-    about = {key: value for key, value in getattr(encoder, "metadata", {}).items() if key != "identities"}
+    private = ("identities", "volumes_seen")
+    about = {key: value for key, value in getattr(encoder, "metadata", {}).items() if key not in private}
     file.attrs["encoder"] = str(options.encoder)
     file.attrs["encoder_json"] = json.dumps(about, default=str)
     file.attrs["patch"] = patch

@@ -16,6 +16,7 @@ from ssl3d import checkpoint as disk
 from ssl3d import snapshot
 from ssl3d.config import to_dict
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
+from ssl3d.leaks import hashes_in, pack_hashes, volume_hashes
 from ssl3d.monitor import Log
 from ssl3d.options import Plan, PretrainOptions
 from ssl3d.preempt import requeued
@@ -218,11 +219,16 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     import numpy as np
 
     identities = {disk.identity_hash(*person) for person in data.identities()}
+    own = volume_hashes(data)
+    volumes, unread = frozenset[str]().union(*own), sum(not one for one in own)
     labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
     if plan.options.init is not None:
         before = disk.encoder_from(plan.options.init, plan.options.seed).metadata
         identities |= set(before.get("identities", []))
+        earlier = hashes_in(before)
+        volumes |= earlier or frozenset()
+        unread += earlier is None
         labels = labels or bool(before.get("labels_seen", False))
         init = {"from": plan.options.init, "sha256": before.get("sha256"), "steps": before.get("steps")}
     citations = {name: kind.paper for name, (kind, _) in plan.proxies.items()}
@@ -236,6 +242,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         "init": init,
         "data": {"digest": digest, "volumes": len(data), "datasets": sorted(set(map(str, data.datasets)))},
         "identities": sorted(identities),
+        "volumes_seen": pack_hashes(volumes) | ({"incomplete": True} if unread else {}),
         "labels_seen": labels,
         "citations": citations | {plan.encoder_name: plan.encoder.paper},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ssl3d.build import (
     travellers_of,
     travellers_with,
 )
-from ssl3d.device import apply_layout, make_fabric, resolve_precision, set_threads
+from ssl3d.device import apply_layout, make_fabric, peak_memory, resolve_precision, set_threads
 from ssl3d.encoder import Encoder
 from ssl3d.errors import Ssl3dError, UsageError
 from ssl3d.loop import Feed, Loop
@@ -243,6 +244,7 @@ def _train(
     log: Log,
 ) -> Run:
     options = plan.options
+    began, earlier = time.perf_counter(), float(about.get("compute", {}).get("seconds", 0.0))
     begin = int(found["step"]) if found else 0
     run = Run(folder, options.steps, begin)
     patch = trainee.patch
@@ -276,6 +278,9 @@ def _train(
             about["compute"] = compute | {
                 "flops_between_epochs": between,
                 "flops": compute["flops_per_step"] * done + between,
+                "seconds": round(earlier + time.perf_counter() - began, 1),
+                "peak_memory": max(int(compute.get("peak_memory", 0)), peak_memory(fabric.device)),
+                "where": _where(fabric, options),
             }
 
     def save(done: int) -> None:

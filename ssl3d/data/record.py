@@ -35,6 +35,8 @@ class Record:
         source: Path relative to the root given, POSIX.
         sha256: Of the source file.
         voxels: Hash of what is stored; filled in by `write_part`.
+        reading: Hashes of the voxels that do not depend on names, precision or masks (`ssl3d.leaks`); filled
+            in by `write_part`.
         channels: Names of the channels.
         done: What was done, JSON values only: resampling, normalisation, crop. `done["background"]`, a
             number or one per channel, is the value of air; without it the minimum is taken.
@@ -53,6 +55,7 @@ class Record:
     source: str = ""
     sha256: str = ""
     voxels: str = ""
+    reading: str = ""
     channels: tuple[str, ...] = ("image",)
     done: dict[str, Any] = dataclasses.field(default_factory=dict)
 

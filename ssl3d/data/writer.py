@@ -22,6 +22,7 @@ import numpy as np
 from ssl3d.data.index import VERSION, IndexWriter
 from ssl3d.data.record import Record, blob, plain
 from ssl3d.errors import DataError
+from ssl3d.leaks import reading_of
 
 PART = "ssl3d-part"
 
@@ -75,7 +76,11 @@ def write_part(
     content = _content(stored, small, boxes)
     if stored.dtype == np.int16:  # the same numbers are other voxels at another scale
         content.update(np.array([scale, offset]).tobytes())
-    record = dataclasses.replace(record, voxels=content.hexdigest())
+    # Of what is read back, so that a store that lacks it gives the same later.
+    reading = reading_of(
+        stored if stored.dtype != np.int16 else stored * np.float32(scale) + np.float32(offset)
+    )
+    record = dataclasses.replace(record, voxels=content.hexdigest(), reading=reading)
     path = folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
     with _renamed(path) as temporary, h5py.File(temporary, "w", libver="v110") as file:

@@ -1,0 +1,241 @@
+"""Has pretraining seen the test volumes? Hashes of files and voxels that travel in the checkpoint.
+
+Identities (data set, subject) are compared by name, so a scan that was prepared again under another name or
+in another folder passes them by. Two more 8-byte hashes per volume do not depend on names:
+
+- of the *source file* and the place in it: finds the same file whatever was done to it afterwards
+  (spacing, crop, normalisation);
+- of a *reading of the voxels*: the means of 4 x 4 x 4 blocks, scaled to their own range and rounded to 32
+  levels (and once more to levels half a step off, as a mean may lie on an edge); finds the same voxels in
+  another file, format, precision or data set, with or without mask, and under any linear change of their
+  intensities. Volumes of two values are hashed bit by bit.
+
+Neither finds a scan that was *both* stored as another file *and* resampled, cropped, padded, turned, mirrored
+or denoised; nor two scans of one person. Different people do not collide in practice: 64 means would have to
+agree to 1/32 of their range. Volumes of one value, and masks of a few voxels, have no reading.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl3d.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Collection
+
+SIZE = 8
+"""Bytes of a hash."""
+LEVELS = 32
+SMALLEST = 128
+"""Least voxels of a shape in a volume of two values: two people's tiny masks can be the same by chance."""
+HASHES = "volumes_seen.bin"
+"""File beside `encoder.json`, for hashes that would make it long."""
+LONGEST = 1 << 18
+"""Most characters of base64 in `encoder.json`: about 10 000 volumes."""
+LAZY_VOXELS = 1_000_000_000
+"""Most voxels read to hash volumes of stores that were made before stores kept readings."""
+
+
+def reading_of(image: NDArray[Any]) -> str:
+    """The hashes of a volume's voxels, in hex: one or two of 8 bytes; empty for a volume of one value.
+
+    Args:
+        image: (C, D, H, W), as stored.
+    """
+    image = np.asarray(image)
+    low, high = float(image.min()), float(image.max())
+    if not high > low:
+        return ""
+    middle = image == image.dtype.type(high)
+    if bool(np.logical_or(middle, image == image.dtype.type(low)).all()):
+        if min(middle.sum(), middle.size - middle.sum()) < SMALLEST:
+            return ""
+        return _hash(f"bits {image.shape}".encode(), np.packbits(middle).tobytes())
+    means = _block_means(image)
+    floor, span = means.min(), np.ptp(means)
+    if not span > 1e-6 * (high - low):
+        return ""
+    place = (means - floor) / span * LEVELS
+    kind = f"means {means.shape}".encode()
+    return "".join(
+        _hash(kind + which, np.floor(place + shift).astype(np.int8).tobytes())
+        for which, shift in ((b"0", 0.25), (b"1", 0.75))
+    )
+
+
+def source_hash(sha256: str, source: str) -> str:
+    """The hash of a source file and the place of a volume in it, in hex; empty where it is not known.
+
+    Args:
+        sha256: Of the file.
+        source: As `Record.source`: PATH, or PATH#MEMBER[ROW]; the path does not count.
+    """
+    if not sha256:
+        return ""
+    return _hash(b"file", sha256.encode() + b"#" + source.partition("#")[2].encode())
+
+
+def volume_hashes(data: Collection, lazy_voxels: int = LAZY_VOXELS) -> list[frozenset[str]]:
+    """The hashes of every volume, in order; empty where nothing is known of one.
+
+    Stores keep them since they have `Record.reading`; volumes of older stores are read, as long as they are
+    `lazy_voxels` together.
+    """
+    found: list[frozenset[str]] = []
+    for volume in data:
+        record = volume.record
+        reading = record.reading
+        if not reading and (voxels := int(np.prod(volume.shape))) <= lazy_voxels:
+            lazy_voxels -= voxels
+            reading = reading_of(volume.read().numpy())
+        pieces = [reading[at : at + 2 * SIZE] for at in range(0, len(reading), 2 * SIZE)]
+        found.append(frozenset({*pieces, source_hash(record.sha256, record.source)} - {""}))
+    return found
+
+
+def seen_volumes(
+    data: Collection, hashes: Iterable[str], lazy_voxels: int = LAZY_VOXELS
+) -> NDArray[np.bool_]:
+    """Which volumes are among those that pretraining saw, by file or by voxels, whatever they are called; (N,).
+
+    Args:
+        data: To be tested on.
+        hashes: Of a checkpoint, as `hashes_in` gives them.
+        lazy_voxels: As of `volume_hashes`.
+    """
+    known = frozenset(hashes)
+    if not known:
+        return np.zeros(len(data), dtype=bool)
+    return np.array([bool(own & known) for own in volume_hashes(data, lazy_voxels)], dtype=bool)
+
+
+def leak_flags(
+    data: Collection, identities: Iterable[str], hashes: Iterable[str] | None, saw_labels: bool
+) -> dict[str, Any]:
+    """What a record says of leaks.
+
+    Args:
+        data: The volumes tested on.
+        identities: Hashes of the people that pretraining saw (`identity_hash`).
+        hashes: Of the volumes it saw; None where the checkpoint does not know.
+        saw_labels: Whether pretraining learned from labels.
+
+    Returns:
+        `seen_test_subjects`: people of the test part seen in pretraining, by name or by their scans;
+        `seen_test_volumes`: volumes seen by file or voxels, None where it is not known; `saw_labels`;
+        `ranked`: whether none was seen.
+    """
+    from ssl3d.checkpoint import identity_hash
+
+    known = frozenset(identities)
+    people = list(zip(map(str, data.datasets), map(str, data.subjects), strict=True))
+    seen = {person for person in set(people) if identity_hash(*person) in known}
+    volumes: int | None = None
+    if hashes is not None:
+        by_voxels = seen_volumes(data, hashes)
+        volumes = int(by_voxels.sum())
+        seen |= {person for person, known_one in zip(people, by_voxels, strict=True) if known_one}
+    return {
+        "seen_test_subjects": len(seen),
+        "seen_test_volumes": volumes,
+        "saw_labels": bool(saw_labels),
+        "ranked": not seen,
+    }
+
+
+# In a checkpoint ----------------------------------------------------------------------------------
+
+
+def pack_hashes(hashes: Iterable[str]) -> dict[str, Any]:
+    """Hashes as `encoder.json` holds them: sorted, 8 bytes each, base64 on one line."""
+    ordered = sorted(set(hashes))
+    content = bytes.fromhex("".join(ordered))
+    return {"count": len(ordered), "base64": base64.b64encode(content).decode()}
+
+
+def unpack_hashes(content: bytes) -> frozenset[str]:
+    """Hashes from their bytes."""
+    text = content.hex()
+    return frozenset(text[at : at + 2 * SIZE] for at in range(0, len(text), 2 * SIZE))
+
+
+def hashes_in(card: Mapping[str, Any]) -> frozenset[str] | None:
+    """The hashes of volumes that an encoder's metadata keep; None where it does not know what it saw.
+
+    An encoder that has seen no volumes (`scratch:...`, `imagenet:...`) knows: none.
+    """
+    kept = card.get("volumes_seen")
+    if isinstance(kept, Mapping) and isinstance(kept.get("base64"), str):
+        try:
+            return unpack_hashes(base64.b64decode(kept["base64"], validate=True))
+        except ValueError:
+            return None
+    if not card.get("identities") and not card.get("steps") and ("scratch" in card or "imagenet" in card):
+        return frozenset()
+    return None
+
+
+def hashes_apart(card: dict[str, Any]) -> bytes | None:
+    """Takes a long list of hashes out of a card; returns the content of `HASHES`, or None where it is short."""
+    kept = card.get("volumes_seen")
+    if not isinstance(kept, dict) or len(kept.get("base64", "")) <= LONGEST:
+        return None
+    content = base64.b64decode(kept["base64"])
+    left = {key: value for key, value in kept.items() if key != "base64"}
+    card["volumes_seen"] = left | {"file": HASHES, "sha256": hashlib.sha256(content).hexdigest()}
+    return content
+
+
+def hashes_together(card: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A card with the hashes of the file beside it.
+
+    Raises:
+        CheckpointError: The file is missing or is not the one that the card was written for.
+    """
+    kept = card.get("volumes_seen")
+    if not isinstance(kept, dict) or kept.get("file") != HASHES:
+        return card
+    path = folder / HASHES
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != kept.get("sha256"):
+        raise CheckpointError(f"{path}: its bytes are not those that encoder.json was written for")
+    left = {key: value for key, value in kept.items() if key not in ("file", "sha256")}
+    return card | {"volumes_seen": left | {"base64": base64.b64encode(content).decode()}}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _hash(kind: bytes, content: bytes) -> str:
+    return hashlib.blake2b(
+        content, digest_size=SIZE, person=b"ssl3d", key=hashlib.sha256(kind).digest()
+    ).hexdigest()
+
+
+def _block_means(image: NDArray[Any]) -> NDArray[np.float64]:
+    """Means over 4 x 4 x 4 blocks (1 x 8 x 8 of what is flat), per channel."""
+    sides = (4, 4, 4) if image.shape[1] >= 4 else (1, 8, 8)
+    # Slice by slice: a large volume is not copied in double precision.
+    edges = [
+        np.unique(np.linspace(0, n, min(side, n) + 1).astype(int))
+        for n, side in zip(image.shape[1:], sides)
+    ]
+    rows = []
+    for first, last in zip(edges[0][:-1], edges[0][1:]):
+        total = image[:, first:last].sum(axis=1, dtype=np.float64)
+        total = np.add.reduceat(total, edges[1][:-1], axis=1)
+        rows.append(np.add.reduceat(total, edges[2][:-1], axis=2))
+    sums = np.stack(rows, axis=1)
+    sizes = [np.diff(edge) for edge in edges]
+    return sums / (sizes[0][:, None, None] * sizes[1][:, None] * sizes[2])
