@@ -23,7 +23,9 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
     """A MedMNIST file: `train_images`, `train_labels` and so on; 2D and 3D; every row is a volume.
 
     Also a flat layout of the same kind: `images`, or `masks_packed` (`np.packbits` of `shape`), one row
-    per volume, with `patient`, `malignancy` or `labels` and `split` of the same length.
+    per volume, with `patient`, `malignancy` or `labels` and `split` of the same length. Where `nodule` says
+    which nodule a slice with a mask shows, the columns may have a value per nodule, and the mask's
+    components are its boxes.
     """
     found = Found()
     source = relative(path, root)
@@ -116,6 +118,9 @@ def _flat_arrays(
     if labels is not None and labels.dtype.kind == "f" and not np.isfinite(labels).all():
         found.rejected.append((source, "labels that are not finite"))
         return found
+    shown = member == "images" and PACKED in shapes and "nodule" in shapes
+    if shown:
+        found.box_names[dataset] = {"1": "nodule"}
     real = labels is not None and labels.dtype.kind == "f" and bool((labels != np.rint(labels)).any())
     counts: Counter[str] = Counter()
     for index in range(count):
@@ -133,6 +138,7 @@ def _flat_arrays(
                 split="" if split is None else sources.split_of(str(split[index])) or "",
                 named=True,
                 member=(member, index),
+                mask_boxes=shown,
             )
         )
     return found

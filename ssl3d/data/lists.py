@@ -1,4 +1,4 @@
-"""Sources that say themselves what they hold: `dataset.json`, CSV files, COCO boxes."""
+"""Sources that say themselves what they hold: `dataset.json`, CSV files."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _with_row(scan: Scan, row: _Row) -> Scan:
 
 
 def with_listing(found: Found, root: Path) -> Found:
-    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them, and COCO boxes."""
+    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them."""
     listings = []
     for path in sorted(root.glob("*.csv")):
         try:
@@ -258,7 +258,7 @@ def with_listing(found: Found, root: Path) -> Found:
         found.notes.append(
             f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
         )
-    return _with_boxes(found, root)
+    return found
 
 
 def _rows(path: Path, found: Found) -> Iterator[_Row]:
@@ -335,32 +335,3 @@ def _label_type(values: Sequence[str]) -> Any:
             continue
         return kind
     return str
-
-
-# COCO ---------------------------------------------------------------------------------------------
-
-
-def _with_boxes(found: Found, root: Path) -> Found:
-    """Boxes of a COCO `instances.json` beside the pictures it names."""
-    path = root / "instances.json"
-    if not path.is_file():
-        return found
-    content = _json(path)
-    if not {"images", "annotations"} <= content.keys():
-        return found
-    names = {entry["id"]: Path(entry["file_name"]).name for entry in content["images"]}
-    boxes: dict[str, list[tuple[float, ...]]] = {name: [] for name in names.values()}
-    for entry in content["annotations"]:
-        if "bbox" in entry and entry.get("image_id") in names:
-            x, y, w, h = map(float, entry["bbox"])
-            boxes[names[entry["image_id"]]].append(
-                (0.0, y, x, 1.0, y + h, x + w, float(entry["category_id"]))
-            )
-    matched = 0
-    for i, scan in enumerate(found.scans):
-        name = Path(scan.source).name
-        if name in boxes:
-            found.scans[i] = dataclasses.replace(scan, boxes=tuple(boxes[name]))
-            matched += 1
-    found.notes.append(f"instances.json: boxes of {matched} of {len(found.scans)} pictures")
-    return found

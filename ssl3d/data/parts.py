@@ -44,6 +44,8 @@ def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
             stamps[path] = stamp(path)
     described = dataclasses.asdict(scan)
     del described["files"], described["mask"]
+    if not scan.mask_boxes:  # as it was before there was such a thing
+        del described["mask_boxes"]
     files = [[path.name, *stamps[path]] for path in scan.all_files]
     return digest_of([described, [len(group) for group in scan.files], files])
 

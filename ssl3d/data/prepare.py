@@ -63,6 +63,10 @@ class PrepareOptions:
         colour: What becomes of pictures: grey, or rgb (three channels, for grey ones too). With rgb they
             are taken for natural images: folders are their classes, every picture is a subject of its own
             unless a list says whose it is, and a byte stays what it is, divided by 255 when it is read.
+        boxes: Boxes of objects: listed (COCO's instances.json or a CSV as VinDr-CXR's beside the pictures), or
+            masks (around the connected components of each value of the mask).
+        box_readers: What becomes of boxes that several readers drew around one object: merge (their mean),
+            or keep.
         max_voxels: Refuse scans with more voxels than this, before reading them.
         workers: Processes; by default one per core, at most 8; 0 works without any.
         part: I/N makes shard I of N (from 1), all volumes of a subject in one; the name gets -I-of-N.
@@ -81,6 +85,8 @@ class PrepareOptions:
     crop_foreground: bool = False
     frames: Literal["split", "channels", "refuse"] = "split"
     colour: Literal["grey", "rgb"] = "grey"
+    boxes: Literal["listed", "masks"] = "listed"
+    box_readers: Literal["merge", "keep"] = "merge"
     max_voxels: int = 2**30
     workers: int | None = None
     part: str = ""
@@ -104,6 +110,9 @@ class PrepareOptions:
             self.window = (float(self.window[0]), float(self.window[1]))
             if not self.window[0] < self.window[1]:
                 raise ValueError(f"window is {self.window}; expected the lower value first")
+        for field, known in (("boxes", ("listed", "masks")), ("box_readers", ("merge", "keep"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected {' or '.join(known)}")
         if self.max_voxels < 1:
             raise ValueError(f"max_voxels is {self.max_voxels}; expected 1 or more")
         if self.workers is not None and self.workers < 0:
@@ -169,7 +178,8 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     out = options.store()
     if out.is_dir():
         raise DataError(f"{out}: a folder; --out names a file")
-    wanted = Wanted(options.dataset, options.channels, options.masks, options.take_labels, options.colour)
+    wanted = Wanted(options.dataset, options.channels, options.masks, options.take_labels, options.colour,
+                    options.box_readers)  # fmt: skip
     found = find(options.sources, wanted)
     for note in found.notes:
         say(note)
@@ -194,6 +204,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         options.frames,
         options.colour,
         options.max_voxels,
+        options.boxes,
     )
     folder = out.with_name(f"{out.name}.partial")
     try:
@@ -212,6 +223,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
                     "options": _plain_options(options),
                     "spacing": spacing,
                     "mask_labels": found.label_names,
+                    "box_labels": _box_names(found, options),
                     "version": VERSION,
                 }
                 assemble(folder, out, settings, rows)
@@ -302,7 +314,15 @@ def _plain_options(options: PrepareOptions) -> dict[str, Any]:
     plain = dataclasses.asdict(options)
     for name in ("out", "workers", "overwrite", "sources"):
         del plain[name]
+    for name, usual in (("boxes", "listed"), ("box_readers", "merge")):
+        if plain[name] == usual:  # stores made before there were these options are made the same way
+            del plain[name]
     return json.loads(json.dumps(plain))
+
+
+def _box_names(found: Found, options: PrepareOptions) -> dict[str, dict[str, str]]:
+    """Per data set, box label -> kind of object; of boxes around masks, what the mask's values are."""
+    return (found.label_names if options.boxes == "masks" else {}) | found.box_names
 
 
 def _signed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
+from ssl3d.data.boxes import around_mask, within
 from ssl3d.data.itk import quiet_sitk
 from ssl3d.data.normalize import decide, foreground, normalize
 from ssl3d.data.read import Pixels, header_spacing, read, read_mask, sha256_of
@@ -33,6 +35,7 @@ class Recipe:
         frames: split, channels or refuse.
         colour: grey or rgb.
         max_voxels: More than this are refused.
+        boxes: listed, or masks: around the components of the mask.
     """
 
     spacing: Triple | None = None
@@ -42,6 +45,7 @@ class Recipe:
     frames: Literal["split", "channels", "refuse"] = "split"
     colour: Literal["grey", "rgb"] = "grey"
     max_voxels: int = 2**30
+    boxes: Literal["listed", "masks"] = "listed"
 
 
 @dataclasses.dataclass
@@ -286,7 +290,7 @@ def _write(
     done["normalize"] = how
     # 255ths, exactly: stored as they came, in half the room.
     plain = natural and window == (0.0, 255.0) and not isinstance(done.get("resampled"), dict)
-    boxes = None if scan.boxes is None else np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
+    start: tuple[int, ...] = (0, 0, 0)
     if recipe.crop_foreground:
         start, stop = _box(inside)
         if (start, stop) != ((0, 0, 0), inside.shape):
@@ -295,8 +299,7 @@ def _write(
             image, inside = image[(slice(None), *cut)], inside[cut]
             mask = None if mask is None else mask[cut]
             affine = geometry.shifted(affine, start)
-            if boxes is not None:
-                boxes[:, :6] -= np.array([*start, *start])
+    boxes, box_labels = _boxes(scan, recipe, pixels, mask, start, image.shape[1:], done)
     original = pixels.original_affine
     record = Record(
         id=scan.id if frame is None else f"{scan.id}#{frame}",
@@ -314,10 +317,37 @@ def _write(
         channels=_channels(scan, pixels, len(image)),
         done=done,
     )
-    box_labels = None if boxes is None else boxes[:, 6].astype(np.int64)
-    coordinates = None if boxes is None else boxes[:, :6]
     dtype = "uint8" if plain else "float16"
-    return write_part(task.folder, name, record, image, mask, coordinates, box_labels, inside, dtype)
+    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
+
+
+def _boxes(
+    scan: Scan,
+    recipe: Recipe,
+    pixels: Pixels,
+    mask: np.ndarray | None,
+    start: Sequence[int],
+    shape: Sequence[int],
+    done: dict[str, Any],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Boxes (n, 6) and their labels (n,) on the stored grid, which begins at voxel `start`."""
+    if mask is not None and (recipe.boxes == "masks" or scan.mask_boxes):
+        boxes, labels = around_mask(mask)
+        if scan.mask_boxes and not len(boxes):
+            return None, None
+        done["boxes"] = {"around": "the components of the mask"}
+        return boxes, labels
+    if scan.boxes is None:
+        return None, None
+    listed = np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
+    if len(listed) and (pixels.voxels.shape[1] > 1 or pixels.orientation != UNKNOWN):
+        raise DataError(
+            f"{len(listed)} boxes are listed for it, and it is no picture: those have boxes in pixels"
+        )
+    boxes, inside = within(listed[:, :6] - np.array([*start, *start], np.float32), shape)
+    if not inside.all():
+        done["boxes"] = {"listed": len(listed), "outside": int((~inside).sum())}
+    return boxes[inside], listed[inside, 6].astype(np.int64)
 
 
 def _channels(scan: Scan, pixels: Pixels, count: int) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class Scan:
         named: Whether a list or the user named this file: then it is a scan, whatever its values.
         member: Array of an .npz and the row in it.
         boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
+        mask_boxes: Whether the components of the mask are the boxes; an empty mask then says nothing.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Scan:
     named: bool = False
     member: tuple[str, int] | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
+    mask_boxes: bool = False
 
     @property
     def all_files(self) -> list[Path]:
@@ -93,12 +95,14 @@ class Found:
         rejected: (path relative to its root, reason): listed or named, but of no use.
         notes: What the user should know, by name.
         label_names: Per data set, mask value -> structure.
+        box_names: Per data set, box label -> kind of object.
     """
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Wanted:
         masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
         take_labels: Whether label-like files are scans.
         colour: grey, or rgb: pictures are then natural images, in folders named by their class.
+        box_readers: What becomes of one object's boxes by several readers: merge, or keep.
     """
 
     dataset: str = ""
@@ -118,6 +123,7 @@ class Wanted:
     masks: str = ""
     take_labels: bool = False
     colour: str = "grey"
+    box_readers: str = "merge"
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -135,6 +141,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         found.rejected += here.rejected
         found.notes += here.notes
         found.label_names.update(here.label_names)
+        for dataset, names in here.box_names.items():
+            found.box_names.setdefault(dataset, {}).update(names)
     return _distinct(found)
 
 
@@ -151,6 +159,7 @@ def split_of(name: str) -> str | None:
 
 def _find_one(source: Path, wanted: Wanted) -> Found:
     from ssl3d.data import arrays, lists
+    from ssl3d.data.boxes import with_boxes
 
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -175,7 +184,7 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
         found = lists.from_nnunet(source, wanted)
     else:
         found = from_folder(source, wanted)
-    return lists.with_listing(found, source)
+    return with_boxes(lists.with_listing(found, source), source, wanted.box_readers)
 
 
 def from_folder(root: Path, wanted: Wanted) -> Found:

@@ -452,8 +452,7 @@ class TwoStageDetector2d(nn.Module):
                 logits, offsets, list(proposals), [(size[0], size[1])] * len(proposals)
             )
         return [
-            Detection(yxyx(boxes), scores, labels - 1)
-            for boxes, scores, labels in zip(*found, strict=True)
+            Detection(yxyx(boxes), scores, labels - 1) for boxes, scores, labels in zip(*found, strict=True)
         ]
 
     # ------------------------------------------------------------------------------------------------
@@ -567,7 +566,10 @@ def _carefully(module: nn.Module) -> None:
     """Puts `_Conv2d` in the place of torchvision's convolutions, with their weights."""
     for name, child in module.named_children():
         if type(child) is nn.Conv2d:
-            kernel, stride = cast("tuple[int, int]", child.kernel_size), cast("tuple[int, int]", child.stride)
+            kernel, stride = (
+                cast("tuple[int, int]", child.kernel_size),
+                cast("tuple[int, int]", child.stride),
+            )
             padding, bias = cast("tuple[int, int]", child.padding), child.bias is not None
             own = _Conv2d(child.in_channels, child.out_channels, kernel, stride, padding, bias=bias)
             own.load_state_dict(child.state_dict())

@@ -1,0 +1,329 @@
+"""Boxes of objects: COCO's JSON and CSV lists beside the pictures they speak of; boxes around masks."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssl3d.errors import DataError
+
+if TYPE_CHECKING:
+    from ssl3d.data.sources import Found
+
+Box = tuple[float, ...]  # z1 y1 x1 z2 y2 x2 class; z is 0 to 1 in a picture
+
+# As VinDr-CXR has them, and what others call the same.
+_COLUMNS = {
+    "image": ("image_id", "image", "path", "file", "filename", "file_name"),
+    "x1": ("x_min", "xmin", "x1"),
+    "y1": ("y_min", "ymin", "y1"),
+    "x2": ("x_max", "xmax", "x2"),
+    "y2": ("y_max", "ymax", "y2"),
+    "class": ("class_name", "class", "label"),
+    "number": ("class_id",),
+    "reader": ("rad_id", "reader"),
+}
+_NOTHING = ("no finding", "")  # a line that says so: somebody looked
+_SPECK = 4  # voxels; a smaller component of a mask has no box
+
+
+@dataclasses.dataclass
+class Boxes:
+    """What one file says.
+
+    Attributes:
+        images: Per picture, by the name the file has for it.
+        names: Class -> name.
+        left_out: What was not taken, and how often.
+    """
+
+    images: dict[str, list[Box]] = dataclasses.field(default_factory=dict)
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
+    """Adds the boxes that files beside the pictures tell of: COCO's JSON, CSV lists as VinDr-CXR's.
+
+    Looked for in `root` and `root/annotations`. A picture is known by its path or the end of it, or by its
+    name without ending. Pictures that no file names have no boxes (None); those that a file names and
+    knows nothing of have zero boxes.
+
+    Args:
+        found: Scans, changed in place.
+        root: Folder.
+        readers: Whether boxes of several readers are `merge`d, or all are `keep`t.
+
+    Raises:
+        DataError: A file is damaged, or names a class that it does not list.
+    """
+    for path in _files(root):
+        said = from_coco(path) if path.suffix.lower() == ".json" else from_table(path, readers)
+        if said is None:
+            continue
+        by_end = _by_end(said.images)
+        matched = 0
+        for i, scan in enumerate(found.scans):
+            name = _named(scan.source, by_end)
+            if name is None or scan.member is not None:
+                continue
+            found.scans[i] = dataclasses.replace(scan, boxes=tuple(said.images[name]))
+            found.box_names.setdefault(scan.dataset, {}).update(
+                {str(number): text for number, text in said.names.items()}
+            )
+            matched += 1
+        left = "".join(f"; {count} left out: {why}" for why, count in sorted(said.left_out.items()))
+        found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} pictures{left}")
+    return found
+
+
+def from_coco(path: Path) -> Boxes | None:
+    """The boxes of a COCO JSON; None if it is none. Crowds are left out.
+
+    Raises:
+        DataError: It is not JSON, an entry lacks what it must have, or names a class that is not listed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        return None
+    said = Boxes()
+    try:
+        pictures = {entry["id"]: entry for entry in content["images"]}
+        said.images = {str(entry["file_name"]): [] for entry in pictures.values()}
+        said.names = {int(entry["id"]): str(entry["name"]) for entry in content.get("categories") or ()}
+        for number, entry in enumerate(content["annotations"]):
+            if "bbox" not in entry:
+                continue
+            picture = pictures.get(entry["image_id"])
+            if picture is None:
+                said.left_out["of pictures that are not listed"] += 1
+                continue
+            kind = int(entry["category_id"])
+            if said.names and kind not in said.names:
+                raise DataError(
+                    f"{path}: annotation {entry.get('id', number)} is of category {kind}, and the file lists "
+                    f"{len(said.names)} others"
+                )
+            x, y, width, height = map(float, entry["bbox"])
+            reason = "crowds" if entry.get("iscrowd") else ""
+            _add(said, str(picture["file_name"]), (x, y, x + width, y + height), kind, picture, reason)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not as COCO has it ({type(error).__name__}: {error})") from error
+    return said
+
+
+def from_table(path: Path, readers: str = "merge") -> Boxes | None:
+    """The boxes of a CSV with a line per box, as of VinDr-CXR; None if it lists none.
+
+    Columns image_id (or path), x_min, y_min, x_max, y_max in pixels, and, if you like, class_name, class_id,
+    rad_id. A line without corners ("No finding") says that somebody looked. Boxes of one class by several
+    readers that overlap by half become their mean (`merge`), or all are kept (`keep`).
+
+    Raises:
+        DataError: A corner is no number, or one class has two names.
+    """
+    table = _table(path)
+    if table is None:
+        return None
+    lines, columns = table
+    said = Boxes()
+    drawn: dict[str, list[tuple[str, Box]]] = defaultdict(list)
+    numbers = _numbers(path, lines, columns)
+    said.names = {number: name for name, number in numbers.items() if name.lower() not in _NOTHING}
+    for line, row in lines:
+        image = row[columns["image"]].strip()
+        said.images.setdefault(image, [])
+        corners = [row[columns[side]].strip() for side in ("x1", "y1", "x2", "y2")]
+        kind = row[columns["class"]].strip() if "class" in columns else ""
+        if not any(corners):
+            continue
+        try:
+            x1, y1, x2, y2 = map(float, corners)
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: {', '.join(corners)} are not four numbers") from error
+        before = len(said.images[image])
+        _add(said, image, (x1, y1, x2, y2), numbers[kind], {})
+        if len(said.images[image]) > before:
+            reader = row[columns["reader"]].strip() if "reader" in columns else ""
+            drawn[image].append((reader, said.images[image][-1]))
+    if readers == "merge" and "reader" in columns:
+        said.images |= {image: merged(boxes) for image, boxes in drawn.items()}
+    return said
+
+
+def merged(drawn: Sequence[tuple[str, Box]], overlap: float = 0.5) -> list[Box]:
+    """Boxes by several readers as one each: the mean of those of a class that overlap.
+
+    Args:
+        drawn: (reader, box); no two boxes of one reader become one.
+        overlap: Least intersection over union with the mean so far.
+    """
+    groups: list[list[tuple[str, Box]]] = []
+    for reader, box in drawn:
+        best, most = None, overlap
+        for group in groups:
+            if group[0][1][6] != box[6] or any(one == reader for one, _ in group):
+                continue
+            shared = _iou(_mean([other for _, other in group]), box)
+            if shared >= most:
+                best, most = group, shared
+        if best is None:
+            groups.append([(reader, box)])
+        else:
+            best.append((reader, box))
+    return [_mean([box for _, box in group]) for group in groups]
+
+
+def around_mask(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes around the connected components of each value of a mask (D, H, W), corners touching.
+
+    Specks of under 4 voxels have none.
+
+    Returns:
+        (n, 6) float32, z1 y1 x1 z2 y2 x2, the upper corner exclusive, and their values (n,).
+    """
+    from scipy import ndimage
+
+    boxes, values = [], []
+    for value in np.unique(mask[mask > 0]):
+        parts, count = ndimage.label(mask == value, np.ones((3, 3, 3)))
+        sizes = np.bincount(parts.reshape(-1), minlength=count + 1)[1:]
+        for place, size in zip(ndimage.find_objects(parts), sizes, strict=True):
+            if size >= _SPECK:
+                boxes.append([s.start for s in place] + [s.stop for s in place])
+                values.append(int(value))
+    return np.array(boxes, np.float32).reshape(-1, 6), np.array(values, np.int64)
+
+
+def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 6) cut to a volume (D, H, W), and which of them lie in it with a side of a voxel or more."""
+    limit = np.array([*shape, *shape], np.float32)
+    cut = np.clip(boxes, 0, limit)
+    return cut, ((cut[:, 3:] - cut[:, :3]) >= np.minimum(1, boxes[:, 3:] - boxes[:, :3]) - 1e-3).all(1) & (
+        (cut[:, 3:] - cut[:, :3]) > 0
+    ).all(1)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files that may list boxes, in a stable order."""
+    for folder in (root, root / "annotations"):
+        if folder.is_dir():
+            yield from sorted(folder.glob("*instances*.json"))
+            yield from sorted(folder.glob("*coco*.json"))
+            yield from sorted(path for path in folder.glob("*.csv") if path.name != "rejected.csv")
+
+
+def _add(
+    said: Boxes,
+    image: str,
+    corners: tuple[float, float, float, float],
+    kind: int,
+    picture: Mapping[str, Any],
+    reason: str = "",
+) -> None:
+    """Keeps a box (x1, y1, x2, y2), or counts why it is of no use."""
+    x1, y1, x2, y2 = corners
+    if not reason and not np.isfinite(corners).all():
+        reason = "not finite"
+    elif not reason and (x2 <= x1 or y2 <= y1):
+        reason = "without area"
+    elif not reason and (
+        x2 <= 0 or y2 <= 0 or x1 >= float(picture.get("width") or np.inf)
+        or y1 >= float(picture.get("height") or np.inf)
+    ):  # fmt: skip
+        reason = "outside of their picture"
+    if reason:
+        said.left_out[reason] += 1
+    else:
+        said.images[image].append((0.0, y1, x1, 1.0, y2, x2, float(kind)))
+
+
+def _table(path: Path) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]] | None:
+    """Numbered rows and the header's word for each column known; None where corners are not listed."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    head = text.split("\n", 1)[0]
+    delimiter = max((",", ";", "\t"), key=head.count)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
+    header = {(word or "").strip().lower(): word for word in reader.fieldnames or []}
+    columns = {
+        name: next(header[alias] for alias in aliases if alias in header)
+        for name, aliases in _COLUMNS.items()
+        if any(alias in header for alias in aliases)
+    }
+    if not {"image", "x1", "y1", "x2", "y2"} <= columns.keys():
+        return None
+    return [(reader.line_num, row) for row in reader], columns
+
+
+def _numbers(
+    path: Path, lines: Sequence[tuple[int, dict[str, str]]], columns: Mapping[str, str]
+) -> dict[str, int]:
+    """Class -> number: as the file says, else in the order of the names, from 1."""
+    kinds = {row[columns["class"]].strip() if "class" in columns else "" for _, row in lines}
+    if "number" not in columns:
+        return {kind: n for n, kind in enumerate(sorted(kinds - {""}), 1)} | {"": 0}
+    numbers: dict[str, int] = {}
+    for line, row in lines:
+        kind = row[columns["class"]].strip() if "class" in columns else ""
+        text = row[columns["number"]].strip()
+        try:
+            number = int(text)
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: class_id {text!r} is no whole number") from error
+        if not kind:  # then the number is the name
+            kind = row[columns.get("class", columns["number"])] = text
+        if numbers.setdefault(kind, number) != number:
+            raise DataError(f"{path}, line {line}: class {kind!r} is {number}, and {numbers[kind]} before")
+    return numbers
+
+
+def _by_end(images: Mapping[str, Any]) -> dict[str, str | None]:
+    """Every end of a picture's path, and its name without ending -> its name in the file; None: several."""
+    ends: dict[str, str | None] = {}
+    for name in images:
+        parts = name.replace("\\", "/").strip("/").split("/")
+        for n in range(len(parts)):
+            end = "/".join(parts[n:])
+            for key in {end, end.rsplit(".", 1)[0] if "." in parts[-1] else end}:
+                ends[key] = name if ends.get(key, name) == name else None
+    return ends
+
+
+def _named(source: str, by_end: Mapping[str, str | None]) -> str | None:
+    """What a file calls a picture; None if it does not name it, or two of its names might mean it."""
+    parts = source.split("/")
+    for n in range(len(parts)):
+        end = "/".join(parts[n:])
+        for key in (end, end.rsplit(".", 1)[0] if "." in parts[-1] else end):
+            if key in by_end:
+                return by_end[key]
+    return None
+
+
+def _mean(boxes: Sequence[Box]) -> Box:
+    return (*np.mean([box[:6] for box in boxes], axis=0).tolist(), boxes[0][6])
+
+
+def _iou(a: Box, b: Box) -> float:
+    sides = [max(min(a[i + 3], b[i + 3]) - max(a[i], b[i]), 0.0) for i in (1, 2)]
+    shared = sides[0] * sides[1]
+    areas = [(box[4] - box[1]) * (box[5] - box[2]) for box in (a, b)]
+    return shared / (sum(areas) - shared)
