@@ -8,8 +8,10 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +35,8 @@ WEIGHTS = "encoder.safetensors"
 CARD = "encoder.json"
 SCRATCH = "scratch:"
 IMAGENET = "imagenet:"
+FOREIGN = "foreign:"
+FOREIGN_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".tar", ".bin")
 TRAVELLERS = {"slice_aggregator": "ssl3d.aggregator:SliceAggregator"}
 """Classes that may travel beside an encoder, as `encoder.json` calls them; no other is ever imported.
 
@@ -116,13 +120,19 @@ def save_encoder(
     return folder
 
 
-def load_encoder(path: str | Path) -> Encoder:
+def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> Encoder:
     """Loads an encoder from a run folder, or from its `encoder/`, in evaluation mode, on the CPU.
 
     Needs the encoder's plugin, but no proxy. What `encoder.json` says is its attribute `metadata`.
 
+    Args:
+        path: Of the folder.
+        changes: Options of the encoder to take in place of those it was trained with, such as strides:
+            any that leave the names and shapes of all its weights as they are.
+
     Raises:
         CheckpointError: There is no encoder, or it is truncated, of a newer format or something else.
+        UsageError: A change is no option of this encoder, or would need other weights.
     """
     folder = _encoder_folder(Path(path))
     card = read_card(folder)
@@ -135,20 +145,57 @@ def load_encoder(path: str | Path) -> Encoder:
         config = from_dict(kind.Config, card["config"], f"{folder / CARD}, architecture {name}")
     except UsageError as error:
         raise CheckpointError(str(error)) from error
+    if changes:
+        config = from_dict(kind.Config, {**to_dict(config), **changes}, f"{folder} as {name}")
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = kind(config)
     state = _read_weights(folder / WEIGHTS, card)
-    _load_strictly(encoder, state, str(folder / WEIGHTS), name)
+    try:
+        _load_strictly(encoder, state, str(folder / WEIGHTS), name)
+    except CheckpointError as error:
+        if not changes:
+            raise
+        given = ", ".join(f"{key}={_shown(value)}" for key, value in changes.items())
+        raise UsageError(
+            f"{folder} with {given}: needs other weights than it has ({_after_colon(error)}); only options "
+            "that leave all weights as they are, such as strides, can be changed"
+        ) from error
     encoder.metadata = hashes_together(card, folder)
+    if changes:
+        encoder.metadata = {
+            **encoder.metadata, "config": to_dict(config), "channels": list(encoder.channels),
+            "strides": [list(stride) for stride in encoder.strides], "changed": sorted(changes),
+        }  # fmt: skip
     return encoder.eval()
+
+
+def _after_colon(error: Exception) -> str:
+    return str(error).partition(": ")[2] or str(error)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=_plain).replace(" ", "").strip('"')
 
 
 def _tensors_of(module: nn.Module) -> bytes:
     from safetensors.torch import save
 
-    # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused.
+    # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused. Of
+    # one tensor with two names the first is kept.
+    state = module.state_dict()
+    first = _first_names(state)
     return save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-                 for k, v in module.state_dict().items()})  # fmt: skip
+                 for k, v in state.items() if first[k] == k})  # fmt: skip
+
+
+def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For every name in a module's state, the first name of the same tensor."""
+    seen: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        found[name] = seen.setdefault(place, name) if tensor.numel() and tensor.data_ptr() else name
+    return found
 
 
 def traveller_class(name: str, module: nn.Module) -> str:
@@ -227,15 +274,18 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
     """The encoder that a word on the command line means, in evaluation mode.
 
     Args:
-        spec: A run, its `encoder/`, or `scratch:NAME[:kind][:field=value...]` for an untrained one, as
-            in `scratch:resnet18:acs:width=32:stem_stride=1,1,1`; or `imagenet:NAME[:kind][:field=value...]
+        spec: A run or its `encoder/`, with `:field=value...` for options that leave the weights as they
+            are, as in `RUN:stem_stride=1`; or `scratch:NAME[:kind][:field=value...]` for an untrained one,
+            as in `scratch:resnet18:acs:width=32:stem_stride=1`; or `imagenet:NAME[:kind][:field=value...]
             [:weights=FILE]` for a 2D network with ImageNet's weights made 3D, as in
-            `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.encoder.ConvertedConfig`.
+            `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.encoder.ConvertedConfig`; or
+            another toolkit's weights, `FILE.pth[:kind][:field=value...]` (also .pt, .ckpt, .safetensors;
+            `foreign:FILE` whatever its name), as `ssl3d.convert.foreign.from_spec` reads them.
         seed: Of an untrained encoder's weights.
 
     Raises:
-        UsageError: The words after `scratch:` or `imagenet:` name no encoder or no option of it.
-        CheckpointError: As `load_encoder`; ImageNet's weights cannot be had.
+        UsageError: The words name no encoder or no option of it.
+        CheckpointError: As `load_encoder`; weights cannot be had, or are not what they should be.
     """
     text = str(spec)
     if text.startswith(IMAGENET):
@@ -247,13 +297,19 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
         fields = _fields(options)
         return from_spec(text, {"network": network, **fields, **({"weights": file} if given else {})})
     if not text.startswith(SCRATCH):
-        return load_encoder(spec)
+        if is_foreign(text):
+            from ssl3d.convert.foreign import from_spec as from_file
+
+            return from_file(text)
+        place, options = _place_and_words(text)
+        changes = _fields(options)
+        return load_encoder(place, _whole(changes, place) if changes else None)
     name, *words = text.removeprefix(SCRATCH).split(":")
     try:
         kind = plugins.load(plugins.ENCODERS, name)
     except PluginError as error:
         raise UsageError(f"{text}: {error}") from error
-    config = from_dict(kind.Config, _fields(words), text)
+    config = from_dict(kind.Config, triples(kind.Config, _fields(words)), text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder: Encoder = kind(config)
@@ -262,9 +318,49 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
     return encoder.eval()
 
 
+def is_foreign(spec: str) -> bool:
+    """Whether a word for an encoder is a file of weights that ssl3d did not write."""
+    if spec.startswith(FOREIGN):
+        return True
+    if spec.startswith((SCRATCH, IMAGENET)) or Path(spec).is_dir():
+        return False
+    file = _FILE.match(spec)
+    return file is not None and not Path(file[1]).is_dir() and Path(file[1]).name != WEIGHTS
+
+
+_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?::[^:/\\]*)*)$")
+
+
+def _place_and_words(text: str) -> tuple[str, list[str]]:
+    """`RUN:field=value:...` apart; a folder whose own name looks so stays whole."""
+    parts = re.split(r":(?=[A-Za-z_]\w*=)", text)
+    there = (n for n in range(len(parts), 0, -1) if Path(":".join(parts[:n])).exists())
+    end = next(there, 1)
+    return ":".join(parts[:end]), parts[end:]
+
+
+def _whole(changes: dict[str, Any], place: str) -> dict[str, Any]:
+    """Changes to a saved encoder, single numbers as triples where its options are."""
+    name = str(read_card(_encoder_folder(Path(place)))["architecture"])
+    try:
+        return triples(plugins.load(plugins.ENCODERS, name).Config, changes)
+    except PluginError:
+        return changes  # `load_encoder` says it
+
+
+def triples(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields for a configuration; of one number along D, H and W it is enough to say it once."""
+    hints = typing.get_type_hints(config)
+    return {
+        key: [value] * 3 if type(value) is int and hints.get(key) == tuple[int, int, int] else value
+        for key, value in fields.items()
+    }
+
+
 def fitting(spec: str, channels: int) -> str:
-    """A word for an encoder without weights of volumes, with the volumes' channels if it names none."""
-    if not spec.startswith((SCRATCH, IMAGENET)) or "in_channels" in spec or channels == 1:
+    """A word for an encoder whose channels are free, with the volumes' channels if it names none."""
+    free = spec.startswith((SCRATCH, IMAGENET)) or is_foreign(spec)
+    if not free or "in_channels" in spec or channels == 1:
         return spec
     words, given, file = spec.partition(":weights=")
     return f"{words}:in_channels={channels}{given}{file}"
@@ -309,6 +405,8 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
             own = {key: given[key] for key in kept if key in given}
             if own.get("spacing") == "median":
                 own["spacing"] = settings.get("spacing") or "keep"
+            if encoder.config.in_channels == 1:  # colours were read as slices: it takes grey pictures
+                own.pop("colour", None)
             own = {key: value for key, value in own.items() if value != defaults[key]}
             if own not in found:
                 found.append(own)
@@ -385,6 +483,9 @@ def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor
 
 def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:
     own = module.state_dict()
+    for key, first in _first_names(own).items():
+        if key not in state and first in state:
+            state = {**state, key: state[first]}
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise CheckpointError(
