@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ssl3d.clustering import sinkhorn as sinkhorn
     from ssl3d.clustering import spherical_kmeans as spherical_kmeans
     from ssl3d.clustering import swav_loss as swav_loss
+    from ssl3d.config import Plugins as Plugins
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
     from ssl3d.convert import to_3d as to_3d
@@ -63,12 +64,14 @@ if TYPE_CHECKING:
     from ssl3d.data.store import open_data as open_data
     from ssl3d.data.store import write_part as write_part
     from ssl3d.decoder import Decoder as Decoder
+    from ssl3d.decoder import conv3x3x3 as conv3x3x3
     from ssl3d.detection.metrics import Detections as Detections
     from ssl3d.detection.metrics import DetectionScores as DetectionScores
     from ssl3d.detection.metrics import Truths as Truths
     from ssl3d.detection.metrics import average_precision as average_precision
     from ssl3d.detection.metrics import box_iou as box_iou
     from ssl3d.detection.metrics import froc as froc
+    from ssl3d.device import peak_memory as peak_memory
     from ssl3d.distributed import gather as gather
     from ssl3d.distributed import rank as rank
     from ssl3d.distributed import row_counts as row_counts
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
     from ssl3d.errors import CheckpointError as CheckpointError
     from ssl3d.errors import DataError as DataError
     from ssl3d.errors import Ssl3dError as Ssl3dError
+    from ssl3d.errors import TrainingError as TrainingError
     from ssl3d.errors import UsageError as UsageError
     from ssl3d.heads import projection_head as projection_head
     from ssl3d.inference import dense_features as dense_features
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
     from ssl3d.rng import BatchRng as BatchRng
     from ssl3d.rng import numpy_rng as numpy_rng
     from ssl3d.rng import one_group as one_group
+    from ssl3d.rng import seed_of as seed_of
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
@@ -124,6 +129,7 @@ if TYPE_CHECKING:
     from ssl3d.views.crops import read_crop as read_crop
     from ssl3d.views.crops import read_slab as read_slab
     from ssl3d.views.crops import slab_size as slab_size
+    from ssl3d.views.labelled import dataset_labels as dataset_labels
     from ssl3d.views.labelled import draw_labelled as draw_labelled
     from ssl3d.views.labelled import mask_places as mask_places
     from ssl3d.views.labelled import mask_values as mask_values
@@ -146,6 +152,10 @@ if TYPE_CHECKING:
     from ssl3d.words import word_places as word_places
 
 _HOME = {
+    "seed_of": "rng",
+    "TrainingError": "errors",
+    "peak_memory": "device",
+    "Plugins": "config",
     "AggregatedEncoder": "aggregator",
     "AggregatorConfig": "aggregator",
     "embed_slices": "inference",
@@ -169,6 +179,7 @@ _HOME = {
     "augment_labelled": "views.compose",
     "conv2d": "encoders.convolutions",
     "conv3d": "encoders.convolutions",
+    "dataset_labels": "views.labelled",
     "draw_labelled": "views.labelled",
     "mask_places": "views.labelled",
     "mask_values": "views.labelled",
@@ -197,6 +208,7 @@ _HOME = {
     "froc": "detection.metrics",
     "Truths": "detection.metrics",
     "DataError": "errors",
+    "conv3x3x3": "decoder",
     "Decoder": "decoder",
     "dense_features": "inference",
     "draw_crop": "views.crops",
