@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d.data.progress import Progress
+from ssl3d.distributed import rank
+from ssl3d.errors import DataError
 from ssl3d.rng import numpy_rng
 from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Volume
+    from ssl3d.data.store import Collection, Volume
 
 _SLAB = 16  # slices of a mask that are looked at together
 _KEPT = 1024  # volumes whose places a process remembers
@@ -82,6 +86,26 @@ def mask_values(volume: Volume) -> np.ndarray:
     """
     found = [torch.unique(slab).numpy() for _, slab in _slabs(volume)]
     return np.unique(np.concatenate(found))
+
+
+def dataset_labels(data: Collection) -> dict[int, np.ndarray]:
+    """The values in the masks of each data set: code of the data set -> increasing, int64.
+
+    Every mask is read. Data sets without masks are left out, and so are masks that cannot be read: those
+    volumes are named when it is their turn to be drawn.
+    """
+    masked = np.flatnonzero(data.has_mask)
+    found: dict[int, set[int]] = {}
+    bar, began = Progress(len(masked) if rank() == 0 else 0), time.perf_counter()
+    for number, position in enumerate(masked.tolist(), start=1):
+        try:
+            values = mask_values(data[position])
+        except (DataError, OSError):
+            continue
+        found.setdefault(int(data.dataset_codes[position]), set()).update(values.tolist())
+        bar.show(number, time.perf_counter() - began)
+    bar.clear()
+    return {code: np.array(sorted(values), np.int64) for code, values in sorted(found.items())}
 
 
 def mask_places(volume: Volume, most: int = 1000) -> dict[int, np.ndarray]:

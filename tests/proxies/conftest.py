@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mae": {"crop": [16, 16, 16], "width": 8},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
     "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
+    "med3d": {"crop": [16, 16, 16]},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
     "deepcluster_v2": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "per_volume": 2},
     "intra_inter": {

@@ -1,0 +1,371 @@
+"""Med3D: segment many data sets at once, each with a branch of its own on the one encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl3d.api import (
+    BatchRng,
+    DataError,
+    Encoder,
+    Proxy,
+    StepOutput,
+    Views,
+    augment_labelled,
+    centre_crop,
+    conv3x3x3,
+    dataset_labels,
+    draw_labelled,
+    fit_size,
+    norm,
+    read_labelled,
+    upsample,
+    view_margin,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.api import Collection, Volume
+
+UNKNOWN = -1
+"""Class of a voxel whose value no training mask has: neither learned nor counted."""
+_SHOWN = 2  # examples of each data set in a picture
+_WIDTH = 32  # channels of the released head
+
+
+@dataclass
+class Med3DConfig(Views):
+    """Options of the Med3D proxy.
+
+    Attributes:
+        crop: Size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
+        head: Each data set's branch: paper is a 1x1x1 convolution of the deepest feature map, brought to
+            the crop's voxels; conv_seg the released demo's head (transposed convolution, 3x3x3 and 1x1x1
+            convolutions, 32 channels), its output brought to the crop's voxels.
+        head_norm: Norm of the head conv_seg: batch (the released one's), group or instance.
+        loss: ce (cross entropy over all voxels, the paper's), dice (soft Dice over the structures of each
+            crop), or both (their sum).
+        around: Share of the crops drawn so that they hold a structure, each structure of a volume as
+            likely; the rest lie anywhere in the foreground.
+        min_foreground: Least share of foreground in a crop that lies anywhere.
+        flip: Probability of mirroring along each axis; 0, as left and right may be different structures.
+        shift: Largest translation, as a share of the crop's side.
+        torchio: Not to be used here: it would move images without their masks.
+    """
+
+    crop: tuple[int, int, int] = (32, 32, 32)
+    head: Literal["paper", "conv_seg"] = "paper"
+    head_norm: Literal["batch", "group", "instance"] = "batch"
+    loss: Literal["ce", "dice", "both"] = "ce"
+    around: float = 0.5
+    min_foreground: float = 0.1
+    flip: float = 0.0
+    shift: float = 0.1
+    blur: float = 0.0
+    bias: float = 0.0
+    gamma: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        if len(self.crop) != 3 or min(self.crop) < 1:
+            raise ValueError(f"crop needs 3 sizes of at least 1, not {self.crop}")
+        for name, choices in (
+            ("head", ("paper", "conv_seg")),
+            ("head_norm", ("batch", "group", "instance")),
+            ("loss", ("ce", "dice", "both")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {', '.join(choices)}")
+        for name in ("around", "min_foreground"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, 0 to 1, not {getattr(self, name):g}")
+        if self.torchio:
+            raise ValueError(
+                f"torchio is {' '.join(self.torchio)}, which would move images without their masks: "
+                "leave it empty"
+            )
+
+
+class Med3D(Proxy):
+    """The network must work out which structure every voxel belongs to, in data sets of all kinds.
+
+    Chen, Ma, Zheng: Med3D: Transfer Learning for 3D Medical Image Analysis, 2019 (arXiv:1904.00625).
+
+    Supervised: it learns from masks, and its checkpoints say so. All data sets share the encoder; each
+    has a branch that tells the values of its own masks apart, found in the data. An example trains the
+    encoder and its own data set's branch, no other. Data sets are seen equally often, however large they
+    are, and augmented by translation, rotation and scaling, image and mask alike. The paper's
+    pre-processing is `ssl3d prepare --spacing median` (per data set) with normalisation `mr` (0.5 and
+    99.5 percentiles, z-score); its backbone a ResNet with `dilated` stages.
+
+    Differs from the paper: half of the crops are drawn so that they hold a structure (as nnU-Net does;
+    `around`), where the paper crops randomly to its targets; a branch's logits are brought to the crop's
+    voxels by linear interpolation, also after the released head `conv_seg`, which scales the masks down
+    instead; percentiles and z-scores are the foreground's; one learning rate, where the released code
+    gives new layers 100 times that of the rest; AdamW with a cosine instead of SGD with an exponential
+    decay; crops of 32³ by default instead of whole volumes. Loss and metric leave out voxels whose value
+    no training mask has.
+
+    The metric `dice` is the mean over structures and data sets of the Dice coefficient, from the voxels
+    of all of a batch's crops together; `dice_NAME` is that of one data set. Structures that are neither
+    in the masks nor predicted do not count.
+    """
+
+    Config = Med3DConfig
+    paper: ClassVar[str] = (
+        "Chen, Ma, Zheng: Med3D: Transfer Learning for 3D Medical Image Analysis, arXiv:1904.00625, 2019"
+    )
+    main: ClassVar[str] = "dice"
+    recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 2e-3}
+    uses_labels: ClassVar[bool] = True
+    distinct: ClassVar[bool] = False
+
+    codes: Tensor
+
+    def __init__(self, config: Med3DConfig, encoder: Encoder) -> None:
+        """The branches come with the data, in `setup`."""
+        super().__init__(config, encoder)
+        self.branches = nn.ModuleList()
+        self.names: list[str] = []
+        self.register_buffer("codes", torch.zeros(0, dtype=torch.int64))
+
+    def setup(self, data: Collection) -> None:
+        """Gives every data set with masks a branch, as wide as its masks have values.
+
+        Raises:
+            DataError: No volume has a mask, or those of a data set hold a single value.
+        """
+        found: Mapping[str, Tensor] | None = getattr(data, "found", None)
+        if found is not None:
+            names = bytes(found["names"].tolist()).decode().split("\0")
+            values = found["values"].split(found["counts"].tolist())
+            self._make(found["codes"].tolist(), names, values)
+            return
+        labels = dataset_labels(data)
+        if not labels:
+            raise DataError(
+                f"med3d learns from masks, and none of the {len(data)} volumes to train on has one: "
+                "prepare the scans with --masks PART, a dataset.json or a CSV with a column mask"
+            )
+        names = [data.dataset_names[code] for code in labels]
+        for name, here in zip(names, labels.values(), strict=True):
+            if len(here) < 2:
+                raise DataError(
+                    f"med3d: the masks of {name} hold the value {here[0]} alone, so there is nothing to "
+                    "tell apart: leave that data set out"
+                )
+        self._make(list(labels), names, [torch.from_numpy(here) for here in labels.values()])
+
+    def _make(self, codes: Sequence[int], names: Sequence[str], values: Sequence[Tensor]) -> None:
+        self.names = list(names)
+        self.register_buffer("codes", torch.tensor(codes, dtype=torch.int64, device=self.codes.device))
+        self.branches = nn.ModuleList(Branch(self.config, self.encoder, own) for own in values)
+
+    def outline(self) -> dict[str, Tensor]:
+        """Data sets with masks, and the values of these."""
+        values = [branch.values.cpu() for branch in self._branches()]
+        return {
+            "codes": self.codes.cpu(),
+            "names": torch.tensor(list("\0".join(self.names).encode()), dtype=torch.uint8),
+            "values": torch.cat(values),
+            "counts": torch.tensor([len(own) for own in values]),
+        }
+
+    def _branches(self) -> list[Branch]:
+        return [branch for branch in self.branches if isinstance(branch, Branch)]
+
+    @classmethod
+    def draw(cls, config: Med3DConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One `crop` (C, d, h, w) and its `mask` (d, h, w), with margin, and `spacing` (3,), mm.
+
+        Raises:
+            DataError: The volume has no mask, or no foreground.
+        """
+        if not volume.has_mask:
+            raise DataError("it has no mask, and med3d learns from masks")
+        size = fit_size(volume, config.crop)
+        start = draw_labelled(volume, size, rng, config.around, config.min_foreground)
+        crop, mask = read_labelled(volume, start, size, view_margin(config, size))
+        return {"crop": crop, "mask": mask, "spacing": torch.tensor(volume.spacing, dtype=torch.float32)}
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Segments the crops, each with the branch of its data set."""
+        config, crop, mask = self.config, batch["crop"], batch["mask"]
+        size = (1 if crop.shape[2] == 1 else config.crop[0], *config.crop[1:])
+        if self.training:
+            x, labels = augment_labelled(config, crop, mask, rng, size, batch["spacing"])
+        else:
+            x, labels = centre_crop(crop, size), centre_crop(mask.unsqueeze(1), size).squeeze(1)
+        deepest = self.encoder(x)[-1]
+        owners, codes = batch["dataset"].tolist(), self.codes.tolist()
+        # Of the whole group: a mean over its examples, whichever data sets they are of.
+        total = deepest.float().sum() * 0
+        scores: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        shown: list[_Shown] = []
+        for code, name, branch in zip(codes, self.names, self._branches(), strict=True):
+            rows = [row for row, owner in enumerate(owners) if owner == code]
+            if not rows:
+                continue
+            logits = branch(deepest[rows], size)
+            target = branch.classes(labels[rows])
+            with torch.autocast(x.device.type, enabled=False):
+                losses = segmentation_loss(logits.float(), target, branch.structures, config.loss)
+            total = total + losses.sum()
+            metrics[f"loss_{name}"] = losses.detach().mean()
+            predicted = logits.detach().argmax(1)
+            own = dice(predicted, target, len(branch.values))[branch.structures]
+            if bool(own.isfinite().any()):
+                scores[name] = metrics[f"dice_{name}"] = own.nanmean()
+            some = slice(_SHOWN)
+            shown.append(_Shown(name, x[rows][some, 0], target[some], predicted[some]))
+        # Nothing to find and nothing found, in any data set: as it should be.
+        metrics["dice"] = torch.stack(list(scores.values())).mean() if scores else total.new_ones(())
+        return StepOutput(total / len(owners), metrics, (lambda: _picture(shown)) if shown else None)
+
+
+class Branch(nn.Module):
+    """What tells the structures of one data set apart, from the encoder's deepest map.
+
+    Attributes:
+        values: What the masks hold, increasing, (K,) int64: class k stands for value k.
+        structures: Which classes are structures, (K,) bool: all but the value 0.
+
+    Args:
+        config: Which head.
+        encoder: Whose map is taken; it is not kept.
+        values: See the attribute.
+    """
+
+    values: Tensor
+    structures: Tensor
+
+    def __init__(self, config: Med3DConfig, encoder: Encoder, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values.clone())
+        self.register_buffer("structures", values != 0)
+        self.strides = [float(stride) for stride in encoder.strides[-1]]
+        channels = encoder.channels[-1]
+        self.up: nn.ConvTranspose3d | None = None
+        if config.head == "conv_seg":
+            self.up = nn.ConvTranspose3d(channels, _WIDTH, 2, stride=2)
+            self.mix = nn.Conv3d(_WIDTH, _WIDTH, 3, padding=1, bias=False)
+            self.norms = nn.ModuleList(norm(config.head_norm, _WIDTH, 8) for _ in range(2))
+            channels = _WIDTH
+        self.out = nn.Conv3d(channels, len(values), 1, bias=self.up is None)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits (B, K, D, H, W) at the crop's voxels.
+
+        Args:
+            x: The deepest map, (B, C, d, h, w).
+            size: (D, H, W) of the crop.
+        """
+        strides = self.strides
+        if self.up is not None:
+            if size[0] == 1:  # an image stays one
+                flat = self.up.weight.mean(2)
+                x = F.conv_transpose2d(x.squeeze(2), flat, self.up.bias, stride=2).unsqueeze(2)
+            else:
+                x = self.up(x)
+            x = F.relu(self.norms[0](x))
+            x = F.relu(self.norms[1](conv3x3x3(x, self.mix.weight)))
+            strides = [stride / 2 for stride in strides]
+        return upsample(self.out(x).float(), size, strides)
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """Values of a mask as classes, int64; `UNKNOWN` for a value that the branch does not know."""
+        place = torch.searchsorted(self.values, labels.long()).clamp_max(len(self.values) - 1)
+        return torch.where(self.values[place] == labels, place, UNKNOWN)
+
+
+def segmentation_loss(
+    logits: Tensor, target: Tensor, structures: Tensor, kind: Literal["ce", "dice", "both"] = "ce"
+) -> Tensor:
+    """The loss of each example, (B,), over its voxels of known class; 0 where there are none.
+
+    Soft Dice is 1 - the mean over structures of (2 sum pg + 1) / (sum p + sum g + 1), with p the
+    probability and g 1 on the structure's voxels and 0 elsewhere: a structure that is not in the crop
+    asks for a small sum of p, and is fulfilled where that is 0.
+
+    Args:
+        logits: (B, K, D, H, W), float32.
+        target: (B, D, H, W), classes 0 to K - 1, or `UNKNOWN`.
+        structures: (K,), bool: the classes whose Dice counts.
+        kind: Cross entropy, Dice, or the sum of both.
+    """
+    known = target != UNKNOWN
+    loss = logits.new_zeros(len(logits))
+    if kind != "dice":
+        each = F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="none")
+        loss = loss + each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp_min(1)
+    if kind != "ce":
+        axes = (2, 3, 4)
+        p = logits.softmax(1)[:, structures] * known.unsqueeze(1)
+        chosen = structures.nonzero()[:, 0].view(1, -1, 1, 1, 1)
+        g = (target.unsqueeze(1) == chosen).to(p.dtype)
+        share = (2 * (p * g).sum(axes) + 1) / (p.sum(axes) + g.sum(axes) + 1)
+        loss = loss + (1 - share.mean(1)) * known.flatten(1).any(1)
+    return loss
+
+
+def dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Dice coefficients (K,) over all voxels of known class; NaN of classes neither there nor predicted.
+
+    Args:
+        predicted: Classes, any shape.
+        target: Classes or `UNKNOWN`, of the same shape.
+        classes: K.
+    """
+    known = target != UNKNOWN
+    pairs = torch.where(known, target * classes + predicted, classes * classes)
+    table = torch.bincount(pairs.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+    return 2 * table.diagonal().float() / (table.sum(0) + table.sum(1))
+
+
+class _Shown(NamedTuple):
+    """A few examples of one data set: its name, and (n, D, H, W) each."""
+
+    name: str
+    image: Tensor
+    target: Tensor
+    predicted: Tensor
+
+
+def _picture(shown: Sequence[_Shown]) -> Figure:
+    """Of each example the slice across D with most structure: input, mask and prediction."""
+    from matplotlib.figure import Figure
+
+    columns: list[tuple[str, list[np.ndarray]]] = []
+    for one in shown:
+        parts = [part.detach().float().cpu().numpy() for part in (one.image, one.target, one.predicted)]
+        columns += [(one.name, [part[n] for part in parts]) for n in range(len(one.image))]
+    figure = Figure(figsize=(1.7 * len(columns) + 0.3, 5.4), layout="constrained")
+    panels = figure.subplots(3, len(columns), squeeze=False)
+    for column, (name, (image, target, predicted)) in enumerate(columns):
+        place = int((target > target.min()).sum((1, 2)).argmax())
+        low, high = np.percentile(image, (0.5, 99.5))
+        top = max(float(target.max()), float(predicted.max()), 1.0)
+        for row, labels in enumerate((None, target, predicted)):
+            panel = panels[row, column]
+            panel.imshow(image[place], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            if labels is not None:
+                over = np.ma.masked_less_equal(labels[place], 0)
+                panel.imshow(over, cmap="turbo", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+        panels[0, column].set_title(name, fontsize=8)
+    for row, name in enumerate(("input", "mask", "predicted")):
+        panels[row, 0].set_ylabel(name, fontsize=9)
+    return figure
