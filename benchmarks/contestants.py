@@ -20,7 +20,8 @@ from ssl3d.api import (
     UsageError,
     encoder_from,
     fitting,
-    identity_hash,
+    hashes_in,
+    leak_flags,
     pooled_by,
 )
 from ssl3d_benchmarks.linear_probe_features import digest_of
@@ -108,6 +109,7 @@ def trivial_contestant(entry: Entry, measured: Sequence[int] = ()) -> Contestant
         "trivial",
         f"{entry.name} v{VERSION}",
         source=entry.source,
+        volumes_seen=frozenset(),
         details={"features": entry.name, "mask_classes": list(measured)},
     )
 
@@ -144,6 +146,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
         architecture={"name": card["architecture"], "config": card["config"]},
         pretraining={key: card[key] for key in kept if key in card} if entry.kind == "encoder" else {},
         identities=frozenset(card.get("identities") or ()),
+        volumes_seen=hashes_in(card),
         saw_labels=bool(card.get("labels_seen", False)),
         details=details,
     )
@@ -160,10 +163,11 @@ def record(
 ) -> Result:
     """The record to be of a contestant on a subset, with what decides its key, and its flags.
 
-    A test subject that pretraining saw, by identity, is counted; the record is then not ranked.
+    A test subject that pretraining saw, by identity, file or voxels, is counted; the record is then not
+    ranked.
     """
     test = np.any([fold.test for fold in task.folds], axis=0)
-    seen = seen_subjects(contestant, task.data.select(np.flatnonzero(test)))
+    tested = task.data.select(np.flatnonzero(test))
     return Result(
         task=benchmark.task,
         version=version,
@@ -178,18 +182,8 @@ def record(
         settings=settings,
         main=benchmark.main,
         compute={"pretraining": contestant.pretraining},
-        flags={
-            "seen_test_subjects": seen,
-            "saw_labels": contestant.saw_labels,
-            "ranked": seen == 0,
-        },
+        flags=leak_flags(tested, contestant.identities, contestant.volumes_seen, contestant.saw_labels),
     )
-
-
-def seen_subjects(contestant: Contestant, tested: Collection) -> int:
-    """How many of these subjects pretraining saw."""
-    people = {(str(d), str(s)) for d, s in zip(tested.datasets, tested.subjects, strict=True)}
-    return sum(identity_hash(*person) in contestant.identities for person in people)
 
 
 def check_channels(entries: Sequence[Entry], data: Collection) -> None:

@@ -108,6 +108,11 @@ class Volume:
         return f"Volume({self.index}, {self.dataset}/{self.id}, shape {self.shape}, spacing {self.spacing})"
 
     @property
+    def place(self) -> tuple[Store, int]:
+        """Its store, and its row there."""
+        return self._store, self._number
+
+    @property
     def id(self) -> str:
         """Name of the volume, unique in its store."""
         start = int(self._row["id_at"])
