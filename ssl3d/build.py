@@ -40,20 +40,27 @@ def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
 
 
 def channels(plan: Plan, data: Collection) -> Any:
-    """The encoder's options, with as many input channels as the data has where nothing else is said."""
+    """The encoder's options, with as many input channels as the proxies feed it.
+
+    As many as the data has, unless a proxy says otherwise (`Proxy.in_channels`).
+    """
     counts = sorted({int(shape[0]) for shape in data.shapes})
     if len(counts) > 1:
         raise UsageError(
             f"the volumes have {' and '.join(map(str, counts))} channels; one encoder takes one"
         )
+    fed = {name: kind.in_channels(own, counts[0]) for name, (kind, own) in plan.proxies.items()}
+    needed = sorted(set(fed.values()))
+    if len(needed) > 1:
+        each = ", ".join(f"{name} feeds it {count}" for name, count in fed.items())
+        raise UsageError(f"one encoder takes one number of channels: {each}; train them one by one")
     config = plan.encoder_config
-    if config.in_channels == counts[0]:
+    if config.in_channels == needed[0]:
         return config
     if config.in_channels == 1:
-        return replace(config, in_channels=counts[0])
-    raise UsageError(
-        f"--{plan.encoder_name}.in-channels is {config.in_channels}, the volumes have {counts[0]} channels"
-    )
+        return replace(config, in_channels=needed[0])
+    why = f"the volumes have {counts[0]}" if needed == counts else f"{next(iter(fed))} feeds it {needed[0]}"
+    raise UsageError(f"--{plan.encoder_name}.in-channels is {config.in_channels}, {why} channels")
 
 
 def build_encoder(plan: Plan, resuming: bool) -> Encoder:

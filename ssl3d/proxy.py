@@ -64,6 +64,25 @@ class Proxy(nn.Module, ABC):
         self.encoder = encoder
 
     @classmethod
+    def in_channels(cls, config: Any, data_channels: int) -> int:
+        """Channels of what the encoder is fed, where the volumes have `data_channels`: as many.
+
+        A proxy that reads channels as something else (colours as slices) says otherwise, and what it makes
+        of volumes in `present`. The encoder is built for that many channels.
+
+        Raises:
+            UsageError: Volumes with so many channels are of no use to it; the message says what would be.
+        """
+        return data_channels
+
+    def present(self, volumes: Tensor) -> Tensor:
+        """Volumes (B, C, D, H, W), as stored, as the encoder takes them: as they are.
+
+        For what is looked at while training (the online kNN score, the measure of collapse).
+        """
+        return volumes
+
+    @classmethod
     @abstractmethod
     def draw(cls, config: Any, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Reads one example's crops, in a worker, on the CPU; all randomness from `rng`.

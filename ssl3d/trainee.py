@@ -106,7 +106,8 @@ class Trainee(nn.Module):
             (loss, Sums), or embeddings (B, embed_dim).
         """
         if task == "embed":
-            return self.encoder.embed(given)
+            first = next(iter(self.each()), None)  # several agree on what the encoder takes
+            return self.encoder.embed(given if first is None else first[1].present(given))
         return self._loss(given, step)
 
     def _loss(self, groups: Sequence[Group], step: object) -> tuple[Tensor, Sums]:

@@ -54,6 +54,7 @@ def check_proxy(
     - `forward` gives a finite scalar loss and detached scalar metrics, `main` among them; it takes its
       randomness from its generator (dropout excepted), leaves its batch as it was, and works in eval
       mode, on a batch of 2 that is part of a larger one, and under bfloat16 autocast.
+    - The encoder is fed as many channels as `in_channels` says, by `forward` and by `present`.
     - A gradient reaches every trainable parameter and every kernel tap.
     - The loss falls on a few batches shown again and again, always with the same random numbers.
     - The state dict holds all that the next step depends on.
@@ -81,7 +82,8 @@ def check_proxy(
         config = cls.Config() if config is None else config
         _check_config(cls, config)
         volumes = _phantoms() if data is None else data
-        make = _default_encoder(volumes[0].shape[0]) if encoder is None else encoder
+        fed = _check_in_channels(cls, config, volumes[0].shape[0])
+        make = _default_encoder(fed) if encoder is None else encoder
         examples = _check_draw(cls, config, volumes, batch_size)
         groups = [_group(cls, examples, n, batch_size) for n in range(_BATCHES)]
 
@@ -89,6 +91,7 @@ def check_proxy(
         started = copy.deepcopy(made)
         _start_epoch(made, groups)
         _check_step(made, groups[0])
+        _check_fed(made, groups[0], volumes[0], fed)
         _check_randomness(made, groups[0])
         _check_gradients(made, groups)
         _check_eval(made, groups[0])
@@ -137,6 +140,16 @@ def _check_config(cls: type[Proxy], config: Any) -> None:
     assert copied == config, f"{who}: its Config changes when pickled"
     again = from_dict(type(config), to_dict(config), f"{who}.Config")
     assert again == config, f"{who}: its Config changes when written to YAML and read again"
+
+
+def _check_in_channels(cls: type[Proxy], config: Any, channels: int) -> int:
+    who = cls.__name__
+    assert isinstance(inspect.getattr_static(cls, "in_channels"), classmethod), (
+        f"{who}: in_channels is not a classmethod; it is asked before there is an encoder"
+    )
+    fed: Any = cls.in_channels(config, channels)
+    assert isinstance(fed, int) and fed >= 1, f"{who}: in_channels gives {fed!r}, not a number of channels"
+    return fed
 
 
 # Drawing -------------------------------------------------------------------------------------------
@@ -245,6 +258,22 @@ def _check_step(proxy: Proxy, group: dict[str, Tensor]) -> None:
     assert not changed and set(group) == set(before), f"{who}: forward changes its batch ({changed})"
     if output.picture is not None:
         _assert_picture(who, output.picture)
+
+
+def _check_fed(proxy: Proxy, group: dict[str, Tensor], volume: Volume, fed: int) -> None:
+    """The encoder is fed what `in_channels` promised when it was built."""
+    who = type(proxy).__name__
+    trial = copy.deepcopy(proxy).train()
+    seen: set[int] = set()
+    hook = trial.encoder.register_forward_pre_hook(lambda _, inputs: seen.add(int(inputs[0].shape[1])))
+    _step(trial, group)
+    hook.remove()
+    assert seen <= {fed}, f"{who}: in_channels says {fed}, but forward feeds the encoder {sorted(seen)}"
+    shown = trial.present(torch.zeros(2, *volume.shape))
+    assert isinstance(shown, Tensor) and shown.ndim == 5 and tuple(shown.shape[:2]) == (2, fed), (
+        f"{who}: present makes {_what(shown)} of volumes (2, {', '.join(map(str, volume.shape))}); "
+        f"expected (2, {fed}, D, H, W), as in_channels says"
+    )
 
 
 def _assert_output(who: str, output: StepOutput, main: str, where: str = "") -> None:

@@ -98,7 +98,9 @@ def check_ranks(
         config = cls.Config() if config is None else config
         data = _phantoms() if data is None else data
         torch.manual_seed(seed_of("check_ranks"))
-        made = (_default_encoder(int(data[0].shape[0])) if encoder is None else encoder)()
+        made = (
+            _default_encoder(cls.in_channels(config, int(data[0].shape[0]))) if encoder is None else encoder
+        )()
         blank = copy.deepcopy(made)
         single = cls(config, made)
         single.setup(data)

@@ -1,7 +1,10 @@
 """Small, fast options of every proxy, for the tests that go over all of them."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # By proxy, as in a YAML file. Chosen for `tiny_encoder` (strides of 8 in all): crops of 16 leave a last
@@ -14,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "context_restoration": {"crop": [16, 16, 16], "width": 8},
     "mae": {"crop": [16, 16, 16], "width": 8},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
+    "pseudo3d_classification": {"crop": 16},
     "transvw": {"crop": [16, 16, 16], "width": 8, "words": 8},
     "med3d": {"crop": [16, 16, 16]},
     "swav": {"crop": [16, 16, 16], "hidden": 32, "out": 16, "freeze": 0.0, "queue": 8, "queue_from": 0.0},
@@ -47,6 +51,48 @@ RANKS: dict[str, dict[str, Any]] = {
     "deepcluster_v2": {"head_norm": "layer"},
 }
 
+# Strides of the encoder's four stages, where what it is fed is too thin for those of `tiny_encoder`.
+STRIDES: dict[str, Any] = {"pseudo3d_classification": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))}
+
+
+def _phantoms(folder: Path) -> Path:
+    from ssl3d.data.phantoms import phantom_store
+
+    return phantom_store(12, shape=(40, 40, 40), folder=folder)
+
+
+def _pictures(folder: Path) -> Path:
+    """Twelve pictures in colour of three classes: bars that lie, bars that stand, and chequers."""
+    from ssl3d.api import Record, assemble, write_part
+
+    rng = np.random.default_rng(0)
+    bars = np.indices((24, 28)) // 4 % 2
+    for i in range(12):
+        pattern = (bars[0], bars[1], bars.sum(0) % 2)[i % 3]
+        image = np.clip(pattern * 0.6 + rng.uniform(0, 0.4, (3, 1, 24, 28)), 0, 1).astype(np.float32)
+        record = Record(f"p/{i}", "p", f"s{i}", label=("lie", "stand", "chequer")[i % 3])
+        write_part(folder / "parts", f"{i:03d}", record, image, dtype="uint8")
+    assemble(folder / "parts", folder / "pictures.h5", {}, [])
+    return folder / "pictures.h5"
+
+
+# What a proxy learns from, where phantoms are of no use to it: makes a store in a folder.
+DATA: dict[str, Callable[[Path], Path]] = {"pseudo3d_classification": _pictures}
+
+
+@pytest.fixture(scope="session")
+def store_of(tmp_path_factory):
+    """store_of(name): the path of a small store for a proxy, made when it is first asked for."""
+    made: dict[Any, Path] = {}
+
+    def of(name):
+        make = DATA.get(name, _phantoms)
+        if make not in made:
+            made[make] = make(tmp_path_factory.mktemp("store"))
+        return made[make]
+
+    return of
+
 
 @pytest.fixture(scope="session")
 def small():
@@ -65,11 +111,12 @@ def small():
 
 @pytest.fixture(scope="session")
 def tiny_encoder():
-    """tiny_encoder(kind="acs", norm="batch"): makes a narrow resnet10 with strides of 8 in all."""
+    """tiny_encoder(kind="acs", norm="batch", name=""): makes a narrow resnet10 with strides of 8 in all."""
     from ssl3d.encoders.resnet import ResNet10
 
-    def make(kind="acs", norm="batch"):
-        config = ResNet10.Config(width=8, kind=kind, norm=norm, stem_kernel=3, stem_stride=(1, 1, 1))
+    def make(kind="acs", norm="batch", name=""):
+        own = {"stage_strides": STRIDES[name]} if name in STRIDES else {}
+        config = ResNet10.Config(width=8, kind=kind, norm=norm, stem_kernel=3, stem_stride=(1, 1, 1), **own)
         return ResNet10(config)
 
     return make

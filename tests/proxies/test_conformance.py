@@ -9,7 +9,6 @@ import ssl3d
 from ssl3d import plugins, snapshot
 from ssl3d.checkpoint import load_proxies
 from ssl3d.config import to_dict
-from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store import open_data
 from ssl3d.testing import check_proxy, check_ranks
 
@@ -17,19 +16,10 @@ NAMES = plugins.names(plugins.PROXIES)
 ALTERNATING = [(name, ("acs", "3d")[number % 2]) for number, name in enumerate(NAMES)]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return phantom_store(12, shape=(40, 40, 40), folder=tmp_path_factory.mktemp("phantoms"))
-
-
-@pytest.fixture(scope="module")
-def phantoms(store):
-    return open_data([store])
-
-
 @pytest.mark.parametrize("name,kind", ALTERNATING)
-def test_it_keeps_the_contract(name, kind, small, tiny_encoder, phantoms):
-    check_proxy(name, small(name, kind), encoder=lambda: tiny_encoder(kind), data=phantoms)
+def test_it_keeps_the_contract(name, kind, small, tiny_encoder, store_of):
+    data = open_data([store_of(name)])
+    check_proxy(name, small(name, kind), encoder=lambda: tiny_encoder(kind, name=name), data=data)
 
 
 @pytest.mark.slow
@@ -37,21 +27,21 @@ def test_it_keeps_the_contract(name, kind, small, tiny_encoder, phantoms):
 @pytest.mark.parametrize("kind", ["acs", "3d"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_keeps_the_contract_with_every_kernel_and_precision(
-    name, kind, bfloat16, small, tiny_encoder, phantoms
+    name, kind, bfloat16, small, tiny_encoder, store_of
 ):
-    config = small(name, kind)
-    check_proxy(name, config, encoder=lambda: tiny_encoder(kind), data=phantoms, bfloat16=bfloat16)
+    config, data = small(name, kind), open_data([store_of(name)])
+    check_proxy(name, config, encoder=lambda: tiny_encoder(kind, name=name), data=data, bfloat16=bfloat16)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_and_two_are_four(name, small, tiny_encoder, store, tmp_path):
+def test_two_steps_and_two_are_four(name, small, tiny_encoder, store_of, tmp_path):
     # Three steps an epoch: it goes on in the middle of one, and begins another.
     whole = ssl3d.pretrain(
         name,
-        data=str(store),
+        data=str(store_of(name)),
         out=tmp_path / "whole",
         encoder="resnet10",
-        resnet10=to_dict(tiny_encoder("acs").config),
+        resnet10=to_dict(tiny_encoder("acs", name=name).config),
         **{name: to_dict(small(name))},
         steps=4,
         batch_size=4,
@@ -88,13 +78,15 @@ def _equal(a, b):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_learn_what_one_learns(name, small, tiny_encoder, phantoms):
-    check_ranks(name, small(name, ranks=True), lambda: tiny_encoder(norm="group"), phantoms)
+def test_two_ranks_learn_what_one_learns(name, small, tiny_encoder, store_of):
+    data = open_data([store_of(name)])
+    check_ranks(name, small(name, ranks=True), lambda: tiny_encoder(norm="group", name=name), data)
 
 
-def test_the_record_counts_what_clustering_costs_beside_the_steps(small, phantoms, tmp_path):
+def test_the_record_counts_what_clustering_costs_beside_the_steps(small, store_of, tmp_path):
+    store = str(store_of("deepcluster_v2"))
     run = ssl3d.pretrain(
-        "deepcluster_v2", phantoms, tmp_path / "run", steps=3, batch_size=4, eval_every=-1,
+        "deepcluster_v2", store, tmp_path / "run", steps=3, batch_size=4, eval_every=-1,
         encoder="resnet10", resnet10={"width": 8}, deepcluster_v2=to_dict(small("deepcluster_v2")),
     )  # fmt: skip
     compute = run.encoder.metadata["compute"]
