@@ -111,6 +111,17 @@ if TYPE_CHECKING:
     from ssl3d.rng import numpy_rng as numpy_rng
     from ssl3d.rng import one_group as one_group
     from ssl3d.rng import seed_of as seed_of
+    from ssl3d.segmentation.heads import segmentation_head as segmentation_head
+    from ssl3d.segmentation.loss import dice_ce_loss as dice_ce_loss
+    from ssl3d.segmentation.metrics import mask_scores as mask_scores
+    from ssl3d.segmentation.network import CoarseToFine as CoarseToFine
+    from ssl3d.segmentation.network import SegmentationNetwork as SegmentationNetwork
+    from ssl3d.segmentation.network import expanded as expanded
+    from ssl3d.segmentation.network import find_region as find_region
+    from ssl3d.segmentation.network import shrunk as shrunk
+    from ssl3d.segmentation.network import shrunk_mask as shrunk_mask
+    from ssl3d.segmentation.save import save_segmentation as save_segmentation
+    from ssl3d.segmentation.windows import predict_windows as predict_windows
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
@@ -273,6 +284,17 @@ _HOME = {
     "Result": "benchmark",
     "save_nifti": "data.geometry",
     "Scores": "benchmark",
+    "segmentation_head": "segmentation.heads",
+    "dice_ce_loss": "segmentation.loss",
+    "mask_scores": "segmentation.metrics",
+    "CoarseToFine": "segmentation.network",
+    "SegmentationNetwork": "segmentation.network",
+    "expanded": "segmentation.network",
+    "find_region": "segmentation.network",
+    "shrunk": "segmentation.network",
+    "shrunk_mask": "segmentation.network",
+    "save_segmentation": "segmentation.save",
+    "predict_windows": "segmentation.windows",
     "simulated_index": "data.phantoms",
     "slab_size": "views.crops",
     "sorting_loss": "sorting",

@@ -1,0 +1,217 @@
+"""What of a volume's mask is annotated, and which crops are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl3d.api import DataError, numpy_rng
+
+if TYPE_CHECKING:
+    from ssl3d.api import Collection, Volume
+
+Array = NDArray[Any]
+Triple = tuple[int, int, int]
+Box = tuple[int, int, int, int, int, int]
+
+SLAB = 32
+"""Slices of a mask read at a time: a whole one of a CT takes a gigabyte."""
+KEPT = 1000
+"""Voxels of each class remembered per volume, to put crops on."""
+
+
+@dataclass
+class Annotation:
+    """What is known of a volume's mask without reading it again.
+
+    Attributes:
+        slices: Annotated slices along D, increasing; None where all are.
+        box: Of all annotated objects, in voxels; None where there are none.
+        places: Class index -> some of its annotated voxels (n, 3), int16.
+    """
+
+    slices: Array | None
+    box: Box | None
+    places: dict[int, Array]
+
+
+def mask_values(data: Collection, ignore: int) -> tuple[int, ...]:
+    """Values in the masks, sorted, 0 among them, `ignore` not.
+
+    Raises:
+        DataError: There is background only.
+    """
+    found = {0}
+    for volume in data:
+        for _, slab in slabs(volume):
+            found |= set(np.unique(slab).tolist())
+    found.discard(ignore)
+    if len(found) == 1:
+        raise DataError(f"the masks of all {len(data)} volumes are empty: there is nothing to segment")
+    return tuple(sorted(found))
+
+
+def slabs(volume: Volume) -> Any:
+    """First slice and mask (d, H, W) of one slab after the other."""
+    depth, height, width = volume.shape[1:]
+    for first in range(0, depth, SLAB):
+        size = (min(SLAB, depth - first), height, width)
+        yield first, volume.read_mask((first, 0, 0), size).numpy()
+
+
+def annotate(volume: Volume, lookup: Array, number: int, choice: str, seed: int) -> Annotation:
+    """Chooses the annotated slices of a volume, and notes where its objects are on them.
+
+    Args:
+        volume: With a mask.
+        lookup: Mask value -> class index, -1 where not annotated.
+        number: Of annotated slices; 0 for all.
+        choice: As of `sparse_slices`.
+        seed: As of `sparse_slices`.
+    """
+    occupied = np.zeros(volume.shape[1], dtype=bool)
+    slices: Array | None = None
+    if number and volume.shape[1] > 1:
+        for first, slab in slabs(volume):
+            occupied[first : first + len(slab)] = (lookup[slab] > 0).any(axis=(1, 2))
+        slices = sparse_slices(occupied, number, choice, (seed, volume.dataset, volume.id))
+    rng = numpy_rng("annotated voxels", volume.dataset, volume.id)
+    found: dict[int, list[Array]] = {}
+    counts: dict[int, list[int]] = {}
+    low, high = np.full(3, 2**31), np.full(3, -1)
+    for first, slab in slabs(volume):
+        chosen = (
+            np.arange(len(slab)) if slices is None else slices[_within(slices, first, len(slab))] - first
+        )
+        if not len(chosen):
+            continue
+        labels = lookup[slab[chosen]]
+        for k in np.unique(labels[labels > 0]).tolist():
+            at = np.argwhere(labels == k)
+            at[:, 0] = chosen[at[:, 0]] + first
+            low, high = np.minimum(low, at.min(axis=0)), np.maximum(high, at.max(axis=0))
+            counts.setdefault(k, []).append(len(at))
+            found.setdefault(k, []).append(at if len(at) <= KEPT else at[rng.choice(len(at), KEPT, False)])
+    places = {k: _some(found[k], counts[k], rng) for k in found}
+    box = None if not places else tuple(int(n) for n in (*low, *(high + 1)))
+    return Annotation(slices, box, places)  # type: ignore[arg-type]
+
+
+def _within(slices: Array, first: int, length: int) -> Array:
+    return (slices >= first) & (slices < first + length)
+
+
+def _some(parts: list[Array], counts: list[int], rng: np.random.Generator) -> Array:
+    """Of voxels kept per slab, `KEPT` of all, each voxel of the volume as likely."""
+    voxels = np.concatenate(parts)
+    if len(voxels) > KEPT:
+        weight = np.concatenate(
+            [np.full(len(part), n / len(part)) for part, n in zip(parts, counts, strict=True)]
+        )
+        voxels = voxels[rng.choice(len(voxels), KEPT, replace=False, p=weight / weight.sum())]
+    return voxels.astype(np.int16)
+
+
+def sparse_slices(occupied: Array, number: int, choice: str, seed: Sequence[object]) -> Array:
+    """Which slices along D an annotator with time for a few would have drawn: nested in `number`.
+
+    The slices of a smaller number are among those of a larger one. `random`: drawn among the slices that
+    hold an object. `equidistant`: middle, quarters, eighths of the slices that hold one. When all of
+    those are taken, the nearest others follow. A volume without any object: all slices count alike.
+
+    Args:
+        occupied: Whether a slice holds an object, (D,).
+        number: How many; all slices if there are no more.
+        choice: random or equidistant.
+        seed: Of the volume.
+
+    Returns:
+        (min(number, D),) int64, increasing.
+    """
+    candidates = np.flatnonzero(occupied) if occupied.any() else np.arange(len(occupied))
+    rng = numpy_rng("sparse slices", *seed)
+    if choice == "random":
+        order = rng.permutation(candidates)
+    else:
+        order, taken = np.zeros(0, np.int64), np.zeros(len(candidates), dtype=bool)
+        for n in range(1, 4 * len(candidates) + 1):
+            index = min(int(_halving(n) * len(candidates)), len(candidates) - 1)
+            if not taken[index]:
+                taken[index], order = True, np.append(order, candidates[index])
+        order = np.append(order, candidates[~taken])
+    rest = np.setdiff1d(np.arange(len(occupied)), candidates)
+    if len(rest):
+        away = np.abs(rest[:, None] - candidates[None]).min(axis=1)
+        order = np.append(order, rest[np.argsort(away, kind="stable")])
+    return np.sort(order[:number])
+
+
+def _halving(n: int) -> float:
+    """1/2, 1/4, 3/4, 1/8, 5/8, ...: the van der Corput sequence."""
+    value, share = 0.0, 0.5
+    while n:
+        value += share * (n & 1)
+        n >>= 1
+        share /= 2
+    return value
+
+
+def place_patch(
+    shape: Sequence[int],
+    patch: Triple,
+    annotation: Annotation,
+    oversample: float,
+    rng: np.random.Generator,
+    region: Box | None = None,
+) -> Triple:
+    """Draws the start of a training crop, which holds at least one annotated slice.
+
+    With probability `oversample` the crop is put on a voxel of a class, each class of the volume as
+    likely; otherwise it is drawn uniformly. A volume smaller than the crop lies in its middle.
+
+    Args:
+        shape: Of the volume, (D, H, W).
+        patch: Of the crop.
+        annotation: Of the volume.
+        oversample: In [0, 1].
+        rng: All randomness.
+        region: Crops are drawn from this box where it is larger than they are, else round it.
+    """
+    low, high = _range(shape, patch, region)
+    if annotation.places and rng.random() < oversample:
+        classes = sorted(annotation.places)
+        voxels = annotation.places[classes[int(rng.integers(len(classes)))]]
+        voxel = voxels[int(rng.integers(len(voxels)))].astype(np.int64)
+        start = np.clip(voxel - np.array(patch) // 2, low, high)
+        if annotation.slices is None or ((start[0] <= voxel[0]) and (voxel[0] < start[0] + patch[0])):
+            return (int(start[0]), int(start[1]), int(start[2]))
+    if annotation.slices is not None:
+        # Starts that hold a slice drawn among those that any start of the range can hold.
+        near = annotation.slices[(annotation.slices >= low[0]) & (annotation.slices < high[0] + patch[0])]
+        if len(near):
+            chosen = int(near[int(rng.integers(len(near)))])
+        else:  # the region ends before the first annotated slice: leave it
+            chosen = int(annotation.slices[np.abs(annotation.slices - low[0]).argmin()])
+            whole_low, whole_high = _range(shape, patch, None)
+            low[0], high[0] = whole_low[0], whole_high[0]
+        low[0] = min(max(low[0], chosen - patch[0] + 1), high[0])
+        high[0] = max(min(high[0], chosen), low[0])
+    start = rng.integers(low, high + 1)
+    return (int(start[0]), int(start[1]), int(start[2]))
+
+
+def _range(shape: Sequence[int], patch: Triple, region: Box | None) -> tuple[Array, Array]:
+    """First and last start along every axis."""
+    room = np.array(shape) - np.array(patch)
+    low = np.where(room < 0, -((-room) // 2), 0)
+    high = np.where(room < 0, low, room)
+    if region is not None:
+        first, end = np.array(region[:3]), np.array(region[3:])
+        # A region smaller than the crop lies anywhere in it.
+        inner = np.sort(np.stack([first, end - np.array(patch)]), axis=0)
+        low, high = np.clip(inner[0], low, high), np.clip(inner[1], low, high)
+    return low, high

@@ -1,0 +1,86 @@
+"""Predicted segmentations beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.api import Volume
+
+Array = NDArray[Any]
+
+_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#d6616b", "#e7ba52", "#17becf", "#8c6d31")
+
+
+def segmentation_picture(
+    volumes: Sequence[Volume], truth: Sequence[Array], predicted: Sequence[Array], names: Sequence[str]
+) -> Figure:
+    """A row per volume: axial, coronal and sagittal slice, each with the truth and with the prediction.
+
+    Slices go through the middle of the true objects (of the predicted ones, or the volume, if there are
+    none). Images (D = 1) have one pair.
+
+    Args:
+        volumes: Whose first channel is shown.
+        truth: Class indices (D, H, W), negative where unknown.
+        predicted: Class indices (D, H, W).
+        names: Of the classes, background first.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    planes = 1 if volumes[0].shape[1] == 1 else 3
+    figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
+    axes = figure.subplots(len(volumes), 2 * planes, squeeze=False)
+    for row, volume, true, found in zip(axes, volumes, truth, predicted, strict=True):
+        image = volume.read()[0].numpy()
+        low, high = np.percentile(image, (1, 99))
+        at = _middle(true, found)
+        for plane in range(planes):
+            others = [axis for axis in range(3) if axis != plane]
+            aspect = volume.spacing[others[0]] / volume.spacing[others[1]]
+            for panel, labels, title in zip(
+                row[2 * plane : 2 * plane + 2], (true, found), ("truth", "predicted"), strict=True
+            ):
+                # Rows run upwards: anterior and superior are on top.
+                panel.imshow(
+                    image.take(at[plane], axis=plane),
+                    "gray",
+                    vmin=low,
+                    vmax=high,
+                    origin="lower",
+                    aspect=aspect,
+                )
+                _outline(panel, labels.take(at[plane], axis=plane), len(names))
+                panel.set_axis_off()
+                if row is axes[0]:
+                    panel.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}, {title}", fontsize=8)
+        row[0].text(0.02, 0.02, volume.id, color="white", fontsize=6, transform=row[0].transAxes)
+    handles = [Patch(color=_colour(k), label=name) for k, name in enumerate(names) if k]
+    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), fontsize=8, frameon=False)
+    return figure
+
+
+def _outline(panel: Any, labels: Array, classes: int) -> None:
+    for k in range(1, classes):
+        mask = labels == k
+        if mask.any() and not mask.all() and min(mask.shape) > 1:
+            panel.contour(mask.astype(float), levels=[0.5], colors=[_colour(k)], linewidths=1.2)
+
+
+def _colour(k: int) -> str:
+    return _COLOURS[(k - 1) % len(_COLOURS)]
+
+
+def _middle(true: Array, found: Array) -> tuple[int, int, int]:
+    mask = true > 0 if (true > 0).any() else found > 0
+    if not mask.any():
+        return (true.shape[0] // 2, true.shape[1] // 2, true.shape[2] // 2)
+    d, h, w = (int(mask.sum(axis=tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
+    return d, h, w

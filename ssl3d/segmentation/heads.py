@@ -1,0 +1,356 @@
+"""Segmentation heads on any encoder's feature maps: U-shaped, Med3D's, DenseASPP, linear.
+
+Every head is called as `head(x, maps)` with the network's input (B, C, D, H, W) and the encoder's maps
+of it, and gives a list of logits (B, K, D, H, W): the prediction first, then those of deep supervision.
+Any strides and sizes; images (D = 1) and axes on which a kernel meets nothing but padding are computed
+without it, with the same outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl3d.decoder import conv3x3x3, stride_path
+from ssl3d.encoder import Encoder
+from ssl3d.encoders.convolutions import conv2d, conv3d
+from ssl3d.encoders.norms import norm as make_norm
+from ssl3d.errors import UsageError
+from ssl3d.inference import upsample
+
+Triple = tuple[int, int, int]
+
+_GROUPS = 8
+_FULL: Triple = (1, 1, 1)
+
+
+class UNetHead(nn.Module):
+    """A U-shaped decoder whose last step also sees the input at full resolution.
+
+    On the way from the deepest map up, in steps of a factor 2 at most, each step interpolates what is
+    there to the next resolution, concatenates the encoder's map of that resolution where there is one,
+    and applies two 3 x 3 x 3 convolutions with norm and leaky ReLU. Of several maps of one resolution
+    the deepest counts. At full resolution the skip is the input itself through a stem of one such
+    convolution, unless the encoder has a map there: most encoders begin with a stride of 2 and have
+    thrown the finest borders away.
+
+    A step has `width` channels at half resolution, half of them at full resolution and twice as many
+    per halving below, up to ten times.
+
+    Ronneberger, Fischer, Brox: U-Net, MICCAI 2015, arXiv 1505.04597; Isensee et al.: nnU-Net, Nature
+    Methods 2021. Differs from them: an encoder of any kind, interpolation in place of transposed
+    convolutions, group norm.
+
+    Args:
+        encoder: Whose maps are decoded; only its `channels`, `strides` and `config.in_channels` are read.
+        classes: K.
+        width: Channels at half resolution.
+        norm: batch, group or instance.
+        deep_supervision: Whether logits of the coarser steps are given too while training, up-sampled to
+            the input's voxels: so that sparse annotation is not lost by sub-sampling it.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        classes: int,
+        width: int = 32,
+        norm: str = "group",
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        if width < 2:
+            raise ValueError(f"width must be at least 2, not {width}")
+        self.deep_supervision = deep_supervision
+        maps = {stride: n for n, stride in enumerate(encoder.strides)}
+        self._deepest = deepest = encoder.strides[-1]
+        stops = sorted(
+            (s for s in maps if s != deepest and all(a <= b for a, b in zip(s, deepest, strict=True))),
+            reverse=True,
+        )
+        self._path = stride_path(deepest, [*stops, _FULL])
+        self._sources = [maps.get(stride) if stride != deepest else None for stride in self._path]
+        channels = encoder.channels[-1]
+        self.mixes, self.convs, self.coarse = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
+        self.stem: nn.Module | None = None
+        for stride, source in zip(self._path, self._sources, strict=True):
+            out = min(max(width * max(stride) // 2, 1), 10 * width)
+            skip = 0 if source is None else encoder.channels[source]
+            if stride == _FULL and source is None:
+                self.stem, skip = ConvNorm(encoder.config.in_channels, out, norm), out
+            self.mixes.append(_Mix(channels, skip, out, norm))
+            self.convs.append(ConvNorm(out, out, norm))
+            # Full resolution has `out`, and the coarsest steps say little.
+            if deep_supervision and stride != _FULL and max(stride) <= 8:
+                self.coarse[str(len(self.convs) - 1)] = nn.Conv3d(out, classes, 1)
+            channels = out
+        self.out = nn.Conv3d(channels, classes, 1)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits, finest first; one of them in evaluation mode."""
+        size = x.shape[2:]
+        y, reached = maps[-1], self._deepest
+        others: list[Tensor] = []
+        for n, (stride, source) in enumerate(zip(self._path, self._sources, strict=True)):
+            if source is not None:
+                skip: Tensor | None = maps[source]
+            else:
+                skip = self.stem(x) if stride == _FULL and self.stem is not None else None
+            y = self.convs[n](self.mixes[n](y, skip, size, reached, stride))
+            reached = stride
+            if self.training and str(n) in self.coarse:
+                others.append(upsample(self.coarse[str(n)](y), size, stride))
+        return [self.out(y), *reversed(others)]
+
+
+class Med3DHead(nn.Module):
+    """The decoder of Med3D's lung segmentation: up-sampling by transposed convolutions, without skips.
+
+    Chen, Ma, Zheng: Med3D: Transfer learning for 3D medical image analysis, arXiv 1904.00625. Steps of
+    {transposed 3 x 3 x 3 convolution that doubles the resolution, 256 channels; 3 x 3 x 3 convolution,
+    128 channels}, each with norm and ReLU, then a 1 x 1 x 1 convolution. As in the paper for an encoder
+    of stride 8: three steps. As many as an encoder of another stride needs.
+
+    Args:
+        encoder: Whose deepest map is decoded.
+        classes: K.
+        channels: Of the transposed and of the plain convolutions.
+        norm: batch, group or instance.
+    """
+
+    def __init__(
+        self, encoder: Encoder, classes: int, channels: tuple[int, int] = (256, 128), norm: str = "batch"
+    ) -> None:
+        super().__init__()
+        self._deepest = encoder.strides[-1]
+        self._path = stride_path(self._deepest, [_FULL])
+        wide, narrow = channels
+        self.up, self.up_norms, self.conv = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        before = encoder.channels[-1]
+        for _ in self._path:
+            self.up.append(nn.ConvTranspose3d(before, wide, 3, bias=False))
+            self.up_norms.append(make_norm(norm, wide, _GROUPS))
+            self.conv.append(ConvNorm(wide, narrow, norm, slope=0.0))
+            before = narrow
+        self.out = nn.Conv3d(before, classes, 1)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits, one of them."""
+        y, reached = maps[-1], self._deepest
+        for n, stride in enumerate(self._path):
+            sides = _sides(x.shape[2:], stride)
+            y = _transposed(y, self.up[n].get_parameter("weight"), sides, reached, stride)
+            y = self.conv[n](F.relu(self.up_norms[n](y), inplace=True))
+            reached = stride
+        return [self.out(y)]
+
+
+class DenseASPPHead(nn.Module):
+    """Densely connected dilated convolutions on the deepest map, in 3D.
+
+    Yang et al.: DenseASPP for semantic segmentation in street scenes, CVPR 2018; in 3D on a ResNet-152
+    of stride 8 by Med3D (arXiv 1904.00625) for the liver. Layer i sees the map and the outcome of all
+    layers before it: 1 x 1 x 1 convolution to `bottleneck` channels, norm, ReLU, 3 x 3 x 3 convolution of
+    dilation d_i to `growth` channels, norm, ReLU, dropout; a 1 x 1 x 1 convolution of all of them gives
+    the logits, which are interpolated. Differs from the paper: the channels are fewer (there 512 and 128
+    on a map of 2,048), norms follow the convolutions.
+
+    Along an axis that is no longer than the dilation all but the middle tap meet padding: they are left
+    out.
+
+    Args:
+        encoder: Whose deepest map is used; dilations count its voxels.
+        classes: K.
+        dilations: One per layer.
+        bottleneck: Channels before each dilated convolution.
+        growth: Channels that each layer adds.
+        dropout: Probability that a channel of a layer is dropped.
+        norm: batch, group or instance.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        classes: int,
+        dilations: Sequence[int] = (3, 6, 12, 18, 24),
+        bottleneck: int = 64,
+        growth: int = 32,
+        dropout: float = 0.1,
+        norm: str = "group",
+    ) -> None:
+        super().__init__()
+        self._stride = encoder.strides[-1]
+        self.reduce, self.norms, self.dilated = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        channels = encoder.channels[-1]
+        for dilation in dilations:
+            self.reduce.append(nn.Conv3d(channels, bottleneck, 1, bias=False))
+            self.norms.append(make_norm(norm, bottleneck, _GROUPS))
+            self.dilated.append(ConvNorm(bottleneck, growth, norm, dilation, slope=0.0))
+            channels += growth
+        self.dropout = nn.Dropout3d(dropout)
+        self.out = nn.Conv3d(channels, classes, 1)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits, one of them."""
+        y = maps[-1]
+        for reduce, norm, dilated in zip(self.reduce, self.norms, self.dilated, strict=True):
+            y = torch.cat([y, self.dropout(dilated(F.relu(norm(reduce(y)), inplace=True)))], dim=1)
+        return [upsample(self.out(y), x.shape[2:], self._stride)]
+
+
+class LinearHead(nn.Module):
+    """A 1 x 1 x 1 convolution of every map, interpolated to the voxels and added.
+
+    The same as one 1 x 1 x 1 convolution of the concatenated, interpolated maps (see the linear probe).
+
+    Args:
+        encoder: Whose maps are used.
+        classes: K.
+        levels: Which of the maps, such as `(-1,)`; all of them if None.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, levels: Sequence[int] | None = None) -> None:
+        super().__init__()
+        count = len(encoder.channels)
+        self._levels = list(range(count)) if levels is None else [range(count)[level] for level in levels]
+        self._strides = [encoder.strides[level] for level in self._levels]
+        self.out = nn.ModuleList(nn.Conv3d(encoder.channels[level], classes, 1) for level in self._levels)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits, one of them."""
+        found = [
+            upsample(out(maps[level]), x.shape[2:], stride)
+            for out, level, stride in zip(self.out, self._levels, self._strides, strict=True)
+        ]
+        return [torch.stack(found).sum(dim=0)]
+
+
+HEADS = ("unet", "med3d", "denseaspp", "linear")
+"""Names that `segmentation_head` knows."""
+
+
+def segmentation_head(
+    name: str,
+    encoder: Encoder,
+    classes: int,
+    width: int = 32,
+    norm: str = "group",
+    deep_supervision: bool = False,
+) -> nn.Module:
+    """A head by name, its channels scaled by one number.
+
+    Args:
+        name: unet, med3d, denseaspp or linear.
+        encoder: Whose maps it takes.
+        classes: K, background among them.
+        width: 32 makes a U-Net of 32 channels at half resolution, and the DenseASPP of this module; of
+            Med3D's 256 and 128 channels it gives 8 and 4 per unit.
+        norm: batch, group or instance.
+        deep_supervision: As of `UNetHead`; the others have none.
+
+    Raises:
+        UsageError: There is no head of that name.
+    """
+    if name == "unet":
+        return UNetHead(encoder, classes, width, norm, deep_supervision)
+    if name == "med3d":
+        return Med3DHead(encoder, classes, (8 * width, 4 * width), norm)
+    if name == "denseaspp":
+        return DenseASPPHead(encoder, classes, bottleneck=2 * width, growth=width, norm=norm)
+    if name == "linear":
+        return LinearHead(encoder, classes)
+    raise UsageError(f"segmentation head {name!r}: is none of {', '.join(HEADS)}")
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Module):
+    """3 x 3 x 3 convolution that keeps the size, norm, leaky ReLU.
+
+    Args:
+        channels: In.
+        out: Channels out.
+        norm: batch, group or instance.
+        dilation: Distance between taps, along all axes.
+        slope: Of the leaky ReLU; 0 makes it a ReLU.
+    """
+
+    def __init__(self, channels: int, out: int, norm: str, dilation: int = 1, slope: float = 0.01) -> None:
+        super().__init__()
+        self.dilation, self.slope = dilation, slope
+        self.weight = nn.Parameter(torch.empty(out, channels, 3, 3, 3))
+        nn.init.kaiming_normal_(self.weight, a=slope, mode="fan_in", nonlinearity="leaky_relu")
+        self.norm = make_norm(norm, out, _GROUPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, D, H, W) to (B, out, D, H, W)."""
+        y = conv3x3x3(x, self.weight) if self.dilation == 1 else _dilated(x, self.weight, self.dilation)
+        return F.leaky_relu(self.norm(y), self.slope, inplace=True)
+
+
+class _Mix(nn.Module):
+    """First half of a step: what comes from below is made finer, joined with the skip, and convolved.
+
+    The channels are reduced before the interpolation, where a voxel is cheap: a 1 x 1 x 1 convolution
+    and a linear interpolation commute.
+    """
+
+    def __init__(self, below: int, skip: int, out: int, norm: str) -> None:
+        super().__init__()
+        self.carry = nn.Conv3d(below, out, 1) if below != out else nn.Identity()
+        self.conv = ConvNorm(out + skip, out, norm)
+
+    def forward(
+        self, y: Tensor, skip: Tensor | None, size: Sequence[int], reached: Triple, stride: Triple
+    ) -> Tensor:
+        """`y` of stride `reached` to stride `stride`, of an input of `size`."""
+        y = self.carry(y)
+        if stride != reached:
+            y = upsample(y, _sides(size, stride), [a / b for a, b in zip(reached, stride, strict=True)])
+        return self.conv(y if skip is None else torch.cat([y, skip.to(y.dtype)], dim=1))
+
+
+def _sides(size: Sequence[int], stride: Triple) -> list[int]:
+    """Size of a map of a stride."""
+    return [-(-n // s) for n, s in zip(size, stride, strict=True)]
+
+
+def _transposed(x: Tensor, weight: Tensor, sides: Sequence[int], reached: Triple, stride: Triple) -> Tensor:
+    """Transposed 3 x 3 x 3 convolution from one stride to the next finer, as padding 1 would have it.
+
+    Voxel i comes to lie on voxel i x factor. Nothing is padded inside (see `ssl3d.encoders.convolutions`):
+    the outcome is cut. Factors that are not whole are met by interpolation first.
+    """
+    factor = [a / b for a, b in zip(reached, stride, strict=True)]
+    whole = all(f in (1, 2) for f in factor)
+    if not whole:
+        x, factor = upsample(x, sides, factor), [1.0] * 3
+    steps = [int(f) for f in factor]
+    if x.shape[2] == 1 and sides[0] == 1:
+        flat = F.conv_transpose2d(x.squeeze(2), weight[:, :, 1], stride=(steps[1], steps[2])).unsqueeze(2)
+        return _cut(flat, [0, 1, 1], sides)
+    return _cut(F.conv_transpose3d(x, weight, stride=(steps[0], steps[1], steps[2])), [1, 1, 1], sides)
+
+
+def _cut(x: Tensor, starts: Sequence[int], sides: Sequence[int]) -> Tensor:
+    for axis, (start, side) in enumerate(zip(starts, sides, strict=True)):
+        x = x.narrow(2 + axis, start, side)
+    return x
+
+
+def _dilated(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """A dilated convolution that keeps the size, without the taps that meet padding only."""
+    padding = []
+    for axis, length in enumerate(x.shape[2:]):
+        reaches = length > dilation
+        padding.append(dilation if reaches else 0)
+        if not reaches:
+            weight = weight.narrow(2 + axis, 1, 1)
+    if x.shape[2] == 1:
+        pads = (padding[1], padding[2])
+        return conv2d(x.squeeze(2), weight[:, :, 0], (1, 1), pads, dilation=dilation).unsqueeze(2)
+    return conv3d(x, weight, None, 1, (padding[0], padding[1], padding[2]), dilation)

@@ -1,0 +1,134 @@
+"""Networks that segment: an encoder with a head, and two of them from coarse to fine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl3d.encoder import Encoder
+from ssl3d.segmentation.heads import LinearHead
+
+Triple = tuple[int, int, int]
+Box = tuple[int, int, int, int, int, int]
+
+
+class SegmentationNetwork(nn.Module):
+    """An encoder and a head on its maps.
+
+    Args:
+        encoder: Kept as `encoder`.
+        head: As of `ssl3d.segmentation.heads`; kept as `head`.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits (B, K, D, H, W) of (B, C, D, H, W): the prediction, then those of deep supervision."""
+        found: list[Tensor] = self.head(x, self.encoder(x))
+        return found
+
+
+class CoarseToFine(SegmentationNetwork):
+    """Two stages: a coarse one finds the region in the shrunk volume, a fine one segments the crop.
+
+    As Med3D (Chen, Ma, Zheng, arXiv 1904.00625) segments livers: the first stage is the encoder, a
+    1 x 1 x 1 convolution to two channels on its deepest map, and interpolation; the second is a network
+    of its own on the crop round what the first found. Both begin with the encoder's weights, the coarse
+    one with a copy, and part in training. `forward` is the fine stage.
+
+    Args:
+        encoder: Of the fine stage, kept as `encoder`.
+        head: Of the fine stage.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__(encoder, head)
+        copied = copy.deepcopy(encoder)
+        self.coarse = SegmentationNetwork(copied, LinearHead(copied, 2, levels=(-1,)))
+
+
+def shrunk(image: Tensor, size: Sequence[int]) -> Tensor:
+    """(C, D, H, W) to (C, *size), whatever its shape: the mean where it shrinks, else linear."""
+    d, h, w = (min(n, s) for n, s in zip(image.shape[1:], size, strict=True))
+    small = F.adaptive_avg_pool3d(image[None], (d, h, w))
+    if (d, h, w) == tuple(size):
+        return small[0]
+    return F.interpolate(small, tuple(size), mode="trilinear", align_corners=False)[0]
+
+
+def shrunk_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """(D, H, W) bool to (*size) bool: true where any voxel of the cell is, so that nothing is too small."""
+    d, h, w = (min(n, s) for n, s in zip(mask.shape, size, strict=True))
+    small = F.adaptive_max_pool3d(mask[None, None].float(), (d, h, w))
+    return F.interpolate(small, tuple(size), mode="nearest-exact")[0, 0] > 0.5
+
+
+def region_of(probability: Tensor, shape: Sequence[int], threshold: float = 0.5) -> Box | None:
+    """The box, in voxels of a volume, of what a coarse stage found; None where it found nothing.
+
+    Of several parts those count that have at least a tenth of the largest one's cells: single cells that
+    shine by mistake would make every region the whole volume.
+
+    Args:
+        probability: Of foreground, (d, h, w), over the whole volume.
+        shape: Of the volume, (D, H, W).
+        threshold: What counts as found.
+    """
+    from scipy import ndimage
+
+    found = probability.float().cpu().numpy() >= threshold
+    if not found.any():
+        return None
+    parts, count = ndimage.label(found)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+    kept = np.isin(parts, 1 + np.flatnonzero(sizes >= 0.1 * sizes.max()))
+    low, high = [], []
+    for axis, length in enumerate(shape):
+        where = np.flatnonzero(kept.any(axis=tuple(a for a in range(3) if a != axis)))
+        cell = length / kept.shape[axis]
+        low.append(int(np.floor(where[0] * cell)))
+        high.append(int(np.ceil((where[-1] + 1) * cell)))
+    return (low[0], low[1], low[2], high[0], high[1], high[2])
+
+
+def expanded(box: Box, by: Sequence[float], shape: Sequence[int], least: Sequence[int] = (1, 1, 1)) -> Box:
+    """A box grown on both sides by shares `by` of its sides, to `least` voxels at least, kept inside."""
+    low, high = [], []
+    for axis in range(3):
+        first, end = float(box[axis]), float(box[axis + 3])
+        grown = (end - first) * by[axis]
+        short = max(least[axis] - (end - first + 2 * grown), 0) / 2
+        first, end = first - grown - short, end + grown + short
+        # A box that sticks out on one side is pushed inside before it is cut.
+        push = max(-first, 0.0) - max(end - shape[axis], 0.0)
+        low.append(max(int(np.floor(first + push)), 0))
+        high.append(min(int(np.ceil(end + push)), shape[axis]))
+    return (low[0], low[1], low[2], high[0], high[1], high[2])
+
+
+@torch.no_grad()
+def find_region(
+    coarse: nn.Module, image: Tensor, size: Sequence[int], margin: float, least: Sequence[int]
+) -> Box:
+    """The region that a coarse stage finds in a volume; the whole of it where it finds nothing.
+
+    Args:
+        coarse: Gives a list of logits, channel 1 of the first for foreground; in evaluation mode.
+        image: (C, D, H, W), on the coarse stage's device.
+        size: The volume is shrunk to this.
+        margin: Share of the box's sides added on each side.
+        least: Voxels that the region has at least.
+    """
+    shape = image.shape[1:]
+    logits = coarse(shrunk(image.float(), size)[None])[0][0].float()
+    box = region_of(logits.softmax(dim=0)[1], shape)
+    if box is None:
+        return (0, 0, 0, shape[0], shape[1], shape[2])
+    return expanded(box, [margin] * 3, shape, least)
