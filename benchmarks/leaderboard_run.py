@@ -1,0 +1,444 @@
+"""Does the jobs of a leaderboard: on one machine, or on as many as share its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ssl3d.api import UsageError
+from ssl3d_benchmarks.leaderboard_suite import Job, Places, Plan, load_suite
+
+FRONT = (sys.executable, "-m", "ssl3d")
+
+BEAT = 20.0
+"""Seconds between two signs of life of a job in work."""
+SILENT = 180.0
+"""Seconds without one after which another machine takes the job."""
+WAIT = 5.0
+"""Seconds between two looks, when all that is left is in the hands of others."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Does the jobs of a suite: stores, pretraining, scores. What is done is not done again.
+
+    Attributes:
+        suite: Name of a built-in suite, or a YAML file.
+        out: Folder for the records, one folder per task.
+        data_root: Where the data lives that the suite names; $SSL3D_DATA if left out.
+        work: Folder for stores and runs; OUT/work if left out.
+        only: Patterns of names of runs and tasks to do; what they need is done too.
+        launch: Words in front of `ssl3d` for pretraining, such as "torchrun --nproc-per-node 4 -m".
+        slurm: Workers to put into SLURM's queue instead of working here.
+        slurm_options: KEY=VALUE for submitit, such as slurm_partition=gpu gpus_per_node=1 timeout_min=600.
+        cluster: What submitit submits to: slurm, or local (processes of this machine).
+        dry_run: Print the commands and do nothing.
+        verbose: Show what the jobs print.
+    """
+
+    suite: str = field(metadata={"positional": True})
+    out: Path = Path("runs/leaderboard")
+    data_root: Path | None = None
+    work: Path | None = None
+    only: tuple[str, ...] = ("*",)
+    launch: str = ""
+    slurm: int = 0
+    slurm_options: tuple[str, ...] = ()
+    cluster: str = "slurm"
+    dry_run: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if self.slurm < 0:
+            raise ValueError(f"slurm is {self.slurm}, must be 0 or more")
+        if self.cluster not in ("slurm", "local"):
+            raise ValueError(f"cluster: {self.cluster!r} is none of slurm, local")
+
+
+def run(options: RunOptions) -> int:
+    """Does what is left of a suite, and returns the exit status: 1 if a job failed.
+
+    Raises:
+        UsageError: The suite, or the root of the data, is not there.
+    """
+    suite = load_suite(options.suite)
+    root = options.data_root or Path(os.environ.get("SSL3D_DATA", "."))
+    if options.data_root and not root.is_dir():
+        raise UsageError(f"--data-root {root}: no such folder")
+    places = Places(root, options.work or options.out / "work", options.out)
+    plan = Plan(suite, places, options.only)
+    if options.dry_run:
+        for job in plan.jobs:
+            print(f"{job.name}: {_shown(job)}")
+        return 0
+    try:
+        (options.out / ".jobs").mkdir(parents=True, exist_ok=True)
+        places.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: {error.strerror}") from error
+    if options.slurm:
+        return submit(options)
+    return Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
+
+
+def _shown(job: Job) -> str:
+    try:
+        return f"ssl3d {shlex.join(job.command())}"
+    except (FileNotFoundError, KeyError):  # its length is not measured yet
+        return f"({job.kind}, after {', '.join(job.needs)})"
+
+
+@dataclass
+class Runner:
+    """One worker: takes a job that is free, does it, looks again.
+
+    Attributes:
+        plan: The jobs.
+        marks: Folder of what was done: NAME.json, NAME.log, and NAME.lock while in work.
+        launch: Words in front of `ssl3d` for pretraining, as in `torchrun --nproc-per-node 4 -m`.
+        verbose: Whether a job's output is shown, too.
+    """
+
+    plan: Plan
+    marks: Path
+    launch: str = ""
+    verbose: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    asked: int = 0
+    _child: subprocess.Popen[Any] | None = None
+
+    def run(self) -> int:
+        """Until nothing is left to do; the exit status."""
+        with self._signals():
+            self._settle(say=False)
+            count = len(self.plan.jobs)
+            print(
+                f"{self.plan.suite.name}: {count} jobs, {len(self.done)} done before"
+                f"{'' if not self.skipped else f', {len(self.skipped)} cannot be done here'}", flush=True,
+            )  # fmt: skip
+            for name, why in self.skipped.items():
+                print(f"skipped {name}: {why}", flush=True)
+            waiting = False
+            while not self.asked:
+                job = self._free()
+                if job is None:
+                    if not self._left():
+                        break
+                    if not waiting:
+                        print("the rest is in the hands of others: waiting", flush=True)
+                    waiting = True
+                    time.sleep(WAIT)
+                    self._settle()
+                    continue
+                waiting = False
+                self._do(job)
+                self._settle()
+        return self._end()
+
+    def _end(self) -> int:
+        if self.asked:
+            name = signal.Signals(self.asked).name
+            print(f"stopped by {name}; the same command goes on where it was", flush=True)
+            return 128 + self.asked
+        settled = self.done | set(self.failed) | set(self.skipped)
+        left = [job for job in self.plan.jobs if job.name not in settled]
+        print(f"{len(self.done)} of {len(self.plan.jobs)} jobs done", flush=True)
+        for name, why in self.failed.items():
+            print(f"failed {name}: {why}; log: {self._path(name, 'log')}", flush=True)
+        for job in left:
+            print(f"not done {job.name}: it needs what failed", flush=True)
+        return 1 if self.failed else 0
+
+    # Which --------------------------------------------------------------------------------------
+
+    def _settle(self, say: bool = True) -> None:
+        """Finds out what is done, by anyone, and what cannot be."""
+        for job in self.plan.jobs:
+            if job.name in self.done or job.name in self.skipped:
+                continue
+            why = job.missing
+            for need in job.needs:
+                why = why or self.skipped.get(need, "")
+            if why:
+                self.skipped[job.name] = why if not job.missing else f"{why} is missing"
+            elif all(need in self.done for need in job.needs) and self._is_done(job):
+                self.done.add(job.name)
+                self.failed.pop(job.name, None)  # another worker had more luck
+
+    def _is_done(self, job: Job) -> bool:
+        if job.product is not None:
+            return job.product.exists()
+        mark = self._mark(job)
+        return mark.get("state") == "done" and mark.get("digest") == job.digest()
+
+    def _left(self) -> list[Job]:
+        """Not done, and could be: nothing that it needs has failed."""
+        lost = set(self.failed) | set(self.skipped)
+        left = []
+        for job in self.plan.jobs:
+            if job.name in self.done or job.name in lost:
+                continue
+            if any(need in lost for need in job.needs):
+                lost.add(job.name)
+                continue
+            left.append(job)
+        return left
+
+    def _free(self) -> Job | None:
+        """The first job that can be done now and that nobody has in hand; it is taken."""
+        for job in self._left():
+            if all(need in self.done for need in job.needs) and self._take(job):
+                if self._is_done(job):  # by another, just before it was taken
+                    self._path(job.name, "lock").unlink(missing_ok=True)
+                    self.done.add(job.name)
+                    continue
+                return job
+        return None
+
+    def _take(self, job: Job) -> bool:
+        """Whether the job's lock is now ours. One whose holder is dead or silent is broken."""
+        lock = self._path(job.name, "lock")
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        with contextlib.suppress(FileNotFoundError):
+            if _abandoned(lock):
+                # Renamed before it goes: of two who find it abandoned, one succeeds.
+                grave = lock.with_name(f"{lock.name}.{socket.gethostname()}.{os.getpid()}")
+                lock.rename(grave)
+                grave.unlink()
+        try:
+            with lock.open("x", encoding="utf-8") as file:
+                file.write(mine)
+        except FileExistsError:
+            return False
+        return True
+
+    # Doing --------------------------------------------------------------------------------------
+
+    def _do(self, job: Job) -> None:
+        """One job, from its lock to its mark."""
+        began = time.time()
+        number = len(self.done) + len(self.failed) + 1
+        of = len(self.plan.jobs) - len(self.skipped)
+        print(f"[{number}/{of}] {_clock()} {job.name}{self._forecast(job)}", flush=True)
+        lock = self._path(job.name, "lock")
+        status, why = 1, ""
+        try:
+            with _beating(lock):
+                digest = job.digest()
+                status, why = self._execute(job)
+        except OSError as error:  # a full disk
+            why = f"{error.strerror}: {error.filename}"
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+        seconds = time.time() - began
+        if self.asked:
+            return
+        if status == 0 and job.product is not None and not job.product.exists():
+            status, why = 1, f"ended well, but {job.product} is not there"
+        state = "failed" if status else "done"
+        mark = {
+            "job": job.name, "state": state, "digest": digest, "seconds": round(seconds, 1),
+            "host": socket.gethostname(),
+            "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": job.command() if job.kind != "pretrain" else [], "why": why,
+        }  # fmt: skip
+        with contextlib.suppress(OSError):
+            self._write(job, mark)
+        if status:
+            self.failed[job.name] = why
+            print(
+                f"    failed after {_span(seconds)}: {why}; log: {self._path(job.name, 'log')}", flush=True
+            )
+        else:
+            self.done.add(job.name)
+            self.seconds.setdefault(job.kind, []).append(seconds)
+            print(f"    done in {_span(seconds)}", flush=True)
+
+    def _execute(self, job: Job) -> tuple[int, str]:
+        """Runs the command; its status, and the last line it said if it is not 0."""
+        front = FRONT
+        if self.launch and job.kind == "pretrain":
+            front = (*shlex.split(self.launch), "ssl3d")
+        argv = [*front, *job.command()]
+        log = self._path(job.name, "log")
+        with log.open("a", encoding="utf-8") as file:
+            print(f"$ {shlex.join(argv)}", file=file, flush=True)
+            # A session of its own: Ctrl-C reaches this process, which hands it on once.
+            self._child = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                errors="replace", start_new_session=True, preexec_fn=_die_with(os.getpid()),
+            )  # fmt: skip
+            last = ""
+            assert self._child.stdout is not None
+            for line in self._child.stdout:
+                file.write(line)
+                file.flush()
+                last = line.strip() or last
+                if self.verbose:
+                    print("    " + line, end="", flush=True)
+            status = self._child.wait()
+            self._child = None
+        if status < 0:
+            last = f"killed by signal {-status} (out of memory?); {last}"
+        return status, last.removeprefix("ssl3d: ")
+
+    def _forecast(self, job: Job) -> str:
+        """How long the jobs of this kind took."""
+        before = self.seconds.get(job.kind)
+        return f" (such jobs took {_span(sum(before) / len(before))})" if before else ""
+
+    # Marks --------------------------------------------------------------------------------------
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.marks / f"{name.replace(':', '__')}.{kind}"
+
+    def _mark(self, job: Job) -> dict[str, Any]:
+        try:
+            found = json.loads(self._path(job.name, "json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, job: Job, mark: dict[str, Any]) -> None:
+        path = self._path(job.name, "json")
+        partial = path.with_suffix(f".partial{os.getpid()}")
+        partial.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """A signal goes to the job in work, which saves and ends; then this ends."""
+
+        def hand_on(signum: int, frame: Any) -> None:
+            self.asked = self.asked or signum
+            child = self._child
+            if child is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signum)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, hand_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _beating(lock: Path) -> Iterator[None]:
+    """Touches the lock now and then, so that others see that its holder lives."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(lock)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """On Linux, has the job told to save and end when this process is killed: another will take it up."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # loaded here: little is safe between fork and exec
+
+    def prepare() -> None:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # killed in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare
+
+
+def _abandoned(lock: Path) -> bool:
+    """Whether the holder of a lock is dead (on this machine) or silent (on any)."""
+    silent = time.time() - lock.stat().st_mtime
+    try:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # being written, or cut short
+        return silent > BEAT
+    if holder.get("host") == socket.gethostname():
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return silent > SILENT
+
+
+def submit(options: RunOptions) -> int:
+    """Puts workers into SLURM's queue; each runs this command and takes what is free.
+
+    Raises:
+        UsageError: submitit is not installed, or SLURM is not there.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UsageError('--slurm needs submitit: pip install "ssl3d[slurm]"') from error
+    given: dict[str, Any] = {}
+    for text in options.slurm_options:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--slurm-options {text}: expected KEY=VALUE, as in partition=gpu")
+        given[key] = int(value) if value.isdigit() else value
+    executor = submitit.AutoExecutor(folder=options.out / ".jobs" / "slurm", cluster=options.cluster)
+    executor.update_parameters(name=f"ssl3d-{options.suite}", **given)
+    command = [sys.executable, "-m", "ssl3d", *worker(options)]
+    function = submitit.helpers.CommandFunction(command, verbose=True)
+    with executor.batch():
+        jobs = [executor.submit(function) for _ in range(options.slurm)]
+    for job in jobs:
+        print(f"submitted {job.job_id}")
+    return 0
+
+
+def worker(options: RunOptions) -> list[str]:
+    """The words after `ssl3d` that one worker runs: the same, without SLURM."""
+    words = ["leaderboard", "run", options.suite, "--out", str(options.out), "--only", *options.only]
+    for flag, value in (
+        ("--data-root", options.data_root), ("--work", options.work), ("--launch", options.launch)
+    ):  # fmt: skip
+        words += [flag, str(value)] if value else []
+    return words
+
+
+def _clock() -> str:
+    return datetime.now().strftime("%H:%M")
+
+
+def _span(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

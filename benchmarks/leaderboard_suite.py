@@ -1,0 +1,435 @@
+"""What a leaderboard run consists of: the suite file, checked, and the jobs that it means."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl3d.api import UsageError
+
+SUITES = Path(__file__).parent / "suites"
+
+KEYS = frozenset(
+    ["description", "encoder", "seeds", "budget", "stores", "runs", "contestants", "tasks", "published"]
+)  # fmt: skip
+TASK_KEYS = frozenset(["protocol", "runs", "contestants", "options", "curve"])
+PROTOCOLS = ("linear-probe", "knn", "finetune")
+PHANTOMS = "phantoms"
+CURVE = (25, 50)
+"""Percent of the budget at which encoders are scored on the way; 0 and 100 are always there."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Who is scored on what.
+
+    Attributes:
+        name: Of the folder that its records go to.
+        protocol: A command that scores encoders.
+        runs: Patterns of names of runs.
+        contestants: Patterns of names of contestants that are not pretrained here.
+        options: What follows the encoders on the command line.
+        curve: Whether the encoders on the way are scored too, in a folder NAME-curve.
+    """
+
+    name: str
+    protocol: str
+    runs: tuple[str, ...]
+    contestants: tuple[str, ...]
+    options: str
+    curve: bool
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file.
+
+    Attributes:
+        name: Of the file, without .yaml.
+        description: One line.
+        encoder: Options of `ssl3d pretrain` for every run that names no encoder.
+        seeds: Of pretraining; every run is done once for each.
+        budget: `flops`, of every run; or `run` and `steps`, a run whose FLOPs every run spends; or
+            empty, and runs say themselves how long they take.
+        stores: Name -> what `ssl3d prepare` makes it of, below the root of the data; or phantoms:N.
+        runs: Name -> what follows `ssl3d pretrain`.
+        contestants: Name -> an encoder that is not pretrained here: `imagenet:...`, `scratch:...`, a path.
+        tasks: What is scored.
+        published: Names of files with published numbers, shown beside.
+    """
+
+    name: str
+    description: str
+    encoder: str
+    seeds: tuple[int, ...]
+    budget: Mapping[str, Any]
+    stores: Mapping[str, str]
+    runs: Mapping[str, str]
+    contestants: Mapping[str, str]
+    tasks: tuple[Task, ...]
+    published: tuple[str, ...]
+
+
+def built_in() -> list[str]:
+    """Names of the suites that come with ssl3d."""
+    return sorted(
+        path.stem for path in SUITES.glob("*.yaml") if "tasks" in path.read_text(encoding="utf-8")
+    )
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Reads a suite: the name of a built-in one, or a YAML file.
+
+    Raises:
+        UsageError: There is no such suite, or something in it cannot be meant.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SUITES / f"{name}.yaml"
+        if not path.is_file():
+            close = difflib.get_close_matches(str(name), built_in(), 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"no suite {name}: {hint}built in are {', '.join(built_in())}; or name a .yaml"
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return _checked(path.stem, path, content)
+
+
+def _checked(name: str, path: Path, content: Any) -> Suite:
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a suite (a mapping with tasks)")
+    _known(path, "", content, KEYS)
+    tasks = content.get("tasks")
+    if not isinstance(tasks, dict) or not tasks:
+        raise UsageError(f"{path}: tasks is missing: a suite scores at least one")
+    texts: dict[str, dict[str, str]] = {}
+    for key in ("stores", "runs", "contestants"):
+        given = content.get(key) or {}
+        if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+            raise UsageError(f"{path}: {key} maps names to text")
+        for label in given:
+            if not _plain(str(label)):
+                raise UsageError(f"{path}: {key}: {label!r} is no name: use letters, digits, - _ . +")
+        texts[key] = {str(k): v for k, v in given.items()}
+    both = set(texts["runs"]) & set(texts["contestants"])
+    if both:
+        raise UsageError(f"{path}: {', '.join(sorted(both))}: a run and a contestant of one name")
+    budget = content.get("budget") or {}
+    if not isinstance(budget, dict) or set(budget) not in ({"flops"}, {"run", "steps"}, set()):
+        raise UsageError(f"{path}: budget is {budget}: give flops, or run and steps")
+    if "run" in budget and budget["run"] not in texts["runs"]:
+        raise UsageError(f"{path}: budget: no run {budget['run']}")
+    seeds = content.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise UsageError(f"{path}: seeds is {seeds}: a list of numbers from 0")
+    published = content.get("published") or []
+    return Suite(
+        name,
+        str(content.get("description", "")),
+        str(content.get("encoder", "")),
+        tuple(dict.fromkeys(seeds)),
+        budget,
+        texts["stores"],
+        texts["runs"],
+        texts["contestants"],
+        tuple(_task(path, str(label), task, texts) for label, task in tasks.items()),
+        tuple(map(str, published if isinstance(published, list) else [published])),
+    )
+
+
+def _task(path: Path, name: str, content: Any, texts: Mapping[str, Mapping[str, str]]) -> Task:
+    where = f"tasks: {name}"
+    if not isinstance(content, dict) or not isinstance(content.get("options"), str):
+        raise UsageError(f"{path}: {where}: options is missing (what follows the encoders, --data first)")
+    if not _plain(name):
+        raise UsageError(f"{path}: {where} is no name: use letters, digits, - _ . +")
+    _known(path, f"{where}: ", content, TASK_KEYS)
+    protocol = content.get("protocol", "linear-probe")
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"{path}: {where}: protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    patterns: dict[str, tuple[str, ...]] = {}
+    for key in ("runs", "contestants"):
+        given = content.get(key, [])
+        given = [given] if isinstance(given, str) else given
+        for pattern in given:
+            if not fnmatch.filter(texts[key], str(pattern)):
+                raise UsageError(f"{path}: {where}: {key} {pattern} matches none")
+        patterns[key] = tuple(map(str, given))
+    if not any(patterns.values()):
+        raise UsageError(f"{path}: {where}: nobody to score: give runs or contestants")
+    return Task(
+        name, protocol, patterns["runs"], patterns["contestants"], content["options"],
+        bool(content.get("curve", False)),
+    )  # fmt: skip
+
+
+def _known(path: Path, where: str, content: Mapping[str, Any], keys: frozenset[str]) -> None:
+    for key in content:
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"{path}: {where}unknown key {key!r}: {hint}known are {', '.join(sorted(keys))}"
+            )
+
+
+def _plain(name: str) -> bool:
+    return bool(name) and all(c.isalnum() or c in "-_.+" for c in name) and name[0] not in "-."
+
+
+# Jobs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command that can be stopped, repeated and done anywhere.
+
+    Attributes:
+        name: Unique in the suite, usable as the name of a file.
+        kind: prepare, measure, pretrain or score.
+        command: Words after `ssl3d`, found when its turn comes: they may depend on what others found.
+        needs: Names of the jobs to be done before.
+        product: What is there once it is done; None for scores, whose marker alone tells.
+        missing: What it would need and is not there; empty if nothing.
+        inputs: Files whose content, beside the command, decides whether it was done.
+    """
+
+    name: str
+    kind: str
+    command: Callable[[], list[str]]
+    needs: tuple[str, ...] = ()
+    product: Path | None = None
+    missing: str = ""
+    inputs: tuple[Path, ...] = ()
+
+    def digest(self) -> str:
+        """Of the command and of its inputs: scores of another encoder are other scores."""
+        found = hashlib.sha256(json.dumps(self.command()).encode())
+        for path in self.inputs:
+            found.update(path.read_bytes() if path.is_file() else b"missing")
+        return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie.
+
+    Attributes:
+        root: Of the data.
+        work: Stores and runs.
+        out: Records, a folder per task.
+    """
+
+    root: Path
+    work: Path
+    out: Path
+
+
+class Plan:
+    """The jobs of a suite, in an order in which they can be done.
+
+    Args:
+        suite: What to do.
+        places: Where.
+        only: Patterns of names of runs and tasks; the jobs that those need are done too.
+
+    Raises:
+        UsageError: A pattern matches nothing, or a store's or task's words name no store.
+    """
+
+    def __init__(self, suite: Suite, places: Places, only: Sequence[str] = ("*",)) -> None:
+        self.suite, self.places = suite, places
+        for text in (*suite.runs.values(), *suite.contestants.values(), *(t.options for t in suite.tasks)):
+            self.words(text)
+        names = [*suite.runs, *(task.name for task in suite.tasks)]
+        for pattern in only:
+            if not fnmatch.filter(names, pattern):
+                raise UsageError(
+                    f"--only {pattern}: no such run or task in {suite.name}: {', '.join(names)}"
+                )
+        everything = {job.name: job for job in self._all()}
+        wanted: set[str] = set()
+
+        def want(name: str) -> None:
+            if name not in wanted:
+                wanted.add(name)
+                for other in everything[name].needs:
+                    want(other)
+
+        for job in everything.values():
+            of = job.name.split(":")[1]
+            if job.kind in ("pretrain", "score") and any(fnmatch.fnmatch(of, p) for p in only):
+                want(job.name)
+        self.jobs = [job for job in everything.values() if job.name in wanted]
+
+    def _all(self) -> Iterator[Job]:
+        suite = self.suite
+        for name, source in suite.stores.items():
+            if not _is_phantoms(source):
+                yield self._prepare(name, source)
+        for name in suite.runs:
+            if suite.budget:
+                yield self._measure(name)
+        for seed in suite.seeds:
+            for name in suite.runs:
+                yield self._pretrain(name, seed)
+        for task in suite.tasks:
+            yield from self._scores(task)
+
+    def _prepare(self, name: str, source: str) -> Job:
+        store = Path(self._store(name))
+        sources = [self.places.root / word for word in shlex.split(source) if not word.startswith("--")]
+        missing = ", ".join(str(path) for path in sources if not path.exists())
+        words = [
+            word if word.startswith("--") or not (self.places.root / word).exists()
+            else str(self.places.root / word) for word in shlex.split(source)
+        ]  # fmt: skip
+        return Job(
+            f"prepare:{name}", "prepare", lambda: ["prepare", *words, "--out", str(store)],
+            product=store, missing="" if store.exists() else missing,
+        )  # fmt: skip
+
+    def _measure(self, name: str) -> Job:
+        folder = self.places.work / f"flops-{name}"
+        return Job(
+            f"measure:{name}",
+            "measure",
+            lambda: ["pretrain", *self.pretraining(name, 1, 0), "--eval-every", "-1", "--out", str(folder),
+                     "--overwrite"],
+            self._stores_of(self.suite.runs[name]),
+            _card(folder),
+        )  # fmt: skip
+
+    def _pretrain(self, name: str, seed: int) -> Job:
+        suite, folder = self.suite, self.folder(name, seed)
+        needs = list(self._stores_of(suite.runs[name]))
+        if suite.budget:
+            needs.append(f"measure:{name}")
+            if "run" in suite.budget:
+                needs.append(f"measure:{suite.budget['run']}")
+
+        def command() -> list[str]:
+            if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+                return ["pretrain", "--resume", str(folder)]
+            marks = ["--save-at", "0", *(str(share / 100) for share in CURVE)]
+            words = self.pretraining(name, self.steps(name), seed)
+            return ["pretrain", *words, *marks, "--out", str(folder), "--overwrite"]
+
+        return Job(
+            f"pretrain:{name}:{seed}", "pretrain", command, tuple(dict.fromkeys(needs)), _card(folder)
+        )
+
+    def _scores(self, task: Task) -> Iterator[Job]:
+        suite = self.suite
+        others = [n for n in suite.contestants if any(fnmatch.fnmatch(n, p) for p in task.contestants)]
+        runs = [n for n in suite.runs if any(fnmatch.fnmatch(n, p) for p in task.runs)]
+        # Untrained rows first: they are beside everyone, and are found again by those who come later.
+        others.sort(key=lambda n: not suite.contestants[n].startswith("scratch:"))
+        first: list[str] = []
+
+        def job(label: str, encoder: str, folder: str, needs: tuple[str, ...], card: Path | None) -> Job:
+            name = f"score:{folder}:{label}"
+            out = self.places.out / folder
+            command = [task.protocol, encoder, *self.words(task.options), "--out", str(out)]
+            waits = tuple(dict.fromkeys((*self._stores_of(task.options), *needs, *first)))
+            if not first:
+                first.append(name)
+            return Job(name, "score", lambda: command, waits, inputs=(card,) if card else ())
+
+        for name in others:
+            yield job(name, f"{name}={self.words(suite.contestants[name])[0]}", task.name, (), None)
+        for seed in suite.seeds:
+            for name in runs:
+                folder = self.folder(name, seed)
+                needs = (f"pretrain:{name}:{seed}",)
+                yield job(f"{name}-{seed}", f"{name}={folder}", task.name, needs, _card(folder))
+        if task.curve:
+            first.clear()
+            for seed in suite.seeds:
+                for name in runs:
+                    folder = self.folder(name, seed)
+                    needs = (f"pretrain:{name}:{seed}",)
+                    for share in (0, *CURVE):
+                        mark = folder / f"encoder-at-{share:02d}"
+                        label = f"{name}-at-{share:02d}"
+                        yield job(
+                            f"{label}-{seed}",
+                            f"{label}={mark}",
+                            f"{task.name}-curve",
+                            needs,
+                            mark / "encoder.json",
+                        )
+
+    # Words -----------------------------------------------------------------------------------------
+
+    def words(self, text: str) -> list[str]:
+        """Splits a command's words, {NAME} made the path of that store, {root} that of the data.
+
+        Raises:
+            UsageError: There is no such store.
+        """
+        places = {name: str(self._store(name)) for name in self.suite.stores}
+        try:
+            return [word.format(root=self.places.root, **places) for word in shlex.split(text)]
+        except (KeyError, IndexError, ValueError) as error:
+            raise UsageError(
+                f"suite {self.suite.name}: {text!r}: {error} names no store: there are {', '.join(sorted(places))}"
+            ) from error
+
+    def pretraining(self, name: str, steps: int | None, seed: int) -> list[str]:
+        """What follows `ssl3d pretrain`."""
+        words = self.words(self.suite.runs[name])
+        encoder = [] if "--encoder" in words else self.words(self.suite.encoder)
+        length = [] if steps is None else ["--steps", str(steps)]
+        return [*words, *encoder, *length, "--seed", str(seed)]
+
+    def steps(self, name: str) -> int | None:
+        """Of a run, from the budget and what a step of it was measured to cost; None without a budget."""
+        budget = self.suite.budget
+        if not budget:
+            return None
+        flops = (
+            float(budget["flops"])
+            if "flops" in budget
+            else int(budget["steps"]) * self._flops(budget["run"])
+        )
+        return max(1, round(flops / self._flops(name)))
+
+    def _flops(self, name: str) -> int:
+        card = _card(self.places.work / f"flops-{name}")
+        return int(json.loads(card.read_text(encoding="utf-8"))["compute"]["flops_per_step"])
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of a run."""
+        return self.places.work / f"{name}-{seed}"
+
+    def _store(self, name: str) -> Path | str:
+        source = self.suite.stores[name]
+        return source if _is_phantoms(source) else self.places.work / f"{name}.h5"
+
+    def _stores_of(self, text: str) -> tuple[str, ...]:
+        real = [n for n, source in self.suite.stores.items() if not _is_phantoms(source)]
+        return tuple(f"prepare:{name}" for name in real if f"{{{name}}}" in text)
+
+
+def _is_phantoms(source: str) -> bool:
+    return source.split(":")[0] == PHANTOMS
+
+
+def _card(folder: Path) -> Path:
+    return folder / "encoder" / "encoder.json"
