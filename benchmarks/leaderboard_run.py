@@ -275,7 +275,7 @@ class Runner:
 
     def _execute(self, job: Job) -> tuple[int, str]:
         """Runs the command; its status, and the last line it said if it is not 0."""
-        front = FRONT
+        front: tuple[str, ...] = FRONT
         if self.launch and job.kind == "pretrain":
             front = (*shlex.split(self.launch), "ssl3d")
         argv = [*front, *job.command()]

@@ -387,8 +387,9 @@ class Plan:
         try:
             return [word.format(root=self.places.root, **places) for word in shlex.split(text)]
         except (KeyError, IndexError, ValueError) as error:
+            there = ", ".join(sorted(places))
             raise UsageError(
-                f"suite {self.suite.name}: {text!r}: {error} names no store: there are {', '.join(sorted(places))}"
+                f"suite {self.suite.name}: {text!r}: {error} names no store: there are {there}"
             ) from error
 
     def pretraining(self, name: str, steps: int | None, seed: int) -> list[str]:

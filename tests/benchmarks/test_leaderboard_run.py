@@ -254,7 +254,7 @@ def test_a_worker_in_the_queue_runs_the_same_without_slurm(tmp_path):
 
 
 def test_wrong_options_are_one_clear_line(tmp_path):
-    with pytest.raises(UsageError, match="--data-root .*nowhere: no such folder"):
+    with pytest.raises(UsageError, match=r"--data-root .*nowhere: no such folder"):
         run(RunOptions("quick", out=tmp_path, data_root=tmp_path / "nowhere"))
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--out .*file: (Not a directory|File exists)"):
