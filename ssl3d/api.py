@@ -65,12 +65,20 @@ if TYPE_CHECKING:
     from ssl3d.data.store import write_part as write_part
     from ssl3d.decoder import Decoder as Decoder
     from ssl3d.decoder import conv3x3x3 as conv3x3x3
+    from ssl3d.detection.crops2d import Boxed as Boxed
     from ssl3d.detection.metrics import Detections as Detections
     from ssl3d.detection.metrics import DetectionScores as DetectionScores
     from ssl3d.detection.metrics import Truths as Truths
     from ssl3d.detection.metrics import average_precision as average_precision
     from ssl3d.detection.metrics import box_iou as box_iou
     from ssl3d.detection.metrics import froc as froc
+    from ssl3d.detection.proxy2d import Detection2dOptions as Detection2dOptions
+    from ssl3d.detection.proxy2d import DetectionPass as DetectionPass
+    from ssl3d.detection.proxy2d import DetectionProxy2d as DetectionProxy2d
+    from ssl3d.detection.proxy2d import score_boxes as score_boxes
+    from ssl3d.detection.two_stage2d import DetectionTargets as DetectionTargets
+    from ssl3d.detection.two_stage2d import TwoStageConfig as TwoStageConfig
+    from ssl3d.detection.two_stage2d import TwoStageDetector2d as TwoStageDetector2d
     from ssl3d.device import peak_memory as peak_memory
     from ssl3d.distributed import gather as gather
     from ssl3d.distributed import rank as rank
@@ -218,6 +226,14 @@ _HOME = {
     "DetectionScores": "detection.metrics",
     "froc": "detection.metrics",
     "Truths": "detection.metrics",
+    "Boxed": "detection.crops2d",
+    "Detection2dOptions": "detection.proxy2d",
+    "DetectionPass": "detection.proxy2d",
+    "DetectionProxy2d": "detection.proxy2d",
+    "score_boxes": "detection.proxy2d",
+    "DetectionTargets": "detection.two_stage2d",
+    "TwoStageConfig": "detection.two_stage2d",
+    "TwoStageDetector2d": "detection.two_stage2d",
     "DataError": "errors",
     "conv3x3x3": "decoder",
     "Decoder": "decoder",

@@ -113,8 +113,8 @@ def from_coco(path: Path) -> Boxes | None:
             kind = int(entry["category_id"])
             if said.names and kind not in said.names:
                 raise DataError(
-                    f"{path}: annotation {entry.get('id', number)} is of category {kind}, and the file lists "
-                    f"{len(said.names)} others"
+                    f"{path}: annotation {entry.get('id', number)} is of category {kind}, and the file "
+                    f"lists {len(said.names)} others"
                 )
             x, y, width, height = map(float, entry["bbox"])
             reason = "crowds" if entry.get("iscrowd") else ""
@@ -127,9 +127,9 @@ def from_coco(path: Path) -> Boxes | None:
 def from_table(path: Path, readers: str = "merge") -> Boxes | None:
     """The boxes of a CSV with a line per box, as of VinDr-CXR; None if it lists none.
 
-    Columns image_id (or path), x_min, y_min, x_max, y_max in pixels, and, if you like, class_name, class_id,
-    rad_id. A line without corners ("No finding") says that somebody looked. Boxes of one class by several
-    readers that overlap by half become their mean (`merge`), or all are kept (`keep`).
+    Columns image_id (or path), x_min, y_min, x_max, y_max in pixels, and, if you like, class_name,
+    class_id, rad_id. A line without corners ("No finding") says that somebody looked. Boxes of one class
+    by several readers that overlap by half become their mean (`merge`), or all are kept (`keep`).
 
     Raises:
         DataError: A corner is no number, or one class has two names.
@@ -208,7 +208,7 @@ def around_mask(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 6) cut to a volume (D, H, W), and which of them lie in it with a side of a voxel or more."""
+    """Boxes (n, 6) cut to a volume (D, H, W), and which of them lie in it by a voxel or more a side."""
     limit = np.array([*shape, *shape], np.float32)
     cut = np.clip(boxes, 0, limit)
     return cut, ((cut[:, 3:] - cut[:, :3]) >= np.minimum(1, boxes[:, 3:] - boxes[:, :3]) - 1e-3).all(1) & (

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl3d.data import geometry
-from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.boxes import around_mask, within
+from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.itk import quiet_sitk
 from ssl3d.data.normalize import decide, foreground, normalize
 from ssl3d.data.read import Pixels, header_spacing, read, read_mask, sha256_of

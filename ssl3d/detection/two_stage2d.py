@@ -120,8 +120,8 @@ class Detection(NamedTuple):
     labels: Tensor
 
 
-class Targets(NamedTuple):
-    """What is there to be found in the B images of a batch, and what training draws at random.
+class DetectionTargets(NamedTuple):
+    """What is there to be found in the B images of a batch.
 
     Attributes:
         boxes: Per image (n, 4), y1 x1 y2 x2; n may be 0.
@@ -297,7 +297,7 @@ class TwoStageDetector2d(nn.Module):
         self.pyramid = Pyramid(encoder, config)
         strides = self.pyramid.strides
         sizes = tuple((config.anchor_scale * stride,) for stride in strides)
-        anchors = AnchorGenerator(sizes, (tuple(config.anchor_ratios),) * len(strides))  # type: ignore[no-untyped-call]
+        anchors = AnchorGenerator(sizes, (tuple(config.anchor_ratios),) * len(strides))
         head = RPNHead(config.channels, len(config.anchor_ratios))
         _carefully(head)
         kept = {"training": config.proposals[0], "testing": config.proposals[1]}
@@ -308,13 +308,13 @@ class TwoStageDetector2d(nn.Module):
         pooled = [str(n) for n in range(len(self.pyramid.sources))]
         align = MultiScaleRoIAlign(pooled, config.pool_size, 2)
         # Known, not guessed from the first image's size.
-        align.scales = [1 / stride for stride in strides[: len(pooled)]]  # type: ignore[assignment]
-        align.map_levels = _Levels(strides[: len(pooled)])  # type: ignore[assignment]
+        align.scales = [1 / stride for stride in strides[: len(pooled)]]
+        align.map_levels = _Levels(strides[: len(pooled)])
         weights = tuple(1 / std for std in config.box_stds)
-        self.roi = RoIHeads(  # type: ignore[no-untyped-call]
+        self.roi = RoIHeads(
             align,
-            TwoMLPHead(config.channels * config.pool_size**2, config.hidden),  # type: ignore[no-untyped-call]
-            FastRCNNPredictor(config.hidden, config.classes + 1),  # type: ignore[no-untyped-call]
+            TwoMLPHead(config.channels * config.pool_size**2, config.hidden),
+            FastRCNNPredictor(config.hidden, config.classes + 1),
             config.roi_iou, config.roi_iou, config.roi_samples, config.roi_positive, weights,
             config.score, config.nms, config.detections,
         )  # fmt: skip
@@ -334,7 +334,7 @@ class TwoStageDetector2d(nn.Module):
             labels: Per image (n,), from 0.
             rng: Of the B images; decides what is sampled. The global generator does without.
         """
-        targets = Targets(list(boxes), list(labels))
+        targets = DetectionTargets(list(boxes), list(labels))
         size = images.shape[-2:]
         levels = self.levels(self.encoder(images))
         found = self.propose(levels, size, targets, rng)
@@ -359,7 +359,7 @@ class TwoStageDetector2d(nn.Module):
         self,
         levels: dict[str, Tensor],
         size: Sequence[int],
-        targets: Targets | None = None,
+        targets: DetectionTargets | None = None,
         rng: BatchRng | None = None,
     ) -> Proposals:
         """The first stage: which anchors hold something.
@@ -393,7 +393,7 @@ class TwoStageDetector2d(nn.Module):
         levels: dict[str, Tensor],
         size: Sequence[int],
         proposals: Sequence[Tensor],
-        targets: Targets,
+        targets: DetectionTargets,
         rng: BatchRng | None = None,
     ) -> dict[str, Tensor]:
         """The losses of the second stage, `roi_class` and `roi_box`, (B,) each.
@@ -411,8 +411,8 @@ class TwoStageDetector2d(nn.Module):
             with torch.no_grad():
                 truths = [xyxy(boxes).float() for boxes in targets.boxes]
                 classes = [labels + 1 for labels in targets.labels]
-                both = roi.add_gt_proposals(list(proposals), truths)  # type: ignore[no-untyped-call]
-                owners, owned = roi.assign_targets_to_proposals(both, truths, classes)  # type: ignore[no-untyped-call]
+                both = roi.add_gt_proposals(list(proposals), truths)
+                owners, owned = roi.assign_targets_to_proposals(both, truths, classes)
                 keys = _keys(rng, len(both), config.proposals[0] + max(map(len, truths), default=0), device)
                 chosen = [
                     sample(labels, keys[n, : len(labels)], config.roi_samples, config.roi_positive)
@@ -448,7 +448,7 @@ class TwoStageDetector2d(nn.Module):
         roi = self.roi
         with torch.autocast(next(iter(levels.values())).device.type, enabled=False):
             logits, offsets = self._second(levels, size, list(proposals))
-            found = roi.postprocess_detections(  # type: ignore[no-untyped-call]
+            found = roi.postprocess_detections(
                 logits, offsets, list(proposals), [(size[0], size[1])] * len(proposals)
             )
         return [
@@ -474,7 +474,12 @@ class TwoStageDetector2d(nn.Module):
         return torch.cat(generator.grid_anchors([list(level.shape[-2:]) for level in maps], strides))
 
     def _rpn_losses(
-        self, objectness: Tensor, offsets: Tensor, anchors: Tensor, targets: Targets, rng: BatchRng | None
+        self,
+        objectness: Tensor,
+        offsets: Tensor,
+        anchors: Tensor,
+        targets: DetectionTargets,
+        rng: BatchRng | None,
     ) -> dict[str, Tensor]:
         config, rpn, images = self.config, self.rpn, len(targets.boxes)
         with torch.no_grad():

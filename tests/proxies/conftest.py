@@ -33,16 +33,40 @@ SMALL: dict[str, dict[str, Any]] = {
         "queue": 8,
         "queue_from": 0.0,
     },
+    "faster_rcnn": {
+        "crop": [32, 32],
+        "channels": 16,
+        "hidden": 16,
+        "proposals": [32, 32],
+        "rpn_samples": 64,
+        "roi_samples": 16,
+        "most": 4,
+    },
+    "pseudo3d_detection": {
+        "crop": [32, 32],
+        "channels": 16,
+        "hidden": 16,
+        "min_stride": 2,
+        "proposals": [32, 32],
+        "rpn_samples": 64,
+        "roi_samples": 16,
+        "most": 4,
+        "keep_depth": False,
+    },
 }
 
 # On top of these, with kernels of kind 3d: slices need slabs deeper than the encoder's stride along D.
 DEEP: dict[str, dict[str, Any]] = {
+    "faster_rcnn": {"slab": 9},
     "intra_inter": {"slices": 3, "slab": 9},
     "sorting": {"crop": [16, 16], "slices": 4, "slab": 9},
 }
 
 # On top of SMALL, where two ranks must give the gradients of one process: heads without batch norm.
 RANKS: dict[str, dict[str, Any]] = {
+    # All that is proposed is kept and sampled: which of two nearly equal scores is higher, the last bit says.
+    "faster_rcnn": {"proposals": [4096, 4096], "rpn_samples": 4096, "roi_samples": 4096},
+    "pseudo3d_detection": {"proposals": [4096, 4096], "rpn_samples": 4096, "roi_samples": 4096},
     "simclr": {"head_norm": "layer"},
     "barlow_twins": {"head_norm": "layer"},
     "cube_ordering": {"head_norm": "layer"},

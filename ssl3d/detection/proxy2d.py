@@ -1,0 +1,368 @@
+"""What proxies that learn to detect in 2D share: classes, the step, its metrics and pictures, its score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.detection.crops2d import Boxed, BoxViews, draw_boxed, move_boxed
+from ssl3d.detection.metrics import AveragePrecision, Detections, Truths, average_precision, box_iou
+from ssl3d.detection.two_stage2d import (
+    Detection,
+    DetectionTargets,
+    TwoStageConfig,
+    TwoStageDetector2d,
+    yxyx,
+)
+from ssl3d.encoder import Encoder
+from ssl3d.errors import DataError, UsageError
+from ssl3d.proxy import Proxy, StepOutput
+from ssl3d.rng import BatchRng, numpy_rng, one_group
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.data.store import Collection, Volume
+
+_SHOWN = 6  # images in a picture
+_SURE = 0.3  # score of a detection that is drawn
+_BEST = 100  # proposals per image that the recall counts
+
+
+@dataclass
+class Detection2dOptions(BoxViews):
+    """Options of a proxy that learns to detect in 2D.
+
+    Attributes:
+        fusion: What becomes of several slices before the pyramid: `learned` weights per channel, or the
+            `centre` slice.
+        channels: Of the feature pyramid.
+        hidden: Width of the two layers of the box head.
+        min_stride: Maps of the encoder with a smaller stride are left out of the pyramid; its smallest
+            anchors are `anchor_scale` times the smallest stride that is left.
+        anchor_scale: Side of a square anchor, in strides of its level.
+        anchor_ratios: Height to width of the anchors.
+        proposals: Kept of an image while training, and in evaluation.
+        rpn_samples: Anchors per image in the loss.
+        roi_samples: Proposals per image in the loss.
+        score_training: Score the average precision of the training crops too, at every step; else of the
+            held-out ones only.
+    """
+
+    fusion: Literal["learned", "centre"] = "learned"
+    channels: int = 256
+    hidden: int = 1024
+    min_stride: int = 4
+    anchor_scale: float = 4.0
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    proposals: tuple[int, int] = (2000, 1000)
+    rpn_samples: int = 256
+    roi_samples: int = 512
+    score_training: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        self.detector(1)
+
+    def detector(self, classes: int) -> TwoStageConfig:
+        """The detector's options, for so many classes."""
+        return TwoStageConfig(
+            classes=classes,
+            depth=self.depth,
+            fusion=self.fusion,
+            channels=self.channels,
+            hidden=self.hidden,
+            min_stride=self.min_stride,
+            anchor_scale=self.anchor_scale,
+            anchor_ratios=tuple(self.anchor_ratios),
+            proposals=(self.proposals[0], self.proposals[-1]),
+            rpn_samples=self.rpn_samples,
+            roi_samples=self.roi_samples,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Slices that the detector fuses."""
+        return self.slab
+
+
+class DetectionPass(NamedTuple):
+    """What one pass through the detector gives.
+
+    Attributes:
+        losses: (B,) each.
+        proposals: Per image (n, 4), x1 y1 x2 y2, the best first.
+        levels: That the second stage reads.
+        reads: Whether the second stage can read them yet.
+    """
+
+    losses: dict[str, Tensor]
+    proposals: list[Tensor]
+    levels: dict[str, Tensor]
+    reads: bool = True
+
+
+class DetectionProxy2d(Proxy):
+    """A proxy that learns boxes in images, and in slices of volumes, with the two-stage detector.
+
+    Classes are what the boxes of the training data are labelled: by name where the store has names, so
+    that equal names are one class in all data sets, else by number. `setup` finds them and makes
+    `self.detector`.
+    """
+
+    main: ClassVar[str] = "recall"
+    uses_labels: ClassVar[bool] = True
+    detector: TwoStageDetector2d
+    known: Tensor
+
+    def __init__(self, config: Any, encoder: Encoder) -> None:
+        """The classes are not known yet; `setup` adds the detector."""
+        super().__init__(config, encoder)
+        self.names: list[str] = []
+        self.register_buffer("known", torch.zeros(0, 3, dtype=torch.int64))
+
+    def setup(self, data: Collection) -> None:
+        """Finds the classes, and makes the detector.
+
+        Raises:
+            DataError: There is no box in all the data.
+            UsageError: The encoder's strides do not serve.
+        """
+        found = getattr(data, "found", None)  # of a checkpoint without its data
+        if found:
+            self.names = json.loads(bytes(found["classes"].tolist()))
+            self.known = found["known"].clone()
+        else:
+            self.names, self.known = _classes(data)
+        try:
+            self.detector = TwoStageDetector2d(self.encoder, self.config.detector(len(self.names)))
+        except ValueError as error:
+            raise UsageError(f"{type(self).__name__}: {error}") from error
+
+    def outline(self) -> Mapping[str, Tensor]:
+        """The classes' names in their order, and data set, label and class of every label."""
+        return {
+            "classes": torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8),
+            "known": self.known,
+        }
+
+    @classmethod
+    def draw(cls, config: Any, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One crop with its boxes; see `draw_boxed`.
+
+        Raises:
+            DataError: Nobody looked for boxes in the volume.
+        """
+        return draw_boxed(config, volume, rng)
+
+    def shown(self, batch: dict[str, Tensor], rng: BatchRng) -> Boxed:
+        """What the encoder is given of a batch: moved, augmented while training, standardised."""
+        return move_boxed(self.config, batch, rng, self.training)
+
+    def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
+        """Detects in the crops (B, C, D, h, w), and compares with their boxes."""
+        seen = self.shown(batch, rng)
+        kinds = self._classes_of(batch)
+        there = seen.there & (kinds >= 0)
+        targets = DetectionTargets(
+            [boxes[at] for boxes, at in zip(seen.boxes, there, strict=True)],
+            [labels[at] for labels, at in zip(kinds, there, strict=True)],
+        )
+        done = self.run(seen.images, targets, rng)
+        loss = torch.stack(list(done.losses.values())).sum(0).mean()
+        metrics = {name: value.detach().mean() for name, value in done.losses.items()}
+        metrics["recall"] = recall([yxyx(boxes) for boxes in done.proposals], targets.boxes).to(loss.device)
+        levels = {name: level.detach() for name, level in done.levels.items()}
+        found: list[Detection] | None = None
+        if done.reads and (self.config.score_training or not self.training):
+            found = self.detector.read(levels, seen.images.shape[-2:], done.proposals)
+            score = _precision(found, targets)
+            if score is not None:
+                metrics["ap50"] = score.to(loss.device)
+
+        def picture() -> Figure:
+            read = found
+            if read is None and done.reads:
+                read = self.detector.read(levels, seen.images.shape[-2:], done.proposals)
+            return picture_of(seen.images, targets, read, self.names)
+
+        return StepOutput(loss, metrics, picture)
+
+    def run(self, images: Tensor, targets: DetectionTargets, rng: BatchRng) -> DetectionPass:
+        """Both stages at once, on one encoder."""
+        detector, size = self.detector, images.shape[-2:]
+        levels = detector.levels(self.encoder(images))
+        first = detector.propose(levels, size, targets, rng)
+        losses = first.losses | detector.refine(levels, size, first.boxes, targets, rng)
+        return DetectionPass(losses, first.boxes, levels)
+
+    def _classes_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """Class (B, M) of every label; -1 for one that the training data do not have."""
+        same = (batch["dataset"].view(-1, 1, 1) == self.known[:, 0]) & (
+            batch["labels"].unsqueeze(2) == self.known[:, 1]
+        )
+        classes = self.known[:, 2].expand(same.shape)
+        return torch.where(same, classes, -1).amax(2)
+
+
+@torch.no_grad()
+def score_boxes(
+    proxy: DetectionProxy2d, volumes: Collection, iou: float = 0.5, seed: int = 0, batch_size: int = 16
+) -> AveragePrecision:
+    """Average precision of a trained proxy over one crop of every volume, the same crops at every call.
+
+    Crops lie anywhere (`around` is 0) and are not augmented; volumes without boxes known are left out.
+
+    Args:
+        proxy: With its classes.
+        volumes: Of the data sets that it was trained on.
+        iou: Least overlap of a detection with the box that it finds.
+        seed: Of the crops.
+        batch_size: Crops at once.
+
+    Raises:
+        DataError: No volume has boxes known.
+    """
+    import dataclasses
+
+    config = dataclasses.replace(proxy.config, around=0.0)
+    device = next(proxy.parameters()).device
+    examples: list[dict[str, Tensor]] = []
+    codes = volumes.dataset_codes
+    for volume, code in zip(volumes, codes, strict=True):
+        if volume.boxes is not None:
+            drawn = proxy.draw(config, volume, numpy_rng("score_boxes", seed, volume.id))
+            examples.append(drawn | {"dataset": torch.tensor(int(code))})
+    if not examples:
+        raise DataError(f"none of the {len(volumes)} volumes has boxes, so there is nothing to score")
+    was = proxy.training
+    proxy.eval()
+    found: list[Detections] = []
+    truths: list[Truths] = []
+    for begin in range(0, len(examples), batch_size):
+        some = examples[begin : begin + batch_size]
+        batch = {name: torch.stack([one[name] for one in some]).to(device) for name in some[0]}
+        seen = proxy.shown(batch, one_group(0, len(some), device))
+        kinds = proxy._classes_of(batch)
+        found += [
+            Detections(one.boxes.cpu().numpy(), one.scores.cpu().numpy(), one.labels.cpu().numpy())
+            for one in proxy.detector.detect(seen.images)
+        ]
+        for boxes, labels, there in zip(seen.boxes, kinds, seen.there, strict=True):
+            at = there & (labels >= 0)
+            truths.append(Truths(boxes[at].cpu().numpy(), labels[at].cpu().numpy()))
+    proxy.train(was)
+    return average_precision(found, truths, iou)
+
+
+def recall(proposals: Sequence[Tensor], truths: Sequence[Tensor], iou: float = 0.5) -> Tensor:
+    """Share of the true boxes that one of the 100 best proposals of its image overlaps by `iou`.
+
+    1 where there is nothing to find.
+    """
+    found = total = 0
+    for boxes, truth in zip(proposals, truths, strict=True):
+        total += len(truth)
+        if len(truth) and len(boxes):
+            overlap = box_iou(boxes[:_BEST].detach().cpu().numpy(), truth.detach().cpu().numpy())
+            found += int((overlap.max(0) >= iou).sum())
+    return torch.tensor(found / total if total else 1.0)
+
+
+def picture_of(
+    images: Tensor, targets: DetectionTargets, found: Sequence[Detection] | None, names: Sequence[str]
+) -> Figure:
+    """The first images: true boxes in green, what was found in red with its score.
+
+    Args:
+        images: (B, C, D, H, W); three slices, or channels, are shown as colours, else the middle slice.
+        targets: What is there.
+        found: What was found; None where there is nothing to find with yet.
+        names: Of the classes.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    count = min(len(images), _SHOWN)
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for panel in panels:
+        panel.set_axis_off()
+    for n in range(count):
+        image = images[n].detach().float().cpu()
+        panel = panels[n]
+        if image.shape[0] * image.shape[1] == 3:
+            colours = image.flatten(0, 1).movedim(0, -1)
+            low, high = np.percentile(colours.numpy(), (0.5, 99.5))
+            panel.imshow(((colours - low) / max(high - low, 1e-6)).clamp(0, 1).numpy())
+        else:
+            panel.imshow(image[0, image.shape[1] // 2].numpy(), cmap="gray")
+
+        def outline(box: Tensor, colour: str, text: str, panel: Any = panel) -> None:
+            y1, x1, y2, x2 = box.tolist()  # edges of pixels; imshow has their middles at whole numbers
+            panel.add_patch(
+                Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2)
+            )
+            panel.text(x1, y1 - 1, text, color=colour, fontsize=6, clip_on=True)
+
+        for box, label in zip(targets.boxes[n], targets.labels[n].tolist(), strict=True):
+            outline(box, "lime", names[label] if len(names) > 1 else "")
+        if found is not None:
+            one = found[n]
+            for box, score, label in zip(one.boxes, one.scores.tolist(), one.labels.tolist(), strict=True):
+                if score >= _SURE:
+                    outline(box, "red", f"{names[label]} {score:.2f}" if len(names) > 1 else f"{score:.2f}")
+    figure.suptitle("true boxes green, detections red", fontsize=8)
+    return figure
+
+
+def _precision(found: Sequence[Detection], targets: DetectionTargets) -> Tensor | None:
+    """Average precision at .5 over a batch; None where there is nothing to find."""
+    if not any(len(boxes) for boxes in targets.boxes):
+        return None
+    score = average_precision(
+        [Detections(*(part.detach().cpu().numpy() for part in one)) for one in found],
+        [
+            Truths(boxes.cpu().numpy(), labels.cpu().numpy())
+            for boxes, labels in zip(targets.boxes, targets.labels, strict=True)
+        ],
+        0.5,
+    )
+    return torch.tensor(float(score.mean[0]))
+
+
+def _classes(data: Collection) -> tuple[list[str], Tensor]:
+    """Names of the classes, and (data set, label, class) of every label of a box."""
+    codes = getattr(data, "dataset_codes", None)
+    named: dict[str, dict[str, str]] = {}
+    for settings in getattr(data, "settings", ()):
+        for dataset, texts in settings.get("box_labels", {}).items():
+            named.setdefault(dataset, {}).update(texts)
+    order: dict[str, int] = {}
+    labels: dict[tuple[int, int], str] = {}
+    looked = 0
+    for n, volume in enumerate(data):
+        code = order.setdefault(volume.dataset, len(order)) if codes is None else int(codes[n])
+        found = volume.box_labels
+        looked += found is not None
+        for label in np.unique(found if found is not None else ()).astype(int).tolist():
+            labels[code, label] = named.get(volume.dataset, {}).get(str(label), str(label))
+    if not labels:
+        many = f"{looked} of them were looked at and have none" if looked else "nobody looked for any"
+        raise DataError(
+            f"no box in all {len(data)} volumes to be learned from: {many}. `ssl3d prepare` reads COCO's "
+            "instances.json and CSV lists beside pictures, and --boxes masks draws them around masks"
+        )
+    numeric = all(name.isdigit() for name in labels.values())
+    names = sorted(set(labels.values()), key=(lambda name: int(name)) if numeric else None)
+    table = [(code, label, names.index(name)) for (code, label), name in sorted(labels.items())]
+    return names, torch.tensor(table, dtype=torch.int64)
