@@ -261,6 +261,221 @@ def minimum_detectable_difference(error: float, alpha: float = 0.05, power: floa
     return float((norm.ppf(1 - alpha / 2) + norm.ppf(power)) * error)
 
 
+# Seeds nested in contestants, and repeats of subsets -----------------------------------------------
+
+
+class Runs(NamedTuple):
+    """A contestant's score: how it varies over subjects, over its seeds, over subsets of the training data.
+
+    Attributes:
+        each: Score of every seed on every subset, (S, P).
+        drawn: The same on every resample of the test subjects, (S, P, R); contestants are compared on the
+            same resamples.
+        subjects: Number of test subjects.
+        skew: Acceleration of the mean score (Efron), for its interval.
+    """
+
+    each: Array
+    drawn: Array
+    subjects: int
+    skew: float = 0.0
+
+    @property
+    def value(self) -> float:
+        """Mean over seeds and subsets."""
+        return float(self.each.mean())
+
+    @property
+    def mean_drawn(self) -> Array:
+        """Mean over seeds and subsets on every resample of the subjects, (R,)."""
+        return self.drawn.mean(axis=(0, 1))
+
+
+class Part(NamedTuple):
+    """A part of the variance of a mean: that of its seeds, or of its subsets.
+
+    Attributes:
+        variance: Due to them.
+        gross: Before the subjects' share was taken off; how well it is known goes by this.
+        count: Of the seeds or subsets.
+    """
+
+    variance: float
+    gross: float
+    count: int
+
+
+class Difference(NamedTuple):
+    """A paired difference between two contestants.
+
+    Attributes:
+        value: Of the first over the second.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        error: Standard error, over subjects, seeds and subsets.
+        p: Of "no difference", two-sided; below .05 just where the interval spares 0.
+        freedom: Degrees of freedom.
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+    p: float
+    freedom: float
+
+
+def runs_of(
+    scores: Sequence[Sequence[Statistic]], clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0
+) -> Runs:
+    """Resamples a contestant's scores.
+
+    Args:
+        scores: A statistic for every seed and subset, S x P.
+        clusters: Subject of every row of the weights, (N,), the same for all.
+        resamples: R.
+        seed: The same seed and subjects, the same resamples.
+    """
+    clusters = np.asarray(clusters)
+    ones = np.ones((1, len(clusters)))
+    each = np.array([[float(one(ones)[0]) for one in row] for row in scores])
+    flat = [one for row in scores for one in row]
+    block = max(1, min(resamples, BLOCK // max(1, len(clusters))))
+    pieces = []
+    for first in range(0, resamples, block):
+        weights = resampling_weights(clusters, min(block, resamples - first), (seed, first))
+        pieces.append(np.stack([one(weights) for one in flat]))
+    drawn = np.concatenate(pieces, axis=1).reshape(*each.shape, resamples)
+
+    def average(weights: Array) -> Array:
+        return np.mean([one(weights) for one in flat], axis=0)
+
+    return Runs(each, drawn, len(np.unique(clusters)), _acceleration(average, clusters))
+
+
+def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
+    """Interval of a mean score over subjects, seeds and subsets.
+
+    The subjects' part is a bootstrap over subjects, corrected for bias and skew as in `interval`; the
+    seeds' part is normal, its variance that between the seeds less what the few subjects make of it (they
+    are crossed with the seeds). Both are widened by Student's t at Satterthwaite's degrees of freedom, so
+    that twenty subjects or three seeds are not taken for many. One seed says nothing of seeds: the
+    interval is then of that seed alone.
+    """
+    from scipy.stats import norm, t
+
+    draws = runs.mean_drawn
+    known = np.isfinite(draws)
+    undefined = 1.0 - float(known.mean())
+    value = runs.value
+    if known.sum() < 2 or runs.subjects < 2 or not np.isfinite(value):
+        return Interval(value, float("nan"), float("nan"), float("nan"), undefined)
+    of_subjects, others = variances(runs)
+    total = of_subjects + sum(part.variance for part in others)
+    if total == 0.0:
+        return Interval(value, value, value, 0.0, undefined)
+    reach = float(t.ppf(0.5 + level / 2, freedom(of_subjects, runs.subjects, others)))
+    spread = with_seeds(runs)
+    share = float(np.mean(draws[known] < value) + 0.5 * np.mean(draws[known] == value))
+    bias = float(norm.ppf(np.clip(share, 1 / known.sum(), 1 - 1 / known.sum())))
+    skew = runs.skew * (of_subjects / total) ** 1.5  # the other parts have none
+    bias *= (of_subjects / total) ** 0.5
+    ends = []
+    for side in (-reach, reach):
+        shifted = bias + side
+        ends.append(float(np.quantile(spread, norm.cdf(bias + shifted / max(1.0 - skew * shifted, 0.1)))))
+    low, high = min(ends), max(ends)
+    values = runs.drawn[np.isfinite(runs.drawn)]
+    if values.min() >= 0.0 and values.max() <= 1.0:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Interval(value, low, high, float(np.sqrt(total)), undefined)
+
+
+def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: float = LEVEL) -> Difference:
+    """The difference of two contestants on the same subjects: interval and p-value from one model.
+
+    Student's t with the standard error of the bootstrap over subjects (both on the same resamples), of the
+    seeds of either (independent of each other), and of the subsets (drawn alike for both, so that only
+    their difference counts); Satterthwaite's degrees of freedom. Unlike a permutation of subjects it
+    counts the seeds: two lucky seeds are no finding.
+
+    Args:
+        a: One contestant.
+        b: The other.
+        paired_subsets: Whether the subsets of the training data are the same for both, in order.
+        level: Of confidence.
+    """
+    from scipy.stats import t
+
+    value = a.value - b.value
+    draws = a.mean_drawn - b.mean_drawn
+    draws = draws[np.isfinite(draws)]
+    if len(draws) < 2 or a.subjects < 2 or not np.isfinite(value):
+        return Difference(value, *[float("nan")] * 5)
+    of_subjects = float(draws.var(ddof=1)) * a.subjects / (a.subjects - 1)
+    parts = [_between(one.each.mean(1), one.drawn.mean(1), one.subjects) for one in (a, b)]
+    if paired_subsets and a.each.shape[1] == b.each.shape[1]:
+        each = a.each.mean(0) - b.each.mean(0)
+        parts.append(_between(each, a.drawn.mean(0) - b.drawn.mean(0), a.subjects))
+    else:
+        parts += [_between(one.each.mean(0), one.drawn.mean(0), one.subjects) for one in (a, b)]
+    error = float(np.sqrt(of_subjects + sum(part.variance for part in parts)))
+    if error == 0.0:
+        return Difference(value, value, value, 0.0, 1.0 if value == 0.0 else float("nan"), float("nan"))
+    degrees = freedom(of_subjects, a.subjects, parts)
+    reach = float(t.ppf(0.5 + level / 2, degrees)) * error
+    p = float(2 * t.sf(abs(value) / error, degrees))
+    return Difference(value, value - reach, value + reach, error, p, degrees)
+
+
+def variances(runs: Runs) -> tuple[float, list[Part]]:
+    """Variance of the mean score due to subjects; and due to seeds and to subsets."""
+    draws = runs.mean_drawn
+    of_subjects = float(np.nanvar(draws, ddof=1)) * runs.subjects / max(runs.subjects - 1, 1)
+    return of_subjects, [
+        _between(runs.each.mean(axis), runs.drawn.mean(axis), runs.subjects) for axis in (1, 0)
+    ]
+
+
+def freedom(of_subjects: float, subjects: int, others: Sequence[Part]) -> float:
+    """Satterthwaite's degrees of freedom of a sum of variances."""
+    total = of_subjects + sum(part.variance for part in others)
+    weight = of_subjects**2 / max(subjects - 1, 1)
+    weight += sum(part.gross**2 / (part.count - 1) for part in others if part.count > 1)
+    return max(1.0, total**2 / weight) if weight > 0 else float(max(subjects - 1, 1))
+
+
+def with_seeds(runs: Runs, seed: object = 0) -> Array:
+    """Draws of the mean score, (R,): of the subjects, widened to n - 1, with normal noise of the seeds."""
+    from scipy.stats import norm
+
+    draws = runs.mean_drawn
+    draws = np.where(np.isfinite(draws), draws, np.nanmean(draws))
+    centre = runs.value
+    draws = centre + (draws - centre) * np.sqrt(runs.subjects / max(runs.subjects - 1, 1))
+    _, others = variances(runs)
+    of_seeds = sum(part.variance for part in others)
+    if of_seeds > 0:
+        quantiles = norm.ppf((np.arange(len(draws)) + 0.5) / len(draws))  # their variance is 1, not nearly
+        draws = draws + np.sqrt(of_seeds) * numpy_rng("seeds", seed).permutation(quantiles)
+    return draws
+
+
+def _between(each: Array, drawn: Array, subjects: int) -> Part:
+    """Variance of a mean over K levels (seeds, subsets) due to the levels.
+
+    Between the scores lies more than the levels: each reacts to the subjects in its own way, which the
+    bootstrap over subjects has counted already; that part is taken off.
+    """
+    count = len(each)
+    if count < 2:
+        return Part(0.0, 0.0, count)
+    own = np.nanvar(drawn - drawn.mean(axis=0), axis=1, ddof=1).mean() * count / (count - 1)
+    own *= subjects / max(subjects - 1, 1)
+    found = float(each.var(ddof=1))
+    return Part(max(0.0, found - own) / count, found / count, count)
+
+
 # Subsets and folds --------------------------------------------------------------------------------
 
 
