@@ -99,6 +99,13 @@ class FinetuneTask(ABC):
     def model(self, encoder: Encoder) -> nn.Module:
         """The whole network; its attribute `encoder` is that encoder. New weights follow torch's seed."""
 
+    def start(self, model: nn.Module, train: Collection) -> None:
+        """Sets what follows from the training subjects alone, such as class weights; before training.
+
+        It goes into buffers of the model: the same task object serves every subset.
+        """
+        return
+
     @abstractmethod
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One training example, on the CPU, in a worker: reading and cutting.
@@ -155,9 +162,7 @@ class Finetune(Benchmark):
     Config = object
     name = "finetune"
     version = 1
-    description = (
-        "an encoder trained further on classes, masks or boxes, beside the same network from scratch"
-    )
+    description = "an encoder trained further on classes, masks or boxes, and from scratch"
     reference = (
         "learning rates of their own for the scratch arm: Chen, Ma, Zheng: Med3D, arXiv 1904.00625; "
         "equal effort: He, Girshick, Dollar: Rethinking ImageNet Pre-training, ICCV 2019, arXiv 1811.08883"

@@ -141,16 +141,9 @@ class LinearProbe(Benchmark):
     def _fit(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        if self._ready is None or self._ready[0] != contestant.digest:
-            everything = train.select(np.arange(len(train)))
-            everything.rows = np.concatenate([train.rows, val.rows, test.rows])
-            self.prepare(contestant, everything)
-        rows = [self._rows(part) for part in (train, val, test)]
-        (x, y, subjects, _), (x_val, y_val, _, _), (x_test, y_test, _, about) = rows
-        centre, scale = x.mean(axis=0), x.std(axis=0)
-        # A feature that never varies in train says nothing; dividing by its zero would.
-        scale = np.where(scale > 1e-8 * np.maximum(1.0, np.abs(centre)), scale, np.inf)
-        x, x_val, x_test = ((part - centre) / scale for part in (x, x_val, x_test))
+        x, y, subjects, x_val, y_val, x_test, y_test, about = self._standardised(
+            contestant, train, val, test
+        )
         details: dict[str, Any] = {"features": x.shape[1], "train_rows": len(x)}
         if self.target == "classes":
             model, l2 = fit_classifier(x, y, subjects, len(self.config.classes), seed)
@@ -170,6 +163,22 @@ class LinearProbe(Benchmark):
             for row, target, value in zip(about, y_test, model(x_test), strict=True):
                 row["target"], row["prediction"] = float(target), float(value)
         return about, details
+
+    def _standardised(
+        self, contestant: Contestant, train: Collection, val: Collection, test: Collection
+    ) -> tuple[Array, Array, Array, Array, Array, Array, Array, list[dict[str, Any]]]:
+        """Features, standardised on train, and targets: of train (and subjects), val, test (and who)."""
+        if self._ready is None or self._ready[0] != contestant.digest:
+            everything = train.select(np.arange(len(train)))
+            everything.rows = np.concatenate([train.rows, val.rows, test.rows])
+            self.prepare(contestant, everything)
+        rows = [self._rows(part) for part in (train, val, test)]
+        (x, y, subjects, _), (x_val, y_val, _, _), (x_test, y_test, _, about) = rows
+        centre, scale = x.mean(axis=0), x.std(axis=0)
+        # A feature that never varies in train says nothing; dividing by its zero would.
+        scale = np.where(scale > 1e-8 * np.maximum(1.0, np.abs(centre)), scale, np.inf)
+        x, x_val, x_test = ((part - centre) / scale for part in (x, x_val, x_test))
+        return x, y, subjects, x_val, y_val, x_test, y_test, about
 
     def _rows(self, part: Collection) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
         """Features (n, f) float64, targets (n,), subject codes (n,), and who they are; after pooling."""

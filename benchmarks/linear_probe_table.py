@@ -124,7 +124,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         if beside and arm.first.kind == "encoder":
             gain = over_untrained(arm, beside)
             errors.append(gain.error)
-            difference = f"{_signed(gain.value)} [{_signed(gain.low)}, {_signed(gain.high)}]"
+            difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
         notes = _notes(arm)
         flagged = flagged or "saw" in notes
         lines.append([arm.name, _main(arm), *_others(arm, others), difference, notes])
@@ -133,10 +133,10 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     for (group, again), seeds in reference.items():
         values = [arm.value for arm in seeds]
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        means = [_number(np.mean([arm.mean(name) for arm in seeds])) for name in others]
+        means = [number(np.mean([arm.mean(name) for arm in seeds])) for name in others]
         title = group + (", norm recalibrated" if again else "")
         counted = f"{len(seeds)} untrained seeds, mean{' ± sd' if spread else ''}"
-        inserted.append([title, f"{_number(np.mean(values))}{spread}", *means, "", counted])
+        inserted.append([title, f"{number(np.mean(values))}{spread}", *means, "", counted])
         for arm in seeds:
             seed = arm.first.result.contestant["weights_seed"]
             inserted.append([f"  seed {seed}", _main(arm), *_others(arm, others), "", _notes(arm)])
@@ -153,7 +153,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         f"{train['of_subjects']} training subjects{subset}; test {tested['subjects']} subjects, "
         f"{tested['volumes']} volumes; {how}"
     )
-    text = [head, *_aligned(lines)]
+    text = [head, *aligned(lines)]
     if any(np.isfinite(errors)):
         error = float(np.nanmedian(errors))
         detectable = statistics.minimum_detectable_difference(error)
@@ -178,11 +178,11 @@ def _main(arm: Arm) -> str:
     spread = ""
     if len(arm.rows) > 1:
         spread = f" ± {np.std([row.result.scores[row.result.main] for row in arm.rows], ddof=1):.3f}"
-    return f"{_number(arm.value)} [{_number(low)}, {_number(high)}]{spread}"
+    return f"{number(arm.value)} [{number(low)}, {number(high)}]{spread}"
 
 
 def _others(arm: Arm, names: Sequence[str]) -> list[str]:
-    return [_number(arm.mean(name)) for name in names]
+    return [number(arm.mean(name)) for name in names]
 
 
 def _notes(arm: Arm) -> str:
@@ -197,15 +197,18 @@ def _notes(arm: Arm) -> str:
     return "; ".join(notes)
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """As a table shows it."""
     return f"{value:.3f}" if np.isfinite(value) else "-"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """As a table shows a difference."""
     return f"{value:+.3f}" if np.isfinite(value) else "-"
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Columns of equal width, a line below the first row."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines

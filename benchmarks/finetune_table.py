@@ -1,0 +1,224 @@
+"""The table of fine-tuning: scores with intervals, differences from scratch; and the curves over steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssl3d.api import statistics
+from ssl3d_benchmarks.linear_probe_table import Row, aligned, number, signed
+
+if TYPE_CHECKING:
+    from ssl3d.api import Result
+    from ssl3d_benchmarks.finetune import Finetune
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant at one fraction.
+
+    Attributes:
+        rows: Its records, by seed and subset.
+        runs: Its main score over subjects, seeds and subsets.
+    """
+
+    rows: list[Row]
+    runs: statistics.Runs
+
+    @property
+    def first(self) -> Row:
+        """Any of its records."""
+        return self.rows[0]
+
+    @property
+    def name(self) -> str:
+        """Of the contestant."""
+        return str(self.first.result.contestant["name"])
+
+    def mean(self, score: str) -> float:
+        """A score, mean over seeds and subsets."""
+        return float(np.mean([row.result.scores[score] for row in self.rows]))
+
+
+def make_line(rows: Sequence[Row], benchmark: Finetune) -> Line:
+    """Resamples a contestant's main score; seeds that lack a subset (a job failed) are left out."""
+    grid: dict[int, dict[int, Row]] = {}
+    for row in rows:
+        grid.setdefault(row.result.seed, {})[row.result.repeat] = row
+    most = max(len(found) for found in grid.values())
+    kept = [
+        [found[repeat] for repeat in sorted(found)]
+        for _, found in sorted(grid.items())
+        if len(found) == most
+    ]
+    scores, clusters = [], None
+    for of_seed in kept:
+        line = []
+        for row in of_seed:
+            predictions = sorted(
+                row.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id")))
+            )
+            clusters, found = benchmark.score_functions(predictions)
+            line.append(found[benchmark.main])
+        scores.append(line)
+    assert clusters is not None
+    return Line([row for of_seed in kept for row in of_seed], statistics.runs_of(scores, clusters))
+
+
+def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:
+    """The table as text, one block per fraction, with its notes."""
+    fractions = sorted({row.result.fraction for row in rows}, reverse=True)
+    blocks = [_block([row for row in rows if row.result.fraction == f], benchmark, how) for f in fractions]
+    return "\n\n".join(blocks)
+
+
+def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
+    lines = [make_line(group, benchmark) for group in by_name.values()]
+    scratch = {line.first.group: line for line in lines if line.first.kind == "untrained"}
+    result = rows[0].result
+    others = [name for name in result.scores if name != benchmark.main][:4]
+    table = [
+        [
+            "contestant",
+            f"{benchmark.main} [95 %]",
+            *others,
+            "over scratch [95 %]",
+            "p",
+            "lr",
+            "best step",
+            "",
+        ]
+    ]
+    errors = []
+    for line in lines:
+        difference, p = "", ""
+        beside = scratch.get(line.first.group)
+        if line.first.kind == "encoder" and beside is not None:
+            gain = statistics.paired_difference(line.runs, beside.runs)
+            errors.append(gain.error)
+            difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
+            p = number(gain.p) if gain.p >= 0.001 else "<.001"
+        found = statistics.nested_interval(line.runs)
+        score = f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+        means = [number(line.mean(name)) for name in others]
+        table.append([line.name, score, *means, difference, p, *_chosen(line), _notes(line)])
+    if not errors:
+        networks = [line for line in lines if line.first.kind != "trivial"]
+        pairs = [(a, b) for k, a in enumerate(networks) for b in networks[k + 1 :]]
+        errors = [statistics.paired_difference(a.runs, b.runs).error for a, b in pairs]
+    train, tested, val = (result.split[part] for part in ("train", "test", "val"))
+    most = max(lines, key=lambda line: len(line.rows))
+    seeds = len({row.result.seed for row in most.rows})
+    subsets = len({row.result.repeat for row in most.rows})
+    head = (
+        f"{result.task} v{result.version} on {', '.join(result.dataset)}: {train['subjects']} of "
+        f"{train['of_subjects']} training subjects, {val['subjects']} to choose on; test "
+        f"{tested['subjects']} subjects, {tested['volumes']} volumes; {how}"
+    )
+    text = [head, *aligned(table)]
+    finite = [error for error in errors if np.isfinite(error) and error > 0]
+    if finite:
+        error = float(np.median(finite))
+        detectable = statistics.minimum_detectable_difference(error)
+        text.append(
+            f"minimum detectable difference in {benchmark.main}: {detectable:.3f} (2.80 x {error:.4f}, the "
+            "standard error of a paired difference; alpha .05, power .8)"
+        )
+    one = "" if seeds > 1 else "; one seed: how much seeds differ is not in them"
+    text.append(
+        f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} "
+        f"subset{'s' * (subsets > 1)} of the training data{one}; differences are paired, p is not corrected"
+    )
+    if any(row.result.flags.get("seen_test_subjects") for row in rows):
+        text.append("not ranked: pretraining saw subjects of the test part")
+    return "\n".join(text)
+
+
+def _chosen(line: Line) -> list[str]:
+    """Learning rates and best steps over the records."""
+    details: list[dict[str, Any]] = []
+    for row in line.rows:
+        found = row.result.compute.get("details") or []
+        details += found if isinstance(found, list) else [found]
+    if not details:
+        return ["", ""]
+    rates = sorted({float(one["lr"]) for one in details})
+    steps = [one["best_step"] for one in details if one["best_step"] is not None]
+    total = max(int(one["steps"]) for one in details)
+    best = f"{np.median(steps):.0f}/{total}" if steps else f"-/{total}"
+    return [" ".join(f"{rate:g}" for rate in rates), best]
+
+
+def _notes(line: Line) -> str:
+    flags = line.first.result.flags
+    notes = ["from scratch"] if line.first.kind == "untrained" else []
+    if line.first.kind == "trivial":
+        notes.append("no network")
+    if flags.get("seen_test_subjects"):
+        notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
+    if flags.get("saw_labels"):
+        notes.append("pretrained with labels")
+    return "; ".join(notes)
+
+
+# Curves -------------------------------------------------------------------------------------------
+
+
+def curve_of(result: Result) -> list[tuple[int, float]]:
+    """(step, validation score) of a record, mean over its folds where they were scored alike."""
+    found = result.compute.get("details") or []
+    folds = found if isinstance(found, list) else [found]
+    points: dict[int, list[float]] = {}
+    for fold in folds:
+        for point in fold.get("curve", ()):
+            if point["score"] is not None:
+                points.setdefault(int(point["step"]), []).append(float(point["score"]))
+    return [(step, float(np.mean(v))) for step, v in sorted(points.items()) if len(v) == len(folds)]
+
+
+def draw_curves(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[Path]:
+    """Score on the validation subjects against steps, one picture per fraction."""
+    paths = []
+    for fraction in sorted({row.result.fraction for row in rows}, reverse=True):
+        chosen = [row for row in rows if row.result.fraction == fraction and curve_of(row.result)]
+        if not chosen:
+            continue
+        keys = "".join(sorted(row.result.key for row in chosen))
+        name = hashlib.sha256(keys.encode()).hexdigest()[:8]
+        path = folder / f"curves-f{fraction:g}-{name}.png"
+        if not path.exists():
+            curve_figure(chosen, benchmark.main).savefig(path, dpi=110)
+        paths.append(path)
+    return paths
+
+
+def curve_figure(rows: Sequence[Row], main: str) -> Any:
+    """Mean over seeds and subsets as a line, each of them as a thin one; the best steps' mean as a dot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot = figure.add_subplot()
+    names = list(dict.fromkeys(str(row.result.contestant["name"]) for row in rows))
+    for k, name in enumerate(names):
+        curves = [dict(curve_of(row.result)) for row in rows if row.result.contestant["name"] == name]
+        colour = f"C{k % 10}"
+        for curve in curves if len(curves) > 1 else ():
+            plot.plot(list(curve), list(curve.values()), color=colour, alpha=0.25, linewidth=0.8)
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        mean = [float(np.mean([curve[step] for curve in curves])) for step in shared]
+        plot.plot(shared, mean, color=colour, marker=".", label=name[-60:])
+    plot.set_xlabel("optimizer steps")
+    plot.set_ylabel(f"{main} on the validation subjects")
+    plot.set_title(
+        f"{rows[0].result.task}, {rows[0].result.split['train']['subjects']} subjects", fontsize=10
+    )
+    plot.legend(fontsize=7)
+    return figure
