@@ -286,7 +286,7 @@ class Branch(nn.Module):
 
     def classes(self, labels: Tensor) -> Tensor:
         """Values of a mask as classes, int64; `UNKNOWN` for a value that the branch does not know."""
-        place = torch.searchsorted(self.values, labels.long()).clamp_max(len(self.values) - 1)
+        place = torch.searchsorted(self.values, labels.long().contiguous()).clamp_max(len(self.values) - 1)
         return torch.where(self.values[place] == labels, place, UNKNOWN)
 
 
