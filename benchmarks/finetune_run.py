@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,14 +155,13 @@ def run(options: Options, config: Any) -> Outcome:
     for job in subsets:
         for seed in options.seeds:
             for arm in arms:
-                _try(outcome, arm.entries[seed], job, seed, lambda arm=arm, job=job, seed=seed: run_job(
-                    arm, benchmark, task, job, seed, options, device
-                ))  # fmt: skip
+                work = partial(run_job, arm, benchmark, task, job, seed, options, device)
+                _try(outcome, arm.entries[seed], job, seed, work)
         for entry in () if options.no_trivial else trivial_entries(benchmark.work.trivial):
             seed = options.seeds[0]
-            _try(outcome, entry, job, seed, lambda entry=entry, job=job, seed=seed: run_trivial(
-                entry, benchmark, task, job, seed, options
-            ))  # fmt: skip
+            _try(
+                outcome, entry, job, seed, partial(run_trivial, entry, benchmark, task, job, seed, options)
+            )
     _finish(outcome, benchmark, task, options)
     return outcome
 
@@ -332,12 +332,12 @@ def run_job(
     merged = benchmark.summarise([row for part in parts for row in part["predictions"]])
     result.scores, result.intervals = merged.scores, merged.intervals
     result.predictions = merged.predictions
-    details = [part["details"] for part in parts]
+    told = [part["details"] for part in parts]
     result.compute["finetune"] = _compute([part["compute"] for part in parts])
-    result.compute["details"] = details[0] if len(details) == 1 else details
+    result.compute["details"] = told[0] if len(told) == 1 else told
     write_result(result, options.out)
     shutil.rmtree(folder, ignore_errors=True)
-    chosen = ", ".join(f"{one['lr']:g}" for one in details)
+    chosen = ", ".join(f"{one['lr']:g}" for one in told)
     say(f"{name}: {benchmark.main} {result.scores[benchmark.main]:.3f}"
         f" (learning rate {chosen}; {time.perf_counter() - began:.0f} s)")  # fmt: skip
     return result
@@ -486,11 +486,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".partial{os.getpid()}")
+    unfinished = path.with_suffix(f".partial{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, path)
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(unfinished, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error

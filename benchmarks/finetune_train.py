@@ -156,7 +156,7 @@ def build(
 
 
 def _inner(encoder: Encoder) -> Encoder:
-    found: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder  # type: ignore[assignment]
+    found: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder
     return found
 
 

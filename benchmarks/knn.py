@@ -90,7 +90,7 @@ class KNN(LinearProbe):
     )
     mains: ClassVar[Mapping[str, str]] = {"classes": "auc", "ordinal": "spearman", "real": "r2"}
 
-    config: KNNConfig  # type: ignore[assignment]
+    config: KNNConfig
 
     def _fit(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
