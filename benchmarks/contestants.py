@@ -58,8 +58,16 @@ class Entry:
     in_channels: int = 0
 
 
+def named(spec: str) -> tuple[str, str]:
+    """`NAME=ENCODER` taken apart; the name is empty where none is given."""
+    name, _, encoder = spec.partition("=")
+    if encoder and name and all(c.isalnum() or c in "-_.+" for c in name):
+        return name, encoder
+    return "", spec
+
+
 def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encoder, Entry]]:
-    """Every word for an encoder with its encoder (untrained: seed 0) and its entry, in order.
+    """Every word for an encoder, its name taken off, with its encoder (untrained: seed 0) and its entry.
 
     The entry of a `scratch:` word is of kind `untrained`, named by its architecture.
 
@@ -68,7 +76,8 @@ def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encod
         UsageError: A name is given twice.
     """
     names: set[str] = set()
-    for spec in specs:
+    for text in specs:
+        called, spec = named(text)
         encoder = pooled_by(pool, encoder_from(spec, seed=0), spec)
         words = architecture(encoder)
         group = words + pooled(pool)
@@ -76,9 +85,9 @@ def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encod
         if spec.startswith("scratch:"):
             entry = Entry(group, "untrained", group, None, words, in_channels=channels)
         else:
-            name = str(Path(spec)) + pooled(pool)
+            name = (called or str(Path(spec))) + pooled(pool)
             if name in names:
-                raise UsageError(f"{spec}: given twice")
+                raise UsageError(f"{called or spec}: given twice")
             names.add(name)
             entry = Entry(name, "encoder", group, _maker(spec, 0, pool), spec, in_channels=channels)
         yield spec, encoder, entry
@@ -203,7 +212,8 @@ def fitting_all(specs: Sequence[str], data: Collection) -> tuple[str, ...]:
     if channels == {1} or len(channels) > 1:
         return tuple(specs)
     count = channels.pop()
-    return tuple(fitting(spec, count) for spec in specs)
+    pairs = [named(spec) for spec in specs]
+    return tuple(f"{name}={fitting(spec, count)}" if name else fitting(spec, count) for name, spec in pairs)
 
 
 def architecture(encoder: Encoder) -> str:

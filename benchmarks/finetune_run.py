@@ -39,6 +39,7 @@ from ssl3d_benchmarks.contestants import (
     device_of,
     fitting_all,
     given,
+    named,
     record,
     trivial_contestant,
     trivial_entries,
@@ -204,7 +205,8 @@ def make_task(options: Options, config: Any) -> tuple[Task, Finetune]:
     Raises:
         DataError: There is nothing to learn, or there are too few subjects.
     """
-    trained = [encoder_from(spec) for spec in options.encoder if not spec.startswith("scratch:")]
+    specs = [named(spec)[1] for spec in options.encoder]
+    trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
     data = open_data_for(trained, options.data)
     where = " ".join(options.data)
     if not len(data):

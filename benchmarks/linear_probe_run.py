@@ -33,6 +33,7 @@ from ssl3d_benchmarks.contestants import (
     device_of,
     fitting_all,
     given,
+    named,
     recalibrate,
     record,
     trivial_contestant,
@@ -68,7 +69,8 @@ Array = NDArray[Any]
 def run(options: Options, protocol: type[LinearProbe] = LinearProbe) -> list[Row]:
     """Scores every contestant, writes records, table and pictures, prints the table."""
     contestants(options)  # a wrong path is said before anything is read
-    trained = [encoder_from(spec) for spec in options.encoder if not spec.startswith("scratch:")]
+    specs = [named(spec)[1] for spec in options.encoder]
+    trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
     task = make_task(open_data_for(trained, options.data), options, protocol)
     entries = contestants(replace(options, encoder=fitting_all(options.encoder, task.data)))
     check_channels(entries, task.data)
