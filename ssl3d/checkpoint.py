@@ -183,12 +183,12 @@ def _tensors_of(module: nn.Module) -> bytes:
     # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused. Of
     # one tensor with two names the first is kept.
     state = module.state_dict()
-    first = _first_names(state)
+    first = tensor_names(state)
     return save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
                  for k, v in state.items() if first[k] == k})  # fmt: skip
 
 
-def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def tensor_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """For every name in a module's state, the first name of the same tensor."""
     seen: dict[tuple[Any, ...], str] = {}
     found = {}
@@ -294,22 +294,23 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
         # A file's name may hold colons: it comes last.
         before, given, file = text.removeprefix(IMAGENET).partition(":weights=")
         network, *options = before.split(":")
-        fields = _fields(options)
+        fields = fields_of(options)
         return from_spec(text, {"network": network, **fields, **({"weights": file} if given else {})})
     if not text.startswith(SCRATCH):
         if is_foreign(text):
             from ssl3d.convert.foreign import from_spec as from_file
 
-            return from_file(text)
+            file, options = file_and_words(text)
+            return from_file(text, file, fields_of(options))
         place, options = _place_and_words(text)
-        changes = _fields(options)
+        changes = fields_of(options)
         return load_encoder(place, _whole(changes, place) if changes else None)
     name, *words = text.removeprefix(SCRATCH).split(":")
     try:
         kind = plugins.load(plugins.ENCODERS, name)
     except PluginError as error:
         raise UsageError(f"{text}: {error}") from error
-    config = from_dict(kind.Config, triples(kind.Config, _fields(words)), text)
+    config = from_dict(kind.Config, triples(kind.Config, fields_of(words)), text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder: Encoder = kind(config)
@@ -329,6 +330,15 @@ def is_foreign(spec: str) -> bool:
 
 
 _FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?::[^:/\\]*)*)$")
+
+
+def file_and_words(spec: str) -> tuple[str, list[str]]:
+    """The file that `is_foreign` saw, and what follows it."""
+    text = spec.removeprefix(FOREIGN)
+    found = None if Path(text).is_file() else _FILE.match(text)
+    if found is None:
+        return _place_and_words(text)
+    return found[1], found[2].split(":")[1:]
 
 
 def _place_and_words(text: str) -> tuple[str, list[str]]:
@@ -387,7 +397,8 @@ def open_data_for(encoders: Sequence[Encoder], paths: Sequence[str | Path]) -> C
 def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
     """How to prepare raw scans for these encoders: as the data of the trained ones were, for `open_data`.
 
-    Only what differs from the defaults of `ssl3d prepare`. A median spacing is the one that it came to.
+    Only what differs from the defaults of `ssl3d prepare`. A median spacing is the one that it came to;
+    where several data sets had each their own, the scans get theirs too.
 
     Raises:
         UsageError: Two encoders, or two stores of one, were prepared differently.
@@ -403,7 +414,7 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
             if not isinstance(given, dict):
                 continue  # phantoms, and stores that no `prepare` made
             own = {key: given[key] for key in kept if key in given}
-            if own.get("spacing") == "median":
+            if own.get("spacing") == "median" and not isinstance(settings.get("spacing"), dict):
                 own["spacing"] = settings.get("spacing") or "keep"
             if encoder.config.in_channels == 1:  # colours were read as slices: it takes grey pictures
                 own.pop("colour", None)
@@ -483,7 +494,7 @@ def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor
 
 def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:
     own = module.state_dict()
-    for key, first in _first_names(own).items():
+    for key, first in tensor_names(own).items():
         if key not in state and first in state:
             state = {**state, key: state[first]}
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -501,7 +512,7 @@ def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: 
     module.load_state_dict(dict(state))
 
 
-def _fields(words: list[str]) -> dict[str, Any]:
+def fields_of(words: list[str]) -> dict[str, Any]:
     """`["acs", "width=32", "stem_stride=1,1,1"]` as options."""
     import yaml
 

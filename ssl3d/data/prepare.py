@@ -53,7 +53,8 @@ class PrepareOptions:
         masks: File-name part that tells the label map beside a scan, such as seg; kept as its mask.
         take_labels: Take label-like files for scans too.
         spacing: Voxel size in mm along D H W; or keep, every scan's own (the default: nothing is
-            interpolated, and the spacing is stored); or median, the median over the data set (Med3D).
+            interpolated, and the spacing is stored); or median, the median over the data set, of each
+            data set its own (Med3D).
         normalize: ct (clip to the window, 0 to 1), mr (clip to the foreground's 0.5 and 99.5
             percentiles, z-score over the foreground), unit (0 to 1), none, or auto: by the header's
             modality, else by the values, for each scan.
@@ -195,7 +196,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     if done is not None:
         say(f"{out}: already prepared: {count_of(done.volumes, 'volume')}, {done.rejected} rejected")
         return done
-    spacing = _spacing(options, found, workers, say)
+    spacing, medians = _spacing(options, found, workers, say)
     recipe = Recipe(
         spacing,
         options.normalize,
@@ -205,6 +206,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         options.colour,
         options.max_voxels,
         options.boxes,
+        tuple(medians.items()),
     )
     folder = out.with_name(f"{out.name}.partial")
     try:
@@ -221,7 +223,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
                 settings = {
                     "prepare": signed,
                     "options": _plain_options(options),
-                    "spacing": spacing,
+                    "spacing": medians or spacing,
                     "mask_labels": found.label_names,
                     "box_labels": _box_names(found, options),
                     "version": VERSION,
@@ -368,23 +370,34 @@ def _worker_count(workers: int | None, scans: int) -> int:
     return max(1, min(available, 8, scans))
 
 
-def _spacing(options: PrepareOptions, found: Found, workers: int, say: Any) -> Triple | None:
-    """The target spacing. The median is that of all scans found, so every shard gets the same."""
+def _spacing(
+    options: PrepareOptions, found: Found, workers: int, say: Any
+) -> tuple[Triple | None, dict[str, Triple]]:
+    """The target spacing, and that of each data set where there are several.
+
+    A median is that of all scans found, so every shard gets the same.
+    """
     if options.spacing == "keep":
-        return None
+        return None, {}
     if not isinstance(options.spacing, str):
-        return options.spacing
-    each = [
-        result
-        for _, result in pool.run(spacing_of_scan, iter(found.scans), workers, start_worker)
-        if isinstance(result, tuple)
-    ]
-    if not each:
-        say("--spacing median: no scan here has a spacing; kept as they are")
-        return None
-    d, h, w = (float(round(v, 4)) for v in np.median(np.array(each), axis=0))
-    say(f"median spacing {d:g} x {h:g} x {w:g} mm (D, H, W) of {count_of(len(each), 'scan')}")
-    return d, h, w
+        return options.spacing, {}
+    each: dict[str, list[Triple]] = {}
+    for scan, result in pool.run(spacing_of_scan, iter(found.scans), workers, start_worker):
+        if isinstance(result, tuple):
+            each.setdefault(scan.dataset, []).append(result)
+    medians: dict[str, Triple] = {}
+    for name in dict.fromkeys(scan.dataset for scan in found.scans):
+        several = f"{name}: " if len({scan.dataset for scan in found.scans}) > 1 else ""
+        if name not in each:
+            say(f"--spacing median: {several}no scan here has a spacing; kept as they are")
+            continue
+        d, h, w = (float(round(v, 4)) for v in np.median(np.array(each[name]), axis=0))
+        of = count_of(len(each[name]), "scan")
+        say(f"{several}median spacing {d:g} x {h:g} x {w:g} mm (D, H, W) of {of}")
+        medians[name] = (d, h, w)
+    if len({scan.dataset for scan in found.scans}) > 1:
+        return None, medians
+    return next(iter(medians.values()), None), {}
 
 
 def _make(
@@ -479,7 +492,7 @@ def _tasks(
     rows = Rows()
     for i in order:
         scan = scans[i]
-        task = Task(scan, names[i], folder, recipe)
+        task = Task(scan, names[i], folder, recipe.of(scan.dataset))
         if scan.member is not None:
             try:
                 task.row, task.row_mask, task.sha256 = rows.of(scan.files[0][0], *scan.member)

@@ -36,6 +36,7 @@ class Recipe:
         colour: grey or rgb.
         max_voxels: More than this are refused.
         boxes: listed, or masks: around the components of the mask.
+        medians: Targets of data sets that each have their own, by name, instead of `spacing`.
     """
 
     spacing: Triple | None = None
@@ -46,6 +47,12 @@ class Recipe:
     colour: Literal["grey", "rgb"] = "grey"
     max_voxels: int = 2**30
     boxes: Literal["listed", "masks"] = "listed"
+    medians: tuple[tuple[str, Triple], ...] = ()
+
+    def of(self, dataset: str) -> Recipe:
+        """What is done to the scans of one data set."""
+        own = dict(self.medians).get(dataset, self.spacing)
+        return dataclasses.replace(self, spacing=own, medians=())
 
 
 @dataclasses.dataclass

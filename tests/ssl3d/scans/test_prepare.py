@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ssl3d.checkpoint import prepare_options_of
 from ssl3d.cli import main
 from ssl3d.data.prepare import PrepareOptions, prepare
 from ssl3d.data.store import open_data
@@ -76,6 +78,32 @@ def test_median_spacing_is_that_of_the_data_set(scans, tmp_path):
     data, _ = made(tmp_path, tmp_path / "d", spacing="median")
     assert [volume.spacing for volume in data] == [(2, 1, 1)] * 3
     assert [volume.shape[1] for volume in data] == [8, 16, 56]
+
+
+def test_several_data_sets_each_have_their_own_median_spacing(scans, tmp_path):
+    labels = np.zeros((12, 14, 16), np.uint8)
+    labels[3:9, 4:10, 5:12] = 200
+    for name, sides in (("thin", (1.0, 2.0, 2.0)), ("thick", (4.0, 4.0, 9.0))):
+        for i, side in enumerate(sides):
+            affine = np.diag([1, 1, side, 1])
+            scans.nifti(tmp_path / name / f"p{i}" / "t1.nii.gz", scans.body(), affine)
+            scans.nifti(tmp_path / name / f"p{i}" / "seg.nii.gz", labels, affine)
+    out, sources = tmp_path / "s.h5", (str(tmp_path / "thin"), str(tmp_path / "thick"))
+    prepare(PrepareOptions(sources, str(out), spacing="median", masks="seg", workers=0))
+    data = open_data([out])
+    assert {(volume.dataset, volume.spacing) for volume in data} == {
+        ("thin", (2, 1, 1)),
+        ("thick", (4, 1, 1)),
+    }
+    depths = {name: sorted(v.shape[1] for v in data if v.dataset == name) for name in ("thin", "thick")}
+    assert depths == {"thin": [8, 16, 16], "thick": [16, 16, 36]}
+    assert all(set(volume.read_mask().unique().tolist()) == {0, 200} for volume in data)
+    assert data.settings[0]["spacing"] == {"thin": [2, 1, 1], "thick": [4, 1, 1]}
+    # Other scans, for an encoder trained on these, get the median of their own.
+    encoder = SimpleNamespace(
+        config=SimpleNamespace(in_channels=1), metadata={"preprocessing": data.settings}
+    )
+    assert prepare_options_of([encoder]) == {"spacing": "median"}
 
 
 def test_medmnist_keeps_order_labels_splits_and_values(tmp_path):
