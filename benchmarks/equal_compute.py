@@ -9,13 +9,13 @@ A suite is a YAML file:
 
     encoder: --encoder resnet18 ...           # of every run that names none
     reference: {run: NAME, steps: 200}        # whose FLOPs every run spends
-    stores: {NAME: SOURCE, ...}               # what `ssl3d prepare` makes of the data root
+    stores: {NAME: SOURCE [--FLAG ...], ...}  # what `ssl3d prepare` makes of the data root
     runs: {NAME: --proxy ... --data {STORE} ..., ...}     # what follows `ssl3d pretrain`
     probes:                                   # what follows `ssl3d linear-probe`
       NAME: {runs: [PATTERN, ...], encoders: [imagenet:..., ...], options: --data {STORE} ..., curve: true}
 
-`{root}` is the folder of the data. With `curve`, the encoders at 25 and 50 % of the budget are probed too, in
-a folder of their own.
+`{root}` is the folder of the data. With `curve`, the encoders at 25 and 50 % of the budget are probed too,
+in a folder of their own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Suite:
         for name, sources in self.content["stores"].items():
             out = self.work / f"{name}.h5"
             if not out.exists():
-                ssl3d("prepare", *(self.root / source for source in shlex.split(sources)), "--out", out)
+                words = shlex.split(sources)
+                count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+                ssl3d("prepare", *(self.root / s for s in words[:count]), *words[count:], "--out", out)
 
     def folder(self, name: str) -> Path:
         """Of a run."""

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from ssl3d.options import request_of
+from ssl3d_benchmarks import equal_compute
 from ssl3d_benchmarks.equal_compute import Suite
 
 SUITES = sorted((Path(__file__).parents[2] / "benchmarks" / "suites").glob("*.yaml"))
@@ -25,3 +26,15 @@ def test_a_suites_commands_parse_and_its_names_exist(path, tmp_path):
         for pattern in task["runs"]:
             assert fnmatch.filter(content["runs"], pattern), f"{name}: {pattern} matches no run"
         assert suite.words(task["options"])[0] == "--data"
+
+
+def test_a_stores_sources_lie_in_the_data_root_and_its_options_stay(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(equal_compute, "ssl3d", lambda *words: called.append([str(word) for word in words]))
+    stores = {"a": "one two.csv --masks seg --spacing median", "b": "three"}
+    Suite({"stores": stores}, tmp_path / "work", Path("/data"), 0).prepare()
+    assert called == [
+        ["prepare", "/data/one", "/data/two.csv", "--masks", "seg", "--spacing", "median",
+         "--out", str(tmp_path / "work" / "a.h5")],
+        ["prepare", "/data/three", "--out", str(tmp_path / "work" / "b.h5")],
+    ]  # fmt: skip
