@@ -31,8 +31,8 @@ class BoxViews:
         slab: Slices around the one whose boxes are asked for, in volumes; images (D = 1) give one.
         span: Least and largest part of an image that a crop spans, in longer sides of the image, which is
             scaled to the crop; 0 0 takes the pixels as they are.
-        around: Probability that a crop holds the middle of a box (and a slab a slice of one), where there
-            is any; else it lies anywhere.
+        around: Probability that a crop holds a box, or the middle of a larger one (and a slab a slice of
+            it), where there is any; else it lies anywhere.
         visible: Share of a box that must lie in the crop for it to be asked for.
         most: Boxes asked for in one crop, at most; of more, as many at random.
         flip: Probabilities of mirroring along H and W.
@@ -123,9 +123,11 @@ def draw_boxed(config: BoxViews, volume: Volume, rng: np.random.Generator) -> di
     for axis, (length, side, inner) in enumerate(zip((height, width), window, config.crop, strict=True)):
         shown = min(side, max(1, round(part * inner)))
         low, high = sorted((0, length - shown))
-        if aimed is not None:  # wherever the box's middle is in the crop
-            middle = float(boxes[aimed, 1 + axis] + boxes[aimed, 4 + axis]) / 2
-            low, high = max(low, math.ceil(middle - shown)), min(high, math.floor(middle))
+        if aimed is not None:  # wherever the crop holds the box, or its middle
+            first, last = float(boxes[aimed, 1 + axis]), float(boxes[aimed, 4 + axis])
+            if last - first > shown - 1:
+                first = last = (first + last) / 2
+            low, high = max(low, math.ceil(last - shown)), min(high, math.floor(first))
         start.append(int(rng.integers(low, max(low, high) + 1)) - (side - shown) // 2)
 
     crop = volume.read((place - slab // 2 if depth > 1 else 0, *start), (slab, *window))
