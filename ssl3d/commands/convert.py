@@ -1,10 +1,10 @@
-"""`ssl3d convert`: a 2D network with its weights, made 3D."""
+"""`ssl3d convert`: a 2D network or another toolkit's checkpoint, made an encoder; ours for nnU-Net."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-summary = "make a 2D network with its weights a 3D encoder, with a report"
+summary = "make a 2D network or another toolkit's checkpoint an encoder, with a report"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -12,5 +12,6 @@ def main(argv: Sequence[str]) -> int:
     from ssl3d.config import parse
     from ssl3d.convert.command import ConvertOptions, run
 
-    run(parse("ssl3d convert", ConvertOptions, argv).options)
+    parsed = parse("ssl3d convert", ConvertOptions, argv)
+    run(parsed.options, parsed.given)
     return 0

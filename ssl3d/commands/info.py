@@ -18,7 +18,8 @@ class InfoOptions:
     """Shows what a store, a folder of shards, a run, an encoder or a scan holds.
 
     Attributes:
-        path: A store (.h5), a folder of stores, a run, an encoder, a scan, or a folder of scans.
+        path: A store (.h5), a folder of stores, a run, an encoder, a scan, a folder of scans, or another
+            toolkit's weights (.pth, .pt, .ckpt, .safetensors).
         json: Print JSON.
     """
 
@@ -62,6 +63,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _of_encoder(place.parent)
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
         return _of_stores(place)
+    if place.suffix.lower() in (".pth", ".pt", ".ckpt", ".safetensors"):
+        return _of_weights(place)
     if place.suffix.lower() in (".csv", ".npz", ".json"):
         return _of_folder(place)
     return _of_scan([place])
@@ -145,6 +148,27 @@ def _of_encoder(path: Path) -> dict[str, Any]:
         "path": str(path),
         "bytes": weights.stat().st_size if weights.is_file() else 0,
         "card": card,
+    }
+
+
+def _of_weights(path: Path) -> dict[str, Any]:
+    """Another toolkit's checkpoint: what it is here."""
+    from ssl3d.convert.foreign import load_foreign
+
+    found = load_foreign(path)
+    encoder = found.encoder
+    return {
+        "kind": "weights",
+        "path": str(path),
+        "architecture": encoder.metadata["architecture"],
+        **encoder.metadata["foreign"],
+        "modules": {name: list(counts) for name, counts in found.match.modules.items()},
+        "channels": list(encoder.channels),
+        "strides": [list(stride) for stride in encoder.strides],
+        "config": encoder.metadata["config"],
+        "labels_seen": encoder.metadata["labels_seen"],
+        "citation": encoder.metadata["citations"]["weights"],
+        "table": str(found),
     }
 
 
@@ -320,7 +344,20 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def _weights_lines(info: dict[str, Any]) -> list[str]:
+    options = ", ".join(f"{key} {_words(value)}" for key, value in info["config"].items())
+    return [
+        *info["table"].splitlines(),
+        "",
+        f"  options: {options}",
+        f"  channels {_words(info['channels'])}; strides {_words(info['strides'])}",
+        f"  labels of volumes seen: {'yes' if info['labels_seen'] else 'no'}; cite {info['citation']}",
+        f"  sha256 {info['sha256']}, {info['bytes'] / 1e6:,.1f} MB",
+    ]
+
+
 _LINES = {
+    "weights": _weights_lines,
     "store": _store_lines,
     "run": _run_lines,
     "encoder": _encoder_lines,

@@ -1,0 +1,341 @@
+"""Other toolkits' checkpoints as encoders: recognised by their names, matched strictly, counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl3d import plugins
+from ssl3d.checkpoint import save_encoder, tensor_names, triples
+from ssl3d.config import from_dict, to_dict
+from ssl3d.convert.foreign_files import WeightsFile, read_file
+from ssl3d.convert.foreign_layouts import LAYOUTS, UNREADABLE, Layout, Recipe, Source, State
+from ssl3d.convert.weights import Match, load_matching
+from ssl3d.encoder import Encoder
+from ssl3d.errors import CheckpointError, UsageError
+
+# Of several networks in one file, the first in this order is taken; none of the words is better still.
+_TWINS = ("teacher", "ema", "student", "momentum", "target", "_k.", "key")
+_OPTIONS = ("layout", "prefix", "network", "allow_partial", "labels_seen")
+
+
+@dataclass
+class Foreign:
+    """An encoder made of a foreign file, and how.
+
+    Attributes:
+        encoder: In evaluation mode, with its card as `metadata`.
+        match: What came from the file.
+        layout: Name of the layout.
+        prefix: That the keys had in the file.
+        notes: What a person should know, one line each.
+    """
+
+    encoder: Encoder
+    match: Match
+    layout: str
+    prefix: str
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        card = self.encoder.metadata
+        about = card["foreign"]
+        lines = [
+            f"{about['file']}: {about['title']}, layout {self.layout}, as {card['architecture']}"
+            + (f", keys without {self.prefix!r}" if self.prefix else ""),
+            *(f"  {note}" for note in self.notes),
+            f"  expects: {about['expects']}",
+            f"  labels: {about['labels']}",
+            "",
+            str(self.match),
+        ]
+        return "\n".join(lines)
+
+
+def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
+    """The encoder that `FILE[:kind][:field=value...]` means, in evaluation mode.
+
+    Args:
+        spec: As given, for messages.
+        file: Of weights.
+        fields: What follows it: fields of the encoder's options that the weights leave open (strides,
+            `in_channels`, of 2D weights `kind`); `layout`, `prefix`, `network`, `allow_partial` and
+            `labels_seen` as in `load_foreign`.
+
+    Raises:
+        UsageError: There is no such layout or option.
+        CheckpointError: The file cannot be read, or holds another network's weights.
+    """
+    given = {key: fields[key] for key in _OPTIONS if key in fields}
+    for key in ("allow_partial", "labels_seen"):
+        if key in given and not isinstance(given[key], bool):
+            raise UsageError(f"{spec}: {key} is true or false, not {given[key]!r}")
+    for key in ("layout", "prefix", "network"):
+        if key in given:
+            given[key] = str(given[key])
+    options = {key: value for key, value in fields.items() if key not in _OPTIONS}
+    return load_foreign(file, options, **given).encoder
+
+
+def load_foreign(
+    path: str | Path,
+    options: Mapping[str, Any] | None = None,
+    layout: str | None = None,
+    prefix: str | None = None,
+    network: str | None = None,
+    allow_partial: bool = False,
+    labels_seen: bool | None = None,
+) -> Foreign:
+    """An encoder with the weights of another toolkit's checkpoint.
+
+    Every number of the encoder must come from the file, and the file must have nothing more inside the
+    encoder's modules; heads and decoders beside it are left out. 2D kernels go as they are into `acs`,
+    `2.5d` and `p3d`, and are inflated along the depth (I3D) for `3d`. The first convolution takes another
+    number of channels than the file's by the sum of its kernels, shared out: a grey volume gives what the
+    same grey picture gave in every channel.
+
+    Args:
+        path: What torch.save wrote (.pth, .pt, .ckpt) or safetensors.
+        options: Of the encoder, above those that the weights decide.
+        layout: One of `LAYOUTS`; None to find it.
+        prefix: Of the encoder's keys, where the file holds several; None to choose.
+        network: torchvision's or timm's (timm/NAME) 2D network, for a `converted` encoder of it.
+        allow_partial: Take what matches, however little.
+        labels_seen: Whether they learned from labels of volumes, where that is known better than here.
+
+    Raises:
+        UsageError: There is no such layout, network or option.
+        CheckpointError: The file cannot be read, or does not hold such a network.
+    """
+    file = read_file(path)
+    if network is not None:
+        found = _converted(file, network, dict(options or {}), prefix, allow_partial)
+    else:
+        chosen, start, others = _detect(file, layout, prefix)
+        recipe = chosen.recipe(_under(file.tensors, start), file)
+        found = _built(file, recipe, chosen.name, start, dict(options or {}), allow_partial)
+        if others:
+            found.notes.append(f"also in the file: {', '.join(others)} (prefix=... takes another)")
+    if labels_seen is not None:
+        found.encoder.metadata["labels_seen"] = labels_seen
+        found.encoder.metadata["foreign"]["labels"] = "as the user says"
+    return found
+
+
+def save_foreign(found: Foreign, folder: Path) -> Path:
+    """Writes it as an encoder folder.
+
+    Raises:
+        TrainingError: The disk is full or the folder cannot be written.
+    """
+    own = ("architecture", "config", "sha256")  # `save_encoder` says these itself
+    about = {key: value for key, value in found.encoder.metadata.items() if key not in own}
+    return save_encoder(found.encoder, folder, about)
+
+
+# Which network it is ------------------------------------------------------------------------------
+
+
+def _prefixes(tensors: Mapping[str, Tensor], anchor: str) -> list[str]:
+    """What stands before a key in a file, the likeliest encoder first."""
+    found = [key[: -len(anchor)] for key in tensors if key == anchor or key.endswith(f".{anchor}")]
+    return sorted(found, key=lambda prefix: (_rank(prefix), prefix.count("."), prefix))
+
+
+def _rank(prefix: str) -> int:
+    return next((n for n, word in enumerate(_TWINS, 1) if word in prefix), 0)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[Layout, str, list[str]]:
+    """The layout, the prefix, and prefixes of the same network elsewhere in the file."""
+    if layout is not None and layout not in [one.name for one in LAYOUTS]:
+        raise UsageError(f"layout {layout!r} is none of {', '.join(one.name for one in LAYOUTS)}")
+    for one in LAYOUTS:
+        if layout not in (None, one.name):
+            continue
+        starts = _prefixes(file.tensors, one.anchor)
+        fitting = [start for start in starts if layout is not None or one.fits(_under(file.tensors, start))]
+        if prefix is not None:
+            named = [
+                start for start in fitting if start.removesuffix(".").endswith(prefix.removesuffix("."))
+            ]
+            if fitting and not named:
+                there = ", ".join(map(repr, fitting))
+                raise CheckpointError(
+                    f"{file.path}: no {one.name} weights under prefix {prefix!r} (has {there})"
+                )
+            fitting = named
+        if fitting:
+            alike = [start for start in fitting[1:] if not start.endswith(f".{fitting[0]}decoder.encoder.")]
+            return one, fitting[0], [repr(start) for start in alike if not _again(start, fitting[0])]
+    first = sorted({key.rpartition(".")[0].partition(".")[0] for key in file.tensors})
+    begin = ", ".join(list(file.tensors)[:3])
+    known = next((whose for part, whose in UNREADABLE if any(part in key for key in file.tensors)), "")
+    what = f"these are weights of {known}" if known else f"its names begin {begin} ({len(first)} modules)"
+    if layout is not None:
+        anchor = next(one.anchor for one in LAYOUTS if one.name == layout)
+        raise CheckpointError(f"{file.path}: not of layout {layout}, which has {anchor}; {what}")
+    raise CheckpointError(
+        f"{file.path}: no network that ssl3d knows ({', '.join(one.name for one in LAYOUTS)}): {what}; "
+        "network=NAME makes an encoder of torchvision's or timm's 2D network of that name"
+    )
+
+
+def _again(prefix: str, taken: str) -> bool:
+    """Whether a prefix is a second name of what was taken: nnU-Net's decoders hold their encoder."""
+    return prefix == re.sub(r"encoder\.$", "decoder.encoder.", taken)
+
+
+# The encoder --------------------------------------------------------------------------------------
+
+
+def _built(
+    file: WeightsFile, recipe: Recipe, layout: str, prefix: str, options: dict[str, Any], partial: bool
+) -> Foreign:
+    kind = plugins.load(plugins.ENCODERS, recipe.architecture)
+    where = f"{file.path} as {recipe.architecture}"
+    config = from_dict(kind.Config, {**recipe.config, **triples(kind.Config, options)}, where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder: Encoder = kind(config)
+    state, notes = dict(recipe.state), list(recipe.notes)
+    own = encoder.state_dict()
+    notes += _fit_stem(state, own, recipe.stem)
+    notes += _inflate(state, own)
+    first = tensor_names(own)
+    for key, name in first.items():  # tensors with two names count once
+        if key != name and key in state:
+            state.setdefault(name, state[key])
+            del state[key]
+    keys = {key for key in own if first[key] == key and not _of_depth(key, state)}
+    try:
+        match = load_matching(encoder, state, str(file.path), keys, 0.0 if partial else 1.0)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} [layout {layout}, as {recipe.architecture}]") from error
+    modules = {key.partition(".")[0] for key in own}
+    inside = [key for key in match.unused if key.partition(".")[0] in modules]
+    if inside and not partial:
+        shown = ", ".join(inside[:3])
+        raise CheckpointError(
+            f"{file.path}: another network than {recipe.architecture}: {len(inside)} keys more inside its "
+            f"modules ({shown}{', ...' if len(inside) > 3 else ''}); --allow-partial (or "
+            "allow_partial=true) leaves them out"
+        )
+    if any(_of_depth(key, state) for key in own):
+        notes.append("depth kernels (p3d) are not in the file and begin as the identity")
+    encoder.metadata = _card(file, recipe, encoder, match, layout, prefix, notes)
+    return Foreign(encoder.eval(), match, layout, prefix, notes)
+
+
+def _of_depth(key: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a key is a depth kernel of p3d that 2D weights do not have."""
+    return key.endswith("depth_weight") and key not in state
+
+
+def _fit_stem(state: State, own: Mapping[str, Tensor], stem: str) -> list[str]:
+    """Brings the first convolution to the encoder's channels, as `networks.replace_stem` does."""
+    if stem not in state or stem not in own or state[stem].ndim < 4:
+        return []
+    theirs, ours = state[stem].shape[1], own[stem].shape[1]
+    if theirs == ours:
+        return []
+    whole = state[stem].sum(1, keepdim=True) / ours
+    state[stem] = whole.expand(-1, ours, *whole.shape[2:]).contiguous()
+    shared = f", shared out among {ours}" if ours > 1 else ""
+    return [f"{stem}: the kernels of {theirs} channels are added up{shared}, so that grey stays grey"]
+
+
+def _inflate(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    """Repeats 2D kernels along the depth and divides them by its length, where the encoder's are 3D."""
+    flat = [key for key in own if key in state and own[key].ndim == 5 and state[key].ndim == 4]
+    for key in flat:
+        depth = own[key].shape[2]
+        state[key] = state[key].unsqueeze(2).expand(-1, -1, depth, -1, -1).contiguous() / depth
+    if not flat:
+        return []
+    return [
+        f"{len(flat)} 2D kernels inflated along D (I3D): equal slices give what the 2D network gave away "
+        "from the first and last"
+    ]
+
+
+def _converted(
+    file: WeightsFile, network: str, options: dict[str, Any], prefix: str | None, partial: bool
+) -> Foreign:
+    """A 2D network of torchvision or timm, by the conversion of `ssl3d.convert.encoder`."""
+    from ssl3d.convert import networks
+    from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+
+    where = f"{file.path} as {network}"
+    config = from_dict(ConvertedConfig, {**triples(ConvertedConfig, options), "network": network}, where)
+    keys = networks.network_2d(network).state_dict()
+    anchors = [key for key in keys if keys[key].ndim == 4][:3]
+    starts = [start for anchor in anchors for start in _prefixes(file.tensors, anchor)]
+    if prefix is not None:
+        starts = [start for start in starts if start.removesuffix(".").endswith(prefix.removesuffix("."))]
+    # The prefix with most matching keys; of equals, the likeliest encoder.
+    best = max(
+        starts or [""],
+        key=lambda start: (len(keys.keys() & _under(file.tensors, start).keys()), -_rank(start)),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = _under(file.tensors, best)
+        encoder = ConvertedEncoder(config, state, str(file.path), 0.0 if partial else 1.0)
+    assert encoder.match is not None
+
+    source = Source(
+        network, encoder.paper, "as the 2D network was trained", labels="of natural images, perhaps"
+    )
+    recipe = Recipe("converted", {}, state, source)
+    notes: list[str] = []
+    encoder.metadata = _card(file, recipe, encoder, encoder.match, network, best, notes)
+    return Foreign(encoder.eval(), encoder.match, network, best, notes)
+
+
+def _card(
+    file: WeightsFile,
+    recipe: Recipe,
+    encoder: Encoder,
+    match: Match,
+    layout: str,
+    prefix: str,
+    notes: list[str],
+) -> dict[str, Any]:
+    from ssl3d.convert.named import digest
+
+    source = recipe.source
+    return {
+        "architecture": recipe.architecture,
+        "config": to_dict(encoder.config),
+        "foreign": {
+            "file": file.path.name,
+            "sha256": file.sha256,
+            "bytes": file.size,
+            "title": source.title,
+            "layout": layout,
+            "prefix": prefix,
+            "matched": match.matched,
+            "total": match.total,
+            "not_used": sorted({key.partition(".")[0] for key in match.unused}),
+            "notes": notes,
+            "expects": source.expects,
+            "labels": source.labels,
+        },
+        "preprocessing": [{"options": source.prepare, "of": source.title}] if source.prepare else [],
+        "sha256": digest(encoder.state_dict()),
+        "steps": 0,  # of ours
+        "identities": [],
+        "labels_seen": source.labels_seen,
+        "citations": {"weights": source.citation or source.title, recipe.architecture: encoder.paper},
+    }

@@ -1,0 +1,190 @@
+"""Files of other people's weights: what is in them, read without running their code."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.errors import CheckpointError
+
+_NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
+# What wrappers put between a module's name and its parameters' names: torch.compile, FSDP, checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# torchvision's DenseNets were saved with the names of an older one.
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        path: Of the file.
+        sha256: Of its bytes.
+        size: In bytes.
+        tensors: By their whole path in the file, as in `state_dict.module.conv1.weight`; what wrappers of
+            torch add inside a name is left out, and so is the state of optimizers.
+        contents: The file as it is; of safetensors, its metadata.
+    """
+
+    path: Path
+    sha256: str
+    size: int
+    tensors: dict[str, Tensor]
+    contents: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+
+def read_file(path: str | Path) -> WeightsFile:
+    """Reads what torch.save wrote, or safetensors, whatever the name says.
+
+    Numbers of numpy and `argparse.Namespace` are read beside tensors and plain values; nothing else is.
+
+    Raises:
+        CheckpointError: There is no such file, it is cut short, holds code, a web page, or no weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, not a file of weights")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+            digest = hashlib.file_digest(file, "sha256") if not file.seek(0) else hashlib.sha256()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    _check_head(path, head, size)
+    contents = _safetensors(path, size) if head[8:9] == b"{" else _torch(path, size)
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(contents).__name__}, not a state dict")
+    if {"module", "spec", "step"} <= set(contents):
+        raise CheckpointError(f"{path}: is a checkpoint of an ssl3d run: name the run's folder instead")
+    tensors = dict(_tensors(contents))
+    if not tensors:
+        held = ", ".join(map(str, list(contents)[:5])) or "nothing"
+        raise CheckpointError(f"{path}: holds no tensors ({held})")
+    return WeightsFile(path, digest.hexdigest(), size, tensors, contents)
+
+
+def _check_head(path: Path, head: bytes, size: int) -> None:
+    """Says what a file is that is no file of weights and can be told by how it begins."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise CheckpointError(f"{path}: is empty ({size} bytes)")
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise CheckpointError(
+            f"{path}: is a web page, not weights ({size} bytes): the download gave the page about the "
+            "file; fetch the file itself (a link that says raw, resolve or download)"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS, not the weights: git lfs pull fetches them"
+        )
+    if start.startswith((b"\x1f\x8b", b"bzh", b"7z\xbc", b"rar!")):
+        raise CheckpointError(f"{path}: is a compressed archive, not weights: unpack it first")
+
+
+def _safetensors(path: Path, size: int) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            contents: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            contents["__metadata__"] = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes: {error})") from error
+    return contents
+
+
+def _torch(path: Path, size: int) -> Any:
+    plain = [
+        np._core.multiarray.scalar,  # type: ignore[attr-defined]
+        np.dtype,
+        argparse.Namespace,
+        *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")),
+    ]
+    try:
+        with torch.serialization.safe_globals(plain):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, tar: each has its own idea of a damaged file
+        reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+        if "TorchScript" in reason:
+            raise CheckpointError(
+                f"{path}: is a TorchScript program, and ssl3d runs no code of files: save its state dict "
+                "alone (torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')) if you trust it"
+            ) from error
+        code = re.search(r"(?:GLOBAL|global|class) ([\w.]*\w)(?: |$)", reason)
+        if "Unsupported" in reason or "Can only" in reason or "Trying to" in reason:
+            what = f" ({code[1]})" if code else ""
+            raise CheckpointError(
+                f"{path}: holds Python objects{what} beside tensors, and ssl3d runs no code of files: if "
+                "you trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
+                "['state_dict'], 'weights.pth')"
+            ) from error
+        raise CheckpointError(
+            f"{path}: truncated, or not weights of PyTorch ({size} bytes: {reason[:100]})"
+        ) from error
+
+
+def _tensors(contents: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    for key, value in contents.items():
+        name = f"{path}{key}"
+        if isinstance(value, Tensor):
+            yield _OLD_DENSENET.sub(r"\1\2", _WRAPPERS.sub("", name)), value
+        elif isinstance(value, Mapping) and depth < 5 and not _NOT_WEIGHTS.search(str(key)):
+            yield from _tensors(value, f"{name}.", depth + 1)
+
+
+def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
+    """What nnssl or nnU-Net says of the network beside its weights, and where it says so.
+
+    nnssl's adaptation plan in the checkpoint, or `adaptation_plan.json` in the file's folder or the one
+    above; else the `architecture` of nnU-Net's plans, in the checkpoint or in `plans.json`. Both come out
+    as `arch_class_name` and `arch_kwargs`, nnssl's with the whole plan as `plan`.
+
+    Raises:
+        CheckpointError: A file of a plan is not JSON.
+    """
+    found: Any = file.contents.get("nnssl_adaptation_plan")
+    where = "in the checkpoint"
+    folders = (file.path.parent, file.path.parent.parent)
+    for place in (folder / "adaptation_plan.json" for folder in folders):
+        if found is None and place.is_file():
+            found, where = _json(place), str(place)
+    if isinstance(found, Mapping) and isinstance(found.get("architecture_plans"), Mapping):
+        return {**found["architecture_plans"], "plan": dict(found)}, where
+    start = file.contents.get("init_args")
+    start = start if isinstance(start, Mapping) else {}
+    found, where = start.get("plans"), "in the checkpoint"
+    for place in (folder / "plans.json" for folder in folders):
+        if found is None and place.is_file():
+            found, where = _json(place), str(place)
+    configurations = found.get("configurations") if isinstance(found, Mapping) else None
+    if not isinstance(configurations, Mapping):
+        return None, ""
+    chosen = configurations.get(start.get("configuration") or "3d_fullres")
+    architecture = chosen.get("architecture") if isinstance(chosen, Mapping) else None
+    if not isinstance(architecture, Mapping):
+        return None, ""
+    return {
+        "arch_class_name": architecture.get("network_class_name"),
+        "arch_kwargs": architecture.get("arch_kwargs"),
+    }, where
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error
