@@ -14,8 +14,8 @@ A suite is a YAML file:
     probes:                                   # what follows `ssl3d linear-probe`
       NAME: {runs: [PATTERN, ...], encoders: [imagenet:..., ...], options: --data {STORE} ..., curve: true}
 
-`{root}` is the folder of the data. With `curve`, the encoders at 25 and 50 % of the budget are probed too,
-in a folder of their own.
+`{root}` is the folder of the data, `{RUN}` that of a run. With `curve`, the encoders at 25 and 50 % of the
+budget are probed too, in a folder of their own.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Suite:
     _budget: int = field(default=0)
 
     def words(self, text: str) -> list[str]:
-        """Splits a command's words, {NAME} made the path of that store, {root} that of the data."""
-        places = {name: str(self.work / f"{name}.h5") for name in self.content["stores"]}
+        """Splits a command's words, {NAME} made the path of that store or run, {root} that of the data."""
+        places = {name: str(self.folder(name)) for name in self.content["runs"]}
+        places |= {name: str(self.work / f"{name}.h5") for name in self.content["stores"]}
         return [word.format(root=self.root, **places) for word in shlex.split(text)]
 
     def prepare(self) -> None:
