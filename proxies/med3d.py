@@ -229,7 +229,7 @@ class Med3D(Proxy):
             if bool(own.isfinite().any()):
                 scores[name] = metrics[f"dice_{name}"] = own.nanmean()
             some = slice(_SHOWN)
-            shown.append(_Shown(name, x[rows][some, 0], target[some], predicted[some]))
+            shown.append(_Shown(name, len(branch.values), x[rows][some, 0], target[some], predicted[some]))
         # Nothing to find and nothing found, in any data set: as it should be.
         metrics["dice"] = torch.stack(list(scores.values())).mean() if scores else total.new_ones(())
         return StepOutput(total / len(owners), metrics, (lambda: _picture(shown)) if shown else None)
@@ -335,9 +335,10 @@ def dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 class _Shown(NamedTuple):
-    """A few examples of one data set: its name, and (n, D, H, W) each."""
+    """A few examples of one data set: its name, number of classes, and (n, D, H, W) each."""
 
     name: str
+    classes: int
     image: Tensor
     target: Tensor
     predicted: Tensor
@@ -347,25 +348,28 @@ def _picture(shown: Sequence[_Shown]) -> Figure:
     """Of each example the slice across D with most structure: input, mask and prediction."""
     from matplotlib.figure import Figure
 
-    columns: list[tuple[str, list[np.ndarray]]] = []
+    columns: list[tuple[_Shown, list[np.ndarray]]] = []
     for one in shown:
         parts = [part.detach().float().cpu().numpy() for part in (one.image, one.target, one.predicted)]
-        columns += [(one.name, [part[n] for part in parts]) for n in range(len(one.image))]
+        columns += [
+            (one, [part[n] for part in parts]) for n in range(len(one.image) if len(shown) < 6 else 1)
+        ]
     figure = Figure(figsize=(1.7 * len(columns) + 0.3, 5.4), layout="constrained")
     panels = figure.subplots(3, len(columns), squeeze=False)
-    for column, (name, (image, target, predicted)) in enumerate(columns):
-        place = int((target > target.min()).sum((1, 2)).argmax())
+    for column, (one, (image, target, predicted)) in enumerate(columns):
+        place = int((target > 0).sum((1, 2)).argmax())
         low, high = np.percentile(image, (0.5, 99.5))
-        top = max(float(target.max()), float(predicted.max()), 1.0)
         for row, labels in enumerate((None, target, predicted)):
             panel = panels[row, column]
             panel.imshow(image[place], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
             if labels is not None:
                 over = np.ma.masked_less_equal(labels[place], 0)
-                panel.imshow(over, cmap="turbo", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
+                panel.imshow(
+                    over, cmap="turbo", vmin=0, vmax=one.classes - 1, alpha=0.6, interpolation="nearest"
+                )
             panel.set_xticks([])
             panel.set_yticks([])
-        panels[0, column].set_title(name, fontsize=8)
+        panels[0, column].set_title(one.name, fontsize=8)
     for row, name in enumerate(("input", "mask", "predicted")):
         panels[row, 0].set_ylabel(name, fontsize=9)
     return figure
