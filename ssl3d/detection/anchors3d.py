@@ -1,0 +1,140 @@
+"""Anchors in 3D: at which levels of a pyramid, and of which shapes, found from the training boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ssl3d.decoder import stride_path
+from ssl3d.encoder import Encoder
+
+Triple = tuple[int, int, int]
+Shape = tuple[float, float, float]
+
+_RARE = 0.02  # share of the boxes below which a level is not worth its cost
+
+
+@dataclass(frozen=True)
+class AnchorPlan:
+    """Where anchors lie and what they look like.
+
+    Attributes:
+        strides: Of the levels along (D, H, W), fine to coarse.
+        shapes: Per level the sides (D, H, W) of its anchors in voxels, as many at every level.
+    """
+
+    strides: tuple[Triple, ...]
+    shapes: tuple[tuple[Shape, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for levels without anchors, or with different numbers of them."""
+        if not self.strides or len(self.strides) != len(self.shapes):
+            raise ValueError(f"{len(self.strides)} levels with shapes for {len(self.shapes)}")
+        if len({len(level) for level in self.shapes}) != 1 or not self.shapes[0]:
+            raise ValueError("every level needs as many anchor shapes as the others, one at least")
+
+    @property
+    def count(self) -> int:
+        """Anchors in one place."""
+        return len(self.shapes[0])
+
+
+def plan_anchors(
+    boxes: ArrayLike, encoder: Encoder, count: int = 3, cells: float = 2.0, finest: int = 2
+) -> AnchorPlan:
+    """Levels and anchor shapes for an encoder's maps, from the boxes that are to be learned.
+
+    A box belongs to the level of which it spans about `cells` cells per axis. Levels that have no boxes
+    worth speaking of are left out. The shapes of a level are the means of `count` clusters of its boxes'
+    sides, on a logarithmic scale; where the boxes are too much alike for that, the mean shape at a third
+    of an octave from each other. So anisotropic spacing and flat objects need no setting.
+
+    Args:
+        boxes: (n, 6), in voxels, of the training data alone.
+        encoder: Only its `strides` are read.
+        count: Anchor shapes per level.
+        cells: See above. Fewer: coarser levels, less work, coarser boxes.
+        finest: Least stride of a level along any axis that has a larger one in the encoder's first map;
+            levels finer than that map are made by interpolation.
+
+    Raises:
+        ValueError: There is no box, or one without extent.
+    """
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
+    sides = corners[:, 3:] - corners[:, :3]
+    if not len(sides):
+        raise ValueError("anchors are planned from boxes, and there are none")
+    if not (sides > 0).all():
+        raise ValueError(f"box {corners[(sides <= 0).any(axis=1)][0].tolist()} has no extent")
+    strides = _candidates(encoder.strides, finest)
+    # In images every box is one voxel deep and says nothing of the depth.
+    axes = [axis for axis in range(3) if axis or (sides[:, 0] > 1).any()]
+    spans = np.log2(sides[:, None, axes] / (cells * np.array(strides, dtype=np.float64)[None][..., axes]))
+    misfit = np.abs(spans.mean(axis=2))  # (boxes, levels)
+    shares = np.bincount(misfit.argmin(axis=1), minlength=len(strides)) / len(sides)
+    kept = [n for n, share in enumerate(shares) if share >= _RARE]
+    level = misfit[:, kept].argmin(axis=1)
+    return AnchorPlan(
+        strides=tuple(strides[n] for n in kept),
+        shapes=tuple(_shapes(sides[level == n], count) for n in range(len(kept))),
+    )
+
+
+def grid_anchors(plan: AnchorPlan, size: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
+    """The anchors of every level for an input of `size` (D, H, W), (d h w count, 6) float32 each.
+
+    Voxel i of a map of stride s lies on voxel i x s of the input: its anchors are centred on i x s + .5.
+    In the order of (d, h, w, shape).
+    """
+    found = []
+    for stride, shapes in zip(plan.strides, plan.shapes, strict=True):
+        axes = [
+            torch.arange(-(-n // s), dtype=torch.float32, device=device) * s + 0.5
+            for n, s in zip(size, stride, strict=True)
+        ]
+        centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 1, 3)
+        half = torch.tensor(shapes, dtype=torch.float32, device=device)[None] / 2
+        found.append(torch.cat([centres - half, centres + half], dim=2).reshape(-1, 6))
+    return found
+
+
+def level_of(boxes: Tensor, strides: Sequence[Triple], cells: float) -> Tensor:
+    """Level of each box (n,): that of which it spans about `cells` cells per axis, as in `plan_anchors`."""
+    sides = (boxes[:, 3:] - boxes[:, :3]).clamp_min(1e-3)
+    spans = torch.log2(sides[:, None] / (cells * sides.new_tensor(strides)[None]))
+    return spans.mean(dim=2).abs().argmin(dim=1)
+
+
+def _candidates(strides: Sequence[Triple], finest: int) -> list[Triple]:
+    """Strides a level may have, fine to coarse: those of the maps, and of steps finer than the first."""
+    deepest = strides[-1]
+    known = {s for s in strides if all(a <= b for a, b in zip(s, deepest, strict=True))}
+    first = min(known)
+    end = (min(first[0], finest), min(first[1], finest), min(first[2], finest))
+    finer = stride_path(first, [end]) if end != first else []
+    return sorted(known | set(finer))
+
+
+def _shapes(sides: np.ndarray, count: int) -> tuple[Shape, ...]:
+    """Means of `count` clusters of (n, 3) sides, small to large."""
+    logs = np.log(sides)
+    order = np.argsort(logs.sum(axis=1), kind="stable")
+    picks = order[((np.arange(count) + 0.5) / count * len(order)).astype(int)]
+    means = logs[picks]
+    for _ in range(25):
+        owner = ((logs[:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
+        means = np.stack(
+            [logs[owner == n].mean(axis=0) if (owner == n).any() else means[n] for n in range(count)]
+        )
+    apart = [np.abs(a - b).max() for i, a in enumerate(means) for b in means[:i]]
+    if apart and min(apart) < 0.1:
+        # On an axis along which no box has any extent there is nothing to vary either.
+        steps = (np.arange(count) - (count - 1) / 2)[:, None] * np.log(2) / 3
+        means = logs.mean(axis=0)[None] + steps * (sides > 1).any(axis=0)
+    means = means[np.argsort(means.sum(axis=1), kind="stable")]
+    return tuple((float(d), float(h), float(w)) for d, h, w in np.exp(means))
