@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssl3d.api import AggregatedEncoder, Contestant, draw_crop, embed_volume
+from ssl3d.api import AggregatedEncoder, Contestant, DataError, draw_crop, embed_volume
 from ssl3d_benchmarks.finetune import FinetuneTask
 from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
 from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
 from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
-from ssl3d_benchmarks.task import check_numbers, class_names, find_target, known_label, mask_values
+from ssl3d_benchmarks.task import CSV_HELP, check_numbers, class_names, known_label, mask_values
 
 if TYPE_CHECKING:
     from ssl3d.api import BatchRng, Collection, Encoder, Volume, statistics
@@ -362,9 +362,13 @@ def shifted(x: Tensor, shares: Tensor) -> Tensor:
 def _target(config: ClassificationConfig, data: Collection) -> str:
     """classes, ordinal or real."""
     asked = config.target
+    where = ", ".join(sorted(set(data.datasets))) or "the data"
+    labels = [label for label in data.labels if known_label(label)]
+    if not labels:
+        raise DataError(
+            f"{where}: none of the {len(data)} volumes has a label, which classification needs; {CSV_HELP}"
+        )
     if asked == "auto":
-        labels = [label for label in data.labels if known_label(label)]
         real = any(isinstance(label, float) and not float(label).is_integer() for label in labels)
         asked = "real" if real else "classes"
-    where = ", ".join(sorted(set(data.datasets))) or "the data"
-    return find_target(data, asked, where)
+    return asked

@@ -47,7 +47,15 @@ from ssl3d_benchmarks.contestants import (
 )
 from ssl3d_benchmarks.finetune import Finetune, FinetuneTask, task_class
 from ssl3d_benchmarks.finetune_command import Options
-from ssl3d_benchmarks.finetune_train import Plan, Trial, memory_peak, predict, train, weights_digest
+from ssl3d_benchmarks.finetune_train import (
+    Plan,
+    Trial,
+    check_freeze,
+    memory_peak,
+    predict,
+    train,
+    weights_digest,
+)
 from ssl3d_benchmarks.linear_probe_table import Row
 from ssl3d_benchmarks.task import Fold, Job, Task, headline, jobs, say, split_up
 
@@ -140,7 +148,7 @@ def run(options: Options, config: Any) -> Outcome:
         options: Resolved.
         config: The task's own options.
     """
-    list(given(options.encoder, options.pool))  # a wrong path is said before anything is read
+    make_arms(options)  # a wrong path is said before anything is read
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(device_of(options.device))
@@ -246,6 +254,7 @@ def make_arms(options: Options) -> list[Arm]:
     scratch: dict[str, Arm] = {}
     for spec, encoder, entry in given(options.encoder, options.pool):
         asked = spec.startswith("scratch:")
+        check_freeze(encoder, options.freeze)
         if not asked:
             arms.append(Arm(dict.fromkeys(options.seeds, entry), rates))
         if entry.group not in scratch and (asked or not options.no_scratch):

@@ -334,8 +334,9 @@ def stages_of(encoder: Encoder) -> dict[str, int]:
     modes = [(part, part.training) for part in inner.modules()]
     wanted = [parameter.requires_grad for _, parameter in named]
     device = named[0][1].device
-    # A volume, whatever the depth of the data: of an image some kernels see nothing.
-    size = [max(step, 8) for step in inner.strides[-1]]
+    # A volume, whatever the depth of the data: of an image some kernels see nothing. Two cells of the
+    # deepest map: of one, instance norm makes nothing.
+    size = [max(step, 8) * cells for step, cells in zip(inner.strides[-1], (1, 1, 2), strict=True)]
     inner.eval()
     try:
         for _, parameter in named:
@@ -358,6 +359,13 @@ def stages_of(encoder: Encoder) -> dict[str, int]:
     return found
 
 
+def check_freeze(encoder: Encoder, asked: str) -> None:
+    """Raises a UsageError where an encoder has fewer stages than shall be frozen."""
+    count = len(_inner(encoder).strides)
+    if asked.isdigit() and int(asked) > count:
+        raise UsageError(f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all")
+
+
 def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
     """Stops parameters of the encoder from training; gives the modules that stay in evaluation mode.
 
@@ -365,9 +373,6 @@ def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
         model: With its `encoder`.
         asked: none, all, or the first so many stages.
         norms: Whether the encoder's batch norms stay as they are too.
-
-    Raises:
-        UsageError: The encoder has fewer stages.
     """
     encoder: Encoder = model.get_submodule("encoder")  # type: ignore[assignment]
     if asked == "all":
@@ -375,11 +380,6 @@ def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
         return [encoder]
     calm: list[nn.Module] = []
     if asked != "none":
-        count = len(_inner(encoder).strides)
-        if int(asked) > count:
-            raise UsageError(
-                f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all"
-            )
         stages = stages_of(encoder)
         for name, parameter in encoder.named_parameters():
             if stages[name] < int(asked):
