@@ -49,7 +49,7 @@ def scene(images=2, size=(96, 128), seed=0):
 
 
 def torchvisions(ours):
-    """torchvision's own Faster R-CNN with the weights of ours, no scaling of images, sampling everything."""
+    """torchvision's own Faster R-CNN with the weights of ours, without scaling, sampling everything."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead

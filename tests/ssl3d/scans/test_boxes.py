@@ -173,7 +173,7 @@ def test_boxes_follow_a_cut_to_the_foreground(tmp_path):
     body[10:30, 15:45] = np.random.default_rng(0).integers(100, 255, (20, 30))
     Image.fromarray(body).save(root / "a.png")
     coco(root / "instances.json", [{"bbox": [20, 12, 8, 6]}, {"bbox": [0, 0, 5, 5]}], images=("a.png",))
-    data, volumes = made(tmp_path, root, crop_foreground=True)
+    _, volumes = made(tmp_path, root, crop_foreground=True)
     start = volumes["a"].record.done["crop"]["start"]
     np.testing.assert_array_equal(
         volumes["a"].boxes, [[0, 12 - start[1], 20 - start[2], 1, 18 - start[1], 28 - start[2]]]
