@@ -1,0 +1,300 @@
+"""Charts as inline SVG: no library, no file, colours from the page's style, so that they turn dark with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, floor, isfinite, log10
+
+WIDTH = 640.0
+COLOURS = 8
+"""Of the page's style: .c0 to .c7; a ninth line is dashed."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point with its interval.
+
+    Attributes:
+        label: Of the row, or what a pointer shows.
+        value: Where it stands.
+        low: End of its interval, NaN for none.
+        high: Other end.
+        kind: `pretrained`, `imagenet`, `scratch`, `trivial` or `published`: its form.
+        faint: Not ranked.
+    """
+
+    label: str
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+    kind: str = "pretrained"
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve.
+
+    Attributes:
+        label: At its end.
+        points: (x, value, low, high).
+        kind: As of a mark.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float, float, float]]
+    kind: str = "pretrained"
+
+
+def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str) -> str:
+    """Scores with intervals, a row each, with a dashed line at the reference."""
+    label_width = min(280.0, 20 + 6.6 * max((len(mark.label) for mark in marks), default=10))
+    left, right, step, top = label_width + 10, WIDTH - 14, 22.0, 8.0
+    ends = [v for mark in marks for v in (mark.value, mark.low, mark.high) if isfinite(v)]
+    if not ends:
+        return ""
+    ends += [reference] if reference is not None and isfinite(reference) else []
+    ticks = _ticks(min(ends), max(ends))
+    place = _linear(min(ends + ticks), max(ends + ticks), left, right)
+    bottom = top + step * len(marks) + 6
+    parts = [_grid_x(ticks, place, top, bottom, axis)]
+    if reference is not None and isfinite(reference):
+        x = place(reference)
+        parts.append(f'<line class="ref" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}"/>')
+    for number, mark in enumerate(marks):
+        y = top + step * (number + 0.5)
+        words = mark.label if len(mark.label) <= 42 else mark.label[:40] + "…"
+        tone = ' class="dim"' if mark.faint else ""
+        parts.append(
+            f'<text{tone} x="{label_width:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>'
+        )
+        if not isfinite(mark.value):
+            continue
+        told = f"{mark.label}: {mark.value:.3f}"
+        if isfinite(mark.low):
+            told += f" [{mark.low:.3f}, {mark.high:.3f}]"
+            parts.append(
+                f'<line class="bar k-{mark.kind}" x1="{place(mark.low):.1f}" x2="{place(mark.high):.1f}" '
+                f'y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+        parts.append(_symbol(place(mark.value), y, mark.kind, mark.faint, told))
+    return _svg(bottom + 40, title, parts)
+
+
+def scatter(
+    marks: Sequence[tuple[float, Mark]], x_axis: str, y_axis: str, title: str, reference: float | None,
+    log: bool = True,
+) -> str:  # fmt: skip
+    """Scores against an amount."""
+    return lines([Line(mark.label, [(x, mark.value, mark.low, mark.high)], mark.kind) for x, mark in marks],
+                 x_axis, y_axis, title, log, reference)  # fmt: skip
+
+
+def lines(
+    curves: Sequence[Line], x_axis: str, y_axis: str, title: str, log: bool = False,
+    reference: float | None = None,
+) -> str:  # fmt: skip
+    """Curves over an amount, their intervals, and their names at the right, kept apart."""
+    curves = [one for one in curves if any(isfinite(point[1]) for point in one.points)]
+    if not curves:
+        return ""
+    label_width = min(230.0, 24 + 6.6 * max(len(one.label) for one in curves))
+    left, right, top = 52.0, WIDTH - label_width, 12.0
+    height = max(260.0, 15.0 * len(curves))
+    bottom = top + height
+    points = [point for one in curves for point in one.points if isfinite(point[1])]
+    xs = [point[0] for point in points]
+    ys = [v for point in points for v in point[1:] if isfinite(v)]
+    ys += [reference] if reference is not None and isfinite(reference) else []
+    log = log and min(xs) > 0
+    x_ticks = _log_ticks(min(xs), max(xs)) if log else _ticks(min(xs), max(xs))
+    y_ticks = _ticks(min(ys), max(ys))
+    spread = (lambda v: log10(v)) if log else (lambda v: v)
+    low_x, high_x = spread(min(xs + ([] if log else x_ticks))), spread(max(xs + ([] if log else x_ticks)))
+    pad = 0.06 * (high_x - low_x) or 0.5
+    across = _linear(low_x - pad, high_x + pad, left, right)
+    up = _linear(min(ys + y_ticks), max(ys + y_ticks), bottom, top)
+    parts = [
+        _grid_x(
+            x_ticks,
+            lambda v: across(spread(v)),
+            top,
+            bottom,
+            x_axis,
+            amount=True,
+            middle=(left + right) / 2,
+        )
+    ]
+    for tick in y_ticks:
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    parts.append(
+        f'<text class="axis" transform="translate(13 {(top + bottom) / 2:.0f}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_axis)}</text>'
+    )
+    if reference is not None and isfinite(reference):
+        y = up(reference)
+        parts.append(f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    ends = sorted(
+        ((up(last[1]), number) for number, one in enumerate(curves) for last in [_last(one)]),
+    )
+    wanted = _apart([y for y, _ in ends], 14.0, top + 6, bottom + 10)
+    at = {number: y for (_, number), y in zip(ends, wanted, strict=True)}
+    for number, one in enumerate(curves):
+        tone = f"c{number % COLOURS}" + (" dash" if number >= COLOURS else "")
+        if one.kind in ("scratch", "trivial"):
+            tone = "c-plain" + (" dash" if one.kind == "trivial" else "")
+        shown = [point for point in one.points if isfinite(point[1])]
+        where = [(across(spread(x)), up(v)) for x, v, _, _ in shown]
+        if len(where) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
+            parts.append(f'<polyline class="curve {tone}" points="{path}"/>')
+        for (x, y), (amount, value, low, high) in zip(where, shown, strict=True):
+            told = f"{one.label}: {value:.3f} at {_short(amount)}"
+            if isfinite(low) and isfinite(high):
+                told += f" [{low:.3f}, {high:.3f}]"
+                parts.append(
+                    f'<line class="bar thin {tone}" x1="{x:.1f}" x2="{x:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+                )
+            parts.append(_symbol(x, y, one.kind, False, told, tone))
+        x, y = where[-1]
+        end = at[number]
+        parts.append(
+            f'<polyline class="lead {tone}" points="{x + 5:.1f},{y:.1f} {right + 4:.1f},{end:.1f}"/>'
+        )
+        words = one.label if len(one.label) <= 34 else one.label[:32] + "…"
+        parts.append(
+            f'<text class="{tone} name" x="{right + 8:.1f}" y="{end + 4:.1f}">{escape(words)}</text>'
+        )
+    return _svg(bottom + 42, title, parts)
+
+
+def critical(names: Sequence[str], average: Sequence[float], difference: float,
+             cliques: Sequence[tuple[int, int]], title: str) -> str:  # fmt: skip
+    """Average ranks on a line; a bar joins those that cannot be told apart (Demšar 2006)."""
+    count = len(names)
+    left, right, line = 30.0, WIDTH - 30.0, 62.0
+    place = _linear(1, count, left, right)
+    parts = [f'<line class="axisline" x1="{left}" x2="{right}" y1="{line}" y2="{line}"/>']
+    for tick in range(1, count + 1):
+        x = place(tick)
+        parts.append(f'<line class="axisline" x1="{x:.1f}" x2="{x:.1f}" y1="{line - 5}" y2="{line}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{line - 9}" text-anchor="middle">{tick}</text>')
+    end = place(min(1 + difference, count))
+    parts.append(f'<line class="clique" x1="{left}" x2="{end:.1f}" y1="20" y2="20"/>')
+    parts.append(f'<text x="{left}" y="14">critical difference {difference:.2f}</text>')
+    below = line + 12
+    for begin, last in cliques:
+        parts.append(
+            f'<line class="clique" x1="{place(average[begin]) - 4:.1f}" x2="{place(average[last]) + 4:.1f}" '
+            f'y1="{below:.1f}" y2="{below:.1f}"/>'
+        )
+        below += 8
+    half = (count + 1) // 2
+    height = below + 16
+    for number, (name, value) in enumerate(zip(names, average, strict=True)):
+        first = number < half
+        y = below + 18 * (number + 1 if first else count - number)
+        x, side = place(value), (left if first else right)
+        parts.append(f'<polyline class="stem" points="{x:.1f},{line} {x:.1f},{y:.1f} {side:.1f},{y:.1f}"/>')
+        anchor = "start" if first else "end"
+        words = name if len(name) <= 40 else name[:38] + "…"
+        parts.append(
+            f'<text x="{side:.1f}" y="{y - 4:.1f}" text-anchor="{anchor}">{escape(words)} {value:.2f}</text>'
+        )
+        height = max(height, y + 10)
+    return _svg(height, title, parts)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<div class="chart"><svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" '
+        f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title>{"".join(parts)}</svg></div>'
+    )
+
+
+def _symbol(x: float, y: float, kind: str, faint: bool, told: str, tone: str = "") -> str:
+    look = f"mark k-{kind} {tone} {'faint' if faint else ''}".strip()
+    if tone:
+        look = f"mark {tone}"
+    shapes = {
+        "imagenet": f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" class="{look}">',
+        "scratch": f'<path d="M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z" class="{look} hollow">',
+        "trivial": f'<path d="M{x:.1f} {y - 5:.1f}l5 9h-10z" class="{look} hollow">',
+        "published": f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8" class="{look} cross">',
+    }
+    begin = shapes.get(kind, f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{look}">')
+    end = f"</{begin[1:].split(' ', 1)[0]}>"
+    return f"{begin}<title>{escape(told)}</title>{end}"
+
+
+def _grid_x(ticks: Sequence[float], place: Callable[[float], float], top: float, bottom: float, axis: str,
+            amount: bool = False, middle: float | None = None) -> str:  # fmt: skip
+    parts = []
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{_short(tick)}</text>')
+    at = middle if middle is not None else (place(ticks[0]) + place(ticks[-1])) / 2
+    parts.append(
+        f'<text class="axis" x="{at:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{escape(axis)}</text>'
+    )
+    return "".join(parts)
+
+
+def _last(line: Line) -> tuple[float, float, float, float]:
+    return [point for point in line.points if isfinite(point[1])][-1]
+
+
+def _linear(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: begin + (value - low) / span * (end - begin)
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers that hold a range."""
+    span = high - low
+    if span <= 0:
+        span = abs(high) * 0.1 or 1.0
+        low, high = low - span / 2, high + span / 2
+    raw = span / wanted
+    size = 10 ** floor(log10(raw))
+    step = next(size * k for k in (1, 2, 2.5, 5, 10) if size * k >= raw * 0.999)
+    first = floor(low / step + 1e-9)
+    last = ceil(high / step - 1e-9)
+    return [round(k * step, 10) for k in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 2)
+    steps = (1, 2, 5) if high / low < 200 else (1,)
+    found = [k * 10.0**power for power in powers for k in steps]
+    inside = [tick for tick in found if low * 0.93 <= tick <= high * 1.07]
+    return inside if len(inside) > 1 else sorted({low, high})
+
+
+def _short(value: float) -> str:
+    """1.2e13 as 12T, .25 as 0.25."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending places near the wanted ones, a gap between each two."""
+    places: list[float] = []
+    for y in wanted:
+        places.append(max(y, places[-1] + gap if places else low))
+    over = (places[-1] - high) if places else 0.0
+    if over > 0:
+        places[-1] = high
+        for k in range(len(places) - 2, -1, -1):
+            places[k] = min(places[k], places[k + 1] - gap)
+    return places

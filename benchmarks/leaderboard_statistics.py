@@ -1,0 +1,624 @@
+"""The numbers of a leaderboard: scores, paired differences, ranks, and how sure each of them is."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl3d.api import statistics
+from ssl3d_benchmarks.leaderboard_records import Read, Table, score_functions
+
+Array = NDArray[Any]
+
+TASKS_FOR_PICTURE = 6
+"""Least tasks for a critical-difference picture; below, its test has next to no power."""
+
+
+@dataclass
+class Arm:
+    """A contestant at one fraction of the labels: its records over seeds and subsets.
+
+    Attributes:
+        rows: The records, seeds x subsets.
+        kind: Of `leaderboard_records.KINDS`.
+        runs: Its main score, resampled.
+        interval: Of the main score.
+        label: Short, and another for every contestant of the table.
+        method: What it is called in all tables.
+        gain: Over the same network untrained or from scratch.
+        over_imagenet: Over the best ImageNet conversion.
+        p_holm: Of `gain`, corrected over the table.
+        p_imagenet_holm: Of `over_imagenet`, likewise.
+        rank: Among the ranked; None for who is not.
+        rank_interval: 95 % of the ranks over the resamples.
+        first_share: Share of the resamples in which it is first.
+        why_unranked: In words, or empty.
+        section: `main`, or `labels` for encoders pretrained with labels, which are ranked apart.
+    """
+
+    rows: list[list[Read]]
+    kind: str
+    runs: statistics.Runs
+    interval: statistics.Interval
+    label: str = ""
+    method: str = ""
+    gain: statistics.Difference | None = None
+    over_imagenet: statistics.Difference | None = None
+    p_holm: float | None = None
+    p_imagenet_holm: float | None = None
+    rank: float | None = None
+    rank_interval: tuple[float, float] | None = None
+    first_share: float | None = None
+    why_unranked: str = ""
+    section: str = "main"
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Read:
+        """Any of its records."""
+        return self.rows[0][0]
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len(self.rows)
+
+    @property
+    def subsets(self) -> int:
+        """Of the training data, at this fraction."""
+        return len(self.rows[0])
+
+    def records(self) -> list[Read]:
+        """All of them."""
+        return [one for row in self.rows for one in row]
+
+
+@dataclass
+class Board:
+    """A table at one fraction of the labels, with its numbers.
+
+    Attributes:
+        table: Where the records come from.
+        fraction: Of the training subjects.
+        arms: Best first, of all kinds but encoders on the way.
+        on_the_way: Encoders saved before pretraining ended.
+        detectable: Smallest true difference from scratch that the test set shows with power .8; None
+            where there is nothing to compare.
+        missing: Rows that have to be there and are not, in words.
+        notes: What was left out, in words.
+    """
+
+    table: Table
+    fraction: float
+    arms: list[Arm]
+    on_the_way: list[Arm]
+    detectable: float | None = None
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def slug(self) -> str:
+        """For links and file names."""
+        return self.table.slug + ("" if self.fraction == 1 else f"-{self.fraction:g}".replace(".", "-"))
+
+    def ranked(self, section: str = "main") -> list[Arm]:
+        """Who is ranked there, best first."""
+        return [arm for arm in self.arms if arm.rank is not None and arm.section == section]
+
+    def of_kind(self, *kinds: str) -> list[Arm]:
+        """The arms of some kinds."""
+        return [arm for arm in self.arms if arm.kind in kinds]
+
+
+def boards_of(table: Table, resamples: int = statistics.RESAMPLES) -> list[Board]:
+    """The boards of a table, the largest fraction first."""
+    boards: list[Board] = []
+    for fraction in sorted({one.result.fraction for one in table.rows}, reverse=True):
+        rows = [one for one in table.rows if one.result.fraction == fraction]
+        grouped: dict[tuple[Any, ...], list[Read]] = {}
+        for one in rows:
+            grouped.setdefault(one.arm, []).append(one)
+        notes: list[str] = []
+        arms = []
+        for group in grouped.values():
+            grid = _grid(group, notes)
+            arms.append(_arm(grid, table, resamples))
+        on_the_way = [arm for arm in arms if arm.first.share is not None]
+        arms = [arm for arm in arms if arm.first.share is None]
+        if not arms:
+            continue
+        _label(arms, table)
+        _label(on_the_way, table)
+        board = Board(table, fraction, arms, on_the_way, notes=notes)
+        _flag(board)
+        _differences(board)
+        _rank(board)
+        board.arms.sort(key=lambda arm: -arm.interval.value if np.isfinite(arm.interval.value) else np.inf)
+        _missing(board)
+        boards.append(board)
+    return boards
+
+
+def _grid(group: Sequence[Read], notes: list[str]) -> list[list[Read]]:
+    """Records as seeds x subsets; seeds that lack a subset are left out, which is noted."""
+    grid: dict[tuple[Any, ...], dict[int, Read]] = {}
+    for one in group:
+        who = one.result.contestant
+        seed = (one.result.seed, str(who["name"]), who["digest"])
+        if one.kind == "scratch":  # the same random weights, scored twice, are one seed
+            seed = (one.result.seed, str(who.get("weights_seed")), "")
+        grid.setdefault(seed, {}).setdefault(one.result.repeat, one)
+    most = Counter(tuple(sorted(found)) for found in grid.values()).most_common()
+    usual = max(most, key=lambda item: (len(item[0]), item[1]))[0]
+    kept = [[found[k] for k in usual] for _, found in sorted(grid.items()) if tuple(sorted(found)) == usual]
+    if len(kept) < len(grid):
+        name = group[0].result.contestant["name"]
+        notes.append(
+            f"{name}: {len(grid) - len(kept)} of {len(grid)} seeds lack subsets of the training data "
+            "and are left out of its mean"
+        )
+    return kept
+
+
+def _arm(grid: list[list[Read]], table: Table, resamples: int) -> Arm:
+    scores = []
+    clusters: Array = np.zeros(0)
+    for row in grid:
+        line = []
+        for one in row:
+            clusters, found = score_functions(one.result, one.ordered())
+            line.append(found[table.main])
+        scores.append(line)
+    # The same people in two tasks are the same draw, other people are another.
+    runs = statistics.runs_of(scores, clusters, resamples, ("leaderboard", *table.dataset))
+    return Arm(grid, grid[0][0].kind, runs, statistics.nested_interval(runs))
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+def _label(arms: Sequence[Arm], table: Table) -> None:
+    """Gives every arm the shortest name that no other has."""
+    facets: list[Callable[[Arm], str]] = [
+        _method,
+        lambda arm: _at(arm),
+        lambda arm: _relation(arm, table),
+        lambda arm: "norm recalibrated" if arm.first.recalibrated else "",
+        lambda arm: str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:"),
+        lambda arm: str(arm.first.result.contestant.get("pool") or ""),
+        lambda arm: arm.first.stem,
+        lambda arm: str(arm.first.result.contestant["name"]).partition(",")[0],
+        lambda arm: str(arm.first.result.contestant["digest"])[:8],
+    ]
+    names = [[facets[0](arm)] for arm in arms]
+    for facet in facets[1:]:
+        counts = Counter(map(tuple, names))
+        crowded = [k for k, name in enumerate(names) if counts[tuple(name)] > 1]
+        groups: dict[tuple[str, ...], set[str]] = {}
+        for k in crowded:
+            groups.setdefault(tuple(names[k]), set()).add(facet(arms[k]))
+        said = {}
+        for k in crowded:
+            words = facet(arms[k])
+            if len(groups[tuple(names[k])]) > 1 and words and words not in names[k]:
+                said[k] = words
+        for k, words in said.items():
+            names[k].append(words)
+    across = Counter(_across(arm, table) for arm in arms)
+    for arm, name in zip(arms, names, strict=True):
+        arm.label = ", ".join(name)
+        arm.method = _across(arm, table)
+        if across[arm.method] > 1:
+            arm.method = f"{arm.method}, {arm.first.stem}"
+
+
+def _method(arm: Arm) -> str:
+    who = arm.first
+    if who.kind == "pretrained":
+        words = " + ".join(who.proxies) or who.stem
+        init = str((who.pretraining.get("init") or {}).get("from", ""))
+        return f"{words} after ImageNet" if init.startswith("imagenet:") else words
+    if who.kind == "imagenet":
+        source = str(who.result.contestant.get("source") or who.result.contestant["name"])
+        return "ImageNet " + (
+            source.removeprefix("imagenet:") if source.startswith("imagenet:") else who.stem
+        )
+    if who.kind == "scratch":
+        return "from scratch" if who.result.task.startswith("finetune") else "untrained"
+    return str(who.result.contestant["name"])
+
+
+def _at(arm: Arm) -> str:
+    return "" if arm.first.share is None else f"at {arm.first.share} %"
+
+
+def _relation(arm: Arm, table: Table) -> str:
+    if arm.kind != "pretrained":
+        return ""
+    names = set(_trained_on(arm))
+    if not names:
+        return ""
+    if names == set(table.dataset):
+        return "own data"
+    return "on " + " + ".join(sorted(names))
+
+
+def _trained_on(arm: Arm) -> list[str]:
+    return list((arm.first.pretraining.get("data") or {}).get("datasets") or ())
+
+
+def _across(arm: Arm, table: Table) -> str:
+    group = str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:")
+    words = [_method(arm), _relation(arm, table)]
+    words += [group] if arm.kind in ("pretrained", "scratch") else []
+    words += ["norm recalibrated"] if arm.first.recalibrated else []
+    words += [str(arm.first.result.contestant.get("pool") or "")]
+    return ", ".join(word for word in words if word)
+
+
+# Flags, differences, ranks ------------------------------------------------------------------------
+
+
+def _flag(board: Board) -> None:
+    for arm in board.arms:
+        flags = [one.result.flags for one in arm.records()]
+        subjects = max(int(one.get("seen_test_subjects") or 0) for one in flags)
+        known = [one.get("seen_test_volumes") for one in flags]
+        volumes = None if arm.kind == "pretrained" and None in known else max((v or 0) for v in known)
+        labels = any(bool(one.get("saw_labels")) for one in flags)
+        arm.flags = {"seen_test_subjects": subjects, "seen_test_volumes": volumes, "saw_labels": labels}
+        if subjects or volumes or any(one.get("ranked") is False for one in flags):
+            seen = f"{subjects} test subjects" if subjects else f"{volumes} test volumes"
+            arm.why_unranked = (
+                f"pretraining saw {seen if subjects or volumes else 'what it should not have'}"
+            )
+        elif arm.kind == "trivial":
+            arm.why_unranked = "no network"
+        elif not np.isfinite(arm.interval.value):
+            arm.why_unranked = "its score is undefined"
+        elif labels:
+            arm.section = "labels"
+
+
+def reference_of(arm: Arm, board: Board) -> Arm | None:
+    """The same network untrained or from scratch; of both treatments of its norms the better one.
+
+    An untrained network with new norm statistics can be far below the same with its own: a gain over that
+    one alone would be a gain over a straw man.
+    """
+    same = [one for one in board.of_kind("scratch") if _network(one) == _network(arm)]
+    return max(same, key=lambda one: one.interval.value, default=None)
+
+
+def _network(arm: Arm) -> str:
+    return str(arm.first.result.contestant.get("group", ""))
+
+
+def best_imagenet(board: Board) -> Arm | None:
+    """The ImageNet conversion of the highest score."""
+    found = [arm for arm in board.of_kind("imagenet") if np.isfinite(arm.interval.value)]
+    return max(found, key=lambda arm: arm.interval.value, default=None)
+
+
+def _differences(board: Board) -> None:
+    """Differences from scratch and from ImageNet; Holm over all tests of the table."""
+    imagenet = best_imagenet(board)
+    tests: list[tuple[Arm, str, float]] = []
+    errors = []
+    for arm in board.of_kind("pretrained", "imagenet"):
+        scratch = reference_of(arm, board)
+        if scratch is not None:
+            arm.gain = _paired(arm, scratch)
+            if np.isfinite(arm.gain.p):
+                tests.append((arm, "p_holm", arm.gain.p))
+            if np.isfinite(arm.gain.error):
+                errors.append(arm.gain.error)
+        if imagenet is not None and arm is not imagenet and arm.kind == "pretrained":
+            arm.over_imagenet = _paired(arm, imagenet)
+            if np.isfinite(arm.over_imagenet.p):
+                tests.append((arm, "p_imagenet_holm", arm.over_imagenet.p))
+    for (arm, name, _), p in zip(tests, statistics.holm([p for _, _, p in tests]), strict=True):
+        setattr(arm, name, p)
+    if not errors:
+        pairs = itertools.combinations([arm for arm in board.arms if arm.kind != "trivial"], 2)
+        errors = [_paired(a, b).error for a, b in pairs]
+    errors = [error for error in errors if np.isfinite(error) and error > 0]
+    if errors:
+        board.detectable = statistics.minimum_detectable_difference(float(np.median(errors)))
+
+
+def _paired(a: Arm, b: Arm) -> statistics.Difference:
+    subsets = [[one.result.repeat for one in arm.rows[0]] for arm in (a, b)]
+    return statistics.paired_difference(a.runs, b.runs, subsets[0] == subsets[1])
+
+
+def _rank(board: Board) -> None:
+    for section in ("main", "labels"):
+        arms = [arm for arm in board.arms if not arm.why_unranked and arm.section == section]
+        if not arms:
+            continue
+        ranks = ranks_of(np.array([[arm.interval.value] for arm in arms]))[:, 0]
+        drawn = rank_draws(arms, board)
+        for arm, rank, own in zip(arms, ranks, drawn, strict=True):
+            arm.rank = float(rank)
+            low, high = np.quantile(own, [0.025, 0.975])
+            arm.rank_interval = (float(low), float(high))
+            arm.first_share = float(np.mean(own == 1))
+
+
+def rank_draws(arms: Sequence[Arm], board: Board) -> Array:
+    """Ranks on every resample of subjects and seeds, (M, R)."""
+    noisy = [statistics.with_seeds(arm.runs, (board.slug, arm.label)) for arm in arms]
+    return ranks_of(np.stack(noisy))
+
+
+def ranks_of(scores: Array) -> Array:
+    """Ranks of the rows in every column, 1 for the highest, ties shared."""
+    from scipy.stats import rankdata
+
+    ranks: Array = rankdata(-scores, axis=0)
+    return ranks
+
+
+def _missing(board: Board) -> None:
+    """Rows that protocol.md says have to be there."""
+    words = "from-scratch" if board.table.task.startswith("finetune") else "untrained"
+    lacking = [
+        arm.label for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
+    ]
+    if not board.of_kind("scratch"):
+        board.missing.append(f"there is no {words} row: no score here can be called an improvement")
+    elif lacking:
+        board.missing.append(f"there is no {words} row of the same network for {', '.join(lacking)}")
+    few = [arm for arm in board.of_kind("scratch") if arm.seeds < 5]
+    if words == "untrained" and few:
+        board.missing.append(
+            f"{few[0].label}: {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, five are asked for"
+        )
+    if not board.of_kind("trivial"):
+        board.missing.append(
+            "there is no trivial row (a row without a network that any network has to beat)"
+        )
+    if not board.of_kind("imagenet"):
+        board.missing.append("there is no ImageNet conversion to compare with")
+
+
+# Over tasks ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Overall:
+    """Ranks over the tasks of one protocol and family.
+
+    Attributes:
+        protocol: Of the tasks.
+        family: Segmentation, classification, detection or regression.
+        boards: One per task.
+        methods: Best average rank first.
+        ranks: Rank of every method on every task, (M, T).
+        average: Average ranks (M,).
+        intervals: 95 % of the average rank over the resamples.
+        first_share: How often each is first.
+        above: How often the method of the row is above that of the column, (M, M).
+        changes: Share of the resamples in which the order is another.
+        tau: Kendall's tau between the order and that of a resample, mean.
+        critical: Friedman's p, Nemenyi's critical difference and cliques; None below six tasks.
+        left_out: Methods that are not on every task.
+    """
+
+    protocol: str
+    family: str
+    boards: list[Board]
+    methods: list[str]
+    ranks: Array
+    average: Array
+    intervals: list[tuple[float, float]]
+    first_share: Array
+    above: Array
+    changes: float
+    tau: float
+    critical: CriticalDifference | None
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class CriticalDifference:
+    """Demšar 2006: Friedman's test, then Nemenyi's.
+
+    Attributes:
+        p: Of "all are alike" (Friedman).
+        difference: Average ranks further apart than this differ at .05.
+        cliques: Methods that cannot be told apart, as positions in the order of average ranks.
+    """
+
+    p: float
+    difference: float
+    cliques: list[tuple[int, int]]
+
+
+def overall_of(boards: Iterable[Board]) -> list[Overall]:
+    """Ranks over tasks, one for each protocol and family; a data set and target counts once."""
+    groups: dict[tuple[str, str], dict[tuple[str, ...], Board]] = {}
+    for board in boards:
+        if board.fraction != 1:
+            continue
+        table = board.table
+        tasks = groups.setdefault((table.protocol, table.family), {})
+        key = (*table.dataset, table.target)
+        if key not in tasks or len(board.ranked()) > len(tasks[key].ranked()):
+            tasks[key] = board
+    found = []
+    for (protocol, family), tasks in sorted(groups.items()):
+        one = _overall(protocol, family, list(tasks.values()))
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def _overall(protocol: str, family: str, boards: list[Board]) -> Overall | None:
+    by_method: dict[str, list[tuple[Board, Arm]]] = {}
+    for board in boards:
+        for arm in board.ranked():
+            by_method.setdefault(arm.method, []).append((board, arm))
+    names = [name for name, places in by_method.items() if len(places) == len(boards)]
+    left_out = sorted(set(by_method) - set(names))
+    if len(names) < 2 or len(boards) < 2:
+        return None
+    ranks, drawn = [], []
+    for number, board in enumerate(boards):
+        arms = [by_method[name][number][1] for name in names]
+        ranks.append(ranks_of(np.array([[arm.interval.value] for arm in arms]))[:, 0])
+        drawn.append(rank_draws(arms, board))
+    table = np.stack(ranks, axis=1)
+    average = table.mean(axis=1)
+    order = np.argsort(average, kind="stable")
+    names, table, average = [names[k] for k in order], table[order], average[order]
+    means = np.mean([one[order] for one in drawn], axis=0)  # (M, R)
+    ends = np.quantile(means, [0.025, 0.975], axis=1)
+    best = means == means.min(axis=0)
+    above = np.mean(means[:, None] < means[None], axis=2) + 0.5 * np.mean(
+        means[:, None] == means[None], axis=2
+    )
+    concordant = [
+        np.sign(means[j] - means[i]) * np.sign(average[j] - average[i])
+        for i, j in itertools.combinations(range(len(names)), 2)
+    ]
+    agreeing = np.stack(concordant)
+    told = [average[j] != average[i] for i, j in itertools.combinations(range(len(names)), 2)]
+    changes = float(np.mean((agreeing[told] < 0).any(axis=0))) if any(told) else 1.0
+    return Overall(
+        protocol, family, boards, names, table, average,
+        [(float(low), float(high)) for low, high in ends.T],
+        (best / best.sum(axis=0)).mean(axis=1), above, changes, float(agreeing.mean()),
+        critical_difference(table) if len(boards) >= TASKS_FOR_PICTURE else None, left_out,
+    )  # fmt: skip
+
+
+def critical_difference(ranks: Array) -> CriticalDifference:
+    """Friedman's test and Nemenyi's critical difference at .05 of ranks (M, T), best average first."""
+    from scipy.stats import chi2, rankdata, studentized_range
+
+    methods, tasks = ranks.shape
+    ranks = rankdata(ranks, axis=0)
+    average = ranks.mean(axis=1)
+    ties = sum(
+        float((counts**3 - counts).sum())
+        for counts in (np.unique(column, return_counts=True)[1] for column in ranks.T)
+    )
+    spread = float(((average - (methods + 1) / 2) ** 2).sum())
+    scale = methods * (methods + 1) / 12 / tasks * (1 - ties / (tasks * (methods**3 - methods)))
+    p = float(chi2.sf(spread * (methods - 1) / (methods * scale), methods - 1)) if scale > 0 else 1.0
+    quantile = float(studentized_range.ppf(0.95, methods, np.inf)) / np.sqrt(2)
+    difference = quantile * np.sqrt(methods * (methods + 1) / (6 * tasks))
+    order = np.sort(average)
+    cliques: list[tuple[int, int]] = []
+    for begin in range(methods):
+        end = int(np.searchsorted(order, order[begin] + difference, side="right")) - 1
+        if end > begin and not (cliques and cliques[-1][1] >= end):
+            cliques.append((begin, end))
+    return CriticalDifference(p, float(difference), cliques)
+
+
+# In words -----------------------------------------------------------------------------------------
+
+
+def answer(boards: Sequence[Board]) -> list[str]:
+    """Whether pretraining pays on these data, from the numbers, in sentences."""
+    lines = []
+    whole = [board for board in boards if board.fraction == 1 and board.of_kind("pretrained")]
+    groups: dict[tuple[str, str], list[Board]] = {}
+    for board in whole:
+        groups.setdefault((board.table.protocol, board.table.family), []).append(board)
+    for (protocol, family), members in sorted(groups.items()):
+        better: list[str] = []
+        worse: list[str] = []
+        neither: list[str] = []
+        blind: list[str] = []
+        for board in members:
+            tested = [arm for arm in board.of_kind("pretrained") if arm.gain and not arm.why_unranked]
+            up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
+            down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
+            name = board.table.title.partition(":")[0]
+            number = f" ({board.table.number})" if board.table.number else ""
+            if not tested:
+                blind.append(name + number)
+                continue
+            if up:
+                best = max(up, key=_gain)
+                others = f" and {len(up) - 1} more" if len(up) > 1 else ""
+                better.append(f"{name}{number} ({best.label} {_gain(best):+.3f}{others} of {len(tested)})")
+            else:
+                least = f", which could show {board.detectable:.3f}" if board.detectable else ""
+                neither.append(f"{name}{number}{least}")
+            if down:
+                worst = min(down, key=_gain)
+                worse.append(
+                    f"{name}{number} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})"
+                )
+        words = "untrained" if protocol != "finetune" else "from scratch"
+        head = f"{family.capitalize()} ({protocol})"
+        count = len(better) + len(neither)
+        if better:
+            lines.append(
+                f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
+                f"{words} beyond chance on {'; '.join(better)}."
+            )
+        elif count:
+            lines.append(f"{head}: not shown on any of {count} tables.")
+        if neither:
+            lines.append(f"{head}: no gain could be shown on {'; '.join(neither)}.")
+        if worse:
+            lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
+        if blind:
+            lines.append(f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing.")
+    ahead = _over_imagenet(whole)
+    return lines + ahead or ["There is no pretrained encoder in these records."]
+
+
+def _over_imagenet(boards: Sequence[Board]) -> list[str]:
+    compared = [board for board in boards if best_imagenet(board) is not None]
+    if not compared:
+        return ["Nothing is said of ImageNet: no record is of a converted network."] if boards else []
+    won, lost = [], []
+    for board in compared:
+        arms = [arm for arm in board.of_kind("pretrained") if arm.over_imagenet and not arm.why_unranked]
+        shown = [arm for arm in arms if arm.p_imagenet_holm is not None and arm.p_imagenet_holm < 0.05]
+        title = board.table.title
+        if any(arm.over_imagenet and arm.over_imagenet.value > 0 for arm in shown):
+            won.append(title)
+        if any(arm.over_imagenet and arm.over_imagenet.value < 0 for arm in shown):
+            lost.append(title)
+    return [
+        f"Against the best ImageNet conversion: a pretrained encoder is ahead beyond chance on {len(won)} of "
+        f"{len(compared)} tables{' (' + '; '.join(won) + ')' if won else ''}, one is behind on {len(lost)}"
+        f"{' (' + '; '.join(lost) + ')' if lost else ''}."
+    ]
+
+
+def _shown(arm: Arm) -> bool:
+    return arm.p_holm is not None and arm.p_holm < 0.05
+
+
+def _gain(arm: Arm) -> float:
+    return arm.gain.value if arm.gain else float("nan")
+
+
+def curve_of(arm: Arm) -> tuple[list[int], list[float], list[int]]:
+    """Validation score against fine-tuning steps: steps, mean over seeds and subsets, number of runs."""
+    points: dict[int, list[float]] = {}
+    for one in arm.records():
+        details = one.result.compute.get("details")
+        for fold in details if isinstance(details, list) else [details]:
+            curve = fold.get("curve") if isinstance(fold, Mapping) else None
+            for point in curve or ():
+                score = point.get("score")
+                if score is not None and np.isfinite(score):
+                    points.setdefault(int(point["step"]), []).append(float(score))
+    steps = sorted(points)
+    return steps, [float(np.mean(points[s])) for s in steps], [len(points[s]) for s in steps]
