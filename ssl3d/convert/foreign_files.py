@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,8 @@ def _torch(path: Path, size: int) -> Any:
         *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")),
     ]
     try:
-        with torch.serialization.safe_globals(plain):
+        with torch.serialization.safe_globals(plain), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what becomes an error anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, tar: each has its own idea of a damaged file
         reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
@@ -125,7 +127,7 @@ def _torch(path: Path, size: int) -> Any:
                 "alone (torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')) if you trust it"
             ) from error
         code = re.search(r"(?:GLOBAL|global|class) ([\w.]*\w)(?: |$)", reason)
-        if "Unsupported" in reason or "Can only" in reason or "Trying to" in reason:
+        if re.search("Unsupported (?:global|class)|Can only|Trying to", reason, re.I):
             what = f" ({code[1]})" if code else ""
             raise CheckpointError(
                 f"{path}: holds Python objects{what} beside tensors, and ssl3d runs no code of files: if "

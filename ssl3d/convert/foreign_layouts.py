@@ -198,8 +198,9 @@ _DENSENET = "features.denseblock1.denselayer1.norm1.weight"
 
 def _densenet(state: State, file: WeightsFile) -> Recipe:
     counts = _blocks(state, r"features\.denseblock(\d)\.denselayer(\d+)\.norm1\.weight$")
-    if [counts.get(n) for n in (1, 2, 3, 4)] != [6, 12, 24, 16]:
-        shown = "-".join(str(counts.get(n, 0)) for n in (1, 2, 3, 4))
+    layers = [counts.get(n, 1) - 1 for n in (1, 2, 3, 4)]  # counted from 1 in their names
+    if layers != [6, 12, 24, 16]:
+        shown = "-".join(map(str, layers))
         raise CheckpointError(
             f"{file.path}: a DenseNet with blocks of {shown} layers is none of ssl3d's (densenet121: "
             "6-12-24-16); network=NAME makes it of torchvision's or timm's"
