@@ -81,7 +81,7 @@ class Pseudo3DClassificationConfig:
 class Pseudo3DClassification(Proxy):
     """The network must work out which class of things a natural image shows.
 
-    Zhang et al.: Advancing 3D Medical Image Analysis with Variable Dimension
+    Zhang, Li, Zhou, Ma, Yu: Advancing 3D Medical Image Analysis with Variable Dimension
     Transform based Supervised 3D Pre-training, arXiv 2201.01426 (2022).
 
     Red, green and blue are read as three neighbouring slices of a volume of one channel: (B, 3, H, W)
@@ -111,7 +111,7 @@ class Pseudo3DClassification(Proxy):
 
     Config = Pseudo3DClassificationConfig
     paper: ClassVar[str] = (
-        "Zhang et al.: Advancing 3D Medical Image Analysis with Variable Dimension Transform based "
+        "Zhang, Li, Zhou, Ma, Yu: Advancing 3D Medical Image Analysis with Variable Dimension Transform based "
         "Supervised 3D Pre-training, arXiv 2201.01426, 2022"
     )
     main: ClassVar[str] = "top1"

@@ -327,7 +327,8 @@ def _train(
         return replace(run, stopped=stop)
     export("encoder", options.steps)
     run.done = options.steps
-    words = " ".join(map(str, options.data))
+    same = int(selection.train.shapes[0][0]) == plan.encoder_config.in_channels  # else colours were slices
+    words = " ".join(map(str, options.data)) if same else "VOLUMES"
     log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
     log.say(f"next: ssl3d linear-probe {folder} --data {words} --out {folder / 'probe'}")
     return run
