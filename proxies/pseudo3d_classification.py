@@ -97,9 +97,9 @@ class Pseudo3DClassification(Proxy):
     --resnet18.stem-pool true --resnet18.pool-stride 1 2 2 --resnet18.stage-strides
     [[1,1,1],[1,2,2],[1,2,2],[1,2,2]]`, BatchNorm as in the released configuration (`--resnet18.norm group`
     for small batches). With three slices the outermost planes of a 7 x 7 x 7 kernel see padding only and
-    learn nothing, in the paper too; `--resnet18.stem-kernel 5` has none such. Strides have no weights:
-    afterwards, for volumes, the encoder can be given others, and for dense tasks the paper's (stride 1 in
-    first convolution and third stage, no max-pool: `high_resolution`).
+    learn nothing, in the paper too; `--resnet18.stem-kernel 5` has none such. Strides have no weights, so
+    that volumes may be given to the encoder with others: for dense tasks with the paper's
+    (`RUN:high_resolution=true`: stride 1 in the first convolution and the third stage, no max-pool).
 
     Differs from the paper: the square is cut from a random place along the picture's longer side. The
     recipe is for batches of 16, not 256 on 8 GPUs for 100 epochs: SGD with the paper's momentum and decay,
@@ -111,8 +111,8 @@ class Pseudo3DClassification(Proxy):
 
     Config = Pseudo3DClassificationConfig
     paper: ClassVar[str] = (
-        "Zhang, Li, Zhou, Ma, Yu: Advancing 3D Medical Image Analysis with Variable Dimension Transform based "
-        "Supervised 3D Pre-training, arXiv 2201.01426, 2022"
+        "Zhang, Li, Zhou, Ma, Yu: Advancing 3D Medical Image Analysis with Variable Dimension Transform "
+        "based Supervised 3D Pre-training, arXiv 2201.01426, 2022"
     )
     main: ClassVar[str] = "top1"
     uses_labels: ClassVar[bool] = True

@@ -78,7 +78,7 @@ def test_there_is_a_gpu_preset_that_states_its_memory():
 
 def test_an_unknown_preset_is_told(capsys):
     assert cli.main(["pretrain", "--proxy", "sorting", "--preset", "gpu-97"]) == 2
-    assert "gpu-96, quick" in capsys.readouterr().err
+    assert "gpu-96, pseudo3d, quick" in capsys.readouterr().err
 
 
 def test_a_wrong_init_is_said_before_any_data_are_opened(tmp_path, capsys):
