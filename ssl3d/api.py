@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     from ssl3d.convert import to_3d as to_3d
     from ssl3d.convert.encoder import ConvertedConfig as ConvertedConfig
     from ssl3d.convert.encoder import ConvertedEncoder as ConvertedEncoder
+    from ssl3d.convert.foreign import load_foreign as load_foreign
     from ssl3d.convert.networks import network_2d as network_2d
+    from ssl3d.convert.nnunet import export_nnunet as export_nnunet
     from ssl3d.corruptions import Corruptions as Corruptions
     from ssl3d.corruptions import corrupt as corrupt
     from ssl3d.corruptions import restoration_error as restoration_error
+    from ssl3d.data.boxes import around_mask as around_mask
     from ssl3d.data.geometry import save_nifti as save_nifti
     from ssl3d.data.geometry import to_patient as to_patient
     from ssl3d.data.loader import Batch as Batch
@@ -66,6 +69,14 @@ if TYPE_CHECKING:
     from ssl3d.decoder import Decoder as Decoder
     from ssl3d.decoder import conv3x3x3 as conv3x3x3
     from ssl3d.detection.crops2d import Boxed as Boxed
+    from ssl3d.detection.anchors3d import AnchorPlan as AnchorPlan
+    from ssl3d.detection.anchors3d import fit_shapes as fit_shapes
+    from ssl3d.detection.anchors3d import plan_anchors as plan_anchors
+    from ssl3d.detection.boxes3d import nms as nms
+    from ssl3d.detection.boxes3d import weighted_clusters as weighted_clusters
+    from ssl3d.detection.crops3d import BoxViews3d as BoxViews3d
+    from ssl3d.detection.crops3d import draw_boxed3d as draw_boxed3d
+    from ssl3d.detection.crops3d import move_boxed3d as move_boxed3d
     from ssl3d.detection.metrics import Detections as Detections
     from ssl3d.detection.metrics import DetectionScores as DetectionScores
     from ssl3d.detection.metrics import Truths as Truths
@@ -77,8 +88,13 @@ if TYPE_CHECKING:
     from ssl3d.detection.proxy2d import DetectionProxy2d as DetectionProxy2d
     from ssl3d.detection.proxy2d import score_boxes as score_boxes
     from ssl3d.detection.two_stage2d import DetectionTargets as DetectionTargets
+    from ssl3d.detection.retinanet3d import RetinaNet3d as RetinaNet3d
+    from ssl3d.detection.retinanet3d import RetinaNet3dConfig as RetinaNet3dConfig
+    from ssl3d.detection.roi_align3d import roi_align3d as roi_align3d
     from ssl3d.detection.two_stage2d import TwoStageConfig as TwoStageConfig
     from ssl3d.detection.two_stage2d import TwoStageDetector2d as TwoStageDetector2d
+    from ssl3d.detection.two_stage3d import TwoStage3dConfig as TwoStage3dConfig
+    from ssl3d.detection.two_stage3d import TwoStageDetector3d as TwoStageDetector3d
     from ssl3d.device import peak_memory as peak_memory
     from ssl3d.distributed import gather as gather
     from ssl3d.distributed import rank as rank
@@ -88,8 +104,6 @@ if TYPE_CHECKING:
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
-    from ssl3d.encoders.convolutions import conv2d as conv2d
-    from ssl3d.encoders.convolutions import conv3d as conv3d
     from ssl3d.encoders.masking import can_mask as can_mask
     from ssl3d.encoders.masking import only_visible as only_visible
     from ssl3d.encoders.masking import visible_at as visible_at
@@ -107,6 +121,7 @@ if TYPE_CHECKING:
     from ssl3d.inference import upsample as upsample
     from ssl3d.leaks import hashes_in as hashes_in
     from ssl3d.leaks import leak_flags as leak_flags
+    from ssl3d.inference import window_starts as window_starts
     from ssl3d.losses import alignment as alignment
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
@@ -196,8 +211,6 @@ _HOME = {
     "assemble": "data.store",
     "augment": "views.compose",
     "augment_labelled": "views.compose",
-    "conv2d": "encoders.convolutions",
-    "conv3d": "encoders.convolutions",
     "dataset_labels": "views.labelled",
     "draw_labelled": "views.labelled",
     "mask_places": "views.labelled",
@@ -221,6 +234,21 @@ _HOME = {
     "ConvertedConfig": "convert.encoder",
     "ConvertedEncoder": "convert.encoder",
     "average_precision": "detection.metrics",
+    "AnchorPlan": "detection.anchors3d",
+    "fit_shapes": "detection.anchors3d",
+    "plan_anchors": "detection.anchors3d",
+    "nms": "detection.boxes3d",
+    "weighted_clusters": "detection.boxes3d",
+    "BoxViews3d": "detection.crops3d",
+    "draw_boxed3d": "detection.crops3d",
+    "move_boxed3d": "detection.crops3d",
+    "RetinaNet3d": "detection.retinanet3d",
+    "RetinaNet3dConfig": "detection.retinanet3d",
+    "roi_align3d": "detection.roi_align3d",
+    "TwoStage3dConfig": "detection.two_stage3d",
+    "TwoStageDetector3d": "detection.two_stage3d",
+    "around_mask": "data.boxes",
+    "window_starts": "inference",
     "box_iou": "detection.metrics",
     "Detections": "detection.metrics",
     "DetectionScores": "detection.metrics",
@@ -251,6 +279,7 @@ _HOME = {
     "find_alike": "words",
     "find_result": "benchmark",
     "fit_size": "views.crops",
+    "export_nnunet": "convert.nnunet",
     "fitting": "checkpoint",
     "foreground_shares": "views.crops",
     "gather": "distributed",
@@ -266,6 +295,7 @@ _HOME = {
     "leak_flags": "leaks",
     "hashes_in": "leaks",
     "load_encoder": "checkpoint",
+    "load_foreign": "convert.foreign",
     "load_proxies": "checkpoint",
     "Loader": "data.loader",
     "memory_format": "encoders",
