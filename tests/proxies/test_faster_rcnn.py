@@ -23,7 +23,7 @@ SMALL = {
 
 
 def store(folder, pictures, names=None, out="boxes.h5"):
-    """A store of images of noise with a bright rectangle per box; pictures are (boxes y1 x1 y2 x2, labels)."""
+    """A store of noise with a bright rectangle per box; pictures are (boxes y1 x1 y2 x2, labels)."""
     for n, (boxes, labels) in enumerate(pictures):
         image = numpy_rng("picture", n).normal(0, 0.1, (1, 1, 48, 48)).astype(np.float32)
         full = None
