@@ -319,23 +319,36 @@ def tokens(path: Path) -> list[str]:
 
 
 def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
-    """Scan -> label map: same name but for the part, or alone together in one folder."""
-    masks: dict[Path, Path] = {}
-    wanted = [path for path in maps if part.lower() in tokens(path)]
-    by_name = {(path.parent, tuple(t for t in tokens(path) if t != part.lower())): path for path in wanted}
-    here = Counter(path.parent for path in scans)
-    there = Counter(path.parent for path in wanted)
+    """Scan -> label map of the same folder, by name.
+
+    The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
+    names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_flair`, `p_t1`, `p_seg`; `ct`, `seg`).
+    """
+    part = part.strip("_-. ").lower()
+    rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
+    by_name = {(path.parent, tuple(others)): path for path, others in rest.items()}
+    here: dict[Path, list[Path]] = {}
     for path in scans:
-        mask = by_name.get((path.parent, tuple(tokens(path))))
-        if mask is None and here[path.parent] == 1 and there[path.parent] == 1:
-            mask = next(other for other in wanted if other.parent == path.parent)
-        if mask is not None:
-            masks[path] = mask
+        here.setdefault(path.parent, []).append(path)
+    whose = _subjects(scans, root)
+    found: dict[Path, list[Path]] = {}
+    for path, others in rest.items():
+        like = [scan for scan in here.get(path.parent, ()) if set(others) <= set(tokens(scan))]
+        if like and len({whose[scan] for scan in like}) == 1:
+            for scan in like:
+                found.setdefault(scan, []).append(path)
+    masks: dict[Path, Path] = {}
+    for path in scans:
+        exact = by_name.get((path.parent, tuple(tokens(path))))
+        if exact is not None:
+            masks[path] = exact
+        elif len(found.get(path, ())) == 1:
+            masks[path] = found[path][0]
     return masks
 
 
 def _subjects(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """BIDS `sub-*`; else the file's name; else, where names repeat or name a sequence, its folder."""
+    """BIDS `sub-*`; else the file's name less the sequence at its end; where names repeat, the folder."""
     stems = Counter(stem_of(path) for path in paths)
     subjects = {}
     for path in paths:
@@ -351,7 +364,9 @@ def _subjects(paths: Sequence[Path], root: Path) -> dict[Path, str]:
             if not anonymous and _class_like(parts[:-1]):
                 subjects[path] = "/".join([*parts[:-1], stem])
         else:
-            subjects[path] = stem
+            # Of p_flair and p_t1, p: one person in two subjects would leak from one split into another.
+            who = re.fullmatch(r"(.+?)[_\-. ]+([^_\-. ]+)", stem)
+            subjects[path] = who[1] if who and _SEQUENCE.fullmatch(who[2]) else stem
     return subjects
 
 

@@ -126,6 +126,59 @@ def _decathlon(scans, root, modality=None):
     (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
 
 
+PUBLIC = {
+    # Layout: files, the part that tells masks, subject and mask of every scan.
+    "BraTS": (
+        ["B_01/B_01_flair.nii.gz", "B_01/B_01_t1.nii.gz", "B_01/B_01_seg.nii.gz"],
+        "_seg",
+        {
+            "B_01/B_01_flair.nii.gz": ("B_01", "B_01_seg.nii.gz"),
+            "B_01/B_01_t1.nii.gz": ("B_01", "B_01_seg.nii.gz"),
+        },
+    ),
+    "MMWHS": (
+        ["ct_train_1001_image.nii.gz", "ct_train_1001_label.nii.gz", "ct_train_1002_image.nii.gz"],
+        "label",
+        {
+            "ct_train_1001_image.nii.gz": ("ct_train_1001", "ct_train_1001_label.nii.gz"),
+            "ct_train_1002_image.nii.gz": ("ct_train_1002", None),
+        },
+    ),
+    "LiTS": (
+        ["volume-1.nii", "volume-10.nii", "segmentation-1.nii", "segmentation-10.nii"],
+        "segmentation",
+        {
+            "volume-1.nii": ("volume-1", "segmentation-1.nii"),
+            "volume-10.nii": ("volume-10", "segmentation-10.nii"),
+        },
+    ),
+    "KiTS": (
+        ["case_1/imaging.nii.gz", "case_1/segmentation.nii.gz", "case_2/imaging.nii.gz"],
+        "segmentation",
+        {
+            "case_1/imaging.nii.gz": ("case_1", "segmentation.nii.gz"),
+            "case_2/imaging.nii.gz": ("case_2", None),
+        },
+    ),
+    # One map that could be anyone's is nobody's.
+    "ambiguous": (
+        ["liver_a.nii", "liver_b.nii", "liver_seg.nii"],
+        "seg",
+        {"liver_a.nii": ("liver_a", None), "liver_b.nii": ("liver_b", None)},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", PUBLIC)
+def test_public_data_sets_give_subjects_and_masks(layout, tmp_path):
+    files, part, expected = PUBLIC[layout]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find([tmp_path], Wanted(masks=part))
+    assert {s.source: (s.subject, s.mask and s.mask.name) for s in found.scans} == expected
+
+
 def test_decathlon_folder_keeps_masks_names_and_modality(scans, tmp_path):
     _decathlon(scans, tmp_path / "Task09")
     found = find([tmp_path / "Task09"], Wanted())
