@@ -56,8 +56,9 @@ class ClassificationConfig:
         shift: Largest shift along each axis as a share of its length, filled up with the edge.
         contrast: Largest change of the intensity's scale, as a share, and of its mean, in standard
             deviations of the crop.
-        scale: Of the intensities; medmnist multiplies by a number from 0 to 1 in training and by one half
-            after it, as MedMNIST's code does for AdrenalMNIST3D and VesselMNIST3D.
+        scale: Of the intensities; random multiplies by a number from 0 to 1 in training and by one half
+            after it; medmnist does so for AdrenalMNIST3D and VesselMNIST3D (known by the names of the data
+            sets), as MedMNIST's code does, and for no other.
     """
 
     target: Literal["auto", "classes", "ordinal", "real"] = "auto"
@@ -68,7 +69,7 @@ class ClassificationConfig:
     flip: float = 0.0
     shift: float = 0.0
     contrast: float = 0.0
-    scale: Literal["none", "medmnist"] = "none"
+    scale: Literal["none", "random", "medmnist"] = "none"
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -173,6 +174,9 @@ class Classification(FinetuneTask):
         """Finds the kind of target and the classes."""
         self.config = config
         self.target = _target(config, data)
+        names = {str(name).lower() for name in data.datasets}
+        shapes = all(name.startswith(("adrenalmnist", "vesselmnist")) for name in names)
+        self.dimmed = config.scale == "random" or (config.scale == "medmnist" and shapes)
         if self.target != "classes":
             check_numbers(data.labels, self.target)
         self.classes = class_names(data) if self.target == "classes" else ()
@@ -196,7 +200,12 @@ class Classification(FinetuneTask):
 
     def settings(self) -> dict[str, Any]:
         """Its options, the target and the classes resolved."""
-        return {**dataclasses.asdict(self.config), "target": self.target, "classes": list(self.classes)}
+        return {
+            **dataclasses.asdict(self.config),
+            "target": self.target,
+            "classes": list(self.classes),
+            "scale": "random" if self.dimmed else "none",
+        }
 
     def model(self, encoder: Encoder) -> Classifier:
         """The encoder with a linear head."""
@@ -304,7 +313,7 @@ class Classification(FinetuneTask):
         return all(n <= most for n, most in zip(shape, self.config.crop, strict=True))
 
     def _dimmed(self, x: Tensor) -> Tensor:
-        return x * 0.5 if self.config.scale == "medmnist" else x
+        return x * 0.5 if self.dimmed else x
 
     def _augment(self, x: Tensor, rng: BatchRng) -> Tensor:
         config = self.config
@@ -321,7 +330,7 @@ class Classification(FinetuneTask):
             raised = rng.uniform(low=-config.contrast, high=config.contrast)[wide]
             mean = x.mean(dim=(2, 3, 4), keepdim=True)
             x = (x - mean) * gain + mean + raised * x.std(dim=(2, 3, 4), keepdim=True)
-        if config.scale == "medmnist":
+        if self.dimmed:
             x = x * rng.uniform()[wide]
         return x
 

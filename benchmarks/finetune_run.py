@@ -50,6 +50,7 @@ from ssl3d_benchmarks.finetune_command import Options
 from ssl3d_benchmarks.finetune_train import (
     Plan,
     Trial,
+    autocast,
     check_freeze,
     memory_peak,
     predict,
@@ -380,6 +381,8 @@ def score_fold(
     seconds = time.perf_counter() - began
     if plan.options.save_predictions:
         _save_predictions(plan, model, test, key)
+    if key and plan.seed == plan.options.seeds[0]:
+        _save_picture(plan, model, test, key)
     steps = sum(trial.step for trial in trials)
     return {
         "predictions": predictions,
@@ -426,10 +429,7 @@ def _compute(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _save_predictions(plan: Plan, model: nn.Module, test: Collection, key: str) -> None:
-    from ssl3d_benchmarks.finetune_train import autocast
-
-    slug = re.sub(r"[^A-Za-z0-9.=+-]+", "_", plan.name).strip("_")[:80]
-    folder = plan.options.out / "predictions" / f"{slug}-{key[:8]}"
+    folder = plan.options.out / "predictions" / f"{_slug(plan.name)}-{key[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
         written = [plan.benchmark.work.save_prediction(model, volume, folder) for volume in test]
@@ -437,6 +437,21 @@ def _save_predictions(plan: Plan, model: nn.Module, test: Collection, key: str) 
         folder.rmdir()
     else:
         say(f"{plan.name}: {sum(map(bool, written))} predictions in {folder}")
+
+
+def _save_picture(plan: Plan, model: nn.Module, test: Collection, key: str) -> None:
+    """Predictions beside the truth on some test volumes, where the task draws them."""
+    with torch.inference_mode(), autocast(plan.device, plan.options.precision):
+        figure = plan.benchmark.work.picture(model, test)
+    if figure is not None:
+        plan.options.out.mkdir(parents=True, exist_ok=True)
+        path = plan.options.out / f"{_slug(plan.name)}-test-{key[:8]}.png"
+        figure.savefig(path, dpi=110)
+        say(f"picture: {path}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")[:80]
 
 
 def run_trivial(

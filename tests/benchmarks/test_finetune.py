@@ -352,6 +352,14 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(two_classes, trained, tm
     assert result.contestant["kind"] == "untrained" and "over scratch" in shown.out
 
 
+def test_workers_change_nothing(two_classes, tmp_path):
+    for name, workers in (("a", "0"), ("b", "1")):
+        out = str(tmp_path / name)
+        arguments = ["finetune", SPEC, "--data", two_classes, "--out", out, *SHORT, "--workers", workers]
+        assert main(arguments) == 0
+    same(*records(tmp_path / "a"), *records(tmp_path / "b"))
+
+
 def test_folds_predict_every_subject_once(two_classes, tmp_path):
     out = tmp_path / "out"
     arguments = ["finetune", SPEC, "--data", two_classes, "--out", str(out), *SHORT[2:], "--folds", "3"]
@@ -529,9 +537,10 @@ def test_batches_predict_as_single_volumes_do(tmp_path):
             assert row["probability"] == pytest.approx(work.predict(model, volume)["probability"], abs=1e-5)
 
 
-def test_medmnist_scale_halves_what_is_predicted_and_dims_what_is_trained_on(tmp_path):
+def test_random_scale_halves_what_is_predicted_and_dims_what_is_trained_on(tmp_path):
     data = open_data([a_store(tmp_path / "s.h5", [0, 1] * 4)])
-    work = Classification(ClassificationConfig(scale="medmnist"), data)
+    assert not Classification(ClassificationConfig(scale="medmnist"), data).dimmed  # not of its shape sets
+    work = Classification(ClassificationConfig(scale="random"), data)
     model = build(work, Plain(), data, 0, torch.device("cpu")).eval()
     image = data[0].read()[None]
     with torch.inference_mode():
