@@ -322,7 +322,7 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
     """Scan -> label map of the same folder, by name.
 
     The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
-    names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_flair`, `p_t1`, `p_seg`; `ct`, `seg`).
+    names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
     """
     part = part.strip("_-. ").lower()
     rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
