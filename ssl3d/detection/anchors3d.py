@@ -72,10 +72,7 @@ def plan_anchors(
     if not (sides > 0).all():
         raise ValueError(f"box {corners[(sides <= 0).any(axis=1)][0].tolist()} has no extent")
     strides = _candidates(encoder.strides, finest)
-    # In images every box is one voxel deep and says nothing of the depth.
-    axes = [axis for axis in range(3) if axis or (sides[:, 0] > 1).any()]
-    spans = np.log2(sides[:, None, axes] / (cells * np.array(strides, dtype=np.float64)[None][..., axes]))
-    misfit = np.abs(spans.mean(axis=2))  # (boxes, levels)
+    misfit = _misfit(sides, strides, cells)
     shares = np.bincount(misfit.argmin(axis=1), minlength=len(strides)) / len(sides)
     kept = [n for n, share in enumerate(shares) if share >= _RARE]
     level = misfit[:, kept].argmin(axis=1)
@@ -85,20 +82,44 @@ def plan_anchors(
     )
 
 
-def grid_anchors(plan: AnchorPlan, size: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
+def fit_shapes(boxes: ArrayLike, plan: AnchorPlan, cells: float = 2.0) -> Tensor:
+    """Anchor shapes of a plan's levels for other boxes, (levels, count, 3); its own where there are none.
+
+    Args:
+        boxes: (n, 6), of the training data alone.
+        plan: Whose levels stay.
+        cells: As of `plan_anchors`.
+    """
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
+    sides = corners[:, 3:] - corners[:, :3]
+    sides = sides[(sides > 0).all(axis=1)]
+    shapes = list(plan.shapes)
+    if len(sides):
+        level = _misfit(sides, plan.strides, cells).argmin(axis=1)
+        for n in np.unique(level):
+            shapes[n] = _shapes(sides[level == n], plan.count)
+    return torch.tensor(shapes, dtype=torch.float32)
+
+
+def grid_anchors(strides: Sequence[Triple], shapes: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The anchors of every level for an input of `size` (D, H, W), (d h w count, 6) float32 each.
 
     Voxel i of a map of stride s lies on voxel i x s of the input: its anchors are centred on i x s + .5.
     In the order of (d, h, w, shape).
+
+    Args:
+        strides: Of the levels.
+        shapes: Sides of the anchors (levels, count, 3), voxels.
+        size: Of the input.
     """
     found = []
-    for stride, shapes in zip(plan.strides, plan.shapes, strict=True):
+    for stride, sides in zip(strides, shapes, strict=True):
         axes = [
-            torch.arange(-(-n // s), dtype=torch.float32, device=device) * s + 0.5
+            torch.arange(-(-n // s), dtype=torch.float32, device=shapes.device) * s + 0.5
             for n, s in zip(size, stride, strict=True)
         ]
         centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 1, 3)
-        half = torch.tensor(shapes, dtype=torch.float32, device=device)[None] / 2
+        half = sides.float()[None] / 2
         found.append(torch.cat([centres - half, centres + half], dim=2).reshape(-1, 6))
     return found
 
@@ -118,6 +139,15 @@ def _candidates(strides: Sequence[Triple], finest: int) -> list[Triple]:
     end = (min(first[0], finest), min(first[1], finest), min(first[2], finest))
     finer = stride_path(first, [end]) if end != first else []
     return sorted(known | set(finer))
+
+
+def _misfit(sides: np.ndarray, strides: Sequence[Triple], cells: float) -> np.ndarray:
+    """How many octaves a level is too fine or too coarse for a box, (boxes, levels)."""
+    # In images every box is one voxel deep and says nothing of the depth.
+    axes = [axis for axis in range(3) if axis or (sides[:, 0] > 1).any()]
+    steps = np.array(strides, dtype=np.float64)[None][..., axes]
+    found: np.ndarray = np.abs(np.log2(sides[:, None, axes] / (cells * steps)).mean(axis=2))
+    return found
 
 
 def _shapes(sides: np.ndarray, count: int) -> tuple[Shape, ...]:

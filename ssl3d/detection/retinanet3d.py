@@ -85,7 +85,8 @@ class RetinaNet3d(nn.Module):
 
     Attributes:
         encoder: The one given.
-        plan: Levels and anchors.
+        plan: Levels, and the anchors to begin with.
+        shapes: Buffer: sides of the anchors in use, (levels, count, 3); set it from `fit_shapes`.
 
     Args:
         encoder: Any.
@@ -100,6 +101,8 @@ class RetinaNet3d(nn.Module):
         super().__init__()
         self.config = config = config or RetinaNet3dConfig()
         self.encoder, self.plan = encoder, plan
+        self.shapes: Tensor
+        self.register_buffer("shapes", torch.tensor(plan.shapes, dtype=torch.float32))
         width, count = config.channels, plan.count
         self.pyramid = Pyramid3d(encoder, plan.strides, width)
         logits, offsets = Conv3x3x3(width, count * config.classes), Conv3x3x3(width, count * 6)
@@ -129,7 +132,7 @@ class RetinaNet3d(nn.Module):
             rng: Of the B volumes; decides which anchors are sampled. The global generator does without.
         """
         logits, offsets, sizes = self._outputs(images)
-        anchors = torch.cat(grid_anchors(self.plan, images.shape[2:], images.device))
+        anchors = torch.cat(grid_anchors(self.plan.strides, self.shapes, images.shape[2:]))
         places = [size // self.plan.count for size in sizes]
         seeds = None if rng is None else rng.integers(0, 2**62)
         by_class, by_box = [], []
@@ -153,7 +156,7 @@ class RetinaNet3d(nn.Module):
     def detect(self, images: Tensor) -> list[Detection]:
         """Boxes (n, 6), scores and labels of each volume of (B, C, D, H, W)."""
         logits, offsets, sizes = self._outputs(images)
-        anchors = torch.cat(grid_anchors(self.plan, images.shape[2:], images.device))
+        anchors = torch.cat(grid_anchors(self.plan.strides, self.shapes, images.shape[2:]))
         monai = self._monai
         places = [size // self.plan.count for size in sizes]
         with torch.autocast(images.device.type, enabled=False):

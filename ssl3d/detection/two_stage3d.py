@@ -95,7 +95,8 @@ class TwoStageDetector3d(nn.Module):
 
     Attributes:
         encoder: The one given.
-        plan: Levels and anchors.
+        plan: Levels, and the anchors to begin with.
+        shapes: Buffer: sides of the anchors in use, (levels, count, 3); set it from `fit_shapes`.
 
     Args:
         encoder: Any.
@@ -107,6 +108,8 @@ class TwoStageDetector3d(nn.Module):
         super().__init__()
         self.config = config = config or TwoStage3dConfig()
         self.encoder, self.plan = encoder, plan
+        self.shapes: Tensor
+        self.register_buffer("shapes", torch.tensor(plan.shapes, dtype=torch.float32))
         width, count = config.channels, plan.count
         self.pyramid = Pyramid3d(encoder, plan.strides, width)
         self.rpn = conv_block(width, width)
@@ -148,7 +151,7 @@ class TwoStageDetector3d(nn.Module):
         config, size = self.config, images.shape[2:]
         levels = self.pyramid(self.encoder(images), size)
         rows = self._first(levels)
-        anchors = grid_anchors(self.plan, size, images.device)
+        anchors = grid_anchors(self.plan.strides, self.shapes, size)
         own = [one.float() for one in boxes]
         with torch.autocast(images.device.type, enabled=False):
             found = self._rpn_losses(rows, torch.cat(anchors), own, rng)
@@ -176,7 +179,7 @@ class TwoStageDetector3d(nn.Module):
         """Boxes (n, 6), scores and labels of each volume of (B, C, D, H, W)."""
         config, size = self.config, images.shape[2:]
         levels = self.pyramid(self.encoder(images), size)
-        anchors = grid_anchors(self.plan, size, images.device)
+        anchors = grid_anchors(self.plan.strides, self.shapes, size)
         with torch.autocast(images.device.type, enabled=False):
             proposals = self._propose(self._first(levels), anchors, size, config.proposals[1])
             logits, offsets = self._second(levels, proposals)
