@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no library, no file, colours from the page's style, so that they turn dark with it."""
+"""Charts as inline SVG: no library, no file; their colours are the page's, dark where it is dark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from html import escape
 from math import ceil, floor, isfinite, log10
 
 WIDTH = 640.0
+PLOT = 330.0
+"""Width of what is drawn beside the labels; small, so that a phone needs not shrink the letters."""
 COLOURS = 8
 """Of the page's style: .c0 to .c7; a ninth line is dashed."""
 
@@ -51,7 +53,7 @@ class Line:
 def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str) -> str:
     """Scores with intervals, a row each, with a dashed line at the reference."""
     label_width = min(280.0, 20 + 6.6 * max((len(mark.label) for mark in marks), default=10))
-    left, right, step, top = label_width + 10, WIDTH - 14, 22.0, 8.0
+    left, right, step, top = label_width + 10, label_width + PLOT, 22.0, 8.0
     ends = [v for mark in marks for v in (mark.value, mark.low, mark.high) if isfinite(v)]
     if not ends:
         return ""
@@ -80,7 +82,7 @@ def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str
                 f'y1="{y:.1f}" y2="{y:.1f}"/>'
             )
         parts.append(_symbol(place(mark.value), y, mark.kind, mark.faint, told))
-    return _svg(bottom + 40, title, parts)
+    return _svg(bottom + 40, title, parts, right + 16)
 
 
 def scatter(
@@ -101,7 +103,7 @@ def lines(
     if not curves:
         return ""
     label_width = min(230.0, 24 + 6.6 * max(len(one.label) for one in curves))
-    left, right, top = 52.0, WIDTH - label_width, 12.0
+    left, right, top = 52.0, 42.0 + PLOT, 12.0
     height = max(260.0, 15.0 * len(curves))
     bottom = top + height
     points = [point for one in curves for point in one.points if isfinite(point[1])]
@@ -157,7 +159,8 @@ def lines(
             if isfinite(low) and isfinite(high):
                 told += f" [{low:.3f}, {high:.3f}]"
                 parts.append(
-                    f'<line class="bar thin {tone}" x1="{x:.1f}" x2="{x:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+                    f'<line class="bar thin {tone}" x1="{x:.1f}" x2="{x:.1f}" '
+                    f'y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
                 )
             parts.append(_symbol(x, y, one.kind, False, told, tone))
         x, y = where[-1]
@@ -169,7 +172,7 @@ def lines(
         parts.append(
             f'<text class="{tone} name" x="{right + 8:.1f}" y="{end + 4:.1f}">{escape(words)}</text>'
         )
-    return _svg(bottom + 42, title, parts)
+    return _svg(bottom + 42, title, parts, right + label_width)
 
 
 def critical(names: Sequence[str], average: Sequence[float], difference: float,
@@ -189,7 +192,8 @@ def critical(names: Sequence[str], average: Sequence[float], difference: float,
     below = line + 12
     for begin, last in cliques:
         parts.append(
-            f'<line class="clique" x1="{place(average[begin]) - 4:.1f}" x2="{place(average[last]) + 4:.1f}" '
+            f'<line class="clique" x1="{place(average[begin]) - 4:.1f}" '
+            f'x2="{place(average[last]) + 4:.1f}" '
             f'y1="{below:.1f}" y2="{below:.1f}"/>'
         )
         below += 8
@@ -203,7 +207,8 @@ def critical(names: Sequence[str], average: Sequence[float], difference: float,
         anchor = "start" if first else "end"
         words = name if len(name) <= 40 else name[:38] + "…"
         parts.append(
-            f'<text x="{side:.1f}" y="{y - 4:.1f}" text-anchor="{anchor}">{escape(words)} {value:.2f}</text>'
+            f'<text x="{side:.1f}" y="{y - 4:.1f}" text-anchor="{anchor}">{escape(words)} '
+            f"{value:.2f}</text>"
         )
         height = max(height, y + 10)
     return _svg(height, title, parts)
@@ -212,10 +217,12 @@ def critical(names: Sequence[str], average: Sequence[float], difference: float,
 # --------------------------------------------------------------------------------------------------
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+def _svg(height: float, title: str, parts: Sequence[str], width: float = WIDTH) -> str:
+    sizes = f"min-width:{0.72 * width:.0f}px;max-width:{1.25 * width:.0f}px"
     return (
-        f'<div class="chart"><svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" '
-        f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title>{"".join(parts)}</svg></div>'
+        f'<div class="chart"><svg viewBox="0 0 {width:.0f} {height:.0f}" style="{sizes}" role="img" '
+        f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title>'
+        f"{''.join(parts)}</svg></div>"
     )
 
 

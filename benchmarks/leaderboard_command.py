@@ -16,8 +16,8 @@ USAGE = """usage: ssl3d leaderboard {run,report} [options]
 `ssl3d leaderboard run --help` and `ssl3d leaderboard report --help` tell their options.
 """
 
-REPORT_EPILOG = """Rows that cannot be compared (task version, split, data or preprocessing) are refused by name. Contestants
-whose pretraining saw test subjects are shown and not ranked. Nothing is trained, nothing is fetched."""
+REPORT_EPILOG = """Rows that cannot be compared (task version, split, data or preprocessing) are refused by
+name. Contestants whose pretraining saw test subjects are shown and not ranked. Nothing is trained."""
 
 
 def main(argv: Sequence[str]) -> int:

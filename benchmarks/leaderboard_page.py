@@ -21,50 +21,68 @@ NAN = float("nan")
 
 STYLE = (
     """
-:root{--bg:#fcfcfb;--fg:#1d1d1b;--dim:#6d6b66;--line:#dedbd4;--soft:#f2f0eb;--accent:#0b62a8;--warn:#a63a00;
---good:#1a7a3c;--c0:#0b62a8;--c1:#c2500a;--c2:#16803c;--c3:#b3206b;--c4:#6a4fc4;--c5:#8a6a00;--c6:#0f7f83;--c7:#8f3b2a}
-@media(prefers-color-scheme:dark){:root{--bg:#171716;--fg:#e9e7e2;--dim:#a09d96;--line:#3a3936;--soft:#222120;
---accent:#6db4f2;--warn:#ff9d66;--good:#6fcf8e;--c0:#6db4f2;--c1:#ff9d5c;--c2:#74cf8f;--c3:#f28bc0;--c4:#b09ef5;
+:root{--bg:#fcfcfb;--fg:#1d1d1b;--dim:#6d6b66;--line:#dedbd4;--soft:#f2f0eb;--accent:#0b62a8;
+--warn:#a63a00;
+--good:#1a7a3c;--c0:#0b62a8;--c1:#c2500a;--c2:#16803c;--c3:#b3206b;--c4:#6a4fc4;--c5:#8a6a00;
+--c6:#0f7f83;--c7:#8f3b2a}
+@media(prefers-color-scheme:dark){:root{--bg:#171716;--fg:#e9e7e2;--dim:#a09d96;--line:#3a3936;
+--soft:#222120;
+--accent:#6db4f2;--warn:#ff9d66;--good:#6fcf8e;--c0:#6db4f2;--c1:#ff9d5c;--c2:#74cf8f;--c3:#f28bc0;
+--c4:#b09ef5;
 --c5:#dcbf55;--c6:#5fcdd0;--c7:#e2937f}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0 auto;max-width:1180px;padding:1rem;background:var(--bg);color:var(--fg);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.6rem;line-height:1.2;margin:.6rem 0}h2{font-size:1.25rem;margin:2.4rem 0 .5rem;line-height:1.3}
+h1{font-size:1.6rem;line-height:1.2;margin:.6rem 0}h2{font-size:1.25rem;margin:2.4rem 0 .5rem;
+line-height:1.3}
 h3{font-size:1.02rem;margin:1.4rem 0 .3rem}p{margin:.5rem 0;max-width:75ch}a{color:var(--accent)}
-small,.dim{color:var(--dim)}ul{padding-left:1.2rem;max-width:80ch}nav ul{columns:2 20rem;list-style:none;padding:0}
+small,.dim{color:var(--dim)}ul{padding-left:1.2rem;max-width:80ch}nav ul{columns:2 20rem;
+list-style:none;padding:0}
 .answer{border-left:4px solid var(--accent);background:var(--soft);padding:.6rem 1rem;font-size:1.05rem}
 .answer p{margin:.35rem 0}.loud{border:2px solid var(--warn);color:var(--warn);padding:.4rem .8rem;
 margin:.6rem 0;font-weight:600;border-radius:4px;max-width:80ch}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:6px;margin:.6rem 0;max-height:80vh}
-table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.88rem;
+font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.4rem .6rem;color:var(--dim);font-size:.85rem}
 th,td{padding:.32rem .6rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 td.n,th.n{text-align:right;white-space:nowrap}thead th{position:sticky;top:0;background:var(--soft);
-border-top:0;white-space:nowrap;z-index:2}tbody th{position:sticky;left:0;background:var(--bg);font-weight:600;
-min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:16rem}
+border-top:0;white-space:nowrap;z-index:2}tbody th{position:sticky;left:0;background:var(--bg);
+font-weight:600;
+min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:12rem}
+@media(max-width:600px){tbody th{min-width:7rem;max-width:8.5rem}th,td{padding:.28rem .4rem}
+table{font-size:.82rem}}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--accent)}
-th button::after{content:" \\2195";color:var(--dim)}th[aria-sort=ascending] button::after{content:" \\2191"}
+th button::after{content:" \\2195";color:var(--dim)}
+th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 tr.k-scratch>*,tr.k-trivial>*,tr.k-published>*{color:var(--dim)}tr.k-published>*{font-style:italic}
-tr.out>*{color:var(--warn)}.up{color:var(--good);font-weight:600}.down{color:var(--warn);font-weight:600}
+tr.out>*{color:var(--warn)}.up{color:var(--good);font-weight:600}.down{color:var(--warn);
+font-weight:600}
 figure{margin:.8rem 0;min-width:0}figcaption{font-size:.88rem;color:var(--dim);max-width:75ch}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:1.2rem;align-items:start}
-.chart{overflow-x:auto}.chart svg{display:block;width:100%;min-width:480px;max-width:760px;height:auto}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:1.2rem;
+align-items:start}
+.chart{overflow-x:auto}.chart svg{display:block;width:100%;height:auto}
 figure img{max-width:100%;height:auto;background:#fff;border-radius:4px}
-svg text{font-size:12px;fill:var(--fg)}svg text.axis,svg text.dim{fill:var(--dim)}svg .grid{stroke:var(--line)}
+svg text{font-size:12px;fill:var(--fg)}svg text.axis,svg text.dim{fill:var(--dim)}
+svg .grid{stroke:var(--line)}
 svg .ref{stroke:var(--dim);stroke-dasharray:4 4}svg .bar{stroke:var(--fg);stroke-width:1.6}
 svg .bar.thin{stroke-width:1.2;opacity:.45}svg .mark{fill:var(--c0);stroke:var(--bg);stroke-width:1}
-svg .k-imagenet{fill:var(--c1)}svg .bar.k-pretrained{stroke:var(--c0)}svg .bar.k-imagenet{stroke:var(--c1)}
+svg .k-imagenet{fill:var(--c1)}svg .bar.k-pretrained{stroke:var(--c0)}
+svg .bar.k-imagenet{stroke:var(--c1)}
 svg .bar.k-scratch,svg .bar.k-trivial{stroke:var(--dim)}
-svg .hollow{fill:var(--bg);stroke:var(--dim);stroke-width:1.8}svg .cross{fill:none;stroke:var(--dim);stroke-width:2}
+svg .hollow{fill:var(--bg);stroke:var(--dim);stroke-width:1.8}svg .cross{fill:none;stroke:var(--dim);
+stroke-width:2}
 svg .faint{opacity:.5}svg .curve{fill:none;stroke-width:1.8}svg .lead{fill:none;opacity:.4}
-svg .axisline{stroke:var(--fg)}svg .stem{fill:none;stroke:var(--dim)}svg .clique{stroke:var(--accent);stroke-width:4}
+svg .axisline{stroke:var(--fg)}svg .stem{fill:none;stroke:var(--dim)}svg .clique{stroke:var(--accent);
+stroke-width:4}
 svg .dash{stroke-dasharray:5 3}
 details{margin:.6rem 0}summary{cursor:pointer}td.heat{text-align:right}
 @media print{.wide{max-height:none;overflow:visible}}
 """
     + "".join(
-        f"svg .c{k}{{stroke:var(--c{k})}}svg .mark.c{k}{{fill:var(--c{k});stroke:var(--bg);stroke-dasharray:none}}"
+        f"svg .c{k}{{stroke:var(--c{k})}}svg "
+        f".mark.c{k}{{fill:var(--c{k});stroke:var(--bg);stroke-dasharray:none}}"
         f"svg text.c{k}{{fill:var(--c{k});stroke:none}}"
         for k in range(charts.COLOURS)
     )
@@ -75,8 +93,10 @@ details{margin:.6rem 0}summary{cursor:pointer}td.heat{text-align:right}
 )
 
 SCRIPT = """
-document.querySelectorAll('table.sort').forEach(function(t){t.querySelectorAll('thead th').forEach(function(h,k){
-var b=document.createElement('button');b.type='button';b.textContent=h.textContent;h.textContent='';h.appendChild(b);
+document.querySelectorAll('table.sort').forEach(function(t){
+t.querySelectorAll('thead th').forEach(function(h,k){
+var b=document.createElement('button');b.type='button';
+b.textContent=h.textContent;h.textContent='';h.appendChild(b);
 b.addEventListener('click',function(){var up=h.getAttribute('aria-sort')!=='ascending';
 t.querySelectorAll('thead th').forEach(function(o){o.removeAttribute('aria-sort')});
 h.setAttribute('aria-sort',up?'ascending':'descending');var body=t.tBodies[0];
@@ -114,7 +134,8 @@ def page(
     for board in boards:
         parts.append(f'<li><a href="#{board.slug}">{escape(text.heading(board))}</a></li>')
     parts.append(
-        '<li><a href="#refused">Refused rows</a></li><li><a href="#conditions">Conditions</a></li></ul></nav>'
+        '<li><a href="#refused">Refused rows</a></li><li><a '
+        'href="#conditions">Conditions</a></li></ul></nav>'
     )
     parts += [_overall(one) for one in overall]
     for board in boards:
@@ -141,6 +162,11 @@ def _loud(boards: Sequence[Board]) -> list[str]:
         lines.append(
             f"Leak: pretraining of {', '.join(leaked)} saw test subjects. They are shown, and not ranked."
         )
+    if boards and not any(board.of_kind("imagenet") for board in boards):
+        lines.append(
+            "No ImageNet conversion is among these records: nothing is said of ImageNet against "
+            "pretraining."
+        )
     bare = [text.heading(board) for board in boards if not board.of_kind("scratch")]
     if bare:
         lines.append(
@@ -152,18 +178,26 @@ def _loud(boards: Sequence[Board]) -> list[str]:
 def _how_to_read() -> str:
     return (
         "<details><summary>How the numbers are made</summary><ul>"
-        "<li>Scores: mean over seeds and subsets, with a 95 % interval over test subjects (bootstrap, corrected for "
-        "bias and skew), seeds and subsets, widened by Student's t for few of them. With fewer than about twenty "
+        "<li>Scores: mean over seeds and subsets, with a 95 % interval over test subjects (bootstrap, "
+        "corrected for "
+        "bias and skew), seeds and subsets, widened by Student's t for few of them. With fewer than "
+        "about twenty "
         "subjects, a rare failure that is not among them cannot be in the interval.</li>"
-        "<li>Differences are paired: same resamples of the same subjects. The reference is the same network untrained "
-        "(probes) or trained from scratch (fine-tuning), of both treatments of its norms the better one. p by Student's t "
-        "on that error, so p &lt; .05 just where the uncorrected interval spares 0; Holm's correction over all tests of "
+        "<li>Differences are paired: same resamples of the same subjects. The reference is the same "
+        "network untrained "
+        "(probes) or trained from scratch (fine-tuning), of both treatments of its norms the better "
+        "one. p by Student's t "
+        "on that error, so p &lt; .05 just where the uncorrected interval spares 0; Holm's correction "
+        "over all tests of "
         "the table. The best ImageNet conversion is chosen by its score on the same test subjects.</li>"
         "<li>The smallest detectable difference is 2.80 standard errors (alpha .05, power .8).</li>"
-        "<li>Rank (a–b): 95 % of the ranks over resamples of subjects and seeds. Rows without a network, published "
-        "numbers, and encoders whose pretraining saw test subjects have no rank; encoders pretrained with labels are "
+        "<li>Rank (a–b): 95 % of the ranks over resamples of subjects and seeds. Rows without a "
+        "network, published "
+        "numbers, and encoders whose pretraining saw test subjects have no rank; encoders pretrained "
+        "with labels are "
         "ranked among themselves.</li>"
-        "<li>Symbols: filled circle pretrained, square ImageNet, diamond untrained or from scratch, triangle no network, "
+        "<li>Symbols: filled circle pretrained, square ImageNet, diamond untrained or from scratch, "
+        "triangle no network, "
         "cross published; the dashed line is the untrained or from-scratch row.</li></ul></details>"
     )
 
@@ -187,6 +221,9 @@ def _overall(one: Overall) -> str:
         ["method", "average rank [95 %]", "first in", *tasks], rows,
     ))  # fmt: skip
     parts.append(f"<p>{escape(text.stability(one))}</p>")
+    if one.left_out:
+        parts.append(f"<details><summary>{len(one.left_out)} contestants are not on every task</summary>"
+                     f"<p>{escape(text.left_out(one))}</p></details>")  # fmt: skip
     if one.critical is not None:
         picture = charts.critical(
             one.methods, list(one.average), one.critical.difference, one.critical.cliques,
@@ -226,7 +263,7 @@ def _board(board: Board, fractions: Sequence[Board], pictures: bool) -> str:
         kind = f"k-{arm.kind}" + (" out" if arm.why_unranked not in ("", "no network") else "")
         rows.append((kind, cells[1], [(cells[k], keys[k], _tone(arm, k)) for k in keep if k != 1]))
     for row in text.published(board):
-        value = [one for one in board.table.published if one["name"] == row[1]][0][board.table.main]
+        value = next(one for one in board.table.published if one["name"] == row[1])[board.table.main]
         rows.append(("k-published", row[1],
                      [(row[k], value if k == 2 else None, "") for k in keep if k != 1]))  # fmt: skip
     names = ["contestant", *[head[k] for k in keep if k != 1]]
@@ -246,7 +283,8 @@ def _keys(arm: Arm) -> list[Any]:
     gain, over = arm.gain, arm.over_imagenet
     return [
         arm.rank, None, arm.interval.value, gain and gain.value, arm.p_holm, over and over.value,
-        arm.p_imagenet_holm, gain and gain.error, arm.first.flops(), text.seconds_of(arm), text.memory_of(arm), None,
+        arm.p_imagenet_holm, gain and gain.error, arm.first.flops(), text.seconds_of(arm),
+        text.memory_of(arm), None,
     ]  # fmt: skip
 
 
@@ -269,7 +307,8 @@ def _forest(board: Board) -> str:
     marks.sort(key=lambda mark: -mark.value if isfinite(mark.value) else float("inf"))
     title = f"{board.table.main} of {len(marks)} contestants with 95 % intervals: {text.heading(board)}"
     return _figure(charts.forest(marks, board.table.main, _reference(board), title),
-                   "Scores with 95 % intervals; differences are paired, so overlapping intervals can still differ: "
+                   "Scores with 95 % intervals; differences are paired, so overlapping intervals can "
+                   "still differ: "
                    "see the table.")  # fmt: skip
 
 
@@ -303,12 +342,18 @@ def _compute(board: Board) -> str:
     if several:
         curves = [Line(one.label, [(x, v, NAN, NAN) for x, v, _, _ in one.points]) for one in curves]
     amounts = {point[0] for one in curves for point in one.points}
-    if len(amounts) < 2 or max(amounts) < 1.3 * max(min(amounts), 1e-9) and not several:
+    if len(amounts) < 2 or (max(amounts) < 1.3 * max(min(amounts), 1e-9) and not several):
         return ""
-    words = ("Score while pretraining goes on, at 0, 25, 50 and 100 % of the budget; 0 is the untrained row. A flat curve "
-             "means undertrained or broken." if several else "Score against the FLOPs of pretraining.")  # fmt: skip
-    picture = charts.lines(curves, "training FLOPs of pretraining", board.table.main, "Score against compute: " +
-                           text.heading(board), log=not several, reference=_reference(board))  # fmt: skip
+    words = "Score against the FLOPs of pretraining."
+    if several:
+        words = (
+            "Score while pretraining goes on, at 0, 25, 50 and 100 % of the budget; 0 is the untrained "
+            "row. A flat curve means undertrained or broken."
+        )
+    title = "Score against compute: " + text.heading(board)
+    picture = charts.lines(
+        curves, "training FLOPs of pretraining", board.table.main, title, not several, _reference(board)
+    )
     return _figure(picture, words)
 
 
@@ -322,10 +367,11 @@ def _data(board: Board) -> str:
             mark = Mark(f"{arm.label} ({len(sets)} data set{'s' * (len(sets) != 1)})",
                         arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)  # fmt: skip
             points.append((float(data["volumes"]), mark))
-    if len({x for x, _ in points}) < 2:
+    amounts = [x for x, _ in points]
+    if not amounts or max(amounts) < 1.5 * min(amounts):
         return ""
-    picture = charts.scatter(points, "volumes in pretraining", board.table.main,
-                             "Score against pretraining data: " + text.heading(board), _reference(board))  # fmt: skip
+    title = "Score against pretraining data: " + text.heading(board)
+    picture = charts.scatter(points, "volumes in pretraining", board.table.main, title, _reference(board))
     return _figure(
         picture,
         "Score against the amount of pretraining data; in brackets, how many data sets they are of.",
@@ -358,8 +404,8 @@ def _fractions(boards: Sequence[Board]) -> str:
                 own = points.setdefault(arm.label, (arm.kind, []))[1]
                 own.append((float(people), arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, sorted(own), kind) for label, (kind, own) in points.items() if len(own) > 1]
-    picture = charts.lines(curves, "training subjects with labels", boards[0].table.main,
-                           "Score against the number of labelled subjects: " + boards[0].table.title, log=True)  # fmt: skip
+    title = "Score against the number of labelled subjects: " + boards[0].table.title
+    picture = charts.lines(curves, "training subjects with labels", boards[0].table.main, title, log=True)
     return _figure(
         picture,
         "Few labels and many: nested subsets of the training subjects, the same for every contestant.",
@@ -367,7 +413,7 @@ def _fractions(boards: Sequence[Board]) -> str:
 
 
 def _pictures(board: Board) -> str:
-    """Predictions beside the truth, or an embedding map: of the best, and of the reference where it has one."""
+    """Predictions beside the truth, or an embedding map: of the best, and of the reference."""
     ranked = [arm for arm in board.arms if arm.kind in ("pretrained", "imagenet")]
     parts = []
     for arm in [*ranked[:1], *board.of_kind("scratch")[:1]]:
@@ -413,7 +459,8 @@ def _refused(refused: Sequence[Refused]) -> str:
         return '<section><h2 id="refused">Refused rows</h2><p>No record was refused.</p></section>'
     rows = [("", one.where, [(one.who or "–", None), (one.why, None)]) for one in refused]
     return (
-        f'<section><h2 id="refused">Refused rows</h2><p>{len(refused)} files or rows are in no table, because they '
+        f'<section><h2 id="refused">Refused rows</h2><p>{len(refused)} files or rows are in no table, '
+        f"because they "
         "cannot be compared or cannot be read.</p>"
         + _table("What was refused, and why", ["file", "contestant", "why"], rows)
         + "</section>"
@@ -442,18 +489,20 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[tuple[str, str, Seq
             key_text = "" if key is None or (isinstance(key, float) and not isfinite(key)) else str(key)
             if not key_text and not any(ch.isdigit() for ch in shown[:1]):
                 key_text = shown
-            look = ["n"] if key is not None else (["notes"] if len(shown) > 40 else [])
+            look = ["n"] if key is not None else (["notes"] if head[len(row)] in ("notes", "why") else [])
             style = ""
             if heat and key is not None:
                 look = ["heat"]
-                style = f' style="background:color-mix(in srgb,var(--accent) {int(60 * float(key))}%,transparent)"'
+                share = int(60 * float(key))
+                style = f' style="background:color-mix(in srgb,var(--accent) {share}%,transparent)"'
             look += [tone] if tone else []
             classes = f' class="{" ".join(look)}"' if look else ""
             row.append(f'<td{classes}{style} data-v="{escape(key_text, quote=True)}">{escape(shown)}</td>')
-        look = f' class="{kind}"' if kind else ""
-        body.append(f"<tr{look}>{''.join(row)}</tr>")
+        of_row = f' class="{kind}"' if kind else ""
+        body.append(f"<tr{of_row}>{''.join(row)}</tr>")
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table class="sort">'
+        f'<div class="wide" tabindex="0" role="region" '
+        f'aria-label="{escape(caption, quote=True)}"><table class="sort">'
         f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -325,7 +325,7 @@ def _read_one(
     if why:
         refused.append(Refused(where, name, why))
         return
-    key = f"{one.result.key} {one.result.version}"
+    key = f"{one.result.key} {' '.join(one.result.dataset)}"
     if key in seen:
         other = seen[key]
         theirs, mine = (x.result.scores[x.result.main] for x in (other, one))

@@ -112,7 +112,8 @@ def report(options: ReportOptions) -> Report:
         print(f"refused: {one.where}{': ' + one.who if one.who else ''}: {one.why}")
     rows = sum(len(table.rows) for table in made.records.tables)
     print(
-        f"{rows} records in {len(made.records.tables)} tables, {len(refused)} refused: {options.out / 'index.html'}"
+        f"{rows} records in {len(made.records.tables)} tables, {len(refused)} refused: "
+        f"{options.out / 'index.html'}"
     )
     return made
 

@@ -214,8 +214,8 @@ def _label(arms: Sequence[Arm], table: Table) -> None:
     for arm, name in zip(arms, names, strict=True):
         arm.label = ", ".join(name)
         arm.method = _across(arm, table)
-        if across[arm.method] > 1:
-            arm.method = f"{arm.method}, {arm.first.stem}"
+        if across[arm.method] > 1:  # two of a kind: which of them stands for it elsewhere is not known
+            arm.method = f"{arm.method}, {arm.first.result.contestant['name']}"
 
 
 def _method(arm: Arm) -> str:
@@ -379,14 +379,35 @@ def _missing(board: Board) -> None:
     few = [arm for arm in board.of_kind("scratch") if arm.seeds < 5]
     if words == "untrained" and few:
         board.missing.append(
-            f"{few[0].label}: {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, five are asked for"
+            f"{few[0].label}: {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, five "
+            f"are asked for"
         )
     if not board.of_kind("trivial"):
         board.missing.append(
             "there is no trivial row (a row without a network that any network has to beat)"
         )
     if not board.of_kind("imagenet"):
-        board.missing.append("there is no ImageNet conversion to compare with")
+        board.notes.append("There is no ImageNet conversion to compare with.")
+    seen = [arm for arm in board.of_kind("pretrained") if arm.flags.get("seen_test_volumes") is None]
+    if seen:
+        every = "all pretrained rows" if len(seen) == len(board.of_kind("pretrained")) else ", ".join(
+            arm.label for arm in seen)  # fmt: skip
+        board.notes.append(
+            f"Leak check by the names of subjects alone for {every}: their checkpoints have no hashes "
+            f"of voxels."
+        )
+    single = [arm for arm in board.of_kind("pretrained", "imagenet") if arm.seeds == 1]
+    if single:
+        board.notes.append(
+            "Rows of one seed: their intervals and tests are of the test subjects alone; another seed of "
+            "pretraining may differ by more."
+        )
+    undefined = max((arm.interval.undefined for arm in board.arms), default=0.0)
+    if undefined > 0.01:
+        board.notes.append(
+            f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is "
+            f"undefined; those are left out."
+        )
 
 
 # Over tasks ---------------------------------------------------------------------------------------
@@ -444,28 +465,36 @@ class CriticalDifference:
 
 def overall_of(boards: Iterable[Board]) -> list[Overall]:
     """Ranks over tasks, one for each protocol and family; a data set and target counts once."""
-    groups: dict[tuple[str, str], dict[tuple[str, ...], Board]] = {}
+    groups: dict[tuple[str, str], dict[tuple[str, ...], list[Board]]] = {}
     for board in boards:
-        if board.fraction != 1:
-            continue
-        table = board.table
-        tasks = groups.setdefault((table.protocol, table.family), {})
-        key = (*table.dataset, table.target)
-        if key not in tasks or len(board.ranked()) > len(tasks[key].ranked()):
-            tasks[key] = board
+        if board.fraction == 1 and board.ranked():
+            table = board.table
+            tasks = groups.setdefault((table.protocol, table.family), {})
+            tasks.setdefault((*table.dataset, table.target), []).append(board)
     found = []
     for (protocol, family), tasks in sorted(groups.items()):
-        one = _overall(protocol, family, list(tasks.values()))
+        one = _overall(protocol, family, _together(list(tasks.values())))
         if one is not None:
             found.append(one)
     return found
+
+
+def _together(choices: list[list[Board]]) -> list[Board]:
+    """Of each task's tables the one that shares most contestants with the other tasks' tables."""
+
+    def shared(boards: Iterable[Board]) -> tuple[int, int]:
+        own = [{arm.method for arm in board.ranked()} for board in boards]
+        return len(set.intersection(*own)), sum(map(len, own))
+
+    some: Iterable[tuple[Board, ...]] = itertools.islice(itertools.product(*choices), 5000)
+    return list(max(some, key=shared))
 
 
 def _overall(protocol: str, family: str, boards: list[Board]) -> Overall | None:
     by_method: dict[str, list[tuple[Board, Arm]]] = {}
     for board in boards:
         for arm in board.ranked():
-            by_method.setdefault(arm.method, []).append((board, arm))
+            by_method.setdefault(arm.method, []).append((board, arm))  # once a board: `_label` sees to it
     names = [name for name, places in by_method.items() if len(places) == len(boards)]
     left_out = sorted(set(by_method) - set(names))
     if len(names) < 2 or len(boards) < 2:
@@ -478,6 +507,7 @@ def _overall(protocol: str, family: str, boards: list[Board]) -> Overall | None:
     table = np.stack(ranks, axis=1)
     average = table.mean(axis=1)
     order = np.argsort(average, kind="stable")
+    names, left_out = _shortened(names, left_out)
     names, table, average = [names[k] for k in order], table[order], average[order]
     means = np.mean([one[order] for one in drawn], axis=0)  # (M, R)
     ends = np.quantile(means, [0.025, 0.975], axis=1)
@@ -500,6 +530,14 @@ def _overall(protocol: str, family: str, boards: list[Board]) -> Overall | None:
     )  # fmt: skip
 
 
+def _shortened(names: list[str], others: list[str]) -> tuple[list[str], list[str]]:
+    """Without the words that all names share, such as the architecture."""
+    split = [name.split(", ") for name in [*names, *others]]
+    same = set.intersection(*map(set, split))
+    short = [", ".join(word for word in words if word not in same) or ", ".join(words) for words in split]
+    return short[: len(names)], short[len(names) :]
+
+
 def critical_difference(ranks: Array) -> CriticalDifference:
     """Friedman's test and Nemenyi's critical difference at .05 of ranks (M, T), best average first."""
     from scipy.stats import chi2, rankdata, studentized_range
@@ -513,7 +551,7 @@ def critical_difference(ranks: Array) -> CriticalDifference:
     )
     spread = float(((average - (methods + 1) / 2) ** 2).sum())
     scale = methods * (methods + 1) / 12 / tasks * (1 - ties / (tasks * (methods**3 - methods)))
-    p = float(chi2.sf(spread * (methods - 1) / (methods * scale), methods - 1)) if scale > 0 else 1.0
+    p = float(chi2.sf(spread / scale, methods - 1)) if scale > 0 else 1.0
     quantile = float(studentized_range.ppf(0.95, methods, np.inf)) / np.sqrt(2)
     difference = quantile * np.sqrt(methods * (methods + 1) / (6 * tasks))
     order = np.sort(average)
@@ -566,7 +604,8 @@ def answer(boards: Sequence[Board]) -> list[str]:
         count = len(better) + len(neither)
         if better:
             lines.append(
-                f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
+                f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same "
+                f"network "
                 f"{words} beyond chance on {'; '.join(better)}."
             )
         elif count:
@@ -595,7 +634,8 @@ def _over_imagenet(boards: Sequence[Board]) -> list[str]:
         if any(arm.over_imagenet and arm.over_imagenet.value < 0 for arm in shown):
             lost.append(title)
     return [
-        f"Against the best ImageNet conversion: a pretrained encoder is ahead beyond chance on {len(won)} of "
+        f"Against the best ImageNet conversion: a pretrained encoder is ahead beyond chance on "
+        f"{len(won)} of "
         f"{len(compared)} tables{' (' + '; '.join(won) + ')' if won else ''}, one is behind on {len(lost)}"
         f"{' (' + '; '.join(lost) + ')' if lost else ''}."
     ]

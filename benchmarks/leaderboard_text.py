@@ -84,7 +84,7 @@ def markdown_text(
                 one.methods, one.average, one.intervals, one.first_share, strict=True
             )
         ]
-        lines += ["", stability(one)]
+        lines += ["", stability(one), "", left_out(one)]
     for board in boards:
         lines += ["", f"## {heading(board)}", ""]
         lines += [f"**{note}**" for note in board.missing]
@@ -116,7 +116,8 @@ def headers(board: Board) -> list[str]:
     words = "scratch" if board.table.task.startswith("finetune") else "untrained"
     return [
         "rank", "contestant", f"{board.table.main} [95 %]", f"over {words} [95 %]", "p (Holm)",
-        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "training FLOPs", "time", "memory", "notes",
+        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "training FLOPs", "time", "memory",
+        "notes",
     ]  # fmt: skip
 
 
@@ -170,8 +171,6 @@ def notes(board: Board, arm: Arm) -> list[str]:
         found.append(f"NOT RANKED: {arm.why_unranked}")
     if arm.flags.get("saw_labels"):
         found.append("pretrained with labels: ranked apart")
-    if arm.kind == "pretrained" and arm.flags.get("seen_test_volumes") is None:
-        found.append("leak check by name alone: its checkpoint has no hashes of voxels")
     if arm.kind == "trivial":
         below = sum(1 for one in board.ranked() if one.interval.value < arm.interval.value)
         total = len(board.ranked())
@@ -180,12 +179,10 @@ def notes(board: Board, arm: Arm) -> list[str]:
             found.append("from the true masks")
     if arm.seeds > 1:
         found.append(f"{arm.seeds} seeds")
-    elif arm.kind in ("pretrained", "scratch"):
-        found.append("one seed: its interval is of subjects alone")
+    elif arm.kind != "trivial":
+        found.append("1 seed")
     if arm.subsets > 1:
         found.append(f"{arm.subsets} subsets of the training subjects")
-    if arm.interval.undefined > 0.01:
-        found.append(f"undefined in {arm.interval.undefined:.0%} of the resamples")
     return found
 
 
@@ -201,7 +198,8 @@ def told(board: Board) -> str:
     result = board.arms[0].first.result
     train, tested = result.split.get("train", {}), result.split.get("test", {})
     text = (
-        f"Version {board.table.version}; {train.get('subjects', '?')} of {train.get('of_subjects', '?')} training "
+        f"Version {board.table.version}; {train.get('subjects', '?')} of "
+        f"{train.get('of_subjects', '?')} training "
         f"subjects, {tested.get('subjects', '?')} test subjects ({tested.get('volumes', '?')} volumes), "
         f"{result.split.get('how', 'split unknown')}."
     )
@@ -222,10 +220,14 @@ def stability(one: Overall) -> str:
     if one.critical is None:
         text += f" No critical-difference picture: {len(one.boards)} tasks, six are needed."
     else:
-        text += f" Friedman p = {p_text(one.critical.p)}; critical difference {one.critical.difference:.2f} (Nemenyi)."
-    if one.left_out:
-        text += f" Not on every task, so not here: {', '.join(one.left_out)}."
+        text += f" Friedman p = {p_text(one.critical.p)}; critical difference "
+        text += f"{one.critical.difference:.2f} (Nemenyi)."
     return text
+
+
+def left_out(one: Overall) -> str:
+    """Who is not on every task."""
+    return f"Not on every task, so not here: {'; '.join(one.left_out)}." if one.left_out else ""
 
 
 def p_text(p: float | None) -> str:

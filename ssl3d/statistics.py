@@ -297,12 +297,12 @@ class Part(NamedTuple):
     Attributes:
         variance: Due to them.
         gross: Before the subjects' share was taken off; how well it is known goes by this.
-        count: Of the seeds or subsets.
+        levels: How many seeds or subsets.
     """
 
     variance: float
     gross: float
-    count: int
+    levels: int
 
 
 class Difference(NamedTuple):
@@ -441,7 +441,7 @@ def freedom(of_subjects: float, subjects: int, others: Sequence[Part]) -> float:
     """Satterthwaite's degrees of freedom of a sum of variances."""
     total = of_subjects + sum(part.variance for part in others)
     weight = of_subjects**2 / max(subjects - 1, 1)
-    weight += sum(part.gross**2 / (part.count - 1) for part in others if part.count > 1)
+    weight += sum(part.gross**2 / (part.levels - 1) for part in others if part.levels > 1)
     return max(1.0, total**2 / weight) if weight > 0 else float(max(subjects - 1, 1))
 
 

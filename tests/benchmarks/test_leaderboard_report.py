@@ -1,0 +1,424 @@
+"""A leaderboard's report: known ranks, refused rows, leaks, and a page that loads nothing."""
+
+import csv
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import friedmanchisquare
+
+from ssl3d.api import DataError, Result, UsageError, write_result
+from ssl3d.cli import main
+from ssl3d_benchmarks.leaderboard_report import read_report
+from ssl3d_benchmarks.leaderboard_statistics import answer, critical_difference
+
+PEOPLE = 30
+CLASSES = ("0", "1")
+BASE = np.clip(np.random.default_rng(0).normal(0.6, 0.08, PEOPLE), 0, 1)
+
+
+def record(name, kind="encoder", gain=0.0, seed=0, weights_seed=None, dataset="set", **changes):
+    """A record whose Dice is the same people's, a little better or worse."""
+    rng = np.random.default_rng([*name.encode(), seed])
+    dice = np.clip(BASE + gain + 0.01 * rng.normal(size=PEOPLE), 0, 1)
+    flags = {"seen_test_subjects": 0, "seen_test_volumes": 0, "saw_labels": False, "ranked": True}
+    encoder = kind == "encoder" and not name.startswith("imagenet:")
+    pretraining = {}
+    if encoder:
+        pretraining = {
+            "proxies": {name.split("/")[1].split("-")[0]: {}},
+            "steps": changes.pop("steps", 100),
+            "compute": {
+                "flops_per_step": 10**9,
+                "flops_between_epochs": 0,
+                "seconds": 60,
+                "peak_memory": 10**9,
+            },
+            "data": {"volumes": changes.pop("volumes", 50), "datasets": [dataset], "digest": "d"},
+        }
+    contestant = {
+        "name": name, "kind": kind, "digest": f"{name}-{weights_seed}",
+        "group": "" if kind == "trivial" else "scratch:resnet18",
+        "source": name, "architecture": {"name": "resnet18"}, "pretraining": pretraining,
+        "norm_recalibrated": False, "weights_seed": weights_seed,
+    }  # fmt: skip
+    values = {
+        "task": "linear-probe/masks", "version": 1, "dataset": [dataset], "data_digest": f"data of {dataset}",
+        "split": {"how": "house split", "train": {"subjects": 60, "of_subjects": 60, "volumes": 60},
+                  "test": {"subjects": PEOPLE, "volumes": PEOPLE}},
+        "split_digest": "split", "fraction": 1.0, "repeat": 0, "seed": seed, "contestant": contestant,
+        "settings": {"target": "masks", "classes": list(CLASSES), "fractions": "all"}, "main": "dice",
+        "scores": {"dice": float(dice.mean()), "dice_1": float(dice.mean())},
+        "intervals": {}, "predictions": [
+            {"dataset": dataset, "subject": f"s{k}", "id": f"v{k}", "dice": {"1": float(value)}}
+            for k, value in enumerate(dice)
+        ],
+        "flags": flags | changes.pop("flags", {}),
+    }  # fmt: skip
+    return Result(**{**values, **changes})
+
+
+def usual(dataset="set"):
+    """A table with everything that has to be there."""
+    rows = [
+        record("runs/alpha-0", gain=0.10, dataset=dataset),
+        record("runs/beta-0", gain=0.05, dataset=dataset),
+        record("runs/beta-1", gain=0.05, dataset=dataset),
+        record("runs/gamma-0", gain=-0.05, dataset=dataset),
+        record("imagenet:mobilenet_v2:acs", gain=0.02, dataset=dataset),
+        record("intensities and position", "trivial", gain=-0.2, dataset=dataset),
+    ]
+    return rows + [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, dataset=dataset)
+        for k in range(5)
+    ]
+
+
+def write(folder, rows):
+    for row in rows:
+        write_result(row, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    write(root / "first", usual())
+    write(root / "other", [record("runs/delta-0", gain=0.3, split_digest="another")])
+    write(root / "old", [record("runs/epsilon-0", gain=0.3, version=0)])
+    write(root / "prepared", [record("runs/zeta-0", gain=0.3, data_digest="other")])
+    write(root / "leaky", [
+        record("runs/leak-0", gain=0.25, flags={"seen_test_subjects": 3, "ranked": False}),
+        record("runs/voxels-0", gain=0.25, flags={"seen_test_volumes": 2}),
+        record("runs/med3d-0", gain=0.2, flags={"saw_labels": True}),
+    ])  # fmt: skip
+    (root / "broken.json").write_text('{"task": "linear-probe/masks", "contestant": ', encoding="utf-8")
+    (root / "speed.json").write_text('{"milliseconds": 3}', encoding="utf-8")
+    edited = record("runs/edited-0", gain=0.0)
+    edited.scores["dice"] = 0.99
+    write(root / "edited", [edited])
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return read_report([folder], resamples=400)
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    published = tmp_path_factory.mktemp("published") / "p.yaml"
+    published.write_text(
+        "source: Someone 2020\nfamily: segmentation\nscores:\n  set:\n    Their net: {dice: 0.999}\n",
+        encoding="utf-8",
+    )
+    out = tmp_path_factory.mktemp("report")
+    words = ["leaderboard", "report", str(folder), "--out", str(out), "--resamples", "400"]
+    assert main([*words, "--published", str(published)]) == 0
+    return out
+
+
+def arms(report):
+    return {arm.label: arm for arm in report.boards[0].arms}
+
+
+def test_ranks_are_those_of_the_scores(report):
+    assert [arm.label for arm in report.boards[0].ranked()] == [
+        "alpha", "beta", "ImageNet mobilenet_v2:acs", "untrained", "gamma",
+    ]  # fmt: skip
+    found = arms(report)
+    assert found["alpha"].rank_interval == (1, 1) and found["alpha"].first_share == 1
+    assert found["beta"].seeds == 2 and found["untrained"].seeds == 5
+    assert found["intensities and position"].rank is None
+
+
+def test_differences_are_found_and_corrected(report):
+    found = arms(report)
+    assert found["alpha"].gain.value == pytest.approx(0.10, abs=0.01)
+    assert found["alpha"].gain.low < 0.10 < found["alpha"].gain.high or found["alpha"].gain.error < 0.004
+    assert found["alpha"].p_holm < 0.001 and found["gamma"].p_holm < 0.001 and found["gamma"].gain.value < 0
+    assert found["alpha"].over_imagenet.value == pytest.approx(0.08, abs=0.01)
+    assert all(arm.p_holm >= arm.gain.p for arm in found.values() if arm.gain)
+    assert report.boards[0].detectable < 0.03
+
+
+def test_what_cannot_be_compared_is_refused_by_name(report):
+    why = {(one.where.split("/")[0], one.who): one.why for one in report.records.refused}
+    assert "another split" in why["other", "runs/delta-0"]
+    assert "task version 0, the table has 1" in why["old", "runs/epsilon-0"]
+    assert "preprocessing differ" in why["prepared", "runs/zeta-0"]
+    assert "edited" in why["edited", "runs/edited-0"] and "it says 0.9900" in why["edited", "runs/edited-0"]
+    assert "not readable" in why["broken.json", ""]
+    assert len(why) == 5  # the JSON of something else is no record, and nothing to complain of
+
+
+def test_leaks_are_shown_and_not_ranked_and_labels_apart(report):
+    found = arms(report)
+    assert found["leak"].rank is None and "saw 3 test subjects" in found["leak"].why_unranked
+    assert found["voxels"].rank is None and "saw 2 test volumes" in found["voxels"].why_unranked
+    assert found["med3d"].rank == 1 and found["med3d"].section == "labels"
+    assert found["alpha"].rank == 1 and found["alpha"].section == "main"
+    assert "leak" not in " ".join(answer(report.boards))
+
+
+def test_the_answer_in_words(report):
+    text = " ".join(answer(report.boards))
+    assert "Segmentation (linear-probe): yes on 1 of 1 tables" in text
+    assert re.search(r"alpha \+0\.\d+|med3d \+0\.\d+", text)
+    assert "made it worse on set" in text and "gamma" in text
+    assert "ahead beyond chance on 1 of 1" in text
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close, and collects what is loaded."""
+
+    VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.images, self.rows, self.ids = [], [], [], [], []
+        self.cell = None
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [attrs[key] for key in ("src", "srcset", "data", "action") if key in attrs]
+        if tag in ("link", "use", "iframe", "object") or (tag == "a" and not attrs["href"].startswith("#")):
+            self.loaded.append(attrs.get("href", tag))
+        if tag == "img":
+            self.images.append(attrs.get("alt"))
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_is_whole_and_loads_nothing(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert all(one.startswith("data:image/") for one in page.loaded)
+    assert all(page.images) and len(set(page.ids)) == len(page.ids)
+    assert "http" not in re.sub(r"data:image/[^\"]*", "", text).replace("http-equiv", "")
+    assert "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+    assert text.count("<caption>") == text.count("<table")
+
+
+def test_page_markdown_and_csv_agree(made):
+    page = Page()
+    page.feed((made / "index.html").read_text(encoding="utf-8"))
+    cells = {row[0]: row for row in page.rows if len(row) > 5}
+    markdown = (made / "report.md").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((made / "scores.csv").open(encoding="utf-8")))
+    ours = [row for row in rows if row["kind"] != "published"]
+    assert len(ours) == 9
+    for row in ours:
+        name, score = row["contestant"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
+        assert cells[name][2].startswith(score)
+        line = next(line for line in markdown.splitlines() if f"| {name} |" in line and score in line)
+        rank = cells[name][1]
+        assert line.startswith(f"| {rank} |") and rank.split(" ")[0].strip(",") in (
+            "-", "not", row["rank"].removesuffix(".0"),
+        )  # fmt: skip
+
+
+def test_published_numbers_are_marked_and_neither_ranked_nor_tested(made):
+    rows = list(csv.DictReader((made / "scores.csv").open(encoding="utf-8")))
+    theirs = next(row for row in rows if row["contestant"] == "Their net")
+    assert theirs["kind"] == "published" and theirs["rank"] == theirs["gain_p"] == theirs["low"] == ""
+    assert "published: Someone 2020" in theirs["unranked"]
+    line = next(
+        x for x in (made / "report.md").read_text(encoding="utf-8").splitlines() if "Their net" in x
+    )
+    assert line.startswith("| published | Their net | 0.999 |")
+
+
+def test_medmnist_numbers_stand_beside_its_records(tmp_path):
+    from ssl3d_benchmarks.leaderboard_records import read_records
+    from ssl3d_benchmarks.leaderboard_report import PUBLISHED
+
+    rng = np.random.default_rng(0)
+    target = np.arange(20) % 2
+    shares = np.clip(0.5 + 0.2 * (2 * target - 1) + 0.1 * rng.normal(size=20), 0.01, 0.99)
+    predictions = [
+        {"dataset": "adrenalmnist3d", "subject": f"s{k}", "id": f"v{k}", "target": str(y),
+         "probability": [float(1 - p), float(p)]}
+        for k, (y, p) in enumerate(zip(target, shares, strict=True))
+    ]  # fmt: skip
+    pairs = [(p > q) + 0.5 * (p == q) for p in shares[target == 1] for q in shares[target == 0]]
+    row = record("runs/a-0", dataset="adrenalmnist3d", task="linear-probe/classes", main="auc",
+                 scores={"auc": float(np.mean(pairs))}, predictions=predictions,
+                 settings={"target": "classes", "classes": ["0", "1"]})  # fmt: skip
+    write(tmp_path, [row])
+    (table,) = read_records([tmp_path], [PUBLISHED / "medmnist3d.yaml"]).tables
+    assert table.family == "classification" and not read_records([tmp_path]).refused
+    assert {one["name"]: one["auc"] for one in table.published}["ResNet-18, ACS"] == 0.839
+
+
+def test_a_table_without_scratch_and_trivial_rows_says_so(tmp_path):
+    out = tmp_path / "out"
+    write(tmp_path / "r", [record("runs/alpha-0", gain=0.1), record("runs/beta-0")])
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert "there is no untrained row" in text and "there is no trivial row" in text
+    assert "No untrained or from-scratch row" in text and "nothing can be said on set" in text
+    assert "**there is no untrained row" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_bad_untrained_twin_is_no_straw_man(tmp_path):
+    again = [
+        record(f"scratch:resnet18, seed {k}, norm recalibrated", "untrained", gain=-0.3, weights_seed=k)
+        for k in range(5)
+    ]
+    for row in again:
+        row.contestant["norm_recalibrated"] = True
+    tuned = record("runs/alpha-0, norm recalibrated", gain=-0.1)
+    tuned.contestant["norm_recalibrated"] = True
+    found = arms(read_report([write(tmp_path, [*usual(), *again, tuned])], resamples=200))
+    assert found["alpha, norm recalibrated"].gain.value == pytest.approx(-0.1, abs=0.02)
+
+
+def test_encoders_on_the_way_are_a_curve_and_no_rows(tmp_path):
+    way = [record(f"runs/alpha-0/encoder-at-{share}", gain=0.05, steps=share) for share in (25, 50)]
+    board = read_report([write(tmp_path, [*usual(), *way])], resamples=200).boards[0]
+    assert len(board.on_the_way) == 2 and "alpha" in {arm.label for arm in board.ranked()}
+    assert [arm.first.flops() for arm in sorted(board.on_the_way, key=lambda a: a.first.share)] == [
+        25e9,
+        50e9,
+    ]
+    from ssl3d_benchmarks.leaderboard_page import page
+
+    assert "at 0, 25, 50 and 100 % of the budget" in page("x", [board], [], [], [])
+
+
+def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
+    rows = usual()
+    for fraction in (0.5, 0.1):
+        for repeat in range(3):
+            for name, kind, gain in (
+                ("runs/alpha-0", "encoder", 0.1),
+                ("scratch:resnet18, seed 0", "untrained", 0),
+            ):
+                row = record(
+                    name, kind, gain - 0.2 * (1 - fraction), weights_seed=0 if kind != "encoder" else None
+                )
+                row.fraction, row.repeat = fraction, repeat
+                row.split = {**row.split, "train": {"subjects": int(60 * fraction), "of_subjects": 60}}
+                row.settings = {**row.settings, "fractions": f"{fraction} of the training subjects, nested"}
+                rows.append(row)
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    assert [board.fraction for board in made.boards] == [1.0, 0.5, 0.1]
+    assert made.boards[1].arms[0].subsets == 3
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    assert "Few labels and many" in (out / "index.html").read_text(encoding="utf-8")
+
+
+def test_ranks_over_six_tasks_have_a_critical_difference(tmp_path):
+    rows = [row for k in range(6) for row in usual(f"set{k}")]
+    made = read_report([write(tmp_path, rows)], resamples=200)
+    (overall,) = made.overall
+    assert len(overall.boards) == 6 and overall.methods[0].startswith("alpha")
+    np.testing.assert_allclose(overall.average, [1, 2, 3, 4, 5])
+    assert overall.changes < 0.1 and overall.tau > 0.95 and overall.first_share[0] == 1
+    assert overall.above[0, 1:].min() == 1 and overall.critical is not None
+    five = read_report(
+        [write(tmp_path / "five", [row for k in range(5) for row in usual(f"set{k}")])], resamples=200
+    )
+    assert five.overall[0].critical is None
+
+
+def test_friedman_and_nemenyi_are_the_textbooks():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 12)) + np.arange(4)[:, None]
+    order = np.argsort(-scores.mean(axis=1))
+    from ssl3d_benchmarks.leaderboard_statistics import ranks_of
+
+    found = critical_difference(ranks_of(scores[order]))
+    assert found.p == pytest.approx(friedmanchisquare(*scores).pvalue)
+    # Demšar 2006, table 5: q = 2.569 for four classifiers.
+    assert found.difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 12)), abs=0.002)
+
+
+def test_the_same_record_twice_counts_once(tmp_path):
+    write(tmp_path / "a", usual())
+    write(tmp_path / "b", usual()[:2])
+    made = read_report([tmp_path], resamples=200)
+    assert not made.records.refused and len(made.records.tables[0].rows) == len(usual())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", "nowhere"], "nowhere: no such folder of records"),
+        (["report", "."], "no record of a benchmark"),
+        (["report"], "results"),
+        (["report", ".", "--resamples", "7"], "at least 100"),
+        (
+            ["report", ".", "--published", "nobody"],
+            "--published nobody: no such file, and none of medmnist3d",
+        ),
+        (["repot"], "'repot' is none of run, report"),
+    ],
+)
+def test_bad_input_is_one_line(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["leaderboard", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_a_wrong_file_of_published_numbers_is_told(folder, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("scores: 3\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"p\.yaml: published numbers need source"):
+        read_report([folder], [str(path)])
+
+
+def test_out_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "f").write_text("x", encoding="utf-8")
+    assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path / "f")]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])
+def test_help_imports_no_torch(words):
+    code = (
+        "import sys\nfrom ssl3d.cli import main\n"
+        f"try:\n    main(['leaderboard', *{words!r}])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "report" in done.stdout
+
+
+def test_a_record_of_other_content_is_not_read(tmp_path):
+    from ssl3d.api import read_result
+
+    (tmp_path / "x.json").write_text(json.dumps({"task": 1, "contestant": 2}), encoding="utf-8")
+    with pytest.raises(DataError):
+        read_result(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="no record of a benchmark"):
+        read_report([tmp_path])
