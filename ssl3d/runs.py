@@ -231,6 +231,8 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         unread += earlier is None
         labels = labels or bool(before.get("labels_seen", False))
         init = {"from": plan.options.init, "sha256": before.get("sha256"), "steps": before.get("steps")}
+        if "foreign" in before:  # another toolkit's weights: whose, and what is to be cited
+            init |= {"foreign": before["foreign"], "citation": before["citations"]["weights"]}
     citations = {name: kind.paper for name, (kind, _) in plan.proxies.items()}
     return {
         "spacing": [round(float(v), 6) for v in np.median(np.asarray(data.spacings, float), axis=0)],

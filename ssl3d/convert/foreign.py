@@ -21,7 +21,7 @@ from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, UsageError
 
 # Of several networks in one file, the first in this order is taken; none of the words is better still.
-_TWINS = ("teacher", "ema", "student", "momentum", "target", "_k.", "key")
+_TWINS = ("teacher", "ema", "student", "momentum", "target", "k", "key")
 _OPTIONS = ("layout", "prefix", "network", "allow_partial", "labels_seen")
 
 
@@ -149,7 +149,8 @@ def _prefixes(tensors: Mapping[str, Tensor], anchor: str) -> list[str]:
 
 
 def _rank(prefix: str) -> int:
-    return next((n for n, word in enumerate(_TWINS, 1) if word in prefix), 0)
+    words = re.split(r"[._]", prefix)
+    return next((n for n, word in enumerate(_TWINS, 1) if word in words), 0)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:

@@ -65,7 +65,7 @@ def read_file(path: str | Path) -> WeightsFile:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    _check_head(path, head, size)
+    check_head(path, head, size)
     contents = _safetensors(path, size) if head[8:9] == b"{" else _torch(path, size)
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path}: holds a {type(contents).__name__}, not a state dict")
@@ -78,7 +78,7 @@ def read_file(path: str | Path) -> WeightsFile:
     return WeightsFile(path, digest.hexdigest(), size, tensors, contents)
 
 
-def _check_head(path: Path, head: bytes, size: int) -> None:
+def check_head(path: Path, head: bytes, size: int) -> None:
     """Says what a file is that is no file of weights and can be told by how it begins."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:

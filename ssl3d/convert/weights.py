@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl3d.convert.foreign_files import check_head
 from ssl3d.errors import CheckpointError
 
 _INSIDE = ("state_dict", "model_state_dict", "model", "network_weights", "net")
@@ -76,6 +77,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    with path.open("rb") as file:
+        check_head(path, file.read(512), path.stat().st_size)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -232,9 +235,17 @@ def _lacking(match: Match) -> str:
     told = f"{match.matched:,} of {match.total:,} numbers match"
     if match.mismatched:
         key, theirs, ours = match.mismatched[0]
-        told += f"; {key} has shape {theirs}, needed is {ours}"
-    elif match.missing:
-        told += f"; {len(match.missing)} names are missing ({match.missing[0]})"
+        told += f"; {key} has shape {theirs}, needed is {ours}{_and_more(match.mismatched)}"
+    if match.missing:
+        told += f"; {len(match.missing)} names are missing ({_some(match.missing)})"
     if match.unused and match.missing:
-        told += f"; it has {match.unused[0]}, ..."
+        told += f"; it has {_some(match.unused)}"
     return told + "; --allow-partial (or allow_partial=true) takes what there is"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _and_more(found: list[Any]) -> str:
+    return f" (and {len(found) - 1} more such)" if len(found) > 1 else ""

@@ -19,6 +19,7 @@ from ssl3d.checkpoint import encoder_from, load_encoder, prepare_options_of
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign, save_foreign
 from ssl3d.convert.foreign_layouts import LAYOUTS
+from ssl3d.encoders.resnet import ResNet10, ResNetConfig
 from ssl3d.errors import CheckpointError, UsageError
 
 
@@ -164,11 +165,15 @@ def test_labels_source_and_preprocessing_are_in_medicalnets_card(tmp_path):
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_monais_resnets_give_monais_outputs_biased_shortcuts_and_all(tmp_path, shortcut):
-    from monai.networks.nets import resnet18
+    from monai.networks.nets.resnet import ResNet, ResNetBlock
 
     torch.manual_seed(0)
-    theirs = resnet18(spatial_dims=3, n_input_channels=2, num_classes=3, shortcut_type=shortcut)
+    theirs = ResNet(
+        ResNetBlock, [2, 2, 2, 2], [8, 16, 32, 64], n_input_channels=2, conv1_t_size=7, conv1_t_stride=2,
+        num_classes=3, shortcut_type=shortcut,
+    )  # fmt: skip
     settled(theirs)
+    assert ("layer2.0.downsample.0.bias" in theirs.state_dict()) == (shortcut == "B")
     torch.save(state_of(theirs), tmp_path / "model.pt")
     found = load_foreign(tmp_path / "model.pt", {"in_channels": 2, "stem_stride": 1})
     assert found.layout == "monai" and found.match.share == 1
@@ -293,24 +298,30 @@ def test_wrapped_2d_resnets_give_the_2d_output_on_images(tmp_path, resnet18, wra
     same(encoder(x)[-1].squeeze(2), resnet_map(resnet18, x.squeeze(2)))
 
 
-def test_a_teacher_and_a_student_are_told_apart(tmp_path, resnet18):
-    teacher = {f"teacher_backbone.{k}": v + 1 for k, v in state_of(resnet18).items()}
-    student = {f"student_backbone.{k}": v for k, v in state_of(resnet18).items()}
-    momentum = {f"backbone_momentum.{k}": v + 2 for k, v in state_of(resnet18).items()}
-    plain = {f"backbone.{k}": v + 3 for k, v in state_of(resnet18).items()}
-    weight = resnet18.layer1[0].conv1.weight.float()
+def test_a_teacher_and_a_student_are_told_apart(tmp_path):
+    small = state_of(ResNet10(ResNetConfig(kind="2.5d", in_channels=3, width=4)))
+    weight = small["layer1.0.conv1.weight"]
+
+    def named(prefix, add):
+        return {f"{prefix}.{key}": value + add for key, value in small.items()}
 
     def first(spec):
         return encoder_from(spec).layer1[0].conv1.weight
 
-    torch.save({"state_dict": student | teacher}, tmp_path / "dino.ckpt")
-    same(first(tmp_path / "dino.ckpt"), weight + 1)
-    same(first(f"{tmp_path / 'dino.ckpt'}:prefix=student_backbone"), weight)
-    torch.save({"state_dict": momentum | plain}, tmp_path / "moco.ckpt")
-    same(first(tmp_path / "moco.ckpt"), weight + 3)
-    assert "also in the file: 'state_dict.backbone_momentum.'" in str(load_foreign(tmp_path / "moco.ckpt"))
+    dino, moco = tmp_path / "dino.ckpt", tmp_path / "moco.ckpt"
+    torch.save({"state_dict": named("student_backbone", 0) | named("teacher_backbone", 1)}, dino)
+    same(first(dino), weight + 1)
+    same(first(f"{dino}:prefix=student_backbone"), weight)
+    torch.save({"state_dict": named("backbone_momentum", 2) | named("backbone", 3)}, moco)
+    same(first(moco), weight + 3)
+    assert "also in the file: 'state_dict.backbone_momentum.'" in str(load_foreign(moco))
     with pytest.raises(CheckpointError, match=r"under prefix 'nobody' \(has 'state_dict.backbone.'"):
-        encoder_from(f"{tmp_path / 'moco.ckpt'}:prefix=nobody")
+        encoder_from(f"{moco}:prefix=nobody")
+    plain, key = tmp_path / "plain.ckpt", tmp_path / "key.ckpt"
+    torch.save({"encoder_q": small, "encoder_k": named("module", 1)}, key)
+    same(first(key), weight)
+    torch.save({"state_dict": named("demand", 0) | named("ema.deeper", 1)}, plain)
+    same(first(plain), weight)
 
 
 def test_a_sequence_of_children_as_lightlys_examples_build_it(tmp_path, resnet18):
