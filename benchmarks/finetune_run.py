@@ -78,7 +78,6 @@ class Arm:
     Attributes:
         entries: Per seed, who is trained: the same encoder, or one from scratch for each seed.
         rates: Learning rates to try.
-        encoders: What `entries` make, kept from one job to the next where it is always the same.
     """
 
     entries: dict[int, Entry]
