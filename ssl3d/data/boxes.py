@@ -186,10 +186,10 @@ def merged(drawn: Sequence[tuple[str, Box]], overlap: float = 0.5) -> list[Box]:
     return [_mean([box for _, box in group]) for group in groups]
 
 
-def around_mask(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def around_mask(mask: np.ndarray, least: int = _SPECK) -> tuple[np.ndarray, np.ndarray]:
     """Boxes around the connected components of each value of a mask (D, H, W), corners touching.
 
-    Specks of under 4 voxels have none.
+    Specks of under `least` voxels have none.
 
     Returns:
         (n, 6) float32, z1 y1 x1 z2 y2 x2, the upper corner exclusive, and their values (n,).
@@ -201,7 +201,7 @@ def around_mask(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts, count = ndimage.label(mask == value, np.ones((3, 3, 3)))
         sizes = np.bincount(parts.reshape(-1), minlength=count + 1)[1:]
         for place, size in zip(ndimage.find_objects(parts), sizes, strict=True):
-            if size >= _SPECK:
+            if size >= least:
                 boxes.append([s.start for s in place] + [s.stop for s in place])
                 values.append(int(value))
     return np.array(boxes, np.float32).reshape(-1, 6), np.array(values, np.int64)

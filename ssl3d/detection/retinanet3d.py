@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssl3d.detection.anchors3d import AnchorPlan, grid_anchors
+from ssl3d.detection.boxes3d import box_overlap
 from ssl3d.detection.pyramid3d import Conv3x3x3, Pyramid3d, conv_block
 from ssl3d.detection.two_stage2d import Detection
 from ssl3d.encoder import Encoder
@@ -75,6 +77,9 @@ class RetinaNet3d(nn.Module):
     among the hardest, the class loss is binary cross-entropy over both: matcher, sampler, box coder and
     the selection of boxes are MONAI's `RetinaNetDetector` (nnDetection: Baumgartner et al., MICCAI 2021,
     arXiv 2106.00817).
+
+    A box to which ATSS gives no anchor (its threshold can lie above the best overlap, where the box is
+    smaller than all anchors) gets the best ones, as in Faster R-CNN.
 
     Any strides and sizes, thin volumes and images (D = 1): nothing is padded, and anchors lie where the
     maps' voxels do. What follows the heads is in single precision. Losses are means over volumes (of each
@@ -140,8 +145,10 @@ class RetinaNet3d(nn.Module):
             for n, (own, kinds) in enumerate(zip(boxes, labels, strict=True)):
                 target = {"boxes": own.float(), "labels": kinds.long()}
                 monai = self._monai
-                with torch.no_grad():
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "No anchor is matched", UserWarning)
                     matched = monai.compute_anchor_matched_idxs([anchors], [target], places)[0]
+                    matched = own_best(matched, anchors, target["boxes"])
                 with _drawn_with(None if seeds is None else int(seeds[n]), images.device):
                     score, goal = monai.get_cls_train_sample_per_image(logits[n], target, matched)
                 by_class.append(functional.binary_cross_entropy_with_logits(score, goal))
@@ -174,6 +181,24 @@ class RetinaNet3d(nn.Module):
         logits = [_rows(self.classifier(level), self.plan.count) for level in levels]
         offsets = [_rows(self.regressor(level), self.plan.count) for level in levels]
         return torch.cat(logits, dim=1), torch.cat(offsets, dim=1), [one.shape[1] for one in logits]
+
+
+def own_best(matched: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Gives every box that has no anchor those that overlap it most.
+
+    Args:
+        matched: The box of each anchor, negative for none (n,).
+        anchors: (n, 6).
+        boxes: (m, 6).
+    """
+    alone = [n for n in range(len(boxes)) if not (matched == n).any()]
+    if alone:
+        matched = matched.clone()
+        overlap = box_overlap(boxes[alone], anchors)
+        for n, row in zip(alone, overlap, strict=True):
+            if row.max() > 0:
+                matched[row >= row.max() - 1e-6] = n
+    return matched
 
 
 def _rows(map_: Tensor, count: int) -> Tensor:
