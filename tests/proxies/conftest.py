@@ -51,7 +51,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "rpn_samples": 64,
         "roi_samples": 16,
         "most": 4,
-        "keep_depth": False,
     },
 }
 
@@ -76,7 +75,10 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 # Strides of the encoder's four stages, where what it is fed is too thin for those of `tiny_encoder`.
-STRIDES: dict[str, Any] = {"pseudo3d_classification": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))}
+STRIDES: dict[str, Any] = {
+    name: ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
+    for name in ("pseudo3d_classification", "pseudo3d_detection")
+}
 
 
 def _phantoms(folder: Path) -> Path:
