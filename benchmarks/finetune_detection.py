@@ -514,6 +514,8 @@ def _class_names(data: Collection, values: Sequence[int]) -> tuple[str, ...]:
     for settings in data.settings:
         for names in (settings.get("box_labels") or {}).values():
             known |= {str(key): str(name) for key, name in names.items()}
+    if len(values) == 1 and str(values[0]) not in known:
+        return ("object",)
     return tuple(known.get(str(value), str(value)) for value in values)
 
 
