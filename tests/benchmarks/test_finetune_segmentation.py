@@ -1,0 +1,418 @@
+"""Segmentation as a downstream task: crops, sparse annotation, two stages, predictions and scores."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl3d.api import BatchRng, DataError, Encoder, numpy_rng, one_group, open_data, phantom_store
+from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.encoders.resnet import ResNet10
+from ssl3d_benchmarks.finetune_segmentation import IGNORE, Segmentation, SegmentationConfig
+from ssl3d_benchmarks.finetune_segmentation_data import Annotation, annotate, place_patch, sparse_slices
+
+PLAIN = {"chance": 0.0, "flip": 0.0}
+
+
+def a_store(path, volumes):
+    """Writes (subject, image (D, H, W), mask) to a store."""
+    for number, (subject, image, mask) in enumerate(volumes):
+        record = Record(id=f"v{number:03d}", dataset="made", subject=subject, spacing=(2.0, 1.0, 1.0))
+        write_part(Path(f"{path}.partial"), record.id, record, np.float32(image)[None], mask=mask)
+    assemble(Path(f"{path}.partial"), path, {}, [])
+    return open_data([path])
+
+
+def blobs(n=4, shape=(20, 24, 22), seed=0, value=2.0):
+    """Noise with a bright box of class 1 and a dark one of class 4 on slices 5 to 14."""
+    rng = np.random.default_rng(seed)
+    for number in range(n):
+        mask = np.zeros(shape, np.int64)
+        mask[5:12, 4:11, 4:12] = 1
+        mask[9:15, 12:18, 8:16] = 4
+        image = rng.normal(size=shape) * 0.3 + value * (mask == 1) - value * (mask == 4)
+        yield f"p{number // 2}", image, mask
+
+
+def encoder_of(width=8, seed=0, **options):
+    torch.manual_seed(seed)
+    return ResNet10(ResNet10.Config(width=width, stem_kernel=3, **options))
+
+
+def batch_of(task, volumes, seed=0):
+    examples = [task.draw(volume, numpy_rng(seed, n)) for n, volume in enumerate(volumes)]
+    return {name: torch.stack([one[name] for one in examples]) for name in examples[0]}
+
+
+def train(task, model, data, steps, batch=2, lr=4e-3):
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    for step in range(steps):
+        volumes = [data[(step * batch + n) % len(data)] for n in range(batch)]
+        loss, values = task.loss(model, batch_of(task, volumes, step), one_group(step, batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return values
+
+
+def row(task, model, volume):
+    with torch.no_grad():
+        found = task.predict(model.eval(), volume)
+    return found | {"dataset": volume.dataset, "subject": volume.subject, "id": volume.id}
+
+
+def scores(task, rows):
+    clusters, functions = task.score_functions(rows)
+    return {name: float(f(np.ones((1, len(clusters))))[0]) for name, f in functions.items()}
+
+
+class Told(torch.nn.Module):
+    """Knows the classes: bright voxels are class 1, dark ones class 2."""
+
+    def __init__(self, right=True):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(20.0 if right else -20.0))
+
+    def forward(self, x):
+        return [torch.cat([torch.full_like(x, 20.0), self.factor * x, -self.factor * x], dim=1)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return a_store(tmp_path_factory.mktemp("blobs") / "blobs.h5", blobs())
+
+
+# Sparse annotation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["random", "equidistant"])
+def test_sparse_slices_are_nested_on_objects_and_the_same_again(choice):
+    occupied = np.zeros(40, bool)
+    occupied[8:29] = True
+    before = set()
+    for number in (1, 2, 4, 8, 21, 30, 99):
+        found = sparse_slices(occupied, number, choice, (3, "d", "a"))
+        assert len(found) == min(number, 40) and (np.diff(found) > 0).all()
+        assert before <= set(found) and (number > 21 or occupied[found].all())
+        assert np.array_equal(found, sparse_slices(occupied, number, choice, (3, "d", "a")))
+        before = set(found)
+    assert sparse_slices(np.zeros(9, bool), 2, choice, (0,)).shape == (2,)
+
+
+def test_equidistant_slices_are_middle_and_quarters_and_random_ones_differ_by_volume():
+    occupied = np.zeros(40, bool)
+    occupied[8:24] = True
+    assert sparse_slices(occupied, 1, "equidistant", ()).tolist() == [16]
+    assert sparse_slices(occupied, 3, "equidistant", ()).tolist() == [12, 16, 20]
+    chosen = {int(sparse_slices(occupied, 1, "random", (0, n))[0]) for n in range(40)}
+    assert len(chosen) > 8
+
+
+def test_crops_hold_an_annotated_slice_and_targets_only_annotated_voxels(data):
+    for number, oversample in ((1, 0.0), (2, 1.0), (2, 0.4)):
+        config = SegmentationConfig(patch=(6, 12, 10), sparse_slices=number, oversample=oversample, **PLAIN)
+        task = Segmentation(config, data)
+        for volume in data:
+            slices = task.annotated_slices(volume)
+            assert len(slices) == number and ((slices >= 5) & (slices < 15)).all()
+            for seed in range(12):
+                target = task.draw(volume, np.random.default_rng(seed))["target"]
+                assert target.shape == (6, 12, 10) and target.dtype == torch.int16
+                known = (target != IGNORE).flatten(1)
+                assert 1 <= known.any(1).sum() <= number
+                assert (known.all(1) == known.any(1)).all()
+                if oversample == 1:
+                    assert (target > 0).any()
+    assert (
+        Segmentation(config, data).settings()["annotated"]["made/v000"]
+        == task.annotated_slices(data[0]).tolist()
+    )
+
+
+def test_masks_of_unannotated_slices_are_never_used(tmp_path, data):
+    config = SegmentationConfig(patch=(16, 16, 16), sparse_slices=2, stages=2, coarse=(8, 8, 8))
+    task = Segmentation(config, data)
+    poisoned = []
+    for volume, (subject, image, mask) in zip(data, blobs()):
+        other = np.random.default_rng(0).choice([1, 4], mask.shape)
+        other[~mask.any(axis=(1, 2))] = 0  # which slices hold objects is what the annotator is shown
+        slices = task.annotated_slices(volume)
+        other[slices] = mask[slices]
+        poisoned.append((subject, image, other))
+    bad = a_store(tmp_path / "bad.h5", poisoned)
+    again = Segmentation(config, bad)
+    model = task.model(encoder_of(norm="group"))
+    for step in range(3):
+        clean, dirty = batch_of(task, data, step), batch_of(again, bad, step)
+        assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+        losses = [t.loss(model, b, one_group(step, 4))[0] for t, b in ((task, clean), (again, dirty))]
+        assert torch.equal(*losses) and losses[0] > 0
+    trivial = [t.predict_trivial("average mask", d, d, data, 0) for t, d in ((task, data), (again, bad))]
+    assert trivial[0] == trivial[1]
+
+
+def test_voxels_that_nobody_annotated_count_in_no_score(tmp_path):
+    (subject, image, mask), *_ = blobs(1)
+    mask[:, :, 12:] = 255
+    data = a_store(tmp_path / "a.h5", [(subject, image, mask)])
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16), ignore=255), data)
+    assert task.values == (0, 1, 4)
+
+    class Wrong(torch.nn.Module):
+        def forward(self, x):
+            return [torch.cat([Told()(x)[0][:, :1], Told()(x)[0][:, 1:]], dim=1)]
+
+    image[:, :, 12:] = 9  # never seen by the score
+    found = row(task, Told(), data[0])
+    assert found["dice"]["1"] > 0.98
+    assert task.draw(data[0], np.random.default_rng(0))["target"].min() == IGNORE
+    plain = Segmentation(SegmentationConfig(patch=(16, 16, 16), classes=(0, 4)), data)
+    assert plain.names == ("0", "4")  # values that are not named are background
+
+
+# Crops --------------------------------------------------------------------------------------------
+
+
+def test_a_third_of_the_crops_lies_on_objects():
+    annotation = Annotation(None, (2, 2, 2, 4, 4, 4), {1: np.array([[2, 3, 3]], np.int16)})
+    rng = np.random.default_rng(0)
+    starts = np.array([place_patch((64, 64, 64), (8, 8, 8), annotation, 1 / 3, rng) for _ in range(600)])
+    on = ((starts <= 2) & (starts > 2 - 8 + 1)).all(axis=1)
+    assert 0.26 < on.mean() < 0.42
+    assert starts.min() == 0 and starts.max() == 56
+    assert place_patch((4, 64, 8), (8, 8, 8), annotation, 0, rng)[::2] == (-2, 0)
+    inside = np.array(
+        [place_patch((64,) * 3, (8,) * 3, annotation, 0, rng, (10, 20, 30, 14, 40, 60)) for _ in range(200)]
+    )
+    assert inside[:, 0].min() == 6 and inside[:, 0].max() == 10  # round a smaller box
+    assert inside[:, 1].min() == 20 and inside[:, 1].max() == 32  # within a larger one
+
+
+def test_crops_are_read_with_their_margin_and_outside_is_unknown(data):
+    task = Segmentation(SegmentationConfig(patch=(48, 48, 48)), data)
+    assert task.patch == (24, 24, 24)  # no larger than the volumes, up to a multiple of 8
+    example = task.draw(data[0], np.random.default_rng(0))
+    assert example["image"].shape[1:] == example["target"].shape > (24, 24, 24)
+    known = example["target"] != IGNORE
+    assert known.sum() == 20 * 24 * 22
+    loss, values = task.loss(task.model(encoder_of()), batch_of(task, data), one_group(0, 4))
+    assert loss.isfinite() and set(values) == {"ce", "dice_loss", "dice"}
+
+
+def test_places_of_large_objects_are_drawn_evenly(tmp_path):
+    mask = np.ones((70, 40, 40), np.int64)
+    mask[:2] = 2
+    data = a_store(tmp_path / "a.h5", [("a", np.random.default_rng(0).normal(size=mask.shape), mask)])
+    found = annotate(data[0], np.array([0, 1, 2]), 0, "random", 0)
+    assert found.box == (0, 0, 0, 70, 40, 40) and set(found.places) == {1, 2}
+    assert len(found.places[1]) == 1000
+    share = np.histogram(found.places[1][:, 0], [2, 32, 64, 70])[0] / 1000
+    assert np.allclose(share, [30 / 68, 32 / 68, 6 / 68], atol=0.06)
+
+
+# Learning -----------------------------------------------------------------------------------------
+
+
+def by_heart(tmp_path, steps, **options):
+    data = open_data([phantom_store(1, shape=(20, 24, 24), folder=tmp_path)])
+    task = Segmentation(SegmentationConfig(patch=(24, 24, 24), width=16, **options, **PLAIN), data)
+    model = task.model(encoder_of())
+    train(task, model, data, steps, batch=1, lr=1e-2)
+    return row(task, model, data[0])["dice"]
+
+
+def test_it_learns_one_phantom_by_heart(tmp_path):
+    found = by_heart(tmp_path, 90, classes=(0, 1, 2))
+    assert min(found.values()) > 0.95, found
+
+
+@pytest.mark.slow
+def test_it_learns_a_phantoms_lesions_of_a_few_voxels_too(tmp_path):
+    found = by_heart(tmp_path, 400)
+    assert min(found.values()) > 0.95, found
+
+
+def test_two_stages_find_a_small_object_in_a_large_volume(tmp_path):
+    rng = np.random.default_rng(0)
+    volumes = []
+    for number in range(4):
+        image, mask = rng.normal(size=(48, 64, 64)) * 0.3, np.zeros((48, 64, 64), np.int64)
+        corner = rng.integers(4, 36, 3)
+        cut = tuple(slice(int(c), int(c) + 8) for c in corner)
+        mask[cut], image[cut] = 1, image[cut] + 4
+        volumes.append((f"p{number}", image, mask))
+    data = a_store(tmp_path / "small.h5", volumes)
+    config = SegmentationConfig(patch=(16, 16, 16), width=8, stages=2, coarse=(16, 16, 16), **PLAIN)
+    task = Segmentation(config, data)
+    model = task.model(
+        encoder_of(stem_stride=(1, 1, 1), stage_strides=((1,) * 3, (2,) * 3, (1,) * 3, (1,) * 3))
+    )
+    train(task, model, data, 50, lr=1e-2)
+    for volume in data:
+        found = row(task, model, volume)
+        assert found["dice"]["1"] > 0.85
+        z1, y1, x1, z2, y2, x2 = found["region"]
+        assert (z2 - z1) * (y2 - y1) * (x2 - x1) < 0.1 * 48 * 64 * 64
+
+
+def test_slicewise_the_encoder_is_a_2d_network(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 24, 16), slicewise=True, width=8, **PLAIN), data)
+    assert task.patch == (1, 24, 16)
+
+    class Seen(Encoder):
+        channels, strides, embed_dim = (1,), ((1, 1, 1),), 1
+        config = ResNet10.Config()
+
+        def forward(self, x):
+            assert x.shape[2] == 1
+            return [x]
+
+    model = task.model(Seen())
+    task.loss(model, batch_of(task, data), one_group(0, 4))[0].backward()
+    assert task.labels(model.eval(), data[0]).shape == data[0].shape[1:]
+    # What is predicted of a slice depends on that slice alone.
+    network = task.model(encoder_of()).eval()
+    whole = task.labels(network, data[0])
+
+    def blanked(start, size):
+        crop = data[0].read(start, size)
+        crop[:, : 7 - start[0]] = crop[:, 8 - start[0] :] = 0
+        return crop
+
+    volume = data[0]
+    volume.read = blanked
+    again = task.labels(network, volume)
+    assert np.array_equal(again[7], whole[7])
+    assert not np.array_equal(again[8], whole[8])
+
+
+@pytest.mark.parametrize("head", ["med3d", "denseaspp", "linear"])
+def test_every_head_can_be_chosen_and_is_made_anew_by_the_seed(head, data):
+    task = Segmentation(SegmentationConfig(head=head, width=4, patch=(16, 16, 16)), data)
+    models = []
+    for seed in (0, 0, 1):
+        encoder = encoder_of()
+        torch.manual_seed(seed)
+        models.append(task.model(encoder))
+        assert models[-1].encoder is encoder
+    weights = [torch.cat([p.flatten() for p in m.head.parameters()]) for m in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    loss, _ = task.loss(models[0], batch_of(task, data[:2]), BatchRng(0, [0, 1], 2))
+    loss.backward()
+
+
+# Predictions and scores ---------------------------------------------------------------------------
+
+
+def test_a_perfect_prediction_scores_1_and_its_opposite_0(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16), mirror=True, flip_axes=(0, 1, 2)), data)
+    rows = [row(task, Told(), volume) for volume in data]
+    found = scores(task, rows)
+    assert found["dice"] > 0.99 and found["surface_dice"] > 0.99 and found["hd95"] < 0.5
+    assert set(found) == {f"{m}{k}" for m in ("dice", "hd95", "surface_dice") for k in ("", "_1", "_4")}
+    assert scores(task, [row(task, Told(False), v) for v in data])["dice"] < 0.05
+    assert rows[0]["voxels"]["1"][1] == 7 * 7 * 8
+
+
+def test_volumes_of_a_subject_are_averaged_and_undefined_classes_left_out(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
+    values = [("a", 1.0, None), ("a", 0.5, None), ("b", 0.0, 0.6)]
+    rows = [
+        {"dataset": "d", "subject": s, "id": str(n)}
+        | {m: {"1": one, "4": other} for m in ("dice", "hd95", "surface_dice")}
+        for n, (s, one, other) in enumerate(values)
+    ]
+    clusters, functions = task.score_functions(rows)
+    assert clusters.tolist() == ["d\ta", "d\tb"]
+    found = scores(task, rows)
+    assert found["dice_1"] == pytest.approx(0.375) and found["dice_4"] == pytest.approx(0.6)
+    assert found["dice"] == pytest.approx((0.375 + 0.6) / 2)
+    only_a = functions["dice"](np.array([[1.0, 0.0]]))
+    assert only_a[0] == pytest.approx(0.75)
+
+
+def test_the_average_mask_knows_where_objects_usually_are(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
+    rows = task.predict_trivial("average mask", data[:2], data[:0], data[2:], 0)
+    assert [r["id"] for r in rows] == ["v002", "v003"]
+    assert scores(task, rows)["dice"] > 0.9  # the boxes never move here
+
+
+def test_a_prediction_is_written_with_mask_values(tmp_path, data):
+    import nibabel
+
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
+    path = task.save_prediction(Told(), data[0], tmp_path / "new")
+    assert path.name == "made_v000_stored_grid.nii.gz"  # the record has no source
+    written = np.asarray(nibabel.load(path).dataobj)
+    assert written.shape == (22, 24, 20) and set(np.unique(written)) == {0, 1, 4}
+    mask = data[0].read_mask().numpy()
+    assert (mask == written.T).mean() > 0.99
+
+
+def test_a_picture_shows_truth_beside_prediction(tmp_path, data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
+    path = tmp_path / "p.png"
+    task.picture(Told(), data[:2]).savefig(path)
+    assert path.stat().st_size > 5000
+
+
+def test_the_task_pickles_for_workers_and_draws_the_same(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16), stages=2, coarse=(8, 8, 8)), data)
+    task.draw(data[0], np.random.default_rng(0))
+    again = pickle.loads(pickle.dumps(task))
+    one, other = (t.draw(data[0], np.random.default_rng(1)) for t in (task, again))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_loss_in_parts_of_the_global_batch_draws_the_same_augmentation(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16), chance=1.0), data)
+    seen = []
+
+    class Keep(Told):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    batch = batch_of(task, data)
+    task.loss(Keep(), batch, BatchRng(5, range(4), 4))
+    for rows in ([0, 1], [2, 3]):
+        part = {name: value[rows] for name, value in batch.items()}
+        task.loss(Keep(), part, BatchRng(5, rows, 4))
+    assert torch.allclose(seen[0], torch.cat(seen[1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("patch", (0, 1, 1)),
+        ("oversample", 1.5),
+        ("overlap", 1.0),
+        ("classes", (1, 2)),
+        ("axes", (3,)),
+        ("sparse_slices", -1),
+        ("torchio", ("RandomMotion",)),
+        ("width", 1),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(field, value):
+    with pytest.raises(ValueError, match=field.replace("torchio", "torchio")):
+        SegmentationConfig(**{field: value})
+
+
+def test_data_without_masks_is_refused(tmp_path):
+    for number in range(2):
+        record = Record(id=f"v{number}", dataset="d", subject=str(number))
+        write_part(
+            tmp_path / "a.h5.partial", record.id, record, np.random.rand(1, 8, 8, 8).astype(np.float32)
+        )
+    assemble(tmp_path / "a.h5.partial", tmp_path / "a.h5", {}, [])
+    with pytest.raises(DataError, match="none of the 2 volumes has a mask"):
+        Segmentation.known(SegmentationConfig(), open_data([tmp_path / "a.h5"]))
+    empty = a_store(tmp_path / "b.h5", [("a", np.random.rand(8, 8, 8), np.zeros((8, 8, 8), np.int64))])
+    with pytest.raises(DataError, match="empty"):
+        Segmentation(SegmentationConfig(), empty)
