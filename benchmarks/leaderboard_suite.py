@@ -60,9 +60,11 @@ class Suite:
         seeds: Of pretraining; every run is done once for each.
         budget: `flops`, of every run; or `run` and `steps`, a run whose FLOPs every run spends; or
             empty, and runs say themselves how long they take.
-        stores: Name -> what `ssl3d prepare` makes it of, below the root of the data; or phantoms:N.
+        stores: Name -> what `ssl3d prepare` makes it of: paths below the root of the data, then options;
+            of several ways, apart by |, the first whose paths are all there. Or phantoms:N.
         runs: Name -> what follows `ssl3d pretrain`.
-        contestants: Name -> an encoder that is not pretrained here: `imagenet:...`, `scratch:...`, a path.
+        contestants: Name -> an encoder that is not pretrained here, or not as it is: `imagenet:...`,
+            `scratch:...`, a path, `{RUN}:high_resolution=true`.
         tasks: What is scored.
         published: Names of files with published numbers, shown beside.
     """
@@ -293,31 +295,35 @@ class Plan:
 
     def _prepare(self, name: str, source: str) -> Job:
         store = Path(self._store(name))
-        sources = [self.places.root / word for word in shlex.split(source) if not word.startswith("--")]
-        missing = ", ".join(str(path) for path in sources if not path.exists())
-        words = [
-            word if word.startswith("--") or not (self.places.root / word).exists()
-            else str(self.places.root / word) for word in shlex.split(source)
-        ]  # fmt: skip
+        ways = [shlex.split(way) for way in source.split("|")]
+        words, lacking = _located(ways[0], self.places.root)
+        for way in ways:
+            found, lack = _located(way, self.places.root)
+            if not lack:
+                words, lacking = found, lack
+                break
         return Job(
-            f"prepare:{name}", "prepare", lambda: ["prepare", *words, "--out", str(store)],
-            product=store, missing="" if store.exists() else missing,
-        )  # fmt: skip
+            f"prepare:{name}",
+            "prepare",
+            lambda: ["prepare", *words, "--out", str(store)],
+            product=store,
+            missing="" if store.exists() else ", ".join(lacking),
+        )
 
     def _measure(self, name: str) -> Job:
         folder = self.places.work / f"flops-{name}"
         return Job(
             f"measure:{name}",
             "measure",
-            lambda: ["pretrain", *self.pretraining(name, 1, 0), "--eval-every", "-1", "--out", str(folder),
+            lambda: ["pretrain", *self.pretraining(name, 1, self.suite.seeds[0]), "--eval-every", "-1", "--out", str(folder),
                      "--overwrite"],
-            self._stores_of(self.suite.runs[name]),
+            self._needs(self.suite.runs[name]),
             _card(folder),
         )  # fmt: skip
 
     def _pretrain(self, name: str, seed: int) -> Job:
         suite, folder = self.suite, self.folder(name, seed)
-        needs = list(self._stores_of(suite.runs[name]))
+        needs = list(self._needs(suite.runs[name], seed))
         if suite.budget:
             needs.append(f"measure:{name}")
             if "run" in suite.budget:
@@ -346,13 +352,18 @@ class Plan:
             name = f"score:{folder}:{label}"
             out = self.places.out / folder
             command = [task.protocol, encoder, *self.words(task.options), "--out", str(out)]
-            waits = tuple(dict.fromkeys((*self._stores_of(task.options), *needs, *first)))
+            waits = tuple(dict.fromkeys((*self._needs(task.options), *needs, *first)))
             if not first:
                 first.append(name)
             return Job(name, "score", lambda: command, waits, inputs=(card,) if card else ())
 
         for name in others:
-            yield job(name, f"{name}={self.words(suite.contestants[name])[0]}", task.name, (), None)
+            text = suite.contestants[name]
+            encoder = self.words(text)[0]
+            card = next(
+                (_card(self.folder(r, suite.seeds[0])) for r in suite.runs if f"{{{r}}}" in text), None
+            )
+            yield job(name, f"{name}={encoder}", task.name, self._needs(text), card)
         for seed in suite.seeds:
             for name in runs:
                 folder = self.folder(name, seed)
@@ -377,24 +388,30 @@ class Plan:
 
     # Words -----------------------------------------------------------------------------------------
 
-    def words(self, text: str) -> list[str]:
-        """Splits a command's words, {NAME} made the path of that store, {root} that of the data.
+    def words(self, text: str, seed: int | None = None) -> list[str]:
+        """Splits a command's words: {STORE} becomes its path, {RUN} its folder, {root} that of the data.
+
+        Args:
+            text: Of the suite.
+            seed: Of the runs named in it; the first if None.
 
         Raises:
-            UsageError: There is no such store.
+            UsageError: There is no such store or run.
         """
-        places = {name: str(self._store(name)) for name in self.suite.stores}
+        seed = self.suite.seeds[0] if seed is None else seed
+        places = {name: str(self.folder(name, seed)) for name in self.suite.runs}
+        places |= {name: str(self._store(name)) for name in self.suite.stores}
         try:
             return [word.format(root=self.places.root, **places) for word in shlex.split(text)]
         except (KeyError, IndexError, ValueError) as error:
             there = ", ".join(sorted(places))
             raise UsageError(
-                f"suite {self.suite.name}: {text!r}: {error} names no store: there are {there}"
+                f"suite {self.suite.name}: {text!r}: {error} names no store and no run: there are {there}"
             ) from error
 
     def pretraining(self, name: str, steps: int | None, seed: int) -> list[str]:
         """What follows `ssl3d pretrain`."""
-        words = self.words(self.suite.runs[name])
+        words = self.words(self.suite.runs[name], seed)
         encoder = [] if "--encoder" in words else self.words(self.suite.encoder)
         length = [] if steps is None else ["--steps", str(steps)]
         return [*words, *encoder, *length, "--seed", str(seed)]
@@ -423,9 +440,24 @@ class Plan:
         source = self.suite.stores[name]
         return source if _is_phantoms(source) else self.places.work / f"{name}.h5"
 
-    def _stores_of(self, text: str) -> tuple[str, ...]:
+    def _needs(self, text: str, seed: int | None = None) -> tuple[str, ...]:
+        """The jobs that make the stores and runs named in a text."""
+        seed = self.suite.seeds[0] if seed is None else seed
         real = [n for n, source in self.suite.stores.items() if not _is_phantoms(source)]
-        return tuple(f"prepare:{name}" for name in real if f"{{{name}}}" in text)
+        return (
+            *(f"prepare:{name}" for name in real if f"{{{name}}}" in text),
+            *(f"pretrain:{name}:{seed}" for name in self.suite.runs if f"{{{name}}}" in text),
+        )
+
+
+def _located(words: list[str], root: Path) -> tuple[list[str], list[str]]:
+    """What follows `ssl3d prepare`, with paths below the root; and those that are not there.
+
+    Words from the first flag on are options.
+    """
+    flags = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+    paths = [root / word for word in words[:flags]]
+    return [*map(str, paths), *words[flags:]], [str(path) for path in paths if not path.exists()]
 
 
 def _is_phantoms(source: str) -> bool:

@@ -100,6 +100,25 @@ def test_untrained_encoders_are_scored_before_those_that_are_compared_with_them(
     assert all("score:masks:plain" in job.needs for job in jobs[1:])
 
 
+def test_a_run_can_begin_where_another_ended_and_be_scored_with_other_options(tmp_path):
+    runs = {
+        "simclr": "--proxy simclr --data {scans}",
+        "after": "--proxy mae --data {scans} --init {simclr}",
+    }
+    fine = {"fine": "{simclr}:high_resolution=true"}
+    tasks = {"masks": {"contestants": "fine", "options": "--data {scans}"}}
+    measured(tmp_path, simclr=30, after=90)
+    jobs = {
+        j.name: j
+        for j in planned(tmp_path, runs=runs, contestants=fine, tasks=tasks, only=["masks", "after"]).jobs
+    }
+    assert "pretrain:simclr:3" in jobs["pretrain:after:3"].needs
+    words = jobs["pretrain:after:3"].command()
+    assert words[words.index("--init") + 1] == str(tmp_path / "work" / "simclr-3")
+    assert jobs["score:masks:fine"].command()[1] == f"fine={tmp_path}/work/simclr-0:high_resolution=true"
+    assert "pretrain:simclr:0" in jobs["score:masks:fine"].needs
+
+
 def test_only_takes_what_is_needed_along(tmp_path):
     names = {job.name for job in planned(tmp_path, only=["tuned"]).jobs}
     assert {"pretrain:simclr:0", "measure:simclr", "prepare:scans"} <= names
@@ -109,6 +128,14 @@ def test_only_takes_what_is_needed_along(tmp_path):
 def test_data_that_is_not_there_is_said(tmp_path):
     plan = planned(tmp_path, stores={"scans": "elsewhere", "people": "phantoms"})
     assert plan.jobs[0].missing == str(tmp_path / "data" / "elsewhere")
+
+
+def test_a_store_is_made_in_the_first_way_that_is_there(tmp_path):
+    stores = {"scans": "flat.npz | folder --spacing 1 1 1", "people": "phantoms"}
+    job = planned(tmp_path, stores=stores).jobs[0]
+    folder = str(tmp_path / "data" / "folder")
+    assert not job.missing
+    assert job.command()[:6] == ["prepare", folder, "--spacing", "1", "1", "1"]
 
 
 def test_another_encoder_is_another_job(tmp_path):
@@ -159,7 +186,9 @@ def test_wrong_names_are_one_clear_line(tmp_path):
         load_suite(tmp_path / "bad.yaml")
     with pytest.raises(UsageError, match="no such run or task in mine: simclr"):
         planned(tmp_path, only=["nothing"])
-    with pytest.raises(UsageError, match="'nowhere' names no store: there are people, scans"):
+    with pytest.raises(
+        UsageError, match="'nowhere' names no store and no run: there are people, scans, simclr, vit"
+    ):
         planned(tmp_path, runs={"simclr": "--proxy simclr --data {nowhere}", "vit": "--proxy mae"})
 
 
