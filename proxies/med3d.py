@@ -117,6 +117,10 @@ class Med3D(Proxy):
     decay; crops of 32³ by default instead of whole volumes. Loss and metric leave out voxels whose value
     no training mask has.
 
+    What a branch can draw depends on the stride of the deepest map: 8 in the paper. With resnet18 of width
+    32 on hippocampus and brain tumours, Dice on hippocampus crops reached .45 after 20 steps with
+    `dilated` stages (stride 4), and stayed at 0 for 300 steps at the default stride of 16.
+
     The metric `dice` is the mean over structures and data sets of the Dice coefficient, from the voxels
     of all of a batch's crops together; `dice_NAME` is that of one data set. Structures that are neither
     in the masks nor predicted do not count.
