@@ -495,7 +495,10 @@ def _mirrored(x: Tensor, target: Tensor, chosen: Tensor, axes: Sequence[int]) ->
 def _batch_dice(logits: Tensor, target: Tensor) -> Tensor:
     """Mean Dice over the classes that the batch has, for the log."""
     known = target != IGNORE
-    predicted = logits.argmax(dim=1)
+    best, predicted = logits[:, 0], torch.zeros_like(target)
+    for k in range(1, logits.shape[1]):  # argmax over a strided axis takes a tenth of a step on the CPU
+        predicted = torch.where(logits[:, k] > best, k, predicted)
+        best = torch.maximum(best, logits[:, k])
     values = []
     for k in range(1, logits.shape[1]):
         one, other = (predicted == k) & known, target == k

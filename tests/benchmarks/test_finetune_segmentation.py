@@ -416,3 +416,24 @@ def test_data_without_masks_is_refused(tmp_path):
     empty = a_store(tmp_path / "b.h5", [("a", np.random.rand(8, 8, 8), np.zeros((8, 8, 8), np.int64))])
     with pytest.raises(DataError, match="empty"):
         Segmentation(SegmentationConfig(), empty)
+
+
+def test_the_command_trains_scores_and_writes_predictions(tmp_path, capsys):
+    import json
+
+    from ssl3d.cli import main
+
+    store = phantom_store(16, shape=(12, 16, 16), folder=tmp_path)
+    arguments = ["finetune", "scratch:resnet10:width=4", "--data", str(store), "--task", "segmentation"]
+    arguments += "--steps 2 --batch_size 2 --eval_at 1 --threads 1 --save_predictions".split()
+    arguments += "--segmentation.width 4 --segmentation.sparse_slices 1 --out".split() + [
+        str(tmp_path / "o")
+    ]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "average mask" in shown and "dice" in shown
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "o").rglob("*.json")]
+    records = [one for one in records if one.get("task") == "finetune-segmentation/masks"]
+    assert records and all("surface_dice_2" in one["scores"] for one in records)
+    assert all(len(s) == 1 for s in records[0]["settings"]["task"]["annotated"].values())
+    assert list((tmp_path / "o").rglob("*.nii.gz"))
