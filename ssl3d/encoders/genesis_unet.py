@@ -91,8 +91,8 @@ class GenesisUNet(ConvolutionalEncoder):
 
     Config = GenesisUNetConfig
     paper = (
-        "Zhou, Sodha, Rahman Siddiquee, Feng, Tajbakhsh, Gotway, Liang: Models Genesis: Generic Autodidactic "
-        "Models for 3D Medical Image Analysis. MICCAI 2019, arXiv 1908.06912"
+        "Zhou, Sodha, Rahman Siddiquee, Feng, Tajbakhsh, Gotway, Liang: Models Genesis: Generic "
+        "Autodidactic Models for 3D Medical Image Analysis. MICCAI 2019, arXiv 1908.06912"
     )
 
     def __init__(self, config: GenesisUNetConfig | None = None):
