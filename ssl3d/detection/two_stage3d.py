@@ -40,7 +40,8 @@ class TwoStage3dConfig:
         roi_iou: Least overlap of a proposal with a box to be its own (in 2D: .5).
         roi_samples: Proposals per volume in the loss (in 2D: 512).
         roi_positive: Most of them that are a box's.
-        beta: Where smooth L1 turns linear.
+        rpn_beta: Where smooth L1 turns linear, for anchors.
+        roi_beta: The same for proposals, whose offsets are larger by `box_weights`.
         box_weights: What the offsets of proposals (place, side) are multiplied by.
         score: Least score of a detection.
         nms: Overlap above which the worse of two detections of a class goes.
@@ -60,7 +61,8 @@ class TwoStage3dConfig:
     roi_iou: float = 0.3
     roi_samples: int = 64
     roi_positive: float = 0.25
-    beta: float = 1 / 9
+    rpn_beta: float = 1 / 9
+    roi_beta: float = 1.0
     box_weights: tuple[float, float] = (10.0, 5.0)
     score: float = 0.02
     nms: float = 0.22
@@ -76,7 +78,15 @@ class TwoStage3dConfig:
             raise ValueError(f"proposals needs two numbers of at least 1, not {self.proposals}")
         if len(self.rpn_iou) != 2 or not 0 < self.rpn_iou[0] <= self.rpn_iou[1] <= 1:
             raise ValueError(f"rpn_iou needs two overlaps, the lower first, not {self.rpn_iou}")
-        for name in ("proposal_nms", "roi_iou", "nms", "rpn_positive", "roi_positive", "beta"):
+        for name in (
+            "proposal_nms",
+            "roi_iou",
+            "nms",
+            "rpn_positive",
+            "roi_positive",
+            "rpn_beta",
+            "roi_beta",
+        ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, not {getattr(self, name):g}")
         if len(self.box_weights) != 2 or min(self.box_weights) <= 0:
@@ -170,7 +180,7 @@ class TwoStageDetector3d(nn.Module):
                 at = torch.where(kinds > 0)[0]
                 taken = offset.unflatten(1, (-1, 6))[at, kinds[at] - 1]
                 aim = encode(truth[at], place[at], self._weights)
-                loss = functional.smooth_l1_loss(taken, aim, beta=config.beta, reduction="sum")
+                loss = functional.smooth_l1_loss(taken, aim, beta=config.roi_beta, reduction="sum")
                 by_box.append(loss / total)
         return found | {"roi_class": torch.stack(by_class).mean(), "roi_box": torch.stack(by_box).mean()}
 
@@ -259,7 +269,7 @@ class TwoStageDetector3d(nn.Module):
             by_class.append(loss / total)
             own = at[labels[at] > 0]
             aim = encode(truths[owner[own]], anchors[own]) if len(own) else offsets.new_zeros(0, 6)
-            loss = functional.smooth_l1_loss(offsets[n, own], aim, beta=config.beta, reduction="sum")
+            loss = functional.smooth_l1_loss(offsets[n, own], aim, beta=config.rpn_beta, reduction="sum")
             by_box.append(loss / total)
         return {"rpn_class": torch.stack(by_class).mean(), "rpn_box": torch.stack(by_box).mean()}
 
