@@ -302,7 +302,7 @@ def _network(arm: Arm) -> str:
 
 def best_imagenet(board: Board) -> Arm | None:
     """The ImageNet conversion of the highest score."""
-    found = [arm for arm in board.of_kind("imagenet") if np.isfinite(arm.interval.value)]
+    found = [arm for arm in board.of_kind("imagenet") if not arm.why_unranked]
     return max(found, key=lambda arm: arm.interval.value, default=None)
 
 
@@ -315,11 +315,14 @@ def _differences(board: Board) -> None:
         scratch = reference_of(arm, board)
         if scratch is not None:
             arm.gain = _paired(arm, scratch)
+            if arm.why_unranked:  # shown, but neither tested nor counted among the tests
+                continue
             if np.isfinite(arm.gain.p):
                 tests.append((arm, "p_holm", arm.gain.p))
             if np.isfinite(arm.gain.error):
                 errors.append(arm.gain.error)
-        if imagenet is not None and arm is not imagenet and arm.kind == "pretrained":
+        if imagenet not in (None, arm) and arm.kind == "pretrained" and not arm.why_unranked:
+            assert imagenet is not None
             arm.over_imagenet = _paired(arm, imagenet)
             if np.isfinite(arm.over_imagenet.p):
                 tests.append((arm, "p_imagenet_holm", arm.over_imagenet.p))
@@ -615,7 +618,10 @@ def answer(boards: Sequence[Board]) -> list[str]:
         if worse:
             lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
         if blind:
-            lines.append(f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing.")
+            lines.append(
+                f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
+                "or pretraining saw test subjects."
+            )
     ahead = _over_imagenet(whole)
     return lines + ahead or ["There is no pretrained encoder in these records."]
 
