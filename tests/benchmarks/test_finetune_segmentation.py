@@ -425,10 +425,9 @@ def test_the_command_trains_scores_and_writes_predictions(tmp_path, capsys):
 
     store = phantom_store(16, shape=(12, 16, 16), folder=tmp_path)
     arguments = ["finetune", "scratch:resnet10:width=4", "--data", str(store), "--task", "segmentation"]
-    arguments += "--steps 2 --batch_size 2 --eval_at 1 --threads 1 --save_predictions".split()
-    arguments += "--segmentation.width 4 --segmentation.sparse_slices 1 --out".split() + [
-        str(tmp_path / "o")
-    ]
+    options = {"steps": 2, "batch_size": 2, "eval_at": 1, "threads": 1, "out": tmp_path / "o"}
+    options |= {"segmentation.width": 4, "segmentation.sparse_slices": 1}
+    arguments += ["--save_predictions", *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "average mask" in shown and "dice" in shown
