@@ -47,7 +47,8 @@ font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.4rem .6rem;color:var(--dim);font-size:.85rem}
 th,td{padding:.32rem .6rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 td.n,th.n{text-align:right;white-space:nowrap}thead th{position:sticky;top:0;background:var(--soft);
-border-top:0;white-space:nowrap;z-index:2}tbody th{overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
+border-top:0;white-space:nowrap;z-index:2}
+tbody th{overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
 font-weight:600;
 min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:12rem}
 @media(max-width:600px){tbody th{min-width:7rem;max-width:8.5rem}th,td{padding:.28rem .4rem}
