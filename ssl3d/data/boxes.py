@@ -1,9 +1,10 @@
-"""Boxes of objects: COCO's JSON and CSV lists beside the pictures they speak of; boxes around masks."""
+"""Boxes of objects: lists beside the scans (COCO's JSON, CSV, MONAI's JSON in mm); boxes around masks."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,15 +43,20 @@ class Boxes:
         images: Per picture, by the name the file has for it.
         names: Class -> name.
         left_out: What was not taken, and how often.
+        world: Whether the boxes are x y z width height depth class in mm (RAS+), x y z the centre, and not
+            corners in pixels.
     """
 
     images: dict[str, list[Box]] = dataclasses.field(default_factory=dict)
     names: dict[int, str] = dataclasses.field(default_factory=dict)
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+    world: bool = False
 
 
 def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
     """Adds the boxes that files beside the pictures tell of: COCO's JSON, CSV lists as VinDr-CXR's.
+
+    And MONAI's JSON lists of detection (LUNA16), beside volumes.
 
     Looked for in `root` and `root/annotations`. A picture is known by its path or the end of it, or by its
     name without ending. Pictures that no file names have no boxes (None); those that a file names and
@@ -65,7 +71,11 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
         DataError: A file is damaged, or names a class that it does not list.
     """
     for path in _files(root):
-        said = from_coco(path) if path.suffix.lower() == ".json" else from_table(path, readers)
+        if path.suffix.lower() == ".json":
+            content = _content(path)
+            said = from_coco(path, content) or from_monai(path, content)
+        else:
+            said = from_table(path, readers)
         if said is None:
             continue
         by_end = _by_end(said.images)
@@ -74,28 +84,27 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
             name = _named(scan.source, by_end)
             if name is None or scan.member is not None:
                 continue
-            found.scans[i] = dataclasses.replace(scan, boxes=tuple(said.images[name]))
+            own = tuple(said.images[name])
+            if said.world:
+                found.scans[i] = dataclasses.replace(scan, world_boxes=own)
+            else:
+                found.scans[i] = dataclasses.replace(scan, boxes=own)
             found.box_names.setdefault(scan.dataset, {}).update(
                 {str(number): text for number, text in said.names.items()}
             )
             matched += 1
         left = "".join(f"; {count} left out: {why}" for why, count in sorted(said.left_out.items()))
-        found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} pictures{left}")
+        what = "scans" if said.world else "pictures"
+        found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} {what}{left}")
     return found
 
 
-def from_coco(path: Path) -> Boxes | None:
+def from_coco(path: Path, content: Any) -> Boxes | None:
     """The boxes of a COCO JSON; None if it is none. Crowds are left out.
 
     Raises:
-        DataError: It is not JSON, an entry lacks what it must have, or names a class that is not listed.
+        DataError: An entry lacks what it must have, or names a class that is not listed.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         return None
     said = Boxes()
@@ -122,6 +131,72 @@ def from_coco(path: Path) -> Boxes | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not as COCO has it ({type(error).__name__}: {error})") from error
     return said
+
+
+def from_monai(path: Path, content: Any) -> Boxes | None:
+    """The boxes of a MONAI detection list, in mm; None if it is none.
+
+    As MONAI's LUNA16 tutorial has it: lists of scans (`training`, `validation`, `test`), each with an
+    `image`, `box` [[x, y, z, w, h, d], ...], centre and size in mm, and `label` [0, ...]. Coordinates are
+    ITK's (LPS+), as LUNA16's are, unless the file says `"space": "RAS"`. A scan in two of the lists must
+    say the same in both.
+
+    Raises:
+        DataError: An entry is not of that form, or contradicts another.
+    """
+    if not isinstance(content, dict):
+        return None
+    parts = [content[key] for key in ("training", "validation", "test") if key in content]
+    listed = [entry for part in parts if isinstance(part, list) for entry in part]
+    if not any(isinstance(entry, dict) and "box" in entry for entry in listed):
+        return None
+    space = str(content.get("space", "LPS")).upper()[:3]
+    if space not in ("LPS", "RAS"):
+        raise DataError(f"{path}: space is {content['space']!r}; boxes are in LPS or RAS mm")
+    sign = -1.0 if space == "LPS" else 1.0
+    said = Boxes(world=True)
+    try:
+        for entry in listed:
+            if not isinstance(entry, dict) or "box" not in entry:
+                continue
+            boxes = np.asarray(entry["box"], dtype=np.float64).reshape(-1, 6)
+            kinds = np.asarray(entry.get("label", [0] * len(boxes)), dtype=np.int64).reshape(-1)
+            if len(kinds) != len(boxes):
+                raise DataError(f"{path}: {entry['image']} has {len(boxes)} boxes and {len(kinds)} labels")
+            own: list[Box] = []
+            for box, kind in zip(boxes.tolist(), kinds.tolist(), strict=True):
+                if not np.isfinite(box).all():
+                    said.left_out["not finite"] += 1
+                elif min(box[3:]) <= 0:
+                    said.left_out["without volume"] += 1
+                else:
+                    own.append((sign * box[0], sign * box[1], *box[2:], float(kind)))
+            name = str(entry["image"])
+            if said.images.setdefault(name, own) != own:
+                raise DataError(f"{path}: {name} is listed twice, with different boxes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not as MONAI has it ({type(error).__name__}: {error})") from error
+    names = content.get("labels")
+    if isinstance(names, dict):
+        said.names = {int(key): str(value) for key, value in names.items() if str(key).isdigit()}
+    return said
+
+
+def from_world(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Boxes in voxels, (n, 6), of those in mm.
+
+    On axes that are not the scanner's, the smallest box along the voxel axes that holds the given one.
+
+    Args:
+        boxes: (n, 6): centre x y z and size along them, RAS+ mm.
+        affine: 4 x 4, voxel (d, h, w) to RAS+ mm, of the voxels' middles.
+    """
+    half = boxes[:, 3:] / 2
+    signs = np.array(list(itertools.product((-1, 1), repeat=3)))
+    corners = boxes[:, None, :3] + signs[None] * half[:, None]  # (n, 8, 3)
+    inverse = np.linalg.inv(np.asarray(affine, dtype=np.float64))
+    voxels = corners @ inverse[:3, :3].T + inverse[:3, 3] + 0.5
+    return np.concatenate([voxels.min(axis=1), voxels.max(axis=1)], axis=1).astype(np.float32)
 
 
 def from_table(path: Path, readers: str = "merge") -> Boxes | None:
@@ -225,7 +300,23 @@ def _files(root: Path) -> Iterator[Path]:
         if folder.is_dir():
             yield from sorted(folder.glob("*instances*.json"))
             yield from sorted(folder.glob("*coco*.json"))
+            # MONAI's; a dataset.json without a number is a list of masks.
+            yield from sorted({*folder.glob("dataset_*.json"), *folder.glob("*boxes*.json")})
             yield from sorted(path for path in folder.glob("*.csv") if path.name != "rejected.csv")
+
+
+def _content(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
 
 
 def _add(

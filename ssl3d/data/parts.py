@@ -46,6 +46,8 @@ def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
     del described["files"], described["mask"]
     if not scan.mask_boxes:  # as it was before there was such a thing
         del described["mask_boxes"]
+    if scan.world_boxes is None:
+        del described["world_boxes"]
     files = [[path.name, *stamps[path]] for path in scan.all_files]
     return digest_of([described, [len(group) for group in scan.files], files])
 

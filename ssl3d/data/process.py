@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl3d.data import geometry
-from ssl3d.data.boxes import around_mask, within
+from ssl3d.data.boxes import around_mask, from_world, within
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.itk import quiet_sitk
 from ssl3d.data.normalize import decide, foreground, normalize
@@ -306,7 +306,7 @@ def _write(
             image, inside = image[(slice(None), *cut)], inside[cut]
             mask = None if mask is None else mask[cut]
             affine = geometry.shifted(affine, start)
-    boxes, box_labels = _boxes(scan, recipe, pixels, mask, start, image.shape[1:], done)
+    boxes, box_labels = _boxes(scan, recipe, pixels, mask, start, image.shape[1:], done, affine)
     original = pixels.original_affine
     record = Record(
         id=scan.id if frame is None else f"{scan.id}#{frame}",
@@ -336,6 +336,7 @@ def _boxes(
     start: Sequence[int],
     shape: Sequence[int],
     done: dict[str, Any],
+    affine: np.ndarray,
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Boxes (n, 6) and their labels (n,) on the stored grid, which begins at voxel `start`."""
     if mask is not None and (recipe.boxes == "masks" or scan.mask_boxes):
@@ -344,6 +345,13 @@ def _boxes(
             return None, None
         done["boxes"] = {"around": "the components of the mask"}
         return boxes, labels
+    if scan.world_boxes is not None:
+        if pixels.orientation == UNKNOWN:
+            raise DataError("boxes are listed for it in mm, and its file does not say where its voxels lie")
+        told = np.array(scan.world_boxes, dtype=np.float64).reshape(-1, 7)
+        boxes, inside = within(from_world(told[:, :6], np.asarray(affine)), shape)
+        done["boxes"] = {"listed": len(told), "outside": int((~inside).sum())}
+        return boxes[inside], told[inside, 6].astype(np.int64)
     if scan.boxes is None:
         return None, None
     listed = np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)

@@ -61,6 +61,7 @@ class Scan:
         named: Whether a list or the user named this file: then it is a scan, whatever its values.
         member: Array of an .npz and the row in it.
         boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
+        world_boxes: (x, y, z, w, h, d, class) each, centre and size in RAS+ mm; None where nobody drew any.
         mask_boxes: Whether the components of the mask are the boxes; an empty mask then says nothing.
     """
 
@@ -78,6 +79,7 @@ class Scan:
     named: bool = False
     member: tuple[str, int] | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
+    world_boxes: tuple[tuple[float, ...], ...] | None = None
     mask_boxes: bool = False
 
     @property
