@@ -33,7 +33,14 @@ from ssl3d.api import (
     view_margin,
 )
 from ssl3d_benchmarks.finetune import FinetuneTask
-from ssl3d_benchmarks.finetune_segmentation_data import Annotation, annotate, mask_values, place_patch
+from ssl3d_benchmarks.finetune_segmentation_data import (
+    Annotation,
+    annotate,
+    class_indices,
+    class_table,
+    mask_values,
+    place_patch,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,11 +203,7 @@ class Segmentation(FinetuneTask):
         values = config.classes or mask_values(data, config.ignore)
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
-        self._lookup = np.zeros(1 + max(255, *self.values, config.ignore), np.int16)
-        for index, value in enumerate(self.values):
-            self._lookup[value] = index
-        if config.ignore >= 0:
-            self._lookup[config.ignore] = IGNORE
+        self._table = class_table(self.values, config.ignore)
         self.patch = _patch(config, data)
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._slices = {
@@ -212,7 +215,7 @@ class Segmentation(FinetuneTask):
 
     def _annotate(self, volume: Volume) -> Annotation:
         c = self.config
-        return annotate(volume, self._lookup, c.sparse_slices, c.sparse_choice, c.sparse_seed)
+        return annotate(volume, self._table, c.sparse_slices, c.sparse_choice, c.sparse_seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Shrunk volumes are made again where they are needed."""
@@ -276,7 +279,7 @@ class Segmentation(FinetuneTask):
 
     def _target(self, volume: Volume, start: Sequence[int], size: Sequence[int]) -> Array:
         """Class indices of a crop, int16."""
-        target = self._lookup[volume.read_mask(start, size).numpy()]
+        target = class_indices(self._table, volume.read_mask(start, size).numpy())
         for axis, (begin, length, limit) in enumerate(zip(start, size, volume.shape[1:], strict=True)):
             inside = np.arange(begin, begin + length)
             outside = (inside < 0) | (inside >= limit)
@@ -382,7 +385,7 @@ class Segmentation(FinetuneTask):
         return row
 
     def _scored(self, labels: Array, volume: Volume) -> dict[str, Any]:
-        truth = self._lookup[volume.read_mask().numpy()]
+        truth = class_indices(self._table, volume.read_mask().numpy())
         labels = np.where(truth == IGNORE, IGNORE, labels)
         row: dict[str, Any] = {measure: {} for measure in (*MEASURES, "voxels")}
         for k, name in enumerate(self.names):
@@ -454,7 +457,7 @@ class Segmentation(FinetuneTask):
 
         shown = data[:4]
         predicted = [self.labels(model, volume) for volume in shown]
-        truth = [self._lookup[volume.read_mask().numpy()] for volume in shown]
+        truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
         return segmentation_picture(list(shown), truth, predicted, self.names)
 
 

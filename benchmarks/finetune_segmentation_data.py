@@ -63,12 +63,27 @@ def slabs(volume: Volume) -> Any:
         yield first, volume.read_mask((first, 0, 0), size).numpy()
 
 
-def annotate(volume: Volume, lookup: Array, number: int, choice: str, seed: int) -> Annotation:
+def class_table(values: Sequence[int], ignore: int) -> Array:
+    """Mask value -> class index, -1 for `ignore`, 0 for what is not named; for `class_indices`."""
+    table = np.zeros(2 + max(*values, ignore), np.int16)  # the last entry is for all larger values
+    table[list(values)] = np.arange(len(values))
+    if ignore >= 0:
+        table[ignore] = -1
+    return table
+
+
+def class_indices(table: Array, mask: Array) -> Array:
+    """Class indices of mask values, int16."""
+    found: Array = table[np.clip(mask, 0, len(table) - 1)]
+    return found
+
+
+def annotate(volume: Volume, table: Array, number: int, choice: str, seed: int) -> Annotation:
     """Chooses the annotated slices of a volume, and notes where its objects are on them.
 
     Args:
         volume: With a mask.
-        lookup: Mask value -> class index, -1 where not annotated.
+        table: Of `class_table`.
         number: Of annotated slices; 0 for all.
         choice: As of `sparse_slices`.
         seed: As of `sparse_slices`.
@@ -77,7 +92,7 @@ def annotate(volume: Volume, lookup: Array, number: int, choice: str, seed: int)
     slices: Array | None = None
     if number and volume.shape[1] > 1:
         for first, slab in slabs(volume):
-            occupied[first : first + len(slab)] = (lookup[slab] > 0).any(axis=(1, 2))
+            occupied[first : first + len(slab)] = (class_indices(table, slab) > 0).any(axis=(1, 2))
         slices = sparse_slices(occupied, number, choice, (seed, volume.dataset, volume.id))
     rng = numpy_rng("annotated voxels", volume.dataset, volume.id)
     found: dict[int, list[Array]] = {}
@@ -89,7 +104,7 @@ def annotate(volume: Volume, lookup: Array, number: int, choice: str, seed: int)
         )
         if not len(chosen):
             continue
-        labels = lookup[slab[chosen]]
+        labels = class_indices(table, slab[chosen])
         for k in np.unique(labels[labels > 0]).tolist():
             at = np.argwhere(labels == k)
             at[:, 0] = chosen[at[:, 0]] + first

@@ -11,7 +11,14 @@ from ssl3d.api import BatchRng, DataError, Encoder, numpy_rng, one_group, open_d
 from ssl3d.data.store import Record, assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_benchmarks.finetune_segmentation import IGNORE, Segmentation, SegmentationConfig
-from ssl3d_benchmarks.finetune_segmentation_data import Annotation, annotate, place_patch, sparse_slices
+from ssl3d_benchmarks.finetune_segmentation_data import (
+    Annotation,
+    annotate,
+    class_indices,
+    class_table,
+    place_patch,
+    sparse_slices,
+)
 
 PLAIN = {"chance": 0.0, "flip": 0.0}
 
@@ -203,11 +210,17 @@ def test_crops_are_read_with_their_margin_and_outside_is_unknown(data):
     assert loss.isfinite() and set(values) == {"ce", "dice_loss", "dice"}
 
 
+def test_values_that_are_not_named_are_background_and_may_be_large():
+    table = class_table((0, 2, 7), 5)
+    mask = np.array([[0, 2, 7], [5, 3, 900], [8, 6, -4]])
+    assert class_indices(table, mask).tolist() == [[0, 1, 2], [-1, 0, 0], [0, 0, 0]]
+
+
 def test_places_of_large_objects_are_drawn_evenly(tmp_path):
     mask = np.ones((70, 40, 40), np.int64)
     mask[:2] = 2
     data = a_store(tmp_path / "a.h5", [("a", np.random.default_rng(0).normal(size=mask.shape), mask)])
-    found = annotate(data[0], np.array([0, 1, 2]), 0, "random", 0)
+    found = annotate(data[0], class_table((0, 1, 2), -1), 0, "random", 0)
     assert found.box == (0, 0, 0, 70, 40, 40) and set(found.places) == {1, 2}
     assert len(found.places[1]) == 1000
     share = np.histogram(found.places[1][:, 0], [2, 32, 64, 70])[0] / 1000
