@@ -98,7 +98,8 @@ class Read:
     @property
     def share(self) -> int | None:
         """Percent of the budget after which an encoder on the way was saved; None for finished ones."""
-        found = ON_THE_WAY.search(str(self.result.contestant["name"]))
+        who = self.result.contestant
+        found = ON_THE_WAY.search(str(who["name"])) or ON_THE_WAY.search(str(who.get("source", "")))
         return int(found[1]) if found else None
 
     @property

@@ -46,6 +46,7 @@ class RunOptions:
         slurm: Workers to put into SLURM's queue instead of working here.
         slurm_options: KEY=VALUE for submitit, such as slurm_partition=gpu gpus_per_node=1 timeout_min=600.
         cluster: What submitit submits to: slurm, or local (processes of this machine).
+        report: Write OUT/report when the jobs are done, as `ssl3d leaderboard report OUT` does.
         dry_run: Print the commands and do nothing.
         verbose: Show what the jobs print.
     """
@@ -59,6 +60,7 @@ class RunOptions:
     slurm: int = 0
     slurm_options: tuple[str, ...] = ()
     cluster: str = "slurm"
+    report: bool = True
     dry_run: bool = False
     verbose: bool = False
 
@@ -93,7 +95,13 @@ def run(options: RunOptions) -> int:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
     if options.slurm:
         return submit(options)
-    return Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
+    status = Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
+    if status < 128 and options.report and any(options.out.glob("*/*.json")):
+        from ssl3d_benchmarks.leaderboard_report import ReportOptions, report
+
+        title = f"Leaderboard {suite.name}"
+        report(ReportOptions((options.out,), options.out / "report", title, suite.published))
+    return status
 
 
 def _shown(job: Job) -> str:

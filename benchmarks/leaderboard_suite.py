@@ -311,15 +311,15 @@ class Plan:
         )
 
     def _measure(self, name: str) -> Job:
-        folder = self.places.work / f"flops-{name}"
-        return Job(
-            f"measure:{name}",
-            "measure",
-            lambda: ["pretrain", *self.pretraining(name, 1, self.suite.seeds[0]), "--eval-every", "-1", "--out", str(folder),
-                     "--overwrite"],
-            self._needs(self.suite.runs[name]),
-            _card(folder),
-        )  # fmt: skip
+        """One step, whose FLOPs are counted."""
+        folder, seed = self.places.work / f"flops-{name}", self.suite.seeds[0]
+
+        def command() -> list[str]:
+            words = self.pretraining(name, 1, seed)
+            return ["pretrain", *words, "--eval-every", "-1", "--out", str(folder), "--overwrite"]
+
+        needs = self._needs(self.suite.runs[name])
+        return Job(f"measure:{name}", "measure", command, needs, _card(folder))
 
     def _pretrain(self, name: str, seed: int) -> Job:
         suite, folder = self.suite, self.folder(name, seed)
@@ -348,10 +348,13 @@ class Plan:
         others.sort(key=lambda n: not suite.contestants[n].startswith("scratch:"))
         first: list[str] = []
 
-        def job(label: str, encoder: str, folder: str, needs: tuple[str, ...], card: Path | None) -> Job:
+        def job(
+            label: str, encoder: str, folder: str, needs: tuple[str, ...], card: Path | None,
+            more: tuple[str, ...] = (),
+        ) -> Job:  # fmt: skip
             name = f"score:{folder}:{label}"
             out = self.places.out / folder
-            command = [task.protocol, encoder, *self.words(task.options), "--out", str(out)]
+            command = [task.protocol, encoder, *self.words(task.options), *more, "--out", str(out)]
             waits = tuple(dict.fromkeys((*self._needs(task.options), *needs, *first)))
             if not first:
                 first.append(name)
@@ -369,22 +372,32 @@ class Plan:
                 folder = self.folder(name, seed)
                 needs = (f"pretrain:{name}:{seed}",)
                 yield job(f"{name}-{seed}", f"{name}={folder}", task.name, needs, _card(folder))
-        if task.curve:
-            first.clear()
-            for seed in suite.seeds:
-                for name in runs:
-                    folder = self.folder(name, seed)
+        if not task.curve:
+            return
+        first.clear()
+        alone = {"finetune": ("--no-scratch", "true", "--no-trivial", "true")}.get(
+            task.protocol, ("--untrained", "0")
+        )
+        begun: set[tuple[int, str]] = set()
+        for seed in suite.seeds:
+            for name in runs:
+                folder = self.folder(name, seed)
+                for share in (0, *CURVE):
+                    if share == 0 and (seed, self._beginning(name)) in begun:
+                        continue  # the same weights as another run's
+                    begun.add((seed, self._beginning(name)))
+                    mark = folder / f"encoder-at-{share:02d}"
                     needs = (f"pretrain:{name}:{seed}",)
-                    for share in (0, *CURVE):
-                        mark = folder / f"encoder-at-{share:02d}"
-                        label = f"{name}-at-{share:02d}"
-                        yield job(
-                            f"{label}-{seed}",
-                            f"{label}={mark}",
-                            f"{task.name}-curve",
-                            needs,
-                            mark / "encoder.json",
-                        )
+                    card = mark / "encoder.json"
+                    label = f"{name}-at-{share:02d}-{seed}"
+                    yield job(label, f"{name}={mark}", f"{task.name}-curve", needs, card, alone)
+
+    def _beginning(self, name: str) -> str:
+        """What decides the weights that a run begins with, beside the seed."""
+        words = self.pretraining(name, None, 0)
+        if "--init" in words:
+            return name
+        return " ".join(words[words.index("--encoder") :]) if "--encoder" in words else ""
 
     # Words -----------------------------------------------------------------------------------------
 

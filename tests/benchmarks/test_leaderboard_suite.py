@@ -56,7 +56,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
     assert kinds.count("prepare") == 1  # phantoms need none
     assert kinds.count("measure") == 2
     assert kinds.count("pretrain") == 4
-    # masks: 2 contestants and 2 runs of 2 seeds; tuned: 1 run of 2 seeds; its curve: those at 0, 25, 50 %
+    # masks: 2 contestants and 2 runs of 2 seeds; tuned: 1 run of 2 seeds; its curve: each at 0, 25, 50 %
     assert kinds.count("score") == 6 + 2 + 6
 
 
@@ -83,7 +83,9 @@ def test_commands_are_those_that_one_would_type(tmp_path):
     assert commands["score:masks:image"][1] == f"image=imagenet:resnet18:acs:weights={tmp_path}/data/r.pth"
     tuned = commands["score:tuned:simclr-3"]
     assert tuned[:4] == ["finetune", f"simclr={tmp_path}/work/simclr-3", "--data", "phantoms:20"]
-    assert commands["score:tuned-curve:simclr-at-25-0"][1].endswith("simclr-0/encoder-at-25")
+    way = commands["score:tuned-curve:simclr-at-25-0"]
+    assert way[1] == f"simclr={tmp_path}/work/simclr-0/encoder-at-25"
+    assert "--no-scratch" in way
 
 
 def test_a_run_that_was_begun_is_resumed(tmp_path):
@@ -128,6 +130,19 @@ def test_only_takes_what_is_needed_along(tmp_path):
 def test_data_that_is_not_there_is_said(tmp_path):
     plan = planned(tmp_path, stores={"scans": "elsewhere", "people": "phantoms"})
     assert plan.jobs[0].missing == str(tmp_path / "data" / "elsewhere")
+
+
+def test_what_all_begin_with_is_scored_once(tmp_path):
+    runs = {
+        "a": "--proxy simclr --data {scans}",
+        "b": "--proxy sorting --data {scans}",
+        "c": "--proxy mae --data {scans} --encoder vit",
+        "d": "--proxy mae --data {scans} --init {a}",
+    }
+    tasks = {"masks": {"runs": "*", "options": "--data {scans}", "curve": True}}
+    jobs = planned(tmp_path, runs=runs, budget={}, seeds=[0], tasks=tasks).jobs
+    beginnings = [job.name.split(":")[2] for job in jobs if "-at-00" in job.name]
+    assert beginnings == ["a-at-00-0", "c-at-00-0", "d-at-00-0"]
 
 
 def test_a_store_is_made_in_the_first_way_that_is_there(tmp_path):
