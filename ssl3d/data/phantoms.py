@@ -65,6 +65,7 @@ def phantom(
     *,
     scan: int = 0,
     label: int | None = None,
+    faint: bool = False,
 ) -> Phantom:
     """Makes one scan; the same for the same arguments.
 
@@ -73,6 +74,8 @@ def phantom(
         shape: Voxels along (D, H, W); by default 40 x 48 x 48, varying by a few.
         scan: Of that person: noise, bias field, gain, spacing, field of view.
         label: Class; by default drawn with the person.
+        faint: Whether lesions are a little brighter than what they lie in, instead of brighter than
+            everything: hard to detect.
     """
     person, machine = numpy_rng("person", seed), numpy_rng("scan", seed, scan)
     drawn = int(person.integers(2))
@@ -83,7 +86,7 @@ def phantom(
     # The field of view covers the torso whatever the shape, a little more or less of it.
     spacing = _TORSO / np.array(shape) * machine.uniform(0.94, 1.06, 3)
     origin = -spacing * (np.array(shape) - 1) / 2 + machine.uniform(-0.03, 0.03, 3) * _TORSO
-    tissue, mask, body, boxes = _anatomy(person, shape, spacing, origin, label)
+    tissue, mask, body, boxes = _anatomy(person, shape, spacing, origin, label, faint)
     blur = gaussian_filter(tissue, 0.5)
     z, y, x = _grid(shape)
     a, b, c = machine.normal(0, 0.05, 3)
@@ -111,6 +114,7 @@ def phantom_store(
     seed: int = 0,
     shape: tuple[int, int, int] | None = None,
     folder: Path | None = None,
+    faint: bool = False,
 ) -> Path:
     """A store of `count` phantoms, made once and kept in the cache; classes are balanced over people.
 
@@ -121,10 +125,12 @@ def phantom_store(
         seed: Of the whole store.
         shape: Of every volume; by default they vary.
         folder: Instead of the cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
+        faint: As of `phantom`; the data set is then `phantoms-faint`.
     """
     folder = cache_folder() / "phantoms" if folder is None else folder
     size = "" if shape is None else "-" + "x".join(map(str, shape))
-    out = folder / f"phantoms-v{_VERSION}-{count}-seed{seed}{size}.h5"
+    kind = "phantoms-faint" if faint else "phantoms"
+    out = folder / f"{kind}-v{_VERSION}-{count}-seed{seed}{size}.h5"
     if out.exists():
         return out
     scans = [(person, scan) for person in range(count) for scan in range(2 if person % 4 == 3 else 1)][
@@ -136,8 +142,10 @@ def phantom_store(
     parts = folder / f".{out.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     try:
         for number, (person, scan) in enumerate(scans):
-            made = phantom(seed_of("phantom", seed, person), shape, scan=scan, label=int(labels[person]))
-            _write(parts, number, person, scan, made)
+            made = phantom(
+                seed_of("phantom", seed, person), shape, scan=scan, label=int(labels[person]), faint=faint
+            )
+            _write(parts, number, person, scan, made, kind)
         settings = {
             "phantoms": count,
             "seed": seed,
@@ -189,14 +197,14 @@ def cache_folder() -> Path:
 # ------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, number: int, person: int, scan: int, made: Phantom) -> None:
+def _write(folder: Path, number: int, person: int, scan: int, made: Phantom, dataset: str) -> None:
     # Voxel (d, h, w) to RAS+ mm: D goes superior, H anterior, W right.
     s, o = made.spacing, made.origin
     affine = ((0.0, 0.0, s[2], o[2]), (0.0, s[1], 0.0, o[1]), (s[0], 0.0, 0.0, o[0]), (0.0, 0.0, 0.0, 1.0))
     name = f"phantom-{person:05d}-scan{scan}"
     record = Record(
         id=name,
-        dataset="phantoms",
+        dataset=dataset,
         subject=f"phantom-{person:05d}",
         label=made.label,
         spacing=made.spacing,
@@ -228,6 +236,7 @@ def _anatomy(
     spacing: np.ndarray,
     origin: np.ndarray,
     label: int,
+    faint: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Tissue intensities (air 0, soft tissue about .5), mask, body and lesion boxes of one person.
 
@@ -295,7 +304,7 @@ def _anatomy(
         organ = (kidney < 1) & body & ~spine & ~inside
         tissue[organ] = np.where(kidney[organ] < 0.35, 0.50, 0.82)
         mask[organ] = 3
-    boxes = _lesions(lesions, tissue, (z, y, x), spacing, inside | heart | (mask == 3), body)
+    boxes = _lesions(lesions, tissue, (z, y, x), spacing, inside | heart | (mask == 3), body, faint)
     return tissue, mask, body, boxes
 
 
@@ -306,8 +315,9 @@ def _lesions(
     spacing: np.ndarray,
     organs: np.ndarray,
     body: np.ndarray,
+    faint: bool,
 ) -> np.ndarray:
-    """Puts bright balls of 16 to 32 mm into the trunk, apart from each other; returns their boxes."""
+    """Puts balls of 16 to 24 mm radius into the trunk, apart from each other; returns their boxes."""
     z, y, x = grid
     mm = _TORSO / 2
     boxes: list[list[float]] = []
@@ -321,7 +331,7 @@ def _lesions(
         ball = (distance + ((x - centre[2]) * mm[2]) ** 2 < radius**2) & body
         if ball.sum() < 8:
             continue
-        tissue[ball] = 1.05 + 0.15 * shine
+        tissue[ball] = tissue[ball] + 0.12 + 0.06 * shine if faint else 1.05 + 0.15 * shine
         placed.append(centre)
         where = [np.flatnonzero(ball.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
         boxes.append([float(w[0]) for w in where] + [float(w[-1] + 1) for w in where])

@@ -202,8 +202,9 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
     """Opens stores, folders of shards, phantoms or scans as one collection.
 
     Args:
-        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms` or `phantoms:N`; or whatever
-            `ssl3d prepare` takes, prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
+        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms`, `phantoms:N` or
+            `phantoms:N:faint` (lesions that are hard to detect); or whatever `ssl3d prepare` takes,
+            prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
         prepare_options: Options of `prepare`, for scans.
 
     Raises:
@@ -218,7 +219,7 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
         if text == "phantoms" or text.startswith("phantoms:"):
             from ssl3d.data.phantoms import phantom_store
 
-            stores.append(phantom_store(_count(text)))
+            stores.append(phantom_store(_count(text), faint=text.endswith(":faint")))
             continue
         found, is_store = _sort_out(Path(text))
         if is_store:
@@ -306,11 +307,11 @@ def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
 def _count(text: str) -> int:
     from ssl3d.data.phantoms import DEFAULT_COUNT
 
-    number = text.partition(":")[2]
+    number = text.removesuffix(":faint").partition(":")[2]
     if not number:
         return DEFAULT_COUNT
     if not number.isdigit() or int(number) < 1:
-        raise DataError(f"{text}: expected phantoms:N with N from 1")
+        raise DataError(f"{text}: expected phantoms:N or phantoms:N:faint with N from 1")
     return int(number)
 
 

@@ -117,3 +117,21 @@ def test_the_class_is_in_the_texture_not_in_the_volume():
 def test_any_shape_can_be_asked_for():
     made = phantom(0, (16, 20, 24))
     assert made.image.shape == (1, 16, 20, 24) and made.mask.max() == 3
+
+
+def test_faint_lesions_are_in_the_same_places_and_hard_to_see(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path))
+    plain, faint = phantom(3), phantom(3, faint=True)
+    np.testing.assert_array_equal(plain.boxes, faint.boxes)
+    np.testing.assert_array_equal(plain.mask, faint.mask)
+    box = plain.boxes[0].astype(int)
+    middle = tuple((box[axis] + box[axis + 3]) // 2 for axis in range(3))
+    brighter = [(one.image[0][middle] * one.std + one.mean) for one in (plain, faint)]
+    assert brighter[0] > 0.8
+    assert brighter[1] < brighter[0] - 0.2
+    # Of the whole volume, many voxels are brighter than the lesion; of the plain one, next to none.
+    more = [(one.image[0][one.body] > one.image[0][middle]).mean() for one in (plain, faint)]
+    assert more[0] < 0.02 < 0.05 < more[1]
+    data = open_data(["phantoms:5:faint"])
+    assert set(data.datasets) == {"phantoms-faint"} and len(data) == 5
+    assert set(open_data(["phantoms:5"]).datasets) == {"phantoms"}
