@@ -1,40 +1,38 @@
-"""Every suite file can be run: its commands parse, its names exist."""
+"""Every suite can be run: its commands parse, its recipes hold for their proxies and encoders."""
 
-import fnmatch
 from pathlib import Path
 
 import pytest
-import yaml
 
+from ssl3d.api import Plugins, parse
 from ssl3d.options import request_of
-from ssl3d_benchmarks import equal_compute
-from ssl3d_benchmarks.equal_compute import Suite
+from ssl3d_benchmarks import finetune_command, knn_command, linear_probe_command
+from ssl3d_benchmarks.finetune import TASKS, task_class
+from ssl3d_benchmarks.leaderboard_suite import SUITES, Places, Plan, load_suite
 
-SUITES = sorted((Path(__file__).parents[2] / "benchmarks" / "suites").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_a_suites_commands_parse_and_its_names_exist(path, tmp_path):
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    suite = Suite(content, tmp_path, tmp_path, 0)
-    assert content["reference"]["run"] in content["runs"]
-    for name in content["runs"]:
-        asked = request_of([str(word) for word in suite.command(name, 3)])
-        assert asked.plan is not None and asked.plan.options.steps == 3, name
-        assert all(Path(data).parent == tmp_path for data in asked.plan.options.data), name
-    for name, task in content["probes"].items():
-        for pattern in task["runs"]:
-            assert fnmatch.filter(content["runs"], pattern), f"{name}: {pattern} matches no run"
-        assert suite.words(task["options"])[0] == "--data"
+ALL = sorted(path.stem for path in SUITES.glob("*.yaml"))
+COMMANDS = {
+    "linear-probe": (linear_probe_command.Options, None),
+    "knn": (knn_command.Options, None),
+    "finetune": (
+        finetune_command.Options,
+        Plugins({"task": lambda name: task_class(name).Config}, {"task": tuple(TASKS)}),
+    ),
+}
 
 
-def test_a_stores_sources_lie_in_the_data_root_and_its_options_stay(tmp_path, monkeypatch):
-    called = []
-    monkeypatch.setattr(equal_compute, "ssl3d", lambda *words: called.append([str(word) for word in words]))
-    stores = {"a": "one two.csv --masks seg --spacing median", "b": "three"}
-    Suite({"stores": stores}, tmp_path / "work", Path("/data"), 0).prepare()
-    assert called == [
-        ["prepare", "/data/one", "/data/two.csv", "--masks", "seg", "--spacing", "median",
-         "--out", str(tmp_path / "work" / "a.h5")],
-        ["prepare", "/data/three", "--out", str(tmp_path / "work" / "b.h5")],
-    ]  # fmt: skip
+@pytest.mark.parametrize("name", ALL)
+def test_a_suites_commands_parse(name, tmp_path):
+    suite = load_suite(name)
+    places = Places(Path("/data"), tmp_path, tmp_path / "out")
+    plan = Plan(suite, places)
+    for run in suite.runs:
+        asked = request_of(plan.pretraining(run, 3, 0))
+        assert asked.plan is not None and asked.plan.options.steps == 3, run
+    for job in plan.jobs:
+        if job.kind == "score":
+            protocol, *words = job.command()
+            options, plugins = COMMANDS[protocol]
+            more = () if plugins is None else (plugins,)
+            parsed = parse(f"ssl3d {protocol}", options, words, *more)
+            assert parsed.options.data, job.name
