@@ -91,11 +91,18 @@ def _slice(panel: Axes, volume: Volume, boxes: Array, found: Any) -> None:
     origin = "upper" if volume.orientation == "unknown" else "lower"
     panel.imshow(image, "gray", vmin=low, vmax=high, origin=origin, aspect=y / x)  # type: ignore[arg-type]
 
-    def draw(box: Array, colour: str, style: str) -> None:
+    def draw(box: Array, colour: str, style: str, alpha: float = 1.0) -> None:
         corner = (box[2] - 0.5, box[1] - 0.5)
         panel.add_patch(
             Rectangle(
-                corner, box[5] - box[2], box[4] - box[1], fill=False, color=colour, linestyle=style, lw=1.3
+                corner,
+                box[5] - box[2],
+                box[4] - box[1],
+                fill=False,
+                color=colour,
+                linestyle=style,
+                lw=1.3,
+                alpha=alpha,
             )
         )
 
@@ -104,7 +111,15 @@ def _slice(panel: Axes, volume: Volume, boxes: Array, found: Any) -> None:
             draw(box, _TRUE, "-")
     here = [n for n, box in enumerate(found.boxes) if box[0] <= at + 0.5 < box[3]][:_SHOWN]
     for n in here:
-        draw(found.boxes[n], _FOUND, "--")
-        panel.text(found.boxes[n][5], found.boxes[n][4], f"{found.scores[n]:.2f}", color=_FOUND, fontsize=6)
+        alpha = 0.25 + 0.75 * min(float(found.scores[n]), 1.0)  # unsure ones are pale
+        draw(found.boxes[n], _FOUND, "--", alpha)
+        panel.text(
+            found.boxes[n][5],
+            found.boxes[n][4],
+            f"{found.scores[n]:.2f}",
+            color=_FOUND,
+            fontsize=6,
+            alpha=alpha,
+        )
     panel.set_axis_off()
     panel.set_title(f"{volume.id}, slice {at}"[-34:], fontsize=7)
