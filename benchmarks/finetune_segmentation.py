@@ -444,7 +444,10 @@ class Segmentation(FinetuneTask):
         `..._stored_grid.nii.gz`.
         """
         values = np.array(self.values)[self.labels(model, volume)]
-        name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", f"{volume.dataset}_{volume.id}").strip("_")
+        # Ids of several data sets in one store begin with the data set's name.
+        named = volume.id.startswith(f"{volume.dataset}/")
+        name = volume.id if named else f"{volume.dataset}_{volume.id}"
+        name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.nii.gz"
         if not save_segmentation(volume.record, values, path):
