@@ -38,7 +38,7 @@ def segmentation_picture(
     planes = 1 if volumes[0].shape[1] == 1 else 3
     figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
     axes = figure.subplots(len(volumes), 2 * planes, squeeze=False)
-    for row, volume, true, found in zip(axes, volumes, truth, predicted, strict=True):
+    for row, volume, true, found in zip(axes.tolist(), volumes, truth, predicted, strict=True):
         image = volume.read()[0].numpy()
         low, high = np.percentile(image, (1, 99))
         at = _middle(true, found)
@@ -59,9 +59,11 @@ def segmentation_picture(
                 )
                 _outline(panel, labels.take(at[plane], axis=plane), len(names))
                 panel.set_axis_off()
-                if row is axes[0]:
+                if volume is volumes[0]:
                     panel.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}, {title}", fontsize=8)
-        row[0].text(0.02, 0.02, volume.id, color="white", fontsize=6, transform=row[0].transAxes)
+        row[0].text(
+            0.02, 0.02, volume.id.split("/")[-1], color="white", fontsize=6, transform=row[0].transAxes
+        )
     handles = [Patch(color=_colour(k), label=name) for k, name in enumerate(names) if k]
     figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), fontsize=8, frameon=False)
     return figure

@@ -370,7 +370,10 @@ def test_a_prediction_is_written_with_mask_values(tmp_path, data):
 def test_a_picture_shows_truth_beside_prediction(tmp_path, data):
     task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
     path = tmp_path / "p.png"
-    task.picture(Told(), data[:2]).savefig(path)
+    figure = task.picture(Told(), data[:2])
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles[:2] == ["axial, truth", "axial, predicted"] and len(titles) == 12 and not titles[6]
+    figure.savefig(path)
     assert path.stat().st_size > 5000
 
 
