@@ -39,12 +39,13 @@ def linear_probe(
 def knn(
     encoder: Words, data: Words = "phantoms", out: str | Path = "runs/knn", **options: Any
 ) -> list[Result]:
-    """Scores frozen encoders by nearest neighbours; the same as `ssl3d knn`, otherwise as `linear_probe`."""
+    """Scores frozen encoders by nearest neighbours: `ssl3d knn`; otherwise as `linear_probe`."""
     from ssl3d_benchmarks.knn import KNN
     from ssl3d_benchmarks.knn_command import Options
     from ssl3d_benchmarks.linear_probe_run import run
 
-    return [row.result for row in run(Options(_words(encoder), _words(data), out=Path(out), **options), KNN)]
+    asked: Any = Options(_words(encoder), _words(data), out=Path(out), **options)
+    return [row.result for row in run(asked, KNN)]
 
 
 def finetune(

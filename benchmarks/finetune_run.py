@@ -326,7 +326,8 @@ def run_job(
         if part is None:
             plan = Plan(
                 benchmark,
-                *(task.data.select(np.flatnonzero(rows)) for rows in (fit, choose)),
+                task.data.select(np.flatnonzero(fit)),
+                task.data.select(np.flatnonzero(choose)),
                 options,
                 seed,
                 device,
@@ -466,8 +467,8 @@ def run_trivial(
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for fold, (fit, choose) in zip(task.folds, job.subsets, strict=True):
-        parts = (task.data.select(np.flatnonzero(mask)) for mask in (fit, choose, fold.test))
-        rows += benchmark.work.predict_trivial(entry.name, *parts, seed)
+        train, val, test = (task.data.select(np.flatnonzero(mask)) for mask in (fit, choose, fold.test))
+        rows += benchmark.work.predict_trivial(entry.name, train, val, test, seed)
     merged = benchmark.summarise(rows)
     result.scores, result.intervals, result.predictions = merged.scores, merged.intervals, rows
     result.compute["finetune"] = {"training_seconds": round(time.perf_counter() - began, 3)}

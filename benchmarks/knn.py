@@ -80,7 +80,7 @@ class KNN(LinearProbe):
     regressing networks need for a cosine to mean anything; k is 20 for few rows, there 200 of ImageNet.
     """
 
-    Config = KNNConfig
+    Config: ClassVar[type] = KNNConfig
     name = "knn"
     version = 1
     description = "the nearest training subjects in the frozen encoder's features vote: classes or values"
@@ -90,7 +90,7 @@ class KNN(LinearProbe):
     )
     mains: ClassVar[Mapping[str, str]] = {"classes": "auc", "ordinal": "spearman", "real": "r2"}
 
-    config: KNNConfig
+    config: KNNConfig  # type: ignore[assignment]
 
     def _fit(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int

@@ -81,7 +81,7 @@ class LinearProbe(Benchmark):
     train. *masks*: a 1 x 1 x 1 convolution on the up-sampled feature maps (`linear_probe_dense`); Dice.
     """
 
-    Config = LinearProbeConfig
+    Config: ClassVar[type] = LinearProbeConfig
     name = "linear-probe"
     version = 1
     description = "a linear model on the frozen encoder: classes, ordinal or real targets, or masks (dense)"

@@ -68,12 +68,12 @@ if TYPE_CHECKING:
     from ssl3d.data.store import write_part as write_part
     from ssl3d.decoder import Decoder as Decoder
     from ssl3d.decoder import conv3x3x3 as conv3x3x3
-    from ssl3d.detection.crops2d import Boxed as Boxed
     from ssl3d.detection.anchors3d import AnchorPlan as AnchorPlan
     from ssl3d.detection.anchors3d import fit_shapes as fit_shapes
     from ssl3d.detection.anchors3d import plan_anchors as plan_anchors
     from ssl3d.detection.boxes3d import nms as nms
     from ssl3d.detection.boxes3d import weighted_clusters as weighted_clusters
+    from ssl3d.detection.crops2d import Boxed as Boxed
     from ssl3d.detection.crops3d import BoxViews3d as BoxViews3d
     from ssl3d.detection.crops3d import draw_boxed3d as draw_boxed3d
     from ssl3d.detection.crops3d import move_boxed3d as move_boxed3d
@@ -87,10 +87,10 @@ if TYPE_CHECKING:
     from ssl3d.detection.proxy2d import DetectionPass as DetectionPass
     from ssl3d.detection.proxy2d import DetectionProxy2d as DetectionProxy2d
     from ssl3d.detection.proxy2d import score_boxes as score_boxes
-    from ssl3d.detection.two_stage2d import DetectionTargets as DetectionTargets
     from ssl3d.detection.retinanet3d import RetinaNet3d as RetinaNet3d
     from ssl3d.detection.retinanet3d import RetinaNet3dConfig as RetinaNet3dConfig
     from ssl3d.detection.roi_align3d import roi_align3d as roi_align3d
+    from ssl3d.detection.two_stage2d import DetectionTargets as DetectionTargets
     from ssl3d.detection.two_stage2d import TwoStageConfig as TwoStageConfig
     from ssl3d.detection.two_stage2d import TwoStageDetector2d as TwoStageDetector2d
     from ssl3d.detection.two_stage3d import TwoStage3dConfig as TwoStage3dConfig
@@ -119,9 +119,9 @@ if TYPE_CHECKING:
     from ssl3d.inference import embed_volume as embed_volume
     from ssl3d.inference import recalibrate_norm as recalibrate_norm
     from ssl3d.inference import upsample as upsample
+    from ssl3d.inference import window_starts as window_starts
     from ssl3d.leaks import hashes_in as hashes_in
     from ssl3d.leaks import leak_flags as leak_flags
-    from ssl3d.inference import window_starts as window_starts
     from ssl3d.losses import alignment as alignment
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent

@@ -288,6 +288,12 @@ def _axis_weights(starts: list[int], window: int, length: int, weighting: str) -
 
 
 def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
+    """Weights (d, h, w) of a window's voxels, largest in its middle: a Gaussian of an eighth of its sides.
+
+    Args:
+        positions: Along D, H and W, in voxels of the window.
+        size: Of the window.
+    """
     axes = []
     for position, length in zip(positions, size, strict=True):
         away = (position - (length - 1) / 2) / max(length / 8, 0.5)

@@ -35,8 +35,8 @@ class Record:
         source: Path relative to the root given, POSIX.
         sha256: Of the source file.
         voxels: Hash of what is stored; filled in by `write_part`.
-        reading: Hashes of the voxels that do not depend on names, precision or masks (`ssl3d.leaks`); filled
-            in by `write_part`.
+        reading: Hashes of the voxels that do not depend on names, precision or masks (`ssl3d.leaks`);
+            filled in by `write_part`.
         channels: Names of the channels.
         done: What was done, JSON values only: resampling, normalisation, crop. `done["background"]`, a
             number or one per channel, is the value of air; without it the minimum is taken.

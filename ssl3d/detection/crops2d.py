@@ -122,12 +122,12 @@ def draw_boxed(config: BoxViews, volume: Volume, rng: np.random.Generator) -> di
     start = []
     for axis, (length, side, inner) in enumerate(zip((height, width), window, config.crop, strict=True)):
         shown = min(side, max(1, round(part * inner)))
-        low, high = sorted((0, length - shown))
+        low, high = min(0, length - shown), max(0, length - shown)
         if aimed is not None:  # wherever the crop holds the box, or its middle
-            first, last = float(boxes[aimed, 1 + axis]), float(boxes[aimed, 4 + axis])
-            if last - first > shown - 1:
-                first = last = (first + last) / 2
-            low, high = max(low, math.ceil(last - shown)), min(high, math.floor(first))
+            near, far = float(boxes[aimed, 1 + axis]), float(boxes[aimed, 4 + axis])
+            if far - near > shown - 1:
+                near = far = (near + far) / 2
+            low, high = max(low, math.ceil(far - shown)), min(high, math.floor(near))
         start.append(int(rng.integers(low, max(low, high) + 1)) - (side - shown) // 2)
 
     crop = volume.read((place - slab // 2 if depth > 1 else 0, *start), (slab, *window))

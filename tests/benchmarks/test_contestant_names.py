@@ -12,7 +12,7 @@ from ssl3d_benchmarks.contestants import given, named
         ("best_of-3.1=scratch:resnet10:width=4", ("best_of-3.1", "scratch:resnet10:width=4")),
         ("runs/a:stem_stride=1", ("", "runs/a:stem_stride=1")),
         ("scratch:resnet18:width=3", ("", "scratch:resnet18:width=3")),
-        ("imagenet:resnet18:acs:weights=/data/x=y.pth", ("", "imagenet:resnet18:acs:weights=/data/x=y.pth")),
+        ("imagenet:resnet18:acs:weights=/d/x=y.pth", ("", "imagenet:resnet18:acs:weights=/d/x=y.pth")),
         ("runs/a", ("", "runs/a")),
         ("a=", ("", "a=")),
     ],

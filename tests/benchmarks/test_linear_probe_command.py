@@ -85,7 +85,8 @@ def test_classes_end_to_end(cache, tmp_path, capsys):
         assert low <= result.scores["auc"] <= high
         assert len(result.predictions) == result.split["test"]["volumes"]
         assert all(abs(sum(row["probability"]) - 1) < 1e-9 for row in result.predictions)
-        assert result.flags == {"seen_test_subjects": 0, "seen_test_volumes": 0, "saw_labels": False, "ranked": True}
+        clean = {"seen_test_subjects": 0, "seen_test_volumes": 0, "saw_labels": False, "ranked": True}
+        assert result.flags == clean
     assert len({r.split_digest for r in found}) == 1
     picture = Path(re.search(r"picture: (.+)", shown.out)[1])
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -63,7 +63,7 @@ DEEP: dict[str, dict[str, Any]] = {
 
 # On top of SMALL, where two ranks must give the gradients of one process: heads without batch norm.
 RANKS: dict[str, dict[str, Any]] = {
-    # All that is proposed is kept and sampled: which of two nearly equal scores is higher, the last bit says.
+    # All that is proposed is kept and sampled: which of two nearly equal scores is higher, a last bit says.
     "faster_rcnn": {"proposals": [4096, 4096], "rpn_samples": 4096, "roi_samples": 4096},
     "pseudo3d_detection": {"proposals": [4096, 4096], "rpn_samples": 4096, "roi_samples": 4096},
     "simclr": {"head_norm": "layer"},
@@ -75,10 +75,8 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 # Strides of the encoder's four stages, where what it is fed is too thin for those of `tiny_encoder`.
-STRIDES: dict[str, Any] = {
-    name: ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
-    for name in ("pseudo3d_classification", "pseudo3d_detection")
-}
+_IN_PLANE = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
+STRIDES: dict[str, Any] = {"pseudo3d_classification": _IN_PLANE, "pseudo3d_detection": _IN_PLANE}
 
 
 def _phantoms(folder: Path) -> Path:

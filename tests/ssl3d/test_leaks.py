@@ -142,7 +142,7 @@ def test_hashes_travel_in_the_checkpoint(tmp_path, count):
     assert hashes_in(load_encoder(folder).metadata) == hashes
     if count > 3:
         (folder / HASHES).write_bytes(b"others")
-        with pytest.raises(CheckpointError, match="volumes_seen.bin: its bytes are not"):
+        with pytest.raises(CheckpointError, match=r"volumes_seen\.bin: its bytes are not"):
             load_encoder(folder)
 
 
@@ -160,7 +160,18 @@ def test_pretraining_keeps_hashes_time_and_memory(tmp_path):
     run = tmp_path / "run"
     assert (
         main(
-            ["pretrain", *words.split(), *"--batch-size 2 --steps 1 --warmup 0".split(), "--out", str(run)]
+            [
+                "pretrain",
+                *words.split(),
+                "--batch-size",
+                "2",
+                "--steps",
+                "1",
+                "--warmup",
+                "0",
+                "--out",
+                str(run),
+            ]
         )
         == 0
     )

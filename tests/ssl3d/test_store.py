@@ -80,7 +80,8 @@ def test_reading_back_equals_writing(path):
     assert first.box_labels.tolist() == [7, 8]
     assert (first.id, first.dataset, first.subject, first.split) == ("a", "set", "s1", "")
     assert first.shape == IMAGE.shape and first.spacing == (2.5, 0.7, 1.5) and first.orientation == "SAR"
-    assert first.record == record(voxels=first.record.voxels, reading=first.record.reading) and len(first.record.voxels) == 32
+    kept = first.record
+    assert kept == record(voxels=kept.voxels, reading=kept.reading) and len(kept.voxels) == 32
     assert [v.label for v in volumes] == [1, "tumour", 2.5, None]
     assert [type(v) for v in volumes.labels] == [int, str, float, type(None)]
     assert second.split == "test" and second.boxes is None and not second.has_mask
