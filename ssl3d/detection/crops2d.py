@@ -19,8 +19,6 @@ from ssl3d.views.compose import Views, augment
 if TYPE_CHECKING:
     from ssl3d.data.store import Volume
 
-_LEAST = 2.0  # pixels; a box with a shorter side is not asked for
-
 
 @dataclass
 class BoxViews:
@@ -34,6 +32,7 @@ class BoxViews:
         around: Probability that a crop holds a box, or the middle of a larger one (and a slab a slice of
             it), where there is any; else it lies anywhere.
         visible: Share of a box that must lie in the crop for it to be asked for.
+        least: Shortest side of a box that is asked for, pixels of the crop.
         most: Boxes asked for in one crop, at most; of more, as many at random.
         flip: Probabilities of mirroring along H and W.
         scale: Largest zoom, less 1: 0.2 is 1/1.2 to 1.2.
@@ -45,6 +44,7 @@ class BoxViews:
     span: tuple[float, float] = (0.0, 0.0)
     around: float = 0.5
     visible: float = 0.3
+    least: float = 2.0
     most: int = 32
     flip: tuple[float, float] = (0.5, 0.5)
     scale: float = 0.2
@@ -66,6 +66,8 @@ class BoxViews:
                 raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name):g}")
         if not 0 < self.visible <= 1:
             raise ValueError(f"visible is a share, above 0 and up to 1, not {self.visible:g}")
+        if self.least < 0:
+            raise ValueError(f"least must be 0 or more pixels, not {self.least:g}")
         if not 0 <= self.scale <= 1:
             raise ValueError(f"scale must lie in 0 to 1, not {self.scale:g}")
 
@@ -152,7 +154,7 @@ def move_boxed(config: BoxViews, batch: dict[str, Tensor], rng: BatchRng, traini
 
     A zoom about the middle, log-uniform in [1/(1 + scale), 1 + scale], mirroring along H and W, then gamma,
     contrast and noise. Boxes go where the pixels go; those of which less than `visible` is left, or less
-    than 2 pixels along a side, are not asked for.
+    than `least` along a side, are not asked for.
     """
     crop, boxes = batch["crop"], batch["boxes"]
     there = torch.arange(boxes.shape[1], device=boxes.device) < batch["count"].unsqueeze(1)
@@ -167,7 +169,7 @@ def move_boxed(config: BoxViews, batch: dict[str, Tensor], rng: BatchRng, traini
         cut = cut_boxes(boxes, config.crop)
         share = _area(cut) / _area(boxes).clamp_min(1e-6)
         sides = (cut[..., 2:] - cut[..., :2]).amin(-1)
-        there = there & (share >= config.visible) & (sides >= _LEAST)
+        there = there & (share >= config.visible) & (sides >= config.least)
         if training and config.intensity:
             still = Views(chance=config.intensity, flip=0, rotate=0, scale=0, blur=0, bias=0)
             images = augment(still, images, rng, images.shape[2:])
