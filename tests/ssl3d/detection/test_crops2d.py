@@ -194,8 +194,8 @@ def test_volumes_without_boxes_known_are_refused_and_those_with_none_are_not():
 @pytest.mark.parametrize(
     "field,value",
     [
-        ("crop", (0, 5)), ("slab", 0), ("span", (1.0, 0.5)), ("around", 1.5), ("visible", 0.0), ("least", -1.0),
-        ("most", 0), ("flip", (0.5, 2.0)), ("scale", -0.1), ("intensity", -1.0),
+        ("crop", (0, 5)), ("slab", 0), ("span", (1.0, 0.5)), ("around", 1.5), ("visible", 0.0),
+        ("least", -1.0), ("most", 0), ("flip", (0.5, 2.0)), ("scale", -0.1), ("intensity", -1.0),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(field, value):
