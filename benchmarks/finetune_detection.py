@@ -468,8 +468,11 @@ class Detection(FinetuneTask):
         """The slices with the largest objects of some volumes, truth and detections; the FROC curve."""
         from ssl3d_benchmarks.finetune_detection_pictures import detection_picture
 
-        with_objects = [volume for volume in data if len(self.truth(volume).boxes)]
-        shown = (with_objects or list(data))[:4]
+        of_subject: dict[str, Volume] = {}
+        for volume in data:
+            if len(self.truth(volume).boxes):
+                of_subject.setdefault(f"{volume.dataset}/{volume.subject}", volume)
+        shown = (list(of_subject.values()) or list(data))[:4]
         rows = [self.predict(model, volume) for volume in data]
         found = [self.detect(model, volume) for volume in shown]
         return detection_picture(

@@ -331,7 +331,7 @@ def _lesions(
         ball = (distance + ((x - centre[2]) * mm[2]) ** 2 < radius**2) & body
         if ball.sum() < 8:
             continue
-        tissue[ball] = tissue[ball] + 0.12 + 0.06 * shine if faint else 1.05 + 0.15 * shine
+        tissue[ball] = tissue[ball] + 0.2 + 0.1 * shine if faint else 1.05 + 0.15 * shine
         placed.append(centre)
         where = [np.flatnonzero(ball.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
         boxes.append([float(w[0]) for w in where] + [float(w[-1] + 1) for w in where])
