@@ -167,7 +167,9 @@ class Finetune(Benchmark):
         "learning rates of their own for the scratch arm: Chen, Ma, Zheng: Med3D, arXiv 1904.00625; "
         "equal effort: He, Girshick, Dollar: Rethinking ImageNet Pre-training, ICCV 2019, arXiv 1811.08883"
     )
-    mains: ClassVar[Mapping[str, str]] = {}
+    mains: ClassVar[Mapping[str, str]] = {
+        "classes": "auc", "ordinal": "spearman", "real": "r2", "masks": "dice", "boxes": "cpm"
+    }  # fmt: skip
 
     def __init__(self, work: FinetuneTask) -> None:
         """Takes the task, its data known."""

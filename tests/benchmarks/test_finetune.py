@@ -31,7 +31,7 @@ from ssl3d.api import (
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store import Record, assemble, write_part
-from ssl3d_benchmarks.finetune import Finetune
+from ssl3d_benchmarks.finetune import TASKS, Finetune, task_class
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options
 from ssl3d_benchmarks.finetune_run import make_task, resolve
@@ -136,6 +136,11 @@ def scored(data, encoder, **options):
 
 
 # What it says of good and of useless encoders --------------------------------------------------------
+
+
+def test_the_protocol_ranks_by_what_its_tasks_rank_by():
+    found = {target: score for name in TASKS for target, score in task_class(name).mains.items()}
+    assert found == Finetune.mains
 
 
 def test_an_encoder_that_separates_the_classes_reaches_auc_1(two_classes):
