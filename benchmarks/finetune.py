@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import Benchmark, Scores, UsageError
+from ssl3d_benchmarks.finetune_command import Options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,7 +160,7 @@ class Finetune(Benchmark):
     Made with a `FinetuneTask`; `ssl3d finetune` and `finetune_run` say how contestants are trained.
     """
 
-    Config = object
+    Config: ClassVar[type] = Options
     name = "finetune"
     version = 1
     description = "an encoder trained further on classes, masks or boxes, and from scratch"

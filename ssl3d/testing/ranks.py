@@ -280,14 +280,17 @@ def _launch(who: str, folder: str, timeout: float) -> list[_Found]:
     deadline = time.monotonic() + timeout
     try:
         codes: list[int | None] = [None]
-        while None in codes and not any(codes) and time.monotonic() < deadline:
+        while None in codes and time.monotonic() < deadline:
             time.sleep(0.02)
             codes = [process.exitcode for process in started]
+            if any(code and not _abandoned(folder, n) for n, code in enumerate(codes)):
+                break  # an abandoned one is not to blame: that which left it is still ending
     finally:
         for process in started:  # one that fails leaves the other waiting
             process.kill()
             process.join()
     failed = [rank for rank, status in enumerate(codes) if status]
+    failed.sort(key=lambda rank: _abandoned(folder, rank))
     if failed:
         raise AssertionError(f"{who}: rank {failed[0]} of {_WORLD} fails: {_last_lines(folder, failed[0])}")
     assert None not in codes, (
@@ -295,6 +298,11 @@ def _launch(who: str, folder: str, timeout: float) -> list[_Found]:
         "in a collective that not every rank calls?"
     )
     return [_Found(**torch.load(Path(folder, f"found-{n}.pt"), weights_only=True)) for n in ranks]
+
+
+def _abandoned(folder: str, rank: int) -> bool:
+    """Whether a rank failed since the other was gone."""
+    return "by peer" in _last_lines(folder, rank)
 
 
 def _last_lines(folder: str, rank: int) -> str:
