@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class RunOptions:
         data_root: Where the data lives that the suite names; $SSL3D_DATA if left out.
         work: Folder for stores and runs; OUT/work if left out.
         only: Patterns of names of runs and tasks to do; what they need is done too.
+        seeds: Seeds of pretraining to do; those of the suite if left out.
         launch: Words in front of `ssl3d` for pretraining, such as "torchrun --nproc-per-node 4 -m".
         slurm: Workers to put into SLURM's queue instead of working here.
         slurm_options: KEY=VALUE for submitit, such as slurm_partition=gpu gpus_per_node=1 timeout_min=600.
@@ -56,6 +57,7 @@ class RunOptions:
     data_root: Path | None = None
     work: Path | None = None
     only: tuple[str, ...] = ("*",)
+    seeds: tuple[int, ...] = ()
     launch: str = ""
     slurm: int = 0
     slurm_options: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class RunOptions:
         """Checks every field."""
         if self.slurm < 0:
             raise ValueError(f"slurm is {self.slurm}, must be 0 or more")
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds are {self.seeds}: numbers from 0")
         if self.cluster not in ("slurm", "local"):
             raise ValueError(f"cluster: {self.cluster!r} is none of slurm, local")
 
@@ -79,6 +83,8 @@ def run(options: RunOptions) -> int:
         UsageError: The suite, or the root of the data, is not there.
     """
     suite = load_suite(options.suite)
+    if options.seeds:
+        suite = replace(suite, seeds=tuple(dict.fromkeys(options.seeds)))
     root = options.data_root or Path(os.environ.get("SSL3D_DATA", "."))
     if options.data_root and not root.is_dir():
         raise UsageError(f"--data-root {root}: no such folder")
@@ -439,6 +445,8 @@ def worker(options: RunOptions) -> list[str]:
         ("--data-root", options.data_root), ("--work", options.work), ("--launch", options.launch)
     ):  # fmt: skip
         words += [flag, str(value)] if value else []
+    if options.seeds:
+        words += ["--seeds", *map(str, options.seeds)]
     return words
 
 

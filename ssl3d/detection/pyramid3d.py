@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ssl3d.decoder import conv3x3x3, stride_path
 from ssl3d.encoder import Encoder
+from ssl3d.encoders.norms import norm
 from ssl3d.inference import upsample
 
 Triple = tuple[int, int, int]
@@ -30,8 +30,11 @@ class Conv3x3x3(nn.Conv3d):
 
 def conv_block(channels: int, out_channels: int) -> nn.Sequential:
     """3 x 3 x 3 convolution, group norm, ReLU."""
-    norm = nn.GroupNorm(math.gcd(_GROUPS, out_channels), out_channels)
-    return nn.Sequential(Conv3x3x3(channels, out_channels, bias=False), norm, nn.ReLU(inplace=True))
+    return nn.Sequential(
+        Conv3x3x3(channels, out_channels, bias=False),
+        norm("group", out_channels, _GROUPS),
+        nn.ReLU(inplace=True),
+    )
 
 
 class Pyramid3d(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssl3d.encoder import Encoder
+from ssl3d.encoders import norms
 from ssl3d.encoders.convolutions import conv2d
 from ssl3d.rng import BatchRng
 
@@ -218,7 +218,7 @@ class Pyramid(nn.Module):
         )
 
         def norm(channels: int) -> nn.Module:
-            return nn.GroupNorm(math.gcd(config.norm_groups, channels), channels)
+            return norms.norm("group", channels, config.norm_groups)
 
         self.fpn = FeaturePyramidNetwork(
             [encoder.channels[n] for n in self.sources],

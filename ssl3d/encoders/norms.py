@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,11 +66,34 @@ class BatchNorm(nn.BatchNorm3d):
         return super().forward(input)
 
 
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """torch's group norm, also fast on a CPU with channels last.
+
+    There its kernels take 10 to 40 times as long as on contiguous memory (8 channels of 32 x 48 x 32 in
+    bf16, forward and backward: 57 ms against 1.2), so the memory is turned and turned back.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    turned = last and x.device.type == "cpu" and not x.is_contiguous()
+    if not turned or not x.is_contiguous(memory_format=last):
+        return F.group_norm(x, groups, weight, bias, eps)
+    return F.group_norm(x.contiguous(), groups, weight, bias, eps).contiguous(memory_format=last)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` by `group_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises each group of channels of each example."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def norm(kind: str, channels: int, groups: int) -> nn.Module:
     """A norm of kind `batch`, `group` or `instance`; `groups` is lowered to what divides `channels`."""
     if kind == "batch":
         return BatchNorm(channels)
-    return nn.GroupNorm(channels if kind == "instance" else math.gcd(groups, channels), channels)
+    return GroupNorm(channels if kind == "instance" else math.gcd(groups, channels), channels)
 
 
 def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

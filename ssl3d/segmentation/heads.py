@@ -324,7 +324,7 @@ class _InstanceNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         groups = 1 if input[0, 0].numel() == 1 else self.num_groups
-        return F.group_norm(input, groups, self.weight, self.bias, self.eps)
+        return norms.group_norm(input, groups, self.weight, self.bias, self.eps)
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

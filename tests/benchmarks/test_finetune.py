@@ -504,6 +504,15 @@ def test_wrong_input_is_one_clear_line(cache, tmp_path, capsys, labels, extra, m
     assert not (tmp_path / "out").exists()
 
 
+def test_folds_of_one_subject_are_scored_together(tmp_path):
+    data, out = a_store(tmp_path / "s.h5", [0, 1, 0, 1]), tmp_path / "out"
+    command = ["finetune", SPEC, "--data", data, "--out", str(out), *SHORT, "--folds", "4"]
+    assert main(command) == 0
+    (record,) = records(out)
+    assert record.split["folds"] == 4
+    assert record.split["test"]["subjects"] == 4
+
+
 # Classification ------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,11 @@ def test_a_dry_run_shows_the_commands_and_makes_nothing(tmp_path, capsys):
     assert "measure:simclr: ssl3d pretrain --proxy simclr --data phantoms:60" in out
     assert "ssl3d linear-probe untrained=scratch:resnet10:width=16 --data phantoms:60" in out
     assert not (tmp_path / "out").exists()
+    options = RunOptions("quick", out=tmp_path / "out", dry_run=True, seeds=(7, 3), only=("simclr",))
+    run(options)
+    jobs = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [job for job in jobs if job.startswith("pretrain")] == ["pretrain:simclr:7", "pretrain:simclr:3"]
+    assert worker(options)[-3:] == ["--seeds", "7", "3"]
 
 
 def test_a_worker_in_the_queue_runs_the_same_without_slurm(tmp_path):
@@ -259,5 +264,7 @@ def test_wrong_options_are_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--out .*file: (Not a directory|File exists)"):
         run(RunOptions("quick", out=tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"seeds are \(0, -1\)"):
+        RunOptions("quick", seeds=(0, -1))
     with pytest.raises(ValueError, match="cluster"):
         RunOptions("quick", cluster="pbs")
