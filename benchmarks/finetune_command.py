@@ -33,6 +33,8 @@ class Options:
         fractions: Shares of the training subjects (and of those to choose on) to train with; smaller
             subsets lie in larger ones and are the same for all.
         repeats: Subsets per fraction below 1.
+        sparse_slices: Annotated slices per volume that segmentation trains on, or all; several numbers
+            for a curve, such as 1 2 4 all. The same as --segmentation.sparse_slices for one number.
         seeds: Of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Of a cross-validation by subject instead of the house split; 0 for none.
         split_seed: Of the subsets and the folds.
@@ -79,6 +81,7 @@ class Options:
     preset: str = ""
     fractions: tuple[float, ...] = (1.0,)
     repeats: int = 3
+    sparse_slices: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
     split_seed: int = 0
@@ -121,6 +124,11 @@ class Options:
             raise ValueError(f"fractions: {list(self.fractions)}; each must be above 0 and at most 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)}; give each once, and at least one")
+        for one in self.sparse_slices:
+            if one != "all" and not (one.isdigit() and int(one) > 0):
+                raise ValueError(f"sparse_slices: {one!r}; a number from 1, or all")
+        if len(set(self.sparse_slices)) < len(self.sparse_slices):
+            raise ValueError(f"sparse_slices: {' '.join(self.sparse_slices)}; give each once")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds: {self.folds}; use 0 for the house split, or 2 and more")
         for name in ("repeats", "batch_size"):

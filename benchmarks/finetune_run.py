@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 APART = (
     "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "lr",
     "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
-    "checkpoint_seconds", "device", "threads", "workers", "overwrite",
+    "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
 )  # fmt: skip
 """Options that a record's settings do not hold: they change no score, or stand elsewhere in the record."""
 
@@ -149,17 +149,45 @@ def run(options: Options, config: Any) -> Outcome:
         config: The task's own options.
     """
     make_arms(options)  # a wrong path is said before anything is read
+    configs = _configs(options, config)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(device_of(options.device))
-    task, benchmark = make_task(options, config)
-    arms = make_arms(replace(options, encoder=fitting_all(options.encoder, task.data)))
-    check_channels([arm.first for arm in arms], task.data)
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
-    classes = getattr(benchmark.work, "classes", ())
-    say(headline(task, benchmark.target, [str(name) for name in classes]))
     outcome = Outcome()
+    for number, one in enumerate(configs):
+        task, benchmark = make_task(options, one)
+        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, task.data)))
+        check_channels([arm.first for arm in arms], task.data)
+        if number == 0:
+            classes = getattr(benchmark.work, "classes", ())
+            say(headline(task, benchmark.target, [str(name) for name in classes]))
+        if options.sparse_slices:
+            say(f"annotated slices per volume: {options.sparse_slices[number]}")
+        _run(outcome, arms, task, benchmark, options, device)
+    _finish(outcome, benchmark, task, options)
+    return outcome
+
+
+def _configs(options: Options, config: Any) -> list[Any]:
+    """The task's options, for each number of annotated slices."""
+    if not options.sparse_slices:
+        return [config]
+    if not hasattr(config, "sparse_slices"):
+        raise UsageError(f"--sparse-slices: {options.task} learns no slices; it is for --task segmentation")
+    return [replace(config, sparse_slices=0 if one == "all" else int(one)) for one in options.sparse_slices]
+
+
+def _run(
+    outcome: Outcome,
+    arms: Sequence[Arm],
+    task: Task,
+    benchmark: Finetune,
+    options: Options,
+    device: torch.device,
+) -> None:
+    """Every arm on every subset."""
     subsets = list(jobs(task, options.fractions, options.repeats, options.split_seed))
     for job in subsets:
         for seed in options.seeds:
@@ -171,8 +199,6 @@ def run(options: Options, config: Any) -> Outcome:
             _try(
                 outcome, entry, job, seed, partial(run_trivial, entry, benchmark, task, job, seed, options)
             )
-    _finish(outcome, benchmark, task, options)
-    return outcome
 
 
 def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[], Result]) -> None:
@@ -190,12 +216,13 @@ def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[],
 
 def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Options) -> None:
     if outcome.rows:
-        from ssl3d_benchmarks.finetune_table import draw_curves, format_table
+        from ssl3d_benchmarks.finetune_table import draw_curves, draw_slices, format_table
 
         text = format_table(outcome.rows, benchmark, task.how)
         print(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-        for path in draw_curves(outcome.rows, benchmark, options.out):
+        pictures = draw_curves(outcome.rows, benchmark, options.out)
+        for path in [*pictures, *draw_slices(outcome.rows, benchmark, options.out)]:
             print(f"picture: {path}")
         print(f"records: {options.out}")
     if outcome.failed:

@@ -71,10 +71,22 @@ def make_line(rows: Sequence[Row], benchmark: Finetune) -> Line:
 
 
 def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:
-    """The table as text, one block per fraction, with its notes."""
-    fractions = sorted({row.result.fraction for row in rows}, reverse=True)
-    blocks = [_block([row for row in rows if row.result.fraction == f], benchmark, how) for f in fractions]
-    return "\n\n".join(blocks)
+    """The table as text, one block per fraction and number of annotated slices, with its notes."""
+    return "\n\n".join(_block(same, benchmark, how) for same in _blocks(rows))
+
+
+def annotated_slices(result: Result) -> int:
+    """Annotated slices per volume that were trained on; 0 for all."""
+    return int(result.settings["task"].get("sparse_slices") or 0)
+
+
+def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that stand together: most data first, all slices first."""
+
+    def key(row: Row) -> tuple[float, float]:
+        return -row.result.fraction, -(annotated_slices(row.result) or float("inf"))
+
+    return [[row for row in rows if key(row) == one] for one in sorted({key(row) for row in rows})]
 
 
 def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
@@ -120,7 +132,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
     subsets = len({row.result.repeat for row in most.rows})
     head = (
         f"{result.task} v{result.version} on {', '.join(result.dataset)}: {train['subjects']} of "
-        f"{train['of_subjects']} training subjects, {val['subjects']} to choose on; test "
+        f"{train['of_subjects']} training subjects{_sparse(result)}, {val['subjects']} to choose on; test "
         f"{tested['subjects']} subjects, {tested['volumes']} volumes; {how}"
     )
     text = [head, *aligned(table)]
@@ -140,6 +152,11 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
         text.append("not ranked: pretraining saw subjects of the test part")
     return "\n".join(text)
+
+
+def _sparse(result: Result) -> str:
+    count = annotated_slices(result)
+    return f" ({count} annotated slice{'s' * (count > 1)} of each volume)" if count else ""
 
 
 def _chosen(line: Line) -> list[str]:
@@ -185,12 +202,13 @@ def curve_of(result: Result) -> list[tuple[int, float]]:
 
 
 def draw_curves(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[Path]:
-    """Score on the validation subjects against steps, one picture per fraction."""
+    """Score on the validation subjects against steps, one picture per fraction and number of slices."""
     paths = []
-    for fraction in sorted({row.result.fraction for row in rows}, reverse=True):
-        chosen = [row for row in rows if row.result.fraction == fraction and curve_of(row.result)]
+    for same in _blocks(rows):
+        chosen = [row for row in same if curve_of(row.result)]
         if not chosen:
             continue
+        fraction = chosen[0].result.fraction
         keys = "".join(sorted(row.result.key for row in chosen))
         name = hashlib.sha256(keys.encode()).hexdigest()[:8]
         path = folder / f"curves-f{fraction:g}-{name}.png"
@@ -217,8 +235,57 @@ def curve_figure(rows: Sequence[Row], main: str) -> Any:
         plot.plot(shared, mean, color=colour, marker=".", label=name[-60:])
     plot.set_xlabel("optimizer steps")
     plot.set_ylabel(f"{main} on the validation subjects")
+    first = rows[0].result
     plot.set_title(
-        f"{rows[0].result.task}, {rows[0].result.split['train']['subjects']} subjects", fontsize=10
+        f"{first.task}, {first.split['train']['subjects']} subjects{_sparse(first)}", fontsize=10
     )
+    plot.legend(fontsize=7)
+    return figure
+
+
+def draw_slices(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[Path]:
+    """Score against annotated slices per volume, a picture per fraction; none for one number of slices."""
+    paths = []
+    for fraction in sorted({row.result.fraction for row in rows}, reverse=True):
+        chosen = [row for row in rows if row.result.fraction == fraction]
+        if len({annotated_slices(row.result) for row in chosen}) < 2:
+            continue
+        keys = "".join(sorted(row.result.key for row in chosen))
+        path = folder / f"slices-f{fraction:g}-{hashlib.sha256(keys.encode()).hexdigest()[:8]}.png"
+        if not path.exists():
+            slices_figure(chosen, benchmark).savefig(path, dpi=110)
+        paths.append(path)
+    return paths
+
+
+def slices_figure(rows: Sequence[Row], benchmark: Finetune) -> Any:
+    """Test score with its interval against annotated slices, all of them at the right end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot = figure.add_subplot()
+    counts = sorted({annotated_slices(row.result) for row in rows}, key=lambda n: n or float("inf"))
+    names = list(dict.fromkeys(str(row.result.contestant["name"]) for row in rows))
+    for k, name in enumerate(names):
+        places, values, spread = [], [], []
+        for place, count in enumerate(counts):
+            group = [
+                row
+                for row in rows
+                if row.result.contestant["name"] == name and annotated_slices(row.result) == count
+            ]
+            if group:
+                found = statistics.nested_interval(make_line(group, benchmark).runs)
+                places.append(place + 0.04 * (k - (len(names) - 1) / 2))
+                values.append(found.value)
+                spread.append((found.value - found.low, found.high - found.value))
+        plot.errorbar(
+            places, values, np.array(spread).T, marker="o", capsize=3, linewidth=1.2, label=name[-60:]
+        )
+    plot.set_xticks(range(len(counts)), [str(count or "all") for count in counts])
+    plot.set_xlabel("annotated slices per volume")
+    plot.set_ylabel(f"{benchmark.main} on the test subjects, 95 % intervals")
+    first = rows[0].result
+    plot.set_title(f"{first.task}, {first.split['train']['subjects']} training subjects", fontsize=10)
     plot.legend(fontsize=7)
     return figure

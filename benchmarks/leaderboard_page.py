@@ -141,7 +141,14 @@ def page(
     parts += [_overall(one) for one in overall]
     for board in boards:
         same = [one for one in boards if one.table is board.table]
-        parts.append(_board(board, same if board is same[0] else [board], pictures))
+        sparse = [
+            one
+            for one in boards
+            if one.fraction == board.fraction and one.table.but_for_slices == board.table.but_for_slices
+        ]
+        sparse.sort(key=lambda one: one.table.slices or float("inf"))
+        few = same if board is same[0] else [board]
+        parts.append(_board(board, few, sparse if board is sparse[-1] else [], pictures))
     parts.append(_refused(refused))
     parts.append(_conditions(conditions))
     body = "\n".join(parts)
@@ -251,7 +258,7 @@ def _overall(one: Overall) -> str:
     return "\n".join(parts)
 
 
-def _board(board: Board, fractions: Sequence[Board], pictures: bool) -> str:
+def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
     parts = [f'<section><h2 id="{board.slug}">{escape(text.heading(board))}</h2>']
     parts.append(f"<p>{escape(text.told(board))}</p>")
     parts += [f'<p class="loud" role="note">{escape(line)}</p>' for line in board.missing]
@@ -271,7 +278,7 @@ def _board(board: Board, fractions: Sequence[Board], pictures: bool) -> str:
     parts.append(_table(f"{text.heading(board)}: {board.table.main}, higher is better", names, rows))
     parts += [f"<p><small>{escape(note)}</small></p>" for note in board.notes]
     shown = [chart for chart in (_forest(board), _compute(board), _data(board), _steps(board),
-                                 _fractions(fractions)) if chart]  # fmt: skip
+                                 _fractions(fractions), _sparse(sparse)) if chart]  # fmt: skip
     if shown:
         parts.append(f'<div class="charts">{"".join(shown)}</div>')
     if pictures:
@@ -410,6 +417,29 @@ def _fractions(boards: Sequence[Board]) -> str:
     return _figure(
         picture,
         "Few labels and many: nested subsets of the training subjects, the same for every contestant.",
+    )
+
+
+def _sparse(boards: Sequence[Board]) -> str:
+    """Score against annotated slices; `boards` from few to many, all of them (0) last."""
+    if len(boards) < 2:
+        return ""
+    points: dict[str, tuple[str, list[tuple[float, float, float, float]]]] = {}
+    for board in boards:
+        # All slices, at the next power of two: there is no one number of them.
+        most = max(one.table.slices for one in boards)
+        count = float(board.table.slices or 2 * most)
+        for arm in board.arms:
+            if arm.why_unranked in ("", "no network"):
+                own = points.setdefault(arm.label, (arm.kind, []))[1]
+                own.append((count, arm.interval.value, arm.interval.low, arm.interval.high))
+    curves = [Line(label, own, kind) for label, (kind, own) in points.items() if len(own) > 1]
+    whole = boards[-1].table.slices == 0
+    axis = "annotated slices of each training volume" + (" (the last: all)" if whole else "")
+    title = "Score against annotated slices: " + boards[-1].table.title
+    picture = charts.lines(curves, axis, boards[-1].table.main, title, log=True)
+    return _figure(
+        picture, "Sparse annotation: the loss is taken on these slices alone, the score on all of them."
     )
 
 

@@ -187,10 +187,27 @@ class Table:
         return "classification"
 
     @property
+    def slices(self) -> int:
+        """Annotated slices per volume that were trained on; 0 for all."""
+        task = self.settings.get("task")
+        return int(task.get("sparse_slices") or 0) if isinstance(task, Mapping) else 0
+
+    @property
+    def but_for_slices(self) -> str:
+        """What tables have in common that differ in the number of annotated slices alone."""
+        settings = {key: value for key, value in self.settings.items() if key not in APART[:1]}
+        if isinstance(settings.get("task"), Mapping):
+            hidden = ("sparse_slices", "annotated")
+            settings["task"] = {k: v for k, v in settings["task"].items() if k not in hidden}
+        about = [self.task, self.version, self.dataset, self.main, settings]
+        return json.dumps(about, sort_keys=True, default=str)
+
+    @property
     def title(self) -> str:
         """For people."""
         number = f" ({self.number})" if self.number else ""
-        return f"{', '.join(self.dataset)}: {self.task.replace('/', ', ')}{number}"
+        sparse = f", {self.slices} annotated slice{'s' * (self.slices > 1)} a volume" if self.slices else ""
+        return f"{', '.join(self.dataset)}: {self.task.replace('/', ', ')}{sparse}{number}"
 
     @property
     def slug(self) -> str:

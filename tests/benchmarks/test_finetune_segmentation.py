@@ -452,3 +452,43 @@ def test_the_command_trains_scores_and_writes_predictions(tmp_path, capsys):
     assert records and all("surface_dice_2" in one["scores"] for one in records)
     assert all(len(s) == 1 for s in records[0]["settings"]["task"]["annotated"].values())
     assert list((tmp_path / "o").rglob("*.nii.gz"))
+
+
+def test_numbers_of_annotated_slices_are_trained_one_after_the_other(tmp_path, capsys):
+    import json
+
+    from ssl3d.cli import main
+
+    store, out = phantom_store(16, shape=(12, 16, 16), folder=tmp_path), tmp_path / "o"
+    arguments = ["finetune", "scratch:resnet10:width=4", "--data", str(store), "--task", "segmentation"]
+    arguments += ["--steps", "2", "--batch-size", "2", "--eval-at", "1", "--threads", "1", "--out", str(out)]
+    arguments += ["--segmentation.width", "4", "--no-trivial"]
+    assert main([*arguments, "--sparse-slices", "1", "3", "all"]) == 0
+    text = (out / "table.txt").read_text(encoding="utf-8")
+    assert text.index("subjects, ") < text.index("(3 annotated slices of each") < text.index("(1 annotated sl")
+    assert len(list(out.glob("slices-*.png"))) == 1
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")]
+    numbers = {one["settings"]["task"]["sparse_slices"]: one for one in records}
+    assert sorted(numbers) == [0, 1, 3]
+    annotated = numbers[3]["settings"]["task"]["annotated"]
+    assert {len(slices) for slices in annotated.values()} == {3}
+    capsys.readouterr()
+    assert main([*arguments, "--segmentation.sparse_slices", "3"]) == 0  # the same record
+    assert "record found" in capsys.readouterr().err
+    assert len(list(out.glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--sparse-slices", "0"], "sparse_slices: '0'; a number from 1, or all"),
+        (["--sparse-slices", "2", "2"], "sparse_slices: 2 2; give each once"),
+        (["--sparse-slices", "1", "--task", "classification"], "it is for --task segmentation"),
+    ],
+)
+def test_wrong_numbers_of_annotated_slices_are_one_clear_line(tmp_path, capsys, extra, message):
+    from ssl3d.cli import main
+
+    arguments = ["finetune", "scratch:resnet10:width=4", "--data", "phantoms:8", "--task", "segmentation"]
+    assert main([*arguments, "--out", str(tmp_path / "o"), *extra]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -337,6 +337,23 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     assert "Few labels and many" in (out / "index.html").read_text(encoding="utf-8")
 
 
+def test_numbers_of_annotated_slices_have_tables_of_their_own_and_a_curve(tmp_path):
+    rows = []
+    for count in (0, 1, 2):
+        for row in usual():
+            row.settings = {**row.settings, "task": {"sparse_slices": count, "annotated": {"a": [count]}}}
+            rows.append(row)
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    assert [board.table.slices for board in made.boards] == [0, 1, 2]
+    assert [board.table.number for board in made.boards] == [0, 0, 0]
+    assert made.boards[1].table.title.endswith(", 1 annotated slice a volume")
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count("annotated slices of each training volume (the last: all)") == 1
+    assert "2 annotated slices a volume" in (out / "report.md").read_text(encoding="utf-8")
+
+
 def test_ranks_over_six_tasks_have_a_critical_difference(tmp_path):
     rows = [row for k in range(6) for row in usual(f"set{k}")]
     made = read_report([write(tmp_path, rows)], resamples=200)
