@@ -66,6 +66,8 @@ class FinetuneTask(ABC):
 
     config: Any
     target: str
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
 
     @abstractmethod
     def __init__(self, config: Any, data: Collection) -> None:
@@ -78,6 +80,22 @@ class FinetuneTask(ABC):
         Raises:
             DataError: There is nothing to learn, such as one class only.
         """
+
+    @classmethod
+    def scorer(cls, settings: Mapping[str, Any], target: str) -> FinetuneTask:
+        """The task as far as `score_functions` goes, from what a record says: reports have no data.
+
+        Args:
+            settings: As `settings` made them; `classes` are there as `names` and `classes`.
+            target: Of the record.
+        """
+        made = object.__new__(cls)
+        made.target = target
+        known = {one.name for one in dataclasses.fields(cls.Config)}
+        given = {key: _tupled(value) for key, value in settings.items() if key in known}
+        made.config = cls.Config(**given)
+        made.names = made.classes = tuple(map(str, settings.get("classes") or ()))
+        return made
 
     @classmethod
     def known(cls, config: Any, data: Collection) -> NDArray[np.bool_]:
@@ -213,6 +231,11 @@ class Finetune(Benchmark):
         from ssl3d_benchmarks.finetune_run import score_by_recipe
 
         return score_by_recipe(self, contestant, train, val, test, seed)
+
+
+def _tupled(value: Any) -> Any:
+    """JSON's lists as an option has them."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def task_class(name: str) -> type[FinetuneTask]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ssl3d_benchmarks import leaderboard_charts as charts
@@ -277,8 +279,9 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
     names = ["contestant", *[head[k] for k in keep if k != 1]]
     parts.append(_table(f"{text.heading(board)}: {board.table.main}, higher is better", names, rows))
     parts += [f"<p><small>{escape(note)}</small></p>" for note in board.notes]
-    shown = [chart for chart in (_forest(board), _compute(board), _data(board), _steps(board),
-                                 _fractions(fractions), _sparse(sparse)) if chart]  # fmt: skip
+    drawn = (_forest(board), _compute(board), _data(board), _steps(board), _fractions(fractions),
+             _sparse(sparse), _froc(board))  # fmt: skip
+    shown = [chart for chart in drawn if chart]
     if shown:
         parts.append(f'<div class="charts">{"".join(shown)}</div>')
     if pictures:
@@ -418,6 +421,22 @@ def _fractions(boards: Sequence[Board]) -> str:
         picture,
         "Few labels and many: nested subsets of the training subjects, the same for every contestant.",
     )
+
+
+def _froc(board: Board) -> str:
+    """Sensitivity against false positives per scan, where the records have it."""
+    curves = []
+    for arm in board.arms:
+        rates = [name for name in arm.first.result.scores if re.fullmatch(r"froc_[\d.]+", name)]
+        if rates and arm.why_unranked in ("", "no network"):
+            points = [
+                (float(name[5:]), fmean(one.result.scores[name] for one in arm.records()), NAN, NAN)
+                for name in rates
+            ]
+            curves.append(Line(arm.label, sorted(points), arm.kind))
+    title = "FROC: " + text.heading(board)
+    picture = charts.lines(curves, "false positives per scan", "sensitivity", title, log=True)
+    return _figure(picture, "FROC: what share of the objects is found, at how many false alarms a scan.")
 
 
 def _sparse(boards: Sequence[Board]) -> str:

@@ -300,13 +300,7 @@ def score_functions(
         settings = dict(result.settings["task"])
         if work == "classification":
             return _of_plugin("linear-probe", {"target": target, **settings}).score_functions(predictions)
-        kind = task_class(work)
-        scorer: Any = object.__new__(kind)  # scores need no data, which `__init__` would
-        scorer.target = target
-        scorer.settings_scored = settings
-        scorer.names = tuple(str(value) for value in settings.get("classes") or ())
-        scorer.classes = scorer.names
-        return scorer.score_functions(predictions)
+        return task_class(work).scorer(settings, target).score_functions(predictions)
     return _of_plugin(protocol, result.settings).score_functions(predictions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,10 +226,10 @@ def _method(arm: Arm) -> str:
         init = str((who.pretraining.get("init") or {}).get("from", ""))
         return f"{words} after ImageNet" if init.startswith("imagenet:") else words
     if who.kind == "imagenet":
-        source = str(who.result.contestant.get("source") or who.result.contestant["name"])
-        return "ImageNet " + (
-            source.removeprefix("imagenet:") if source.startswith("imagenet:") else who.stem
-        )
+        name = str(who.result.contestant["name"])
+        if not name.startswith("imagenet:"):
+            return who.stem  # a name that somebody chose
+        return "ImageNet " + re.sub(r":weights=[^:]*", "", name.removeprefix("imagenet:"))
     if who.kind == "scratch":
         return "from scratch" if who.result.task.startswith("finetune") else "untrained"
     return str(who.result.contestant["name"])

@@ -327,3 +327,18 @@ def test_pictures_are_drawn(data, images, tmp_path):
 def test_bad_options_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         DetectionConfig(**options)
+
+
+def test_records_are_reported_with_their_curve(tmp_path):
+    from ssl3d.cli import main
+
+    out = tmp_path / "records"
+    arguments = ["finetune", "scratch:resnet10:width=4", "--data", "phantoms:12", "--task", "detection"]
+    arguments += ["--detection.patch", "16", "16", "16", "--detection.channels", "8", "--out", str(out)]
+    arguments += ["--steps", "2", "--batch-size", "2", "--eval-at", "1", "--threads", "1"]
+    assert main([*arguments, "--detection.froc_iou", "0.2"]) == 0
+    report = ["leaderboard", "report", str(out), "--out", str(tmp_path / "report"), "--resamples", "100"]
+    assert main(report) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "No record was refused." in text  # scored anew with the records' own overlap
+    assert "FROC: what share" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

@@ -476,6 +476,10 @@ def test_numbers_of_annotated_slices_are_trained_one_after_the_other(tmp_path, c
     assert main([*arguments, "--segmentation.sparse_slices", "3"]) == 0  # the same record
     assert "record found" in capsys.readouterr().err
     assert len(list(out.glob("*.json"))) == 3
+    report = ["leaderboard", "report", str(out), "--out", str(tmp_path / "report"), "--resamples", "100"]
+    assert main(report) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "No record was refused." in text and "3 annotated slices a volume" in text
 
 
 @pytest.mark.parametrize(
