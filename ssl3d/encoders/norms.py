@@ -75,8 +75,8 @@ def group_norm(
     32 x 48 x 32 in bf16, forward and backward, one core, torch 2.15: 57 ms against 1.2), so the memory is
     turned and turned back.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    turned = last and x.device.type == "cpu" and not x.is_contiguous()
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    turned = x.dim() in (4, 5) and x.device.type == "cpu" and not x.is_contiguous()
     if not turned or not x.is_contiguous(memory_format=last):
         return F.group_norm(x, groups, weight, bias, eps)
     return F.group_norm(x.contiguous(), groups, weight, bias, eps).contiguous(memory_format=last)
