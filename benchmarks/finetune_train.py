@@ -366,15 +366,29 @@ def check_freeze(encoder: Encoder, asked: str) -> None:
         raise UsageError(f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all")
 
 
+def encoders_of(model: nn.Module) -> list[Encoder]:
+    """The model's `encoder`, and that of every other stage: a coarse one begins with a copy."""
+    found: list[Encoder] = []
+    above: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "encoder" and not any(name.startswith(one) for one in above):
+            above.append(f"{name}.")  # an aggregator's encoder is part of it
+            found.append(module)  # type: ignore[arg-type]
+    return found
+
+
 def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
-    """Stops parameters of the encoder from training; gives the modules that stay in evaluation mode.
+    """Stops parameters of the encoders from training; gives the modules that stay in evaluation mode.
 
     Args:
-        model: With its `encoder`.
+        model: With its `encoder`, and others of that name in it.
         asked: none, all, or the first so many stages.
         norms: Whether the encoder's batch norms stay as they are too.
     """
-    encoder: Encoder = model.get_submodule("encoder")  # type: ignore[assignment]
+    return [module for encoder in encoders_of(model) for module in _freeze(encoder, asked, norms)]
+
+
+def _freeze(encoder: Encoder, asked: str, norms: bool) -> list[nn.Module]:
     if asked == "all":
         encoder.requires_grad_(False)
         return [encoder]
@@ -409,15 +423,16 @@ def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) 
     The head has the full learning rate (`scale` 1), the encoder's last stage `layer_decay` of it, each
     stage before it `layer_decay` of the next. Biases, norms and other vectors are not decayed.
     """
-    encoder: Encoder = model.get_submodule("encoder")  # type: ignore[assignment]
-    count = len(_inner(encoder).strides)
-    stages = stages_of(encoder) if layer_decay < 1 else {}
-    place = {id(p): stages.get(name, count) for name, p in encoder.named_parameters()}
+    place: dict[int, int] = {}
+    for encoder in encoders_of(model):
+        count = len(_inner(encoder).strides)
+        stages = stages_of(encoder) if layer_decay < 1 else {}
+        place |= {id(p): count - stages.get(name, count) for name, p in encoder.named_parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = layer_decay ** (count - place.get(id(parameter), count))
+        scale = layer_decay ** place.get(id(parameter), 0)
         decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else weight_decay
         group = groups.setdefault(
             (scale, decay), {"params": [], "names": [], "scale": scale, "weight_decay": decay}

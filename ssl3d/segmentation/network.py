@@ -41,8 +41,7 @@ class CoarseToFine(SegmentationNetwork):
     As Med3D (Chen, Ma, Zheng, arXiv 1904.00625) segments livers: the first stage is the encoder, a
     1 x 1 x 1 convolution to two channels on its deepest map, and interpolation; the second is a network
     of its own on the crop round what the first found. Both begin with the encoder's weights, the coarse
-    one with a copy, and part in training. `forward` is the fine stage. What a training loop does to
-    `encoder` alone (freezing, learning rates by layer) does not reach the coarse stage.
+    one with a copy (`coarse.encoder`), and part in training. `forward` is the fine stage.
 
     Args:
         encoder: Of the fine stage, kept as `encoder`.

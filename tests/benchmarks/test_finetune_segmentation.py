@@ -19,6 +19,7 @@ from ssl3d_benchmarks.finetune_segmentation_data import (
     place_patch,
     sparse_slices,
 )
+from ssl3d_benchmarks.finetune_train import freeze, parameter_groups
 
 PLAIN = {"chance": 0.0, "flip": 0.0}
 
@@ -160,6 +161,19 @@ def test_masks_of_unannotated_slices_are_never_used(tmp_path, data):
         assert torch.equal(*losses) and losses[0] > 0
     trivial = [t.predict_trivial("average mask", d, d, data, 0) for t, d in ((task, data), (again, bad))]
     assert trivial[0] == trivial[1]
+
+
+def test_what_is_asked_of_the_encoder_holds_in_both_stages(data):
+    task = Segmentation(SegmentationConfig(patch=(16, 16, 16), stages=2, coarse=(8, 8, 8)), data)
+    model = task.model(encoder_of())
+    groups = parameter_groups(model, 0.5, 0.1)
+    scales = {name: group["scale"] for group in groups for name in group["names"]}
+    assert scales["encoder.conv1.weight"] == scales["coarse.encoder.conv1.weight"] == 0.5**5
+    assert {scale for name, scale in scales.items() if name.startswith("coarse.head")} == {1.0}
+    calm = freeze(model, "all", False)
+    assert {id(one) for one in calm} == {id(model.encoder), id(model.coarse.encoder)}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "encoder." in name)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "head." in name)
 
 
 def test_voxels_that_nobody_annotated_count_in_no_score(tmp_path):
