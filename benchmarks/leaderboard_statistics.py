@@ -108,6 +108,27 @@ class Board:
         """For links and file names."""
         return self.table.slug + ("" if self.fraction == 1 else f"-{self.fraction:g}".replace(".", "-"))
 
+    @property
+    def few(self) -> bool:
+        """Whether a part of the training subjects, or of their slices, was learned from."""
+        return self.fraction < 1 or self.table.slices > 0
+
+    @property
+    def people(self) -> str:
+        """How many training subjects of how many, in words; empty for all of them."""
+        train = self.arms[0].first.result.split.get("train", {})
+        if self.fraction == 1:
+            return ""
+        some, of = train.get("subjects"), train.get("of_subjects")
+        return f"{some} of {of} training subjects" if of else f"{self.fraction:g} of the training subjects"
+
+    @property
+    def amount(self) -> str:
+        """What part of the annotation was learned from, in words; empty for all of it."""
+        count = self.table.slices
+        sparse = f"{count} annotated slice{'s' * (count > 1)} a volume" if count else ""
+        return ", ".join(part for part in (sparse, self.people) if part)
+
     def ranked(self, section: str = "main") -> list[Arm]:
         """Who is ranked there, best first."""
         return [arm for arm in self.arms if arm.rank is not None and arm.section == section]
@@ -471,7 +492,7 @@ def overall_of(boards: Iterable[Board]) -> list[Overall]:
     """Ranks over tasks, one for each protocol and family; a data set and target counts once."""
     groups: dict[tuple[str, str], dict[tuple[str, ...], list[Board]]] = {}
     for board in boards:
-        if board.fraction == 1 and board.ranked():
+        if not board.few and board.ranked():
             table = board.table
             tasks = groups.setdefault((table.protocol, table.family), {})
             tasks.setdefault((*table.dataset, table.target), []).append(board)
@@ -573,11 +594,11 @@ def critical_difference(ranks: Array) -> CriticalDifference:
 def answer(boards: Sequence[Board]) -> list[str]:
     """Whether pretraining pays on these data, from the numbers, in sentences."""
     lines = []
-    whole = [board for board in boards if board.fraction == 1 and board.of_kind("pretrained")]
-    groups: dict[tuple[str, str], list[Board]] = {}
-    for board in whole:
-        groups.setdefault((board.table.protocol, board.table.family), []).append(board)
-    for (protocol, family), members in sorted(groups.items()):
+    tried = [board for board in boards if board.of_kind("pretrained")]
+    groups: dict[tuple[str, str, bool], list[Board]] = {}
+    for board in tried:
+        groups.setdefault((board.table.protocol, board.table.family, board.few), []).append(board)
+    for (protocol, family, few), members in sorted(groups.items()):
         better: list[str] = []
         worse: list[str] = []
         neither: list[str] = []
@@ -586,7 +607,7 @@ def answer(boards: Sequence[Board]) -> list[str]:
             tested = [arm for arm in board.of_kind("pretrained") if arm.gain and not arm.why_unranked]
             up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
             down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
-            name = board.table.title.partition(":")[0]
+            name = board.table.title.partition(":")[0] + (f", {board.amount}" if few else "")
             number = f" ({board.table.number})" if board.table.number else ""
             if not tested:
                 blind.append(name + number)
@@ -604,7 +625,7 @@ def answer(boards: Sequence[Board]) -> list[str]:
                     f"{name}{number} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})"
                 )
         words = "untrained" if protocol != "finetune" else "from scratch"
-        head = f"{family.capitalize()} ({protocol})"
+        head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
         count = len(better) + len(neither)
         if better:
             lines.append(
@@ -623,7 +644,7 @@ def answer(boards: Sequence[Board]) -> list[str]:
                 f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
                 "or pretraining saw test subjects."
             )
-    ahead = _over_imagenet(whole)
+    ahead = _over_imagenet([board for board in tried if not board.few])
     return lines + ahead or ["There is no pretrained encoder in these records."]
 
 

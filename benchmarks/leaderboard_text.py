@@ -188,9 +188,7 @@ def notes(board: Board, arm: Arm) -> list[str]:
 
 def heading(board: Board) -> str:
     """Of a board."""
-    return board.table.title + (
-        "" if board.fraction == 1 else f", {board.fraction:g} of the training subjects"
-    )
+    return ", ".join(part for part in (board.table.title, board.people) if part)
 
 
 def told(board: Board) -> str:

@@ -334,7 +334,10 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     assert [board.fraction for board in made.boards] == [1.0, 0.5, 0.1]
     assert made.boards[1].arms[0].subsets == 3
     main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
-    assert "Few labels and many" in (out / "index.html").read_text(encoding="utf-8")
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "Few labels and many" in page
+    assert "6 of 60 training subjects" in page
+    assert re.search(r"Segmentation with few labels \(linear-probe\): [^.]*set, (30|6) of 60", page)
 
 
 def test_numbers_of_annotated_slices_have_tables_of_their_own_and_a_curve(tmp_path):
