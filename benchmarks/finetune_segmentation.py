@@ -68,7 +68,8 @@ class SegmentationConfig(Views):
             encoders).
         width: Channels of the head at half resolution; 32 gives med3d its 256 and 128 channels.
         head_norm: batch, group or instance; group learns several times slower.
-        deep_supervision: Whether the coarser steps of the unet head are trained too.
+        deep_supervision: Whether the coarser steps of the unet head are trained too; the finer ones then
+            add to what these find.
         patch: Voxels D H W of training crops and prediction windows; no larger than the largest volume.
         slicewise: Segment slice by slice with the encoder as a 2D network (crops of depth 1).
         oversample: Share of the crops that are put on a voxel of a class, each class as likely.
@@ -170,7 +171,7 @@ class Segmentation(FinetuneTask):
 
     Config = SegmentationConfig
     name = "segmentation"
-    version = 1
+    version = 2
     description = "every voxel gets a class; Dice, HD95 and surface Dice per class and subject"
     reference = (
         "Isensee et al.: nnU-Net, Nature Methods 2021 (patches, oversampling, windows); "
@@ -189,8 +190,7 @@ class Segmentation(FinetuneTask):
         "precision": "bf16",
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # Of 25 steps of warm-up (.05) some runs never got over it: one class was gone from the finest map.
-        "low-label": {"steps": 500, "batch_size": 4, "warmup": 0.1},
+        "low-label": {"steps": 500, "batch_size": 4},
         "med3d-lung": {"lr": 1e-3, "lr_scratch": 1e-2, "segmentation.head": "med3d"},
         "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
     }

@@ -38,6 +38,12 @@ class UNetHead(nn.Module):
     convolution, unless the encoder has a map there: most encoders begin with a stride of 2 and have
     thrown the finest borders away.
 
+    With deep supervision the coarser steps give logits too, and each step adds its own to those of the
+    coarser ones (Kayalibay et al., arXiv 1701.03056; Isensee et al., BRATS 2017, arXiv 1802.10508): the
+    finest corrects what the coarser have found. Without the sum the finest step took long to see classes
+    that are told apart by their surroundings, and in short trainings of few channels sometimes never did
+    (posterior hippocampus, 200 steps: Dice 0 beside .83 of the next coarser step; with it .84).
+
     A step has `width` channels at half resolution, half of them at full resolution and twice as many
     per halving below, up to ten times.
 
@@ -51,8 +57,9 @@ class UNetHead(nn.Module):
         width: Channels at half resolution.
         norm: batch, group or instance. Group norm learned several times slower (hippocampus MR, after
             120 steps: Dice .29, with instance norm .77).
-        deep_supervision: Whether logits of the coarser steps are given too while training, up-sampled to
-            the input's voxels: so that sparse annotation is not lost by sub-sampling it.
+        deep_supervision: Whether the coarser steps give logits that the finer ones add to, themselves given
+            too while training, up-sampled to the input's voxels: so that sparse annotation is not lost by
+            sub-sampling it.
     """
 
     def __init__(
@@ -103,9 +110,11 @@ class UNetHead(nn.Module):
                 skip = self.stem(x) if stride == _FULL and self.stem is not None else None
             y = self.convs[n](self.mixes[n](y, skip, size, reached, stride))
             reached = stride
-            if self.training and str(n) in self.coarse:
-                others.append(upsample(self.coarse[str(n)](y), size, stride))
-        return [self.out(y), *reversed(others)]
+            if str(n) in self.coarse:
+                coarser = upsample(self.coarse[str(n)](y), size, stride)
+                others.append(coarser + others[-1] if others else coarser)
+        finest = self.out(y) + others[-1] if others else self.out(y)
+        return [finest, *reversed(others)] if self.training else [finest]
 
 
 class Med3DHead(nn.Module):
