@@ -53,6 +53,26 @@ ENCODERS = {
 SIZES = [(16, 16, 16), (1, 24, 20), (5, 17, 23), (2, 9, 31), (1, 3, 2)]
 
 
+def test_finer_steps_of_the_u_net_add_to_what_coarser_ones_found():
+    torch.manual_seed(0)
+    encoder = resnet(norm="group")
+    head = UNetHead(encoder, 3, 8, deep_supervision=True)
+    x = torch.randn(2, 1, 16, 16, 16)
+    maps = encoder(x)
+    levels = head.train()(x, maps)  # finest first
+    assert len(levels) == 1 + len(head.coarse)
+    (finest,) = head.eval()(x, maps)
+    assert torch.equal(finest, levels[0])
+    last = max(head.coarse, key=int)
+    for parameter in (*head.out.parameters(), *head.coarse[last].parameters()):
+        torch.nn.init.zeros_(parameter)
+    silenced = head.train()(x, maps)  # the two finest add nothing: what is left is the next coarser one's
+    assert torch.equal(silenced[0], levels[2]) and torch.equal(silenced[1], levels[2])
+    assert not torch.equal(levels[0], levels[1]) and not torch.equal(levels[1], levels[2])
+    alone = UNetHead(encoder, 3, 8)
+    assert len(alone.train()(x, maps)) == 1 and not alone.coarse
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_gives_logits_of_the_inputs_size_and_learns_all_its_weights(head, name):
