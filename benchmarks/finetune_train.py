@@ -373,7 +373,7 @@ def encoders_of(model: nn.Module) -> list[Encoder]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "encoder" and not any(name.startswith(one) for one in above):
             above.append(f"{name}.")  # an aggregator's encoder is part of it
-            found.append(module)  # type: ignore[arg-type]
+            found.append(module)
     return found
 
 
