@@ -1,5 +1,6 @@
 """The suite for large public sets, from end to end, on small stand-ins in the layouts they come in."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,14 @@ def layouts(root: Path) -> None:
     )
     people(root / "LiTS", "volume-{}.nii", "segmentation-{}.nii")
     people(root / "KiTS19", "case_{:05d}/imaging.nii.gz", "case_{:05d}/segmentation.nii.gz")
-    people(root / "Task06_Lung", "imagesTr/lung_{:03d}.nii.gz", "labelsTr/lung_{:03d}.nii.gz")
+    lung = root / "Task06_Lung"
+    people(lung, "imagesTr/lung_{:03d}.nii.gz", "labelsTr/lung_{:03d}.nii.gz")
+    pairs = [
+        {"image": f"./imagesTr/lung_{n:03d}.nii.gz", "label": f"./labelsTr/lung_{n:03d}.nii.gz"}
+        for n in range(10)
+    ]
+    about = {"name": "Lung", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "cancer"}}
+    (lung / "dataset.json").write_text(json.dumps({**about, "training": pairs}), encoding="utf-8")
 
 
 @pytest.mark.slow
