@@ -206,8 +206,13 @@ class Table:
     def title(self) -> str:
         """For people."""
         number = f" ({self.number})" if self.number else ""
-        sparse = f", {self.slices} annotated slice{'s' * (self.slices > 1)} a volume" if self.slices else ""
+        sparse = f", {self.annotated}" if self.slices else ""
         return f"{', '.join(self.dataset)}: {self.task.replace('/', ', ')}{sparse}{number}"
+
+    @property
+    def annotated(self) -> str:
+        """The slices in words; empty for all."""
+        return f"{self.slices} annotated slice{'s' * (self.slices > 1)} a volume" if self.slices else ""
 
     @property
     def slug(self) -> str:

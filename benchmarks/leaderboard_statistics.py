@@ -125,9 +125,7 @@ class Board:
     @property
     def amount(self) -> str:
         """What part of the annotation was learned from, in words; empty for all of it."""
-        count = self.table.slices
-        sparse = f"{count} annotated slice{'s' * (count > 1)} a volume" if count else ""
-        return ", ".join(part for part in (sparse, self.people) if part)
+        return ", ".join(part for part in (self.table.annotated, self.people) if part)
 
     def ranked(self, section: str = "main") -> list[Arm]:
         """Who is ranked there, best first."""
