@@ -32,6 +32,7 @@ from ssl3d.api import (
     open_data_for,
     write_result,
 )
+from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import (
     Entry,
     check_channels,
@@ -187,31 +188,56 @@ def _run(
     options: Options,
     device: torch.device,
 ) -> None:
-    """Every arm on every subset."""
-    subsets = list(jobs(task, options.fractions, options.repeats, options.split_seed))
-    for job in subsets:
+    """Every arm on every subset; what another process has in hand comes last."""
+    todo: list[tuple[Entry, Job, int, Callable[[], Result]]] = []
+    for job in jobs(task, options.fractions, options.repeats, options.split_seed):
         for seed in options.seeds:
             for arm in arms:
                 work = partial(run_job, arm, benchmark, task, job, seed, options, device)
-                _try(outcome, arm.entries[seed], job, seed, work)
+                todo.append((arm.entries[seed], job, seed, work))
         for entry in () if options.no_trivial else trivial_entries(benchmark.work.trivial):
             seed = options.seeds[0]
-            _try(
-                outcome, entry, job, seed, partial(run_trivial, entry, benchmark, task, job, seed, options)
-            )
+            trivial = partial(run_trivial, entry, benchmark, task, job, seed, options)
+            todo.append((entry, job, seed, trivial))
+    rows: dict[int, Row] = {}
+    left = list(range(len(todo)))
+    waiting = False
+    while left:
+        before, left = left, []
+        for number in before:
+            try:
+                row = _try(outcome, *todo[number])
+            except Held:
+                left.append(number)
+                continue
+            if row is not None:
+                rows[number] = row
+        if left == before:
+            if not waiting:
+                say(f"{len(left)} left, in the hands of another process: waiting")
+            waiting = True
+            time.sleep(locks.WAIT)
+    outcome.rows += [rows[number] for number in sorted(rows)]
 
 
-def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[], Result]) -> None:
+class Held(Exception):
+    """Another process is at this job."""
+
+
+def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[], Result]) -> Row | None:
     """Runs one job; a failure is told by name and ends this job only."""
     name = job_name(entry, job, seed)
     try:
-        outcome.rows.append(Row(entry.kind, entry.group, work()))
+        return Row(entry.kind, entry.group, work())
+    except Held:
+        raise
     except Exception as error:
         if not isinstance(error, Ssl3dError):
             traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         outcome.failed[name] = reason
         say(f"failed: {name}: {reason}")
+        return None
 
 
 def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Options) -> None:
@@ -330,7 +356,9 @@ def run_job(
 ) -> Result:
     """The record of one arm on one subset with one seed, found or made.
 
-    Everything of a job that is not finished lies in `OUT/.jobs/KEY/`.
+    Raises:
+        Held: Another process is making it.
+        UsageError: The folder cannot be written to.
     """
     entry = arm.entries[seed]
     assert entry.make is not None
@@ -340,10 +368,45 @@ def run_job(
     settings = settings_of(benchmark, options, job, arm.rates)
     result = record(contestant, benchmark, benchmark.task_version, task, job, seed, settings)
     name = job_name(entry, job, seed)
-    found = None if options.overwrite else find_result(result, options.out)
-    if found is not None:
-        say(f"{name}: record found in {options.out}")
+
+    def look() -> Result | None:
+        found = None if options.overwrite else find_result(result, options.out)
+        if found is not None:
+            say(f"{name}: record found in {options.out}")
         return found
+
+    found = look()
+    if found is not None:
+        return found
+    lock = options.out / ".jobs" / f"{result.key}.lock"
+    _take(lock)
+    with locks.holding(lock):
+        found = look()  # made by another, just before the lock was taken
+        return found or _make(arm, encoder, benchmark, task, job, seed, options, device, result)
+
+
+def _take(lock: Path) -> None:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        if not locks.take(lock):
+            raise Held
+    except OSError as error:
+        raise UsageError(f"cannot write {lock}: {error.strerror}") from error
+
+
+def _make(
+    arm: Arm,
+    encoder: Encoder,
+    benchmark: Finetune,
+    task: Task,
+    job: Job,
+    seed: int,
+    options: Options,
+    device: torch.device,
+    result: Result,
+) -> Result:
+    """Trains, scores and writes. Everything of a job that is not finished lies in `OUT/.jobs/KEY/`."""
+    name = job_name(arm.entries[seed], job, seed)
     folder = options.out / ".jobs" / result.key
     began = time.perf_counter()
     parts: list[dict[str, Any]] = []

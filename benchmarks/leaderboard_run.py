@@ -20,16 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.api import UsageError
+from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard_suite import Job, Places, Plan, load_suite
 
 FRONT = (sys.executable, "-m", "ssl3d")
-
-BEAT = 20.0
-"""Seconds between two signs of life of a job in work."""
-SILENT = 180.0
-"""Seconds without one after which another machine takes the job."""
-WAIT = 5.0
-"""Seconds between two looks, when all that is left is in the hands of others."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ class Runner:
                     if not waiting:
                         print("the rest is in the hands of others: waiting", flush=True)
                     waiting = True
-                    time.sleep(WAIT)
+                    time.sleep(locks.WAIT)
                     self._settle()
                     continue
                 waiting = False
@@ -219,7 +213,7 @@ class Runner:
     def _free(self) -> Job | None:
         """The first job that can be done now and that nobody has in hand; it is taken."""
         for job in self._left():
-            if all(need in self.done for need in job.needs) and self._take(job):
+            if all(need in self.done for need in job.needs) and locks.take(self._path(job.name, "lock")):
                 if self._is_done(job):  # by another, just before it was taken
                     self._path(job.name, "lock").unlink(missing_ok=True)
                     self.done.add(job.name)
@@ -227,42 +221,25 @@ class Runner:
                 return job
         return None
 
-    def _take(self, job: Job) -> bool:
-        """Whether the job's lock is now ours. One whose holder is dead or silent is broken."""
-        lock = self._path(job.name, "lock")
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-        with contextlib.suppress(FileNotFoundError):
-            if _abandoned(lock):
-                # Renamed before it goes: of two who find it abandoned, one succeeds.
-                grave = lock.with_name(f"{lock.name}.{socket.gethostname()}.{os.getpid()}")
-                lock.rename(grave)
-                grave.unlink()
-        try:
-            with lock.open("x", encoding="utf-8") as file:
-                file.write(mine)
-        except FileExistsError:
-            return False
-        return True
-
     # Doing --------------------------------------------------------------------------------------
 
     def _do(self, job: Job) -> None:
-        """One job, from its lock to its mark."""
-        began = time.time()
+        """One job that was taken, from its lock to its mark."""
         number = len(self.done) + len(self.failed) + 1
         of = len(self.plan.jobs) - len(self.skipped)
         print(f"[{number}/{of}] {_clock()} {job.name}{self._forecast(job)}", flush=True)
-        lock = self._path(job.name, "lock")
+        with locks.holding(self._path(job.name, "lock")):  # until the mark says that it is done
+            self._do_held(job)
+
+    def _do_held(self, job: Job) -> None:
+        began = time.time()
         status, why = 1, ""
+        digest = ""
         try:
-            with _beating(lock):
-                digest = job.digest()
-                status, why = self._execute(job)
+            digest = job.digest()
+            status, why = self._execute(job)
         except OSError as error:  # a full disk
             why = f"{error.strerror}: {error.filename}"
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink(missing_ok=True)
         seconds = time.time() - began
         if self.asked:
             return
@@ -361,25 +338,6 @@ class Runner:
                 signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _beating(lock: Path) -> Iterator[None]:
-    """Touches the lock now and then, so that others see that its holder lives."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(lock)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def _die_with(parent: int) -> Callable[[], None] | None:
     """On Linux, has the job told to save and end when this process is killed: another will take it up."""
     if not sys.platform.startswith("linux"):
@@ -392,23 +350,6 @@ def _die_with(parent: int) -> Callable[[], None] | None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return prepare
-
-
-def _abandoned(lock: Path) -> bool:
-    """Whether the holder of a lock is dead (on this machine) or silent (on any)."""
-    silent = time.time() - lock.stat().st_mtime
-    try:
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # being written, or cut short
-        return silent > BEAT
-    if holder.get("host") == socket.gethostname():
-        try:
-            os.kill(int(holder["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-    return silent > SILENT
 
 
 def submit(options: RunOptions) -> int:

@@ -1,8 +1,11 @@
 """Fine-tuning: the frame's promises (equal effort, no look at test, resuming) and classification."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +34,7 @@ from ssl3d.api import (
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store import Record, assemble, write_part
+from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.finetune import TASKS, Finetune, task_class
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options
@@ -344,6 +348,50 @@ def test_a_killed_job_goes_on_to_the_same_result(two_classes, tmp_path):
     assert 0 < step < 60 and not records(cut)
     assert main([*arguments, "--out", str(cut), "--checkpoint-seconds", "0"]) == 0
     same(*records(whole), *records(cut))
+
+
+def test_two_processes_on_one_folder_share_the_jobs(two_classes, tmp_path):
+    arguments = ["finetune", SPEC, "--data", two_classes, "--threads", "1", "--no-trivial", "--steps", "10"]
+    arguments += ["--batch-size", "4", "--seeds", "0", "1", "2"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert main([*arguments, "--out", str(alone)]) == 0
+    command = [sys.executable, "-m", "ssl3d", *arguments, "--out", str(shared)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    made = [line for _, err in said for line in err.splitlines() if "(learning rate" in line]
+    found = [line for _, err in said for line in err.splitlines() if "record found" in line]
+    assert len(made) == 3 and len({line.split(": auc")[0] for line in made}) == 3
+    assert len(found) == 3
+    rows = [[line for line in out.splitlines() if "resnet10" in line] for out, _ in said]
+    assert rows[0] == rows[1] != []
+    for one, other in zip(records(alone), records(shared), strict=True):
+        same(one, other)
+    assert not list(shared.glob(".jobs/*"))
+
+
+def test_a_job_in_the_hands_of_another_process_is_waited_for(two_classes, tmp_path, monkeypatch, capsys):
+    arguments = ["finetune", SPEC, "--data", two_classes, *SHORT, "--seeds", "0", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "made")]) == 0
+    theirs, _ = (tmp_path / "made").glob("*.json")
+    out = tmp_path / "out"
+    lock = out / ".jobs" / f"{read_result(theirs).key}.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid()}))
+
+    def other_is_done(_):
+        (mine,) = out.glob("*.json")  # everything else came first
+        assert mine.name != theirs.name
+        shutil.copy(theirs, out)
+        lock.unlink()
+
+    monkeypatch.setattr(locks.time, "sleep", other_is_done)
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "1 left, in the hands of another process: waiting" in said and said.count("(learning rate") == 1
+    assert len(records(out)) == 2
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(two_classes, trained, tmp_path, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssl3d.errors import UsageError
-from ssl3d_benchmarks import leaderboard_run
+from ssl3d_benchmarks import leaderboard_run, locks
 from ssl3d_benchmarks.leaderboard_run import Runner, RunOptions, run, worker
 from ssl3d_benchmarks.leaderboard_suite import Job
 
@@ -64,7 +64,7 @@ def marks(tmp_path, monkeypatch):
     script.write_text(FAKE, encoding="utf-8")
     front = (sys.executable, str(script), str(tmp_path / "said"))
     monkeypatch.setattr(leaderboard_run, "FRONT", front)
-    monkeypatch.setattr(leaderboard_run, "WAIT", 0.05)
+    monkeypatch.setattr(locks, "WAIT", 0.05)
     (tmp_path / "marks").mkdir()
     return tmp_path / "marks"
 
@@ -152,7 +152,7 @@ def test_the_lock_of_a_silent_worker_elsewhere_is_broken_and_that_of_a_live_one_
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}), encoding="utf-8")
     runner = Runner(Jobs(job("score:a", "say", "a")), marks)
     assert runner._free() is None
-    long_ago = time.time() - 2 * leaderboard_run.SILENT
+    long_ago = time.time() - 2 * locks.SILENT
     os.utime(lock, (long_ago, long_ago))
     assert runner._free().name == "score:a"
 
@@ -177,8 +177,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_leaderboard_run import Jobs, job
-from ssl3d_benchmarks import leaderboard_run
-leaderboard_run.FRONT, leaderboard_run.WAIT = {front!r}, 0.05
+from ssl3d_benchmarks import leaderboard_run, locks
+leaderboard_run.FRONT, locks.WAIT = {front!r}, 0.05
 jobs = Jobs(*[job(f"score:{{n}}", {words}) for n in range({count})])
 sys.exit(leaderboard_run.Runner(jobs, Path({marks!r})).run())
 """
