@@ -56,7 +56,7 @@ class FinetuneTask(ABC):
 
     Config: ClassVar[type]
     name: ClassVar[str]
-    version: ClassVar[int]
+    version: int
     description: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     mains: ClassVar[Mapping[str, str]]
@@ -115,8 +115,11 @@ class FinetuneTask(ABC):
         return dataclasses.asdict(self.config)
 
     @abstractmethod
-    def model(self, encoder: Encoder) -> nn.Module:
-        """The whole network; its attribute `encoder` is that encoder. New weights follow torch's seed."""
+    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+        """The whole network; its attribute `encoder` is that encoder. New weights follow torch's seed.
+
+        What it is made of may follow from the training subjects, and from no others.
+        """
 
     def start(self, model: nn.Module, train: Collection) -> None:
         """Sets what follows from the training subjects alone, such as class weights; before training.
@@ -150,6 +153,10 @@ class FinetuneTask(ABC):
     def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
         """`predict` of every volume, in order; overridden where batches are faster."""
         return [self.predict(model, volume) for volume in data]
+
+    def predict_for_choosing(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
+        """As `predict_all`, of validation volumes, by no more labels than training may see of its own."""
+        return self.predict_all(model, data)
 
     @abstractmethod
     def score_functions(

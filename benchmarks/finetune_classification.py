@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,7 +20,14 @@ from ssl3d_benchmarks.finetune import FinetuneTask
 from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
 from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
 from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
-from ssl3d_benchmarks.task import CSV_HELP, check_numbers, class_names, known_label, mask_values
+from ssl3d_benchmarks.task import (
+    CSV_HELP,
+    check_numbers,
+    class_names,
+    kind_of_labels,
+    known_label,
+    mask_values,
+)
 
 if TYPE_CHECKING:
     from ssl3d.api import BatchRng, Collection, Encoder, Volume, statistics
@@ -207,7 +216,7 @@ class Classification(FinetuneTask):
             "scale": "random" if self.dimmed else "none",
         }
 
-    def model(self, encoder: Encoder) -> Classifier:
+    def model(self, encoder: Encoder, train: Collection) -> Classifier:
         """The encoder with a linear head."""
         return Classifier(encoder, max(len(self.classes), 1), self.config.dropout)
 
@@ -307,6 +316,20 @@ class Classification(FinetuneTask):
         )  # fmt: skip
         return probe.score(row, train, val, test, seed).predictions
 
+    def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
+        """Adds a line to `predictions.csv`: who, the target, and each class's probability or the value."""
+        row = self.predict(model, volume)
+        path = folder / "predictions.csv"
+        said = row["probability"] if self.classes else [row["prediction"]]
+        names = [f"probability of {name}" for name in self.classes] or ["prediction"]
+        begun = path.exists()
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if not begun:
+                writer.writerow(["dataset", "subject", "id", "target", *names])
+            writer.writerow([volume.dataset, volume.subject, volume.id, row["target"], *said])
+        return path
+
     # Within ---------------------------------------------------------------------------------------
 
     def _fits(self, shape: Sequence[int]) -> bool:
@@ -378,6 +401,5 @@ def _target(config: ClassificationConfig, data: Collection) -> str:
             f"{where}: none of the {len(data)} volumes has a label, which classification needs; {CSV_HELP}"
         )
     if asked == "auto":
-        real = any(isinstance(label, float) and not float(label).is_integer() for label in labels)
-        asked = "real" if real else "classes"
+        asked = kind_of_labels(labels, where)
     return asked

@@ -178,7 +178,5 @@ def main(argv: Sequence[str]) -> int:
     )
     from ssl3d_benchmarks.finetune_run import resolve, run
 
-    own = parsed.sections[parsed.options.task]
-    # A section's values at their defaults were not given, as far as a preset is concerned.
-    options, config = resolve(parsed.options, own, parsed.given)
+    options, config = resolve(parsed.options, parsed.sections[parsed.options.task], parsed.given)
     return 1 if run(options, config).failed else 0

@@ -32,7 +32,6 @@ from ssl3d.api import (
     box_iou,
     draw_boxed3d,
     fit_shapes,
-    house_split,
     move_boxed3d,
     nms,
     numpy_rng,
@@ -237,12 +236,6 @@ class Detection(FinetuneTask):
             min(side, -(-int(limit) // 8) * 8) for side, limit in zip(config.patch, largest, strict=True)
         )
         self.patch: Triple = (1 if self.flat else d, h, w)
-        # Which levels the pyramid has is part of the network and the same for every subset; the anchors'
-        # shapes follow from the subjects trained on (`start`).
-        training = data.select(np.flatnonzero(house_split(data) == "train"))
-        self._sizes = self._boxes_of(training)
-        if not len(self._sizes):
-            self._sizes = self._boxes_of(data)
 
     def _boxes_of(self, data: Collection) -> Array:
         parts = [self.objects[volume.index].boxes for volume in data]
@@ -274,12 +267,17 @@ class Detection(FinetuneTask):
 
     # Training -------------------------------------------------------------------------------------
 
-    def model(self, encoder: Encoder) -> nn.Module:
-        """The detector over the encoder's maps."""
+    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+        """The detector over the encoder's maps; its levels follow from the training subjects' boxes."""
         c = self.config
+        boxes = self._boxes_of(train)
+        if not len(boxes):
+            raise DataError(
+                f"none of the {len(train)} training volumes has an object: nothing to find anchors for"
+            )
         if c.model == "faster-rcnn-2d":
-            return TwoStageDetector2d(encoder, self._config_2d(encoder))
-        plan = plan_anchors(self._sizes, encoder, c.anchors, c.cells)
+            return TwoStageDetector2d(encoder, self._config_2d(encoder, boxes))
+        plan = plan_anchors(boxes, encoder, c.anchors, c.cells)
         common = {
             "classes": len(self.classes),
             "channels": c.channels,
@@ -290,10 +288,10 @@ class Detection(FinetuneTask):
             return RetinaNet3d(encoder, plan, RetinaNet3dConfig(**common))  # type: ignore[arg-type]
         return TwoStageDetector3d(encoder, plan, TwoStage3dConfig(**common))  # type: ignore[arg-type]
 
-    def _config_2d(self, encoder: Encoder) -> TwoStageConfig:
+    def _config_2d(self, encoder: Encoder, boxes: Array) -> TwoStageConfig:
         """Levels and anchors that reach down to the smaller of the training boxes."""
         c = self.config
-        sides = np.sqrt((self._sizes[:, 4] - self._sizes[:, 1]) * (self._sizes[:, 5] - self._sizes[:, 2]))
+        sides = np.sqrt((boxes[:, 4] - boxes[:, 1]) * (boxes[:, 5] - boxes[:, 2]))
         small = float(np.quantile(sides, 0.2))
         strides = sorted({stride[1] for stride in encoder.strides})
         first = max([stride for stride in strides if stride <= max(small / 3, strides[0])])

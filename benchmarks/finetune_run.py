@@ -49,6 +49,7 @@ from ssl3d_benchmarks.contestants import (
 from ssl3d_benchmarks.finetune import Finetune, FinetuneTask, task_class
 from ssl3d_benchmarks.finetune_command import Options
 from ssl3d_benchmarks.finetune_train import (
+    Diverged,
     Plan,
     Trial,
     autocast,
@@ -109,7 +110,7 @@ def resolve(options: Options, config: Any, asked: set[str]) -> tuple[Options, An
     Args:
         options: As given.
         config: The task's own options.
-        asked: Names of the options that were given.
+        asked: Names of the options that were given, those of the task as TASK.FIELD.
 
     Raises:
         UsageError: The preset is unknown, or there is no learning rate or no number of steps.
@@ -132,9 +133,10 @@ def resolve(options: Options, config: Any, asked: set[str]) -> tuple[Options, An
         below.pop("lr_scratch", None)  # it was chosen beside another learning rate
     own = {key: value for key, value in below.items() if "." not in key and key not in asked}
     options = replace(options, **own)
-    inner = {key.partition(".")[2]: value for key, value in below.items() if "." in key}
-    defaults = {one.name: one.default for one in dataclasses.fields(config)}
-    inner = {key: value for key, value in inner.items() if getattr(config, key) == defaults[key]}
+    own = {key: value for key, value in below.items() if "." in key and key not in asked}
+    inner = {key.partition(".")[2]: value for key, value in own.items()}
+    if options.tune and "lr_scratch" in asked:
+        raise UsageError("--lr-scratch beside --tune: give --tune-scratch, as many as --tune")
     if options.lr is None and not options.tune:
         raise UsageError(f"--lr: {options.task} has no learning rate of its own; give --lr or --tune")
     if not options.steps and not options.epochs:
@@ -369,10 +371,12 @@ def run_job(
     result = record(contestant, benchmark, benchmark.task_version, task, job, seed, settings)
     name = job_name(entry, job, seed)
 
+    unsaved = "" if not options.save_predictions else "; its predictions are saved with --overwrite only"
+
     def look() -> Result | None:
         found = None if options.overwrite else find_result(result, options.out)
         if found is not None:
-            say(f"{name}: record found in {options.out}")
+            say(f"{name}: record found in {options.out}{unsaved}")
         return found
 
     found = look()
@@ -459,7 +463,14 @@ def score_fold(
     trials: list[Trial] = []
     kept: tuple[nn.Module, Trial] | None = None
     for lr in rates:
-        model, trial = train(plan, make, lr)
+        try:
+            model, trial = train(plan, make, lr)
+        except Diverged as error:
+            trials.append(error.trial)
+            if kept is None and len(trials) == len(rates):
+                raise
+            plan.say(f"{error}: this learning rate is out")
+            continue
         trials.append(trial)
         if kept is None or trial.value > kept[1].value or not np.isfinite(kept[1].value):
             kept = model, trial
@@ -485,6 +496,7 @@ def score_fold(
             "curve": best.curve,
             "trials": [
                 {"lr": one.lr, plan.benchmark.main: one.best.get("score"), "step": one.best.get("step")}
+                | ({} if one.step == one.total else {"diverged": one.step + 1})
                 for one in trials
             ],
             "weights": weights_digest(model.state_dict()),
@@ -520,7 +532,8 @@ def _compute(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _save_predictions(plan: Plan, model: nn.Module, test: Collection, key: str) -> None:
     folder = plan.options.out / "predictions" / f"{_slug(plan.name)}-{key[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of the same job, by a run before
+    folder.mkdir(parents=True)
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
         written = [plan.benchmark.work.save_prediction(model, volume, folder) for volume in test]
     if not any(written):
@@ -549,7 +562,9 @@ def run_trivial(
 ) -> Result:
     """The record of a row without a network, on the same subset and test subjects."""
     contestant = trivial_contestant(entry)
-    settings = {**settings_of(benchmark, options, job, ()), "training": {}, "preset": ""}
+    # Nothing is trained, but on a subset; which one, the seed of the split says where it is not 0.
+    training = {} if job.fraction == 1 or not options.split_seed else {"split_seed": options.split_seed}
+    settings = {**settings_of(benchmark, options, job, ()), "training": training, "preset": ""}
     result = record(contestant, benchmark, benchmark.task_version, task, job, seed, settings)
     found = None if options.overwrite else find_result(result, options.out)
     if found is not None:

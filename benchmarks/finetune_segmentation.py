@@ -79,8 +79,8 @@ class SegmentationConfig(Views):
             posterior hippocampus along H: mirrored there, its Dice was .3 after 120 steps, else .8).
         classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
         ignore: Mask value of voxels that nobody annotated; -1 if there is none.
-        sparse_slices: Annotated slices per volume, chosen along D once per volume; 0 for all. Only
-            training sees less: predictions are scored on all slices.
+        sparse_slices: Annotated slices per volume, chosen along D once per volume; 0 for all. Training
+            and the choice of what is kept see these alone; test subjects are scored on all slices.
         sparse_choice: random (among the slices with objects) or equidistant; a smaller number's slices
             are among a larger one's.
         sparse_seed: Chooses the slices, together with the volume's name.
@@ -152,6 +152,8 @@ class SegmentationConfig(Views):
             raise ValueError("ce_weight and dice_weight are both 0: there is no loss")
         if self.classes and (self.classes[0] != 0 or len(set(self.classes)) < 2 or min(self.classes) < 0):
             raise ValueError(f"classes begin with 0, the background, and name another: not {self.classes}")
+        if self.ignore in self.classes:
+            raise ValueError(f"ignore: {self.ignore} is one of the classes {self.classes} too")
         if self.torchio:
             raise ValueError("torchio: its transforms do not move masks here; use the other augmentations")
         if self.slicewise and self.stages == 2:
@@ -202,9 +204,15 @@ class Segmentation(FinetuneTask):
         """Reads every mask once: its classes, its slices and where its objects are."""
         self.config, self.target = config, "masks"
         values = config.classes or mask_values(data, config.ignore)
+        if config.classes:
+            _check_classes(config, data)
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
         self._table = class_table(self.values, config.ignore)
+        if config.sparse_slices or np.asarray(data.shapes)[:, 1].min() == 1:
+            self.version = (
+                3  # chosen on annotated slices alone; contours of images, where areas were scored
+            )
         self.patch = _patch(config, data)
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._slices = {
@@ -246,7 +254,7 @@ class Segmentation(FinetuneTask):
 
     # Training -------------------------------------------------------------------------------------
 
-    def model(self, encoder: Encoder) -> nn.Module:
+    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
         """Encoder and head; a coarse stage before them if there are two."""
         c = self.config
         head = segmentation_head(
@@ -385,8 +393,17 @@ class Segmentation(FinetuneTask):
             row["region"] = list(region)
         return row
 
-    def _scored(self, labels: Array, volume: Volume) -> dict[str, Any]:
+    def predict_for_choosing(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
+        """Scores on the annotated slices alone: who draws few has no others to choose a step on."""
+        return [
+            self._scored(self.labels(model, volume), volume, self.annotations[volume.index].slices)
+            for volume in data
+        ]
+
+    def _scored(self, labels: Array, volume: Volume, slices: Array | None = None) -> dict[str, Any]:
         truth = class_indices(self._table, volume.read_mask().numpy())
+        if slices is not None:
+            labels, truth = labels[slices], truth[slices]
         labels = np.where(truth == IGNORE, IGNORE, labels)
         row: dict[str, Any] = {measure: {} for measure in (*MEASURES, "voxels")}
         for k, name in enumerate(self.names):
@@ -463,6 +480,17 @@ class Segmentation(FinetuneTask):
         predicted = [self.labels(model, volume) for volume in shown]
         truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
         return segmentation_picture(list(shown), truth, predicted, self.names)
+
+
+def _check_classes(config: SegmentationConfig, data: Collection) -> None:
+    """Raises a DataError for a class that no mask has."""
+    there = mask_values(data, config.ignore)
+    absent = sorted(set(config.classes) - set(there))
+    if absent:
+        raise DataError(
+            f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
+            f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
+        )
 
 
 def _patch(config: SegmentationConfig, data: Collection) -> Triple:

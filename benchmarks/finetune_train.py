@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,18 @@ class Plan:
         return self.options.steps or self.options.epochs * -(-len(self.train) // self.batch_size)
 
 
+class Diverged(TrainingError):
+    """The loss is no longer a number.
+
+    Attributes:
+        trial: As far as it came.
+    """
+
+    def __init__(self, message: str, trial: Trial):
+        super().__init__(message)
+        self.trial = trial
+
+
 def train(plan: Plan, make: Callable[[], Encoder], lr: float) -> tuple[nn.Module, Trial]:
     """Trains with one learning rate; the model comes back with the weights kept.
 
@@ -122,7 +134,8 @@ def train(plan: Plan, make: Callable[[], Encoder], lr: float) -> tuple[nn.Module
         lr: Peak learning rate.
 
     Raises:
-        TrainingError: The loss is no longer a number; the message names the volumes of the batch.
+        Diverged: The loss is no longer a number; the message names the volumes of the batch.
+        TrainingError: A batch norm sees a single number per channel.
     """
     options = plan.options
     work = plan.benchmark.work
@@ -146,7 +159,7 @@ def build(
     """The model around an encoder; new weights follow from the seed, whatever drew numbers before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
-        model = work.model(encoder)
+        model = work.model(encoder, data)
     work.start(model, data)
     model.to(device)
     layout = memory_format(_inner(encoder), device)
@@ -194,9 +207,10 @@ def _run(
         optimizer.zero_grad(set_to_none=True)
         value, trial.flops = _step(plan, model, batch.to(device).groups, trial)
         if not math.isfinite(value):
-            raise TrainingError(
+            raise Diverged(
                 f"{plan.name}: the loss is {value} at step {trial.step + 1} of {trial.total}, learning "
-                f"rate {trial.lr:g}; volumes: {', '.join(batch.volume_ids)}"
+                f"rate {trial.lr:g}; volumes: {', '.join(batch.volume_ids)}",
+                trial,
             )
         if options.clip:
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], options.clip)
@@ -227,7 +241,7 @@ def _step(plan: Plan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> 
         for group in groups:
             # The same numbers for a row, whichever group it is in.
             rng = BatchRng(seed_of(plan.seed, "views", trial.step), group.rows, group.total, plan.device)
-            with autocast(plan.device, plan.options.precision):
+            with autocast(plan.device, plan.options.precision), _told_of_lone_values(plan, group):
                 loss, _ = plan.benchmark.work.loss(model, group.tensors, rng)
             part = loss.float() * (len(group.rows) / count)
             part.backward()
@@ -235,11 +249,28 @@ def _step(plan: Plan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> 
     return total, trial.flops or float(counter.get_total_flops() if counter else 0)
 
 
-def predict(plan: Plan, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
-    """Predictions of volumes, each with who it is."""
+@contextlib.contextmanager
+def _told_of_lone_values(plan: Plan, group: Any) -> Iterator[None]:
+    """Says what to do where torch's batch norm refuses a single number per channel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        shape = tuple(next(iter(group.tensors.values())).shape)
+        raise TrainingError(
+            f"{plan.name}: batch norm has one number per channel where {shape[0]} volume(s) of one shape, "
+            f"{shape[1:]}, come down to one cell (other shapes go through apart); use an encoder with "
+            "group norm, --freeze-norm, a larger --batch-size or volumes of one shape"
+        ) from error
+
+
+def predict(plan: Plan, model: nn.Module, data: Collection, choosing: bool = False) -> list[dict[str, Any]]:
+    """Predictions of volumes, each with who it is; `choosing` sees no more labels than training."""
     model.eval()
+    work = plan.benchmark.work
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
-        rows = plan.benchmark.work.predict_all(model, data)
+        rows = (work.predict_for_choosing if choosing else work.predict_all)(model, data)
     about = zip(data.datasets, data.subjects, data.ids, strict=True)
     return [
         {"dataset": str(dataset), "subject": str(subject), "id": str(name), **row}
@@ -249,7 +280,9 @@ def predict(plan: Plan, model: nn.Module, data: Collection) -> list[dict[str, An
 
 def _score(plan: Plan, model: nn.Module, trial: Trial) -> None:
     began = time.perf_counter()
-    value = plan.benchmark.value(predict(plan, model, plan.val)) if len(plan.val) else math.nan
+    value = math.nan
+    if len(plan.val):
+        value = plan.benchmark.value(predict(plan, model, plan.val, choosing=True))
     recent = trial.losses
     trial.curve.append(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,22 @@ def find_target(data: Collection, asked: str, where: str) -> str:
         return "masks"
     if masks:
         say("the data has masks too: --target masks probes them")
+    return kind_of_labels(labels, where)
+
+
+def kind_of_labels(labels: Sequence[Any], where: str) -> str:
+    """`real` if one is a fraction, else `classes`.
+
+    Raises:
+        DataError: Most are fractions, and some are no number at all.
+    """
+    odd = [label for label in labels if not _is_number(label)]
+    fractions = [label for label in labels if _is_number(label) and not float(label).is_integer()]
+    if odd and len(fractions) > len(labels) / 2:
+        raise DataError(
+            f"{where}: {len(fractions)} of {len(labels)} labels are numbers like {fractions[0]}, but not "
+            f"{odd[0]!r}: correct or empty it in the list and prepare again, or ask for classes"
+        )
     real = any(isinstance(label, float) and not float(label).is_integer() for label in labels)
     return "real" if real else "classes"
 
@@ -153,12 +170,17 @@ def mask_names(data: Collection) -> tuple[str, ...]:
 
 
 def check_numbers(labels: Array, target: str) -> None:
-    """Raises a DataError for a label that is no number."""
+    """Raises a DataError for a label that is no number, or none that there is an end to."""
     for label in labels:
-        try:
-            float(label)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"--target {target}: label {label!r} is not a number") from error
+        if not _is_number(label):
+            raise DataError(f"--target {target}: label {label!r} is not a number")
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
 
 
 # Folds --------------------------------------------------------------------------------------------

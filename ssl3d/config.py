@@ -38,7 +38,8 @@ class Parsed:
     Attributes:
         options: The command's dataclass.
         sections: Plugin name -> its `Config` dataclass, for every plugin that an option selects.
-        given: Names of the options set by a flag or a configuration file, not by default.
+        given: Names of the options set by a flag or a configuration file, not by default; those of a
+            section as NAME.FIELD.
     """
 
     options: Any
@@ -91,17 +92,20 @@ def parse(
     given = {
         field.name
         for field in dataclasses.fields(options)
-        if _is_given(field.name, argv, config_files) or field.metadata.get("positional")
+        if _is_given("", field.name, argv, config_files) or field.metadata.get("positional")
     }
+    for name, config in configs.items():
+        own = {field.name for field in dataclasses.fields(config)} if name in chosen else set()
+        given |= {f"{name}.{field}" for field in own if _is_given(name, field, argv, config_files)}
     sections = {
         name: _build(prog, f"{name}.", config, values.get(name) or {}, defaults[name])
         for name, config in configs.items()
         if name in chosen
     }
     positional = {f.name for f in dataclasses.fields(options) if f.metadata.get("positional")}
-    own = {key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values}
-    own = {key: value for key, value in own.items() if key not in positional or value not in (None, [])}
-    return Parsed(_build(prog, "", options, own, defaults[""]), sections, given)
+    made = {key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values}
+    made = {key: value for key, value in made.items() if key not in positional or value not in (None, [])}
+    return Parsed(_build(prog, "", options, made, defaults[""]), sections, given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -370,11 +374,18 @@ def _values(argv: Sequence[str], name: str) -> list[str]:
     return [word for word in found if word]
 
 
-def _is_given(name: str, argv: Sequence[str], config_files: Iterable[str]) -> bool:
-    flag = f"--{name.replace('_', '-')}"
+def _is_given(section: str, field: str, argv: Sequence[str], config_files: Iterable[str]) -> bool:
+    flag = f"--{section + '.' if section else ''}{field.replace('_', '-')}"
     if any(word == flag or word.startswith(f"{flag}=") for word in argv):
         return True
-    return any(name in _read_yaml(path) for path in config_files)
+    for path in config_files:
+        content = _read_yaml(path)
+        inside = content.get(section) if section else content
+        if isinstance(inside, dict) and field in inside:
+            return True
+        if section and f"{section}.{field}" in content:
+            return True
+    return False
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

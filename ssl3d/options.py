@@ -344,9 +344,8 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
 
 
 def _sections_given(argv: Sequence[str]) -> set[str]:
-    return {
-        word[2:].partition("=")[0] for word in argv if word.startswith("--") and "." in word.split("=")[0]
-    }
+    names = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    return {name.replace("-", "_") for name in names if "." in name}
 
 
 def _plugins(strict: bool = True) -> config.Plugins:

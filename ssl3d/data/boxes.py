@@ -31,6 +31,19 @@ _COLUMNS = {
     "number": ("class_id",),
     "reader": ("rad_id", "reader"),
 }
+_CORNERS = ("image", "x1", "y1", "x2", "y2")
+_IN_MM = {
+    "image": (*_COLUMNS["image"], "seriesuid", "id"),
+    "x": ("x_mm", "coordx"),
+    "y": ("y_mm", "coordy"),
+    "z": ("z_mm", "coordz"),
+    "w": ("w_mm", "diameter_mm"),
+    "h": ("h_mm", "diameter_mm"),
+    "d": ("d_mm", "diameter_mm"),
+    "class": _COLUMNS["class"],
+    "number": _COLUMNS["number"],
+}
+_CENTRE_AND_SIZE = ("image", "x", "y", "z", "w", "h", "d")
 _NOTHING = ("no finding", "")  # a line that says so: somebody looked
 _SPECK = 4  # voxels; a smaller component of a mask has no box
 
@@ -56,7 +69,7 @@ class Boxes:
 def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
     """Adds the boxes that files beside the pictures tell of: COCO's JSON, CSV lists as VinDr-CXR's.
 
-    And MONAI's JSON lists of detection (LUNA16), beside volumes.
+    And in mm, beside volumes: MONAI's JSON lists of detection, CSV lists as LUNA16's `annotations.csv`.
 
     Looked for in `root` and `root/annotations`. A picture is known by its path or the end of it, or by its
     name without ending. Pictures that no file names have no boxes (None); those that a file names and
@@ -75,7 +88,7 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
             content = _content(path)
             said = from_coco(path, content) or from_monai(path, content)
         else:
-            said = from_table(path, readers)
+            said = from_table(path, readers) or from_world_table(path)
         if said is None:
             continue
         by_end = _by_end(said.images)
@@ -207,12 +220,17 @@ def from_table(path: Path, readers: str = "merge") -> Boxes | None:
     by several readers that overlap by half become their mean (`merge`), or all are kept (`keep`).
 
     Raises:
-        DataError: A corner is no number, or one class has two names.
+        DataError: A corner is no number, one class has two names, or the corners are of a volume's boxes.
     """
-    table = _table(path)
+    table = _table(path, _COLUMNS, _CORNERS)
     if table is None:
         return None
     lines, columns = table
+    if lines and {"z_min", "zmin", "z1"} & {(word or "").strip().lower() for word in lines[0][1]}:
+        raise DataError(
+            f"{path}: corners along z too; boxes in volumes are listed in mm: "
+            "path,x_mm,y_mm,z_mm,w_mm,h_mm,d_mm,label (centre and size, RAS+), or as LUNA16 has them"
+        )
     said = Boxes()
     drawn: dict[str, list[tuple[str, Box]]] = defaultdict(list)
     numbers = _numbers(path, lines, columns)
@@ -235,6 +253,44 @@ def from_table(path: Path, readers: str = "merge") -> Boxes | None:
             drawn[image].append((reader, said.images[image][-1]))
     if readers == "merge" and "reader" in columns:
         said.images |= {image: merged(boxes) for image, boxes in drawn.items()}
+    return said
+
+
+def from_world_table(path: Path) -> Boxes | None:
+    """The boxes of a CSV with a line per box in mm; None if it lists none.
+
+    Columns path (or image, id, seriesuid), x_mm, y_mm, z_mm (the centre, RAS+), w_mm, h_mm, d_mm (the size
+    along x, y and z) and, if you like, class_name and class_id: as predictions are written. Or as LUNA16's
+    `annotations.csv`: seriesuid, coordX, coordY, coordZ (ITK's LPS+) and diameter_mm. A line without
+    numbers says that somebody looked and found nothing.
+
+    Raises:
+        DataError: A coordinate is no number, or one class has two names.
+    """
+    table = _table(path, _IN_MM, _CENTRE_AND_SIZE)
+    if table is None:
+        return None
+    lines, columns = table
+    sign = -1.0 if columns["x"].strip().lower() == "coordx" else 1.0
+    said = Boxes(world=True)
+    numbers = _numbers(path, lines, columns)
+    said.names = {number: name for name, number in numbers.items() if name.lower() not in _NOTHING}
+    for line, row in lines:
+        own = said.images.setdefault(row[columns["image"]].strip(), [])
+        told = [row[columns[name]].strip() for name in _CENTRE_AND_SIZE[1:]]
+        if not any(told):
+            continue
+        try:
+            x, y, z, *size = map(float, told)
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: {', '.join(told)} are not numbers") from error
+        if not np.isfinite([x, y, z, *size]).all():
+            said.left_out["not finite"] += 1
+        elif min(size) <= 0:
+            said.left_out["without volume"] += 1
+        else:
+            kind = row[columns["class"]].strip() if "class" in columns else ""
+            own.append((sign * x, sign * y, z, size[0], size[1], size[2], float(numbers[kind])))
     return said
 
 
@@ -344,8 +400,10 @@ def _add(
         said.images[image].append((0.0, y1, x1, 1.0, y2, x2, float(kind)))
 
 
-def _table(path: Path) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]] | None:
-    """Numbered rows and the header's word for each column known; None where corners are not listed."""
+def _table(
+    path: Path, known: Mapping[str, Sequence[str]], needed: Sequence[str]
+) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]] | None:
+    """Numbered rows and the header's word for each column known; None where a needed one is not there."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -356,10 +414,10 @@ def _table(path: Path) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]
     header = {(word or "").strip().lower(): word for word in reader.fieldnames or []}
     columns = {
         name: next(header[alias] for alias in aliases if alias in header)
-        for name, aliases in _COLUMNS.items()
+        for name, aliases in known.items()
         if any(alias in header for alias in aliases)
     }
-    if not {"image", "x1", "y1", "x2", "y2"} <= columns.keys():
+    if not set(needed) <= columns.keys():
         return None
     return [(reader.line_num, row) for row in reader], columns
 
@@ -393,7 +451,7 @@ def _by_end(images: Mapping[str, Any]) -> dict[str, str | None]:
         parts = name.replace("\\", "/").strip("/").split("/")
         for n in range(len(parts)):
             end = "/".join(parts[n:])
-            for key in {end, end.rsplit(".", 1)[0] if "." in parts[-1] else end}:
+            for key in {end, _bare(end)}:
                 ends[key] = name if ends.get(key, name) == name else None
     return ends
 
@@ -403,10 +461,18 @@ def _named(source: str, by_end: Mapping[str, str | None]) -> str | None:
     parts = source.split("/")
     for n in range(len(parts)):
         end = "/".join(parts[n:])
-        for key in (end, end.rsplit(".", 1)[0] if "." in parts[-1] else end):
+        for key in (end, _bare(end)):
             if key in by_end:
                 return by_end[key]
     return None
+
+
+def _bare(name: str) -> str:
+    """Without the ending, if there is one."""
+    if name.lower().endswith(".nii.gz"):
+        return name[:-7]
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + (last.rsplit(".", 1)[0] if "." in last else last)
 
 
 def _mean(boxes: Sequence[Box]) -> Box:

@@ -282,7 +282,7 @@ def _rows(path: Path, found: Found) -> Iterator[_Row]:
             raise DataError(
                 f"{path}, line {line}: split {values['split']!r}; known: train, val, test, or nothing"
             )
-        label = values.get("label", "")
+        label = _known(values.get("label", ""))
         yield _Row(
             line,
             target,
@@ -323,9 +323,15 @@ def _column(path: Path, name: str) -> list[str] | None:
     return [row[columns[name]] for _, row in table] if name in columns else None
 
 
+def _known(label: str) -> str:
+    """A label as written, or nothing where tables write that there is none."""
+    label = (label or "").strip()
+    return "" if label.lower() in ("nan", "na", "n/a", "null") else label
+
+
 def _label_type(values: Sequence[str]) -> Any:
     """The type of a column: int if all labels are whole numbers, float if all are numbers, else str."""
-    given = [value.strip() for value in values if value and value.strip()]
+    given = [known for value in values if (known := _known(value))]
     for kind in (int, float):
         try:
             for value in given:

@@ -64,8 +64,9 @@ class PrepareOptions:
         colour: What becomes of pictures: grey, or rgb (three channels, for grey ones too). With rgb they
             are taken for natural images: folders are their classes, every picture is a subject of its own
             unless a list says whose it is, and a byte stays what it is, divided by 255 when it is read.
-        boxes: Boxes of objects: listed (COCO's instances.json or a CSV as VinDr-CXR's beside the pictures),
-            or masks (around the connected components of each value of the mask).
+        boxes: Boxes of objects: listed (beside pictures COCO's instances.json or a CSV as VinDr-CXR's;
+            beside volumes MONAI's JSON, LUNA16's annotations.csv or a CSV of x_mm, y_mm, z_mm, w_mm, h_mm,
+            d_mm), or masks (around the connected components of each value of the mask).
         box_readers: What becomes of boxes that several readers drew around one object: merge (their mean),
             or keep.
         max_voxels: Refuse scans with more voxels than this, before reading them.

@@ -189,9 +189,10 @@ class TwoStageDetector3d(nn.Module):
         """Boxes (n, 6), scores and labels of each volume of (B, C, D, H, W)."""
         config, size = self.config, images.shape[2:]
         levels = self.pyramid(self.encoder(images), size)
+        rows = self._first(levels)
         anchors = grid_anchors(self.plan.strides, self.shapes, size)
         with torch.autocast(images.device.type, enabled=False):
-            proposals = self._propose(self._first(levels), anchors, size, config.proposals[1])
+            proposals = self._propose(rows, anchors, size, config.proposals[1])
             logits, offsets = self._second(levels, proposals)
             counts = [len(place) for place in proposals]
             found = []

@@ -38,6 +38,7 @@ def mask_scores(
     The surface of a mask is its voxels that have one of their six neighbours outside it, or lie at the
     edge of the volume; distances are between their centres (as MONAI's `compute_hausdorff_distance` and
     `compute_surface_dice`, without sub-voxels). Nikolov et al., arXiv 1809.04430, weigh them by area.
+    Of an image (D = 1) it is the contour, by four neighbours, and the side along D counts nowhere.
 
     Conventions: both masks empty: all None, neither right nor wrong. One of them empty: Dice and surface
     Dice 0, and HD95 the diagonal of the volume, the worst that could be.
@@ -57,10 +58,10 @@ def mask_scores(
         return MaskScores(None, None, None)
     if not (predicted.any() and truth.any()):
         sides = [n * s for n, s in zip(truth.shape, spacing, strict=True)]
-        return MaskScores(0.0, float(np.linalg.norm(sides)), 0.0)
+        return MaskScores(0.0, float(np.linalg.norm(sides[len(truth) == 1 :])), 0.0)
     dice = 2 * int((predicted & truth).sum()) / size
     there, back = surface_distances(predicted, truth, spacing)
-    allowed = max(1.0, *spacing) if tolerance is None else tolerance
+    allowed = max(1.0, *spacing[len(truth) == 1 :]) if tolerance is None else tolerance
     within = int((there <= allowed + 1e-6).sum()) + int((back <= allowed + 1e-6).sum())
     hd95 = max(float(np.percentile(there, 95)), float(np.percentile(back, 95)))
     return MaskScores(dice, hd95, within / (len(there) + len(back)))
@@ -77,18 +78,21 @@ def surface_distances(one: Array, other: Array, spacing: Sequence[float]) -> tup
     from scipy import ndimage
 
     box = _around(one | other)  # what lies outside it is nearer to nothing
-    surfaces = [_surface(mask, box) for mask in (one, other)]
+    surfaces = [_surface(mask[box], flat=len(mask) == 1) for mask in (one, other)]
     first, second = (
         ndimage.distance_transform_edt(~surfaces[1 - n], sampling=spacing)[surfaces[n]] for n in (0, 1)
     )
     return first, second
 
 
-def _surface(mask: Array, box: Box) -> Array:
+def _surface(mask: Array, flat: bool) -> Array:
     from scipy import ndimage
 
-    inside = np.pad(mask[box], 1)
-    surface = inside & ~ndimage.binary_erosion(inside)
+    inside = np.pad(mask, 1)
+    neighbours = ndimage.generate_binary_structure(3, 1)
+    if flat:  # above and below an image there is nothing that could be outside
+        neighbours[[0, 2]] = False
+    surface = inside & ~ndimage.binary_erosion(inside, neighbours)
     return surface[1:-1, 1:-1, 1:-1]
 
 

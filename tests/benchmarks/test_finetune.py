@@ -1,5 +1,6 @@
 """Fine-tuning: the frame's promises (equal effort, no look at test, resuming) and classification."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -34,11 +35,11 @@ from ssl3d.api import (
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store import Record, assemble, write_part
-from ssl3d_benchmarks import locks
+from ssl3d_benchmarks import finetune_run, locks
 from ssl3d_benchmarks.finetune import TASKS, Finetune, task_class
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options
-from ssl3d_benchmarks.finetune_run import make_task, resolve
+from ssl3d_benchmarks.finetune_run import Outcome, make_task, resolve
 from ssl3d_benchmarks.finetune_train import (
     build,
     freeze,
@@ -328,6 +329,69 @@ def test_values_are_standardised_on_training_subjects_alone(tmp_path):
     )
 
 
+def test_a_rate_that_diverges_is_out_and_the_others_stay(two_classes, tmp_path, capsys):
+    arguments = ["finetune", SPEC, "--data", two_classes, *SHORT, "--warmup", "0", "--optimizer", "sgd"]
+    good, with_bad, bad = (str(tmp_path / name) for name in ("good", "with_bad", "bad"))
+    assert main([*arguments, "--tune", "1e-3", "--out", good]) == 0
+    assert main([*arguments, "--tune", "1e30", "1e-3", "--out", with_bad]) == 0
+    assert "learning rate 1e+30" in (said := capsys.readouterr().err) and "is out" in said
+    (alone,), (beside,) = records(tmp_path / "good"), records(tmp_path / "with_bad")
+    details = beside.compute["details"]
+    assert details["lr"] == 1e-3 and alone.scores == beside.scores
+    assert [trial["lr"] for trial in details["trials"]] == [1e30, 1e-3]
+    assert details["trials"][0]["diverged"] >= 1 and "diverged" not in details["trials"][1]
+    assert beside.compute["finetune"]["steps"] > alone.compute["finetune"]["steps"]
+    assert main([*arguments, "--tune", "1e30", "1e29", "--out", bad]) == 1
+    assert "1 of 1 jobs failed" in capsys.readouterr().err
+
+
+def test_rows_without_a_network_belong_to_their_subset(two_classes, tmp_path):
+    arguments = ["finetune", SPEC, "--data", two_classes, "--steps", "2", "--fractions", "0.3"]
+    arguments += ["--out", str(tmp_path), "--threads", "1"]
+    found = []
+    for seed in ("0", "0", "7"):
+        assert main([*arguments, "--split-seed", seed]) == 0
+        found.append({r.key: r.scores for r in records(tmp_path) if r.contestant["kind"] == "trivial"})
+    assert found[0] == found[1] and len(found[2]) == 2 * len(found[0]) > 0
+
+
+def test_predictions_are_written_as_csv(two_classes, tmp_path, capsys):
+    arguments = ["finetune", SPEC, "--data", two_classes, *SHORT, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--save-predictions"]) == 0
+    assert "predictions are saved with --overwrite only" in capsys.readouterr().err
+    for _ in range(2):  # written again, not twice
+        assert main([*arguments, "--save-predictions", "--overwrite"]) == 0
+    (path,) = tmp_path.glob("predictions/*/predictions.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    (record,) = records(tmp_path)
+    assert len(rows) == len(record.predictions) == 12
+    for row, kept in zip(rows, record.predictions, strict=True):
+        assert (row["id"], row["target"]) == (kept["id"], kept["target"])
+        assert float(row["probability of 1"]) == pytest.approx(kept["probability"][1], abs=1e-5)
+
+
+def test_batch_norm_of_one_number_says_what_to_do(tmp_path, capsys):
+    store = str(tmp_path / "small.h5")
+    store = a_store(tmp_path / "small.h5", [0, 1] * 6)
+    arguments = [
+        "finetune",
+        SPEC,
+        "--data",
+        store,
+        *SHORT,
+        "--batch-size",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "batch norm has one number per channel" in said and "--freeze-norm" in said
+    assert "Traceback" not in said
+
+
 # Stopping and going on ---------------------------------------------------------------------------------
 
 
@@ -515,6 +579,25 @@ def test_presets_lie_between_recipe_and_flags(two_classes):
     assert (counted.steps, counted.epochs) == (7, 0)
 
 
+@pytest.mark.parametrize("words", [["--detection.model", "retinanet"], ["--config", "given.yaml"]])
+def test_a_tasks_flag_at_its_default_goes_above_a_preset(words, tmp_path, monkeypatch):
+    (tmp_path / "given.yaml").write_text("detection: {model: retinanet}\n")
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(finetune_run, "run", lambda options, config: seen.append(config) or Outcome())
+    arguments = ["finetune", SPEC, "--data", "x", "--task", "detection", "--preset", "nodule-slices"]
+    assert main([*arguments, *words]) == main(arguments) == 0
+    assert [config.model for config in seen] == ["retinanet", "faster-rcnn-2d"]
+    assert [config.scored_crop for config in seen] == [(96, 96), (96, 96)]
+
+
+def test_a_rate_for_scratch_beside_tune_is_refused():
+    with pytest.raises(UsageError, match="give --tune-scratch"):
+        resolve(
+            Options(("x",), tune=(0.1,), lr_scratch=0.1), ClassificationConfig(), {"tune", "lr_scratch"}
+        )
+
+
 def test_a_task_without_a_learning_rate_asks_for_one(monkeypatch):
     monkeypatch.setattr(Classification, "recipe", {"steps": 5})
     with pytest.raises(UsageError, match=r"--lr: classification has no learning rate"):
@@ -532,6 +615,8 @@ def test_a_task_without_a_learning_rate_asks_for_one(monkeypatch):
         ([1] * 8, [], "all 8 labelled volumes are of class '1'"),
         ([0, 1], [], "fine-tuning needs two of each"),
         (["a", "b"] * 4, ["--classification.target", "real"], "is not a number"),
+        (["0.5", "inf"] * 4, ["--classification.target", "real"], "label 'inf' is not a number"),
+        (["0.1", "1.5", "2.3", "a"] * 4, [], "12 of 16 labels are numbers like 0.1, but not 'a'"),
         ([0, 1] * 4, ["--folds", "9"], "--folds 9: the data has 8 subjects"),
         ([0, 1] * 4, ["--lr", "0"], "--lr: "),
         ([0, 1] * 4, ["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2"),

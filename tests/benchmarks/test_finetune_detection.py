@@ -163,7 +163,7 @@ def test_loss_has_gradients_and_predictions_are_json(kind, flat, data, images):
         pytest.skip("takes images")
     some = images if flat else data
     task = pickle.loads(pickle.dumps(task_of(some, model=kind, patch=(32, 32, 32))))
-    model = task.model(encoder())
+    model = task.model(encoder(), some[:5])
     task.start(model, some[:5])
     examples = [task.draw(volume, numpy_rng(n)) for n, volume in enumerate(some[:4])]
     batch = {name: torch.stack([one[name] for one in examples]) for name in examples[0]}
@@ -180,7 +180,7 @@ def test_loss_has_gradients_and_predictions_are_json(kind, flat, data, images):
 
 def test_anchors_follow_the_training_subjects(data):
     task = task_of(data, model="faster-rcnn", one_class=True)
-    model = task.model(encoder())
+    model = task.model(encoder(), data)
     before = model.shapes.clone()
     task.objects[data[1].index] = task.objects[data[1].index]._replace(
         boxes=np.array([[1, 1, 1, 7, 8, 9]], np.float32)
@@ -188,6 +188,35 @@ def test_anchors_follow_the_training_subjects(data):
     task.start(model, data[1:2])
     assert not torch.equal(before, model.shapes)
     assert (model.shapes - torch.tensor([6.0, 7, 8])).abs().amax(dim=2).min() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster-rcnn", "faster-rcnn-2d"])
+def test_boxes_of_others_than_the_training_subjects_change_no_detector(kind, data, images):
+    """The levels of the pyramid too: validation and test subjects' boxes are not looked at."""
+    if kind == "retinanet":
+        pytest.importorskip("monai")
+    some = images if kind == "faster-rcnn-2d" else data
+
+    def made():
+        torch.manual_seed(0)
+        model = task.model(encoder(), some[:5])
+        task.start(model, some[:5])
+        return getattr(model, "plan", model.config), [b.tolist() for b in model.buffers()]
+
+    task = task_of(some, model=kind)
+    before = made()
+    for volume in some[5:]:
+        boxes = np.array([[0, 0, 0, 1, 1, 1]], np.float32)
+        task.objects[volume.index] = task.objects[volume.index]._replace(boxes=boxes, labels=np.array([0]))
+    assert made() == before
+    task.objects[some[1].index] = task.objects[some[5].index]
+    task.objects[some[2].index] = task.objects[some[5].index]
+    assert made() != before
+
+
+def test_training_subjects_without_an_object_are_refused(data):
+    with pytest.raises(DataError, match="none of the 1 training volumes has an object"):
+        task_of(data).model(encoder(), data[:1])
 
 
 @pytest.mark.parametrize("merge", ["nms", "clusters"])

@@ -141,6 +141,31 @@ def test_crops_hold_an_annotated_slice_and_targets_only_annotated_voxels(data):
     )
 
 
+def test_validation_subjects_are_annotated_on_a_few_slices_too(data):
+    """What is kept is chosen on no more labels than a person with time for two slices has drawn."""
+    few = Segmentation(SegmentationConfig(patch=(16, 16, 16), width=4, sparse_slices=2), data)
+    whole = Segmentation(SegmentationConfig(patch=(16, 16, 16), width=4), data)
+    model = few.model(encoder_of(), data).eval()
+    with torch.inference_mode():
+        chosen, scored = few.predict_for_choosing(model, data), few.predict_all(model, data)
+        assert whole.predict_for_choosing(model, data) == whole.predict_all(model, data) == scored
+        found = [few.labels(model, volume) for volume in data]
+    for volume, row, labels in zip(data, chosen, found, strict=True):
+        slices = few.annotated_slices(volume)
+        truth = volume.read_mask().numpy()[slices]
+        assert row["voxels"] == {
+            str(value): [int((labels[slices] == k).sum()), int((truth == value).sum())]
+            for k, value in ((1, 1), (2, 4))
+        }
+
+
+def test_a_class_that_no_mask_has_is_refused(data):
+    with pytest.raises(DataError, match="none of the 4 masks has the value 300; they have 0 1 4"):
+        Segmentation(SegmentationConfig(classes=(0, 1, 300)), data)
+    with pytest.raises(ValueError, match="ignore: 1 is one of the classes"):
+        SegmentationConfig(classes=(0, 1), ignore=1)
+
+
 def test_masks_of_unannotated_slices_are_never_used(tmp_path, data):
     config = SegmentationConfig(patch=(16, 16, 16), sparse_slices=2, stages=2, coarse=(8, 8, 8))
     task = Segmentation(config, data)
@@ -153,7 +178,7 @@ def test_masks_of_unannotated_slices_are_never_used(tmp_path, data):
         poisoned.append((subject, image, other))
     bad = a_store(tmp_path / "bad.h5", poisoned)
     again = Segmentation(config, bad)
-    model = task.model(encoder_of(norm="group"))
+    model = task.model(encoder_of(norm="group"), data)
     for step in range(3):
         clean, dirty = batch_of(task, data, step), batch_of(again, bad, step)
         assert all(torch.equal(clean[name], dirty[name]) for name in clean)
@@ -165,7 +190,7 @@ def test_masks_of_unannotated_slices_are_never_used(tmp_path, data):
 
 def test_what_is_asked_of_the_encoder_holds_in_both_stages(data):
     task = Segmentation(SegmentationConfig(patch=(16, 16, 16), stages=2, coarse=(8, 8, 8)), data)
-    model = task.model(encoder_of())
+    model = task.model(encoder_of(), data)
     groups = parameter_groups(model, 0.5, 0.1)
     scales = {name: group["scale"] for group in groups for name in group["names"]}
     assert scales["encoder.conv1.weight"] == scales["coarse.encoder.conv1.weight"] == 0.5**5
@@ -220,7 +245,7 @@ def test_crops_are_read_with_their_margin_and_outside_is_unknown(data):
     assert example["image"].shape[1:] == example["target"].shape > (24, 24, 24)
     known = example["target"] != IGNORE
     assert known.sum() == 20 * 24 * 22
-    loss, values = task.loss(task.model(encoder_of()), batch_of(task, data), one_group(0, 4))
+    loss, values = task.loss(task.model(encoder_of(), data), batch_of(task, data), one_group(0, 4))
     assert loss.isfinite() and set(values) == {"ce", "dice_loss", "dice"}
 
 
@@ -247,7 +272,7 @@ def test_places_of_large_objects_are_drawn_evenly(tmp_path):
 def by_heart(tmp_path, steps, **options):
     data = open_data([phantom_store(1, shape=(20, 24, 24), folder=tmp_path)])
     task = Segmentation(SegmentationConfig(patch=(24, 24, 24), width=16, **options, **PLAIN), data)
-    model = task.model(encoder_of())
+    model = task.model(encoder_of(), data)
     train(task, model, data, steps, batch=1, lr=1e-2)
     return row(task, model, data[0])["dice"]
 
@@ -276,7 +301,7 @@ def test_two_stages_find_a_small_object_in_a_large_volume(tmp_path):
     config = SegmentationConfig(patch=(16, 16, 16), width=8, stages=2, coarse=(16, 16, 16), **PLAIN)
     task = Segmentation(config, data)
     model = task.model(
-        encoder_of(stem_stride=(1, 1, 1), stage_strides=((1,) * 3, (2,) * 3, (1,) * 3, (1,) * 3))
+        encoder_of(stem_stride=(1, 1, 1), stage_strides=((1,) * 3, (2,) * 3, (1,) * 3, (1,) * 3)), data
     )
     train(task, model, data, 50, lr=1e-2)
     for volume in data:
@@ -298,11 +323,11 @@ def test_slicewise_the_encoder_is_a_2d_network(data):
             assert x.shape[2] == 1
             return [x]
 
-    model = task.model(Seen())
+    model = task.model(Seen(), data)
     task.loss(model, batch_of(task, data), one_group(0, 4))[0].backward()
     assert task.labels(model.eval(), data[0]).shape == data[0].shape[1:]
     # What is predicted of a slice depends on that slice alone.
-    network = task.model(encoder_of()).eval()
+    network = task.model(encoder_of(), data).eval()
     whole = task.labels(network, data[0])
 
     def blanked(start, size):
@@ -324,7 +349,7 @@ def test_every_head_can_be_chosen_and_is_made_anew_by_the_seed(head, data):
     for seed in (0, 0, 1):
         encoder = encoder_of()
         torch.manual_seed(seed)
-        models.append(task.model(encoder))
+        models.append(task.model(encoder, data))
         assert models[-1].encoder is encoder
     weights = [torch.cat([p.flatten() for p in m.head.parameters()]) for m in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

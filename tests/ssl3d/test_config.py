@@ -127,7 +127,7 @@ def test_flags_override_the_file_wherever_config_stands(tmp_path):
     assert parsed.options.proxy == ("simclr",)
     assert parsed.options.spacing == (1.0, 1.0, 2.0)
     assert parsed.sections["simclr"].slices == 4
-    assert {"proxy", "spacing", "batch_size", "data"} == parsed.given
+    assert {"proxy", "spacing", "batch_size", "data", "simclr.slices"} == parsed.given
 
 
 def test_a_section_of_a_plugin_that_is_not_selected_is_accepted(tmp_path):

@@ -344,15 +344,27 @@ def test_scores_equal_monais(seed):
 
     spacing = tuple(rng.uniform(0.4, 4, 3).round(2).tolist())
     one, other = (gaussian_filter(rng.normal(size=shape), 1.5) > 0.02 for _ in range(2))
+    axes = 2 if shape[0] == 1 else 3  # an image is scored as one: its contour, not its area
     tensors = [torch.from_numpy(np.stack([~mask, mask])[None]).float() for mask in (one, other)]
+    tensors = [one.squeeze(2) if axes == 2 else one for one in tensors]
     scores = mask_scores(one, other, spacing, tolerance=1.7)
-    kinds = {"spacing": [spacing], "include_background": False}
+    kinds = {"spacing": [spacing[-axes:]], "include_background": False}
     hd95 = metrics.compute_hausdorff_distance(*tensors, percentile=95, **kinds)
     surface = metrics.compute_surface_dice(*tensors, class_thresholds=[1.7], **kinds)
     dice = metrics.compute_dice(*tensors, include_background=False)
     assert scores.dice == pytest.approx(float(dice), abs=1e-6)
     assert scores.hd95 == pytest.approx(float(hd95), abs=1e-4)
     assert scores.surface_dice == pytest.approx(float(surface), abs=1e-6)
+
+
+def test_images_are_scored_by_their_contours():
+    one, other = np.zeros((2, 1, 60, 60), bool)
+    one[0, 10:50, 10:50] = True
+    other[0, 15:55, 10:50] = True
+    scores = mask_scores(one, other, (7, 1, 1))
+    assert scores.hd95 == 5 and scores == mask_scores(one, other, (1, 1, 1))
+    assert scores.surface_dice < 0.5  # the tolerance is 1 mm, whatever the side along D
+    assert mask_scores(one, one & False, (7, 1, 1)).hd95 == pytest.approx(60 * 2**0.5)
 
 
 def test_a_random_prediction_scores_chance():

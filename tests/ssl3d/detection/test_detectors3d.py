@@ -290,6 +290,18 @@ def test_bfloat16_losses_are_near_those_of_single_precision(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_finds_the_boxes_of_single_precision(kind):
+    model = detector(kind, score=1e-4).eval()
+    images = torch.randn(2, 1, 24, 24, 24)
+    exact = model.detect(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.detect(images)
+    for one, other in zip(exact, rough, strict=True):
+        assert other.boxes.dtype == other.scores.dtype == torch.float32
+        assert len(one.boxes) and abs(float(one.scores.max()) - float(other.scores.max())) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_phantom_is_learned_by_heart(kind):
     """Its lesions, and nothing else, are found: every measure says 1."""
     made = next(one for seed in range(20) if len((one := phantom(seed, (24, 24, 24))).boxes) > 1)

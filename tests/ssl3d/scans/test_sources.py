@@ -257,7 +257,9 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
         (("1", "2"), [1, 2]),
         (("1", "2.5"), [1.0, 2.5]),
         (("1", "x"), ["1", "x"]),
-        (("nan", "1"), ["nan", "1"]),
+        (("nan", "1"), [None, 1]),
+        (("1.5", "N/A", "", "2"), [1.5, None, None, 2.0]),
+        (("none", "1"), ["none", "1"]),
     ],
 )
 def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
@@ -267,7 +269,7 @@ def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
     (tmp_path / "l.csv").write_text("\ufeffFile;Label\n" + lines, encoding="utf-8")
     found = [scan.label for scan in find([tmp_path / "l.csv"], Wanted()).scans]
     assert found == expected
-    assert {type(label) for label in found} == {type(expected[0])}
+    assert [type(label) for label in found] == [type(label) for label in expected]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,44 @@ def test_scans_without_boxes_are_not_scans_nobody_looked_at(tmp_path):
     assert [None if v.boxes is None else len(v.boxes) for _, v in sorted(volumes.items())] == [1, 0, None]
 
 
+def test_luna16s_csv(tmp_path):
+    root = tmp_path / "luna"
+    box = scan(
+        root / "subset0" / "1.3.6.1.4.860.nii.gz", spacing=(0.8, 0.8, 0.8), box=(6, 9, 7, 12, 15, 13)
+    )
+    scan(root / "subset0" / "1.3.6.1.4.861.nii.gz", box=(1, 1, 1, 4, 4, 4))
+    scan(root / "subset1" / "1.3.6.1.4.862.nii.gz", box=(2, 2, 2, 4, 4, 4))
+    lines = ["seriesuid,coordX,coordY,coordZ,diameter_mm"]
+    lines += [f"1.3.6.1.4.860,{-box[0]},{-box[1]},{box[2]},{box[3]}", "1.3.6.1.4.861,,,,"]
+    (root / "annotations.csv").write_text("\n".join(lines) + "\n")
+    found = {volume.id.removesuffix(".nii.gz")[-3:]: volume.boxes for volume in made(tmp_path, root)}
+    volume = next(volume for volume in open_data([tmp_path / "s.h5"]) if "860" in volume.id)
+    np.testing.assert_allclose(found["860"], [brightest(volume)], atol=1e-3)
+    assert len(found["861"]) == 0 and found["862"] is None
+
+
+def test_a_csv_of_centres_and_sizes(tmp_path):
+    root = tmp_path / "d"
+    box = scan(root / "a.nii.gz", "RPI")
+    head = "path,label,score,x_mm,y_mm,z_mm,w_mm,h_mm,d_mm\n"  # as predictions are written
+    rows = [["a", "tumour", 0.5, *box], ["a", "tumour", 0.1, *box[:3], 0, 1, 1]]
+    (root / "boxes.csv").write_text(head + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    data = made(tmp_path, root)
+    np.testing.assert_allclose(data[0].boxes, [brightest(data[0])], atol=1e-3)
+    assert data.settings[0]["box_labels"] == {"d": {"1": "tumour"}}
+    (root / "boxes.csv").write_text(head + "a,tumour,1,1,2,three,4,5,6\n")
+    with pytest.raises(DataError, match="line 2: 1, 2, three, 4, 5, 6 are not numbers"):
+        made(tmp_path / "b", root)
+
+
+def test_corners_of_volumes_say_what_to_write_instead(tmp_path):
+    root = tmp_path / "d"
+    scan(root / "a.nii.gz")
+    (root / "b.csv").write_text("path,x_min,y_min,z_min,x_max,y_max,z_max\na.nii.gz,1,2,3,4,5,6\n")
+    with pytest.raises(DataError, match="corners along z too; boxes in volumes are listed in mm"):
+        made(tmp_path, root)
+
+
 def test_corners_on_turned_axes():
     """A scan at 1 mm with z along D, x along H, y along W: 2 x 4 x 6 mm are sides 6, 2, 4."""
     affine = np.array([[0, 1.0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
