@@ -109,23 +109,23 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
             "",
         ]
     ]
-    errors = []
+    found: list[statistics.Difference] = []
     for line in lines:
         difference, p = "", ""
         beside = scratch.get(line.first.group)
         if line.first.kind == "encoder" and beside is not None:
             gain = statistics.paired_difference(line.runs, beside.runs)
-            errors.append(gain.error)
+            found.append(gain)
             difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
             p = number(gain.p) if gain.p >= 0.001 else "<.001"
-        found = statistics.nested_interval(line.runs)
-        score = f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+        own = statistics.nested_interval(line.runs)
+        score = f"{number(own.value)} [{number(own.low)}, {number(own.high)}]"
         means = [number(line.mean(name)) for name in others]
         table.append([line.name, score, *means, difference, p, *_chosen(line), _notes(line)])
-    if not errors:
+    if not found:
         networks = [line for line in lines if line.first.kind != "trivial"]
         pairs = [(a, b) for k, a in enumerate(networks) for b in networks[k + 1 :]]
-        errors = [statistics.paired_difference(a.runs, b.runs).error for a, b in pairs]
+        found = [statistics.paired_difference(a.runs, b.runs) for a, b in pairs]
     train, tested, val = (result.split[part] for part in ("train", "test", "val"))
     most = max(lines, key=lambda line: len(line.rows))
     seeds = len({row.result.seed for row in most.rows})
@@ -136,14 +136,15 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
         f"{tested['subjects']} subjects, {tested['volumes']} volumes; {how}"
     )
     text = [head, *aligned(table)]
-    finite = [error for error in errors if np.isfinite(error) and error > 0]
-    if finite:
-        error = float(np.median(finite))
-        detectable = statistics.minimum_detectable_difference(error)
+    found = [one for one in found if np.isfinite(one.error) and one.error > 0]
+    told = [one.detectable for one in found if np.isfinite(one.detectable)]
+    if told:
         text.append(
-            f"minimum detectable difference in {benchmark.main}: {detectable:.3f} (2.80 x {error:.4f}, the "
-            "standard error of a paired difference; alpha .05, power .8)"
+            f"minimum detectable difference in {benchmark.main}: {np.median(told):.3f} ((t[.975] + t[.8]) "
+            "x the standard error of a paired difference; alpha .05, power .8)"
         )
+    elif found:
+        text.append(f"minimum detectable difference in {benchmark.main}: unknown, too few seeds or subsets")
     one = "" if seeds > 1 else "; one seed: how much seeds differ is not in them"
     text.append(
         f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} "

@@ -89,8 +89,8 @@ class Board:
         fraction: Of the training subjects.
         arms: Best first, of all kinds but encoders on the way.
         on_the_way: Encoders saved before pretraining ended.
-        detectable: Smallest true difference from scratch that the test set shows with power .8; None
-            where there is nothing to compare.
+        detectable: Smallest true difference from scratch that the test set shows with power .8, the median
+            over the contestants; None where there is nothing to compare, or too few seeds or subsets.
         missing: Rows that have to be there and are not, in words.
         notes: What was left out, in words.
     """
@@ -330,7 +330,7 @@ def _differences(board: Board) -> None:
     """Differences from scratch and from ImageNet; Holm over all tests of the table."""
     imagenet = best_imagenet(board)
     tests: list[tuple[Arm, str, float]] = []
-    errors = []
+    found: list[statistics.Difference] = []
     for arm in board.of_kind("pretrained", "imagenet"):
         scratch = reference_of(arm, board)
         if scratch is not None:
@@ -339,8 +339,7 @@ def _differences(board: Board) -> None:
                 continue
             if np.isfinite(arm.gain.p):
                 tests.append((arm, "p_holm", arm.gain.p))
-            if np.isfinite(arm.gain.error):
-                errors.append(arm.gain.error)
+            found.append(arm.gain)
         if imagenet not in (None, arm) and arm.kind == "pretrained" and not arm.why_unranked:
             assert imagenet is not None
             arm.over_imagenet = _paired(arm, imagenet)
@@ -348,17 +347,27 @@ def _differences(board: Board) -> None:
                 tests.append((arm, "p_imagenet_holm", arm.over_imagenet.p))
     for (arm, name, _), p in zip(tests, statistics.holm([p for _, _, p in tests]), strict=True):
         setattr(arm, name, p)
-    if not errors:
+    if not any(np.isfinite(one.error) for one in found):
         pairs = itertools.combinations([arm for arm in board.arms if arm.kind != "trivial"], 2)
-        errors = [_paired(a, b).error for a, b in pairs]
-    errors = [error for error in errors if np.isfinite(error) and error > 0]
-    if errors:
-        board.detectable = statistics.minimum_detectable_difference(float(np.median(errors)))
+        found = [_paired(a, b) for a, b in pairs]
+    found = [one for one in found if np.isfinite(one.error) and one.error > 0]
+    detectable = [one.detectable for one in found if np.isfinite(one.detectable)]
+    if detectable:
+        board.detectable = float(np.median(detectable))
+    elif found:
+        board.notes.append(
+            "No smallest detectable difference is given: there are too few seeds or subsets of the "
+            "training data to know how much they differ."
+        )
 
 
 def _paired(a: Arm, b: Arm) -> statistics.Difference:
-    subsets = [[one.result.repeat for one in arm.rows[0]] for arm in (a, b)]
-    return statistics.paired_difference(a.runs, b.runs, subsets[0] == subsets[1])
+    return statistics.paired_difference(a.runs, b.runs, _subsets(a) == _subsets(b))
+
+
+def _subsets(arm: Arm) -> list[int]:
+    """Which subsets of the training data it learned from, in order."""
+    return [one.result.repeat for one in arm.rows[0]]
 
 
 def _rank(board: Board) -> None:
@@ -376,9 +385,10 @@ def _rank(board: Board) -> None:
 
 
 def rank_draws(arms: Sequence[Arm], board: Board) -> Array:
-    """Ranks on every resample of subjects and seeds, (M, R)."""
-    noisy = [statistics.with_seeds(arm.runs, (board.slug, arm.label)) for arm in arms]
-    return ranks_of(np.stack(noisy))
+    """Ranks on every resample of subjects, seeds and subsets, (M, R)."""
+    subsets = [(board.slug, *_subsets(arm)) for arm in arms]
+    names = [(board.slug, arm.label) for arm in arms]
+    return ranks_of(statistics.joint_draws([arm.runs for arm in arms], subsets, names))
 
 
 def ranks_of(scores: Array) -> Array:
@@ -422,8 +432,9 @@ def _missing(board: Board) -> None:
     single = [arm for arm in board.of_kind("pretrained", "imagenet") if arm.seeds == 1]
     if single:
         board.notes.append(
-            "Rows of one seed: their intervals and tests are of the test subjects alone; another seed of "
-            "pretraining may differ by more."
+            "Rows of one seed: their intervals are of the test subjects alone, and so are tests of two "
+            "such rows; another seed of pretraining may differ by more. Against a row of several seeds "
+            "the one seed is taken to vary as much as those."
         )
     undefined = max((arm.interval.undefined for arm in board.arms), default=0.0)
     if undefined > 0.01:

@@ -124,7 +124,7 @@ def headers(board: Board) -> list[str]:
 def cells(board: Board, arm: Arm) -> list[str]:
     """A row of a board."""
     gain, over = arm.gain, arm.over_imagenet
-    detectable = f"{2.8016 * gain.error:.3f}" if gain and isfinite(gain.error) else ""
+    detectable = f"{gain.detectable:.3f}" if gain and isfinite(gain.detectable) else ""
     flops = arm.first.flops()
     return [
         rank_text(arm),

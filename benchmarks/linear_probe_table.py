@@ -156,10 +156,12 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     text = [head, *aligned(lines)]
     if any(np.isfinite(errors)):
         error = float(np.nanmedian(errors))
-        detectable = statistics.minimum_detectable_difference(error)
+        freedom = tested["subjects"] - 1
+        factor = statistics.minimum_detectable_difference(1.0, freedom=freedom)
         text.append(
-            f"minimum detectable difference in {benchmark.main}: {detectable:.3f} (2.80 x {error:.4f}, the "
-            "standard error of a paired difference over the test subjects; alpha .05, power .8)"
+            f"minimum detectable difference in {benchmark.main}: {factor * error:.3f} ({factor:.2f} x "
+            f"{error:.4f}, the standard error of a paired difference over the test subjects; alpha .05, "
+            "power .8)"
         )
     text.append(
         "intervals: 95 %, bootstrap over test subjects (BCa, 2000 resamples); differences are paired"

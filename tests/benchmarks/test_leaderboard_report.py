@@ -340,6 +340,50 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     assert re.search(r"Segmentation with few labels \(linear-probe\): [^.]*set, (30|6) of 60", page)
 
 
+def on_subsets(name, kind, gain, luck, **changes):
+    """A contestant's records on subsets of half the training subjects, some of them better ones."""
+    for repeat, lucky in enumerate(luck):
+        row = record(name, kind, gain + lucky, seed=repeat, **changes)
+        row.fraction, row.repeat, row.seed = 0.5, repeat, 0
+        row.settings = {**row.settings, "fractions": "0.5 of the training subjects, nested"}
+        yield row
+
+
+def test_a_subset_that_is_hard_for_all_changes_no_rank(tmp_path):
+    luck = (0.0, 0.06, -0.06)
+    rows = [
+        *on_subsets("runs/alpha-0", "encoder", 0.02, luck),
+        *on_subsets("scratch:resnet18, seed 0", "untrained", 0.0, luck, weights_seed=0),
+    ]
+    board = read_report([write(tmp_path, rows)], resamples=400).boards[0]
+    alpha, untrained = board.arms
+    assert alpha.interval.low < untrained.interval.value  # each for itself is uncertain
+    assert alpha.gain.p < 0.05
+    assert alpha.first_share > 0.98 and untrained.rank_interval == (2, 2)
+
+
+def test_two_subsets_do_not_tell_what_could_be_detected(tmp_path):
+    rows = [
+        *on_subsets("runs/alpha-0", "encoder", 0.02, (0.0, 0.1)),
+        *on_subsets("scratch:resnet18, seed 0", "untrained", 0.0, (0.0, 0.0), weights_seed=0),
+    ]
+    assert main(["leaderboard", "report", str(write(tmp_path / "r", rows)), "--out", str(tmp_path)]) == 0
+    board = read_report([tmp_path / "r"], resamples=400).boards[0]
+    assert board.detectable is None
+    assert any("No smallest detectable difference" in note for note in board.notes)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.split(" | ") for line in lines]
+    header = next(row for row in cells if "smallest detectable" in row)
+    row = next(row for row in cells if "alpha" in row)
+    assert row[header.index("smallest detectable")].strip() == ""
+
+
+def test_one_seed_against_several_takes_their_variance(report):
+    found = arms(report)
+    assert found["alpha"].gain.borrowed and not found["beta"].gain.borrowed
+    assert any("is taken to vary as much as those" in note for note in report.boards[0].notes)
+
+
 def test_numbers_of_annotated_slices_have_tables_of_their_own_and_a_curve(tmp_path):
     rows = []
     for count in (0, 1, 2):

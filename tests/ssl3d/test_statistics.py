@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm, spearmanr
+from scipy.stats import norm, spearmanr, t
 from sklearn import metrics
 
 from ssl3d import statistics
@@ -185,6 +185,14 @@ def test_minimum_detectable_difference_is_what_80_percent_of_experiments_find():
     difference = statistics.minimum_detectable_difference(error)
     found = np.random.default_rng(0).normal(difference, error, size=20000)
     assert np.mean(np.abs(found / error) > 1.96) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("freedom", [4, 10, 39])
+def test_the_detectable_difference_knows_how_well_its_error_is_known(freedom):
+    rng = np.random.default_rng(0)
+    found = rng.normal(statistics.minimum_detectable_difference(0.034, freedom=freedom), 0.034, size=20000)
+    errors = 0.034 * np.sqrt(rng.chisquare(freedom, size=20000) / freedom)
+    assert np.mean(np.abs(found / errors) > t.ppf(0.975, freedom)) == pytest.approx(0.8, abs=0.02)
 
 
 @settings(max_examples=30, deadline=None)
