@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +105,10 @@ def report(options: ReportOptions) -> Report:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (options.out / name).write_text(content, encoding="utf-8", newline="\n")
+            # Workers that end together write the same report: none may be read half written.
+            partial = options.out / f".{name}.{socket.gethostname()}.{os.getpid()}"
+            partial.write_text(content, encoding="utf-8", newline="\n")
+            os.replace(partial, options.out / name)
     except OSError as error:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
     for line in answer(made.boards):

@@ -24,6 +24,8 @@ from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard_suite import Job, Places, Plan, load_suite
 
 FRONT = (sys.executable, "-m", "ssl3d")
+REQUEUES = 100
+"""How often a worker is queued again when its time is over."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def run(options: RunOptions) -> int:
     if options.slurm:
         return submit(options)
     status = Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
-    if status < 128 and options.report and any(options.out.glob("*/*.json")):
+    records = (path for path in options.out.glob("*/*.json") if not path.parent.name.startswith("."))
+    if status < 128 and options.report and any(records):
         from ssl3d_benchmarks.leaderboard_report import ReportOptions, report
 
         title = f"Leaderboard {suite.name}"
@@ -107,7 +110,7 @@ def run(options: RunOptions) -> int:
 def _shown(job: Job) -> str:
     try:
         return f"ssl3d {shlex.join(job.command())}"
-    except (FileNotFoundError, KeyError):  # its length is not measured yet
+    except (FileNotFoundError, UsageError):  # its length is not measured yet
         return f"({job.kind}, after {', '.join(job.needs)})"
 
 
@@ -120,6 +123,7 @@ class Runner:
         marks: Folder of what was done: NAME.json, NAME.log, and NAME.lock while in work.
         launch: Words in front of `ssl3d` for pretraining, as in `torchrun --nproc-per-node 4 -m`.
         verbose: Whether a job's output is shown, too.
+        began: When; what failed elsewhere since then is not tried again here.
     """
 
     plan: Plan
@@ -131,6 +135,7 @@ class Runner:
     done: set[str] = field(default_factory=set)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     asked: int = 0
+    began: float = field(default_factory=time.time)
     _child: subprocess.Popen[Any] | None = None
 
     def run(self) -> int:
@@ -170,7 +175,7 @@ class Runner:
         left = [job for job in self.plan.jobs if job.name not in settled]
         print(f"{len(self.done)} of {len(self.plan.jobs)} jobs done", flush=True)
         for name, why in self.failed.items():
-            print(f"failed {name}: {why}; log: {self._path(name, 'log')}", flush=True)
+            print(f"failed {name}: {why}{self._log(name)}", flush=True)
         for job in left:
             print(f"not done {job.name}: it needs what failed", flush=True)
         return 1 if self.failed else 0
@@ -187,15 +192,41 @@ class Runner:
                 why = why or self.skipped.get(need, "")
             if why:
                 self.skipped[job.name] = why if not job.missing else f"{why} is missing"
-            elif all(need in self.done for need in job.needs) and self._is_done(job):
-                self.done.add(job.name)
-                self.failed.pop(job.name, None)  # another worker had more luck
+            elif all(need in self.done for need in job.needs):
+                self._look(job)
+
+    def _look(self, job: Job) -> None:
+        """Notes whether a job whose time has come is done, by anyone, or cannot be."""
+        try:
+            why = job.difference()
+            done = not why and self._is_done(job)
+            if not why and not done and job.name not in self.failed:
+                why = self._failed_elsewhere(job)
+        except Exception as error:  # a card that cannot be read, say: it ends this job, not the worker
+            why, done = _line(error), False
+        if done:
+            self.done.add(job.name)
+            self.failed.pop(job.name, None)  # another worker had more luck
+        elif why and self.failed.get(job.name) != why:
+            self.failed[job.name] = why
+            print(f"failed {job.name}: {why}", flush=True)
 
     def _is_done(self, job: Job) -> bool:
         if job.product is not None:
             return job.product.exists()
         mark = self._mark(job)
         return mark.get("state") == "done" and mark.get("digest") == job.digest()
+
+    def _failed_elsewhere(self, job: Job) -> str:
+        """Why the same job failed since this worker began: it would here, too. A new start tries again."""
+        mark = self._mark(job)
+        if mark.get("state") != "failed" or mark.get("digest") != job.digest():
+            return ""
+        try:
+            ended = datetime.fromisoformat(mark["ended"]).timestamp()
+        except (KeyError, TypeError, ValueError):
+            return ""
+        return f"{mark.get('why')} (on {mark.get('host')})" if ended > self.began else ""
 
     def _left(self) -> list[Job]:
         """Not done, and could be: nothing that it needs has failed."""
@@ -212,13 +243,17 @@ class Runner:
 
     def _free(self) -> Job | None:
         """The first job that can be done now and that nobody has in hand; it is taken."""
-        for job in self._left():
-            if all(need in self.done for need in job.needs) and locks.take(self._path(job.name, "lock")):
-                if self._is_done(job):  # by another, just before it was taken
-                    self._path(job.name, "lock").unlink(missing_ok=True)
-                    self.done.add(job.name)
-                    continue
-                return job
+        left = self._left()
+        waited_for = {job.name for job in left}
+        for job in left:
+            if not all(need in self.done for need in job.needs) or waited_for.intersection(job.after):
+                continue
+            lock = self._path(job.name, "lock")
+            if locks.take(lock):
+                self._look(job)  # another may have done it, just before it was taken
+                if job.name not in self.done and job.name not in self.failed:
+                    return job
+                locks.release(lock)
         return None
 
     # Doing --------------------------------------------------------------------------------------
@@ -235,11 +270,17 @@ class Runner:
         began = time.time()
         status, why = 1, ""
         digest = ""
+        words: list[str] = []
         try:
             digest = job.digest()
-            status, why = self._execute(job)
+            words = job.command()
+            if job.made and not job.begun():
+                job.made.note()
+            status, why = self._execute(job, words)
         except OSError as error:  # a full disk
             why = f"{error.strerror}: {error.filename}"
+        except Exception as error:
+            why = _line(error)
         seconds = time.time() - began
         if self.asked:
             return
@@ -249,27 +290,25 @@ class Runner:
         mark = {
             "job": job.name, "state": state, "digest": digest, "seconds": round(seconds, 1),
             "host": socket.gethostname(),
-            "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": job.command() if job.kind != "pretrain" else [], "why": why,
+            "ended": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+            "command": words, "why": why,
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self._write(job, mark)
         if status:
             self.failed[job.name] = why
-            print(
-                f"    failed after {_span(seconds)}: {why}; log: {self._path(job.name, 'log')}", flush=True
-            )
+            print(f"    failed after {_span(seconds)}: {why}{self._log(job.name)}", flush=True)
         else:
             self.done.add(job.name)
             self.seconds.setdefault(job.kind, []).append(seconds)
             print(f"    done in {_span(seconds)}", flush=True)
 
-    def _execute(self, job: Job) -> tuple[int, str]:
+    def _execute(self, job: Job, words: list[str]) -> tuple[int, str]:
         """Runs the command; its status, and the last line it said if it is not 0."""
         front: tuple[str, ...] = FRONT
         if self.launch and job.kind == "pretrain":
             front = (*shlex.split(self.launch), "ssl3d")
-        argv = [*front, *job.command()]
+        argv = [*front, *words]
         log = self._path(job.name, "log")
         with log.open("a", encoding="utf-8") as file:
             print(f"$ {shlex.join(argv)}", file=file, flush=True)
@@ -278,16 +317,23 @@ class Runner:
                 argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                 errors="replace", start_new_session=True, preexec_fn=_die_with(os.getpid()),
             )  # fmt: skip
-            last = ""
-            assert self._child.stdout is not None
-            for line in self._child.stdout:
-                file.write(line)
-                file.flush()
-                last = line.strip() or last
-                if self.verbose:
-                    print("    " + line, end="", flush=True)
-            status = self._child.wait()
-            self._child = None
+            try:
+                if self.asked:  # just before there was a job to hand it on to
+                    os.killpg(self._child.pid, signal.SIGTERM)
+                last = ""
+                assert self._child.stdout is not None
+                for line in self._child.stdout:
+                    file.write(line)
+                    file.flush()
+                    last = line.strip() or last
+                    if self.verbose:
+                        print("    " + line, end="", flush=True)
+                status = self._child.wait()
+            finally:
+                if self._child.poll() is None:  # its log cannot be written: nobody would hear of it
+                    os.killpg(self._child.pid, signal.SIGTERM)
+                    self._child.communicate()
+                self._child = None
         if status < 0:
             last = f"killed by signal {-status} (out of memory?); {last}"
         return status, last.removeprefix("ssl3d: ")
@@ -301,6 +347,10 @@ class Runner:
 
     def _path(self, name: str, kind: str) -> Path:
         return self.marks / f"{name.replace(':', '__')}.{kind}"
+
+    def _log(self, name: str) -> str:
+        path = self._path(name, "log")
+        return f"; log: {path}" if path.exists() else ""
 
     def _mark(self, job: Job) -> dict[str, Any]:
         try:
@@ -324,12 +374,13 @@ class Runner:
             child = self._child
             if child is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signum)
+                    # submitit's signal tells workers that their time is over; jobs do not know it.
+                    os.killpg(child.pid, signal.SIGTERM if signum == signal.SIGUSR2 else signum)
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         before = {number: signal.signal(number, hand_on) for number in numbers}
         try:
             yield
@@ -345,6 +396,7 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     prctl = ctypes.CDLL(None).prctl  # loaded here: little is safe between fork and exec
 
     def prepare() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM sends it to every process of a step
         prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed in between
             os.kill(os.getpid(), signal.SIGTERM)
@@ -368,27 +420,55 @@ def submit(options: RunOptions) -> int:
         if not equals:
             raise UsageError(f"--slurm-options {text}: expected KEY=VALUE, as in partition=gpu")
         given[key] = int(value) if value.isdigit() else value
-    executor = submitit.AutoExecutor(folder=options.out / ".jobs" / "slurm", cluster=options.cluster)
-    executor.update_parameters(name=f"ssl3d-{options.suite}", **given)
-    command = [sys.executable, "-m", "ssl3d", *worker(options)]
-    function = submitit.helpers.CommandFunction(command, verbose=True)
+    folder = options.out / ".jobs" / "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder, options.cluster, slurm_max_num_timeout=REQUEUES)
+    except RuntimeError as error:
+        raise UsageError(f"--slurm {options.slurm}: {error}") from error
+    executor.update_parameters(name=f"ssl3d-{Path(options.suite).stem}", **given)
     with executor.batch():
-        jobs = [executor.submit(function) for _ in range(options.slurm)]
+        jobs = [executor.submit(Worker(replace(options, slurm=0))) for _ in range(options.slurm)]
     for job in jobs:
         print(f"submitted {job.job_id}")
     return 0
 
 
-def worker(options: RunOptions) -> list[str]:
-    """The words after `ssl3d` that one worker runs: the same, without SLURM."""
-    words = ["leaderboard", "run", options.suite, "--out", str(options.out), "--only", *options.only]
-    for flag, value in (
-        ("--data-root", options.data_root), ("--work", options.work), ("--launch", options.launch)
-    ):  # fmt: skip
-        words += [flag, str(value)] if value else []
-    if options.seeds:
-        words += ["--seeds", *map(str, options.seeds)]
-    return words
+@dataclass(frozen=True)
+class Worker:
+    """What submitit calls: one worker, which is queued again when its time is over.
+
+    Attributes:
+        options: Those of the command, without SLURM.
+    """
+
+    options: RunOptions
+
+    def __call__(self) -> None:
+        """Does what is free until nothing is left, or until a signal comes.
+
+        Raises:
+            SystemExit: A job failed, or a signal came.
+        """
+        status = run(self.options)
+        if status > 128:
+            # The job in work has saved; now submitit's handler, whose place the runner's had taken.
+            handler = signal.getsignal(status - 128)
+            if callable(handler):
+                handler(status - 128, None)
+        if status:
+            raise SystemExit(status)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues when the time is over: the same, for the files tell what is done."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _line(error: Exception) -> str:
+    """An error in one line; of what kind it is, where its text was not written for people."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
 
 
 def _clock() -> str:

@@ -740,3 +740,16 @@ def test_records_settings_hold_what_changes_scores():
     assert {"steps", "epochs", "batch_size", "optimizer", "freeze", "precision", "pool"} <= fields - set(
         APART
     )
+
+
+def test_a_record_does_not_depend_on_the_seeds_beside_it(two_classes, trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["finetune", trained, "--data", two_classes, *SHORT, "--out", str(out), "--seeds"]
+    main([*arguments, "0"])
+    first = {path: path.read_bytes() for path in out.glob("*.json")}
+    assert len(first) == 2
+    capsys.readouterr()
+    main([*arguments, "1", "0"])
+    assert capsys.readouterr().err.count("record found") == 2
+    assert {path: path.read_bytes() for path in first} == first
+    assert len(records(out)) == 4

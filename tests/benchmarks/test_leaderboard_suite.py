@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -60,6 +61,18 @@ def test_jobs_come_after_what_they_need(tmp_path):
     assert kinds.count("score") == 6 + 2 + 6
 
 
+def test_a_run_may_begin_with_one_that_comes_later_in_the_file(tmp_path):
+    runs = {
+        "after": "--proxy mae --data {scans} --init {simclr}",
+        "simclr": "--proxy simclr --data {scans}",
+    }
+    tasks = {"masks": {"runs": "*", "options": "--data {scans}"}}
+    names = [job.name for job in planned(tmp_path, runs=runs, contestants={}, tasks=tasks).jobs]
+    assert len(names) == len(set(names))
+    # One step of it begins there, too.
+    assert names.index("pretrain:simclr:0") < names.index("measure:after") < names.index("pretrain:after:0")
+
+
 def test_runs_spend_the_flops_of_the_reference(tmp_path):
     measured(tmp_path, simclr=30, vit=90)
     plan = planned(tmp_path)
@@ -99,7 +112,55 @@ def test_a_run_that_was_begun_is_resumed(tmp_path):
 def test_untrained_encoders_are_scored_before_those_that_are_compared_with_them(tmp_path):
     jobs = [job for job in planned(tmp_path).jobs if job.name.startswith("score:masks:")]
     assert jobs[0].name == "score:masks:plain"
-    assert all("score:masks:plain" in job.needs for job in jobs[1:])
+    assert all(job.after == ("score:masks:plain",) for job in jobs[1:])
+    assert not any("score:masks:plain" in job.needs for job in jobs)  # without it, they do it themselves
+
+
+def test_fine_tuning_gives_the_scratch_arm_a_seed_for_each_of_the_pretrained_ones(tmp_path):
+    fine = {"fine": "{simclr}:high_resolution=true"}
+    tuned = {"protocol": "finetune", "runs": ["simclr"], "contestants": ["*"], "curve": True}
+    tasks = {
+        "tuned": {**tuned, "options": "--data {people}"},
+        "told": {**tuned, "options": "--data {people} --seeds 5 6"},
+        "probed": {"contestants": ["*"], "options": "--data {people}"},
+    }
+    plan = planned(tmp_path, contestants={**SUITE["contestants"], **fine}, tasks=tasks)
+
+    def seeds(plan):
+        for job in plan.jobs:
+            if job.kind == "score":
+                words = " ".join(job.command()).partition(" --seeds ")[2]
+                yield job.name.removeprefix("score:"), words.split(" --")[0]
+
+    found = dict(seeds(plan))
+    assert {found[name] for name in found if name.startswith("told")} == {"5 6"}
+    assert {found[name] for name in found if name.startswith("probed")} == {""}
+    assert found["tuned:plain"] == found["tuned:image"] == "0 3"
+    assert (found["tuned:simclr-0"], found["tuned:simclr-3"]) == ("0", "3")
+    assert (found["tuned-curve:simclr-at-25-0"], found["tuned-curve:simclr-at-25-3"]) == ("0", "3")
+    assert found["tuned:fine"] == "0"  # the run of that seed
+    some = dict(seeds(Plan(replace(plan.suite, seeds=(3,)), plan.places)))
+    assert some["tuned:plain"] == "3" and some["tuned:simclr-3"] == "3" and some["tuned:fine"] == "0"
+    assert "tuned:simclr-0" not in some
+
+
+def test_a_contestant_names_the_runs_of_the_suites_first_seed_whichever_are_done(tmp_path):
+    fine = {"fine": "{simclr}:high_resolution=true"}
+    tasks = {"masks": {"runs": ["simclr"], "contestants": ["fine"], "options": "--data {people}"}}
+    plan = planned(tmp_path, contestants=fine, tasks=tasks)
+    some = Plan(replace(plan.suite, seeds=(3,)), plan.places)
+    whole, part = ({job.name: job for job in one.jobs} for one in (plan, some))
+    name = "score:masks:fine"
+    assert part[name].command() == whole[name].command()
+    assert part[name].command()[1] == f"fine={tmp_path}/work/simclr-0:high_resolution=true"
+    assert part[name].digest() == whole[name].digest()
+    assert part["measure:simclr"].digest() == whole["measure:simclr"].digest()
+    # That one run of seed 0 and no other.
+    runs = [name for name in part if name.startswith("pretrain")]
+    assert sorted(runs) == ["pretrain:simclr:0", "pretrain:simclr:3", "pretrain:vit:3"]
+    assert not any(
+        ":0" in job.name for job in Plan(replace(plan.suite, seeds=(3,)), plan.places, ["vit"]).jobs
+    )
 
 
 def test_a_run_can_begin_where_another_ended_and_be_scored_with_other_options(tmp_path):

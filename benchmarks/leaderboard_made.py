@@ -1,0 +1,205 @@
+"""What stores and runs were made with: a note beside each, compared before it counts as done.
+
+Stores and runs outlive a change of the suite, and several folders of records share them: that a file is
+there does not say that it is the one that is meant now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOTES = ".made"
+"""Folder of the notes, beside what they are about."""
+
+Options = Mapping[str, Sequence[str]]
+"""Flag -> its values, as words; under "" what comes before the first flag."""
+
+IDLE = frozenset(
+    ["out", "overwrite", "resume", "save-at", "workers", "threads", "accelerator", "devices", "nodes",
+     "checkpoint-every", "log-every", "eval-every"]
+)  # fmt: skip
+"""Flags that change nothing of what is made, but where, how fast, and how often it is looked at."""
+
+
+def options_in(words: Sequence[str], apart: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The options of a command, in no order; of one that is given twice, the last.
+
+    Args:
+        words: What follows the command's name.
+        apart: Flags to leave out, beside those that change nothing.
+    """
+    found: dict[str, list[str]] = {"": []}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            flag = flag.replace("_", "-")
+            found[flag] = [value] if equals else []
+        else:
+            found[flag].append(word)
+    return {key: values for key, values in found.items() if key not in IDLE and key not in apart}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a store or a run is made with.
+
+    Attributes:
+        path: Of the store, or the folder of the run: what one deletes to have it made anew.
+        ways: What it may have been made with, found when its turn comes; the first is that of now.
+        sources: Stores and runs that it is made of, by name.
+        along: What has to be deleted with it, being made with the same options.
+    """
+
+    path: Path
+    ways: Callable[[], Sequence[Options]]
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    along: Callable[[], Sequence[Path]] = tuple
+
+    def now(self) -> dict[str, Any]:
+        """What a note holds if it is made now."""
+        options = {key: list(values) for key, values in self.ways()[0].items()}
+        return {"options": options, "sources": {name: _digest(path) for name, path in self.sources.items()}}
+
+    def note(self) -> None:
+        """Writes down what it is made with: before it is begun, for it may be stopped and go on.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        path = _note(self.path)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+        partial.write_text(yaml.safe_dump(self.now(), sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
+
+    def difference(self) -> str:
+        """Why what is there is not what would be made now; empty if it is, or if nobody knows."""
+        ways, then = self.ways(), _note_of(self.path)
+        if not isinstance(then.get("options"), dict):
+            why = _told_by_config(_read(self.path / "config.yaml"), ways[0])
+            return self._refusal(f"made with other options: {why}") if why else ""
+        if all(_told(then["options"], way) for way in ways):
+            return self._refusal(f"made with other options: {_told(then['options'], ways[0])}")
+        known = then.get("sources") or {}
+        for name, path in self.sources.items():
+            # Where a source has no note, nobody knows what it was.
+            if known.get(name) and _digest(path) not in ("", known[name]):
+                return self._refusal(f"made of another {name} than the one that is there now")
+        return ""
+
+    def _refusal(self, why: str) -> str:
+        paths = [self.path, *(path for path in self.along() if path.exists())]
+        return f"{why}; use another --work, or delete {' '.join(map(str, paths))}"
+
+
+def _note(path: Path) -> Path:
+    return path.parent / NOTES / f"{path.name}.yaml"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _note_of(path: Path) -> dict[str, Any]:
+    """The note about a store or run; empty where there is none, and for a link to another's."""
+    return {} if path.is_symlink() else _read(_note(path))
+
+
+def _digest(path: Path) -> str:
+    """Of the note about a source; empty if it has none."""
+    found = _note_of(path)
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
+
+
+def _told(then: Options, now: Options) -> str:
+    """How two ways differ, in words; empty if they do not."""
+    flags = [
+        flag
+        for flag in dict.fromkeys([*then, *now])
+        if flag not in IDLE and not _same(then.get(flag), now.get(flag))
+    ]
+    if not flags:
+        return ""
+    return f"{_flags(then, flags)} then, {_flags(now, flags)} now"
+
+
+def _told_by_config(config: Mapping[str, Any], now: Options) -> str:
+    """How a run's own configuration differs from what is asked for, as far as it tells."""
+    then: dict[str, list[str]] = {}
+    for flag, values in now.items():
+        found: Any = config
+        for key in flag.replace("-", "_").split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        recorded = found if isinstance(found, list) else [found]
+        if found is None or flag in ("init", "preset") or (flag == "encoder" and "init" in now):
+            continue  # the architecture is that of the run it began with
+        if flag == "data" and not (_phantoms(values) and _phantoms(recorded)):
+            continue  # the same data lie in other folders
+        if not _agrees(values, recorded):
+            then[flag] = [_text(one) for one in recorded]
+    return f"{_flags(then, list(then))} then, {_flags(now, list(then))} now" if then else ""
+
+
+def _phantoms(values: Sequence[Any]) -> bool:
+    return bool(values) and all(str(value).startswith("phantoms") for value in values)
+
+
+def _agrees(given: Sequence[str], recorded: Sequence[Any]) -> bool:
+    """Whether words can mean what a configuration holds."""
+    values = [_value(word) for word in given]
+    if len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    known = [_value(one) for one in recorded]
+    if values == known or not values:
+        return True
+    if len(values) == 1:  # one number for every axis
+        return all(values[0] == one for one in known)
+    return False
+
+
+def _value(word: Any) -> Any:
+    """A word as a number, a list or what else it says."""
+    if isinstance(word, str):
+        with contextlib.suppress(ValueError):
+            return float(word)
+        with contextlib.suppress(yaml.YAMLError):
+            found = yaml.safe_load(word)
+            return _value(found) if not isinstance(found, str) else found
+    if isinstance(word, list | tuple):
+        return [_value(one) for one in word]
+    return float(word) if isinstance(word, int | float) else word
+
+
+def _same(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return [_value(word) for word in one] == [_value(word) for word in other]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value).replace(" ", "") if isinstance(value, list | bool) else str(value)
+
+
+def _flags(options: Options, flags: Sequence[str]) -> str:
+    shown = []
+    for flag in flags:
+        values = options.get(flag)
+        if values is None:
+            shown.append(f"no --{flag}")
+        else:
+            shown.append(" ".join([*([f"--{flag}"] if flag else []), *map(str, values)]))
+    return ", ".join(shown)
