@@ -144,7 +144,11 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     details = dict(details)
     if entry.kind == "untrained":
         details["weights_seed"] = card["seed"]
-    kept = ("proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256")
+    kept = (
+        "proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256",
+        # What tells two encoders of one proxy apart, and a seed from a batch size in a name.
+        "init", "batch_size", "optimizer", "lr", "seed",
+    )  # fmt: skip
     return Contestant(
         entry.name,
         entry.kind,

@@ -16,7 +16,7 @@ from ssl3d_benchmarks import leaderboard_charts as charts
 from ssl3d_benchmarks import leaderboard_text as text
 from ssl3d_benchmarks.leaderboard_charts import Line, Mark
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, curve_of
+from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, curve_of, no_overall
 
 PICTURE_WIDTH = 900
 NAN = float("nan")
@@ -141,6 +141,7 @@ def page(
         'href="#conditions">Conditions</a></li></ul></nav>'
     )
     parts += [_overall(one) for one in overall]
+    parts += [f"<p><small>{escape(line)}</small></p>" for line in no_overall(boards)]
     for board in boards:
         same = [one for one in boards if one.table is board.table]
         sparse = [
@@ -231,9 +232,13 @@ def _overall(one: Overall) -> str:
         ["method", "average rank [95 %]", "first in", *tasks], rows,
     ))  # fmt: skip
     parts.append(f"<p>{escape(text.stability(one))}</p>")
-    if one.left_out:
-        parts.append(f"<details><summary>{len(one.left_out)} contestants are not on every task</summary>"
-                     f"<p>{escape(text.left_out(one))}</p></details>")  # fmt: skip
+    parts.append(f"<p><small>{escape(text.OVER_TASKS)}</small></p>")
+    if one.left_out or one.tasks_left_out:
+        tasks_gone = len(one.tasks_left_out)
+        gone = f"{tasks_gone} task{'s' * (tasks_gone > 1)} left out; " if tasks_gone else ""
+        parts.append(f"<details{' open' * bool(gone)}><summary>{gone}{len(one.left_out)} contestants are "
+                     f"not on every task</summary><p>{escape(text.left_out(one))}</p>"
+                     "</details>")  # fmt: skip
     if one.critical is not None:
         picture = charts.critical(
             one.methods, list(one.average), one.critical.difference, one.critical.cliques,

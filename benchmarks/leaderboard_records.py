@@ -34,6 +34,9 @@ FAMILIES = {
 ON_THE_WAY = re.compile(r"[/\\]encoder-at-(\d+)")
 SKIPPED = ("partial", ".jobs", "work")
 APART = ("fractions", "rates", "training", "preset", "seed", "annotated")
+RECIPE = ("batch_size", "optimizer", "lr", "init")
+"""What of a pretraining tells contestants apart; old records say nothing of it."""
+SEED = re.compile(r"[-_](?:seed)?(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,36 @@ class Read:
     def stem(self) -> str:
         """Its name without folder, seed and what was done to its norms."""
         name = str(self.result.contestant["name"]).partition(",")[0]
-        if self.kind != "pretrained":
-            return name
+        return name if self.kind != "pretrained" else self._without_seed(name)
+
+    def _without_seed(self, name: str) -> str:
+        """The last part of a path without the seed of pretraining, where it ends in that."""
         parts = [one for one in re.split(r"[/\\]", name) if one and one != "encoder"]
         if len(parts) > 1 and ON_THE_WAY.search("/" + parts[-1]):
             parts.pop()
-        return re.sub(r"[-_](?:seed)?\d+$", "", parts[-1]) if parts else name
+        if not parts:
+            return name
+        found, seed = SEED.search(parts[-1]), self.pretraining.get("seed")
+        # simclr-16 can be a batch size; records that know no seed were all named by it.
+        its_seed = found is not None and (seed is None or int(found[1]) == seed)
+        return parts[-1][: found.start()] if found and its_seed else parts[-1]
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """How it was pretrained, beside what `arm` has; empty where the record is too old to say."""
+        if self.kind != "pretrained" or "batch_size" not in self.pretraining:
+            return {}
+        found = {key: self.pretraining.get(key) for key in RECIPE}
+        if isinstance(found["init"], Mapping):
+            start = str(found["init"].get("from", ""))
+            # Every seed may start from a run of its own seed.
+            told = start if start.startswith(("imagenet:", "scratch:")) else self._without_seed(start)
+            found["init"] = {"from": told, "steps": found["init"].get("steps")}
+        return found
 
     @cached_property
     def arm(self) -> tuple[Any, ...]:
-        """What is the same for the seeds of one contestant."""
+        """What is the same for the seeds of one contestant, but for its recipe."""
         who = self.result.contestant
         same = {key: self.pretraining.get(key) for key in ("proxies", "steps", "patch", "data")}
         about = [self.kind, who.get("group"), self.recalibrated, who.get("pool"), self.share, self.stem]
@@ -142,6 +165,24 @@ class Read:
     def ordered(self) -> list[dict[str, Any]]:
         """The predictions in an order that is the same for all contestants."""
         return sorted(self.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
+
+
+def contestants_of(rows: Iterable[Read]) -> list[list[Read]]:
+    """Records by contestant; its seeds, subsets and repetitions stay together.
+
+    A record that is too old to tell its recipe goes with those that do, where they all have the same.
+    """
+    alike: dict[tuple[Any, ...], dict[str, list[Read]]] = {}
+    for one in rows:
+        recipe = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else ""
+        alike.setdefault(one.arm, {}).setdefault(recipe, []).append(one)
+    found: list[list[Read]] = []
+    for by_recipe in alike.values():
+        if len(by_recipe) == 2 and "" in by_recipe:
+            found.append([one for same in by_recipe.values() for one in same])
+        else:
+            found += by_recipe.values()
+    return found
 
 
 @dataclass
@@ -396,8 +437,9 @@ def _belongs(one: Read, key: tuple[str, ...]) -> bool:
 
 
 def _comparable(same: list[Read], refused: list[Refused]) -> list[Read]:
-    """Rows of the newest version, then of the split, the data, the volumes that most rows have."""
-    newest = max(one.result.version for one in same)
+    """Rows of the networks' newest version; then of the split, data, and volumes that most rows have."""
+    # A row without a network may be of a newer version: it must not refuse all that are compared.
+    newest = max(one.result.version for one in same if not _loose(one))
     kept = _agreeing(
         same, lambda r: r.version, newest, "task version {mine}, the table has {theirs}", refused
     )

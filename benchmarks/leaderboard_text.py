@@ -9,7 +9,14 @@ from math import isfinite
 from typing import Any
 
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, reference_of
+from ssl3d_benchmarks.leaderboard_statistics import (
+    Arm,
+    Board,
+    Overall,
+    answer,
+    no_overall,
+    reference_of,
+)
 
 COLUMNS = (
     "family", "table", "task", "version", "dataset", "fraction", "rank", "rank_low", "rank_high",
@@ -19,6 +26,12 @@ COLUMNS = (
     "flops", "seconds", "peak_memory_bytes", "pretraining_volumes", "pretraining_datasets",
     "seen_test_subjects", "seen_test_volumes", "saw_labels", "unranked", "names",
 )  # fmt: skip
+
+
+OVER_TASKS = (
+    "An encoder that is on every task is one method, named by what it was pretrained on; 'own data' "
+    "stands for another encoder on every task, each pretrained on the data of its task."
+)
 
 
 def csv_text(boards: Sequence[Board]) -> str:
@@ -84,7 +97,8 @@ def markdown_text(
                 one.methods, one.average, one.intervals, one.first_share, strict=True
             )
         ]
-        lines += ["", stability(one), "", left_out(one)]
+        lines += ["", OVER_TASKS, "", stability(one), "", left_out(one)]
+    lines += [line for words in no_overall(boards) for line in ("", words)]
     for board in boards:
         lines += ["", f"## {heading(board)}", ""]
         lines += [f"**{note}**" for note in board.missing]
@@ -224,8 +238,16 @@ def stability(one: Overall) -> str:
 
 
 def left_out(one: Overall) -> str:
-    """Who is not on every task."""
-    return f"Not on every task, so not here: {'; '.join(one.left_out)}." if one.left_out else ""
+    """Which tasks do not count, and who is not on every task that does."""
+    told = []
+    if one.tasks_left_out:
+        told.append(
+            "Left out, for less than half of the contestants that the other tasks share are there: "
+            f"{'; '.join(one.tasks_left_out)}."
+        )
+    if one.left_out:
+        told.append(f"Not on every task, so not here: {'; '.join(one.left_out)}.")
+    return " ".join(told)
 
 
 def p_text(p: float | None) -> str:

@@ -239,6 +239,8 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         "preprocessing": data.settings,
         "proxies": {name: to_dict(config) for name, (_, config) in plan.proxies.items()},
         "batch_size": plan.options.batch_size,
+        "optimizer": plan.options.optimizer,
+        "lr": plan.options.lr,
         "seed": plan.options.seed,
         "precision": plan.options.precision,
         "init": init,

@@ -444,3 +444,129 @@ def test_a_record_of_other_content_is_not_read(tmp_path):
         read_result(tmp_path / "x.json")
     with pytest.raises(UsageError, match="no record of a benchmark"):
         read_report([tmp_path])
+
+
+# Who is who ---------------------------------------------------------------------------------------
+
+
+def trained(row, digest="", **pretraining):
+    """A record with more said of its pretraining."""
+    row.contestant["pretraining"].update(pretraining)
+    row.contestant["digest"] = digest or row.contestant["digest"]
+    return row
+
+
+def on(data, rows):
+    """Encoders that were all trained on one data set."""
+    return [
+        trained(row, data={"volumes": 50, "datasets": [data], "digest": data})
+        if row.contestant["pretraining"]
+        else row
+        for row in rows
+    ]
+
+
+def test_an_encoder_is_one_method_whatever_it_was_trained_on(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and not overall.left_out and not overall.tasks_left_out
+    assert "alpha, on set0" in overall.methods
+
+
+def test_own_data_stands_where_every_task_has_its_own_encoder(tmp_path):
+    rows = []
+    for k in range(3):
+        rows += on(
+            f"set{k}", [trained(row, f"{row.contestant['digest']} of {k}") for row in usual(f"set{k}")]
+        )
+    # Another encoder of that proxy, on one task alone: it stands for none of the others.
+    rows += on("set7", [trained(record("runs/alpha-0", gain=0.2, dataset="set1"), "other")])
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert "alpha, own data" in overall.methods and len(overall.methods) == 5
+    assert overall.left_out == ["alpha, on set7, resnet18 (on 1 of 3)"]
+
+
+def test_a_task_of_few_contestants_is_left_out_by_name_and_not_the_contestants(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    rows += on("set0", [record("runs/alpha-0", gain=0.1, dataset="tiny")])
+    out = tmp_path / "out"
+    (overall,) = read_report([write(tmp_path / "r", rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and overall.tasks_left_out == ["tiny: linear-probe, masks"]
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "share are there: tiny: linear-probe, masks." in (out / name).read_text(encoding="utf-8")
+
+
+def test_it_is_said_why_there_are_no_ranks_over_tasks(tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = on("a", [record("runs/alpha-0", dataset="a"), record("runs/beta-0", dataset="a")])
+    rows += on("b", [record("runs/gamma-0", dataset="b"), record("runs/delta-0", dataset="b")])
+    write(tmp_path / "r", rows)
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    words = "No ranks over tasks for segmentation (linear-probe): no two of the 2 tasks"
+    assert words in capsys.readouterr().out
+    assert words in (out / "index.html").read_text(encoding="utf-8")
+    assert words in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_other_contestants_are_no_seeds_of_one(tmp_path):
+    rows = [
+        trained(
+            record(f"runs/simclr-{size}-{seed}", gain=0.1), f"{size} {seed}", batch_size=size, seed=seed
+        )
+        for size in (16, 32)
+        for seed in (0, 1)
+    ]
+    for row in rows:  # named by their batch size alone, as `NAME=ENCODER` can be
+        row.contestant["name"] = row.contestant["name"].rpartition("-")[0]
+    rows += [
+        trained(record(f"runs/swav-{k}", gain=0.1), batch_size=8, seed=0, lr=lr)
+        for k, lr in enumerate((0.1, 0.2))
+    ]
+    rows += [trained(record(f"runs/mae-{seed}", gain=0.1), batch_size=8, seed=seed) for seed in (3, 4)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr, batch 16"].seeds == 2 and found["simclr, batch 32"].seeds == 2
+    assert found["swav, rate 0.1"].seeds == 1 and found["swav, rate 0.2"].seeds == 1
+    assert found["mae"].seeds == 2 and found["beta"].seeds == 2
+
+
+def test_another_beginning_is_another_contestant_and_every_seed_may_have_its_own(tmp_path):
+    rows = [
+        trained(record(f"runs/simclr-{seed}"), f"{start} {seed}", batch_size=8, seed=seed,
+                init=start and {"from": f"{start}-{seed}/encoder", "steps": 7})
+        for start in ("", "runs/mae")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2 and found["simclr, after mae"].seeds == 2
+
+
+def test_a_record_too_old_to_tell_its_recipe_is_a_seed_of_those_that_do(tmp_path):
+    rows = [record("runs/simclr-0"), trained(record("runs/simclr-1"), batch_size=8, seed=1)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2
+
+
+def test_what_a_checkpoint_says_of_its_beginning_and_recipe_is_in_the_record(tmp_path):
+    from ssl3d.api import encoder_from
+    from ssl3d_benchmarks.contestants import Entry, described
+
+    encoder = encoder_from("scratch:resnet10:width=4", seed=0)
+    said = {"init": {"from": "imagenet:mobilenet_v2:acs", "steps": None}, "batch_size": 16, "lr": 0.002}
+    encoder.metadata |= {"steps": 100, "proxies": {"simclr": {}}, **said, "optimizer": "sgd", "seed": 7}
+    own = described(Entry("runs/x-0", "encoder", "scratch:resnet18", None, "x"), encoder, {}).described()
+    assert own["pretraining"].items() >= {**said, "optimizer": "sgd", "seed": 7}.items()
+    row = record("runs/simclr-0")
+    row.contestant["pretraining"] |= own["pretraining"]
+    assert "simclr after ImageNet" in arms(read_report([write(tmp_path, [*usual(), row])], resamples=100))
+
+
+def test_a_trivial_row_of_a_newer_version_refuses_no_network(tmp_path):
+    rows = usual()
+    rows[5].version = 2
+    made = read_report([write(tmp_path, rows)], resamples=100)
+    assert len(made.boards[0].ranked()) == 5
+    (refused,) = made.records.refused
+    assert refused.who == "intensities and position" and "version 2, the table has 1" in refused.why
