@@ -20,6 +20,7 @@ from ssl3d.api import (
     UsageError,
     encoder_from,
     fitting,
+    hashes_complete,
     hashes_in,
     leak_flags,
     pooled_by,
@@ -161,6 +162,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
         identities=frozenset(card.get("identities") or ()),
         volumes_seen=hashes_in(card),
         saw_labels=bool(card.get("labels_seen", False)),
+        volumes_complete=hashes_complete(card),
         details=details,
     )
 
@@ -195,7 +197,13 @@ def record(
         settings=settings,
         main=benchmark.main,
         compute={"pretraining": contestant.pretraining},
-        flags=leak_flags(tested, contestant.identities, contestant.volumes_seen, contestant.saw_labels),
+        flags=leak_flags(
+            tested,
+            contestant.identities,
+            contestant.volumes_seen,
+            contestant.saw_labels,
+            contestant.volumes_complete,
+        ),
     )
 
 

@@ -178,6 +178,11 @@ def _loud(boards: Sequence[Board]) -> list[str]:
             "No ImageNet conversion is among these records: nothing is said of ImageNet against "
             "pretraining."
         )
+    unequal = [
+        text.heading(board) for board in boards if any("tuning is unequal" in x for x in board.missing)
+    ]
+    if unequal:
+        lines.append(f"Unequal tuning: {'; '.join(unequal)}. A gain there can be one of tuning.")
     bare = [text.heading(board) for board in boards if not board.of_kind("scratch")]
     if bare:
         lines.append(
@@ -328,6 +333,11 @@ def _forest(board: Board) -> str:
                    "see the table.")  # fmt: skip
 
 
+def _fair(arm: Arm) -> bool:
+    """Whether it may be drawn beside others: not where pretraining saw test subjects."""
+    return arm.why_unranked in ("", "no network")
+
+
 def _reference(board: Board) -> float | None:
     found = [arm.interval.value for arm in board.of_kind("scratch")]
     return max(found) if found else None
@@ -338,7 +348,7 @@ def _compute(board: Board) -> str:
     curves = []
     for arm in board.of_kind("pretrained"):
         flops = arm.first.flops()
-        if not flops:
+        if not flops or not _fair(arm):
             continue
         own = [(flops, arm.interval.value, arm.interval.low, arm.interval.high)]
         way = [
@@ -347,6 +357,7 @@ def _compute(board: Board) -> str:
             if one.first.stem == arm.first.stem
             and one.first.recalibrated == arm.first.recalibrated
             and one.first.proxies == arm.first.proxies
+            and one.first.recipe == arm.first.recipe
         ]
         reference = _reference(board)
         if way and reference is not None and min(x for x, *_ in way) > 0:
@@ -378,7 +389,7 @@ def _data(board: Board) -> str:
     points = []
     for arm in board.of_kind("pretrained"):
         data = arm.first.pretraining.get("data") or {}
-        if data.get("volumes"):
+        if data.get("volumes") and _fair(arm):
             sets = list(data.get("datasets") or ())
             mark = Mark(f"{arm.label} ({len(sets)} data set{'s' * (len(sets) != 1)})",
                         arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)  # fmt: skip
@@ -398,7 +409,7 @@ def _steps(board: Board) -> str:
     curves = []
     for arm in board.arms:
         steps, values, _ = curve_of(arm)
-        if len(steps) > 1:
+        if len(steps) > 1 and _fair(arm):
             points = [(float(s), v, NAN, NAN) for s, v in zip(steps, values, strict=True)]
             curves.append(Line(arm.label, points, arm.kind))
     picture = charts.lines(curves, "fine-tuning steps", f"{board.table.main} on validation subjects",
@@ -416,7 +427,7 @@ def _fractions(boards: Sequence[Board]) -> str:
     for board in boards:
         people = board.arms[0].first.result.split.get("train", {}).get("subjects")
         for arm in board.arms:
-            if arm.why_unranked in ("", "no network") and people:
+            if _fair(arm) and people:
                 own = points.setdefault(arm.label, (arm.kind, []))[1]
                 own.append((float(people), arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, sorted(own), kind) for label, (kind, own) in points.items() if len(own) > 1]
@@ -433,7 +444,7 @@ def _froc(board: Board) -> str:
     curves = []
     for arm in board.arms:
         rates = [name for name in arm.first.result.scores if re.fullmatch(r"froc_[\d.]+", name)]
-        if rates and arm.why_unranked in ("", "no network"):
+        if rates and _fair(arm):
             points = [
                 (float(name[5:]), fmean(one.result.scores[name] for one in arm.records()), NAN, NAN)
                 for name in rates
@@ -454,7 +465,7 @@ def _sparse(boards: Sequence[Board]) -> str:
         most = max(one.table.slices for one in boards)
         count = float(board.table.slices or 2 * most)
         for arm in board.arms:
-            if arm.why_unranked in ("", "no network"):
+            if _fair(arm):
                 own = points.setdefault(arm.label, (arm.kind, []))[1]
                 own.append((count, arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, own, kind) for label, (kind, own) in points.items() if len(own) > 1]
@@ -469,7 +480,7 @@ def _sparse(boards: Sequence[Board]) -> str:
 
 def _pictures(board: Board) -> str:
     """Predictions beside the truth, or an embedding map: of the best, and of the reference."""
-    ranked = [arm for arm in board.arms if arm.kind in ("pretrained", "imagenet")]
+    ranked = [arm for arm in board.ranked() if arm.kind in ("pretrained", "imagenet")]
     parts = []
     for arm in [*ranked[:1], *board.of_kind("scratch")[:1]]:
         path = next((found for one in arm.records() for found in _beside(one.path, one.result.key)), None)

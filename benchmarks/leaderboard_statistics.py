@@ -245,7 +245,7 @@ def _method(arm: Arm) -> str:
             return who.stem  # a name that somebody chose
         return "ImageNet " + re.sub(r":weights=[^:]*", "", name.removeprefix("imagenet:"))
     if who.kind == "scratch":
-        return "from scratch" if who.result.task.startswith("finetune") else "untrained"
+        return scratch_words(who.result.task)
     return str(who.result.contestant["name"])
 
 
@@ -331,14 +331,17 @@ def _network(arm: Arm) -> str:
 
 def best_imagenet(board: Board) -> Arm | None:
     """The ImageNet conversion of the highest score."""
-    found = [arm for arm in board.of_kind("imagenet") if not arm.why_unranked]
+    found = [arm for arm in board.of_kind("imagenet") if not arm.why_unranked and arm.section == "main"]
     return max(found, key=lambda arm: arm.interval.value, default=None)
 
 
 def _differences(board: Board) -> None:
-    """Differences from scratch and from ImageNet; Holm over all tests of the table."""
+    """Differences from scratch and from ImageNet.
+
+    Holm over all tests of the table; encoders pretrained with labels are a family of their own.
+    """
     imagenet = best_imagenet(board)
-    tests: list[tuple[Arm, str, float]] = []
+    tests: dict[str, list[tuple[Arm, str, float]]] = {"main": [], "labels": []}
     errors = []
     for arm in board.of_kind("pretrained", "imagenet"):
         scratch = reference_of(arm, board)
@@ -347,16 +350,17 @@ def _differences(board: Board) -> None:
             if arm.why_unranked:  # shown, but neither tested nor counted among the tests
                 continue
             if np.isfinite(arm.gain.p):
-                tests.append((arm, "p_holm", arm.gain.p))
-            if np.isfinite(arm.gain.error):
+                tests[arm.section].append((arm, "p_holm", arm.gain.p))
+            if np.isfinite(arm.gain.error) and arm.section == "main":
                 errors.append(arm.gain.error)
         if imagenet not in (None, arm) and arm.kind == "pretrained" and not arm.why_unranked:
             assert imagenet is not None
             arm.over_imagenet = _paired(arm, imagenet)
             if np.isfinite(arm.over_imagenet.p):
-                tests.append((arm, "p_imagenet_holm", arm.over_imagenet.p))
-    for (arm, name, _), p in zip(tests, statistics.holm([p for _, _, p in tests]), strict=True):
-        setattr(arm, name, p)
+                tests[arm.section].append((arm, "p_imagenet_holm", arm.over_imagenet.p))
+    for family in tests.values():
+        for (arm, name, _), p in zip(family, statistics.holm([p for _, _, p in family]), strict=True):
+            setattr(arm, name, p)
     if not errors:
         pairs = itertools.combinations([arm for arm in board.arms if arm.kind != "trivial"], 2)
         errors = [_paired(a, b).error for a, b in pairs]
@@ -400,7 +404,7 @@ def ranks_of(scores: Array) -> Array:
 
 def _missing(board: Board) -> None:
     """Rows that protocol.md says have to be there."""
-    words = "from-scratch" if board.table.task.startswith("finetune") else "untrained"
+    words = scratch_words(board.table.task).replace("from scratch", "from-scratch")
     lacking = [
         arm.label for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
     ]
@@ -413,6 +417,15 @@ def _missing(board: Board) -> None:
         board.missing.append(
             f"{few[0].label}: {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, five "
             f"are asked for"
+        )
+    tries = {arm.label: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
+    if len(set(tries.values())) > 1:
+        told = "; ".join(
+            f"{count} for {', '.join(name for name, own in tries.items() if own == count)}"
+            for count in sorted(set(tries.values()), reverse=True)
+        )
+        board.missing.append(
+            f"tuning is unequal, so no difference here is pretraining's: learning rates tried: {told}"
         )
     if not board.of_kind("trivial"):
         board.missing.append(
@@ -440,6 +453,11 @@ def _missing(board: Board) -> None:
             f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is "
             f"undefined; those are left out."
         )
+
+
+def _tries(arm: Arm) -> int:
+    """Learning rates that were tried, the most of its records; 0 where a protocol has none."""
+    return max(len(one.result.settings.get("rates") or ()) for one in arm.records())
 
 
 # Over tasks ---------------------------------------------------------------------------------------
@@ -749,54 +767,103 @@ def answer(boards: Sequence[Board]) -> list[str]:
     groups: dict[tuple[str, str, bool], list[Board]] = {}
     for board in tried:
         groups.setdefault((board.table.protocol, board.table.family, board.few), []).append(board)
-    for (protocol, family, few), members in sorted(groups.items()):
-        better: list[str] = []
-        worse: list[str] = []
-        neither: list[str] = []
-        blind: list[str] = []
-        for board in members:
-            tested = [arm for arm in board.of_kind("pretrained") if arm.gain and not arm.why_unranked]
-            up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
-            down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
-            name = board.table.title.partition(":")[0] + (f", {board.amount}" if few else "")
-            number = f" ({board.table.number})" if board.table.number else ""
-            if not tested:
-                blind.append(name + number)
-                continue
-            if up:
-                best = max(up, key=_gain)
-                others = f" and {len(up) - 1} more" if len(up) > 1 else ""
-                better.append(f"{name}{number} ({best.label} {_gain(best):+.3f}{others} of {len(tested)})")
-            else:
-                least = f", which could show {board.detectable:.3f}" if board.detectable else ""
-                neither.append(f"{name}{number}{least}")
-            if down:
-                worst = min(down, key=_gain)
-                worse.append(
-                    f"{name}{number} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})"
-                )
-        words = "untrained" if protocol != "finetune" else "from scratch"
-        head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
-        count = len(better) + len(neither)
-        if better:
-            lines.append(
-                f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same "
-                f"network "
-                f"{words} beyond chance on {'; '.join(better)}."
-            )
-        elif count:
-            lines.append(f"{head}: not shown on any of {count} tables.")
-        if neither:
-            lines.append(f"{head}: no gain could be shown on {'; '.join(neither)}.")
-        if worse:
-            lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
-        if blind:
-            lines.append(
-                f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
-                "or pretraining saw test subjects."
-            )
-    ahead = _over_imagenet([board for board in tried if not board.few])
-    return lines + ahead or ["There is no pretrained encoder in these records."]
+    for about, members in sorted(groups.items()):
+        lines += _gains(*about, members)
+    lines += _over_imagenet([board for board in tried if not board.few])
+    for about, members in sorted(groups.items()):
+        lines += _gains_with_labels(*about, members)
+    return lines or ["There is no pretrained encoder in these records."]
+
+
+def scratch_words(task: str) -> str:
+    """What the rows without pretraining are called: fine-tuned ones have been trained."""
+    return "from scratch" if task.startswith("finetune") else "untrained"
+
+
+def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
+    lines: list[str] = []
+    better: list[str] = []
+    worse: list[str] = []
+    neither: list[str] = []
+    blind: list[str] = []
+    for board in boards:
+        tested = _tested(board, "main")
+        up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
+        down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
+        name = _where(board)
+        if not tested:
+            if any(arm.section == "main" for arm in board.of_kind("pretrained")):
+                blind.append(name)
+            continue
+        if up:
+            best = max(up, key=_gain)
+            others = f" and {len(up) - 1} more" if len(up) > 1 else ""
+            better.append(f"{name} ({best.label} {_gain(best):+.3f}{others} of {len(tested)})")
+        else:
+            least = f", which could show {board.detectable:.3f}" if board.detectable else ""
+            neither.append(f"{name}{least}")
+        if down:
+            worst = min(down, key=_gain)
+            worse.append(f"{name} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})")
+    words = scratch_words(protocol)
+    head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
+    count = len(better) + len(neither)
+    if better:
+        lines.append(
+            f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
+            f"{words} beyond chance on {'; '.join(better)}."
+        )
+    elif count:
+        lines.append(f"{head}: not shown on any of {count} tables.")
+    if neither:
+        lines.append(f"{head}: no gain could be shown on {'; '.join(neither)}.")
+    if worse:
+        lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
+    if blind:
+        lines.append(
+            f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
+            "or pretraining saw test subjects."
+        )
+    return lines
+
+
+def _gains_with_labels(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
+    """Encoders pretrained with labels have a sentence of their own: it is no gain of self-supervision."""
+    tested = [(board, _tested(board, "labels")) for board in boards]
+    tested = [(board, arms) for board, arms in tested if arms]
+    if not tested:
+        return []
+    better, worse = (
+        [
+            f"{_where(board)} ({max(some, key=lambda arm: abs(_gain(arm))).label})"
+            for board, arms in tested
+            for some in [[arm for arm in arms if _shown(arm) and sign * _gain(arm) > 0]]
+            if some
+        ]
+        for sign in (1, -1)
+    )
+    found = (
+        f"beats the same network {scratch_words(protocol)} beyond chance on {len(better)} of {len(tested)}"
+    )
+    return [
+        f"{family.capitalize()}{' with few labels' * few} ({protocol}), pretrained with labels, ranked "
+        f"apart: an encoder {found} tables{' (' + '; '.join(better) + ')' if better else ''}, is worse on "
+        f"{len(worse)}{' (' + '; '.join(worse) + ')' if worse else ''}."
+    ]
+
+
+def _tested(board: Board, section: str) -> list[Arm]:
+    return [
+        arm
+        for arm in board.of_kind("pretrained")
+        if arm.gain and not arm.why_unranked and arm.section == section
+    ]
+
+
+def _where(board: Board) -> str:
+    """A board in a sentence."""
+    words = board.table.title.partition(":")[0] + (f", {board.amount}" if board.few else "")
+    return words + (f" ({board.table.number})" if board.table.number else "")
 
 
 def _over_imagenet(boards: Sequence[Board]) -> list[str]:
@@ -805,7 +872,11 @@ def _over_imagenet(boards: Sequence[Board]) -> list[str]:
         return ["Nothing is said of ImageNet: no record is of a converted network."] if boards else []
     won, lost = [], []
     for board in compared:
-        arms = [arm for arm in board.of_kind("pretrained") if arm.over_imagenet and not arm.why_unranked]
+        arms = [
+            arm
+            for arm in board.of_kind("pretrained")
+            if arm.over_imagenet and not arm.why_unranked and arm.section == "main"
+        ]
         shown = [arm for arm in arms if arm.p_imagenet_holm is not None and arm.p_imagenet_holm < 0.05]
         title = board.table.title
         if any(arm.over_imagenet and arm.over_imagenet.value > 0 for arm in shown):

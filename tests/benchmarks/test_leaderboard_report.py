@@ -570,3 +570,90 @@ def test_a_trivial_row_of_a_newer_version_refuses_no_network(tmp_path):
     assert len(made.boards[0].ranked()) == 5
     (refused,) = made.records.refused
     assert refused.who == "intensities and position" and "version 2, the table has 1" in refused.why
+
+
+# What must not be credited ------------------------------------------------------------------------
+
+
+def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
+    plain = usual()
+    for row in plain:
+        if row.contestant["kind"] == "encoder" and row.contestant["pretraining"]:
+            row.predictions = record("runs/gamma-0", gain=-0.05).predictions
+            row.scores = dict(record("runs/gamma-0", gain=-0.05).scores)
+    before = arms(read_report([write(tmp_path / "a", plain)], resamples=200))
+    labelled = record("runs/med3d-0", gain=0.2, flags={"saw_labels": True})
+    made = read_report([write(tmp_path / "b", [*plain, labelled])], resamples=200)
+    found = arms(made)
+    lines = answer(made.boards)
+    assert lines[0] == "Segmentation (linear-probe): not shown on any of 1 tables."
+    assert "ahead beyond chance on 0 of 1 tables" in " ".join(lines)
+    head = "Segmentation (linear-probe), pretrained with labels, ranked apart: an encoder"
+    assert lines[-1].startswith(head)
+    assert "beyond chance on 1 of 1 tables (set (med3d))" in lines[-1]
+    assert found["med3d"].p_holm == found["med3d"].gain.p or found["med3d"].p_holm < 1e-6
+    assert {k: v.p_holm for k, v in before.items()} == {
+        k: v.p_holm for k, v in found.items() if k != "med3d"
+    }  # a family of tests of their own
+
+
+def finetuned(name, kind="encoder", rates=(0.001,), **changes):
+    """A record of fine-tuning, with a curve over steps."""
+    row = record(name, kind, weights_seed=0 if kind == "untrained" else None, **changes)
+    row.task = "finetune-segmentation/masks"
+    row.settings = {"task": {"classes": [0, 1]}, "training": {"steps": 3}, "rates": list(rates)}
+    if kind == "trivial":
+        row.settings |= {"training": {}, "rates": []}
+    for one in row.predictions:
+        one |= {"hd95": {"1": 1.0}, "surface_dice": {"1": 0.5}}
+    row.compute = {"details": [{"curve": [{"step": k, "score": 0.1 * k} for k in (1, 2, 3)]}]}
+    return row
+
+
+def test_unequal_tuning_is_said_loudly(tmp_path):
+    def made(folder, rates):
+        rows = [finetuned("runs/alpha-0", rates=rates), finetuned("scratch:resnet18", "untrained")]
+        return read_report([write(folder, [*rows, finetuned("average mask", "trivial")])], resamples=100)
+
+    words = "learning rates tried: 6 for alpha; 1 for from scratch"
+    assert any(words in line for line in made(tmp_path / "a", [1, 2, 3, 4, 5, 6]).boards[0].missing)
+    assert made(tmp_path / "b", [0.002]).boards[0].missing == []  # as many, though another
+    out = tmp_path / "out"
+    main(["leaderboard", "report", str(tmp_path / "a"), "--out", str(out), "--resamples", "100"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count(words) == 1 and "Unequal tuning: set: finetune-segmentation, masks." in page
+
+
+def test_what_saw_test_subjects_is_in_no_curve_and_no_picture(tmp_path):
+    from PIL import Image
+
+    leak = {"seen_test_subjects": 3, "ranked": False}
+    rows = [
+        finetuned("scratch:resnet18", "untrained"),
+        finetuned("average mask", "trivial"),
+        trained(finetuned("runs/leak-0", gain=0.3, flags=leak), data={"volumes": 500, "datasets": ["x"]}),
+        trained(finetuned("runs/alpha-0", gain=0.1), data={"volumes": 50, "datasets": ["x"]}),
+        trained(finetuned("runs/beta-0", gain=0.0, steps=900), data={"volumes": 5, "datasets": ["x"]}),
+    ]
+    folder = write(tmp_path, rows)
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(folder / f"{row.filename[:10]}-masks-{row.key[:8]}.png")
+    from ssl3d_benchmarks import leaderboard_page as page
+
+    (board,) = read_report([folder], resamples=100).boards
+    for chart in (page._steps, page._compute, page._data):
+        assert "alpha" in chart(board) and "leak" not in chart(board)
+    pictures = page._pictures(board)
+    assert 'alt="alpha: predictions' in pictures and 'alt="from scratch: predictions' in pictures
+    assert "leak" not in pictures and "leak" in page._forest(board)
+
+
+def test_detection_is_compared_with_from_scratch(tmp_path):
+    import dataclasses
+
+    rows = [finetuned("runs/alpha-0", gain=0.2), finetuned("scratch:resnet18", "untrained")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    board.table = dataclasses.replace(board.table, task="finetune-detection/boxes")
+    text = " ".join(answer([board]))
+    assert "Detection (finetune-detection): yes on 1" in text and "same network from scratch beyond" in text
+    assert "untrained" not in text
