@@ -20,6 +20,8 @@ from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer,
 
 PICTURE_WIDTH = 900
 NAN = float("nan")
+Row = tuple[str, str | tuple[str, str], Sequence[Any]]
+"""Of a table: its class, its name (and what stands below it), and per cell what is shown and its key."""
 
 STYLE = (
     """
@@ -53,6 +55,8 @@ border-top:0;white-space:nowrap;z-index:2}
 tbody th{overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
 font-weight:600;
 min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:12rem}
+tbody th small{display:block;font-weight:400;font-style:normal;line-height:1.3}
+tr.out th small{color:inherit}
 @media(max-width:600px){tbody th{min-width:7rem;max-width:8.5rem}th,td{padding:.28rem .4rem}
 table{font-size:.82rem}}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--accent)}
@@ -104,8 +108,9 @@ b.addEventListener('click',function(){var up=h.getAttribute('aria-sort')!=='asce
 t.querySelectorAll('thead th').forEach(function(o){o.removeAttribute('aria-sort')});
 h.setAttribute('aria-sort',up?'ascending':'descending');var body=t.tBodies[0];
 Array.from(body.rows).sort(function(a,b){var x=a.cells[k].dataset.v,y=b.cells[k].dataset.v;
-if(x===''||y==='')return (x==='')-(y==='');var n=parseFloat(x)-parseFloat(y);
-if(isNaN(n))n=x.localeCompare(y);return up?n:-n}).forEach(function(r){body.appendChild(r)})})})});
+if(x===''||y==='')return (x==='')-(y==='');var n=Number(x)-Number(y);
+if(isNaN(n))n=x.localeCompare(y,undefined,{numeric:true});return up?n:-n})
+.forEach(function(r){body.appendChild(r)})})})});
 """
 
 
@@ -274,20 +279,11 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
     parts = [f'<section><h2 id="{board.slug}">{escape(text.heading(board))}</h2>']
     parts.append(f"<p>{escape(text.told(board))}</p>")
     parts += [f'<p class="loud" role="note">{escape(line)}</p>' for line in board.missing]
-    head = text.headers(board)
-    keep = [k for k in range(len(head)) if any(text.cells(board, arm)[k] for arm in board.arms)]
-    rows = []
-    for arm in board.arms:
-        cells = text.cells(board, arm)
-        keys = _keys(arm)
-        kind = f"k-{arm.kind}" + (" out" if arm.why_unranked not in ("", "no network") else "")
-        rows.append((kind, cells[1], [(cells[k], keys[k], _tone(arm, k)) for k in keep if k != 1]))
-    for row in text.published(board):
-        value = next(one for one in board.table.published if one["name"] == row[1])[board.table.main]
-        rows.append(("k-published", row[1],
-                     [(row[k], value if k == 2 else None, "") for k in keep if k != 1]))  # fmt: skip
-    names = ["contestant", *[head[k] for k in keep if k != 1]]
-    parts.append(_table(f"{text.heading(board)}: {board.table.main}, higher is better", names, rows))
+    parts.append(_scores(board, "main"))
+    parts += [f"<p><small>{escape(note)}</small></p>" for note in text.about_published(board)]
+    if board.of_section("labels"):
+        parts.append("<h3>Pretrained with labels: ranked among themselves</h3>")
+        parts.append(_scores(board, "labels"))
     parts += [f"<p><small>{escape(note)}</small></p>" for note in board.notes]
     drawn = (_forest(board), _compute(board), _data(board), _steps(board), _fractions(fractions),
              _sparse(sparse), _froc(board))  # fmt: skip
@@ -298,6 +294,29 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         parts.append(_pictures(board))
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
+
+
+def _scores(board: Board, section: str) -> str:
+    """The table of a section; what is to be known of a row stands below its name, always in sight."""
+    arms = board.of_section(section)
+    head = text.headers(board)
+    notes = len(head) - 1
+    keep = [
+        k
+        for k in range(len(head))
+        if k not in (1, notes) and any(text.cells(board, arm)[k] for arm in arms)
+    ]
+    rows: list[Row] = []
+    for arm in arms:
+        cells, keys = text.cells(board, arm), _keys(arm)
+        kind = f"k-{arm.kind}" + (" out" if arm.why_unranked not in ("", "no network") else "")
+        rows.append((kind, (cells[1], cells[notes]), [(cells[k], keys[k], _tone(arm, k)) for k in keep]))
+    for row in text.published(board) if section == "main" else ():
+        value = next(one for one in board.table.published if one["name"] == row[1])[board.table.main]
+        rows.append(("k-published", row[1], [(row[k], value if k == 2 else None, "") for k in keep]))
+    about = ", pretrained with labels" if section == "labels" else ""
+    caption = f"{text.heading(board)}{about}: {board.table.main}, higher is better"
+    return _table(caption, ["contestant", *[head[k] for k in keep]], rows)
 
 
 def _keys(arm: Arm) -> list[Any]:
@@ -470,9 +489,10 @@ def _sparse(boards: Sequence[Board]) -> str:
                 own.append((count, arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, own, kind) for label, (kind, own) in points.items() if len(own) > 1]
     whole = boards[-1].table.slices == 0
-    axis = "annotated slices of each training volume" + (" (the last: all)" if whole else "")
+    axis = "annotated slices of each training volume"
     title = "Score against annotated slices: " + boards[-1].table.title
-    picture = charts.lines(curves, axis, boards[-1].table.main, title, log=True)
+    called = {2.0 * max(one.table.slices for one in boards): "all"} if whole else {}
+    picture = charts.lines(curves, axis, boards[-1].table.main, title, log=True, called=called)
     return _figure(
         picture, "Sparse annotation: the loss is taken on these slices alone, the score on all of them."
     )
@@ -523,7 +543,7 @@ def _inline(path: Path) -> str | None:
 def _refused(refused: Sequence[Refused]) -> str:
     if not refused:
         return '<section><h2 id="refused">Refused rows</h2><p>No record was refused.</p></section>'
-    rows = [("", one.where, [(one.who or "–", None), (one.why, None)]) for one in refused]
+    rows: list[Row] = [("", one.where, [(one.who or "–", one.who), (one.why, one.why)]) for one in refused]
     return (
         f'<section><h2 id="refused">Refused rows</h2><p>{len(refused)} files or rows are in no table, '
         f"because they "
@@ -534,7 +554,7 @@ def _refused(refused: Sequence[Refused]) -> str:
 
 
 def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
-    rows = [("", name, [(value, None)]) for name, value in conditions]
+    rows: list[Row] = [("", name, [(value, value)]) for name, value in conditions]
     return '<section><h2 id="conditions">Conditions</h2>' + _table(
         "What the numbers were made with", ["", "value"], rows) + "</section>"  # fmt: skip
 
@@ -542,20 +562,19 @@ def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]],
-           heat: bool = False) -> str:  # fmt: skip
-    """A table that a script can sort: every cell has its key."""
+def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = False) -> str:
+    """A table that a script can sort: every cell has its key, a number or text; without one it is last."""
     columns = "".join(f'<th scope="col">{escape(name.strip())}</th>' for name in head)
     body = []
     for kind, name, cells in rows:
-        row = [f'<th scope="row" data-v="{escape(name, quote=True)}">{escape(name)}</th>']
+        name, about = (name, "") if isinstance(name, str) else name
+        below = f"<small>{escape(about)}</small>" if about else ""
+        row = [f'<th scope="row" data-v="{escape(name, quote=True)}">{escape(name)}{below}</th>']
         for cell in cells:
             shown, key, *rest = cell
             tone = rest[0] if rest else ""
             key_text = "" if key is None or (isinstance(key, float) and not isfinite(key)) else str(key)
-            if not key_text and not any(ch.isdigit() for ch in shown[:1]):
-                key_text = shown
-            look = ["n"] if key is not None else (["notes"] if head[len(row)] in ("notes", "why") else [])
+            look = ["n"] if isinstance(key, (int, float)) else ["notes"] if head[len(row)] == "why" else []
             style = ""
             if heat and key is not None:
                 look = ["heat"]

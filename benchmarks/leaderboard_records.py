@@ -198,6 +198,7 @@ class Table:
         rows: The records.
         published: Published numbers for this data set, to read beside; never ranked, never tested.
         number: To tell apart tables of the same title, from 1; 0 where there is one.
+        differs: The settings that those of the same title have otherwise, in words.
     """
 
     task: str
@@ -208,6 +209,7 @@ class Table:
     rows: list[Read]
     published: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0
+    differs: str = ""
 
     @property
     def protocol(self) -> str:
@@ -319,11 +321,15 @@ def read_records(folders: Sequence[Path], published: Sequence[Path] = ()) -> Rec
             )
     counted = Counter(table.title for table in tables)
     numbers: Counter[str] = Counter()
+    alike: dict[str, list[Table]] = {}
     for table in tables:
         title = table.title
         if counted[title] > 1:
             numbers[title] += 1
             table.number = numbers[title]
+            alike.setdefault(title, []).append(table)
+    for same_title in alike.values():
+        _say_what_differs(same_title)
     for path in published:
         _add_published(tables, path)
     return Records(tables, refused, files)
@@ -480,6 +486,38 @@ def _agreeing(rows: Iterable[Read], of: Any, usual: Any, words: str, refused: li
 def _volumes(predictions: Iterable[Mapping[str, Any]]) -> str:
     names = sorted(f"{row['dataset']}\t{row['subject']}\t{row.get('id')}" for row in predictions)
     return f"{len(names)}:" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+
+
+SAID = 5
+"""Most settings that are named to tell two tables apart."""
+
+
+def _say_what_differs(tables: Sequence[Table]) -> None:
+    """Names the settings in which tables of one title differ."""
+    every = [_flat(table.settings) for table in tables]
+    names = [
+        name
+        for name in dict.fromkeys(name for one in every for name in one)
+        if len({one.get(name, "none") for one in every}) > 1
+    ]
+    # What is shortest said is said first: a size tells more than a list of moments.
+    names.sort(key=lambda name: max(len(one.get(name, "")) for one in every))
+    for table, own in zip(tables, every, strict=True):
+        told = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
+        more = f" and {len(told) - SAID} settings more" if len(told) > SAID else ""
+        table.differs = ", ".join(told[:SAID]) + more
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Settings within settings as one level, their values in words."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{key}.")
+        elif key not in ("annotated", "seed"):
+            words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found[f"{before}{key}"] = words if words else "none"
+    return found
 
 
 def _add_published(tables: list[Table], path: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ssl3d.api import statistics
 from ssl3d_benchmarks.leaderboard_records import Read, Table, contestants_of, score_functions
+from ssl3d_benchmarks.shape_features import TRIVIAL
 
 Array = NDArray[Any]
 
@@ -73,6 +74,13 @@ class Arm:
         """Of the training data, at this fraction."""
         return len(self.rows[0])
 
+    @property
+    def measured(self) -> bool:
+        """Whether time and memory of its pretraining are known."""
+        compute = self.first.pretraining.get("compute") or {}
+        seconds = compute.get("seconds") or self.first.pretraining.get("seconds")
+        return bool(seconds and compute.get("peak_memory"))
+
     def records(self) -> list[Read]:
         """All of them."""
         return [one for row in self.rows for one in row]
@@ -128,6 +136,10 @@ class Board:
     def ranked(self, section: str = "main") -> list[Arm]:
         """Who is ranked there, best first."""
         return [arm for arm in self.arms if arm.rank is not None and arm.section == section]
+
+    def of_section(self, section: str) -> list[Arm]:
+        """The arms of `main`, with all that is not ranked, or of `labels`."""
+        return [arm for arm in self.arms if arm.section == section]
 
     def of_kind(self, *kinds: str) -> list[Arm]:
         """The arms of some kinds."""
@@ -306,6 +318,7 @@ def _flag(board: Board) -> None:
             seen = f"{subjects} test subjects" if subjects else f"{volumes} test volumes"
             arm.why_unranked = (
                 f"pretraining saw {seen if subjects or volumes else 'what it should not have'}"
+                f"{', and learned from labels' if labels else ''}"
             )
         elif arm.kind == "trivial":
             arm.why_unranked = "no network"
@@ -427,13 +440,30 @@ def _missing(board: Board) -> None:
         board.missing.append(
             f"tuning is unequal, so no difference here is pretraining's: learning rates tried: {told}"
         )
-    if not board.of_kind("trivial"):
+    there = {str(arm.first.result.contestant["name"]) for arm in board.of_kind("trivial")}
+    lacking = [name for name in TRIVIAL if name not in there]
+    if not there:
         board.missing.append(
             "there is no trivial row (a row without a network that any network has to beat)"
         )
-    if not board.of_kind("imagenet"):
-        board.notes.append("There is no ImageNet conversion to compare with.")
+    elif lacking and board.table.family in ("classification", "regression"):
+        board.missing.append(
+            f"there is no trivial row of {' and of '.join(lacking)}: a network may have learned no more"
+        )
+    unmeasured = [arm for arm in board.of_kind("pretrained") if arm.first.flops() and not arm.measured]
+    if unmeasured:
+        count = len(board.of_kind("pretrained"))
+        board.notes.append(
+            f"Wall time or peak memory of pretraining is not known (–) for {len(unmeasured)} of {count} "
+            "encoders: their checkpoints do not say, as old ones do not."
+        )
     seen = [arm for arm in board.of_kind("pretrained") if arm.flags.get("seen_test_volumes") is None]
+    blind = [arm for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
+    if blind:
+        board.notes.append(
+            f"Whether {', '.join(arm.label for arm in blind)} learned from labels of test subjects is not "
+            "known: the weights say nothing of the people they saw."
+        )
     if seen:
         every = "all pretrained rows" if len(seen) == len(board.of_kind("pretrained")) else ", ".join(
             arm.label for arm in seen)  # fmt: skip
@@ -453,6 +483,13 @@ def _missing(board: Board) -> None:
             f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is "
             f"undefined; those are left out."
         )
+
+
+def _knows_nothing(arm: Arm) -> bool:
+    """Whether neither the people nor the volumes are known that it was pretrained on."""
+    return arm.flags.get("seen_test_volumes") is None and not any(
+        one.result.contestant.get("identities_seen") for one in arm.records()
+    )
 
 
 def _tries(arm: Arm) -> int:

@@ -105,7 +105,7 @@ def markdown_text(
         if board.missing:
             lines.append("")
         lines += ["| " + " | ".join(headers(board)) + " |", "|" + "---|" * len(headers(board))]
-        for arm in board.arms:
+        for arm in [*board.of_section("main"), *board.of_section("labels")]:
             lines.append("| " + " | ".join(_escaped(cell) for cell in cells(board, arm)) + " |")
         for row in published(board):
             lines.append("| " + " | ".join(_escaped(cell) for cell in row) + " |")
@@ -140,6 +140,7 @@ def cells(board: Board, arm: Arm) -> list[str]:
     gain, over = arm.gain, arm.over_imagenet
     detectable = f"{2.8016 * gain.error:.3f}" if gain and isfinite(gain.error) else ""
     flops = arm.first.flops()
+    unknown = "–" if flops else ""
     return [
         rank_text(arm),
         arm.label,
@@ -150,8 +151,8 @@ def cells(board: Board, arm: Arm) -> list[str]:
         p_text(arm.p_imagenet_holm),
         detectable,
         f"{flops:.2g}".replace("e+", "e") if flops else "",
-        duration(seconds_of(arm)),
-        size(memory_of(arm)),
+        duration(seconds_of(arm)) or unknown,
+        size(memory_of(arm)) or unknown,
         "; ".join(notes(board, arm)),
     ]
 
@@ -174,7 +175,7 @@ def rank_text(arm: Arm) -> str:
     rank = f"{arm.rank:g}"
     if arm.rank_interval:
         low, high = arm.rank_interval
-        rank += f" ({low:.0f}–{high:.0f})"
+        rank += f" ({low:g}–{high:g})"
     return f"{rank}, with labels" if arm.section == "labels" else rank
 
 
@@ -183,7 +184,7 @@ def notes(board: Board, arm: Arm) -> list[str]:
     found = []
     if arm.why_unranked and arm.why_unranked != "no network":
         found.append(f"NOT RANKED: {arm.why_unranked}")
-    if arm.flags.get("saw_labels"):
+    if arm.section == "labels":
         found.append("pretrained with labels: ranked apart")
     if arm.kind == "trivial":
         below = sum(1 for one in board.ranked() if one.interval.value < arm.interval.value)
@@ -205,6 +206,19 @@ def heading(board: Board) -> str:
     return ", ".join(part for part in (board.table.title, board.people) if part)
 
 
+def about_published(board: Board) -> list[str]:
+    """What published numbers are and where they come from, each source once."""
+    if board.fraction != 1:
+        return []
+    sources: dict[str, list[str]] = {}
+    for one in board.table.published:
+        told = f"{one['source']}. {one['note']}".strip() if one["note"] else one["source"]
+        sources.setdefault(told, []).append(one["name"])
+    if len(sources) == 1:
+        return [f"Published: {next(iter(sources))}"]
+    return [f"Published ({', '.join(names)}): {told}" for told, names in sources.items()]
+
+
 def told(board: Board) -> str:
     """What a board was made from, and what it can tell."""
     result = board.arms[0].first.result
@@ -215,6 +229,10 @@ def told(board: Board) -> str:
         f"subjects, {tested.get('subjects', '?')} test subjects ({tested.get('volumes', '?')} volumes), "
         f"{result.split.get('how', 'split unknown')}."
     )
+    if board.table.differs:
+        text = f"Here: {board.table.differs}. {text}"
+    if not board.of_kind("imagenet"):
+        text += " No ImageNet conversion to compare with."
     if board.detectable is not None:
         text += (
             f" Smallest true difference that this test set shows with power .8: {board.detectable:.3f} "
