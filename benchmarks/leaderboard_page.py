@@ -54,7 +54,8 @@ td.n,th.n{text-align:right;white-space:nowrap}thead th{position:sticky;top:0;bac
 border-top:0;white-space:nowrap;z-index:2}
 tbody th{overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
 font-weight:600;
-min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:12rem}
+min-width:9.5rem;max-width:20rem;z-index:1}
+@media(min-width:900px){tbody th{min-width:14rem}}td.notes{min-width:12rem}
 tbody th small{display:block;font-weight:400;font-style:normal;line-height:1.3}
 tr.out th small{color:inherit}
 @media(max-width:600px){tbody th{min-width:7rem;max-width:8.5rem}th,td{padding:.28rem .4rem}
@@ -229,7 +230,9 @@ def _how_to_read() -> str:
 def _overall(one: Overall) -> str:
     parts = [f'<section><h2 id="{_slug(one)}">{one.family.capitalize()} over {len(one.boards)} tasks '
              f"({escape(one.protocol)})</h2>"]  # fmt: skip
-    tasks = [board.table.title for board in one.boards]
+    tasks = [board.table.title.partition(":")[0] for board in one.boards]
+    if len(set(tasks)) < len(tasks):
+        tasks = [board.table.title for board in one.boards]
     rows = []
     for k, name in enumerate(one.methods):
         low, high = one.intervals[k]
@@ -301,10 +304,10 @@ def _scores(board: Board, section: str) -> str:
     arms = board.of_section(section)
     head = text.headers(board)
     notes = len(head) - 1
+    # The smallest difference that can be shown stands above the table, for each row it is in the CSV.
+    apart = (1, head.index("smallest detectable"), notes)
     keep = [
-        k
-        for k in range(len(head))
-        if k not in (1, notes) and any(text.cells(board, arm)[k] for arm in arms)
+        k for k in range(len(head)) if k not in apart and any(text.cells(board, arm)[k] for arm in arms)
     ]
     rows: list[Row] = []
     for arm in arms:
@@ -574,7 +577,8 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = 
             shown, key, *rest = cell
             tone = rest[0] if rest else ""
             key_text = "" if key is None or (isinstance(key, float) and not isfinite(key)) else str(key)
-            look = ["n"] if isinstance(key, (int, float)) else ["notes"] if head[len(row)] == "why" else []
+            number = isinstance(key, (int, float)) or shown in ("-", "–")
+            look = ["n"] if number else ["notes"] if head[len(row)] == "why" else []
             style = ""
             if heat and key is not None:
                 look = ["heat"]

@@ -488,24 +488,32 @@ def _volumes(predictions: Iterable[Mapping[str, Any]]) -> str:
     return f"{len(names)}:" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
+NETWORK = "network"
 SAID = 5
 """Most settings that are named to tell two tables apart."""
 
 
 def _say_what_differs(tables: Sequence[Table]) -> None:
     """Names the settings in which tables of one title differ."""
-    every = [_flat(table.settings) for table in tables]
+    every = [{**_networks(table), **_flat(table.settings)} for table in tables]
     names = [
         name
         for name in dict.fromkeys(name for one in every for name in one)
         if len({one.get(name, "none") for one in every}) > 1
     ]
     # What is shortest said is said first: a size tells more than a list of moments.
-    names.sort(key=lambda name: max(len(one.get(name, "")) for one in every))
+    names.sort(key=lambda name: name != NETWORK and max(len(one.get(name, "")) for one in every))
     for table, own in zip(tables, every, strict=True):
         told = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
         more = f" and {len(told) - SAID} settings more" if len(told) > SAID else ""
         table.differs = ", ".join(told[:SAID]) + more
+
+
+def _networks(table: Table) -> dict[str, str]:
+    """The networks of a table, where they are few."""
+    groups = {str(one.result.contestant.get("group", "")) for one in table.rows if not _loose(one)}
+    names = sorted(group.removeprefix("scratch:") for group in groups if group)
+    return {NETWORK: " and ".join(names)} if 0 < len(names) < 3 else {}
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:

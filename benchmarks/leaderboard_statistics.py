@@ -564,7 +564,7 @@ def no_overall(boards: Iterable[Board]) -> list[str]:
     for (protocol, family), choices in _tasks(boards):
         if _matched(choices) is not None:
             continue
-        tables = [one[0].table.title for one in choices]
+        tables = [one[0].table.title.removesuffix(f" ({one[0].table.number})") for one in choices]
         why = (
             f"{tables[0]} is the only task with all labels"
             if len(tables) == 1

@@ -130,7 +130,7 @@ def headers(board: Board) -> list[str]:
     words = "scratch" if board.table.task.startswith("finetune") else "untrained"
     return [
         "rank", "contestant", f"{board.table.main} [95 %]", f"over {words} [95 %]", "p (Holm)",
-        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "pretraining FLOPs", "time", "memory",
+        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "FLOPs", "time", "memory",
         "notes",
     ]  # fmt: skip
 

@@ -661,3 +661,132 @@ def test_detection_is_compared_with_from_scratch(tmp_path):
     text = " ".join(answer([board]))
     assert "Detection (finetune-detection): yes on 1" in text and "same network from scratch beyond" in text
     assert "untrained" not in text
+
+
+# How it looks -------------------------------------------------------------------------------------
+
+
+def test_encoders_pretrained_with_labels_have_a_table_of_their_own(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page, own = text.split("<h3>Pretrained with labels: ranked among themselves</h3>")
+    assert "med3d" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
+    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "med3d"
+    assert "1 (1–1), with labels" in own
+
+
+def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
+    rows = [
+        record("runs/seen-0", flags={"saw_labels": True, "seen_test_subjects": 2, "ranked": False}),
+        record("runs/dark-0", flags={"saw_labels": True, "seen_test_volumes": None}),
+        trained(record("runs/known-0", flags={"saw_labels": True, "seen_test_volumes": None})),
+    ]
+    rows[2].contestant["identities_seen"] = 12
+    made = read_report([write(tmp_path, [*usual(), *rows])], resamples=100)
+    found = arms(made)
+    assert found["seen"].rank is None and found["seen"].section == "main"
+    assert found["seen"].why_unranked == "pretraining saw 2 test subjects, and learned from labels"
+    assert any("Whether dark learned from labels of test" in note for note in made.boards[0].notes)
+
+
+def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'data-v="leak">leak<small>NOT RANKED: pretraining saw 3 test subjects', text)
+    assert re.search(r'data-v="beta">beta<small>2 seeds</small>', text)
+    assert ">notes<" not in text and text.count("Published: Someone 2020") == 1
+
+
+def test_cells_sort_by_numbers_or_words_and_what_has_neither_is_last():
+    from ssl3d_benchmarks.leaderboard_page import SCRIPT, _table
+
+    cells = [("1 seed", "1 seed"), ("-", None), (".5", 0.5), ("–", float("nan"))]
+    page = _table("c", ["name", "about", "rank", "x", "y"], [("", "row", cells)])
+    assert re.findall(r'<td[^>]* data-v="([^"]*)"', page) == ["1 seed", "", "0.5", ""]
+    assert "if(x===''||y==='')return (x==='')-(y==='')" in SCRIPT
+
+
+def test_ranks_between_two_places_are_not_rounded(report):
+    from ssl3d_benchmarks.leaderboard_text import rank_text
+
+    arm = arms(report)["alpha"]
+    before = arm.rank, arm.rank_interval
+    arm.rank, arm.rank_interval = 26.5, (25.5, 26.5)
+    assert rank_text(arm) == "26.5 (25.5–26.5)"
+    arm.rank, arm.rank_interval = before
+
+
+def test_tables_of_one_title_say_what_differs(tmp_path):
+    rows = []
+    for steps, width in ((3, 16), (500, 32)):
+        for row in (finetuned("runs/alpha-0"), finetuned("scratch:resnet18", "untrained")):
+            row.settings = {**row.settings, "training": {"steps": steps, "lots": [1, 2], "same": 7}}
+            row.contestant["group"] = f"scratch:resnet18:width={width}"
+            rows.append(row)
+    out = tmp_path / "out"
+    tables = read_report([write(tmp_path / "r", rows)], resamples=100).records.tables
+    assert sorted(table.differs for table in tables) == [
+        "network resnet18:width=16, steps 3", "network resnet18:width=32, steps 500",
+    ]  # fmt: skip
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "Here: network resnet18:width=16, steps 3." in (out / name).read_text(encoding="utf-8")
+
+
+def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
+    from ssl3d_benchmarks.leaderboard_charts import critical
+
+    names = [f"a method of a long name, {k}" for k in range(7)]
+    picture = critical(names, [1.2, 2, 3, 4, 5, 6, 6.8], 2.5, [(0, 2)], "t")
+    stems = [float(x) for found in re.findall(r'"stem" points="([^"]*)"', picture)
+             for x in re.findall(r"([\d.]+),", found)]  # fmt: skip
+    left, right = (
+        [float(x) for x in re.findall(rf'class="name" x="([\d.]+)"[^>]*"{side}"', picture)]
+        for side in ("end", "start")
+    )
+    assert len(left) == 4 and len(right) == 3
+    assert max(left) < min(stems) and min(right) > max(stems)
+    assert min(left) > 6 * len(names[0])  # they fit
+
+
+def test_an_axis_of_few_amounts_has_their_ticks_and_room_for_its_name():
+    from ssl3d_benchmarks.leaderboard_charts import Line, lines
+
+    points = [(x, y, y, y) for x, y in ((4, 0.8125), (8, 0.815), (16, 0.8175))]
+    picture = lines([Line("a", points)], "people", "dice", "t", log=True, called={16: "all"})
+    below = re.findall(r'y="[\d.]+" text-anchor="middle">([\w.]+)</text>', picture)
+    assert below == ["4", "8", "all", "people"]
+    ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([\d.]+)</text>', picture)
+    assert max(len(words) for _, words in ticks) >= 5
+    assert all(
+        float(x) - 7 * len(words) > 13 + 4 for x, words in ticks
+    )  # the name's place, half its height
+
+
+def test_trivial_rows_that_lack_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, kind in (("runs/a-0", "encoder"), ("volume only", "trivial"), ("pooled voxels", "trivial")):
+        shares = rng.uniform(0.01, 0.99, 20)
+        predictions = [
+            {"dataset": "set", "subject": f"s{k}", "id": f"v{k}", "target": str(k % 2),
+             "probability": [float(1 - p), float(p)]}
+            for k, p in enumerate(shares)
+        ]  # fmt: skip
+        auc = float(np.mean([p > q for p in shares[1::2] for q in shares[::2]]))
+        settings = {"target": "classes", "classes": ["0", "1"]}
+        rows.append(record(name, kind, task="linear-probe/classes", main="auc", scores={"auc": auc},
+                           predictions=predictions, settings=settings))  # fmt: skip
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert any("no trivial row of shape features:" in line for line in board.missing)
+
+
+def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_path):
+    from ssl3d_benchmarks.leaderboard_text import cells, told
+
+    old = record("runs/old-0")
+    old.contestant["pretraining"]["compute"] = {"flops_per_step": 10**9}
+    rows = [row for row in [*usual(), old] if not row.contestant["name"].startswith("imagenet:")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert "No ImageNet conversion to compare with." in told(board)
+    found = arms(read_report([tmp_path], resamples=100))
+    assert cells(board, found["old"])[9:11] == ["–", "–"] and cells(board, found["alpha"])[9] == "60 s"
+    assert any("not known (–) for 1 of 4 encoders" in note for note in board.notes)
