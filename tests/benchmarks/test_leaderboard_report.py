@@ -530,10 +530,13 @@ def test_other_contestants_are_no_seeds_of_one(tmp_path):
         for k, lr in enumerate((0.1, 0.2))
     ]
     rows += [trained(record(f"runs/mae-{seed}", gain=0.1), batch_size=8, seed=seed) for seed in (3, 4)]
+    # What the number means is not recorded; the seed it is not.
+    rows += [trained(record(f"runs/byol-{crop}", gain=0.1), batch_size=8, seed=0) for crop in (24, 48)]
     found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
     assert found["simclr, batch 16"].seeds == 2 and found["simclr, batch 32"].seeds == 2
     assert found["swav, rate 0.1"].seeds == 1 and found["swav, rate 0.2"].seeds == 1
     assert found["mae"].seeds == 2 and found["beta"].seeds == 2
+    assert found["byol, byol-24"].seeds == found["byol, byol-48"].seeds == 1
 
 
 def test_another_beginning_is_another_contestant_and_every_seed_may_have_its_own(tmp_path):
