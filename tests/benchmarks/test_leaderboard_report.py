@@ -586,11 +586,12 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     plain = usual()
     for row in plain:
         if row.contestant["kind"] == "encoder" and row.contestant["pretraining"]:
-            row.predictions = record("runs/gamma-0", gain=-0.05).predictions
-            row.scores = dict(record("runs/gamma-0", gain=-0.05).scores)
+            like = record("runs/gamma-0", gain=0.001)  # not told from untrained: its p is not 0
+            row.predictions, row.scores = like.predictions, like.scores
     before = arms(read_report([write(tmp_path / "a", plain)], resamples=200))
     labelled = record("runs/med3d-0", gain=0.2, flags={"saw_labels": True})
-    made = read_report([write(tmp_path / "b", [*plain, labelled])], resamples=200)
+    weak = record("runs/weak-0", gain=0.001, flags={"saw_labels": True})
+    made = read_report([write(tmp_path / "b", [*plain, labelled, weak])], resamples=200)
     found = arms(made)
     lines = answer(made.boards)
     assert lines[0] == "Segmentation (linear-probe): not shown on any of 1 tables."
@@ -598,9 +599,8 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     head = "Segmentation (linear-probe), pretrained with labels, ranked apart: an encoder"
     assert lines[-1].startswith(head)
     assert "beyond chance on 1 of 1 tables (set (med3d))" in lines[-1]
-    assert found["med3d"].p_holm == found["med3d"].gain.p or found["med3d"].p_holm < 1e-6
     assert {k: v.p_holm for k, v in before.items()} == {
-        k: v.p_holm for k, v in found.items() if k != "med3d"
+        k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own
 
 
