@@ -20,6 +20,7 @@ from ssl3d.api import (
     UsageError,
     encoder_from,
     fitting,
+    hashes_complete,
     hashes_in,
     leak_flags,
     pooled_by,
@@ -144,7 +145,11 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     details = dict(details)
     if entry.kind == "untrained":
         details["weights_seed"] = card["seed"]
-    kept = ("proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256")
+    kept = (
+        "proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256",
+        # What tells two encoders of one proxy apart, and a seed from a batch size in a name.
+        "init", "batch_size", "optimizer", "lr", "seed",
+    )  # fmt: skip
     return Contestant(
         entry.name,
         entry.kind,
@@ -157,6 +162,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
         identities=frozenset(card.get("identities") or ()),
         volumes_seen=hashes_in(card),
         saw_labels=bool(card.get("labels_seen", False)),
+        volumes_complete=hashes_complete(card),
         details=details,
     )
 
@@ -191,7 +197,13 @@ def record(
         settings=settings,
         main=benchmark.main,
         compute={"pretraining": contestant.pretraining},
-        flags=leak_flags(tested, contestant.identities, contestant.volumes_seen, contestant.saw_labels),
+        flags=leak_flags(
+            tested,
+            contestant.identities,
+            contestant.volumes_seen,
+            contestant.saw_labels,
+            contestant.volumes_complete,
+        ),
     )
 
 

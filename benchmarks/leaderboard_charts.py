@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, isfinite, log10
@@ -10,6 +11,8 @@ from math import ceil, floor, isfinite, log10
 WIDTH = 640.0
 PLOT = 330.0
 """Width of what is drawn beside the labels; small, so that a phone needs not shrink the letters."""
+FEW = 9
+"""Amounts at which each can have its own tick."""
 COLOURS = 8
 """Of the page's style: .c0 to .c7; a ninth line is dashed."""
 
@@ -96,14 +99,17 @@ def scatter(
 
 def lines(
     curves: Sequence[Line], x_axis: str, y_axis: str, title: str, log: bool = False,
-    reference: float | None = None,
+    reference: float | None = None, called: Mapping[float, str] | None = None,
 ) -> str:  # fmt: skip
-    """Curves over an amount, their intervals, and their names at the right, kept apart."""
+    """Curves over an amount, their intervals, and their names at the right, kept apart.
+
+    Amounts in `called` are written so below the axis.
+    """
     curves = [one for one in curves if any(isfinite(point[1]) for point in one.points)]
     if not curves:
         return ""
     label_width = min(230.0, 24 + 6.6 * max(len(one.label) for one in curves))
-    left, right, top = 52.0, 42.0 + PLOT, 12.0
+    top = 12.0
     height = max(260.0, 15.0 * len(curves))
     bottom = top + height
     points = [point for one in curves for point in one.points if isfinite(point[1])]
@@ -113,10 +119,17 @@ def lines(
     log = log and min(xs) > 0
     x_ticks = _log_ticks(min(xs), max(xs)) if log else _ticks(min(xs), max(xs))
     y_ticks = _ticks(min(ys), max(ys))
+    # Room for the ticks' numbers and, left of them, the turned name of the axis.
+    left = 30.0 + 7.0 * max(len(_short(tick)) for tick in y_ticks)
+    right = left + PLOT - 10
     spread = (lambda v: log10(v)) if log else (lambda v: v)
     low_x, high_x = spread(min(xs + ([] if log else x_ticks))), spread(max(xs + ([] if log else x_ticks)))
     pad = 0.06 * (high_x - low_x) or 0.5
     across = _linear(low_x - pad, high_x + pad, left, right)
+    own = sorted(set(xs))
+    places = [across(spread(x)) for x in own]
+    if log and len(own) <= FEW and all(b - a >= 24 for a, b in itertools.pairwise(places)):
+        x_ticks = own  # few amounts: what was measured, not round numbers beside it
     up = _linear(min(ys + y_ticks), max(ys + y_ticks), bottom, top)
     parts = [
         _grid_x(
@@ -127,6 +140,7 @@ def lines(
             x_axis,
             amount=True,
             middle=(left + right) / 2,
+            called=called,
         )
     ]
     for tick in y_ticks:
@@ -177,18 +191,31 @@ def lines(
 
 def critical(names: Sequence[str], average: Sequence[float], difference: float,
              cliques: Sequence[tuple[int, int]], title: str) -> str:  # fmt: skip
-    """Average ranks on a line; a bar joins those that cannot be told apart (Demšar 2006)."""
+    """Average ranks on a line; a bar joins those that cannot be told apart (Demšar 2006).
+
+    The names stand outside of the line's range, where no stem can run through them.
+    """
     count = len(names)
-    left, right, line = 30.0, WIDTH - 30.0, 62.0
-    place = _linear(1, count, left, right)
-    parts = [f'<line class="axisline" x1="{left}" x2="{right}" y1="{line}" y2="{line}"/>']
+    told = [
+        f"{name if len(name) <= 40 else name[:38] + '…'} {value:.2f}"
+        for name, value in zip(names, average, strict=True)
+    ]
+    half = (count + 1) // 2
+    widths = [20 + 6.6 * max((len(one) for one in side), default=0) for side in (told[:half], told[half:])]
+    left, line = widths[0], 62.0
+    right = left + PLOT
+    place = _linear(1, count, left + 10, right - 10)
+    ends = f'x1="{place(1):.1f}" x2="{place(count):.1f}"'
+    parts = [f'<line class="axisline" {ends} y1="{line}" y2="{line}"/>']
+    every = max(1, ceil(count / 16))
     for tick in range(1, count + 1):
         x = place(tick)
         parts.append(f'<line class="axisline" x1="{x:.1f}" x2="{x:.1f}" y1="{line - 5}" y2="{line}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{line - 9}" text-anchor="middle">{tick}</text>')
+        if tick % every == 0 or tick == 1:
+            parts.append(f'<text x="{x:.1f}" y="{line - 9}" text-anchor="middle">{tick}</text>')
     end = place(min(1 + difference, count))
-    parts.append(f'<line class="clique" x1="{left}" x2="{end:.1f}" y1="20" y2="20"/>')
-    parts.append(f'<text x="{left}" y="14">critical difference {difference:.2f}</text>')
+    parts.append(f'<line class="clique" x1="{place(1):.1f}" x2="{end:.1f}" y1="20" y2="20"/>')
+    parts.append(f'<text x="{place(1):.1f}" y="14">critical difference {difference:.2f}</text>')
     below = line + 12
     for begin, last in cliques:
         parts.append(
@@ -197,21 +224,18 @@ def critical(names: Sequence[str], average: Sequence[float], difference: float,
             f'y1="{below:.1f}" y2="{below:.1f}"/>'
         )
         below += 8
-    half = (count + 1) // 2
     height = below + 16
-    for number, (name, value) in enumerate(zip(names, average, strict=True)):
+    for number, (words, value) in enumerate(zip(told, average, strict=True)):
         first = number < half
         y = below + 18 * (number + 1 if first else count - number)
         x, side = place(value), (left if first else right)
         parts.append(f'<polyline class="stem" points="{x:.1f},{line} {x:.1f},{y:.1f} {side:.1f},{y:.1f}"/>')
-        anchor = "start" if first else "end"
-        words = name if len(name) <= 40 else name[:38] + "…"
+        anchor, at = ("end", side - 6) if first else ("start", side + 6)
         parts.append(
-            f'<text x="{side:.1f}" y="{y - 4:.1f}" text-anchor="{anchor}">{escape(words)} '
-            f"{value:.2f}</text>"
+            f'<text class="name" x="{at:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
         )
         height = max(height, y + 10)
-    return _svg(height, title, parts)
+    return _svg(height, title, parts, right + widths[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,12 +266,13 @@ def _symbol(x: float, y: float, kind: str, faint: bool, told: str, tone: str = "
 
 
 def _grid_x(ticks: Sequence[float], place: Callable[[float], float], top: float, bottom: float, axis: str,
-            amount: bool = False, middle: float | None = None) -> str:  # fmt: skip
+            amount: bool = False, middle: float | None = None,
+            called: Mapping[float, str] | None = None) -> str:  # fmt: skip
     parts = []
     for tick in ticks:
-        x = place(tick)
+        x, words = place(tick), (called or {}).get(tick) or _short(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{words}</text>')
     at = middle if middle is not None else (place(ticks[0]) + place(ticks[-1])) / 2
     parts.append(
         f'<text class="axis" x="{at:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{escape(axis)}</text>'

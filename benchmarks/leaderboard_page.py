@@ -16,10 +16,12 @@ from ssl3d_benchmarks import leaderboard_charts as charts
 from ssl3d_benchmarks import leaderboard_text as text
 from ssl3d_benchmarks.leaderboard_charts import Line, Mark
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, curve_of
+from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, curve_of, no_overall
 
 PICTURE_WIDTH = 900
 NAN = float("nan")
+Row = tuple[str, str | tuple[str, str], Sequence[Any]]
+"""Of a table: its class, its name (and what stands below it), and per cell what is shown and its key."""
 
 STYLE = (
     """
@@ -52,7 +54,10 @@ td.n,th.n{text-align:right;white-space:nowrap}thead th{position:sticky;top:0;bac
 border-top:0;white-space:nowrap;z-index:2}
 tbody th{overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
 font-weight:600;
-min-width:9.5rem;max-width:20rem;z-index:1}td.notes{min-width:12rem}
+min-width:9.5rem;max-width:20rem;z-index:1}
+@media(min-width:900px){tbody th{min-width:14rem}}td.notes{min-width:12rem}
+tbody th small{display:block;font-weight:400;font-style:normal;line-height:1.3}
+tr.out th small{color:inherit}
 @media(max-width:600px){tbody th{min-width:7rem;max-width:8.5rem}th,td{padding:.28rem .4rem}
 table{font-size:.82rem}}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--accent)}
@@ -104,8 +109,9 @@ b.addEventListener('click',function(){var up=h.getAttribute('aria-sort')!=='asce
 t.querySelectorAll('thead th').forEach(function(o){o.removeAttribute('aria-sort')});
 h.setAttribute('aria-sort',up?'ascending':'descending');var body=t.tBodies[0];
 Array.from(body.rows).sort(function(a,b){var x=a.cells[k].dataset.v,y=b.cells[k].dataset.v;
-if(x===''||y==='')return (x==='')-(y==='');var n=parseFloat(x)-parseFloat(y);
-if(isNaN(n))n=x.localeCompare(y);return up?n:-n}).forEach(function(r){body.appendChild(r)})})})});
+if(x===''||y==='')return (x==='')-(y==='');var n=Number(x)-Number(y);
+if(isNaN(n))n=x.localeCompare(y,undefined,{numeric:true});return up?n:-n})
+.forEach(function(r){body.appendChild(r)})})})});
 """
 
 
@@ -141,6 +147,7 @@ def page(
         'href="#conditions">Conditions</a></li></ul></nav>'
     )
     parts += [_overall(one) for one in overall]
+    parts += [f"<p><small>{escape(line)}</small></p>" for line in no_overall(boards)]
     for board in boards:
         same = [one for one in boards if one.table is board.table]
         sparse = [
@@ -177,6 +184,11 @@ def _loud(boards: Sequence[Board]) -> list[str]:
             "No ImageNet conversion is among these records: nothing is said of ImageNet against "
             "pretraining."
         )
+    unequal = [
+        text.heading(board) for board in boards if any("tuning is unequal" in x for x in board.missing)
+    ]
+    if unequal:
+        lines.append(f"Unequal tuning: {'; '.join(unequal)}. A gain there can be one of tuning.")
     bare = [text.heading(board) for board in boards if not board.of_kind("scratch")]
     if bare:
         lines.append(
@@ -219,7 +231,9 @@ def _how_to_read() -> str:
 def _overall(one: Overall) -> str:
     parts = [f'<section><h2 id="{_slug(one)}">{one.family.capitalize()} over {len(one.boards)} tasks '
              f"({escape(one.protocol)})</h2>"]  # fmt: skip
-    tasks = [board.table.title for board in one.boards]
+    tasks = [board.table.title.partition(":")[0] for board in one.boards]
+    if len(set(tasks)) < len(tasks):
+        tasks = [board.table.title for board in one.boards]
     rows = []
     for k, name in enumerate(one.methods):
         low, high = one.intervals[k]
@@ -232,9 +246,13 @@ def _overall(one: Overall) -> str:
         ["method", "average rank [95 %]", "first in", *tasks], rows,
     ))  # fmt: skip
     parts.append(f"<p>{escape(text.stability(one))}</p>")
-    if one.left_out:
-        parts.append(f"<details><summary>{len(one.left_out)} contestants are not on every task</summary>"
-                     f"<p>{escape(text.left_out(one))}</p></details>")  # fmt: skip
+    parts.append(f"<p><small>{escape(text.OVER_TASKS)}</small></p>")
+    if one.left_out or one.tasks_left_out:
+        tasks_gone = len(one.tasks_left_out)
+        gone = f"{tasks_gone} task{'s' * (tasks_gone > 1)} left out; " if tasks_gone else ""
+        parts.append(f"<details{' open' * bool(gone)}><summary>{gone}{len(one.left_out)} contestants are "
+                     f"not on every task</summary><p>{escape(text.left_out(one))}</p>"
+                     "</details>")  # fmt: skip
     if one.critical is not None:
         picture = charts.critical(
             one.methods, list(one.average), one.critical.difference, one.critical.cliques,
@@ -265,20 +283,11 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
     parts = [f'<section><h2 id="{board.slug}">{escape(text.heading(board))}</h2>']
     parts.append(f"<p>{escape(text.told(board))}</p>")
     parts += [f'<p class="loud" role="note">{escape(line)}</p>' for line in board.missing]
-    head = text.headers(board)
-    keep = [k for k in range(len(head)) if any(text.cells(board, arm)[k] for arm in board.arms)]
-    rows = []
-    for arm in board.arms:
-        cells = text.cells(board, arm)
-        keys = _keys(arm)
-        kind = f"k-{arm.kind}" + (" out" if arm.why_unranked not in ("", "no network") else "")
-        rows.append((kind, cells[1], [(cells[k], keys[k], _tone(arm, k)) for k in keep if k != 1]))
-    for row in text.published(board):
-        value = next(one for one in board.table.published if one["name"] == row[1])[board.table.main]
-        rows.append(("k-published", row[1],
-                     [(row[k], value if k == 2 else None, "") for k in keep if k != 1]))  # fmt: skip
-    names = ["contestant", *[head[k] for k in keep if k != 1]]
-    parts.append(_table(f"{text.heading(board)}: {board.table.main}, higher is better", names, rows))
+    parts.append(_scores(board, "main"))
+    parts += [f"<p><small>{escape(note)}</small></p>" for note in text.about_published(board)]
+    if board.of_section("labels"):
+        parts.append("<h3>Pretrained with labels: ranked among themselves</h3>")
+        parts.append(_scores(board, "labels"))
     parts += [f"<p><small>{escape(note)}</small></p>" for note in board.notes]
     drawn = (_forest(board), _compute(board), _data(board), _steps(board), _fractions(fractions),
              _sparse(sparse), _froc(board))  # fmt: skip
@@ -289,6 +298,29 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         parts.append(_pictures(board))
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
+
+
+def _scores(board: Board, section: str) -> str:
+    """The table of a section; what is to be known of a row stands below its name, always in sight."""
+    arms = board.of_section(section)
+    head = text.headers(board)
+    notes = len(head) - 1
+    # The smallest difference that can be shown stands above the table, for each row it is in the CSV.
+    apart = (1, head.index("smallest detectable"), notes)
+    keep = [
+        k for k in range(len(head)) if k not in apart and any(text.cells(board, arm)[k] for arm in arms)
+    ]
+    rows: list[Row] = []
+    for arm in arms:
+        cells, keys = text.cells(board, arm), _keys(arm)
+        kind = f"k-{arm.kind}" + (" out" if arm.why_unranked not in ("", "no network") else "")
+        rows.append((kind, (cells[1], cells[notes]), [(cells[k], keys[k], _tone(arm, k)) for k in keep]))
+    for row in text.published(board) if section == "main" else ():
+        value = next(one for one in board.table.published if one["name"] == row[1])[board.table.main]
+        rows.append(("k-published", row[1], [(row[k], value if k == 2 else None, "") for k in keep]))
+    about = ", pretrained with labels" if section == "labels" else ""
+    caption = f"{text.heading(board)}{about}: {board.table.main}, higher is better"
+    return _table(caption, ["contestant", *[head[k] for k in keep]], rows)
 
 
 def _keys(arm: Arm) -> list[Any]:
@@ -324,6 +356,11 @@ def _forest(board: Board) -> str:
                    "see the table.")  # fmt: skip
 
 
+def _fair(arm: Arm) -> bool:
+    """Whether it may be drawn beside others: not where pretraining saw test subjects."""
+    return arm.why_unranked in ("", "no network")
+
+
 def _reference(board: Board) -> float | None:
     found = [arm.interval.value for arm in board.of_kind("scratch")]
     return max(found) if found else None
@@ -334,7 +371,7 @@ def _compute(board: Board) -> str:
     curves = []
     for arm in board.of_kind("pretrained"):
         flops = arm.first.flops()
-        if not flops:
+        if not flops or not _fair(arm):
             continue
         own = [(flops, arm.interval.value, arm.interval.low, arm.interval.high)]
         way = [
@@ -343,6 +380,7 @@ def _compute(board: Board) -> str:
             if one.first.stem == arm.first.stem
             and one.first.recalibrated == arm.first.recalibrated
             and one.first.proxies == arm.first.proxies
+            and one.first.recipe == arm.first.recipe
         ]
         reference = _reference(board)
         if way and reference is not None and min(x for x, *_ in way) > 0:
@@ -374,7 +412,7 @@ def _data(board: Board) -> str:
     points = []
     for arm in board.of_kind("pretrained"):
         data = arm.first.pretraining.get("data") or {}
-        if data.get("volumes"):
+        if data.get("volumes") and _fair(arm):
             sets = list(data.get("datasets") or ())
             mark = Mark(f"{arm.label} ({len(sets)} data set{'s' * (len(sets) != 1)})",
                         arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)  # fmt: skip
@@ -394,7 +432,7 @@ def _steps(board: Board) -> str:
     curves = []
     for arm in board.arms:
         steps, values, _ = curve_of(arm)
-        if len(steps) > 1:
+        if len(steps) > 1 and _fair(arm):
             points = [(float(s), v, NAN, NAN) for s, v in zip(steps, values, strict=True)]
             curves.append(Line(arm.label, points, arm.kind))
     picture = charts.lines(curves, "fine-tuning steps", f"{board.table.main} on validation subjects",
@@ -412,7 +450,7 @@ def _fractions(boards: Sequence[Board]) -> str:
     for board in boards:
         people = board.arms[0].first.result.split.get("train", {}).get("subjects")
         for arm in board.arms:
-            if arm.why_unranked in ("", "no network") and people:
+            if _fair(arm) and people:
                 own = points.setdefault(arm.label, (arm.kind, []))[1]
                 own.append((float(people), arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, sorted(own), kind) for label, (kind, own) in points.items() if len(own) > 1]
@@ -429,7 +467,7 @@ def _froc(board: Board) -> str:
     curves = []
     for arm in board.arms:
         rates = [name for name in arm.first.result.scores if re.fullmatch(r"froc_[\d.]+", name)]
-        if rates and arm.why_unranked in ("", "no network"):
+        if rates and _fair(arm):
             points = [
                 (float(name[5:]), fmean(one.result.scores[name] for one in arm.records()), NAN, NAN)
                 for name in rates
@@ -450,14 +488,15 @@ def _sparse(boards: Sequence[Board]) -> str:
         most = max(one.table.slices for one in boards)
         count = float(board.table.slices or 2 * most)
         for arm in board.arms:
-            if arm.why_unranked in ("", "no network"):
+            if _fair(arm):
                 own = points.setdefault(arm.label, (arm.kind, []))[1]
                 own.append((count, arm.interval.value, arm.interval.low, arm.interval.high))
     curves = [Line(label, own, kind) for label, (kind, own) in points.items() if len(own) > 1]
     whole = boards[-1].table.slices == 0
-    axis = "annotated slices of each training volume" + (" (the last: all)" if whole else "")
+    axis = "annotated slices of each training volume"
     title = "Score against annotated slices: " + boards[-1].table.title
-    picture = charts.lines(curves, axis, boards[-1].table.main, title, log=True)
+    called = {2.0 * max(one.table.slices for one in boards): "all"} if whole else {}
+    picture = charts.lines(curves, axis, boards[-1].table.main, title, log=True, called=called)
     return _figure(
         picture, "Sparse annotation: the loss is taken on these slices alone, the score on all of them."
     )
@@ -465,7 +504,7 @@ def _sparse(boards: Sequence[Board]) -> str:
 
 def _pictures(board: Board) -> str:
     """Predictions beside the truth, or an embedding map: of the best, and of the reference."""
-    ranked = [arm for arm in board.arms if arm.kind in ("pretrained", "imagenet")]
+    ranked = [arm for arm in board.ranked() if arm.kind in ("pretrained", "imagenet")]
     parts = []
     for arm in [*ranked[:1], *board.of_kind("scratch")[:1]]:
         path = next((found for one in arm.records() for found in _beside(one.path, one.result.key)), None)
@@ -508,7 +547,7 @@ def _inline(path: Path) -> str | None:
 def _refused(refused: Sequence[Refused]) -> str:
     if not refused:
         return '<section><h2 id="refused">Refused rows</h2><p>No record was refused.</p></section>'
-    rows = [("", one.where, [(one.who or "–", None), (one.why, None)]) for one in refused]
+    rows: list[Row] = [("", one.where, [(one.who or "–", one.who), (one.why, one.why)]) for one in refused]
     return (
         f'<section><h2 id="refused">Refused rows</h2><p>{len(refused)} files or rows are in no table, '
         f"because they "
@@ -519,7 +558,7 @@ def _refused(refused: Sequence[Refused]) -> str:
 
 
 def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
-    rows = [("", name, [(value, None)]) for name, value in conditions]
+    rows: list[Row] = [("", name, [(value, value)]) for name, value in conditions]
     return '<section><h2 id="conditions">Conditions</h2>' + _table(
         "What the numbers were made with", ["", "value"], rows) + "</section>"  # fmt: skip
 
@@ -527,20 +566,20 @@ def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]],
-           heat: bool = False) -> str:  # fmt: skip
-    """A table that a script can sort: every cell has its key."""
+def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = False) -> str:
+    """A table that a script can sort: every cell has its key, a number or text; without one it is last."""
     columns = "".join(f'<th scope="col">{escape(name.strip())}</th>' for name in head)
     body = []
     for kind, name, cells in rows:
-        row = [f'<th scope="row" data-v="{escape(name, quote=True)}">{escape(name)}</th>']
+        name, about = (name, "") if isinstance(name, str) else name
+        below = f"<small>{escape(about)}</small>" if about else ""
+        row = [f'<th scope="row" data-v="{escape(name, quote=True)}">{escape(name)}{below}</th>']
         for cell in cells:
             shown, key, *rest = cell
             tone = rest[0] if rest else ""
             key_text = "" if key is None or (isinstance(key, float) and not isfinite(key)) else str(key)
-            if not key_text and not any(ch.isdigit() for ch in shown[:1]):
-                key_text = shown
-            look = ["n"] if key is not None else (["notes"] if head[len(row)] in ("notes", "why") else [])
+            number = isinstance(key, (int, float)) or shown in ("-", "–")
+            look = ["n"] if number else ["notes"] if head[len(row)] == "why" else []
             style = ""
             if heat and key is not None:
                 look = ["heat"]

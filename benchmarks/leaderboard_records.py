@@ -34,6 +34,9 @@ FAMILIES = {
 ON_THE_WAY = re.compile(r"[/\\]encoder-at-(\d+)")
 SKIPPED = ("partial", ".jobs", "work")
 APART = ("fractions", "rates", "training", "preset", "seed", "annotated")
+RECIPE = ("batch_size", "optimizer", "lr", "init")
+"""What of a pretraining tells contestants apart; old records say nothing of it."""
+SEED = re.compile(r"[-_](?:seed)?(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,36 @@ class Read:
     def stem(self) -> str:
         """Its name without folder, seed and what was done to its norms."""
         name = str(self.result.contestant["name"]).partition(",")[0]
-        if self.kind != "pretrained":
-            return name
+        return name if self.kind != "pretrained" else self._without_seed(name)
+
+    def _without_seed(self, name: str) -> str:
+        """The last part of a path without the seed of pretraining, where it ends in that."""
         parts = [one for one in re.split(r"[/\\]", name) if one and one != "encoder"]
         if len(parts) > 1 and ON_THE_WAY.search("/" + parts[-1]):
             parts.pop()
-        return re.sub(r"[-_](?:seed)?\d+$", "", parts[-1]) if parts else name
+        if not parts:
+            return name
+        found, seed = SEED.search(parts[-1]), self.pretraining.get("seed")
+        # simclr-16 can be a batch size; records that know no seed were all named by it.
+        its_seed = found is not None and (seed is None or int(found[1]) == seed)
+        return parts[-1][: found.start()] if found and its_seed else parts[-1]
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """How it was pretrained, beside what `arm` has; empty where the record is too old to say."""
+        if self.kind != "pretrained" or "batch_size" not in self.pretraining:
+            return {}
+        found = {key: self.pretraining.get(key) for key in RECIPE}
+        if isinstance(found["init"], Mapping):
+            start = str(found["init"].get("from", ""))
+            # Every seed may start from a run of its own seed.
+            told = start if start.startswith(("imagenet:", "scratch:")) else self._without_seed(start)
+            found["init"] = {"from": told, "steps": found["init"].get("steps")}
+        return found
 
     @cached_property
     def arm(self) -> tuple[Any, ...]:
-        """What is the same for the seeds of one contestant."""
+        """What is the same for the seeds of one contestant, but for its recipe."""
         who = self.result.contestant
         same = {key: self.pretraining.get(key) for key in ("proxies", "steps", "patch", "data")}
         about = [self.kind, who.get("group"), self.recalibrated, who.get("pool"), self.share, self.stem]
@@ -144,6 +167,24 @@ class Read:
         return sorted(self.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
 
 
+def contestants_of(rows: Iterable[Read]) -> list[list[Read]]:
+    """Records by contestant; its seeds, subsets and repetitions stay together.
+
+    A record that is too old to tell its recipe goes with those that do, where they all have the same.
+    """
+    alike: dict[tuple[Any, ...], dict[str, list[Read]]] = {}
+    for one in rows:
+        recipe = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else ""
+        alike.setdefault(one.arm, {}).setdefault(recipe, []).append(one)
+    found: list[list[Read]] = []
+    for by_recipe in alike.values():
+        if len(by_recipe) == 2 and "" in by_recipe:
+            found.append([one for same in by_recipe.values() for one in same])
+        else:
+            found += by_recipe.values()
+    return found
+
+
 @dataclass
 class Table:
     """What can be compared: one task on one split of one data set with the same settings.
@@ -157,6 +198,7 @@ class Table:
         rows: The records.
         published: Published numbers for this data set, to read beside; never ranked, never tested.
         number: To tell apart tables of the same title, from 1; 0 where there is one.
+        differs: The settings that those of the same title have otherwise, in words.
     """
 
     task: str
@@ -167,6 +209,7 @@ class Table:
     rows: list[Read]
     published: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0
+    differs: str = ""
 
     @property
     def protocol(self) -> str:
@@ -278,11 +321,15 @@ def read_records(folders: Sequence[Path], published: Sequence[Path] = ()) -> Rec
             )
     counted = Counter(table.title for table in tables)
     numbers: Counter[str] = Counter()
+    alike: dict[str, list[Table]] = {}
     for table in tables:
         title = table.title
         if counted[title] > 1:
             numbers[title] += 1
             table.number = numbers[title]
+            alike.setdefault(title, []).append(table)
+    for same_title in alike.values():
+        _say_what_differs(same_title)
     for path in published:
         _add_published(tables, path)
     return Records(tables, refused, files)
@@ -396,8 +443,9 @@ def _belongs(one: Read, key: tuple[str, ...]) -> bool:
 
 
 def _comparable(same: list[Read], refused: list[Refused]) -> list[Read]:
-    """Rows of the newest version, then of the split, the data, the volumes that most rows have."""
-    newest = max(one.result.version for one in same)
+    """Rows of the networks' newest version; then of the split, data, and volumes that most rows have."""
+    # A row without a network may be of a newer version: it must not refuse all that are compared.
+    newest = max(one.result.version for one in same if not _loose(one))
     kept = _agreeing(
         same, lambda r: r.version, newest, "task version {mine}, the table has {theirs}", refused
     )
@@ -438,6 +486,46 @@ def _agreeing(rows: Iterable[Read], of: Any, usual: Any, words: str, refused: li
 def _volumes(predictions: Iterable[Mapping[str, Any]]) -> str:
     names = sorted(f"{row['dataset']}\t{row['subject']}\t{row.get('id')}" for row in predictions)
     return f"{len(names)}:" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+
+
+NETWORK = "network"
+SAID = 5
+"""Most settings that are named to tell two tables apart."""
+
+
+def _say_what_differs(tables: Sequence[Table]) -> None:
+    """Names the settings in which tables of one title differ."""
+    every = [{**_networks(table), **_flat(table.settings)} for table in tables]
+    names = [
+        name
+        for name in dict.fromkeys(name for one in every for name in one)
+        if len({one.get(name, "none") for one in every}) > 1
+    ]
+    # What is shortest said is said first: a size tells more than a list of moments.
+    names.sort(key=lambda name: name != NETWORK and max(len(one.get(name, "")) for one in every))
+    for table, own in zip(tables, every, strict=True):
+        told = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
+        more = f" and {len(told) - SAID} settings more" if len(told) > SAID else ""
+        table.differs = ", ".join(told[:SAID]) + more
+
+
+def _networks(table: Table) -> dict[str, str]:
+    """The networks of a table, where they are few."""
+    groups = {str(one.result.contestant.get("group", "")) for one in table.rows if not _loose(one)}
+    names = sorted(group.removeprefix("scratch:") for group in groups if group)
+    return {NETWORK: " and ".join(names)} if 0 < len(names) < 3 else {}
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Settings within settings as one level, their values in words."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{key}.")
+        elif key not in ("annotated", "seed"):
+            words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found[f"{before}{key}"] = words if words else "none"
+    return found
 
 
 def _add_published(tables: list[Table], path: Path) -> None:

@@ -89,7 +89,7 @@ def report(options: ReportOptions) -> Report:
         UsageError: As `read_report`, or the folder cannot be written.
     """
     from ssl3d_benchmarks.leaderboard_page import page
-    from ssl3d_benchmarks.leaderboard_statistics import answer
+    from ssl3d_benchmarks.leaderboard_statistics import answer, no_overall
     from ssl3d_benchmarks.leaderboard_text import csv_text, markdown_text
 
     if options.out.exists() and not options.out.is_dir():
@@ -111,7 +111,7 @@ def report(options: ReportOptions) -> Report:
             os.replace(partial, options.out / name)
     except OSError as error:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
-    for line in answer(made.boards):
+    for line in [*answer(made.boards), *no_overall(made.boards)]:
         print(line)
     for one in refused:
         print(f"refused: {one.where}{': ' + one.who if one.who else ''}: {one.why}")

@@ -9,7 +9,14 @@ from math import isfinite
 from typing import Any
 
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, reference_of
+from ssl3d_benchmarks.leaderboard_statistics import (
+    Arm,
+    Board,
+    Overall,
+    answer,
+    no_overall,
+    reference_of,
+)
 
 COLUMNS = (
     "family", "table", "task", "version", "dataset", "fraction", "rank", "rank_low", "rank_high",
@@ -19,6 +26,12 @@ COLUMNS = (
     "flops", "seconds", "peak_memory_bytes", "pretraining_volumes", "pretraining_datasets",
     "seen_test_subjects", "seen_test_volumes", "saw_labels", "unranked", "names",
 )  # fmt: skip
+
+
+OVER_TASKS = (
+    "An encoder that is on every task is one method, named by what it was pretrained on; 'own data' "
+    "stands for another encoder on every task, each pretrained on the data of its task."
+)
 
 
 def csv_text(boards: Sequence[Board]) -> str:
@@ -84,14 +97,15 @@ def markdown_text(
                 one.methods, one.average, one.intervals, one.first_share, strict=True
             )
         ]
-        lines += ["", stability(one), "", left_out(one)]
+        lines += ["", OVER_TASKS, "", stability(one), "", left_out(one)]
+    lines += [line for words in no_overall(boards) for line in ("", words)]
     for board in boards:
         lines += ["", f"## {heading(board)}", ""]
         lines += [f"**{note}**" for note in board.missing]
         if board.missing:
             lines.append("")
         lines += ["| " + " | ".join(headers(board)) + " |", "|" + "---|" * len(headers(board))]
-        for arm in board.arms:
+        for arm in [*board.of_section("main"), *board.of_section("labels")]:
             lines.append("| " + " | ".join(_escaped(cell) for cell in cells(board, arm)) + " |")
         for row in published(board):
             lines.append("| " + " | ".join(_escaped(cell) for cell in row) + " |")
@@ -116,7 +130,7 @@ def headers(board: Board) -> list[str]:
     words = "scratch" if board.table.task.startswith("finetune") else "untrained"
     return [
         "rank", "contestant", f"{board.table.main} [95 %]", f"over {words} [95 %]", "p (Holm)",
-        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "pretraining FLOPs", "time", "memory",
+        "over ImageNet [95 %]", "p (Holm) ", "smallest detectable", "FLOPs", "time", "memory",
         "notes",
     ]  # fmt: skip
 
@@ -126,6 +140,7 @@ def cells(board: Board, arm: Arm) -> list[str]:
     gain, over = arm.gain, arm.over_imagenet
     detectable = f"{gain.detectable:.3f}" if gain and isfinite(gain.detectable) else ""
     flops = arm.first.flops()
+    unknown = "–" if flops else ""
     return [
         rank_text(arm),
         arm.label,
@@ -136,8 +151,8 @@ def cells(board: Board, arm: Arm) -> list[str]:
         p_text(arm.p_imagenet_holm),
         detectable,
         f"{flops:.2g}".replace("e+", "e") if flops else "",
-        duration(seconds_of(arm)),
-        size(memory_of(arm)),
+        duration(seconds_of(arm)) or unknown,
+        size(memory_of(arm)) or unknown,
         "; ".join(notes(board, arm)),
     ]
 
@@ -160,7 +175,7 @@ def rank_text(arm: Arm) -> str:
     rank = f"{arm.rank:g}"
     if arm.rank_interval:
         low, high = arm.rank_interval
-        rank += f" ({low:.0f}–{high:.0f})"
+        rank += f" ({low:g}–{high:g})"
     return f"{rank}, with labels" if arm.section == "labels" else rank
 
 
@@ -169,7 +184,7 @@ def notes(board: Board, arm: Arm) -> list[str]:
     found = []
     if arm.why_unranked and arm.why_unranked != "no network":
         found.append(f"NOT RANKED: {arm.why_unranked}")
-    if arm.flags.get("saw_labels"):
+    if arm.section == "labels":
         found.append("pretrained with labels: ranked apart")
     if arm.kind == "trivial":
         below = sum(1 for one in board.ranked() if one.interval.value < arm.interval.value)
@@ -191,6 +206,19 @@ def heading(board: Board) -> str:
     return ", ".join(part for part in (board.table.title, board.people) if part)
 
 
+def about_published(board: Board) -> list[str]:
+    """What published numbers are and where they come from, each source once."""
+    if board.fraction != 1:
+        return []
+    sources: dict[str, list[str]] = {}
+    for one in board.table.published:
+        told = f"{one['source']}. {one['note']}".strip() if one["note"] else one["source"]
+        sources.setdefault(told, []).append(one["name"])
+    if len(sources) == 1:
+        return [f"Published: {next(iter(sources))}"]
+    return [f"Published ({', '.join(names)}): {told}" for told, names in sources.items()]
+
+
 def told(board: Board) -> str:
     """What a board was made from, and what it can tell."""
     result = board.arms[0].first.result
@@ -201,6 +229,10 @@ def told(board: Board) -> str:
         f"subjects, {tested.get('subjects', '?')} test subjects ({tested.get('volumes', '?')} volumes), "
         f"{result.split.get('how', 'split unknown')}."
     )
+    if board.table.differs:
+        text = f"Here: {board.table.differs}. {text}"
+    if not board.of_kind("imagenet"):
+        text += " No ImageNet conversion to compare with."
     if board.detectable is not None:
         text += (
             f" Smallest true difference that this test set shows with power .8: {board.detectable:.3f} "
@@ -224,8 +256,16 @@ def stability(one: Overall) -> str:
 
 
 def left_out(one: Overall) -> str:
-    """Who is not on every task."""
-    return f"Not on every task, so not here: {'; '.join(one.left_out)}." if one.left_out else ""
+    """Which tasks do not count, and who is not on every task that does."""
+    told = []
+    if one.tasks_left_out:
+        told.append(
+            "Left out, for less than half of the contestants that the other tasks share are there: "
+            f"{'; '.join(one.tasks_left_out)}."
+        )
+    if one.left_out:
+        told.append(f"Not on every task, so not here: {'; '.join(one.left_out)}.")
+    return " ".join(told)
 
 
 def p_text(p: float | None) -> str:

@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     from ssl3d.inference import recalibrate_norm as recalibrate_norm
     from ssl3d.inference import upsample as upsample
     from ssl3d.inference import window_starts as window_starts
+    from ssl3d.leaks import hashes_complete as hashes_complete
     from ssl3d.leaks import hashes_in as hashes_in
     from ssl3d.leaks import leak_flags as leak_flags
     from ssl3d.losses import alignment as alignment
@@ -294,6 +295,7 @@ _HOME = {
     "lay_flat": "views.crops",
     "leak_flags": "leaks",
     "hashes_in": "leaks",
+    "hashes_complete": "leaks",
     "load_encoder": "checkpoint",
     "load_foreign": "convert.foreign",
     "load_proxies": "checkpoint",

@@ -45,6 +45,7 @@ class Contestant:
         identities: Hashes of the subjects that pretraining saw.
         volumes_seen: Hashes of the files and voxels that pretraining saw (`ssl3d.leaks`); None: not known.
         saw_labels: Whether pretraining saw labels.
+        volumes_complete: Whether `volumes_seen` has all of them.
         details: Whatever else belongs in the record (the seed of random weights, recalibration).
     """
 
@@ -59,6 +60,7 @@ class Contestant:
     identities: frozenset[str] = frozenset()
     volumes_seen: frozenset[str] | None = None
     saw_labels: bool = False
+    volumes_complete: bool = True
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Contestant:
             "pretraining": self.pretraining,
             "identities_seen": len(self.identities),
             "hashes_seen": None if self.volumes_seen is None else len(self.volumes_seen),
+            "hashes_complete": self.volumes_complete,
             "saw_labels": self.saw_labels,
             **self.details,
         }

@@ -127,7 +127,11 @@ def seen_volumes(
 
 
 def leak_flags(
-    data: Collection, identities: Iterable[str], hashes: Iterable[str] | None, saw_labels: bool
+    data: Collection,
+    identities: Iterable[str],
+    hashes: Iterable[str] | None,
+    saw_labels: bool,
+    complete: bool = True,
 ) -> dict[str, Any]:
     """What a record says of leaks.
 
@@ -136,10 +140,12 @@ def leak_flags(
         identities: Hashes of the people that pretraining saw (`identity_hash`).
         hashes: Of the volumes it saw; None where the checkpoint does not know.
         saw_labels: Whether pretraining learned from labels.
+        complete: Whether the hashes are of all volumes it saw (`hashes_complete`).
 
     Returns:
         `seen_test_subjects`: people of the test part seen in pretraining, by name or by their scans;
-        `seen_test_volumes`: volumes seen by file or voxels, None where it is not known; `saw_labels`;
+        `seen_test_volumes`: volumes seen by file or voxels, None where it is not known (none found among
+        hashes of only some of the volumes is not none); `saw_labels`;
         `ranked`: whether none was seen.
     """
     from ssl3d.checkpoint import identity_hash
@@ -150,7 +156,7 @@ def leak_flags(
     volumes: int | None = None
     if hashes is not None:
         by_voxels = seen_volumes(data, hashes)
-        volumes = int(by_voxels.sum())
+        volumes = int(by_voxels.sum()) or (0 if complete else None)
         seen |= {person for person, known_one in zip(people, by_voxels, strict=True) if known_one}
     return {
         "seen_test_subjects": len(seen),
@@ -179,6 +185,8 @@ def unpack_hashes(content: bytes) -> frozenset[str]:
 def hashes_in(card: Mapping[str, Any]) -> frozenset[str] | None:
     """The hashes of volumes that an encoder's metadata keep; None where it does not know what it saw.
 
+    They may be of only some of the volumes: ask `hashes_complete`.
+
     An encoder that has seen no volumes (`scratch:...`, `imagenet:...`) knows: none.
     """
     kept = card.get("volumes_seen")
@@ -190,6 +198,15 @@ def hashes_in(card: Mapping[str, Any]) -> frozenset[str] | None:
     if not card.get("identities") and not card.get("steps") and ("scratch" in card or "imagenet" in card):
         return frozenset()
     return None
+
+
+def hashes_complete(card: Mapping[str, Any]) -> bool:
+    """Whether `hashes_in` are of all volumes that an encoder has seen.
+
+    Runs mark their hashes as incomplete where volumes had no reading, or began from an encoder without.
+    """
+    kept = card.get("volumes_seen")
+    return hashes_in(card) is not None and not (isinstance(kept, Mapping) and kept.get("incomplete"))
 
 
 def hashes_apart(card: dict[str, Any]) -> bytes | None:

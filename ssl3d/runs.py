@@ -16,7 +16,7 @@ from ssl3d import checkpoint as disk
 from ssl3d import snapshot
 from ssl3d.config import to_dict
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
-from ssl3d.leaks import hashes_in, pack_hashes, volume_hashes
+from ssl3d.leaks import hashes_complete, hashes_in, pack_hashes, volume_hashes
 from ssl3d.monitor import Log
 from ssl3d.options import Plan, PretrainOptions
 from ssl3d.preempt import requeued
@@ -226,9 +226,8 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     if plan.options.init is not None:
         before = disk.encoder_from(plan.options.init, plan.options.seed).metadata
         identities |= set(before.get("identities", []))
-        earlier = hashes_in(before)
-        volumes |= earlier or frozenset()
-        unread += earlier is None
+        volumes |= hashes_in(before) or frozenset()
+        unread += not hashes_complete(before)
         labels = labels or bool(before.get("labels_seen", False))
         init = {"from": plan.options.init, "sha256": before.get("sha256"), "steps": before.get("steps")}
         if "foreign" in before:  # another toolkit's weights: whose, and what is to be cited
@@ -239,6 +238,8 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         "preprocessing": data.settings,
         "proxies": {name: to_dict(config) for name, (_, config) in plan.proxies.items()},
         "batch_size": plan.options.batch_size,
+        "optimizer": plan.options.optimizer,
+        "lr": plan.options.lr,
         "seed": plan.options.seed,
         "precision": plan.options.precision,
         "init": init,

@@ -201,6 +201,8 @@ class Page(html.parser.HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
             self.cell = True
+        if tag == "small":  # what stands below a name
+            self.cell = None
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -397,7 +399,9 @@ def test_numbers_of_annotated_slices_have_tables_of_their_own_and_a_curve(tmp_pa
     assert made.boards[1].table.title.endswith(", 1 annotated slice a volume")
     main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert page.count("annotated slices of each training volume (the last: all)") == 1
+    assert page.count(">annotated slices of each training volume<") == 1
+    ticks = re.findall(r'y="[\d.]+" text-anchor="middle">(\w+)</text>', page)
+    assert [tick for tick in ticks if tick in ("1", "2", "4", "5", "all")][-3:] == ["1", "2", "all"]
     assert "2 annotated slices a volume" in (out / "report.md").read_text(encoding="utf-8")
 
 
@@ -488,3 +492,348 @@ def test_a_record_of_other_content_is_not_read(tmp_path):
         read_result(tmp_path / "x.json")
     with pytest.raises(UsageError, match="no record of a benchmark"):
         read_report([tmp_path])
+
+
+# Who is who ---------------------------------------------------------------------------------------
+
+
+def trained(row, digest="", **pretraining):
+    """A record with more said of its pretraining."""
+    row.contestant["pretraining"].update(pretraining)
+    row.contestant["digest"] = digest or row.contestant["digest"]
+    return row
+
+
+def on(data, rows):
+    """Encoders that were all trained on one data set."""
+    return [
+        trained(row, data={"volumes": 50, "datasets": [data], "digest": data})
+        if row.contestant["pretraining"]
+        else row
+        for row in rows
+    ]
+
+
+def test_an_encoder_is_one_method_whatever_it_was_trained_on(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and not overall.left_out and not overall.tasks_left_out
+    assert "alpha, on set0" in overall.methods
+
+
+def test_own_data_stands_where_every_task_has_its_own_encoder(tmp_path):
+    rows = []
+    for k in range(3):
+        rows += on(
+            f"set{k}", [trained(row, f"{row.contestant['digest']} of {k}") for row in usual(f"set{k}")]
+        )
+    # Another encoder of that proxy, on one task alone: it stands for none of the others.
+    rows += on("set7", [trained(record("runs/alpha-0", gain=0.2, dataset="set1"), "other")])
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert "alpha, own data" in overall.methods and len(overall.methods) == 5
+    assert overall.left_out == ["alpha, on set7, resnet18 (on 1 of 3)"]
+
+
+def test_a_task_of_few_contestants_is_left_out_by_name_and_not_the_contestants(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    rows += on("set0", [record("runs/alpha-0", gain=0.1, dataset="tiny")])
+    out = tmp_path / "out"
+    (overall,) = read_report([write(tmp_path / "r", rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and overall.tasks_left_out == ["tiny: linear-probe, masks"]
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "share are there: tiny: linear-probe, masks." in (out / name).read_text(encoding="utf-8")
+
+
+def test_it_is_said_why_there_are_no_ranks_over_tasks(tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = on("a", [record("runs/alpha-0", dataset="a"), record("runs/beta-0", dataset="a")])
+    rows += on("b", [record("runs/gamma-0", dataset="b"), record("runs/delta-0", dataset="b")])
+    write(tmp_path / "r", rows)
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    words = "No ranks over tasks for segmentation (linear-probe): no two of the 2 tasks"
+    assert words in capsys.readouterr().out
+    assert words in (out / "index.html").read_text(encoding="utf-8")
+    assert words in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_other_contestants_are_no_seeds_of_one(tmp_path):
+    rows = [
+        trained(
+            record(f"runs/simclr-{size}-{seed}", gain=0.1), f"{size} {seed}", batch_size=size, seed=seed
+        )
+        for size in (16, 32)
+        for seed in (0, 1)
+    ]
+    for row in rows:  # named by their batch size alone, as `NAME=ENCODER` can be
+        row.contestant["name"] = row.contestant["name"].rpartition("-")[0]
+    rows += [
+        trained(record(f"runs/swav-{k}", gain=0.1), batch_size=8, seed=0, lr=lr)
+        for k, lr in enumerate((0.1, 0.2))
+    ]
+    rows += [trained(record(f"runs/mae-{seed}", gain=0.1), batch_size=8, seed=seed) for seed in (3, 4)]
+    # What the number means is not recorded; the seed it is not.
+    rows += [trained(record(f"runs/byol-{crop}", gain=0.1), batch_size=8, seed=0) for crop in (24, 48)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr, batch 16"].seeds == 2 and found["simclr, batch 32"].seeds == 2
+    assert found["swav, rate 0.1"].seeds == 1 and found["swav, rate 0.2"].seeds == 1
+    assert found["mae"].seeds == 2 and found["beta"].seeds == 2
+    assert found["byol, byol-24"].seeds == found["byol, byol-48"].seeds == 1
+
+
+def test_another_beginning_is_another_contestant_and_every_seed_may_have_its_own(tmp_path):
+    rows = [
+        trained(record(f"runs/simclr-{seed}"), f"{start} {seed}", batch_size=8, seed=seed,
+                init=start and {"from": f"{start}-{seed}/encoder", "steps": 7})
+        for start in ("", "runs/mae")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2 and found["simclr, after mae"].seeds == 2
+
+
+def test_a_record_too_old_to_tell_its_recipe_is_a_seed_of_those_that_do(tmp_path):
+    rows = [record("runs/simclr-0"), trained(record("runs/simclr-1"), batch_size=8, seed=1)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2
+
+
+def test_what_a_checkpoint_says_of_its_beginning_and_recipe_is_in_the_record(tmp_path):
+    from ssl3d.api import encoder_from
+    from ssl3d_benchmarks.contestants import Entry, described
+
+    encoder = encoder_from("scratch:resnet10:width=4", seed=0)
+    said = {"init": {"from": "imagenet:mobilenet_v2:acs", "steps": None}, "batch_size": 16, "lr": 0.002}
+    encoder.metadata |= {"steps": 100, "proxies": {"simclr": {}}, **said, "optimizer": "sgd", "seed": 7}
+    own = described(Entry("runs/x-0", "encoder", "scratch:resnet18", None, "x"), encoder, {}).described()
+    assert own["pretraining"].items() >= {**said, "optimizer": "sgd", "seed": 7}.items()
+    row = record("runs/simclr-0")
+    row.contestant["pretraining"] |= own["pretraining"]
+    assert "simclr after ImageNet" in arms(read_report([write(tmp_path, [*usual(), row])], resamples=100))
+
+
+def test_a_trivial_row_of_a_newer_version_refuses_no_network(tmp_path):
+    rows = usual()
+    rows[5].version = 2
+    made = read_report([write(tmp_path, rows)], resamples=100)
+    assert len(made.boards[0].ranked()) == 5
+    (refused,) = made.records.refused
+    assert refused.who == "intensities and position" and "version 2, the table has 1" in refused.why
+
+
+# What must not be credited ------------------------------------------------------------------------
+
+
+def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
+    plain = usual()
+    for row in plain:
+        if row.contestant["kind"] == "encoder" and row.contestant["pretraining"]:
+            like = record("runs/gamma-0", gain=0.001)  # not told from untrained: its p is not 0
+            row.predictions, row.scores = like.predictions, like.scores
+    before = arms(read_report([write(tmp_path / "a", plain)], resamples=200))
+    labelled = record("runs/med3d-0", gain=0.2, flags={"saw_labels": True})
+    weak = record("runs/weak-0", gain=0.001, flags={"saw_labels": True})
+    made = read_report([write(tmp_path / "b", [*plain, labelled, weak])], resamples=200)
+    found = arms(made)
+    lines = answer(made.boards)
+    assert lines[0] == "Segmentation (linear-probe): not shown on any of 1 tables."
+    assert "ahead beyond chance on 0 of 1 tables" in " ".join(lines)
+    head = "Segmentation (linear-probe), pretrained with labels, ranked apart: an encoder"
+    assert lines[-1].startswith(head)
+    assert "beyond chance on 1 of 1 tables (set (med3d))" in lines[-1]
+    assert {k: v.p_holm for k, v in before.items()} == {
+        k: v.p_holm for k, v in found.items() if v.section == "main"
+    }  # a family of tests of their own
+
+
+def finetuned(name, kind="encoder", rates=(0.001,), **changes):
+    """A record of fine-tuning, with a curve over steps."""
+    row = record(name, kind, weights_seed=0 if kind == "untrained" else None, **changes)
+    row.task = "finetune-segmentation/masks"
+    row.settings = {"task": {"classes": [0, 1]}, "training": {"steps": 3}, "rates": list(rates)}
+    if kind == "trivial":
+        row.settings |= {"training": {}, "rates": []}
+    for one in row.predictions:
+        one |= {"hd95": {"1": 1.0}, "surface_dice": {"1": 0.5}}
+    row.compute = {"details": [{"curve": [{"step": k, "score": 0.1 * k} for k in (1, 2, 3)]}]}
+    return row
+
+
+def test_unequal_tuning_is_said_loudly(tmp_path):
+    def made(folder, rates):
+        rows = [finetuned("runs/alpha-0", rates=rates), finetuned("scratch:resnet18", "untrained")]
+        return read_report([write(folder, [*rows, finetuned("average mask", "trivial")])], resamples=100)
+
+    words = "learning rates tried: 6 for alpha; 1 for from scratch"
+    assert any(words in line for line in made(tmp_path / "a", [1, 2, 3, 4, 5, 6]).boards[0].missing)
+    assert made(tmp_path / "b", [0.002]).boards[0].missing == []  # as many, though another
+    out = tmp_path / "out"
+    main(["leaderboard", "report", str(tmp_path / "a"), "--out", str(out), "--resamples", "100"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count(words) == 1 and "Unequal tuning: set: finetune-segmentation, masks." in page
+
+
+def test_what_saw_test_subjects_is_in_no_curve_and_no_picture(tmp_path):
+    from PIL import Image
+
+    leak = {"seen_test_subjects": 3, "ranked": False}
+    rows = [
+        finetuned("scratch:resnet18", "untrained"),
+        finetuned("average mask", "trivial"),
+        trained(finetuned("runs/leak-0", gain=0.3, flags=leak), data={"volumes": 500, "datasets": ["x"]}),
+        trained(finetuned("runs/alpha-0", gain=0.1), data={"volumes": 50, "datasets": ["x"]}),
+        trained(finetuned("runs/beta-0", gain=0.0, steps=900), data={"volumes": 5, "datasets": ["x"]}),
+    ]
+    folder = write(tmp_path, rows)
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(folder / f"{row.filename[:10]}-masks-{row.key[:8]}.png")
+    from ssl3d_benchmarks import leaderboard_page as page
+
+    (board,) = read_report([folder], resamples=100).boards
+    for chart in (page._steps, page._compute, page._data):
+        assert "alpha" in chart(board) and "leak" not in chart(board)
+    pictures = page._pictures(board)
+    assert 'alt="alpha: predictions' in pictures and 'alt="from scratch: predictions' in pictures
+    assert "leak" not in pictures and "leak" in page._forest(board)
+
+
+def test_detection_is_compared_with_from_scratch(tmp_path):
+    import dataclasses
+
+    rows = [finetuned("runs/alpha-0", gain=0.2), finetuned("scratch:resnet18", "untrained")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    board.table = dataclasses.replace(board.table, task="finetune-detection/boxes")
+    text = " ".join(answer([board]))
+    assert "Detection (finetune-detection): yes on 1" in text and "same network from scratch beyond" in text
+    assert "untrained" not in text
+
+
+# How it looks -------------------------------------------------------------------------------------
+
+
+def test_encoders_pretrained_with_labels_have_a_table_of_their_own(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page, own = text.split("<h3>Pretrained with labels: ranked among themselves</h3>")
+    assert "med3d" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
+    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "med3d"
+    assert "1 (1–1), with labels" in own
+
+
+def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
+    rows = [
+        record("runs/seen-0", flags={"saw_labels": True, "seen_test_subjects": 2, "ranked": False}),
+        record("runs/dark-0", flags={"saw_labels": True, "seen_test_volumes": None}),
+        trained(record("runs/known-0", flags={"saw_labels": True, "seen_test_volumes": None})),
+    ]
+    rows[2].contestant["identities_seen"] = 12
+    made = read_report([write(tmp_path, [*usual(), *rows])], resamples=100)
+    found = arms(made)
+    assert found["seen"].rank is None and found["seen"].section == "main"
+    assert found["seen"].why_unranked == "pretraining saw 2 test subjects, and learned from labels"
+    assert any("Whether dark learned from labels of test" in note for note in made.boards[0].notes)
+
+
+def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'data-v="leak">leak<small>NOT RANKED: pretraining saw 3 test subjects', text)
+    assert re.search(r'data-v="beta">beta<small>2 seeds</small>', text)
+    assert ">notes<" not in text and text.count("Published: Someone 2020") == 1
+
+
+def test_cells_sort_by_numbers_or_words_and_what_has_neither_is_last():
+    from ssl3d_benchmarks.leaderboard_page import SCRIPT, _table
+
+    cells = [("1 seed", "1 seed"), ("-", None), (".5", 0.5), ("–", float("nan"))]
+    page = _table("c", ["name", "about", "rank", "x", "y"], [("", "row", cells)])
+    assert re.findall(r'<td[^>]* data-v="([^"]*)"', page) == ["1 seed", "", "0.5", ""]
+    assert "if(x===''||y==='')return (x==='')-(y==='')" in SCRIPT
+
+
+def test_ranks_between_two_places_are_not_rounded(report):
+    from ssl3d_benchmarks.leaderboard_text import rank_text
+
+    arm = arms(report)["alpha"]
+    before = arm.rank, arm.rank_interval
+    arm.rank, arm.rank_interval = 26.5, (25.5, 26.5)
+    assert rank_text(arm) == "26.5 (25.5–26.5)"
+    arm.rank, arm.rank_interval = before
+
+
+def test_tables_of_one_title_say_what_differs(tmp_path):
+    rows = []
+    for steps, width in ((3, 16), (500, 32)):
+        for row in (finetuned("runs/alpha-0"), finetuned("scratch:resnet18", "untrained")):
+            row.settings = {**row.settings, "training": {"steps": steps, "lots": [1, 2], "same": 7}}
+            row.contestant["group"] = f"scratch:resnet18:width={width}"
+            rows.append(row)
+    out = tmp_path / "out"
+    tables = read_report([write(tmp_path / "r", rows)], resamples=100).records.tables
+    assert sorted(table.differs for table in tables) == [
+        "network resnet18:width=16, steps 3", "network resnet18:width=32, steps 500",
+    ]  # fmt: skip
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "Here: network resnet18:width=16, steps 3." in (out / name).read_text(encoding="utf-8")
+
+
+def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
+    from ssl3d_benchmarks.leaderboard_charts import critical
+
+    names = [f"a method of a long name, {k}" for k in range(7)]
+    picture = critical(names, [1.2, 2, 3, 4, 5, 6, 6.8], 2.5, [(0, 2)], "t")
+    stems = [float(x) for found in re.findall(r'"stem" points="([^"]*)"', picture)
+             for x in re.findall(r"([\d.]+),", found)]  # fmt: skip
+    left, right = (
+        [float(x) for x in re.findall(rf'class="name" x="([\d.]+)"[^>]*"{side}"', picture)]
+        for side in ("end", "start")
+    )
+    assert len(left) == 4 and len(right) == 3
+    assert max(left) < min(stems) and min(right) > max(stems)
+    assert min(left) > 6 * len(names[0])  # they fit
+
+
+def test_an_axis_of_few_amounts_has_their_ticks_and_room_for_its_name():
+    from ssl3d_benchmarks.leaderboard_charts import Line, lines
+
+    points = [(x, y, y, y) for x, y in ((4, 0.8125), (8, 0.815), (16, 0.8175))]
+    picture = lines([Line("a", points)], "people", "dice", "t", log=True, called={16: "all"})
+    below = re.findall(r'y="[\d.]+" text-anchor="middle">([\w.]+)</text>', picture)
+    assert below == ["4", "8", "all", "people"]
+    ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([\d.]+)</text>', picture)
+    assert max(len(words) for _, words in ticks) >= 5
+    assert all(
+        float(x) - 7 * len(words) > 13 + 4 for x, words in ticks
+    )  # the name's place, half its height
+
+
+def test_trivial_rows_that_lack_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, kind in (("runs/a-0", "encoder"), ("volume only", "trivial"), ("pooled voxels", "trivial")):
+        shares = rng.uniform(0.01, 0.99, 20)
+        predictions = [
+            {"dataset": "set", "subject": f"s{k}", "id": f"v{k}", "target": str(k % 2),
+             "probability": [float(1 - p), float(p)]}
+            for k, p in enumerate(shares)
+        ]  # fmt: skip
+        auc = float(np.mean([p > q for p in shares[1::2] for q in shares[::2]]))
+        settings = {"target": "classes", "classes": ["0", "1"]}
+        rows.append(record(name, kind, task="linear-probe/classes", main="auc", scores={"auc": auc},
+                           predictions=predictions, settings=settings))  # fmt: skip
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert any("no trivial row of shape features:" in line for line in board.missing)
+
+
+def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_path):
+    from ssl3d_benchmarks.leaderboard_text import cells, told
+
+    old = record("runs/old-0")
+    old.contestant["pretraining"]["compute"] = {"flops_per_step": 10**9}
+    rows = [row for row in [*usual(), old] if not row.contestant["name"].startswith("imagenet:")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert "No ImageNet conversion to compare with." in told(board)
+    found = arms(read_report([tmp_path], resamples=100))
+    assert cells(board, found["old"])[9:11] == ["–", "–"] and cells(board, found["alpha"])[9] == "60 s"
+    assert any("not known (–) for 1 of 4 encoders" in note for note in board.notes)

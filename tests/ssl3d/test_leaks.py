@@ -11,6 +11,7 @@ from ssl3d.data.store import Record, assemble, open_data, write_part
 from ssl3d.errors import CheckpointError
 from ssl3d.leaks import (
     HASHES,
+    hashes_complete,
     hashes_in,
     leak_flags,
     pack_hashes,
@@ -108,6 +109,21 @@ def test_a_scan_prepared_under_another_name_is_found(tmp_path):
         "saw_labels": True,
         "ranked": True,
     }
+
+
+def test_hashes_of_some_volumes_do_not_say_that_none_was_seen(tmp_path):
+    trained = store(tmp_path / "a.h5", {"p1": scan(1)})
+    tested = store(tmp_path / "b.h5", {"x": scan(2)}, dataset="other")
+    card = {"steps": 3, "volumes_seen": pack_hashes(volume_hashes(trained)[0]) | {"incomplete": True}}
+    assert not hashes_complete(card) and hashes_in(card) == volume_hashes(trained)[0]
+    whole = {"steps": 3, "volumes_seen": pack_hashes(volume_hashes(trained)[0])}
+    assert hashes_complete(whole) and not hashes_complete({"steps": 3})
+
+    def seen(data, found):
+        return leak_flags(data, [], hashes_in(found), False, hashes_complete(found))["seen_test_volumes"]
+
+    assert seen(tested, card) is None and seen(tested, whole) == 0
+    assert seen(trained, card) == 1  # what is found is found
 
 
 def test_the_same_file_prepared_otherwise_is_found(tmp_path):
