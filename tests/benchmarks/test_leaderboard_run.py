@@ -505,6 +505,14 @@ def test_a_card_that_tells_no_flops_ends_its_jobs_only(marks, monkeypatch, capsy
     assert not list((marks.parent / "out" / ".jobs").glob("*.lock"))
 
 
+def test_a_card_that_is_spoiled_after_all_was_done_ends_its_jobs_only(marks, capsys):
+    done(marks)
+    card = marks.parent / "work" / "flops-mae" / "encoder" / "encoder.json"
+    card.write_text("{", encoding="utf-8")
+    assert done(marks, status=1) == []
+    assert f"failed pretrain:mae:0: {card}" in capsys.readouterr().out
+
+
 def test_whatever_is_wrong_with_a_job_ends_that_job_only(marks, capsys):
     def wrong():
         raise TypeError("of two\nlines")
