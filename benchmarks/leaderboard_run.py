@@ -21,6 +21,7 @@ from typing import Any
 
 from ssl3d.api import UsageError
 from ssl3d_benchmarks import locks
+from ssl3d_benchmarks.leaderboard_check import check
 from ssl3d_benchmarks.leaderboard_suite import Job, Places, Plan, load_suite
 
 FRONT = (sys.executable, "-m", "ssl3d")
@@ -86,6 +87,7 @@ def run(options: RunOptions) -> int:
         raise UsageError(f"--data-root {root}: no such folder")
     places = Places(root, options.work or options.out / "work", options.out)
     plan = Plan(suite, places, options.only)
+    check(plan)
     if options.dry_run:
         for job in plan.jobs:
             print(f"{job.name}: {_shown(job)}")
@@ -178,6 +180,9 @@ class Runner:
             print(f"failed {name}: {why}{self._log(name)}", flush=True)
         for job in left:
             print(f"not done {job.name}: it needs what failed", flush=True)
+        if self.skipped and not self.done:
+            print("nothing could be done: is --data-root (or $SSL3D_DATA) right?", flush=True)
+            return 1
         return 1 if self.failed else 0
 
     # Which --------------------------------------------------------------------------------------

@@ -107,12 +107,27 @@ def load_suite(name: str | Path) -> Suite:
                 f"no suite {name}: {hint}built in are {', '.join(built_in())}; or name a .yaml"
             )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return _checked(path.stem, path, content)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice: YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is given twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _checked(name: str, path: Path, content: Any) -> Suite:
@@ -139,6 +154,9 @@ def _checked(name: str, path: Path, content: Any) -> Suite:
         raise UsageError(f"{path}: budget is {budget}: give flops, or run and steps")
     if "run" in budget and budget["run"] not in texts["runs"]:
         raise UsageError(f"{path}: budget: no run {budget['run']}")
+    for key in budget.keys() & {"flops", "steps"}:
+        if type(budget[key]) not in ((int, float) if key == "flops" else (int,)) or budget[key] <= 0:
+            raise UsageError(f"{path}: budget: {key} is {budget[key]!r}, must be a number above 0")
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise UsageError(f"{path}: seeds is {seeds}: a list of numbers from 0")
@@ -170,8 +188,10 @@ def _task(path: Path, name: str, content: Any, texts: Mapping[str, Mapping[str, 
         raise UsageError(f"{path}: {where}: protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
     patterns: dict[str, tuple[str, ...]] = {}
     for key in ("runs", "contestants"):
-        given = content.get(key, [])
+        given = content.get(key) or []
         given = [given] if isinstance(given, str) else given
+        if not isinstance(given, list):
+            raise UsageError(f"{path}: {where}: {key} is {given!r}: a name, a pattern, or a list of them")
         for pattern in given:
             if not fnmatch.filter(texts[key], str(pattern)):
                 raise UsageError(f"{path}: {where}: {key} {pattern} matches none")
@@ -477,7 +497,11 @@ class Plan:
                 name: place if _is_phantoms(place) else f"{{{name}}}" for name, place in places.items()
             }
         try:
-            return [word.format(**places) for word in shlex.split(text)]
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UsageError(f"suite {self.suite.name}: {text!r} are no words: {error}") from error
+        try:
+            return [word.format(**places) for word in words]
         except (KeyError, IndexError, ValueError) as error:
             there = ", ".join(sorted({*self.suite.runs, *self.suite.stores}))
             raise UsageError(
