@@ -32,8 +32,9 @@ class PretrainOptions:
         encoder: Its architecture (see `ssl3d encoders`).
         data: Stores, folders of stores, anything that `ssl3d prepare` takes, or phantoms[:N]. Several are
             read as one, balanced over their data sets.
-        subjects: Which subjects of labelled data are used: train (the house split leaves validation and
-            test subjects to the benchmarks) or all. Unlabelled data are always used whole.
+        subjects: Which labelled subjects are used: train (the house split leaves validation and test
+            subjects to the benchmarks) or all. Subjects without label, mask, boxes or a split of their
+            own are always used.
         holdout: Share of the subjects kept out of training, to report the proxies' metrics on people
             never seen.
         steps: Optimizer steps.
