@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import re
@@ -19,6 +18,7 @@ from ssl3d.data.normalize import modality_code
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom
 from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, relative, walk
+from ssl3d.data.tables import Table, read_table
 from ssl3d.errors import DataError
 
 _COLUMNS = {
@@ -228,6 +228,33 @@ def _with_row(scan: Scan, row: _Row) -> Scan:
     )
 
 
+def named_in(path: Path) -> Iterator[Path]:
+    """The files and folders that a CSV names, scans and masks, whether they exist or not.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    table, columns = _table(path)
+    for _, row in table.rows:
+        for name in ("path", "mask"):
+            if name in columns and (named := row[columns[name]].strip()):
+                yield path.parent / named
+
+
+def named_in_json(path: Path) -> Iterator[Path]:
+    """The scans and masks that a `dataset.json` lists, whether they exist or not.
+
+    Raises:
+        DataError: It is no JSON.
+    """
+    described = _json(path)
+    for part in ("training", "test"):
+        listed = described.get(part)
+        for entry in listed if isinstance(listed, list) else ():
+            names = entry.values() if isinstance(entry, dict) else [entry]
+            yield from (path.parent / name for name in names if isinstance(name, str))
+
+
 def with_listing(found: Found, root: Path) -> Found:
     """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them."""
     listings = []
@@ -263,8 +290,8 @@ def with_listing(found: Found, root: Path) -> Found:
 
 def _rows(path: Path, found: Found) -> Iterator[_Row]:
     table, columns = _table(path)
-    kind = _label_type([row[columns["label"]] for _, row in table] if "label" in columns else [])
-    for line, row in table:
+    kind = _label_type([row[columns["label"]] for _, row in table.rows] if "label" in columns else [])
+    for line, row in table.rows:
         values = {name: (row[column] or "").strip() for name, column in columns.items()}
         name = values["path"]
         if not name:
@@ -294,33 +321,21 @@ def _rows(path: Path, found: Found) -> Iterator[_Row]:
         )
 
 
-def _table(path: Path) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]]:
-    """Numbered rows, and the header's word for each column known."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    head = text.split("\n", 1)[0]
-    delimiter = max((",", ";", "\t"), key=head.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
-    header = {(word or "").strip().lower(): word for word in reader.fieldnames or []}
-    columns = {
-        name: header[alias]
-        for name, aliases in _COLUMNS.items()
-        for alias in reversed(aliases)
-        if alias in header
-    }
+def _table(path: Path) -> tuple[Table, dict[str, str]]:
+    """A list, and the header's word for each column known."""
+    table = read_table(path)
+    columns = table.columns(_COLUMNS)
     if "path" not in columns:
         raise DataError(
-            f"{path}: no column `path` (columns: {', '.join(header) or 'none'}); "
+            f"{path}: no column `path` (columns: {', '.join(table.header) or 'none'}); "
             "expected path, and if you like subject, label, split, mask"
         )
-    return [(reader.line_num, row) for row in reader], columns
+    return table, columns
 
 
 def _column(path: Path, name: str) -> list[str] | None:
     table, columns = _table(path)
-    return [row[columns[name]] for _, row in table] if name in columns else None
+    return [row[columns[name]] for _, row in table.rows] if name in columns else None
 
 
 def _known(label: str) -> str:

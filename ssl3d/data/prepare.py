@@ -18,6 +18,7 @@ import numpy as np
 
 from ssl3d.data import pool
 from ssl3d.data.geometry import Triple
+from ssl3d.data.keys import state_of
 from ssl3d.data.parts import (
     VERSION,
     digest_of,
@@ -32,7 +33,7 @@ from ssl3d.data.parts import (
 )
 from ssl3d.data.process import Recipe, Task, process, spacing_of_scan, start_worker
 from ssl3d.data.progress import Progress, bytes_of, count_of, duration_of
-from ssl3d.data.sources import Found, Scan, Wanted, find, in_part, walk
+from ssl3d.data.sources import Found, Scan, Wanted, find, in_part
 from ssl3d.errors import DataError
 
 _SAMPLE = 4  # scans timed before the estimate
@@ -255,8 +256,8 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
 def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     """The store of these scans from the cache ($SSL3D_CACHE, else ~/.cache/ssl3d), made if missing.
 
-    The store is keyed by the data (paths, sizes, times of change) and the options: when either changes
-    another one is made.
+    The store is keyed by the files that are read (paths, sizes, times of change; of a list its content
+    and the files that it names) and the options: when either changes another one is made.
 
     Args:
         paths: What `ssl3d prepare` takes.
@@ -272,8 +273,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
         if not root.exists():
             raise DataError(f"{root}: no such file or folder")
     unkeyed = {key: value for key, value in options.items() if key not in ("workers", "out", "overwrite")}
-    files = [file for root in roots for file in _neighbourhood(root)]
-    listing = [[str(file), *stamp(file)] for file in files]
+    listing = [state for root in roots for state in state_of(root)]
     key = digest_of([VERSION, [str(root) for root in roots], listing, unkeyed])
     cache = cache_folder()
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]
@@ -302,14 +302,6 @@ def _triple(values: Sequence[float]) -> Triple:
             f"spacing is {values}; expected three positive numbers (D H W, mm), keep or median"
         )
     return spacing[0], spacing[1], spacing[2]
-
-
-def _neighbourhood(root: Path) -> Iterator[Path]:
-    """The files that decide what becomes of a source: of a list, all that lies beside it."""
-    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv", ".json"):
-        yield root
-    else:
-        yield from walk(root if root.is_dir() else root.parent)
 
 
 def _plain_options(options: PrepareOptions) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
     "": "",
 }
-_IGNORED = frozenset(
+IGNORED = frozenset(
     (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
 )
 _HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
@@ -205,7 +205,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             found.rejected += arrays.rejected
         elif ending in (*NIFTI, *ITK, *PICTURES):
             files.append(path)
-        elif path.name.upper() == "DICOMDIR" or ending in _IGNORED:
+        elif path.name.upper() == "DICOMDIR" or ending in IGNORED:
             continue
         elif is_dicom(path):
             dicom[path.parent].append(path)
@@ -219,16 +219,29 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
 
 
 def walk(root: Path, skip: Iterable[str] = ()) -> Iterable[Path]:
-    """Files below a folder in a stable order, without hidden ones and the parts of stores being made."""
+    """Files below a folder in a stable order, without hidden ones and what the toolkit itself writes.
+
+    That is the parts of stores being made, and the folders of runs and of results, whose pictures and
+    predictions are no scans.
+    """
     skipped = set(skip)
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or path.name.endswith(".partial"):
             continue
         if path.is_dir():
-            if path.name not in skipped:
+            if path.name not in skipped and not _written_here(path):
                 yield from walk(path)
         elif path.is_file():
             yield path
+
+
+def _written_here(folder: Path) -> bool:
+    """Whether it is a run, or a folder of results, of this toolkit."""
+    if (folder / "config.yaml").is_file():
+        return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    if (folder / "table.txt").is_file():
+        return any(re.search(r"-[0-9a-f]{8}$", path.stem) for path in folder.glob("*.json"))
+    return (folder / ".jobs").is_dir()
 
 
 def dataset_name(root: Path, wanted: Wanted) -> str:
