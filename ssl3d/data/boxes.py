@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.data.tables import read_table
+from ssl3d.data.tables import NotText, read_table
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ _IN_MM = {
     "class": _COLUMNS["class"],
     "number": _COLUMNS["number"],
 }
+COLUMNS_OF_BOXES = frozenset(
+    alias for table in (_COLUMNS, _IN_MM) for aliases in table.values() for alias in aliases
+)
 _CENTRE_AND_SIZE = ("image", "x", "y", "z", "w", "h", "d")
 _NOTHING = ("no finding", "")  # a line that says so: somebody looked
 _SPECK = 4  # voxels; a smaller component of a mask has no box
@@ -88,7 +91,11 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
             content = _content(path)
             said = from_coco(path, content) or from_monai(path, content)
         else:
-            said = from_table(path, readers) or from_world_table(path)
+            try:
+                said = from_table(path, readers) or from_world_table(path)
+            except NotText as error:
+                found.notes.append(f"{error}; not used")
+                continue
         if said is None:
             continue
         by_end = _by_end(said.images)

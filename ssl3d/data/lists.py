@@ -6,19 +6,21 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl3d.data import sources
+from ssl3d.data.boxes import COLUMNS_OF_BOXES
 from ssl3d.data.dicom import is_dicom
 from ssl3d.data.normalize import modality_code
+from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom
 from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, relative, walk
-from ssl3d.data.tables import Table, read_table
+from ssl3d.data.tables import NotText, Table, read_table
 from ssl3d.errors import DataError
 
 _COLUMNS = {
@@ -170,6 +172,7 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
     if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
         found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
     seen: set[Path] = set()
+    found.notes += _unused(path)
     for row in _rows(path, found):
         if row.path in seen:
             found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
@@ -261,6 +264,9 @@ def with_listing(found: Found, root: Path) -> Found:
     for path in sorted(root.glob("*.csv")):
         try:
             mine = _column(path, "path")
+        except NotText as error:
+            found.notes.append(f"{error}; not used")
+            continue
         except DataError:
             continue
         if (
@@ -285,6 +291,7 @@ def with_listing(found: Found, root: Path) -> Found:
         found.notes.append(
             f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
         )
+        found.notes += _unused(listings[0], known=COLUMNS_OF_BOXES)
     return found
 
 
@@ -331,6 +338,35 @@ def _table(path: Path) -> tuple[Table, dict[str, str]]:
             "expected path, and if you like subject, label, split, mask"
         )
     return table, columns
+
+
+def _unused(path: Path, known: Collection[str] = ()) -> list[str]:
+    """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
+
+    Args:
+        path: Of the list.
+        known: Columns that something else reads.
+    """
+    table, columns = _table(path)
+    notes = []
+    own = [word.strip() for key, word in table.header.items()
+           if key and key not in known and word not in columns.values()]  # fmt: skip
+    if own:
+        where = [f"{name}s are read from {', '.join(_COLUMNS[name])}"
+                 for name in ("label", "subject") if name not in columns]  # fmt: skip
+        hint = f" ({'; '.join(where)})" if where else ""
+        notes.append(f"{path.name}: columns not used: {', '.join(own)}{hint}")
+    if table.overfull:
+        lines = "1 line has" if table.overfull == 1 else f"{table.overfull} lines have"
+        notes.append(
+            f"{path.name}: {lines} more cells than the header; what is in those was not read (a "
+            "delimiter within a cell needs quotes around it)"
+        )
+    given = [row[columns["label"]].strip() for _, row in table.rows] if "label" in columns else []
+    unknown = sum(bool(label) and not _known(label) for label in given)
+    if unknown:
+        notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")
+    return notes
 
 
 def _column(path: Path, name: str) -> list[str] | None:

@@ -132,7 +132,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
     """Finds the scans in folders and files.
 
     Raises:
-        DataError: A source does not exist, holds nothing known, or is a list that cannot be used.
+        DataError: A source does not exist, holds nothing known, or is a list that cannot be used; or no
+            file's name has the part that tells masks.
     """
     found = Found()
     for source in map(Path, sources):
@@ -145,6 +146,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         found.label_names.update(here.label_names)
         for dataset, names in here.box_names.items():
             found.box_names.setdefault(dataset, {}).update(names)
+    if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
+        found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
     return _distinct(found)
 
 
@@ -326,6 +329,36 @@ def label_note(names: Sequence[str]) -> str:
         f"not taken for scans, they look like label maps: {shown} (--take-labels takes them, "
         "--masks PART or a CSV with a column `mask` keeps them as masks)"
     )
+
+
+def _no_masks(roots: Sequence[Path], part: str) -> str:
+    """The line that says why no scan has a mask, where files have the part in their names.
+
+    Raises:
+        DataError: None has.
+    """
+    like: Counter[str] = Counter()
+    matching = 0
+    for root in roots:
+        for path in walk(root) if root.is_dir() else ():
+            if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+                continue
+            words = tokens(path)
+            matching += part.strip("_-. ").lower() in words
+            named = [word for word in words if _LABEL_NAME.search(word)]
+            parents = relative(path.parent, root).split("/")
+            named = named or [f"{folder}/" for folder in parents if _LABEL_FOLDER.fullmatch(folder)]
+            like.update(set(named))
+    if matching:
+        return f"--masks {part}: {matching} files have it in their names, and none is one scan's alone"
+    here = ", ".join(f"{word} ({count})" for word, count in like.most_common(8))
+    if not any(root.is_dir() for root in roots):
+        here = "a list names masks in its column `mask`"
+    elif here:
+        here = f"names like those of label maps here: {here}"
+    else:
+        here = "no name here is like those of label maps"
+    raise DataError(f"--masks {part}: no file has it in its name; {here}")
 
 
 def tokens(path: Path) -> list[str]:
