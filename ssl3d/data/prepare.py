@@ -25,6 +25,8 @@ from ssl3d.data.parts import (
     keep_only,
     key_of,
     locked,
+    mask_lines,
+    odd_masks,
     reuse_parts,
     stamp,
     store_counts,
@@ -194,9 +196,11 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         say(f"{out}: no subject of {len(found.scans):,} scans falls to part {options.part}; nothing to do")
         return Summary(out, 0, 0, len(refused), empty_shard=True)
     signed = _signed(scans, refused, options)
-    done = _finished(out, signed, options.overwrite)
+    done = _finished(out, signed, options)
     if done is not None:
         say(f"{out}: already prepared: {count_of(done.volumes, 'volume')}, {done.rejected} rejected")
+        for line in mask_lines(odd_masks(out)):
+            say(line)
         return done
     spacing, medians = _spacing(options, found, workers, say)
     recipe = Recipe(
@@ -250,6 +254,8 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         f"{out}: {count_of(volumes, 'volume')} of {count_of(subjects, 'subject')}, {len(rejected)} rejected"
         f"{_where(out, rejected)}, {bytes_of(out.stat().st_size)}, {duration_of(seconds)}"
     )
+    for line in mask_lines(odd_masks(out)):
+        say(line)
     return Summary(out, volumes, subjects, len(rejected), seconds=seconds)
 
 
@@ -331,7 +337,7 @@ def _signed(
     }
 
 
-def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | None:
+def _finished(out: Path, signed: dict[str, Any], options: PrepareOptions) -> Summary | None:
     """The store that is there already, if it is the one wanted; None if there is none or it may go."""
     if not out.exists():
         return None
@@ -346,11 +352,34 @@ def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | N
             f"a store of other data ({before.get('found', '?')} scans found then, {signed['found']} now, "
             "or files changed)"
             if same_options
-            else "a store made with other options"
+            else _other_options(settings, options)
         )
-    if overwrite:
+    if options.overwrite:
         return None
     raise DataError(f"{out}: exists, {reason}; --overwrite replaces it, --out names another")
+
+
+def _other_options(settings: dict[str, Any], options: PrepareOptions) -> str:
+    """Which options a store was made with that are not those given."""
+    usual = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(options)[1:]}))
+    before, now = usual | (settings.get("options") or {}), usual | _plain_options(options)
+    differ = [
+        f"--{name.replace('_', '-')}: {_word(before.get(name))} then, {_word(value)} now"
+        for name, value in now.items()
+        if before.get(name) != value and name not in ("out", "workers", "overwrite")
+    ]
+    if not differ:
+        return "a store made by another version of ssl3d"
+    return f"a store made with other options ({'; '.join(differ)})"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in (None, "", []):
+        return "none"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
 
 # Work ---------------------------------------------------------------------------------------------

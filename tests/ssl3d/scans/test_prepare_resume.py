@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ssl3d.cli import main
-from ssl3d.data import pool
+from ssl3d.data import parts, pool
 from ssl3d.data.prepare import PrepareOptions, prepare, prepare_cached
 from ssl3d.data.sources import Wanted, find
 from ssl3d.data.store import open_data
@@ -73,11 +74,24 @@ def test_a_finished_store_is_not_made_twice(scans, tmp_path, capsys):
     assert "already prepared: 6 volumes, 0 rejected" in capsys.readouterr().out
 
 
-def test_other_options_or_data_need_overwrite(scans, tmp_path):
+def test_other_options_or_data_need_overwrite(scans, tmp_path, monkeypatch):
     source, out = folder_of(scans, tmp_path / "d"), tmp_path / "s.h5"
     prepare(options(source, out))
-    with pytest.raises(DataError, match=r"made with other options; --overwrite"):
-        prepare(options(source, out, normalize="unit"))
+    for more, named in (
+        ({"normalize": "unit"}, "--normalize: auto then, unit now"),
+        ({"spacing": (2, 1, 1.5)}, "--spacing: keep then, 2 1 1.5 now"),
+        ({"window": (0, 80), "crop_foreground": True},
+         "--window: none then, 0 80 now; --crop-foreground: no then, yes now"),
+        ({"boxes": "masks"}, "--boxes: listed then, masks now"),
+    ):  # fmt: skip
+        message = re.escape(f"made with other options ({named}); --overwrite")
+        with pytest.raises(DataError, match=message):
+            prepare(options(source, out, **more))
+    monkeypatch.setattr(parts, "VERSION", 99)
+    monkeypatch.setattr("ssl3d.data.prepare.VERSION", 99)
+    with pytest.raises(DataError, match="made by another version of ssl3d; --overwrite"):
+        prepare(options(source, out))
+    monkeypatch.undo()
     scans.nifti(source / "new.nii.gz", scans.body())
     with pytest.raises(DataError, match=r"other data .6 scans found then, 7 now"):
         prepare(options(source, out))
