@@ -25,7 +25,7 @@ class Options:
     Attributes:
         encoder: A run, its encoder/ folder, scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one
             or several.
-        data: Stores, folders of stores, phantoms[:N], or scans (prepared into a cache first).
+        data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         task: What is learned: classification, segmentation or detection.
         out: Folder for the records (JSON), the table and the pictures.
         preset: Options of a published recipe: of classification medmnist (100 epochs, as published) and

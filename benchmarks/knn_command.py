@@ -23,7 +23,7 @@ class Options:
     Attributes:
         encoder: A run, its encoder/ folder, scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one
             or several.
-        data: Stores, folders of stores, phantoms[:N], or scans (prepared into a cache first).
+        data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         out: Folder for the records (JSON), the table and the pictures.
         target: What is predicted: classes, ordinal (ordered integers), real, or auto.
         neighbours: How many training rows vote, at most as many as there are.

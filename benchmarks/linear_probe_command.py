@@ -23,7 +23,7 @@ class Options:
     Attributes:
         encoder: A run, its encoder/ folder, scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one
             or several. LABEL=ENCODER gives the row a name of its own.
-        data: Stores, folders of stores, phantoms[:N], or scans (prepared into a cache first).
+        data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         out: Folder for the records (JSON), the table and the pictures.
         target: What is probed: classes, ordinal (ordered integers), real, masks (dense probe), or auto.
         folds: Of a cross-validation by subject instead of the house split; 0 for none.

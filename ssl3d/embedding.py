@@ -26,7 +26,8 @@ class EmbedOptions:
 
     Attributes:
         encoder: A run, its encoder/, or scratch:resnet18[:acs].
-        data: Stores, folders of stores, anything that `ssl3d prepare` takes, or phantoms[:N].
+        data: Stores, folders of stores, anything that `ssl3d prepare` takes (kept prepared in $SSL3D_CACHE,
+            else ~/.cache/ssl3d), or phantoms[:N].
         out: HDF5 file to write.
         pool: How a volume becomes one embedding: the mean over its feature maps, or the aggregator over
             its slices that intra_inter trained with the encoder.

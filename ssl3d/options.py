@@ -30,10 +30,11 @@ class PretrainOptions:
     Attributes:
         proxy: Proxy tasks to train together on the one encoder (see `ssl3d proxies`).
         encoder: Its architecture (see `ssl3d encoders`).
-        data: Stores, folders of stores, anything that `ssl3d prepare` takes, or phantoms[:N]. Several are
-            read as one, balanced over their data sets.
-        subjects: Which subjects of labelled data are used: train (the house split leaves validation and
-            test subjects to the benchmarks) or all. Unlabelled data are always used whole.
+        data: Stores, folders of stores, anything that `ssl3d prepare` takes (kept prepared in $SSL3D_CACHE,
+            else ~/.cache/ssl3d), or phantoms[:N]. Several are read as one, balanced over their data sets.
+        subjects: Which labelled subjects are used: train (the house split leaves validation and test
+            subjects to the benchmarks) or all. Subjects without label, mask, boxes or a split of their
+            own are always used.
         holdout: Share of the subjects kept out of training, to report the proxies' metrics on people
             never seen.
         steps: Optimizer steps.

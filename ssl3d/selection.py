@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ssl3d.data.store import Collection
 
 LEAST_FOR_HOLDOUT = 8
+BY_SUBJECT = "subject"
+"""In a run's record: labelled is who has a label. Runs without it took whole data sets for labelled."""
 
 
 @dataclass
@@ -33,16 +35,19 @@ class Selection:
     told: list[str]
 
 
-def select(data: Collection, subjects: str, share: float) -> Selection:
+def select(data: Collection, subjects: str, share: float, by: str = BY_SUBJECT) -> Selection:
     """Chooses by subject; depends on the data alone, so that runs with other seeds compare.
 
-    Labelled data (classes, masks, boxes, or splits that they came with) give their train split, so that
-    a benchmark's test subjects stay unseen; unlabelled data are used whole.
+    Labelled subjects (one of their volumes has a class, a mask, boxes, or the split that it came with)
+    give those of the train split, so that a benchmark's test subjects stay unseen. All others are used:
+    no benchmark scores them.
 
     Args:
         data: Everything that was given.
         subjects: "train", or "all" to use every split.
         share: Of the chosen subjects that is kept out: at least one where there are 8 or more.
+        by: "subject"; anything else takes all subjects of a data set for labelled where one is, which
+            is what runs that go on under that rule need.
 
     Raises:
         DataError: Nothing is left to train on.
@@ -54,15 +59,18 @@ def select(data: Collection, subjects: str, share: float) -> Selection:
     classes = np.array([label is not None for label in data.labels], dtype=bool)
     known = classes | data.has_mask | data.has_boxes | (data.splits != "")
     split = house_split(data) if known.any() else np.full(count, "train", dtype=object)
-    used = np.zeros(count, dtype=bool)
+    unit = data.subject_codes if by == BY_SUBJECT else codes
+    labelled = np.isin(unit, unit[known])
+    used = ~labelled | (split == "train") if subjects == "train" else np.ones(count, dtype=bool)
     told = []
     for code in np.unique(codes):
         own = codes == code
-        labelled = bool(known[own].any())
-        chosen = own & (split == "train") if labelled and subjects == "train" else own
-        used |= chosen
-        what = "the train split" if labelled and subjects == "train" else "all"
-        why = "labelled" if labelled else "unlabelled"
+        chosen = own & used
+        free = int((own & ~labelled).sum())
+        why = "labelled in part" if 0 < free < own.sum() else "unlabelled" if free else "labelled"
+        what = "all" if subjects == "all" or why == "unlabelled" else "the train split"
+        if why == "labelled in part" and subjects == "train":
+            what = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))
         told.append(
             f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"

@@ -41,7 +41,7 @@ from ssl3d.runs import (
     settle,
     write_config,
 )
-from ssl3d.selection import Selection, select
+from ssl3d.selection import BY_SUBJECT, Selection, select
 from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -194,12 +194,13 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
     if data is None:
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
-    selection = select(data, options.subjects, options.holdout)
+    found = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
+    by = str(found["about"]["data"].get("chosen_by", "")) if found else BY_SUBJECT
+    selection = select(data, options.subjects, options.holdout, by)
     digest = selection.train.digest()
     options = replace(options, precision=precision, threads=threads)
     options = replace(options, **lengths(options, len(selection.train)))
     plan = replace(plan, options=options, encoder_config=channels(plan, selection.train))
-    found = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
     encoder = build_encoder(plan, found is not None)
     layout = apply_layout(encoder, encoder, fabric.device, options.memory_format)
     plan = replace(plan, encoder=type(encoder), encoder_config=encoder.config)

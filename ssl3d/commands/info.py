@@ -6,9 +6,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssl3d.errors import DataError
+
+if TYPE_CHECKING:
+    from ssl3d.data.store import Store
 
 summary = "show what a store, a run, an encoder or a scan holds"
 
@@ -79,6 +82,7 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _of_stores(path: Path) -> dict[str, Any]:
+    from ssl3d.data.parts import odd_masks
     from ssl3d.data.store import open_data
 
     data = open_data([str(path)])
@@ -97,12 +101,38 @@ def _of_stores(path: Path) -> dict[str, Any]:
                 "path": str(store.path),
                 "volumes": len(store),
                 "rejected": len(store.rejected),
-                "datasets": store.fingerprint,
+                "datasets": _with_values(store),
+                "odd_masks": odd_masks(store.path) if store.rows["has_mask"].any() else {},
                 "settings": store.settings,
             }
             for store in data.stores
         ],
     }
+
+
+def _with_values(store: Store) -> dict[str, Any]:
+    """A store's fingerprint; `values` instead of `classes` where labels are measured, or too many kinds."""
+    import numpy as np
+
+    from ssl3d.data.index import NO_LABEL, TEXT_LABEL
+
+    prints = store.fingerprint
+    owner = np.array([store.datasets[dataset] for dataset, _ in store.people], object)[
+        store.rows["identity"]
+    ]
+    for name, print_ in prints.items():
+        rows = store.rows[(owner == name) & (store.rows["label_kind"] != NO_LABEL)]
+        numbers = rows["label"].astype(float)
+        if not len(rows) or (rows["label_kind"] == TEXT_LABEL).any():
+            continue
+        real = bool((numbers != np.rint(numbers)).any())  # whole numbers are classes, 1.0 too
+        if real or not print_.get("classes"):
+            low, middle, high = (float(f(numbers)) for f in (np.min, np.median, np.max))
+            prints[name] = {key: value for key, value in print_.items() if key != "classes"} | {
+                "values": {"count": len(rows), "different": len(np.unique(numbers)), "real": real,
+                           "min": low, "median": middle, "max": high}
+            }  # fmt: skip
+    return prints
 
 
 def _of_run(path: Path) -> dict[str, Any]:
@@ -234,6 +264,8 @@ def _of_scan(files: list[Path], shown: str = "") -> dict[str, Any]:
 
 
 def _store_lines(info: dict[str, Any]) -> list[str]:
+    from ssl3d.data.parts import mask_lines
+
     several = f" in {len(info['stores'])} stores" if len(info["stores"]) > 1 else ""
     lines = [
         f"{info['path']}: {info['volumes']:,} volumes of {info['subjects']:,} subjects{several}, "
@@ -244,6 +276,7 @@ def _store_lines(info: dict[str, Any]) -> list[str]:
             lines.append(f"{store['path']}: {store['volumes']:,} volumes, {store['rejected']:,} rejected")
         for name, print_ in store["datasets"].items():
             lines += _fingerprint_lines(name, print_)
+        lines += [f"  {line}" for line in mask_lines(store["odd_masks"])]
         chosen = {
             k: v for k, v in (store["settings"].get("options") or {}).items() if v not in ("", [], None)
         }
@@ -274,6 +307,11 @@ def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
         lines.append(
             f"  stored intensity{f' of channel {channel}' if print_['channels'] > 1 else ''}: {text}"
         )
+    if print_.get("values"):
+        values = print_["values"]
+        what = "real values" if values["real"] else f"whole numbers, {values['different']:,} different"
+        low, mid, high = (_words(values[key]) for key in ("min", "median", "max"))
+        lines.append(f"  labels: {values['count']:,} {what}, {low} to {high}, median {mid}")
     if print_.get("classes"):
         lines.append("  classes: " + ", ".join(f"{label} {n:,}" for label, n in print_["classes"].items()))
     return lines

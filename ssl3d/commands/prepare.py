@@ -8,8 +8,9 @@ summary = "make a store of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST, PNG, MSD, B
 
 EPILOG = """Sources come first, before options of several words (--channels t1 flair). By default every scan
 keeps its spacing: nothing is interpolated, and proxies measure in mm. Call it again after any stop and it
-goes on where it was. Files of no use are listed in rejected.csv beside the store. Exit status: 1 if nothing
-was usable, 2 for wrong input."""
+goes on where it was. Files of no use are listed in rejected.csv beside the store. Scans that are given to
+--data of another command are prepared by that, into $SSL3D_CACHE, else ~/.cache/ssl3d. Exit status: 1 if
+nothing was usable, 2 for wrong input."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ssl3d.data.tables import NotText, read_table
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ _IN_MM = {
     "class": _COLUMNS["class"],
     "number": _COLUMNS["number"],
 }
+COLUMNS_OF_BOXES = frozenset(
+    alias for table in (_COLUMNS, _IN_MM) for aliases in table.values() for alias in aliases
+)
 _CENTRE_AND_SIZE = ("image", "x", "y", "z", "w", "h", "d")
 _NOTHING = ("no finding", "")  # a line that says so: somebody looked
 _SPECK = 4  # voxels; a smaller component of a mask has no box
@@ -83,12 +86,16 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
     Raises:
         DataError: A file is damaged, or names a class that it does not list.
     """
-    for path in _files(root):
+    for path in list_files(root):
         if path.suffix.lower() == ".json":
             content = _content(path)
             said = from_coco(path, content) or from_monai(path, content)
         else:
-            said = from_table(path, readers) or from_world_table(path)
+            try:
+                said = from_table(path, readers) or from_world_table(path)
+            except NotText as error:
+                found.notes.append(f"{error}; not used")
+                continue
         if said is None:
             continue
         by_end = _by_end(said.images)
@@ -350,7 +357,7 @@ def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndar
 # ------------------------------------------------------------------------------------------------
 
 
-def _files(root: Path) -> Iterator[Path]:
+def list_files(root: Path) -> Iterator[Path]:
     """Files that may list boxes, in a stable order."""
     for folder in (root, root / "annotations"):
         if folder.is_dir():
@@ -404,22 +411,9 @@ def _table(
     path: Path, known: Mapping[str, Sequence[str]], needed: Sequence[str]
 ) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]] | None:
     """Numbered rows and the header's word for each column known; None where a needed one is not there."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    head = text.split("\n", 1)[0]
-    delimiter = max((",", ";", "\t"), key=head.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
-    header = {(word or "").strip().lower(): word for word in reader.fieldnames or []}
-    columns = {
-        name: next(header[alias] for alias in aliases if alias in header)
-        for name, aliases in known.items()
-        if any(alias in header for alias in aliases)
-    }
-    if not set(needed) <= columns.keys():
-        return None
-    return [(reader.line_num, row) for row in reader], columns
+    table = read_table(path)
+    columns = table.columns(known)
+    return (table.rows, columns) if set(needed) <= columns.keys() else None
 
 
 def _numbers(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl3d.data import sources
+from ssl3d.data.boxes import COLUMNS_OF_BOXES
 from ssl3d.data.dicom import is_dicom
 from ssl3d.data.normalize import modality_code
+from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom
 from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, relative, walk
+from ssl3d.data.tables import NotText, Table, read_table
 from ssl3d.errors import DataError
 
 _COLUMNS = {
@@ -170,6 +172,7 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
     if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
         found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
     seen: set[Path] = set()
+    found.notes += _unused(path)
     for row in _rows(path, found):
         if row.path in seen:
             found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
@@ -228,12 +231,42 @@ def _with_row(scan: Scan, row: _Row) -> Scan:
     )
 
 
+def named_in(path: Path) -> Iterator[Path]:
+    """The files and folders that a CSV names, scans and masks, whether they exist or not.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    table, columns = _table(path)
+    for _, row in table.rows:
+        for name in ("path", "mask"):
+            if name in columns and (named := row[columns[name]].strip()):
+                yield path.parent / named
+
+
+def named_in_json(path: Path) -> Iterator[Path]:
+    """The scans and masks that a `dataset.json` lists, whether they exist or not.
+
+    Raises:
+        DataError: It is no JSON.
+    """
+    described = _json(path)
+    for part in ("training", "test"):
+        listed = described.get(part)
+        for entry in listed if isinstance(listed, list) else ():
+            names = entry.values() if isinstance(entry, dict) else [entry]
+            yield from (path.parent / name for name in names if isinstance(name, str))
+
+
 def with_listing(found: Found, root: Path) -> Found:
     """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them."""
     listings = []
     for path in sorted(root.glob("*.csv")):
         try:
             mine = _column(path, "path")
+        except NotText as error:
+            found.notes.append(f"{error}; not used")
+            continue
         except DataError:
             continue
         if (
@@ -258,13 +291,14 @@ def with_listing(found: Found, root: Path) -> Found:
         found.notes.append(
             f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
         )
+        found.notes += _unused(listings[0], known=COLUMNS_OF_BOXES)
     return found
 
 
 def _rows(path: Path, found: Found) -> Iterator[_Row]:
     table, columns = _table(path)
-    kind = _label_type([row[columns["label"]] for _, row in table] if "label" in columns else [])
-    for line, row in table:
+    kind = _label_type([row[columns["label"]] for _, row in table.rows] if "label" in columns else [])
+    for line, row in table.rows:
         values = {name: (row[column] or "").strip() for name, column in columns.items()}
         name = values["path"]
         if not name:
@@ -294,33 +328,50 @@ def _rows(path: Path, found: Found) -> Iterator[_Row]:
         )
 
 
-def _table(path: Path) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]]:
-    """Numbered rows, and the header's word for each column known."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    head = text.split("\n", 1)[0]
-    delimiter = max((",", ";", "\t"), key=head.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
-    header = {(word or "").strip().lower(): word for word in reader.fieldnames or []}
-    columns = {
-        name: header[alias]
-        for name, aliases in _COLUMNS.items()
-        for alias in reversed(aliases)
-        if alias in header
-    }
+def _table(path: Path) -> tuple[Table, dict[str, str]]:
+    """A list, and the header's word for each column known."""
+    table = read_table(path)
+    columns = table.columns(_COLUMNS)
     if "path" not in columns:
         raise DataError(
-            f"{path}: no column `path` (columns: {', '.join(header) or 'none'}); "
+            f"{path}: no column `path` (columns: {', '.join(table.header) or 'none'}); "
             "expected path, and if you like subject, label, split, mask"
         )
-    return [(reader.line_num, row) for row in reader], columns
+    return table, columns
+
+
+def _unused(path: Path, known: Collection[str] = ()) -> list[str]:
+    """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
+
+    Args:
+        path: Of the list.
+        known: Columns that something else reads.
+    """
+    table, columns = _table(path)
+    notes = []
+    own = [word.strip() for key, word in table.header.items()
+           if key and key not in known and word not in columns.values()]  # fmt: skip
+    if own:
+        where = [f"{name}s are read from {', '.join(_COLUMNS[name])}"
+                 for name in ("label", "subject") if name not in columns]  # fmt: skip
+        hint = f" ({'; '.join(where)})" if where else ""
+        notes.append(f"{path.name}: columns not used: {', '.join(own)}{hint}")
+    if table.overfull:
+        lines = "1 line has" if table.overfull == 1 else f"{table.overfull} lines have"
+        notes.append(
+            f"{path.name}: {lines} more cells than the header; what is in those was not read (a "
+            "delimiter within a cell needs quotes around it)"
+        )
+    given = [row[columns["label"]].strip() for _, row in table.rows] if "label" in columns else []
+    unknown = sum(bool(label) and not _known(label) for label in given)
+    if unknown:
+        notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")
+    return notes
 
 
 def _column(path: Path, name: str) -> list[str] | None:
     table, columns = _table(path)
-    return [row[columns[name]] for _, row in table] if name in columns else None
+    return [row[columns[name]] for _, row in table.rows] if name in columns else None
 
 
 def _known(label: str) -> str:

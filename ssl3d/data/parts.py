@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data.process import Recipe
+from ssl3d.data.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.progress import count_of
 from ssl3d.data.sources import Scan
 from ssl3d.errors import DataError
 
+_BATCH = 4096  # records read at once
 VERSION = 1  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
@@ -151,6 +152,49 @@ def store_counts(path: Path) -> tuple[int, int]:
     with h5py.File(path, "r", locking=False) as file:
         rows = file["index/table"]["identity"]
     return len(rows), len(np.unique(rows))
+
+
+def odd_masks(path: Path) -> dict[str, list[str]]:
+    """The scans whose masks do not fit them, as a store's provenance has it.
+
+    Returns:
+        "elsewhere": whose mask's header places it somewhere else; "regridded": whose mask was of another
+        grid. Sources, in order.
+    """
+    import h5py
+
+    found: dict[str, list[str]] = {"elsewhere": [], "regridded": []}
+    with h5py.File(path, "r", locking=False) as file:
+        rows = file["index/table"][()]
+        masked = np.flatnonzero(rows["has_mask"])
+        for begin in range(0, len(masked), _BATCH):
+            own = rows[masked[begin : begin + _BATCH]]
+            start = int(own["provenance_at"].min())
+            ends = own["provenance_at"] + own["provenance_length"]
+            text = file["provenance"][start : int(ends.max())].tobytes()
+            for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
+                one = text[at - start : end - start]
+                if b'"mask":"' not in one:  # nearly all: they need not be parsed
+                    continue
+                record = json.loads(one)
+                how = record["done"].get("mask")
+                if how is not None:
+                    found["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
+    return found
+
+
+def mask_lines(odd: dict[str, list[str]]) -> list[str]:
+    """What to tell of `odd_masks`."""
+    said = {
+        "elsewhere": "placed elsewhere than the scan by its header, taken voxel by voxel all the same",
+        "regridded": "of another grid than the scan, resampled to it",
+    }
+    return [
+        f"{count_of(len(odd[kind]), 'mask')} {what}: {', '.join(odd[kind][:3])}"
+        + (f" and {len(odd[kind]) - 3} more" if len(odd[kind]) > 3 else "")
+        for kind, what in said.items()
+        if odd.get(kind)
+    ]
 
 
 def write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:

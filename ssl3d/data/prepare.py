@@ -18,12 +18,15 @@ import numpy as np
 
 from ssl3d.data import pool
 from ssl3d.data.geometry import Triple
+from ssl3d.data.keys import state_of
 from ssl3d.data.parts import (
     VERSION,
     digest_of,
     keep_only,
     key_of,
     locked,
+    mask_lines,
+    odd_masks,
     reuse_parts,
     stamp,
     store_counts,
@@ -32,7 +35,7 @@ from ssl3d.data.parts import (
 )
 from ssl3d.data.process import Recipe, Task, process, spacing_of_scan, start_worker
 from ssl3d.data.progress import Progress, bytes_of, count_of, duration_of
-from ssl3d.data.sources import Found, Scan, Wanted, find, in_part, walk
+from ssl3d.data.sources import Found, Scan, Wanted, find, in_part
 from ssl3d.errors import DataError
 
 _SAMPLE = 4  # scans timed before the estimate
@@ -193,9 +196,11 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         say(f"{out}: no subject of {len(found.scans):,} scans falls to part {options.part}; nothing to do")
         return Summary(out, 0, 0, len(refused), empty_shard=True)
     signed = _signed(scans, refused, options)
-    done = _finished(out, signed, options.overwrite)
+    done = _finished(out, signed, options)
     if done is not None:
         say(f"{out}: already prepared: {count_of(done.volumes, 'volume')}, {done.rejected} rejected")
+        for line in mask_lines(odd_masks(out)):
+            say(line)
         return done
     spacing, medians = _spacing(options, found, workers, say)
     recipe = Recipe(
@@ -249,14 +254,16 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         f"{out}: {count_of(volumes, 'volume')} of {count_of(subjects, 'subject')}, {len(rejected)} rejected"
         f"{_where(out, rejected)}, {bytes_of(out.stat().st_size)}, {duration_of(seconds)}"
     )
+    for line in mask_lines(odd_masks(out)):
+        say(line)
     return Summary(out, volumes, subjects, len(rejected), seconds=seconds)
 
 
 def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     """The store of these scans from the cache ($SSL3D_CACHE, else ~/.cache/ssl3d), made if missing.
 
-    The store is keyed by the data (paths, sizes, times of change) and the options: when either changes
-    another one is made.
+    The store is keyed by the files that are read (paths, sizes, times of change; of a list its content
+    and the files that it names) and the options: when either changes another one is made.
 
     Args:
         paths: What `ssl3d prepare` takes.
@@ -272,8 +279,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
         if not root.exists():
             raise DataError(f"{root}: no such file or folder")
     unkeyed = {key: value for key, value in options.items() if key not in ("workers", "out", "overwrite")}
-    files = [file for root in roots for file in _neighbourhood(root)]
-    listing = [[str(file), *stamp(file)] for file in files]
+    listing = [state for root in roots for state in state_of(root)]
     key = digest_of([VERSION, [str(root) for root in roots], listing, unkeyed])
     cache = cache_folder()
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]
@@ -304,14 +310,6 @@ def _triple(values: Sequence[float]) -> Triple:
     return spacing[0], spacing[1], spacing[2]
 
 
-def _neighbourhood(root: Path) -> Iterator[Path]:
-    """The files that decide what becomes of a source: of a list, all that lies beside it."""
-    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv", ".json"):
-        yield root
-    else:
-        yield from walk(root if root.is_dir() else root.parent)
-
-
 def _plain_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that decide what is in the store."""
     plain = dataclasses.asdict(options)
@@ -339,7 +337,7 @@ def _signed(
     }
 
 
-def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | None:
+def _finished(out: Path, signed: dict[str, Any], options: PrepareOptions) -> Summary | None:
     """The store that is there already, if it is the one wanted; None if there is none or it may go."""
     if not out.exists():
         return None
@@ -354,11 +352,34 @@ def _finished(out: Path, signed: dict[str, Any], overwrite: bool) -> Summary | N
             f"a store of other data ({before.get('found', '?')} scans found then, {signed['found']} now, "
             "or files changed)"
             if same_options
-            else "a store made with other options"
+            else _other_options(settings, options)
         )
-    if overwrite:
+    if options.overwrite:
         return None
     raise DataError(f"{out}: exists, {reason}; --overwrite replaces it, --out names another")
+
+
+def _other_options(settings: dict[str, Any], options: PrepareOptions) -> str:
+    """Which options a store was made with that are not those given."""
+    usual = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(options)[1:]}))
+    before, now = usual | (settings.get("options") or {}), usual | _plain_options(options)
+    differ = [
+        f"--{name.replace('_', '-')}: {_word(before.get(name))} then, {_word(value)} now"
+        for name, value in now.items()
+        if before.get(name) != value and name not in ("out", "workers", "overwrite")
+    ]
+    if not differ:
+        return "a store made by another version of ssl3d"
+    return f"a store made with other options ({'; '.join(differ)})"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in (None, "", []):
+        return "none"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
 
 # Work ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ssl3d.data.sources import Scan
 from ssl3d.errors import DataError
 
 _LABEL_VALUES = 32  # a label map has no more values than this
+MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +409,7 @@ def _mask(task: Task, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None
     placed = UNKNOWN not in (pixels.orientation, mask.orientation)
     if labels.shape == shape:
         if placed and not np.allclose(mask.affine, pixels.affine, atol=1e-2):
-            done["mask"] = "its header places it elsewhere; taken voxel by voxel"
+            done["mask"] = MASK_ELSEWHERE
         return labels
     if sorted(labels.shape) != sorted(shape) and placed:
         regridded = geometry.regrid(labels, mask.affine, shape, pixels.affine, nearest=True, outside=0)

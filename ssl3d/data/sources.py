@@ -36,7 +36,7 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
     "": "",
 }
-_IGNORED = frozenset(
+IGNORED = frozenset(
     (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
 )
 _HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
@@ -132,7 +132,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
     """Finds the scans in folders and files.
 
     Raises:
-        DataError: A source does not exist, holds nothing known, or is a list that cannot be used.
+        DataError: A source does not exist, holds nothing known, or is a list that cannot be used; or no
+            file's name has the part that tells masks.
     """
     found = Found()
     for source in map(Path, sources):
@@ -145,6 +146,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         found.label_names.update(here.label_names)
         for dataset, names in here.box_names.items():
             found.box_names.setdefault(dataset, {}).update(names)
+    if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
+        found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
     return _distinct(found)
 
 
@@ -205,7 +208,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             found.rejected += arrays.rejected
         elif ending in (*NIFTI, *ITK, *PICTURES):
             files.append(path)
-        elif path.name.upper() == "DICOMDIR" or ending in _IGNORED:
+        elif path.name.upper() == "DICOMDIR" or ending in IGNORED:
             continue
         elif is_dicom(path):
             dicom[path.parent].append(path)
@@ -219,16 +222,29 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
 
 
 def walk(root: Path, skip: Iterable[str] = ()) -> Iterable[Path]:
-    """Files below a folder in a stable order, without hidden ones and the parts of stores being made."""
+    """Files below a folder in a stable order, without hidden ones and what the toolkit itself writes.
+
+    That is the parts of stores being made, and the folders of runs and of results, whose pictures and
+    predictions are no scans.
+    """
     skipped = set(skip)
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or path.name.endswith(".partial"):
             continue
         if path.is_dir():
-            if path.name not in skipped:
+            if path.name not in skipped and not _written_here(path):
                 yield from walk(path)
         elif path.is_file():
             yield path
+
+
+def _written_here(folder: Path) -> bool:
+    """Whether it is a run, or a folder of results, of this toolkit."""
+    if (folder / "config.yaml").is_file():
+        return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    if (folder / "table.txt").is_file():
+        return any(re.search(r"-[0-9a-f]{8}$", path.stem) for path in folder.glob("*.json"))
+    return (folder / ".jobs").is_dir()
 
 
 def dataset_name(root: Path, wanted: Wanted) -> str:
@@ -313,6 +329,36 @@ def label_note(names: Sequence[str]) -> str:
         f"not taken for scans, they look like label maps: {shown} (--take-labels takes them, "
         "--masks PART or a CSV with a column `mask` keeps them as masks)"
     )
+
+
+def _no_masks(roots: Sequence[Path], part: str) -> str:
+    """The line that says why no scan has a mask, where files have the part in their names.
+
+    Raises:
+        DataError: None has.
+    """
+    like: Counter[str] = Counter()
+    matching = 0
+    for root in roots:
+        for path in walk(root) if root.is_dir() else ():
+            if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+                continue
+            words = tokens(path)
+            matching += part.strip("_-. ").lower() in words
+            named = [word for word in words if _LABEL_NAME.search(word)]
+            parents = relative(path.parent, root).split("/")
+            named = named or [f"{folder}/" for folder in parents if _LABEL_FOLDER.fullmatch(folder)]
+            like.update(set(named))
+    if matching:
+        return f"--masks {part}: {matching} files have it in their names, and none is one scan's alone"
+    here = ", ".join(f"{word} ({count})" for word, count in like.most_common(8))
+    if not any(root.is_dir() for root in roots):
+        here = "a list names masks in its column `mask`"
+    elif here:
+        here = f"names like those of label maps here: {here}"
+    else:
+        here = "no name here is like those of label maps"
+    raise DataError(f"--masks {part}: no file has it in its name; {here}")
 
 
 def tokens(path: Path) -> list[str]:

@@ -49,6 +49,52 @@ def test_store(store, capsys):
         assert words in text
 
 
+def test_measured_labels_are_no_classes(scans, tmp_path, capsys):
+    for name, values in (("real", ["0.5", "2", "", "4.25"]), ("whole", ["0", "1", "1", ""]),
+                         ("many", [str(i) for i in range(60)])):  # fmt: skip
+        folder = tmp_path / name
+        lines = ["path,label"]
+        for i, value in enumerate(values):
+            scans.nifti(folder / f"p{i}.nii.gz", scans.body((6, 6, 6), seed=i))
+            lines.append(f"p{i}.nii.gz,{value}")
+        (folder / "l.csv").write_text("\n".join(lines), encoding="utf-8")
+        prepare(PrepareOptions((str(folder / "l.csv"),), str(tmp_path / f"{name}.h5"), workers=0))
+    text = shown(capsys, tmp_path / "real.h5")
+    assert "  labels: 3 real values, 0.5 to 4.25, median 2\n" in text and "classes" not in text
+    text = shown(capsys, tmp_path / "whole.h5")
+    assert "  classes: 0 1, 1 2\n" in text and "labels:" not in text
+    assert "  labels: 60 whole numbers, 60 different, 0 to 59, median 29.5\n" in shown(
+        capsys, tmp_path / "many.h5"
+    )
+    assert as_json(capsys, tmp_path / "real.h5")["stores"][0]["datasets"]["real"]["values"]["count"] == 3
+
+
+def test_masks_that_do_not_fit_their_scans_are_named(scans, tmp_path, capsys):
+    shape, affine = (12, 14, 16), np.diag([1.0, 1, 1, 1])
+    mask = np.zeros(shape, np.uint8)
+    mask[4:8, 4:8, 4:8] = 1
+    for i in range(5):  # mirrored, as far as the headers know
+        scans.nifti(tmp_path / "d" / f"m{i}.nii.gz", scans.body(shape, i), np.diag([-1.0, 1, 1, 1]))
+        scans.nifti(tmp_path / "d" / f"m{i}_seg.nii.gz", mask, affine)
+    scans.nifti(tmp_path / "d" / "r.nii.gz", scans.body(shape), affine)
+    scans.nifti(tmp_path / "d" / "r_seg.nii.gz", mask[:-1], affine)
+    scans.nifti(tmp_path / "d" / "good.nii.gz", scans.body(shape), affine)
+    scans.nifti(tmp_path / "d" / "good_seg.nii.gz", mask, affine)
+    lines = [
+        "5 masks placed elsewhere than the scan by its header, taken voxel by voxel all the same: "
+        "m0.nii.gz, m1.nii.gz, m2.nii.gz and 2 more",
+        "1 mask of another grid than the scan, resampled to it: r.nii.gz",
+    ]
+    words = ["prepare", str(tmp_path / "d"), "--masks", "seg", "--out", str(tmp_path / "s.h5"),
+             "--workers", "0"]  # fmt: skip
+    for _ in range(2):  # made, and found made
+        assert main(words) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == lines
+    said = shown(capsys, tmp_path / "s.h5")
+    assert all(f"\n  {line}\n" in said for line in lines)
+    assert len(as_json(capsys, tmp_path / "s.h5")["stores"][0]["odd_masks"]["elsewhere"]) == 5
+
+
 def test_json_flag_may_come_first(store, capsys):
     assert json.loads(shown(capsys, "--json", store))["volumes"] == 3
 

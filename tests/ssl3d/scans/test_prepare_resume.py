@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssl3d.cli import main
-from ssl3d.data import pool
+from ssl3d.data import parts, pool
 from ssl3d.data.prepare import PrepareOptions, prepare, prepare_cached
+from ssl3d.data.sources import Wanted, find
 from ssl3d.data.store import open_data
 from ssl3d.errors import DataError
 
@@ -71,11 +74,24 @@ def test_a_finished_store_is_not_made_twice(scans, tmp_path, capsys):
     assert "already prepared: 6 volumes, 0 rejected" in capsys.readouterr().out
 
 
-def test_other_options_or_data_need_overwrite(scans, tmp_path):
+def test_other_options_or_data_need_overwrite(scans, tmp_path, monkeypatch):
     source, out = folder_of(scans, tmp_path / "d"), tmp_path / "s.h5"
     prepare(options(source, out))
-    with pytest.raises(DataError, match=r"made with other options; --overwrite"):
-        prepare(options(source, out, normalize="unit"))
+    for more, named in (
+        ({"normalize": "unit"}, "--normalize: auto then, unit now"),
+        ({"spacing": (2, 1, 1.5)}, "--spacing: keep then, 2 1 1.5 now"),
+        ({"window": (0, 80), "crop_foreground": True},
+         "--window: none then, 0 80 now; --crop-foreground: no then, yes now"),
+        ({"boxes": "masks"}, "--boxes: listed then, masks now"),
+    ):  # fmt: skip
+        message = re.escape(f"made with other options ({named}); --overwrite")
+        with pytest.raises(DataError, match=message):
+            prepare(options(source, out, **more))
+    monkeypatch.setattr(parts, "VERSION", 99)
+    monkeypatch.setattr("ssl3d.data.prepare.VERSION", 99)
+    with pytest.raises(DataError, match="made by another version of ssl3d; --overwrite"):
+        prepare(options(source, out))
+    monkeypatch.undo()
     scans.nifti(source / "new.nii.gz", scans.body())
     with pytest.raises(DataError, match=r"other data .6 scans found then, 7 now"):
         prepare(options(source, out))
@@ -338,6 +354,100 @@ def test_the_cache_is_keyed_by_data_and_options(scans, tmp_path, monkeypatch):
     (tmp_path / "e" / "a.nii.gz").write_bytes(b"")
     with pytest.raises(DataError, match="nothing usable"):
         prepare_cached([tmp_path / "e"], workers=0)
+
+
+def listed_elsewhere(scans, tmp_path):
+    """work/l.csv that names scans, a mask and a DICOM series of other folders."""
+    for i in range(3):
+        scans.nifti(tmp_path / "far" / f"p{i}.nii.gz", scans.body(seed=i))
+    scans.nifti(tmp_path / "masks" / "m.nii.gz", np.ones((12, 14, 16), np.uint8))
+    scans.dicom(tmp_path / "series", scans.body((8, 8, 4)), "1.2.3.4")
+    (tmp_path / "work").mkdir()
+    path = tmp_path / "work" / "l.csv"
+    path.write_text(
+        "path,label,mask\n../far/p0.nii.gz,0,../masks/m.nii.gz\n../far/p1.nii.gz,1,\n../series,1,\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_list_is_prepared_again_when_what_it_names_changes(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    path = listed_elsewhere(scans, tmp_path)
+    stores = [prepare_cached([path], workers=0)]
+    before = open_data([stores[0]])[0].read()
+
+    def changed():
+        stores.append(prepare_cached([path], workers=0))
+        return stores[-1] not in stores[:-1]
+
+    scans.nifti(tmp_path / "far" / "p0.nii.gz", scans.body(seed=9))
+    assert changed()
+    assert (open_data([stores[-1]])[0].read() != before).any()
+    scans.nifti(tmp_path / "masks" / "m.nii.gz", np.zeros((12, 14, 16), np.uint8))
+    assert changed()
+    slice_ = next((tmp_path / "series").iterdir())
+    os.utime(slice_, ns=(1, 1))
+    assert changed()
+    (tmp_path / "work" / "dataset.json").write_text('{"name": "mine"}', encoding="utf-8")
+    assert changed()
+    path.write_text(path.read_text(encoding="utf-8") + "../far/p2.nii.gz,0,\n", encoding="utf-8")
+    assert changed()
+
+
+def test_a_list_is_not_prepared_again_for_what_lies_beside_it(scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    path = listed_elsewhere(scans, tmp_path)
+    first = prepare_cached([path], workers=0)
+    for name in ("results/a-01234567.json", "runs/x/encoder/encoder.json", "s.h5", "t.csv", "n.nii.gz"):
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / name).write_bytes(b"{}")
+    scans.nifti(tmp_path / "far" / "p2.nii.gz", scans.body(seed=7))  # not listed
+    os.utime(path, ns=(1, 1))
+    assert prepare_cached([path], workers=0) == first
+    assert capsys.readouterr().err.count("preparing ") == 1
+
+
+def test_the_voxels_of_a_header_apart_count(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    scans.itk(tmp_path / "a.mhd", scans.body())
+    (tmp_path / "l.csv").write_text("path\na.mhd\n", encoding="utf-8")
+    for source in (tmp_path / "a.mhd", tmp_path / "l.csv"):
+        first = prepare_cached([source], workers=0)
+        assert prepare_cached([source], workers=0) == first
+        scans.itk(tmp_path / "b.mhd", scans.body(seed=3 + len(source.name)))
+        (tmp_path / "b.raw").replace(tmp_path / "a.raw")
+        assert prepare_cached([source], workers=0) != first
+
+
+def test_what_the_toolkit_writes_into_a_folder_is_neither_read_nor_counted(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    source = folder_of(scans, tmp_path / "d", 2)
+    (source / "boxes.json").write_text("{}", encoding="utf-8")
+    first = prepare_cached([source], workers=0)
+    picture = np.random.default_rng(0).integers(0, 255, (20, 20), np.uint8)
+    for name in ("runs/r/pictures/p.png", "results/a-embeddings.png", "tuned/curves.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(source / name)
+    for name in ("runs/r/config.yaml", "runs/r/metrics.jsonl", "results/table.txt",
+                 "results/a-0123abcd.json", "tuned/.jobs/x", "rejected.csv", "notes.txt"):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"")
+    assert prepare_cached([source], workers=0) == first
+    assert len(find([source], Wanted()).scans) == 2
+    (source / "boxes.json").write_text("{ }", encoding="utf-8")
+    assert prepare_cached([source], workers=0) != first
+
+
+def test_a_mask_outside_the_folder_counts(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    source = folder_of(scans, tmp_path / "d", 2)
+    name = sorted(path.name for path in source.iterdir())[0]
+    scans.nifti(tmp_path / "m.nii.gz", np.ones((12, 14, 16), np.uint8))
+    (source / "l.csv").write_text(f"path,mask\n{name},../m.nii.gz\n", encoding="utf-8")
+    first = prepare_cached([source], workers=0)
+    os.utime(tmp_path / "m.nii.gz", ns=(1, 1))
+    assert prepare_cached([source], workers=0) != first
 
 
 def test_the_estimate_comes_before_the_work_ends(scans, tmp_path, capsys):

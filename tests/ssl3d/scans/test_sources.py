@@ -287,6 +287,71 @@ def test_a_useless_csv_is_refused(scans, tmp_path, text, message):
         find([tmp_path / "l.csv"], Wanted())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_list_is_read_as_spreadsheets_write_it(scans, tmp_path, encoding):
+    scans.nifti(tmp_path / "a.nii.gz", scans.body())
+    (tmp_path / "l.csv").write_bytes("path;label\r\na.nii.gz;gutartig, groß\r\n".encode(encoding))
+    assert [scan.label for scan in find([tmp_path / "l.csv"], Wanted()).scans] == ["gutartig, groß"]
+    assert [scan.label for scan in find([tmp_path], Wanted()).scans] == ["gutartig, groß"]
+
+
+def test_a_csv_that_is_no_text_is_an_error_only_where_it_is_the_source(scans, tmp_path):
+    scans.nifti(tmp_path / "a.nii.gz", scans.body())
+    (tmp_path / "notes.csv").write_bytes(b"path\x00\x81\x8d\n")
+    found = find([tmp_path], Wanted())
+    assert len(found.scans) == 1
+    assert [note for note in found.notes if "notes.csv" in note] == [
+        f"{tmp_path / 'notes.csv'}: not text in UTF-8, UTF-16 or cp1252; not used"
+    ]
+    with pytest.raises(DataError, match=r"notes\.csv: not text"):
+        find([tmp_path / "notes.csv"], Wanted())
+
+
+def test_what_of_a_list_is_not_used_is_said(scans, tmp_path):
+    for name in "abc":
+        scans.nifti(tmp_path / f"{name}.nii.gz", scans.body())
+    path = tmp_path / "l.csv"
+    path.write_text("path,Target,\na.nii.gz,1,,\nb.nii.gz,2,,x,\nc.nii.gz,3,\n", encoding="utf-8")
+    notes = [
+        "l.csv: columns not used: Target (labels are read from label, class, class_index, diagnosis; "
+        "subjects are read from subject, patient, subject_id, patient_id)",
+        "l.csv: 1 line has more cells than the header; what is in those was not read (a delimiter within a "
+        "cell needs quotes around it)",
+    ]
+    assert find([path], Wanted()).notes == notes
+    assert find([tmp_path], Wanted()).notes[1:] == notes
+    path.write_text("path,patient,label\na.nii.gz,p,NA\nb.nii.gz,p,\nc.nii.gz,q,nan\n", encoding="utf-8")
+    assert find([path], Wanted()).notes == ["l.csv: 2 labels of nan, NA, N/A or null: taken for none"]
+    path.write_text("path,subject,label,split,mask\na.nii.gz,p,1,,\n", encoding="utf-8")
+    assert find([path], Wanted()).notes == []
+
+
+def test_the_columns_of_boxes_beside_scans_are_used(scans, tmp_path):
+    scans.nifti(tmp_path / "a.nii.gz", scans.body())
+    (tmp_path / "b.csv").write_text(
+        "path,x_mm,y_mm,z_mm,w_mm,h_mm,d_mm,class_name\na.nii.gz,5,5,5,4,4,4,node\n", encoding="utf-8"
+    )
+    assert not any("not used" in note for note in find([tmp_path], Wanted()).notes)
+
+
+def test_masks_by_a_name_that_no_file_has_are_refused(scans, tmp_path):
+    for name in ("a", "a_seg", "b", "b_seg", "b_brainmask", "labels/c"):
+        scans.nifti(tmp_path / "d" / f"{name}.nii.gz", scans.body())
+    message = r"--masks sge: no file has it.*: seg \(2\), brainmask \(1\), labels/ \(1\)$"
+    for channels in ((), ("a", "b")):
+        with pytest.raises(DataError, match=message):
+            find([tmp_path / "d"], Wanted(masks="sge", channels=channels))
+    (tmp_path / "l.csv").write_text("path\nd/a.nii.gz\n", encoding="utf-8")
+    with pytest.raises(DataError, match="a list names masks in its column `mask`"):
+        find([tmp_path / "l.csv"], Wanted(masks="seg"))
+    # One source with masks is enough, and a name that is there but nobody's is said.
+    assert len(find([tmp_path / "d", tmp_path / "l.csv"], Wanted(masks="seg")).scans) == 2
+    scans.nifti(tmp_path / "e" / "x.nii.gz", scans.body())
+    scans.nifti(tmp_path / "e" / "far" / "y_seg.nii.gz", scans.body())
+    notes = find([tmp_path / "e"], Wanted(masks="_seg")).notes
+    assert "--masks _seg: 1 files have it in their names, and none is one scan's alone" in notes
+
+
 def test_csv_may_name_dicom_folders(scans, tmp_path):
     scans.dicom(tmp_path / "p1", scans.body((8, 8, 4)), "1.2.3.4", patient="X")
     scans.dicom(tmp_path / "p2", scans.body((8, 8, 4)), "1.2.3.5")

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import ssl3d
 from ssl3d import cli, runs, snapshot
 from ssl3d.checkpoint import load_proxies
+from ssl3d.data.store import Record, assemble, write_part
 from ssl3d.errors import CheckpointError, TrainingError
 
 COMMAND = [sys.executable, "-m", "ssl3d", "pretrain"]
@@ -209,6 +211,39 @@ def test_other_data_are_refused(train, tmp_path):
     other = str(phantom_store(13, shape=(24, 32, 32), folder=tmp_path))
     with pytest.raises(CheckpointError, match="data have changed"):
         ssl3d.resume(run.folder, PretrainOptions(data=(other,)), {"data"})
+
+
+def test_a_run_of_the_earlier_choice_of_subjects_goes_on_with_it(
+    tiny_plugins, small, tmp_path, monkeypatch
+):
+    from ssl3d import train as module
+
+    image = np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32)
+    for i in range(24):
+        entry = Record(id=str(i), dataset="d", subject=f"s{i}", label=i % 2 if i < 8 else None)
+        write_part(tmp_path / "s.h5.partial", f"{i:04d}", entry, image + i)
+    assemble(tmp_path / "s.h5.partial", tmp_path / "s.h5", {}, [])
+
+    def before(plan, data, digest):
+        about = metadata(plan, data, digest)
+        del about["data"]["chosen_by"]  # as it was
+        return about
+
+    metadata = module.metadata
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "BY_SUBJECT", "")
+        patched.setattr(module, "metadata", before)
+        options = small | {"steps": 4, "tiny": {"signal_at": 1}}
+        run = ssl3d.pretrain("tiny", data=tmp_path / "s.h5", out=tmp_path / "run", **options)
+        assert run.stopped
+    assert ssl3d.resume(run.folder).finished
+    card = json.loads((run.folder / "encoder" / "encoder.json").read_text(encoding="utf-8"))
+    assert card["data"]["volumes"] == len(card["identities"]) < 16
+    options = small | {"steps": 4, "holdout": 0.0}
+    new = ssl3d.pretrain("tiny", data=tmp_path / "s.h5", out=tmp_path / "new", **options)
+    card = json.loads((new.folder / "encoder" / "encoder.json").read_text(encoding="utf-8"))
+    assert card["data"]["volumes"] == len(card["identities"]) > 16
+    assert card["data"]["chosen_by"] == "subject"
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

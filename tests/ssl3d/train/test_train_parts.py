@@ -158,6 +158,74 @@ def test_few_subjects_keep_one_out_from_eight_on(data):
         assert len(people(select(few, "all", 0.01).holdout)) == kept
 
 
+def small_store(path, rows):
+    """A store of (dataset, subject, label, split, mask, boxes) rows."""
+    from ssl3d.data.store import Record, assemble, open_data, write_part
+
+    image = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    parts = path.with_name(f"{path.name}.partial")
+    for i, (dataset, subject, label, split, mask, boxes) in enumerate(rows):
+        more = {"mask": np.ones((4, 8, 8), np.uint8)} if mask else {}
+        if boxes:
+            more |= {"boxes": np.zeros((0, 6), np.float32), "box_labels": np.zeros(0, np.int64)}
+        entry = Record(id=str(i), dataset=dataset, subject=subject, label=label, split=split)
+        write_part(parts, f"{i:04d}", entry, image, **more)
+    assemble(parts, path, {}, [])
+    return open_data([path])
+
+
+def mixed_rows(labelled=8, unlabelled=16, dataset="mixed"):
+    return [(dataset, f"s{i}", i % 2 if i < labelled else None, "", False, False)
+            for i in range(labelled + unlabelled)]  # fmt: skip
+
+
+def test_subjects_without_a_label_are_all_used(tmp_path):
+    from ssl3d.data.split import house_split
+
+    mixed = small_store(tmp_path / "s.h5", mixed_rows() + mixed_rows(0, 3, "plain"))
+    chosen = select(mixed, "train", 0.0)
+    split, known = house_split(mixed), np.array([label is not None for label in mixed.labels])
+    assert people(chosen.train) == people(mixed.select(~known | (split == "train")))
+    kept = int((known & (split == "train")).sum())
+    assert 0 < kept < 8 and (split[~known] != "train").any()
+    assert chosen.told == [
+        f"mixed (labelled in part): {kept} of the train split + 16 unlabelled, {kept + 16} of 24 volumes, "
+        f"{kept + 16} subjects",
+        "plain (unlabelled): all, 3 of 3 volumes, 3 subjects",
+    ]
+    # No test subject of a benchmark, and the queries of the kNN score are not learned from.
+    assert not people(chosen.train) & people(mixed.select(known & (split != "train")))
+    assert len(chosen.queries) and not people(chosen.queries) & people(chosen.train)
+
+
+@pytest.mark.parametrize("mark", ["label", "mask", "boxes", "split"])
+def test_one_mark_on_one_volume_makes_a_subject_labelled(tmp_path, mark):
+    from ssl3d.data.split import house_split
+
+    bare = (None, "", False, False)
+    marked = {"label": (0.5, "", False, False), "mask": (None, "", True, False),
+              "boxes": (None, "", False, True), "split": (None, "test", False, False)}[mark]  # fmt: skip
+    rows = [
+        ("d", f"s{i}", *(marked if i < 10 and scan == 1 else bare)) for i in range(20) for scan in (0, 1)
+    ]
+    data = small_store(tmp_path / "s.h5", rows)
+    chosen = select(data, "train", 0.0)
+    split, first = house_split(data), np.array([int(s[1:]) < 10 for s in data.subjects])
+    away = people(data.select(first & (split != "train")))
+    assert away and people(chosen.train) == people(data) - away
+    assert len(chosen.train) == 2 * len(people(chosen.train))
+
+
+def test_runs_of_the_earlier_rule_choose_by_data_set(tmp_path):
+    from ssl3d.data.split import house_split
+
+    data = small_store(tmp_path / "s.h5", mixed_rows() + mixed_rows(0, 3, "plain"))
+    chosen = select(data, "train", 0.0, "")
+    allowed = (house_split(data) == "train") | (data.datasets == "plain")
+    assert people(chosen.train) == people(data.select(allowed))
+    assert len(select(data, "train", 0.0).train) > len(chosen.train)
+
+
 @given(rows=st.lists(st.integers(0, 3), min_size=4, max_size=12), parts=st.sampled_from([1, 2, 4]))
 def test_cutting_keeps_every_row_once(rows, parts):
     # rows[i] is the group that row i is in.
