@@ -336,9 +336,16 @@ def _train(
     run.done = options.steps
     same = int(selection.train.shapes[0][0]) == plan.encoder_config.in_channels  # else colours were slices
     words = " ".join(map(str, options.data)) if same else "VOLUMES"
+    if same and not _has_targets(selection.train):
+        words = "LABELLED.csv"
     log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
     log.say(f"next: ssl3d linear-probe {folder} --data {words} --out {folder / 'probe'}")
     return run
+
+
+def _has_targets(data: Collection) -> bool:
+    """Whether there is something that a linear probe can be fitted to: labels or masks."""
+    return bool(data.has_mask.any()) or any(label is not None for label in data.labels)
 
 
 def _where(fabric: Fabric, options: PretrainOptions) -> str:

@@ -65,7 +65,7 @@ def describe(plugin: Any) -> str:
 
 
 _EPILOG = (
-    "Plugins come from packages that are installed (pip install -e .). One that is not is named by its file "
+    "Plugins are of installed packages (pip install -e .). One that is not is named by its file "
     "or module wherever a name stands: PATH/file.py, PATH/file.py:Class or module:Class."
 )
 _INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}

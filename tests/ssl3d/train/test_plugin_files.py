@@ -158,7 +158,7 @@ def test_an_unknown_name_tells_of_files(one, monkeypatch):
 
 
 def test_a_file_is_checked_and_listed(one, capsys):
-    with pytest.raises(AssertionError, match="options without help|draw uses|Tiny"):
+    with pytest.raises(AssertionError, match="Tiny"):
         check_proxy(str(one), steps=1, fall=0.99)  # it gets as far as the proxy itself
     assert cli.main(["proxies", str(one)]) == 0
     told = capsys.readouterr().out
@@ -230,7 +230,8 @@ def test_two_processes_train_it(one, phantoms, flags, tmp_path):
 def stopped(one, phantoms, small, tmp_path):
     """A run of the file that was stopped after two of four steps; what stopped it is gone."""
     run = ssl3d.pretrain(
-        str(one), data=phantoms, out=tmp_path / "run", steps=4, eval_every=-1, turn_it={"signal_at": 1}, **small
+        str(one), data=phantoms, out=tmp_path / "run", steps=4, eval_every=-1, turn_it={"signal_at": 1},
+        **small,
     )  # fmt: skip
     assert run.stopped and run.done == 2
     config = run.folder / "config.yaml"
@@ -296,8 +297,8 @@ def test_an_encoder_from_a_file(one, phantoms, tmp_path, monkeypatch):
     check_encoder(f"{net}:Mine", plugins.find(plugins.ENCODERS, str(net))[1].Config(width=4))
     words = ["--mine_net.width", "4", "--mine_net.norm", "group", "--mine_net.norm-groups", "2"]
     run = tmp_path / "run"
-    assert cli.main(["pretrain", "--proxy", str(one), "--encoder", str(net), *words, "--data", phantoms,
-                     "--steps", "2", "--workers", "0", "--eval-every", "-1", "--out", str(run)]) == 0  # fmt: skip
+    words += ["--data", phantoms, "--steps", "2", "--workers", "0", "--eval-every", "-1", "--out", str(run)]
+    assert cli.main(["pretrain", "--proxy", str(one), "--encoder", str(net), *words]) == 0
     card = json.loads((run / "encoder" / "encoder.json").read_text(encoding="utf-8"))
     assert card["architecture"] == "mine_net" and set(card["plugins"]) == {"mine_net", "turn_it"}
     assert config_of(run)["encoder"] == f"{net}:Mine"
