@@ -176,9 +176,7 @@ def test_values_are_learned(tmp_path):
     assert min(truth) >= 0.05 and max(truth) > 1  # in the data's own unit, not standardised
 
 
-def test_a_long_training_says_how_far_it_is_and_a_short_one_nothing(
-    two_classes, tmp_path, capsys, monkeypatch
-):
+def test_a_long_training_alone_says_how_far_it_is(two_classes, tmp_path, capsys, monkeypatch):
     words = ["finetune", "scratch:resnet10:width=4", "--data", two_classes, *SHORT, "--no-scratch"]
     assert main([*words, "--out", str(tmp_path / "short")]) == 0
     assert "s a step" not in capsys.readouterr().err
