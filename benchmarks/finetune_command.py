@@ -23,8 +23,9 @@ class Options:
     """Fine-tunes encoders on a downstream task and compares them with the same network from scratch.
 
     Attributes:
-        encoder: A run, its encoder/ folder, scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one
-            or several.
+        encoder: A run or its encoder/ folder (RUN:stem_stride=1 changes an option that leaves the weights
+            as they are), another toolkit's weights (FILE.pth, .pt, .ckpt or .safetensors),
+            scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one or several.
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         task: What is learned: classification, segmentation or detection.
         out: Folder for the records (JSON), the table and the pictures.

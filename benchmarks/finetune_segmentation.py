@@ -236,7 +236,9 @@ class Segmentation(FinetuneTask):
         found = np.asarray(data.has_mask, dtype=bool)
         if not found.any():
             raise DataError(
-                f"none of the {len(data)} volumes has a mask; prepare a folder in MSD or nnU-Net layout"
+                f"none of the {len(data)} volumes has a mask; give masks in a column `mask` of a CSV, "
+                "by `ssl3d prepare --masks seg` (label maps beside their scans, seg in their names), or "
+                "as a folder in MSD or nnU-Net layout"
             )
         return found
 

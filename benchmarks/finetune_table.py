@@ -12,6 +12,7 @@ import numpy as np
 
 from ssl3d.api import statistics
 from ssl3d_benchmarks.linear_probe_table import Row, aligned, number, signed
+from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
@@ -151,7 +152,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
         f"subset{'s' * (subsets > 1)} of the training data{one}; differences are paired, p is not corrected"
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
-        text.append("not ranked: pretraining saw subjects of the test part")
+        text.append(f"not ranked: pretraining saw subjects of the test part; {LEAK_HELP}")
     return "\n".join(text)
 
 

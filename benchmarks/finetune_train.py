@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ssl3d.api import (
     Loader,
     TrainingError,
     UsageError,
+    duration,
     memory_format,
     peak_memory,
     seed_of,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.finetune_command import Options
 
 FORMAT = 1
+TOLD_EVERY = 30.0
+"""Seconds between lines about a training that goes on."""
 
 
 @dataclass
@@ -199,6 +203,7 @@ def _run(
         _score(plan, model, trial)
     set_training(model, frozen)
     saved = began = time.perf_counter()
+    going = _Going(plan, trial)
     for batch in loader:
         trial.waited += batch.waited
         for group in optimizer.param_groups:
@@ -227,7 +232,36 @@ def _run(
         ):
             _save(path, trial, model, optimizer)
             saved = time.perf_counter()
+        going.step(value, now - began)
         began = time.perf_counter()
+
+
+class _Going:
+    """Says on stderr how far a training is, where it takes long; nothing of it is recorded."""
+
+    def __init__(self, plan: Plan, trial: Trial):
+        self._plan, self._trial, self._first = plan, trial, trial.step
+        self._began = self._told = time.perf_counter()
+        self._losses: list[float] = []
+        self._seconds = 0.0
+
+    def step(self, loss: float, seconds: float) -> None:
+        """After each step: a line, if the last is long ago and there are steps to come."""
+        self._losses.append(loss)
+        self._seconds += seconds
+        now, trial = time.perf_counter(), self._trial
+        if now - self._told < TOLD_EVERY or trial.step >= trial.total:
+            return
+        # All that went by, scoring too: of that there is more to come as well.
+        left = (now - self._began) / (trial.step - self._first) * (trial.total - trial.step)
+        count = len(self._losses)
+        print(
+            f"{self._plan.name}, lr {trial.lr:g}: step {trial.step}/{trial.total}, loss "
+            f"{sum(self._losses) / count:.4g}, {self._seconds / count:.3g} s a step, {duration(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._told, self._losses, self._seconds = now, [], 0.0
 
 
 def _step(plan: Plan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:

@@ -21,8 +21,10 @@ class Options:
     """Probes frozen encoders with a linear model.
 
     Attributes:
-        encoder: A run, its encoder/ folder, scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one
-            or several. LABEL=ENCODER gives the row a name of its own.
+        encoder: A run or its encoder/ folder (RUN:stem_stride=1 changes an option that leaves the weights
+            as they are), another toolkit's weights (FILE.pth, .pt, .ckpt or .safetensors),
+            scratch:NAME[:kind][:field=value...] or imagenet:NAME...; one or several.
+            LABEL=ENCODER gives the row a name of its own.
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         out: Folder for the records (JSON), the table and the pictures.
         target: What is probed: classes, ordinal (ordered integers), real, masks (dense probe), or auto.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import Result, statistics
+from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
     from ssl3d.api import Benchmark
@@ -167,7 +168,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         "intervals: 95 %, bootstrap over test subjects (BCa, 2000 resamples); differences are paired"
     )
     if flagged:
-        text.append("not ranked: pretraining saw subjects of the test part")
+        text.append(f"not ranked: pretraining saw subjects of the test part; {LEAK_HELP}")
     return "\n".join(text)
 
 

@@ -22,6 +22,10 @@ CSV_HELP = (
     "write a CSV with the columns path,subject,label (such as `scans/p01.nii.gz,p01,healthy`; a column "
     "`mask` for the dense probe, `split` if you have one) and give it as --data"
 )
+LEAK_HELP = (
+    "pretrain on the labelled list itself, whose test subjects are then left out, or give both lists a "
+    "column `split` (train, val, test)"
+)
 
 
 @dataclass(frozen=True)

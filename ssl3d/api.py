@@ -127,6 +127,7 @@ if TYPE_CHECKING:
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
     from ssl3d.losses import uniformity as uniformity
+    from ssl3d.monitor import duration as duration
     from ssl3d.permutations import PermutationSet as PermutationSet
     from ssl3d.permutations import permutation_set as permutation_set
     from ssl3d.proxy import Proxy as Proxy
@@ -275,6 +276,7 @@ _HOME = {
     "draw_positions": "views.crops",
     "embed_pairs": "views.pairs",
     "embed_volume": "inference",
+    "duration": "monitor",
     "Encoder": "encoder",
     "encoder_from": "checkpoint",
     "find_alike": "words",

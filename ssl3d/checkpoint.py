@@ -138,7 +138,7 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     card = read_card(folder)
     name = str(card["architecture"])
     try:
-        kind = plugins.load(plugins.ENCODERS, name)
+        kind = plugins.load_recorded(plugins.ENCODERS, name, _plugin_record(card, name))
     except PluginError as error:
         raise CheckpointError(f"{folder / CARD}: {error}") from error
     try:
@@ -167,6 +167,12 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
             "strides": [list(stride) for stride in encoder.strides], "changed": sorted(changes),
         }  # fmt: skip
     return encoder.eval()
+
+
+def _plugin_record(about: Mapping[str, Any], name: str) -> Any:
+    """What a card says of where a plugin came from that was not installed, None for one that was."""
+    records = about.get("plugins")
+    return records.get(name) if isinstance(records, Mapping) else None
 
 
 def _after_colon(error: Exception) -> str:
@@ -307,7 +313,7 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
         return load_encoder(place, _whole(changes, place) if changes else None)
     name, *words = text.removeprefix(SCRATCH).split(":")
     try:
-        kind = plugins.load(plugins.ENCODERS, name)
+        name, kind = plugins.find(plugins.ENCODERS, name)
     except PluginError as error:
         raise UsageError(f"{text}: {error}") from error
     config = from_dict(kind.Config, triples(kind.Config, fields_of(words)), text)
@@ -570,13 +576,20 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
     state = found["module"]
-    spec = found["spec"]
-    kind = plugins.load(plugins.ENCODERS, spec["encoder"])
+    spec, about = found["spec"], found.get("about") or {}
+
+    def load(group: str, name: str) -> Any:
+        try:
+            return plugins.load_recorded(group, name, _plugin_record(about, name))
+        except PluginError as error:
+            raise CheckpointError(f"{run}: {error}") from error
+
+    kind = load(plugins.ENCODERS, spec["encoder"])
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
         proxies: dict[str, Proxy] = {}
         for name, options in spec["proxies"].items():
-            made = plugins.load(plugins.PROXIES, name)
+            made = load(plugins.PROXIES, name)
             proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
             sized: Any = data
             if data is None and found.get("outline"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl3d.errors import UsageError
+from ssl3d.errors import PluginError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,18 @@ class Plugins:
             that gives a name's `Config` dataclass (and raises a `PluginError` for an unknown name).
         known: The names that may be sections, per option; used to tell a section from a typing error.
         strict: Whether a flag of a plugin that no option selects is an error.
+        called: Per option, the function that gives the name, and so the section, of a plugin from what the
+            option says of it; where it is left out, the option says the name itself.
     """
 
     options: Mapping[str, Callable[[str], type]] = dataclasses.field(default_factory=dict)
     known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     strict: bool = True
+    called: Mapping[str, Callable[[str], str]] = dataclasses.field(default_factory=dict)
+
+    def name(self, option: str, said: str) -> str:
+        """The name of a plugin that an option's value means."""
+        return self.called[option](said) if option in self.called else said
 
 
 @dataclasses.dataclass
@@ -70,7 +78,7 @@ def parse(
     argv = _equals_apart(argv)
     config_files = _values(argv, "config")
     selected = _select(options, plugins, argv, [_read_yaml(path) for path in config_files])
-    configs = {name: plugins.options[option](name) for name, option in selected.items()}
+    configs = {name: plugins.options[option](said) for name, (option, said) in selected.items()}
     parser, defaults = _parser(prog, options, configs, epilog)
     argv = _normalize(argv, options, configs)
     parser._prog_name = prog
@@ -85,7 +93,7 @@ def parse(
     for word in argv:
         section = re.match(r"--(\w+)\.", word)
         if plugins.strict and section and section[1] in selected and section[1] not in chosen:
-            option = selected[section[1]]
+            option = selected[section[1]][0]
             raise UsageError(
                 f"{prog}: {word.split('=')[0]}: {section[1]} is not selected; name it with --{option}"
             )
@@ -238,9 +246,13 @@ def _build(
 
 def _select(
     options: type, plugins: Plugins, argv: Sequence[str], files: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """Finds the plugins named by a flag, by a configuration file or by a section: name -> option."""
-    selected: dict[str, str] = {}
+) -> dict[str, tuple[str, str]]:
+    """Finds the plugins named by a flag, by a configuration file or by a section.
+
+    Returns:
+        Name -> the option, and what names the plugin there.
+    """
+    selected: dict[str, tuple[str, str]] = {}
     for option in plugins.options:
         default = next(f for f in dataclasses.fields(options) if f.name == option).default
         named = _values(argv, option)
@@ -248,18 +260,24 @@ def _select(
             named = next((_listed(file[option]) for file in reversed(files) if option in file), [])
         if not named and default is not dataclasses.MISSING:
             named = _listed(default)
-        for name in named:
-            selected[name] = option
+        for said in named:
+            selected[plugins.name(option, said)] = option, said
+        for said in (word for file in files for word in _listed(file.get(option))):
+            # Named in a file, and not above it: its section there is no error.
+            with contextlib.suppress(PluginError):
+                selected.setdefault(plugins.name(option, said), (option, said))
         known = set(plugins.known.get(option, ()))
         prefixes = {word[2:].split(".")[0].split("=")[0] for word in argv if re.match(r"--\w+\.", word)}
         keys = {key for file in files for key in file}
         for name in sorted(known & (prefixes | keys)):
-            selected.setdefault(name, option)
+            selected.setdefault(name, (option, name))
     return selected
 
 
 def _chosen(options: type, plugins: Plugins, values: Mapping[str, Any]) -> set[str]:
-    return {name for option in plugins.options for name in _listed(values.get(option))}
+    return {
+        plugins.name(option, said) for option in plugins.options for said in _listed(values.get(option))
+    }
 
 
 def _listed(value: Any) -> list[str]:

@@ -28,8 +28,9 @@ class PretrainOptions:
     """Pretrains an encoder on unlabelled volumes with one proxy task or several.
 
     Attributes:
-        proxy: Proxy tasks to train together on the one encoder (see `ssl3d proxies`).
-        encoder: Its architecture (see `ssl3d encoders`).
+        proxy: Proxy tasks to train together on the one encoder: names (see `ssl3d proxies`), PATH/file.py,
+            PATH/file.py:Class or module:Class.
+        encoder: Its architecture: a name (see `ssl3d encoders`), PATH/file.py or module:Class.
         data: Stores, folders of stores, anything that `ssl3d prepare` takes (kept prepared in $SSL3D_CACHE,
             else ~/.cache/ssl3d), or phantoms[:N]. Several are read as one, balanced over their data sets.
         subjects: Which labelled subjects are used: train (the house split leaves validation and test
@@ -179,6 +180,9 @@ class Plan:
     def as_config(self) -> dict[str, Any]:
         """What `config.yaml` holds; `--config` reads it back."""
         own = {k: v for k, v in config.to_dict(self.options).items() if k not in NOT_RECORDED}
+        # What is not installed is named by its file or module: its name alone would not find it again.
+        own["proxy"] = [plugins.spec_of(plugins.PROXIES, kind) for kind, _ in self.proxies.values()]
+        own["encoder"] = plugins.spec_of(plugins.ENCODERS, self.encoder)
         sections = {name: config.to_dict(made) for name, (_, made) in self.proxies.items()}
         return own | {self.encoder_name: config.to_dict(self.encoder_config)} | sections
 
@@ -224,8 +228,8 @@ def request_of(argv: Sequence[str]) -> Request:
         raise UsageError(
             f"{PROG}: --proxy: name one or more of {', '.join(plugins.names(plugins.PROXIES))}"
         )
-    proxies = {n: (plugins.load(plugins.PROXIES, n), parsed.sections[n]) for n in options.proxy}
-    encoder = plugins.load(plugins.ENCODERS, options.encoder)
+    options, classes, encoder = _found(options, PROG, {})
+    proxies = {name: (made, parsed.sections[name]) for name, made in classes.items()}
     plan = make_plan(options, parsed.given, proxies, encoder, parsed.sections[options.encoder])
     return Request(plan, options, parsed.given, len(words) < len(argv))
 
@@ -284,10 +288,9 @@ def plan_from(values: Mapping[str, Any], where: str, classes: Mapping[str, Any] 
     options: PretrainOptions = config.from_dict(PretrainOptions, own, where)
     if not options.proxy:
         raise UsageError(f"{where}: names no proxy")
-    encoder = classes.get(options.encoder) or plugins.load(plugins.ENCODERS, options.encoder)
+    options, proxies, encoder = _found(options, where, classes)
     made: dict[str, tuple[Any, Any]] = {}
-    for name in options.proxy:
-        proxy = classes.get(name) or plugins.load(plugins.PROXIES, name)
+    for name, proxy in proxies.items():
         made[name] = proxy, config.from_dict(proxy.Config, values.get(name) or {}, f"{where}, {name}")
     unknown = sorted(set(values) - known - set(made) - {options.encoder})
     if unknown:
@@ -295,6 +298,46 @@ def plan_from(values: Mapping[str, Any], where: str, classes: Mapping[str, Any] 
     section = values.get(options.encoder) or {}
     encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}")
     return make_plan(options, set(own), made, encoder, encoder_config)
+
+
+def _found(
+    options: PretrainOptions, where: str, classes: Mapping[str, Any]
+) -> tuple[PretrainOptions, dict[str, Any], Any]:
+    """The proxies by name and the encoder that options name; the options then hold names alone.
+
+    Raises:
+        PluginError: One is not found.
+        UsageError: Two have the same name, or one that of an option.
+    """
+
+    def found(group: str, spec: str) -> tuple[str, Any]:
+        if spec in classes:
+            return spec, classes[spec]
+        try:
+            return _find(group, spec, where)
+        except PluginError as error:
+            if where == PROG:
+                raise
+            raise PluginError(f"{where}: {error}") from error
+
+    encoder_name, encoder = found(plugins.ENCODERS, options.encoder)
+    named = [found(plugins.PROXIES, spec) for spec in options.proxy]
+    proxies = dict(named)
+    taken = [name for name, _ in named] + [encoder_name]
+    if len(set(taken)) < len(taken):
+        raise UsageError(f"{where}: two of {', '.join(taken)} have one name; give a class another `name`")
+    return dataclasses.replace(options, proxy=tuple(proxies), encoder=encoder_name), proxies, encoder
+
+
+def _find(group: str, spec: str, where: str) -> tuple[str, Any]:
+    """A plugin and its name, which is none of an option: its section would take the option's place."""
+    name, made = plugins.find(group, spec)
+    reserved = {f.name for f in dataclasses.fields(PretrainOptions)} | {"config", "print_config", "help"}
+    if name in reserved:
+        raise UsageError(
+            f"{where}: {spec}: called {name!r}, as an option of {PROG}; give the class another `name`"
+        )
+    return name, made
 
 
 def presets() -> dict[str, Path]:
@@ -351,12 +394,16 @@ def _sections_given(argv: Sequence[str]) -> set[str]:
 
 def _plugins(strict: bool = True) -> config.Plugins:
     def options_of(group: str) -> Any:
-        return lambda name: plugins.load(group, name).Config
+        return lambda said: _find(group, said, PROG)[1].Config
+
+    def name_in(group: str) -> Any:
+        return lambda said: _find(group, said, PROG)[0]
 
     return config.Plugins(
         options={"proxy": options_of(plugins.PROXIES), "encoder": options_of(plugins.ENCODERS)},
         known={"proxy": plugins.names(plugins.PROXIES), "encoder": plugins.names(plugins.ENCODERS)},
         strict=strict,
+        called={"proxy": name_in(plugins.PROXIES), "encoder": name_in(plugins.ENCODERS)},
     )
 
 
@@ -364,5 +411,6 @@ def _epilog() -> str:
     return (
         "Each proxy and the encoder have options of their own, as in --sorting.slices 8 or "
         "--resnet18.kind acs: name them, then --help. Example: ssl3d pretrain --proxy sorting "
-        "--data store.h5 --steps 2000 --out runs/first"
+        "--data store.h5 --steps 2000 --out runs/first. A proxy of your own needs no installation: --proxy "
+        "my/rotation.py, its options --rotation.crop."
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl3d import checkpoint as disk
-from ssl3d import snapshot
+from ssl3d import plugins, snapshot
 from ssl3d.config import to_dict
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
 from ssl3d.leaks import hashes_complete, hashes_in, pack_hashes, volume_hashes
@@ -241,6 +241,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         "batch_size": plan.options.batch_size,
         "optimizer": plan.options.optimizer,
         "lr": plan.options.lr,
+        **({"plugins": sources} if (sources := _sources(plan)) else {}),
         "seed": plan.options.seed,
         "precision": plan.options.precision,
         "init": init,
@@ -255,6 +256,32 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
         "labels_seen": labels,
         "citations": citations | {plan.encoder_name: plan.encoder.paper},
     }
+
+
+def _sources(plan: Plan) -> dict[str, dict[str, str]]:
+    """Where the plugins came from that are not installed, and the hash of their files."""
+    classes = {name: (plugins.PROXIES, kind) for name, (kind, _) in plan.proxies.items()}
+    classes[plan.encoder_name] = plugins.ENCODERS, plan.encoder
+    found = {name: plugins.source_of(group, kind) for name, (group, kind) in classes.items()}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def check_code(found: dict[str, Any], plan: Plan, folder: Path) -> None:
+    """Checks that plugins in files compute what they computed when the run began.
+
+    Raises:
+        CheckpointError: One does not.
+    """
+    before = found["about"].get("plugins", {})
+    classes = {name: (plugins.PROXIES, kind) for name, (kind, _) in plan.proxies.items()}
+    classes[plan.encoder_name] = plugins.ENCODERS, plan.encoder
+    for name, (group, kind) in classes.items():
+        changed = plugins.change_of(group, kind, before[name]) if name in before else ""
+        if changed:
+            raise CheckpointError(
+                f"{folder}: {changed}; --resume goes on with the code that the run began with: put it "
+                "back, or start a new run"
+            )
 
 
 def check_same(

@@ -25,13 +25,14 @@ from ssl3d.build import (
 )
 from ssl3d.device import apply_layout, make_fabric, peak_memory, resolve_precision, set_threads
 from ssl3d.encoder import Encoder
-from ssl3d.errors import Ssl3dError, UsageError
+from ssl3d.errors import PluginError, Ssl3dError, UsageError
 from ssl3d.loop import Feed, Loop
 from ssl3d.monitor import Log, Monitor, read_metrics
 from ssl3d.optim import build_optimizer, without_decay
 from ssl3d.options import Plan, PretrainOptions, plan_from, preset_values
 from ssl3d.preempt import name_of, requeue
 from ssl3d.runs import (
+    check_code,
     check_same,
     full_state,
     metadata,
@@ -89,7 +90,7 @@ class Run:
 
 
 def pretrain(
-    proxy: str | type[Proxy] | Sequence[str | type[Proxy]],
+    proxy: str | Path | type[Proxy] | Sequence[str | Path | type[Proxy]],
     data: str | Path | Collection | Sequence[str | Path] = "phantoms",
     out: str | Path | None = None,
     **options: Any,
@@ -100,7 +101,7 @@ def pretrain(
     >>> encoder = run.encoder  # doctest: +SKIP
 
     Args:
-        proxy: Name or class of a proxy, or several.
+        proxy: Name, file (PATH/file.py) or class of a proxy, or several.
         data: Stores, scans, phantoms[:N], or an open collection.
         out: Run folder.
         options: Fields of `PretrainOptions`, and dictionaries of a proxy's or encoder's options under
@@ -113,13 +114,13 @@ def pretrain(
     named: dict[str, Any] = {}
 
     def name_and_keep(value: Any, group: str) -> str:
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str | Path):
+            return str(value)
         name = plugins.name_of(group, value)
         named[name] = value
         return name
 
-    several = [proxy] if isinstance(proxy, str | type) else list(proxy)
+    several = [proxy] if isinstance(proxy, str | Path | type) else list(proxy)
     values = preset_values(options.pop("preset", None), several) | options
     values["proxy"] = [name_and_keep(one, plugins.PROXIES) for one in several]
     if "encoder" in values:
@@ -165,7 +166,12 @@ def resume(
     for name in given or set():
         if name != "resume":
             values[name] = getattr(changes, name)
-    plan = plan_from(values, str(folder / "config.yaml"))
+    try:
+        plan = plan_from(values, str(folder / "config.yaml"))
+    except PluginError as error:
+        raise PluginError(
+            f"{error}; --resume needs it: put it back, or write into config.yaml what it is called now"
+        ) from error
     with plain_errors(folder):
         return _execute(plan, folder, None)
 
@@ -208,6 +214,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
     plan = replace(plan, options=options)
     about = found["about"] if found else metadata(plan, selection.train, digest)
     if found is not None and folder is not None:
+        check_code(found, plan, folder)
         check_same(found, digest, fabric, options, folder, log)
         if Run(folder, options.steps, int(found["step"])).finished:
             log.say(f"{folder} is finished: {options.steps} steps, encoder in {folder / 'encoder'}")
@@ -330,9 +337,16 @@ def _train(
     run.done = options.steps
     same = int(selection.train.shapes[0][0]) == plan.encoder_config.in_channels  # else colours were slices
     words = " ".join(map(str, options.data)) if same else "VOLUMES"
+    if same and not _has_targets(selection.train):
+        words = "LABELLED.csv"
     log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
     log.say(f"next: ssl3d linear-probe {folder} --data {words} --out {folder / 'probe'}")
     return run
+
+
+def _has_targets(data: Collection) -> bool:
+    """Whether there is something that a linear probe can be fitted to: labels or masks."""
+    return bool(data.has_mask.any()) or any(label is not None for label in data.labels)
 
 
 def _where(fabric: Fabric, options: PretrainOptions) -> str:

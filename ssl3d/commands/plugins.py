@@ -5,15 +5,21 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ssl3d import plugins
 
 
 @dataclass
-class NoOptions:
-    """Lists what is installed, one line and the paper each."""
+class ListOptions:
+    """Lists what is installed, one line and the paper each.
+
+    Attributes:
+        which: Names, files (PATH/file.py) or module:Class; all that is installed if left out.
+    """
+
+    which: tuple[str, ...] = field(default=(), metadata={"positional": True})
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,11 @@ class Listing:
         """Prints the list; a plugin that does not import is in it with its error, and status 1."""
         from ssl3d.config import parse
 
-        parse(f"ssl3d {self.word}", NoOptions, argv)
+        options = parse(f"ssl3d {self.word}", ListOptions, argv, epilog=_EPILOG).options
         failed = 0
-        for name in plugins.names(self.group):
+        for name in options.which or plugins.names(self.group):
             try:
-                made = plugins.load(self.group, name)
+                name, made = plugins.find(self.group, name)
                 text = describe(made)
             except plugins.PluginError as error:
                 text, failed = f"broken: {error}", failed + 1
@@ -46,7 +52,7 @@ class Listing:
             print(textwrap.fill(" ".join(text.split("\n")[0].split()), 100, **_INDENT))
             for line in text.split("\n")[1:]:
                 print(textwrap.fill(line, 100, **_INDENT))
-        if not plugins.names(self.group):
+        if not options.which and not plugins.names(self.group):
             print(f"none installed (entry points {self.group})")
         return 1 if failed else 0
 
@@ -58,6 +64,10 @@ def describe(plugin: Any) -> str:
     return f"{' '.join(documented.split())}\n{' '.join(str(paper).split())}"
 
 
+_EPILOG = (
+    "Plugins are of installed packages (pip install -e .). One that is not is named by its file "
+    "or module wherever a name stands: PATH/file.py, PATH/file.py:Class or module:Class."
+)
 _INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 proxies = Listing(plugins.PROXIES, "proxies", "list the proxy tasks that are installed")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _places(reached: Tensor) -> list[str]:
     return found + [", ".join(map(str, place)) for place in shown.nonzero().tolist()]
 
 
-def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
+def check_encoder(encoder: str | Path | type[Encoder], config: Any = None) -> None:
     """Tests that an encoder keeps the contract of `ssl3d.Encoder`.
 
     Depths of 1, 2, odd and even; `channels`, `strides` and `embed_dim` are true of the maps; a volume's
@@ -80,13 +81,13 @@ def check_encoder(encoder: str | type[Encoder], config: Any = None) -> None:
     switch.
 
     Args:
-        encoder: A registered name or a class.
+        encoder: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class.
         config: Its configuration; the default one if None. Small ones are tested faster.
 
     Raises:
         AssertionError: The contract is broken; the message says how.
     """
-    cls = plugins.load(plugins.ENCODERS, encoder) if isinstance(encoder, str) else encoder
+    cls = encoder if isinstance(encoder, type) else plugins.find(plugins.ENCODERS, str(encoder))[1]
     config = cls.Config() if config is None else config
     with torch.random.fork_rng(devices=[]):
         for channels in {1, 3, config.in_channels}:

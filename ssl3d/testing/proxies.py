@@ -11,6 +11,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,7 @@ _LEARNT = 10_000  # seed of those numbers
 
 
 def check_proxy(
-    proxy: str | type[Proxy],
+    proxy: str | Path | type[Proxy],
     config: Any = None,
     encoder: Callable[[], Encoder] | None = None,
     data: Sequence[Volume] | None = None,
@@ -61,7 +62,7 @@ def check_proxy(
     - The picture, where there is one, is a matplotlib figure.
 
     Args:
-        proxy: A registered name or a class.
+        proxy: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class.
         config: Its configuration; the default one if None. Small ones are tested faster.
         encoder: Makes the encoder, called under a fixed seed of torch; a narrow resnet10 of kind acs if
             None.
@@ -74,9 +75,9 @@ def check_proxy(
 
     Raises:
         AssertionError: The contract is broken; the message says how.
-        PluginError: The name is not registered or does not import.
+        PluginError: There is no such plugin, or it does not import.
     """
-    cls = plugins.load(plugins.PROXIES, proxy) if isinstance(proxy, str) else proxy
+    cls = proxy if isinstance(proxy, type) else plugins.find(plugins.PROXIES, str(proxy))[1]
     with _global_state_kept():
         _check_class(cls)
         config = cls.Config() if config is None else config

@@ -62,7 +62,7 @@ class _Found(NamedTuple):
 
 
 def check_ranks(
-    proxy: str | type[Proxy],
+    proxy: str | Path | type[Proxy],
     config: Any = None,
     encoder: Callable[[], Encoder] | None = None,
     data: Collection | None = None,
@@ -79,7 +79,8 @@ def check_ranks(
     be the same on both ranks, and those of the single process. Dropout is switched off.
 
     Args:
-        proxy: A registered name or a class that another process can import.
+        proxy: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class that
+            another process can import.
         config: Its configuration, without batch norm; the default one if None.
         encoder: Makes an encoder without batch norm, called under a fixed seed of torch; a narrow
             resnet10 with group norm if None.
@@ -91,9 +92,9 @@ def check_ranks(
     Raises:
         AssertionError: The ranks learn something else; the message says what.
         ValueError: There is batch norm, whose statistics are each rank's own.
-        PluginError: The name is not registered or does not import.
+        PluginError: There is no such plugin, or it does not import.
     """
-    cls = plugins.load(plugins.PROXIES, proxy) if isinstance(proxy, str) else proxy
+    cls = proxy if isinstance(proxy, type) else plugins.find(plugins.PROXIES, str(proxy))[1]
     with _global_state_kept(), tempfile.TemporaryDirectory(prefix="ssl3d-ranks-") as folder:
         config = cls.Config() if config is None else config
         data = _phantoms() if data is None else data

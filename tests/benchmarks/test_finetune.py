@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,7 +36,7 @@ from ssl3d.api import (
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store import Record, assemble, write_part
-from ssl3d_benchmarks import finetune_run, locks
+from ssl3d_benchmarks import finetune_run, finetune_train, locks
 from ssl3d_benchmarks.finetune import TASKS, Finetune, task_class
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options
@@ -175,6 +176,20 @@ def test_values_are_learned(tmp_path):
     assert min(truth) >= 0.05 and max(truth) > 1  # in the data's own unit, not standardised
 
 
+def test_a_long_training_alone_says_how_far_it_is(two_classes, tmp_path, capsys, monkeypatch):
+    words = ["finetune", "scratch:resnet10:width=4", "--data", two_classes, *SHORT, "--no-scratch"]
+    assert main([*words, "--out", str(tmp_path / "short")]) == 0
+    assert "s a step" not in capsys.readouterr().err
+    monkeypatch.setattr(finetune_train, "TOLD_EVERY", 0.0)
+    assert main([*words, "--out", str(tmp_path / "long")]) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if "s a step" in line]
+    assert len(lines) == 5  # none after the last of 6 steps
+    assert re.search(r"lr \S+: step 2/6, loss [\d.]+, \S+ s a step, \d+ s left$", lines[1]), lines
+    assert "s a step" not in shown.out
+    assert not any("a step" in path.read_text() for path in (tmp_path / "long").glob("*.json"))
+
+
 # Equal effort ----------------------------------------------------------------------------------------
 
 
@@ -188,6 +203,7 @@ def test_end_to_end_with_the_scratch_arm(two_classes, trained, tmp_path, capsys)
         "over scratch [95 %]",
         "minimum detectable difference in auc",
         "saw 1 test subjects: not ranked",
+        "pretrain on the labelled list itself, whose test subjects are then left out, or",
         "pretrained with labels",
         "from scratch",
         "24 of 24 training subjects, 8 to choose on; test 12 subjects",

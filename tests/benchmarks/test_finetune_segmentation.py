@@ -466,7 +466,9 @@ def test_data_without_masks_is_refused(tmp_path):
             tmp_path / "a.h5.partial", record.id, record, np.random.rand(1, 8, 8, 8).astype(np.float32)
         )
     assemble(tmp_path / "a.h5.partial", tmp_path / "a.h5", {}, [])
-    with pytest.raises(DataError, match="none of the 2 volumes has a mask"):
+    with pytest.raises(
+        DataError, match=r"none of the 2 volumes has a mask; .*column `mask` .*--masks seg.*nnU-Net"
+    ):
         Segmentation.known(SegmentationConfig(), open_data([tmp_path / "a.h5"]))
     empty = a_store(tmp_path / "b.h5", [("a", np.random.rand(8, 8, 8), np.zeros((8, 8, 8), np.int64))])
     with pytest.raises(DataError, match="empty"):

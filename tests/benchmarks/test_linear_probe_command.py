@@ -104,6 +104,8 @@ def test_a_trained_encoder_is_compared_and_flagged_for_a_test_subject_it_saw(tra
     assert main([*arguments, "--untrained", "2"]) == 0
     shown = capsys.readouterr().out
     assert "saw 1 test subjects: not ranked" in shown
+    remedy = next(line for line in shown.splitlines() if line.startswith("not ranked: "))
+    assert "pretrain on the labelled list itself" in remedy and "column `split`" in remedy
     by_name = {r.contestant["name"]: r for r in records(out)}
     own = by_name[str(trained)]
     assert own.flags["seen_test_subjects"] == 1 and not own.flags["ranked"]

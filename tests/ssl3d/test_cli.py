@@ -71,3 +71,12 @@ def test_an_unknown_plugin_gets_suggestions():
 
 def test_name_of_finds_the_registered_name():
     assert plugins.name_of(plugins.ENCODERS, plugins.load(plugins.ENCODERS, "resnet18")) == "resnet18"
+
+
+@pytest.mark.parametrize("command", ["linear-probe", "knn", "finetune"])
+def test_the_help_names_every_kind_of_encoder(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for words in ("RUN:stem_stride=1", "FILE.pth", ".safetensors", "scratch:NAME", "imagenet:NAME"):
+        assert words in told

@@ -158,7 +158,8 @@ def train(tiny_plugins, phantoms, tmp_path):
     import ssl3d
 
     def run(name="run", proxy="tiny", **options):
-        return ssl3d.pretrain(proxy, data=phantoms, out=tmp_path / name, **{**SMALL, "steps": 4, **options})
+        options = {"data": phantoms, **SMALL, "steps": 4, **options}
+        return ssl3d.pretrain(proxy, out=tmp_path / name, **options)
 
     return run
 
