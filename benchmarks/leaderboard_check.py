@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssl3d.api import Plugins, Ssl3dError, UsageError, encoder_from, parse
-from ssl3d.data.prepare import PrepareOptions
-from ssl3d.options import request_of
+from ssl3d.api import Plugins, PrepareOptions, Ssl3dError, UsageError, encoder_from, parse, request_of
 from ssl3d_benchmarks import finetune_command, knn_command, linear_probe_command
 from ssl3d_benchmarks.finetune import TASKS, task_class
 from ssl3d_benchmarks.finetune_run import resolve

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
     from ssl3d.data.phantoms import simulated_index as simulated_index
+    from ssl3d.data.prepare import PrepareOptions as PrepareOptions
     from ssl3d.data.split import house_split as house_split
     from ssl3d.data.store import Collection as Collection
     from ssl3d.data.store import Record as Record
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
     from ssl3d.losses import nt_xent as nt_xent
     from ssl3d.losses import uniformity as uniformity
     from ssl3d.monitor import duration as duration
+    from ssl3d.options import request_of as request_of
     from ssl3d.permutations import PermutationSet as PermutationSet
     from ssl3d.permutations import permutation_set as permutation_set
     from ssl3d.proxy import Proxy as Proxy
@@ -323,6 +325,8 @@ _HOME = {
     "projection_head": "heads",
     "Proxy": "proxy",
     "read_crop": "views.crops",
+    "request_of": "options",
+    "PrepareOptions": "data.prepare",
     "read_foreground": "views.restore",
     "read_result": "benchmark",
     "read_slab": "views.crops",

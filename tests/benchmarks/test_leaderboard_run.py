@@ -592,6 +592,7 @@ def test_what_submitit_calls_off_is_queued_again_and_goes_on(marks, tmp_path, mo
     class Mine(Worker):
         def __call__(self):
             leaderboard_run.FRONT = front
+            leaderboard_run.check = lambda plan: None  # the words mean something to the front alone
             super().__call__()
 
     monkeypatch.setattr(leaderboard_run, "Worker", Mine)
@@ -611,6 +612,7 @@ def test_what_submitit_calls_off_is_queued_again_and_goes_on(marks, tmp_path, mo
 
 
 def test_workers_in_the_queue_have_all_options_but_slurm(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard_run, "check", lambda plan: None)
     queued = []
 
     class Executor:
