@@ -10,12 +10,15 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ssl3d.api import code_digest
 
 NOTES = ".made"
 """Folder of the notes, beside what they are about."""
@@ -45,8 +48,19 @@ def options_in(words: Sequence[str], apart: Sequence[str] = ()) -> dict[str, lis
             flag = flag.replace("_", "-")
             found[flag] = [value] if equals else []
         else:
-            found[flag].append(word)
+            found[flag].append(_with_code(word) if flag in ("proxy", "encoder") else word)
     return {key: values for key, values in found.items() if key not in IDLE and key not in apart}
+
+
+def _with_code(word: str) -> str:
+    """A plugin named by its file, with what the file computes: another proxy makes another run."""
+    path = Path(re.sub(r"(?<=[.]py):\w+$", "", word))
+    if path.suffix != ".py" or not path.is_file():
+        return word
+    try:
+        return f"{word} (code {code_digest(path.read_bytes())[:8]})"
+    except (SyntaxError, ValueError):
+        return word
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ if TYPE_CHECKING:
     from ssl3d.options import request_of as request_of
     from ssl3d.permutations import PermutationSet as PermutationSet
     from ssl3d.permutations import permutation_set as permutation_set
+    from ssl3d.plugin_files import code_digest as code_digest
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
     from ssl3d.rng import BatchRng as BatchRng
@@ -324,6 +325,7 @@ _HOME = {
     "print_table": "config",
     "projection_head": "heads",
     "Proxy": "proxy",
+    "code_digest": "plugin_files",
     "read_crop": "views.crops",
     "request_of": "options",
     "PrepareOptions": "data.prepare",

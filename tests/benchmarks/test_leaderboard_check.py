@@ -6,6 +6,7 @@ import yaml
 from ssl3d.cli import main
 from ssl3d.errors import UsageError
 from ssl3d_benchmarks.leaderboard_check import check
+from ssl3d_benchmarks.leaderboard_made import options_in
 from ssl3d_benchmarks.leaderboard_suite import Places, Plan, load_suite
 
 SUITE = {
@@ -98,6 +99,18 @@ def test_before_the_first_job_and_in_a_dry_run(tmp_path, capsys):
         assert main(words) == 2
         assert "tasks: masks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_proxys_file_is_part_of_what_a_run_is_made_with(tmp_path):
+    """A method author's day: the file changes, and the run of before is not taken for its own."""
+    file = tmp_path / "mine.py"
+    found = []
+    for code in ("A = 1\n", "# says more\nA = 1\n", "A = 2\n"):
+        file.write_text(code, encoding="utf-8")
+        found.append(options_in(["--proxy", f"{file}:Mine", "--data", "x"])["proxy"])
+    assert found[0] == found[1] != found[2]
+    assert found[0][0].startswith(f"{file}:Mine (code ")
+    assert options_in(["--proxy", "simclr"])["proxy"] == ["simclr"]
 
 
 def test_where_no_data_is_nothing_is_done_and_said(tmp_path, capsys):
