@@ -400,6 +400,4 @@ def _target(config: ClassificationConfig, data: Collection) -> str:
         raise DataError(
             f"{where}: none of the {len(data)} volumes has a label, which classification needs; {CSV_HELP}"
         )
-    if asked == "auto":
-        asked = kind_of_labels(labels, where)
-    return asked
+    return kind_of_labels(labels, where) if asked == "auto" else asked
