@@ -193,7 +193,13 @@ class Segmentation(FinetuneTask):
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "low-label": {"steps": 500, "batch_size": 4},
-        "med3d-lung": {"lr": 1e-3, "lr_scratch": 1e-2, "segmentation.head": "med3d"},
+        "med3d-lung": {
+            "lr": 1e-3,
+            "lr_scratch": 1e-2,
+            "optimizer": "adam",
+            "weight_decay": 0.0,
+            "segmentation.head": "med3d",
+        },
         "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
     }
     trivial: ClassVar[tuple[str, ...]] = ("average mask",)

@@ -4,71 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.linear_probe_table import Row, aligned, number, signed
+from ssl3d_benchmarks.table import Line, Row, aligned, detectable, make_line, number, signed
 from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
     from ssl3d_benchmarks.finetune import Finetune
-
-
-@dataclass(frozen=True)
-class Line:
-    """One contestant at one fraction.
-
-    Attributes:
-        rows: Its records, by seed and subset.
-        runs: Its main score over subjects, seeds and subsets.
-    """
-
-    rows: list[Row]
-    runs: statistics.Runs
-
-    @property
-    def first(self) -> Row:
-        """Any of its records."""
-        return self.rows[0]
-
-    @property
-    def name(self) -> str:
-        """Of the contestant."""
-        return str(self.first.result.contestant["name"])
-
-    def mean(self, score: str) -> float:
-        """A score, mean over seeds and subsets."""
-        return float(np.mean([row.result.scores[score] for row in self.rows]))
-
-
-def make_line(rows: Sequence[Row], benchmark: Finetune) -> Line:
-    """Resamples a contestant's main score; seeds that lack a subset (a job failed) are left out."""
-    grid: dict[int, dict[int, Row]] = {}
-    for row in rows:
-        grid.setdefault(row.result.seed, {})[row.result.repeat] = row
-    most = max(len(found) for found in grid.values())
-    kept = [
-        [found[repeat] for repeat in sorted(found)]
-        for _, found in sorted(grid.items())
-        if len(found) == most
-    ]
-    scores, clusters = [], None
-    for of_seed in kept:
-        line = []
-        for row in of_seed:
-            predictions = sorted(
-                row.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id")))
-            )
-            clusters, found = benchmark.score_functions(predictions)
-            line.append(found[benchmark.main])
-        scores.append(line)
-    assert clusters is not None
-    return Line([row for of_seed in kept for row in of_seed], statistics.runs_of(scores, clusters))
 
 
 def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:
@@ -137,15 +84,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
         f"{tested['subjects']} subjects, {tested['volumes']} volumes; {how}"
     )
     text = [head, *aligned(table)]
-    found = [one for one in found if np.isfinite(one.error) and one.error > 0]
-    told = [one.detectable for one in found if np.isfinite(one.detectable)]
-    if told:
-        text.append(
-            f"minimum detectable difference in {benchmark.main}: {np.median(told):.3f} ((t[.975] + t[.8]) "
-            "x the standard error of a paired difference; alpha .05, power .8)"
-        )
-    elif found:
-        text.append(f"minimum detectable difference in {benchmark.main}: unknown, too few seeds or subsets")
+    text += detectable(found, benchmark.main)
     one = "" if seeds > 1 else "; one seed: how much seeds differ is not in them"
     text.append(
         f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} "

@@ -14,9 +14,11 @@ from typing import Any
 
 from ssl3d_benchmarks import leaderboard_charts as charts
 from ssl3d_benchmarks import leaderboard_text as text
+from ssl3d_benchmarks.leaderboard_answer import answer
 from ssl3d_benchmarks.leaderboard_charts import Line, Mark
+from ssl3d_benchmarks.leaderboard_overall import Overall, no_overall
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, Overall, answer, curve_of, no_overall
+from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, curve_of
 
 PICTURE_WIDTH = 900
 NAN = float("nan")

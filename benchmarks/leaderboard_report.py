@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from ssl3d.api import UsageError
 
 if TYPE_CHECKING:
+    from ssl3d_benchmarks.leaderboard_overall import Overall
     from ssl3d_benchmarks.leaderboard_records import Read, Records
-    from ssl3d_benchmarks.leaderboard_statistics import Board, Overall
+    from ssl3d_benchmarks.leaderboard_statistics import Board
 
 PUBLISHED = Path(__file__).parent / "suites" / "published"
 
@@ -71,8 +72,9 @@ def read_report(
     Raises:
         UsageError: A folder is missing or holds no records; published numbers cannot be read.
     """
+    from ssl3d_benchmarks.leaderboard_overall import overall_of
     from ssl3d_benchmarks.leaderboard_records import read_records
-    from ssl3d_benchmarks.leaderboard_statistics import boards_of, overall_of
+    from ssl3d_benchmarks.leaderboard_statistics import boards_of
 
     records = read_records(results, [_published(name) for name in published])
     boards = [board for table in records.tables for board in boards_of(table, resamples)]
@@ -88,8 +90,9 @@ def report(options: ReportOptions) -> Report:
     Raises:
         UsageError: As `read_report`, or the folder cannot be written.
     """
+    from ssl3d_benchmarks.leaderboard_answer import answer
+    from ssl3d_benchmarks.leaderboard_overall import no_overall
     from ssl3d_benchmarks.leaderboard_page import page
-    from ssl3d_benchmarks.leaderboard_statistics import answer, no_overall
     from ssl3d_benchmarks.leaderboard_text import csv_text, markdown_text
 
     if options.out.exists() and not options.out.is_dir():

@@ -8,15 +8,10 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+from ssl3d_benchmarks.leaderboard_answer import answer
+from ssl3d_benchmarks.leaderboard_overall import Overall, no_overall
 from ssl3d_benchmarks.leaderboard_records import Refused
-from ssl3d_benchmarks.leaderboard_statistics import (
-    Arm,
-    Board,
-    Overall,
-    answer,
-    no_overall,
-    reference_of,
-)
+from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, reference_of
 
 COLUMNS = (
     "family", "table", "task", "version", "dataset", "fraction", "rank", "rank_low", "rank_high",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.contestants import Entry
     from ssl3d_benchmarks.linear_probe import LinearProbe
     from ssl3d_benchmarks.linear_probe_command import Options
-    from ssl3d_benchmarks.linear_probe_table import Row
+    from ssl3d_benchmarks.table import Row
     from ssl3d_benchmarks.task import Task
 
 Array = NDArray[Any]

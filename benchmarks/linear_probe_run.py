@@ -42,8 +42,9 @@ from ssl3d_benchmarks.contestants import (
     with_norm,
 )
 from ssl3d_benchmarks.linear_probe import LinearProbe
-from ssl3d_benchmarks.linear_probe_table import Row, format_table
+from ssl3d_benchmarks.linear_probe_table import format_table
 from ssl3d_benchmarks.shape_features import TRIVIAL
+from ssl3d_benchmarks.table import Row
 from ssl3d_benchmarks.task import (
     Fold,
     Job,

@@ -7,20 +7,16 @@ lies beside it says nothing.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ssl3d.data import lists
 from ssl3d.data.boxes import list_files
-from ssl3d.data.parts import stamp
+from ssl3d.data.parts import stamp, with_voxels
 from ssl3d.data.read import suffix_of
 from ssl3d.data.sources import IGNORED, walk
 from ssl3d.errors import DataError
-
-_HEADERS = (".mhd", ".nhdr")  # their voxels are in another file
-_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 def state_of(root: Path) -> list[list[Any]]:
@@ -45,7 +41,7 @@ def state_of(root: Path) -> list[list[Any]]:
         files = _of_list(root)
     else:
         files = iter([root])
-    seen = dict.fromkeys(whole for path in files for whole in _with_voxels(path))
+    seen = dict.fromkeys(whole for path in files for whole in with_voxels(path))
     return first + [[str(path), *stamp(path)] for path in seen]
 
 
@@ -71,12 +67,3 @@ def _of_list(path: Path) -> Iterator[Path]:
             yield from walk(named)
         else:
             yield named
-
-
-def _with_voxels(path: Path) -> Iterator[Path]:
-    yield path
-    if suffix_of(path) in _HEADERS and path.is_file():
-        with open(path, "rb") as file:
-            match = _VOXELS.search(file.read(1 << 16))
-        if match:
-            yield path.parent / match[1].decode(errors="replace")

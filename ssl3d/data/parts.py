@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ import numpy as np
 
 from ssl3d.data.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.progress import count_of
+from ssl3d.data.read import suffix_of
 from ssl3d.data.sources import Scan
 from ssl3d.errors import DataError
 
 _BATCH = 4096  # records read at once
+_HEADERS = (".mhd", ".nhdr")  # their voxels are in another file
+_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 VERSION = 1  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
@@ -32,6 +36,16 @@ def stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def with_voxels(path: Path) -> Iterator[Path]:
+    """The file, and the one that holds its voxels, where that is another."""
+    yield path
+    if suffix_of(path) in _HEADERS and path.is_file():
+        with open(path, "rb") as file:
+            match = _VOXELS.search(file.read(1 << 16))
+        if match:
+            yield path.parent / match[1].decode(errors="replace")
+
+
 def digest_of(value: Any) -> str:
     """A short hash of JSON values."""
     text = json.dumps(value, sort_keys=True, default=str)
@@ -40,7 +54,8 @@ def digest_of(value: Any) -> str:
 
 def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
     """What a scan is, and the state of its files: a part is reused for the same key only."""
-    for path in scan.all_files:
+    files = [whole for path in scan.all_files for whole in with_voxels(path)]
+    for path in files:
         if path not in stamps:
             stamps[path] = stamp(path)
     described = dataclasses.asdict(scan)
@@ -49,8 +64,8 @@ def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
         del described["mask_boxes"]
     if scan.world_boxes is None:
         del described["world_boxes"]
-    files = [[path.name, *stamps[path]] for path in scan.all_files]
-    return digest_of([described, [len(group) for group in scan.files], files])
+    states = [[path.name, *stamps[path]] for path in files]
+    return digest_of([described, [len(group) for group in scan.files], states])
 
 
 def reuse_parts(

@@ -749,7 +749,7 @@ def test_the_aggregator_is_trained_with_the_encoder(tmp_path):
 
 
 def test_records_settings_hold_what_changes_scores():
-    from ssl3d_benchmarks.finetune_run import APART
+    from ssl3d_benchmarks.finetune_job import APART
 
     fields = {one.name for one in dataclasses.fields(Options)}
     assert set(APART) <= fields

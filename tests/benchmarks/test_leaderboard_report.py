@@ -13,8 +13,9 @@ from scipy.stats import friedmanchisquare
 
 from ssl3d.api import DataError, Result, UsageError, write_result
 from ssl3d.cli import main
+from ssl3d_benchmarks.leaderboard_answer import answer
+from ssl3d_benchmarks.leaderboard_overall import critical_difference
 from ssl3d_benchmarks.leaderboard_report import read_report
-from ssl3d_benchmarks.leaderboard_statistics import answer, critical_difference
 
 PEOPLE = 30
 CLASSES = ("0", "1")
@@ -837,3 +838,29 @@ def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_
     found = arms(read_report([tmp_path], resamples=100))
     assert cells(board, found["old"])[9:11] == ["–", "–"] and cells(board, found["alpha"])[9] == "60 s"
     assert any("not known (–) for 1 of 4 encoders" in note for note in board.notes)
+
+
+def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
+    """One pretraining may be as lucky as an untrained seed: .04 over five of ± .04 is no finding."""
+    from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
+    from ssl3d_benchmarks.linear_probe_table import format_table
+    from ssl3d_benchmarks.table import Row
+
+    luck = (-0.05, -0.03, 0.0, 0.03, 0.05)
+    results = [record("runs/alpha-0", gain=0.04)] + [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, gain=luck[k]) for k in range(5)
+    ]
+    for one in results:
+        one.intervals["dice"] = (0.5, 0.7)
+    rows = [Row(one.contestant["kind"], one.contestant["group"], one) for one in results]
+    probe = LinearProbe(LinearProbeConfig(target="masks", classes=CLASSES))
+    shown = format_table(rows, probe, "house split")
+    cells = next(line for line in shown.splitlines() if line.startswith("runs/alpha-0")).replace("+", "")
+    value, low, high = map(float, re.findall(r"(-?\.?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]", cells)[-1])
+    assert value == pytest.approx(0.04, abs=0.01) and low < 0 < high
+    assert "one pretraining is taken to vary as much as the untrained seeds do" in shown
+    board = read_report([write(tmp_path, results)], ()).boards[0]
+    gain = next(arm for arm in board.arms if arm.kind == "pretrained").gain
+    assert (value, low, high) == pytest.approx((gain.value, gain.low, gain.high), abs=0.002)
+    told = float(re.search(r"minimum detectable difference in dice: (\S+) ", shown)[1])
+    assert told == pytest.approx(gain.detectable, abs=0.005)

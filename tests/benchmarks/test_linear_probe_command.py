@@ -71,7 +71,6 @@ def test_classes_end_to_end(cache, tmp_path, capsys):
         "shape features",
         "pooled voxels",
         "minimum detectable difference in auc",
-        "4.16 x",  # t[.975] + t[.8] at the 3 degrees of freedom of 4 subjects
         "auc [95 %]",
     ):
         assert words in shown.out

@@ -154,6 +154,17 @@ def test_parts_of_changed_or_vanished_files_are_not_reused(scans, tmp_path, monk
     assert len(open_data([out])) == 6
 
 
+def test_voxels_changed_beside_their_header_are_noticed(scans, tmp_path):
+    source = tmp_path / "d"
+    for name in ("a", "b"):
+        scans.itk(source / f"{name}.mhd", scans.body(seed=ord(name)))
+    prepare(options(source, tmp_path / "s.h5"))
+    scans.itk(tmp_path / "other" / "a.mhd", scans.body(seed=9))
+    (tmp_path / "other" / "a.raw").replace(source / "a.raw")  # the header is what it was
+    with pytest.raises(DataError, match=r"other data|changed"):
+        prepare(options(source, tmp_path / "s.h5"))
+
+
 def test_changed_labels_are_noticed(scans, tmp_path, monkeypatch):
     source, out = folder_of(scans, tmp_path / "d"), tmp_path / "s.h5"
     lines = [f"p{i:03d}.nii.gz,{i % 2}" for i in range(6)]

@@ -1,0 +1,142 @@
+"""Whether pretraining pays, in sentences made of a leaderboard's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl3d_benchmarks.leaderboard_names import scratch_words
+from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, best_imagenet
+
+
+def answer(boards: Sequence[Board]) -> list[str]:
+    """Whether pretraining pays on these data, from the numbers, in sentences."""
+    lines = []
+    tried = [board for board in boards if board.of_kind("pretrained")]
+    groups: dict[tuple[str, str, bool], list[Board]] = {}
+    for board in tried:
+        groups.setdefault((board.table.protocol, board.table.family, board.few), []).append(board)
+    for about, members in sorted(groups.items()):
+        lines += _gains(*about, members)
+    lines += _over_imagenet([board for board in tried if not board.few])
+    for about, members in sorted(groups.items()):
+        lines += _gains_with_labels(*about, members)
+    return lines or ["There is no pretrained encoder in these records."]
+
+
+def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
+    lines: list[str] = []
+    better: list[str] = []
+    worse: list[str] = []
+    neither: list[str] = []
+    blind: list[str] = []
+    for board in boards:
+        tested = _tested(board, "main")
+        up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
+        down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
+        name = _where(board)
+        if not tested:
+            if any(arm.section == "main" for arm in board.of_kind("pretrained")):
+                blind.append(name)
+            continue
+        if up:
+            best = max(up, key=_gain)
+            others = f" and {len(up) - 1} more" if len(up) > 1 else ""
+            better.append(f"{name} ({best.label} {_gain(best):+.3f}{others} of {len(tested)})")
+        else:
+            least = f", which could show {board.detectable:.3f}" if board.detectable else ""
+            neither.append(f"{name}{least}")
+        if down:
+            worst = min(down, key=_gain)
+            worse.append(f"{name} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})")
+    words = scratch_words(protocol)
+    head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
+    count = len(better) + len(neither)
+    if better:
+        lines.append(
+            f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
+            f"{words} beyond chance on {'; '.join(better)}."
+        )
+    elif count:
+        lines.append(f"{head}: not shown on any of {count} tables.")
+    if neither:
+        lines.append(f"{head}: no gain could be shown on {'; '.join(neither)}.")
+    if worse:
+        lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
+    if blind:
+        lines.append(
+            f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
+            "or pretraining saw test subjects."
+        )
+    return lines
+
+
+def _gains_with_labels(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
+    """Encoders pretrained with labels have a sentence of their own: it is no gain of self-supervision."""
+    tested = [(board, _tested(board, "labels")) for board in boards]
+    tested = [(board, arms) for board, arms in tested if arms]
+    if not tested:
+        return []
+    better, worse = (
+        [
+            f"{_where(board)} ({max(some, key=lambda arm: abs(_gain(arm))).label})"
+            for board, arms in tested
+            for some in [[arm for arm in arms if _shown(arm) and sign * _gain(arm) > 0]]
+            if some
+        ]
+        for sign in (1, -1)
+    )
+    found = (
+        f"beats the same network {scratch_words(protocol)} beyond chance on {len(better)} of {len(tested)}"
+    )
+    return [
+        f"{family.capitalize()}{' with few labels' * few} ({protocol}), pretrained with labels, ranked "
+        f"apart: an encoder {found} tables{' (' + '; '.join(better) + ')' if better else ''}, is worse on "
+        f"{len(worse)}{' (' + '; '.join(worse) + ')' if worse else ''}."
+    ]
+
+
+def _tested(board: Board, section: str) -> list[Arm]:
+    return [
+        arm
+        for arm in board.of_kind("pretrained")
+        if arm.gain and not arm.why_unranked and arm.section == section
+    ]
+
+
+def _where(board: Board) -> str:
+    """A board in a sentence."""
+    words = board.table.title.partition(":")[0] + (f", {board.amount}" if board.few else "")
+    return words + (f" ({board.table.number})" if board.table.number else "")
+
+
+def _over_imagenet(boards: Sequence[Board]) -> list[str]:
+    compared = [board for board in boards if best_imagenet(board) is not None]
+    if not compared:
+        return ["Nothing is said of ImageNet: no record is of a converted network."] if boards else []
+    won, lost = [], []
+    for board in compared:
+        arms = [
+            arm
+            for arm in board.of_kind("pretrained")
+            if arm.over_imagenet and not arm.why_unranked and arm.section == "main"
+        ]
+        shown = [arm for arm in arms if arm.p_imagenet_holm is not None and arm.p_imagenet_holm < 0.05]
+        title = board.table.title
+        if any(arm.over_imagenet and arm.over_imagenet.value > 0 for arm in shown):
+            won.append(title)
+        if any(arm.over_imagenet and arm.over_imagenet.value < 0 for arm in shown):
+            lost.append(title)
+    return [
+        f"Against the best ImageNet conversion: a pretrained encoder is ahead beyond chance on "
+        f"{len(won)} of "
+        f"{len(compared)} tables{' (' + '; '.join(won) + ')' if won else ''}, one is behind on {len(lost)}"
+        f"{' (' + '; '.join(lost) + ')' if lost else ''}."
+    ]
+
+
+def _shown(arm: Arm) -> bool:
+    return arm.p_holm is not None and arm.p_holm < 0.05
+
+
+def _gain(arm: Arm) -> float:
+    return arm.gain.value if arm.gain else float("nan")
