@@ -58,6 +58,9 @@ class ClassificationConfig:
         target: What is learned: classes, ordinal (ordered integers), real, or auto: by what the labels are.
         crop: Largest input of the encoder along D H W. A larger volume gives crops with foreground in
             training, and is the mean over windows that cover it when it is predicted.
+        pad: Surround smaller volumes by their lowest value, to the largest volume or the crop, in training
+            and prediction. Without it volumes of each shape go through the encoder apart, and batch norm
+            sees them apart: of scans that all have shapes of their own, one at a time.
         dropout: Before the last layer.
         label_smoothing: Of the classes.
         class_weights: balanced weighs classes by the inverse of their frequency in the training part.
@@ -72,6 +75,7 @@ class ClassificationConfig:
 
     target: Literal["auto", "classes", "ordinal", "real"] = "auto"
     crop: tuple[int, int, int] = (96, 96, 96)
+    pad: bool = False
     dropout: float = 0.0
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
@@ -185,6 +189,9 @@ class Classification(FinetuneTask):
         self.target = _target(config, data)
         names = {str(name).lower() for name in data.datasets}
         shapes = all(name.startswith(("adrenalmnist", "vesselmnist")) for name in names)
+        most = np.max([shape[1:] for shape in data.shapes], axis=0)
+        # An axis of all volumes that has one voxel stays so: they are images.
+        self._least = np.minimum(most, config.crop) if config.pad else np.ones(3, dtype=int)
         self.dimmed = config.scale == "random" or (config.scale == "medmnist" and shapes)
         if self.target != "classes":
             check_numbers(data.labels, self.target)
@@ -209,8 +216,11 @@ class Classification(FinetuneTask):
 
     def settings(self) -> dict[str, Any]:
         """Its options, the target and the classes resolved."""
+        given = dataclasses.asdict(self.config)
+        if not given["pad"]:  # so that records from before there was such an option are found
+            del given["pad"]
         return {
-            **dataclasses.asdict(self.config),
+            **given,
             "target": self.target,
             "classes": list(self.classes),
             "scale": "random" if self.dimmed else "none",
@@ -240,6 +250,7 @@ class Classification(FinetuneTask):
         else:
             size = [min(n, most) for n, most in zip(shape, self.config.crop, strict=True)]
             image = volume.read(draw_crop(volume, size, rng), size)
+        image = self._padded(image)
         if self.target == "classes":
             target = torch.tensor(self.classes.index(str(volume.label)))
         else:
@@ -266,7 +277,7 @@ class Classification(FinetuneTask):
         """The target, and the classes' probabilities or the value."""
         assert isinstance(model, Classifier)
         device = next(model.parameters()).device
-        image = self._dimmed(volume.read().to(device))
+        image = self._dimmed(self._padded(volume.read()).to(device))
         if self._fits(image.shape[1:]):
             found = model(image[None])
         elif isinstance(model.encoder, AggregatedEncoder):
@@ -281,7 +292,7 @@ class Classification(FinetuneTask):
         assert isinstance(model, Classifier)
         device = next(model.parameters()).device
         rows: list[dict[str, Any] | None] = [None] * len(data)
-        shapes = [tuple(int(n) for n in shape) for shape in data.shapes]
+        shapes = [(shape[0], *np.maximum(shape[1:], self._least).tolist()) for shape in data.shapes]
         labels = data.labels
         for shape in sorted(set(shapes)):
             same = [position for position, own in enumerate(shapes) if own == shape]
@@ -292,7 +303,7 @@ class Classification(FinetuneTask):
             size = max(1, BATCH_VOXELS // int(np.prod(shape)))
             for start in range(0, len(same), size):
                 chosen = same[start : start + size]
-                batch = torch.stack([data[position].read() for position in chosen]).to(device)
+                batch = torch.stack([self._padded(data[position].read()) for position in chosen]).to(device)
                 found = self._row(model, model(self._dimmed(batch)), [labels[k] for k in chosen])
                 for position, row in zip(chosen, found, strict=True):
                     rows[position] = row
@@ -334,6 +345,17 @@ class Classification(FinetuneTask):
 
     def _fits(self, shape: Sequence[int]) -> bool:
         return all(n <= most for n, most in zip(shape, self.config.crop, strict=True))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(C, D, H, W) in the middle of its channels' lowest values, of `_least` voxels along each axis."""
+        lacking = np.maximum(self._least - x.shape[1:], 0)
+        if not lacking.any():
+            return x
+        before = lacking // 2
+        full = x.amin(dim=(1, 2, 3), keepdim=True).repeat(1, *(np.array(x.shape[1:]) + lacking).tolist())
+        place = [slice(a, a + n) for a, n in zip(before.tolist(), x.shape[1:], strict=True)]
+        full[:, place[0], place[1], place[2]] = x
+        return full
 
     def _dimmed(self, x: Tensor) -> Tensor:
         return x * 0.5 if self.dimmed else x

@@ -295,7 +295,8 @@ def _told_of_lone_values(plan: Plan, group: Any) -> Iterator[None]:
         raise TrainingError(
             f"{plan.name}: batch norm has one number per channel where {shape[0]} volume(s) of one shape, "
             f"{shape[1:]}, come down to one cell (other shapes go through apart); use an encoder with "
-            "group norm, --freeze-norm, a larger --batch-size or volumes of one shape"
+            "group norm, --freeze-norm, a larger --batch-size or, of volumes of several shapes, "
+            "--classification.pad true"
         ) from error
 
 

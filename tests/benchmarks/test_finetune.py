@@ -691,6 +691,38 @@ def test_a_volume_larger_than_the_crop_is_the_mean_of_its_windows(tmp_path):
     assert work.predict_all(model, data)[0] == found
 
 
+def test_volumes_of_several_shapes_are_one_batch_if_padded(tmp_path):
+    """In the middle of their lowest value, to the largest volume or the crop; images stay images."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 6, 8), (3, 8, 8), (4, 8, 12), (1, 5, 5), (1, 7, 5)]
+    for k, shape in enumerate(shapes):
+        record = Record(id=f"v{k}", dataset="made", subject=f"p{k}", label=k % 2)
+        image = rng.normal(size=(1, *shape)).astype(np.float32)
+        write_part(tmp_path / "s.h5.partial", record.id, record, image)
+    assemble(tmp_path / "s.h5.partial", tmp_path / "s.h5", {}, [])
+    data = open_data([str(tmp_path / "s.h5")])
+    work = Classification(ClassificationConfig(crop=(96, 96, 10), pad=True), data)
+    drawn = [work.draw(volume, rng)["image"] for volume in data]
+    assert {tuple(image.shape) for image in drawn} == {(1, 4, 8, 10)}
+    volume = data[1].read()
+    assert torch.equal(drawn[1][:, :3, :, 1:9], volume)
+    outside = drawn[1].clone()
+    outside[:, :3, :, 1:9] = volume.min()
+    assert (outside == volume.min()).all()
+    model = build(work, Plain(), data, 0, torch.device("cpu")).eval()
+    with torch.inference_mode():
+        together = work.predict_all(model, data)
+        for row, volume in zip(together, data, strict=True):
+            assert row["probability"] == pytest.approx(work.predict(model, volume)["probability"], abs=1e-5)
+    plain = Classification(ClassificationConfig(crop=(96, 96, 10)), data)
+    assert len({tuple(plain.draw(volume, rng)["image"].shape) for volume in data}) == 5
+    assert work.settings()["pad"] and "pad" not in plain.settings()
+    images = data.select(np.array([3, 4]))
+    assert (
+        Classification(ClassificationConfig(pad=True), images).draw(images[0], rng)["image"].shape[1] == 1
+    )
+
+
 def test_batches_predict_as_single_volumes_do(tmp_path):
     work, data, model = a_model(tmp_path)
     model.eval()
