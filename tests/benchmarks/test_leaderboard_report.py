@@ -170,7 +170,8 @@ def test_leaks_are_shown_and_not_ranked_and_labels_apart(report):
 
 def test_the_answer_in_words(report):
     text = " ".join(answer(report.boards))
-    assert "Segmentation (linear-probe): yes on 1 of 1 tables" in text
+    assert "Segmentation (linear-probe): yes on 1 of 1 tables" in text and "nothing to find" not in text
+    assert "With nothing to find, up to 0.15 of 3 would." in " ".join(answer(report.boards * 3))
     assert re.search(r"alpha \+0\.\d+|med3d \+0\.\d+", text)
     assert "made it worse on set" in text and "gamma" in text
     assert "ahead beyond chance on 1 of 1" in text
