@@ -27,7 +27,7 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
     lines: list[str] = []
     better: list[str] = []
     worse: list[str] = []
-    neither: list[str] = []
+    neither: list[Board] = []
     blind: list[str] = []
     for board in boards:
         tested = _tested(board, "main")
@@ -42,8 +42,7 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
             best = max(up, key=_gain)
             better.append(f"{name} ({len(up)} of {len(tested)}, {best.label} {_gain(best):+.3f})")
         else:
-            least = f", which could show {board.detectable:.3f}" if board.detectable else ""
-            neither.append(f"{name}{least}")
+            neither.append(board)
         if down:
             worst = min(down, key=_gain)
             worse.append(f"{name} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})")
@@ -55,10 +54,11 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
             f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
             f"{words} beyond chance on {'; '.join(better)}.{_by_luck(count)}"
         )
+        if neither:
+            lines.append(f"{head}: no gain could be shown on {_listed(neither)}.")
     elif count:
-        lines.append(f"{head}: not shown on any of {count} tables.")
-    if neither:
-        lines.append(f"{head}: no gain could be shown on {'; '.join(neither)}.")
+        tables = f"any of {count} tables: " if count > 1 else ""
+        lines.append(f"{head}: no gain is shown on {tables}{_listed(neither)}.")
     if worse:
         lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
     if blind:
@@ -67,6 +67,22 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
             "or pretraining saw test subjects."
         )
     return lines
+
+
+def _listed(boards: Sequence[Board]) -> str:
+    """Boards and what they could show, those of one table title together."""
+    by_title: dict[str, list[Board]] = {}
+    for board in boards:
+        by_title.setdefault(board.table.title.partition(":")[0], []).append(board)
+    told = []
+    for title, same in by_title.items():
+        least = [f", which could show {one.detectable:.3f}" if one.detectable else "" for one in same]
+        if len(same) == 1 or not all(one.few for one in same):
+            told += [f"{_where(one)}{words}" for one, words in zip(same, least, strict=True)]
+        else:
+            amounts = [f"{one.amount}{words}" for one, words in zip(same, least, strict=True)]
+            told.append(f"{title} ({'; '.join(amounts)})")
+    return "; ".join(told)
 
 
 def _by_luck(tables: int) -> str:
