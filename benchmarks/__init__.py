@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
-    from ssl3d_benchmarks.leaderboard_report import Report
+    from ssl3d_benchmarks.leaderboard_output import Report
 
 Words = str | Path | Sequence[str | Path]
 
@@ -40,8 +40,8 @@ def knn(
     encoder: Words, data: Words = "phantoms", out: str | Path = "runs/knn", **options: Any
 ) -> list[Result]:
     """Scores frozen encoders by nearest neighbours: `ssl3d knn`; otherwise as `linear_probe`."""
-    from ssl3d_benchmarks.knn import KNN
     from ssl3d_benchmarks.knn_command import Options
+    from ssl3d_benchmarks.knn_protocol import KNN
     from ssl3d_benchmarks.linear_probe_run import run
 
     asked: Any = Options(_words(encoder), _words(data), out=Path(out), **options)
@@ -73,8 +73,8 @@ def finetune(
         Ssl3dError: As the command does; TrainingError if a job failed.
     """
     from ssl3d.api import TrainingError
-    from ssl3d_benchmarks.finetune import task_class
     from ssl3d_benchmarks.finetune_command import Options
+    from ssl3d_benchmarks.finetune_protocol import task_class
     from ssl3d_benchmarks.finetune_run import resolve, run
 
     given = Options(_words(encoder), _words(data), task=task, out=Path(out), **options)
@@ -107,7 +107,7 @@ def leaderboard_report(results: Words, **options: Any) -> Report:
         results: Folders of records.
         options: `published`, `resamples`, as of `ssl3d leaderboard report`.
     """
-    from ssl3d_benchmarks.leaderboard_report import read_report
+    from ssl3d_benchmarks.leaderboard_output import read_report
 
     return read_report([Path(word) for word in _words(results)], **options)
 

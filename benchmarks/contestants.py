@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,7 +154,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     return Contestant(
         entry.name,
         entry.kind,
-        digest_of(encoder),
+        pooling_digest(encoder),
         encoder,
         group=entry.group,
         source=entry.source,
@@ -165,6 +166,14 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
         volumes_complete=hashes_complete(card),
         details=details,
     )
+
+
+def pooling_digest(encoder: Encoder) -> str:
+    """The digest by which records and caches know an encoder; with an aggregator, of its pooling too."""
+    digest = digest_of(encoder)
+    if not isinstance(encoder, AggregatedEncoder):
+        return digest
+    return hashlib.sha256(f"{digest} aggregator v{encoder.version}".encode()).hexdigest()[:16]
 
 
 def record(
@@ -246,6 +255,11 @@ def pooled(pool: str) -> str:
     return "" if pool == "mean" else f", {pool}"
 
 
+def pool_details(pool: str) -> dict[str, str]:
+    """What a record says of its pooling, its version with it; nothing where it is the mean."""
+    return {} if pool == "mean" else {"pool": f"{pool} v{AggregatedEncoder.version}"}
+
+
 def device_of(asked: str) -> str:
     """cpu, cuda or mps.
 
@@ -271,7 +285,8 @@ def recalibrate(encoder: Encoder, train: Collection, window: Sequence[int], devi
     batches = _batches(train, window, device)
     if isinstance(encoder, AggregatedEncoder):
         # Sees slices, and so do its norms.
-        recalibrate_norm(encoder.encoder, map(encoder.slabs, batches))
+        stacks = map(encoder.stacks, batches)
+        recalibrate_norm(encoder.encoder, (slabs[own] for slabs, own in stacks))
     else:
         recalibrate_norm(encoder, batches)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl3d.api import AggregatedEncoder, Contestant, DataError, draw_crop, embed_volume
-from ssl3d_benchmarks.finetune import FinetuneTask
-from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
+from ssl3d_benchmarks.finetune_protocol import FinetuneTask
 from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
+from ssl3d_benchmarks.linear_probe_protocol import LinearProbe, LinearProbeConfig
 from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
 from ssl3d_benchmarks.task import (
     CSV_HELP,
@@ -135,10 +135,7 @@ class Classifier(nn.Module):
         if not isinstance(self.encoder, AggregatedEncoder):
             embeddings: Tensor = self.encoder.embed(x)
             return embeddings
-        slabs = self.encoder.slabs(x)
-        each = self.encoder.encoder.embed(slabs).unflatten(0, (len(x), -1))
-        pooled: Tensor = self.encoder.aggregator(each)[1]
-        return pooled
+        return self.encoder.pooled(x)
 
 
 class Classification(FinetuneTask):

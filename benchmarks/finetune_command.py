@@ -168,7 +168,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 1 where a job failed."""
-    from ssl3d_benchmarks.finetune import TASKS, task_class
+    from ssl3d_benchmarks.finetune_protocol import TASKS, task_class
 
     parsed = parse(
         "ssl3d finetune",

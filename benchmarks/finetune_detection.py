@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from ssl3d.api import (
     weighted_clusters,
     window_starts,
 )
-from ssl3d_benchmarks.finetune import FinetuneTask
+from ssl3d_benchmarks.finetune_protocol import FinetuneTask, file_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -458,9 +457,8 @@ class Detection(FinetuneTask):
         from ssl3d_benchmarks.finetune_detection_files import write_boxes
 
         found = self.detect(model, volume)
-        name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", f"{volume.dataset}_{volume.id}").strip("_")
         folder.mkdir(parents=True, exist_ok=True)
-        return write_boxes(folder / f"{name}.json", volume, *found, self.classes)
+        return write_boxes(folder / f"{file_name(volume)}.json", volume, *found, self.classes)
 
     def picture(self, model: nn.Module, data: Collection) -> Any:
         """The slices with the largest objects of some volumes, truth and detections; the FROC curve."""

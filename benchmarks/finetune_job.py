@@ -20,9 +20,9 @@ from torch import nn
 
 from ssl3d.api import Result, UsageError, find_result, write_result
 from ssl3d_benchmarks import locks
-from ssl3d_benchmarks.contestants import Entry, described, record, trivial_contestant
-from ssl3d_benchmarks.finetune import Finetune
+from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
 from ssl3d_benchmarks.finetune_command import Options
+from ssl3d_benchmarks.finetune_protocol import Finetune
 from ssl3d_benchmarks.finetune_train import (
     Diverged,
     Plan,
@@ -125,8 +125,7 @@ def run_job(work: Work) -> Result:
     options = work.options
     assert work.entry.make is not None
     encoder = work.entry.make()
-    details = {} if options.pool == "mean" else {"pool": options.pool}
-    contestant = described(work.entry, encoder, details)
+    contestant = described(work.entry, encoder, pool_details(options.pool))
     settings = settings_of(work.benchmark, options, work.job, work.arm.rates)
     version = work.benchmark.task_version
     result = record(contestant, work.benchmark, version, work.task, work.job, work.seed, settings)

@@ -34,9 +34,9 @@ from ssl3d_benchmarks.contestants import (
     trivial_entries,
     untrained,
 )
-from ssl3d_benchmarks.finetune import Finetune, FinetuneTask, task_class
 from ssl3d_benchmarks.finetune_command import Options
 from ssl3d_benchmarks.finetune_job import Arm, Held, Work, job_name, run_job, run_trivial, score_fold
+from ssl3d_benchmarks.finetune_protocol import Finetune, FinetuneTask, task_class
 from ssl3d_benchmarks.finetune_train import Plan, check_freeze
 from ssl3d_benchmarks.table import Row
 from ssl3d_benchmarks.task import Fold, Job, Task, headline, jobs, say, split_up

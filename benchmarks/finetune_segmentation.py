@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from ssl3d.api import (
     statistics,
     view_margin,
 )
-from ssl3d_benchmarks.finetune import FinetuneTask
+from ssl3d_benchmarks.finetune_protocol import FinetuneTask, file_name
 from ssl3d_benchmarks.finetune_segmentation_data import (
     Annotation,
     annotate,
@@ -470,10 +469,7 @@ class Segmentation(FinetuneTask):
         `..._stored_grid.nii.gz`.
         """
         values = np.array(self.values)[self.labels(model, volume)]
-        # Ids of several data sets in one store begin with the data set's name.
-        named = volume.id.startswith(f"{volume.dataset}/")
-        name = volume.id if named else f"{volume.dataset}_{volume.id}"
-        name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")
+        name = file_name(volume)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.nii.gz"
         if not save_segmentation(volume.record, values, path):

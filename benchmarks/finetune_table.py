@@ -15,7 +15,7 @@ from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
-    from ssl3d_benchmarks.finetune import Finetune
+    from ssl3d_benchmarks.finetune_protocol import Finetune
 
 
 def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:

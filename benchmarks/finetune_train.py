@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ssl3d.api import (
     TrainingError,
     UsageError,
     duration,
+    lone_values,
     memory_format,
     peak_memory,
     seed_of,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ssl3d.api import Collection, Encoder, Volume
-    from ssl3d_benchmarks.finetune import Finetune, FinetuneTask
     from ssl3d_benchmarks.finetune_command import Options
+    from ssl3d_benchmarks.finetune_protocol import Finetune, FinetuneTask
 
 FORMAT = 1
 TOLD_EVERY = 30.0
@@ -264,6 +265,9 @@ class _Going:
         self._told, self._losses, self._seconds = now, [], 0.0
 
 
+LONE_HELP = "--freeze-norm or, of volumes of several shapes, --classification.pad true"
+
+
 def _step(plan: Plan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:
     """Loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -275,29 +279,13 @@ def _step(plan: Plan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> 
         for group in groups:
             # The same numbers for a row, whichever group it is in.
             rng = BatchRng(seed_of(plan.seed, "views", trial.step), group.rows, group.total, plan.device)
-            with autocast(plan.device, plan.options.precision), _told_of_lone_values(plan, group):
+            lone = lone_values(plan.name, len(group.rows), LONE_HELP)
+            with autocast(plan.device, plan.options.precision), lone:
                 loss, _ = plan.benchmark.work.loss(model, group.tensors, rng)
             part = loss.float() * (len(group.rows) / count)
             part.backward()
             total += float(part.detach())
     return total, trial.flops or float(counter.get_total_flops() if counter else 0)
-
-
-@contextlib.contextmanager
-def _told_of_lone_values(plan: Plan, group: Any) -> Iterator[None]:
-    """Says what to do where torch's batch norm refuses a single number per channel."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        shape = tuple(next(iter(group.tensors.values())).shape)
-        raise TrainingError(
-            f"{plan.name}: batch norm has one number per channel where {shape[0]} volume(s) of one shape, "
-            f"{shape[1:]}, come down to one cell (other shapes go through apart); use an encoder with "
-            "group norm, --freeze-norm, a larger --batch-size or, of volumes of several shapes, "
-            "--classification.pad true"
-        ) from error
 
 
 def predict(plan: Plan, model: nn.Module, data: Collection, choosing: bool = False) -> list[dict[str, Any]]:

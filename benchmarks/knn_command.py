@@ -100,7 +100,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Runs the command."""
     options = parse("ssl3d knn", Options, argv, epilog=EPILOG).options
-    from ssl3d_benchmarks.knn import KNN
+    from ssl3d_benchmarks.knn_protocol import KNN
     from ssl3d_benchmarks.linear_probe_run import run
 
     run(options, KNN)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ssl3d.api import Plugins, PrepareOptions, Ssl3dError, UsageError, encoder_from, parse, request_of
 from ssl3d_benchmarks import finetune_command, knn_command, linear_probe_command
-from ssl3d_benchmarks.finetune import TASKS, task_class
+from ssl3d_benchmarks.finetune_protocol import TASKS, task_class
 from ssl3d_benchmarks.finetune_run import resolve
 from ssl3d_benchmarks.leaderboard_suite import Plan
 

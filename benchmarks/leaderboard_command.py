@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     word, rest = argv[0], list(argv[1:])
     if word == "report":
-        from ssl3d_benchmarks.leaderboard_report import ReportOptions, report
+        from ssl3d_benchmarks.leaderboard_output import ReportOptions, report
 
         report(parse("ssl3d leaderboard report", ReportOptions, rest, epilog=REPORT_EPILOG).options)
         return 0

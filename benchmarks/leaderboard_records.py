@@ -347,7 +347,7 @@ def score_functions(
     name, _, target = result.task.partition("/")
     protocol, _, work = name.partition("-") if name.startswith("finetune-") else (name, "", "")
     if work:
-        from ssl3d_benchmarks.finetune import task_class
+        from ssl3d_benchmarks.finetune_protocol import task_class
 
         settings = dict(result.settings["task"])
         if work == "classification":

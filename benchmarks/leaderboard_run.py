@@ -102,7 +102,7 @@ def run(options: RunOptions) -> int:
     status = Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
     records = (path for path in options.out.glob("*/*.json") if not path.parent.name.startswith("."))
     if status < 128 and options.report and any(records):
-        from ssl3d_benchmarks.leaderboard_report import ReportOptions, report
+        from ssl3d_benchmarks.leaderboard_output import ReportOptions, report
 
         title = f"Leaderboard {suite.name}"
         report(ReportOptions((options.out,), options.out / "report", title, suite.published))

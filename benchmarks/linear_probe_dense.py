@@ -24,7 +24,7 @@ from ssl3d_benchmarks.shape_features import intensity_maps
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Contestant, Encoder, Volume
-    from ssl3d_benchmarks.linear_probe import LinearProbeConfig
+    from ssl3d_benchmarks.linear_probe_protocol import LinearProbeConfig
 
 Array = NDArray[Any]
 Triple = tuple[int, int, int]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from ssl3d_benchmarks.contestants import Entry
-    from ssl3d_benchmarks.linear_probe import LinearProbe
     from ssl3d_benchmarks.linear_probe_command import Options
+    from ssl3d_benchmarks.linear_probe_protocol import LinearProbe
     from ssl3d_benchmarks.table import Row
     from ssl3d_benchmarks.task import Task
 

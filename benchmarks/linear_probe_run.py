@@ -34,6 +34,7 @@ from ssl3d_benchmarks.contestants import (
     fitting_all,
     given,
     named,
+    pool_details,
     recalibrate,
     record,
     trivial_contestant,
@@ -41,7 +42,7 @@ from ssl3d_benchmarks.contestants import (
     untrained,
     with_norm,
 )
-from ssl3d_benchmarks.linear_probe import LinearProbe
+from ssl3d_benchmarks.linear_probe_protocol import LinearProbe
 from ssl3d_benchmarks.linear_probe_table import format_table
 from ssl3d_benchmarks.shape_features import TRIVIAL
 from ssl3d_benchmarks.table import Row
@@ -174,9 +175,7 @@ def build(entry: Entry, task: Task, fold: Fold, options: Options) -> Contestant:
     if entry.make is None:
         return trivial_contestant(entry, task.config.mask_classes if entry.name != "pooled voxels" else ())
     encoder = entry.make()
-    details: dict[str, Any] = {"norm_recalibrated": entry.recalibrate}
-    if options.pool != "mean":
-        details["pool"] = options.pool
+    details: dict[str, Any] = {"norm_recalibrated": entry.recalibrate, **pool_details(options.pool)}
     device = device_of(options.device)
     encoder.to(device).eval()
     if entry.recalibrate:

@@ -130,12 +130,9 @@ def kind_of_labels(labels: Sequence[Any], where: str) -> str:
 
 def mask_values(data: Collection) -> tuple[int, ...]:
     """The values in the masks, sorted, 0 among them."""
-    import torch
+    from ssl3d.api import mask_values as values_in
 
-    found = {0}
-    for volume in data:
-        found |= set(torch.unique(volume.read_mask()).tolist())
-    return tuple(sorted(found))
+    return tuple(sorted({0}.union(*(values_in(volume).tolist() for volume in data))))
 
 
 def class_names(data: Collection) -> tuple[str, ...]:

@@ -107,7 +107,8 @@ class BarlowTwins(Proxy):
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
         """Augments both views, embeds and projects them, and correlates their features over all groups."""
-        pairs = embed_pairs(self.config, self.encoder, batch, rng)
+        # Standardised, two rows are 1 and -1 in every feature whatever they were: nothing to learn from.
+        pairs = embed_pairs(self.config, self.encoder, batch, rng, least=3)
         projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
         a, b = projected.unbind(1)
         loss, diagonal, off_diagonal = barlow_twins_loss(a, b, self.config.off_diagonal)

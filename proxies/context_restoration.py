@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -151,23 +152,28 @@ def swap_patches(
         share: Least and largest share of the foreground to be moved, uniform. What cannot be reached
             (foreground in a border that no whole brick covers) is left.
         patch: Least and largest side, as a share of the crop's, uniform in voxels; never below 2, but
-            along axes of up to 8 voxels.
+            along axes of up to 8 voxels, nor above half of the crop's, so that two fit.
     """
     size, device = x.shape[2:], x.device
-    low = [max(min(2, -(-n // 8)), round(n * patch[0])) for n in size]
-    high = [max(a, round(n * patch[1])) for a, n in zip(low, size, strict=True)]
+    if math.prod(size) == 1:  # nothing to change places with
+        return Swapped(x.clone(), torch.zeros_like(foreground))
+    half = [max(1, n // 2) for n in size]
+    low = [min(b, max(min(2, -(-n // 8)), round(n * patch[0]))) for b, n in zip(half, size, strict=True)]
+    high = [max(a, min(b, round(n * patch[1]))) for a, b, n in zip(low, half, size, strict=True)]
     sides = torch.stack(
         [rng.integers(a, b + 1) for a, b in zip(low, high, strict=True)], dim=1
     )  # (B, 3), voxels
     most = [n // a for n, a in zip(size, low, strict=True)]  # bricks along an axis, at most
 
-    # Where layers, rows and bricks begin, as a share of a brick's side.
+    # Where layers, rows and bricks begin: within a brick's side, and so that two large ones still fit.
     begin_d, begin_h, begin_w = rng.uniform(1), rng.uniform(most[0], 1), rng.uniform(most[0], most[1], 1)
+    room = torch.minimum(sides, torch.tensor(size, device=device) - 2 * sides + 1).clamp_min(1)
     d, h, w = (sides[:, a].view(-1, 1, 1, 1) for a in range(3))
+    room_d, room_h, room_w = (room[:, a].view(-1, 1, 1, 1) for a in range(3))
     i, j, k = (torch.arange(n, device=device) for n in most)
-    start_d = ((begin_d[:, :, None, None] * d).long() + i.view(-1, 1, 1) * d).expand(-1, *most)
-    start_h = ((begin_h[:, :, :, None] * h).long() + j.view(-1, 1) * h).expand(-1, *most)
-    start_w = (begin_w * w).long() + k * w
+    start_d = ((begin_d[:, :, None, None] * room_d).long() + i.view(-1, 1, 1) * d).expand(-1, *most)
+    start_h = ((begin_h[:, :, :, None] * room_h).long() + j.view(-1, 1) * h).expand(-1, *most)
+    start_w = (begin_w * room_w).long() + k * w
     starts = torch.stack([start_d, start_h, start_w], dim=-1).flatten(1, 3)  # (B, bricks, 3)
     ends = starts + sides.unsqueeze(1)
     exists = (ends <= torch.tensor(size, device=device)).all(-1)

@@ -201,7 +201,9 @@ class CubeOrdering(Proxy):
 
     def setup(self, data: Collection) -> None:
         """Adds heads for images (D = 1), where there are any and they need their own."""
-        flat = {_is_flat(self.config, int(shape[1])) for shape in data.shapes}
+        # Of a grid along D only an image is one cube, without an order: `draw` sets it aside.
+        own = _images_differ(self.config) and math.prod(_grid(self.config, image=True)) > 1
+        flat = {own and int(shape[1]) == 1 for shape in data.shapes}
         if True in flat:
             self.heads["image"] = _Heads(self.config, image=True)
         if False not in flat:
@@ -254,7 +256,8 @@ class CubeOrdering(Proxy):
         """Prepares and shuffles the cubes (B, K, C, d, h, w), and asks for their order."""
         config, cubes = self.config, batch["cubes"]
         examples, count = cubes.shape[:2]
-        heads = self._heads(int(cubes.shape[3]))
+        image = _is_image(config, cubes)
+        heads = self._heads(image)
         with torch.no_grad(), torch.autocast(cubes.device.type, enabled=False):
             cubes, flat = self._prepare(cubes, batch["extent"], batch["spacing"], rng)
             asked, order = self._shuffle(heads, rng, count)
@@ -296,11 +299,11 @@ class CubeOrdering(Proxy):
                 hits = ((logit.detach() > 0) == truth) & filled
                 metrics[f"{name}_accuracy"] = hits.sum() / filled.sum().clamp_min(1)
         first = [x[0].detach() for x in (shown, order, places)]
-        cells = _grid(config, int(cubes.shape[3]))
+        cells = _grid(config, image)
         return StepOutput(loss, metrics, lambda: _picture(first[0], first[1], first[2], cells))
 
-    def _heads(self, depth: int) -> _Heads:
-        name = "image" if _is_flat(self.config, depth) else "volume"
+    def _heads(self, image: bool) -> _Heads:
+        name = "image" if image and _images_differ(self.config) else "volume"
         if name not in self.heads:
             raise UsageError(
                 f"cube_ordering was set up without {name}s, and now gets one; train with both, or apart"
@@ -390,9 +393,9 @@ class _Heads(nn.Module):
 
     def __init__(self, config: CubeOrderingConfig, image: bool) -> None:
         super().__init__()
-        grid = (1, *config.grid[1:]) if image else config.grid
-        count, width = math.prod(grid), math.prod(grid) * config.features
-        flat = image or config.crop[0] == 1
+        count = math.prod(_grid(config, image))
+        width = count * config.features
+        flat = image or config.cube[0] == 1
         # In a plane, only the turn about D is one: those about H and W would be mirrors.
         self.axes = ("D",) * bool(config.turns) if flat else config.turns
         if config.target == "permutation":
@@ -456,14 +459,24 @@ def _turn(cubes: Tensor, axes: Sequence[str], rng: BatchRng) -> tuple[Tensor, li
     return cubes, turned
 
 
-def _is_flat(config: CubeOrderingConfig, depth: int) -> bool:
-    """Whether examples of such a depth are images that need heads of their own."""
-    return depth == 1 and config.crop[0] > 1 and (config.grid[0] > 1 or bool(config.turns))
+def _images_differ(config: CubeOrderingConfig) -> bool:
+    """Whether images need heads of their own: they have fewer cubes than volumes, or turn otherwise."""
+    return config.grid[0] > 1 or (config.crop[0] > 1 and bool(config.turns))
 
 
-def _grid(config: CubeOrderingConfig, depth: int) -> tuple[int, int, int]:
+def _is_image(config: CubeOrderingConfig, cubes: Tensor) -> bool:
+    """Whether cubes (B, K, C, d, h, w) are those of images.
+
+    Their number tells where volumes are cut along D: a volume's cubes may be one slice deep as well.
+    """
+    if config.grid[0] > 1:
+        return cubes.shape[1] < math.prod(config.grid)
+    return cubes.shape[3] == 1
+
+
+def _grid(config: CubeOrderingConfig, image: bool) -> tuple[int, int, int]:
     """Cubes along D H W: an image is not cut along D."""
-    return (1, *config.grid[1:]) if depth == 1 else config.grid
+    return (1, *config.grid[1:]) if image else config.grid
 
 
 def _layout(
@@ -475,7 +488,7 @@ def _layout(
         DataError: Less than a third of a cube, or an image and a grid that is cut along D only.
     """
     _, *sides = volume.shape
-    grid, cube = _grid(config, sides[0]), list(config.cube)
+    grid, cube = _grid(config, sides[0] == 1), list(config.cube)
     if sides[0] == 1:
         cube[0] = 1
         if math.prod(grid) < 2:

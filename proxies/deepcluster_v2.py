@@ -189,9 +189,8 @@ class DeepClusterV2(Proxy):
         for number, groups in enumerate(loader):
             if number % world_size() != rank():
                 continue
-            # Two at least in all, as embed_pairs asks: nothing is compared here.
             rngs = [
-                BatchRng(seed + number, range(len(one["index"])), max(2, len(one["index"])), device)
+                BatchRng(seed + number, range(len(one["index"])), len(one["index"]), device)
                 for one in groups
             ]
             pairs = embed_pairs(self.config, self.encoder, groups, rngs)

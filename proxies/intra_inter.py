@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -15,12 +16,14 @@ from ssl3d.api import (
     AggregatorConfig,
     Attended,
     BatchRng,
+    DataError,
     Encoder,
     MemoryBank,
     Prototypes,
     Proxy,
     SliceAggregator,
     StepOutput,
+    TrainingError,
     UsageError,
     ViewRng,
     Views,
@@ -232,8 +235,11 @@ class IntraInter(Proxy):
     own, since what slices share of an augmentation is a short cut to masked ones. Differs from the
     released code: attention runs along the slices (there along the features), the projection of the
     tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank
-    of several data sets do not collide. In the frozen stage the encoder gets no gradient; the
-    optimizer's weight decay still acts on it. Pooling by plain attention or the mean is for ablation.
+    of several data sets do not collide. Pooling by plain attention or the mean is for ablation.
+
+    In the frozen stage of `stages` staged the encoder keeps its parameters exactly, so no other proxy can
+    learn on it meanwhile, and norms use the statistics that they have; its weights are held once more.
+    Not for sharded parameters (FSDP).
     """
 
     Config = IntraInterConfig
@@ -246,6 +252,7 @@ class IntraInter(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 2e-3}
 
     progress: Tensor
+    kept: Tensor
 
     def __init__(self, config: IntraInterConfig, encoder: Encoder) -> None:
         """Adds the aggregator, what clusters, and what predicts.
@@ -271,6 +278,8 @@ class IntraInter(Proxy):
                 self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
         self._add_clusterings([], [])
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
+        if config.stages == "staged" and config.stage_shares[1]:
+            self.register_buffer("kept", self._flat())  # the frozen stage may be the first
 
     def _add_clusterings(self, places: Sequence[int], volumes: Sequence[int]) -> None:
         config, features = self.config, self.encoder.embed_dim
@@ -284,14 +293,29 @@ class IntraInter(Proxy):
             self.inter = Clustering(config, config.width, config.prototypes[1], volumes)
 
     def setup(self, data: Collection) -> None:
-        """Sizes prototypes and memory banks by the data: places along volumes, images, and volumes."""
+        """Sizes prototypes and memory banks by the data: places along volumes, images, and volumes.
+
+        Raises:
+            DataError: A loss or a stage needs stacks of slices, and no volume has two slabs.
+        """
+        config = self.config
         places: list[int] = []
         volumes: list[int] = []
+        stacks = 0
         for volume in data:
             image = volume.shape[1] == 1
-            first = volume.index * self.config.slices
-            places += [first] if image else range(first, first + self.config.slices)
+            first = volume.index * config.slices
+            places += [first] if image else range(first, first + config.slices)
             volumes += [] if image else [volume.index]
+            stacks += not image and volume.shape[1 + "DHW".index(config.axis)] >= 2 * config.slab
+        staged = config.stages == "staged" and config.stage_shares[0] < 1
+        if not stacks and (staged or not config.weights[0]):
+            what = "stages staged" if staged else "weights " + " ".join(f"{w:g}" for w in config.weights)
+            raise DataError(
+                f"intra_inter with {what} needs stacks of slices, and none of the {len(data)} volumes to "
+                f"train on has two slabs of {config.slab} along {config.axis}: add volumes, or take "
+                + ("stages joint" if staged and config.weights[0] else "weights 1 0 0")
+            )
         self._add_clusterings(places, volumes)
 
     def travels(self) -> Mapping[str, nn.Module]:
@@ -346,8 +370,10 @@ class IntraInter(Proxy):
         rngs = [rng] if isinstance(rng, BatchRng) else rng
         weights = self._weights()
         views = [augment_stack(config, group, each) for group, each in zip(groups, rngs, strict=True)]
-        frozen = config.stages == "staged" and not (weights[0] or weights[1])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        if self._frozen():
+            with torch.no_grad(), _still(self.encoder):
+                embedded = encode(self.encoder, views)
+        else:
             embedded = encode(self.encoder, views)
         loss = torch.stack([e.float().sum() for e in embedded]).sum() * 0
         metrics: dict[str, Tensor] = {}
@@ -401,9 +427,22 @@ class IntraInter(Proxy):
             level.cluster(epoch)
 
     def after_step(self, step: int, total: int) -> None:
-        """Normalises the prototypes, moves the average, and notes how far the training has come."""
-        config, before = self.config, self._weights()
+        """Keeps a frozen encoder as it was, normalises the prototypes, moves the average, notes the time.
+
+        Raises:
+            TrainingError: A stage freezes the encoder, and this process holds a part of it only.
+        """
+        config, before, frozen = self.config, self._weights(), self._frozen()
+        if hasattr(self, "kept") and len(self.kept) != sum(p.numel() for p in self.encoder.parameters()):
+            raise TrainingError(
+                "intra_inter: stages staged freezes the encoder, for which every process needs all of its "
+                "weights: take --strategy ddp, or stages joint"
+            )
+        if frozen:
+            self._restore()  # from the optimizer's momentum and weight decay
         self.progress.fill_((step + 1) / max(total, 1))
+        if self._frozen() and not frozen:
+            self.kept.copy_(self._flat())
         for level in self._levels():
             if config.clustering == "swav":
                 level.prototypes.normalize_()
@@ -430,6 +469,22 @@ class IntraInter(Proxy):
         if at < first:
             return intra, 0.0, 0.0
         return (0.0, 0.0, masked) if at < first + second - 1e-9 else (0.0, inter, 0.0)
+
+    def _frozen(self) -> bool:
+        """Whether the run is in the stage that keeps the encoder as it is."""
+        return hasattr(self, "kept") and not any(self._weights()[:2])
+
+    def _flat(self) -> Tensor:
+        """All parameters of the encoder in a row."""
+        return torch.cat([p.detach().reshape(-1) for p in self.encoder.parameters()])
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        at = 0
+        for parameter in self.encoder.parameters():
+            own = self.kept[at : at + parameter.numel()]
+            parameter.copy_(own.view_as(parameter))
+            at += parameter.numel()
 
     def _levels(self) -> list[Clustering]:
         return [getattr(self, name) for name in ("intra", "inter") if hasattr(self, name)]
@@ -504,10 +559,8 @@ class IntraInter(Proxy):
     @torch.no_grad()
     def _fill(self, loader: Any) -> None:
         """Writes every volume and image into the memory banks; each rank embeds its share."""
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {"intra": [], "inter": []}
-        try:
+        with _still(self):
             for groups in loader:
                 for whole in groups:
                     group = {name: shard(value) for name, value in whole.items()}
@@ -522,9 +575,6 @@ class IntraInter(Proxy):
                         rows["intra"].append((_place_codes(self.config, group).flatten(), projected))
                     if hasattr(self, "inter") and embedded.shape[2] > 1:
                         rows["inter"].append((group["index"], self._aggregate(embedded)))
-        finally:
-            for part, training in modes:
-                part.training = training
         for name, found in rows.items():
             if hasattr(self, name):
                 bank = getattr(self, name).bank
@@ -755,6 +805,18 @@ def encode(encoder: Encoder, views: Sequence[Tensor]) -> list[Tensor]:
         for n, part in zip(same, embedded, strict=True):
             found[n] = part.unflatten(0, views[n].shape[:3])
     return [found[n] for n in range(len(views))]
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; afterwards every part of it is in the mode it was in."""
+    modes = [(one, one.training) for one in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
 
 
 def _longest(views: Sequence[Tensor]) -> int:

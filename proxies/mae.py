@@ -116,8 +116,9 @@ class MAE(Proxy):
         else:
             if not can_mask(encoder):
                 raise UsageError(
-                    f"masking remask needs a convolutional encoder, {type(encoder).__name__} attends over "
-                    "all places: choose masking token"
+                    "masking remask needs a convolutional encoder that takes volumes whole; this "
+                    f"{type(encoder).__name__} attends over all places, or takes slices of several axes: "
+                    "choose masking token"
                 )
             for n in self.decoder.sources:
                 token = nn.init.trunc_normal_(torch.empty(encoder.channels[n], 1, 1, 1), std=0.02)
@@ -191,7 +192,7 @@ class MAE(Proxy):
         with only_visible(self.encoder, ~masked):
             maps = self.encoder(seen)
         for n in self.decoder.sources:
-            known = visible_at(~masked, tuple(maps[n].shape[2:]))
+            known = visible_at(~masked, tuple(maps[n].shape[2:]), self.encoder.strides[n])
             maps[n] = torch.where(known, maps[n], self.tokens[str(n)].to(maps[n].dtype))
         return seen, maps
 

@@ -13,6 +13,7 @@ from ssl3d.api import (
     PairViews,
     Proxy,
     StepOutput,
+    UsageError,
     alignment,
     check_depth,
     draw_pairs,
@@ -26,7 +27,7 @@ from ssl3d.api import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ssl3d.api import Volume
+    from ssl3d.api import Collection, Volume
 
 
 @dataclass
@@ -38,7 +39,8 @@ class SimCLRConfig(PairViews):
         hidden: Width of the projection head's hidden layer.
         out: Length of a projection.
         head_norm: Norm of the projection head: batch, layer or none.
-        same_subject_negatives: Take other crops of the same subject for negatives too.
+        same_subject_negatives: Take other crops of the same subject for negatives too. Data of a single
+            subject need it.
     """
 
     temperature: float = 0.2
@@ -88,6 +90,21 @@ class SimCLR(Proxy):
         check_depth(config, encoder)
         self.head = projection_head(encoder.embed_dim, config.hidden, config.out, norm=config.head_norm)
 
+    def setup(self, data: Collection) -> None:
+        """Refuses data that have no negatives.
+
+        Raises:
+            UsageError: They are of one subject, whose pairs may not be each other's negatives.
+        """
+        if self.config.same_subject_negatives:
+            return
+        first = data[0]
+        if all((one.dataset, one.subject) == (first.dataset, first.subject) for one in data):
+            raise UsageError(
+                "simclr tells a subject's pairs from those of others, and all volumes to train on are one "
+                "subject's: give it more subjects, or --simclr.same_subject_negatives true"
+            )
+
     @classmethod
     def draw(cls, config: SimCLRConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
@@ -102,7 +119,9 @@ class SimCLR(Proxy):
     ) -> StepOutput:
         """Augments both views, embeds and projects them, and tells pairs from negatives of all groups."""
         config = self.config
-        pairs = embed_pairs(config, self.encoder, batch, rng)
+        # Pairs of one volume are of one subject: without another volume there is no negative.
+        least = 2 if config.same_subject_negatives else config.per_volume + 1
+        pairs = embed_pairs(config, self.encoder, batch, rng, least)
         projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
         a, b = projected.unbind(1)
         contrast = nt_xent(a, b, pairs.subjects, config.temperature, config.same_subject_negatives)

@@ -156,7 +156,8 @@ class SwAV(Proxy):
         config = self.config
         groups = [batch] if isinstance(batch, dict) else batch
         rngs = [rng] if isinstance(rng, BatchRng) else rng
-        pairs = embed_pairs(config, self.encoder, groups, rngs)
+        # Balanced over the prototypes, a single row belongs to all of them alike.
+        pairs = embed_pairs(config, self.encoder, groups, rngs, least=2)
         embeddings = [pairs.embeddings]
         if config.small_crops:
             small = [small_views(config, group, each) for group, each in zip(groups, rngs, strict=True)]
@@ -253,8 +254,7 @@ def _half(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _places(config: SwAVConfig, shape: Sequence[int]) -> int:
     """Crops side by side that cover a volume, or its slabs; at most `_PLACES`."""
-    if config.views == "slices":
+    if config.views == "slices" and shape[0] > 1:
         return min(_PLACES, max(1, shape["DHW".index(config.axis)] // config.slab))
-    return min(
-        _PLACES, math.prod(max(1, round(n / side)) for n, side in zip(shape, config.crop, strict=True))
-    )
+    crop = (1, *config.plane) if config.views == "slices" else config.crop
+    return min(_PLACES, math.prod(max(1, round(n / side)) for n, side in zip(shape, crop, strict=True)))

@@ -174,9 +174,11 @@ class SliceAggregator(nn.Module):
     ) -> Tensor:
         """The embedding (E,) of a volume (C, D, H, W): slices, encoder, aggregator; as it was trained.
 
-        A volume of more slices than `config.slices` is taken in several interleaved stacks of about that
-        many evenly spaced slabs, which together show everything; their embeddings are averaged. A slice
-        larger than `config.plane` is taken window by window. An image (D = 1) is a single slice.
+        Air before the first slice that shows something, and after the last one, is not looked at, as in
+        training: it does not change the embedding. A volume of more slices than `config.slices` is taken
+        in several interleaved stacks of about that many evenly spaced slabs, which together show
+        everything; their embeddings are averaged. A slice larger than `config.plane` is taken window by
+        window. An image (D = 1) is a single slice.
 
         Args:
             encoder: That the aggregator was trained with.
@@ -206,18 +208,23 @@ class SliceAggregator(nn.Module):
     def lay_flat(self, volume: Tensor) -> Tensor:
         """A volume (C, D, H, W) with the axis that slices lie across as its depth; an image as it is.
 
+        Slices of air at both ends are cut off (see `shown_slices`), down to one slab.
+
         Raises:
             DataError: It is thinner than one slab.
         """
         if volume.shape[1] == 1:
             return volume
+        slab = self.config.slab
         flat = volume.movedim(AXES.index(self.config.axis) + 1, 1)
-        if flat.shape[1] < self.config.slab:
+        if flat.shape[1] < slab:
             raise DataError(
-                f"the aggregator was trained on slabs of {self.config.slab} slices along "
+                f"the aggregator was trained on slabs of {slab} slices along "
                 f"{self.config.axis}; the volume has {flat.shape[1]}"
             )
-        return flat
+        first, end = shown_slices(flat)
+        # As where training reads beyond a volume's end, what a slab lacks is air.
+        return with_air(flat[:, first : max(end, first + slab)], slab)
 
 
 class AggregatedEncoder(Encoder):
@@ -225,12 +232,16 @@ class AggregatedEncoder(Encoder):
 
     Feature maps are the encoder's own, of the volume as a whole.
 
+    Attributes:
+        version: Raised when the same weights give other embeddings; records and caches hold it.
+
     Args:
         encoder: Trained with the aggregator.
         aggregator: Its pooling.
     """
 
     paper: ClassVar[str] = ""
+    version: ClassVar[int] = 2  # 2: air at the ends of a volume is cut off
 
     def __init__(self, encoder: Encoder, aggregator: SliceAggregator) -> None:
         super().__init__()
@@ -253,12 +264,32 @@ class AggregatedEncoder(Encoder):
         """Embeddings (B, width) of volumes (B, C, D, H, W), without gradients."""
         return torch.stack([self.aggregator.embed_volume(self.encoder, volume) for volume in x])
 
-    def slabs(self, x: Tensor) -> Tensor:
-        """What the encoder sees of volumes (B, C, D, H, W): slabs (N, C, slab, h, w)."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """Embeddings (B, width) of volumes (B, C, D, H, W), with gradients.
+
+        Slices are seen whole, and all of a volume's in one stack.
+        """
+        slabs, mask = self.stacks(x)
+        seen = self.encoder.embed(slabs[mask])
+        each = seen.new_zeros(*mask.shape, seen.shape[1])
+        each[mask] = seen
+        embeddings: Tensor = self.aggregator(each, mask)[1]
+        return embeddings
+
+    def stacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of volumes (B, C, D, H, W).
+
+        Returns:
+            Slabs (B, S, C, slab, h, w), S of the volume with the most; and which are a volume's own,
+            (B, S), the rest being air that fills up.
+        """
         slab = 1 if x.shape[2] == 1 else self.aggregator.config.slab
-        flat = torch.stack([self.aggregator.lay_flat(volume) for volume in x])
-        count = flat.shape[2] // slab
-        return flat[:, :, : count * slab].unflatten(2, (count, slab)).transpose(1, 2).flatten(0, 1)
+        flat = [self.aggregator.lay_flat(volume) for volume in x]
+        counts = torch.tensor([one.shape[1] // slab for one in flat], device=x.device)
+        most = int(counts.max())
+        filled = torch.stack([with_air(one, most * slab)[:, : most * slab] for one in flat])
+        mask = torch.arange(most, device=x.device) < counts.unsqueeze(1)
+        return filled.unflatten(2, (most, slab)).transpose(1, 2), mask
 
 
 class _Layer(nn.Module):
@@ -426,6 +457,35 @@ def interleaved(count: int, size: int) -> list[range]:
     """
     step = max(1, -(-count // size)) if size else 1
     return [range(first, count, step) for first in range(step)]
+
+
+@torch.no_grad()
+def shown_slices(volume: Tensor, share: float = 0.1) -> tuple[int, int]:
+    """First slice and end (exclusive), along D of (C, D, H, W), of what is not air.
+
+    By the rule of `Volume.foreground_box`, but for its blocks, which are one slice deep here, so that
+    slices of air more or less change nothing: foreground is brighter than the darkest voxel by a tenth of
+    the way to the brightest, in any channel, and a slice counts that has a block with a `share` of it or
+    more. The whole volume where no slice has.
+    """
+    from ssl3d.data.writer import block_size
+
+    low, high = volume.amin((1, 2, 3), keepdim=True), volume.amax((1, 2, 3), keepdim=True)
+    foreground = (volume > low + 0.1 * (high - low)).any(0)
+    _, *block = block_size((1, *volume.shape[2:]))
+    # Blocks at the border count what exists of them.
+    shares = F.avg_pool2d(foreground.float().unsqueeze(1), block, ceil_mode=True)
+    shown = (shares >= share).flatten(1).any(1).nonzero()
+    return (int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, volume.shape[1])
+
+
+def with_air(volume: Tensor, depth: int) -> Tensor:
+    """(C, D, H, W) with slices of its darkest value after the last one, until there are `depth`."""
+    lacking = depth - volume.shape[1]
+    if lacking <= 0:
+        return volume
+    air = volume.amin((1, 2, 3), keepdim=True)
+    return torch.cat([volume, air.expand(-1, lacking, *volume.shape[2:])], dim=1)
 
 
 def attended_offset(details: Sequence[Attended]) -> Tensor:

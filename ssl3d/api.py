@@ -153,6 +153,7 @@ if TYPE_CHECKING:
     from ssl3d.sorting import in_order as in_order
     from ssl3d.sorting import kendall_tau as kendall_tau
     from ssl3d.sorting import sorting_loss as sorting_loss
+    from ssl3d.trainee import lone_values as lone_values
     from ssl3d.views.compose import ViewRng as ViewRng
     from ssl3d.views.compose import Views as Views
     from ssl3d.views.compose import augment as augment
@@ -192,6 +193,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "seed_of": "rng",
+    "lone_values": "trainee",
     "TrainingError": "errors",
     "peak_memory": "device",
     "Plugins": "config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,14 +91,23 @@ def build_encoder(plan: Plan, resuming: bool) -> Encoder:
     return encoder
 
 
-def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
-    """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed."""
+def build_trainee(
+    plan: Plan, encoder: Encoder, data: Collection, known: Mapping[str, Tensor] | None = None
+) -> Trainee:
+    """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed.
+
+    Args:
+        plan: Of the run.
+        encoder: Shared.
+        data: To train on.
+        known: The outline of the same data in a checkpoint; proxies do not look for that again.
+    """
     options = plan.options
     torch.manual_seed(seed_of(options.seed, "heads"))
     proxies = {}
     for name, (kind, config) in plan.proxies.items():
         proxies[name] = kind(config, encoder)
-        proxies[name].setup(data)
+        proxies[name].setup(_with_found(data, known or {}, name))
     weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
     balance = build_balance(options.balance, weights, options.balance_alpha)
     trainee = Trainee(encoder, proxies, weights, options.seed, balance)
@@ -105,6 +115,17 @@ def build_trainee(plan: Plan, encoder: Encoder, data: Collection) -> Trainee:
     for name, proxy in proxies.items():
         trainee.outline |= {f"{name}/{key}": value for key, value in proxy.outline().items()}
     return trainee
+
+
+def _with_found(data: Collection, known: Mapping[str, Tensor], proxy: str) -> Collection:
+    """The data, and as its attribute `found` what the proxy's own `outline` kept of them, if anything."""
+    own = f"{proxy}/"
+    found = {key.removeprefix(own): value for key, value in known.items() if key.startswith(own)}
+    if not found:
+        return data
+    data = copy.copy(data)
+    vars(data)["found"] = found
+    return data
 
 
 def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:

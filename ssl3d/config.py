@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import re
 import sys
@@ -153,6 +154,17 @@ _TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word 
 # Parsing ------------------------------------------------------------------------------------------
 
 
+def _nearest(flag: str, known: Sequence[str]) -> str:
+    """What may have been meant by an unknown flag, or where all are listed."""
+    section, dot, field = flag.partition(".")
+    own = [name.partition(".")[2] for name in known if dot and name.startswith(f"{section}.")]
+    if own:
+        close = difflib.get_close_matches(field, own)
+        return f"; near it: {section}.{close[0]}" if close else f"; {section[2:]} has {', '.join(own)}"
+    close = difflib.get_close_matches(flag, known, cutoff=0.75)
+    return f"; near it: {', '.join(close)}" if close else "; --help lists the options"
+
+
 def _parser(
     prog: str, options: type, configs: Mapping[str, type], epilog: str
 ) -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -161,7 +173,11 @@ def _parser(
 
     class OneLineParser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(f"{prog}: {_one_line(message)}") from ex
+            line = _one_line(message)
+            before, unknown, words = line.partition("unrecognized arguments: ")
+            if unknown and not before:
+                line += _nearest(words.split("=")[0].split()[0], list(self._option_string_actions))
+            raise UsageError(f"{prog}: {line}") from ex
 
     description = (options.__doc__ or "").strip().split("\n\n")[0]
     parser = OneLineParser(

@@ -194,7 +194,7 @@ def upsample(map_: Tensor, size: Sequence[int], stride: Sequence[float]) -> Tens
         stride: The map's, along (D, H, W).
 
     Returns:
-        (B, C, D, H, W).
+        (B, C, D, H, W), in the map's precision, also under autocast.
     """
     return _sample(map_, [torch.arange(n, device=map_.device) for n in size], stride)
 
@@ -304,20 +304,21 @@ def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
 
 
 def _sample(map_: Tensor, positions: Sequence[Tensor], stride: Sequence[float]) -> Tensor:
-    """Interpolates at input positions: one small matrix product per axis."""
-    for axis, (position, step) in enumerate(zip(positions, stride, strict=True)):
-        length = map_.shape[2 + axis]
-        if step == 1 and torch.equal(position, torch.arange(length, device=position.device)):
-            continue
-        # In float32 at least: bfloat16 does not count beyond 256.
-        exact = torch.promote_types(map_.dtype, torch.float32)
-        at = (position.to(exact) / step).clamp(max=length - 1)
-        low = at.floor().long()
-        high = (low + 1).clamp(max=length - 1)
-        part = (at - low).unsqueeze(1)
-        one_hot = torch.eye(length, dtype=exact, device=map_.device)
-        matrix = (one_hot[low] * (1 - part) + one_hot[high] * part).to(map_.dtype)
-        map_ = torch.movedim(torch.movedim(map_, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
+    """Interpolates at input positions: one small matrix product per axis, in the map's own precision."""
+    with torch.autocast(map_.device.type, enabled=False):  # which would round float32 to bfloat16
+        for axis, (position, step) in enumerate(zip(positions, stride, strict=True)):
+            length = map_.shape[2 + axis]
+            if step == 1 and torch.equal(position, torch.arange(length, device=position.device)):
+                continue
+            # In float32 at least: bfloat16 does not count beyond 256.
+            exact = torch.promote_types(map_.dtype, torch.float32)
+            at = (position.to(exact) / step).clamp(max=length - 1)
+            low = at.floor().long()
+            high = (low + 1).clamp(max=length - 1)
+            part = (at - low).unsqueeze(1)
+            one_hot = torch.eye(length, dtype=exact, device=map_.device)
+            matrix = (one_hot[low] * (1 - part) + one_hot[high] * part).to(map_.dtype)
+            map_ = torch.movedim(torch.movedim(map_, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
     return map_
 
 

@@ -16,8 +16,8 @@ class Contrast(NamedTuple):
 
     Attributes:
         loss: Scalar, with gradient.
-        accuracy: Share of anchors whose positive is nearer than every negative.
-        chance: What guessing would reach: the mean of 1 / (1 + negatives).
+        accuracy: Share of anchors whose positive is nearer than every negative, of which there must be one.
+        chance: What guessing would reach: the mean of 1 / (1 + negatives), 0 without a negative.
     """
 
     loss: Tensor
@@ -69,8 +69,10 @@ def nt_xent(
             # Strictly nearer than all others: collapsed embeddings, all alike, recognise nothing.
             others = logits.scatter(1, positive[:, None], -torch.inf).amax(1)
             correct = logits.gather(1, positive[:, None])[:, 0] > others
-            chance = (1 / allowed.sum(1)).mean()
-        return Contrast(loss, correct.float().mean(), chance)
+            # An anchor without negatives was asked nothing: its positive is nearer than none.
+            choices = allowed.sum(1)
+            asked = choices > 1
+        return Contrast(loss, (correct & asked).float().mean(), (asked / choices).mean())
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:

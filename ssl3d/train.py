@@ -220,7 +220,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
             log.say(f"{folder} is finished: {options.steps} steps, encoder in {folder / 'encoder'}")
             return Run(folder, options.steps, options.steps)
     # Whatever can be refused has been by now: only then is there a folder.
-    trainee = build_trainee(plan, encoder, selection.train)
+    trainee = build_trainee(plan, encoder, selection.train, found.get("outline") if found else None)
     travelling = travellers_of(trainee)
     folder = settle(fabric, plan, folder)
     if fabric.is_global_zero:
@@ -315,12 +315,12 @@ def _train(
     )
     stop = 0
     if begin < options.steps:
-        loop.foretell(begin)
-        about.setdefault("compute", {"flops_per_step": loop.flops_per_step})  # a resumed run keeps its own
-        if fabric.is_global_zero:
-            main = [f"{name}/{kind.main}" for name, (kind, _) in plan.proxies.items()]
-            loop.monitor = Monitor(folder, begin, options.steps, options.log_every, main, log)
-        try:
+        try:  # the first step is tried here, and may fail: workers are waiting by then
+            loop.foretell(begin)
+            about.setdefault("compute", {"flops_per_step": loop.flops_per_step})  # a resumed run: its own
+            if fabric.is_global_zero:
+                main = [f"{name}/{kind.main}" for name, (kind, _) in plan.proxies.items()]
+                loop.monitor = Monitor(folder, begin, options.steps, options.log_every, main, log)
             run.done, stop = loop.run(begin)
         finally:
             batches.close()  # type: ignore[attr-defined]

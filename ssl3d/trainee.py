@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl3d.balance import Balance, last_shared
 from ssl3d.encoder import Encoder
+from ssl3d.errors import TrainingError
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, seed_of
 
@@ -121,7 +123,7 @@ class Trainee(nn.Module):
             parts: list[Tensor] = []
             for output, ran in self._outputs(name, proxy, own, step):
                 examples = sum(len(group.rows) for group in ran)
-                loss = output.loss.reshape(())
+                loss = _checked(name, output).loss.reshape(())
                 parts.append(loss * (examples / count))
                 detached = loss.detach().float()
                 _add(sums.values, f"{name}/loss", detached, examples)
@@ -157,7 +159,11 @@ class Trainee(nn.Module):
             rngs.append(BatchRng(seed_of(self.seed, step, name), group.rows, group.total, device))
         if proxy.mixed:
             return [(proxy([group.tensors for group in groups], rngs), groups)]
-        return [(proxy(group.tensors, rng), [group]) for group, rng in zip(groups, rngs, strict=True)]
+        outputs = []
+        for group, rng in zip(groups, rngs, strict=True):
+            with lone_values(name, len(group.rows), "larger crops, or data of one kind"):
+                outputs.append((proxy(group.tensors, rng), [group]))
+        return outputs
 
     def _nothing(self, like: Tensor) -> Tensor:
         """Zero, with a gradient of zero for every parameter.
@@ -167,6 +173,46 @@ class Trainee(nn.Module):
         """
         first = [p.reshape(-1)[:1].sum() for p in self.parameters() if p.requires_grad and p.numel()]
         return torch.stack([one.to(like.dtype) for one in first]).sum() * 0 if first else like * 0
+
+
+@contextmanager
+def lone_values(who: str, examples: int, remedy: str) -> Iterator[None]:
+    """Says what to do where torch's batch norm refuses a single number per channel.
+
+    Args:
+        who: Trains: a proxy, or a job.
+        examples: That went through together.
+        remedy: What else helps, beside another norm and more examples.
+
+    Raises:
+        TrainingError: It did.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"{who}: batch norm has one number per channel where {examples} example(s) of one shape come "
+            "down to one cell (other shapes go through apart); use an encoder with group norm, a larger "
+            f"--batch-size, {remedy}"
+        ) from error
+
+
+def _checked(name: str, output: StepOutput) -> StepOutput:
+    """What a proxy gave.
+
+    Raises:
+        TrainingError: It is no `StepOutput` of a scalar loss and scalar metrics; `check_proxy` says more.
+    """
+    if not isinstance(output, StepOutput):
+        kind = type(output).__name__
+        raise TrainingError(f"{name}: forward returned a {kind}, not StepOutput(loss, metrics)")
+    for what, value in {"the loss": output.loss, **output.metrics}.items():
+        if not isinstance(value, Tensor) or (value.numel() != 1 and what == "the loss"):
+            given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TrainingError(f"{name}: {what} that forward returned is {given}, not a scalar tensor")
+    return output
 
 
 def _add(values: dict[str, tuple[Tensor, int]], name: str, value: Tensor, examples: int) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from ssl3d.data import sources
 from ssl3d.data.read import sha256_of, stem_of
-from ssl3d.data.sources import Found, Scan, Wanted, relative
+from ssl3d.data.sources import Found, Scan, Wanted
+from ssl3d.data.subjects import relative, split_of
 from ssl3d.errors import DataError
 
 _SPLITS = ("train", "val", "test")
 PACKED = "masks_packed"
+Label = int | float | str | None
 
 
 def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
@@ -26,64 +29,126 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
     per volume, with `patient`, `malignancy` or `labels` and `split` of the same length. Where `nodule` says
     which nodule a slice with a mask shows, the columns may have a value per nodule, and the mask's
     components are its boxes.
+
+    Raises:
+        DataError: A word of `split` is unknown.
     """
     found = Found()
     source = relative(path, root)
+    # adrenalmnist3d_64 holds the same people as adrenalmnist3d.
+    dataset = wanted.dataset or re.sub(r"_(64|128|224)$", "", stem_of(path))
     try:
         shapes = {name: header[0] for name, header in array_headers(path).items()}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        splits = [split for split in _SPLITS if f"{split}_images" in shapes]
+        for split in splits:
+            _split_arrays(path, source, dataset, shapes, split, found)
+        if not splits:
+            _flat_arrays(path, source, dataset, shapes, found)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         found.rejected.append(
             (source, "empty file" if path.stat().st_size == 0 else f"unreadable: {error}")
         )
-        return found
-    # adrenalmnist3d_64 holds the same people as adrenalmnist3d.
-    dataset = wanted.dataset or re.sub(r"_(64|128|224)$", "", stem_of(path))
-    splits = [split for split in _SPLITS if f"{split}_images" in shapes]
-    if not splits:
-        return _flat_arrays(path, source, dataset, shapes, found)
-    with np.load(path, allow_pickle=False) as archive:
-        for split in splits:
-            count = shapes[f"{split}_images"][0]
-            labels = archive[f"{split}_labels"] if f"{split}_labels" in shapes else np.zeros((count, 0))
-            labels = labels.reshape(len(labels), -1)
-            if len(labels) != count:
-                found.rejected.append((source, f"{count} {split} images but {len(labels)} labels"))
-                continue
-            for index in range(count):
-                found.scans.append(
-                    Scan(
-                        id=f"{stem_of(path)}/{split}-{index:05d}",
-                        dataset=dataset,
-                        subject=f"{split}-{index:05d}",
-                        source=source,
-                        files=((path,),),
-                        label=_npz_label(labels[index]),
-                        split=split,
-                        named=True,
-                        member=(f"{split}_images", index),
-                    )
-                )
     return found
 
 
-def _npz_label(row: np.ndarray) -> int | float | str | None:
-    if row.size == 0:
-        return None
-    if row.size > 1:  # several findings at once: the set is the class
-        return "+".join(str(i) for i in np.flatnonzero(row)) or "none"
-    value = row[0].item()
-    return int(value) if isinstance(value, bool) or float(value).is_integer() else float(value)
+def _split_arrays(
+    path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], split: str, found: Found
+) -> None:
+    """The rows of one split of a MedMNIST file."""
+    name = f"{split}_labels"
+    try:
+        count = _count(shapes, f"{split}_images")
+        labels: list[Label] = [None] * count
+        if name in shapes:
+            with np.load(path, allow_pickle=False) as archive:
+                labels = _labels(_per_row(archive[name], count, name))
+    except DataError as error:
+        found.rejected.append((source, str(error)))
+        return
+    for index, label in enumerate(labels):
+        found.scans.append(
+            Scan(
+                id=f"{stem_of(path)}/{split}-{index:05d}",
+                dataset=dataset,
+                subject=f"{split}-{index:05d}",
+                source=source,
+                files=((path,),),
+                label=label,
+                split=split,
+                named=True,
+                member=(f"{split}_images", index),
+            )
+        )
 
 
-def _flat_label(value: np.generic, real: bool) -> int | float | str:
-    """One type for a whole column: real if any of its values is."""
-    plain = value.item()
-    return plain if isinstance(plain, str) else float(plain) if real else int(plain)
+def _count(shapes: dict[str, tuple[int, ...]], member: str) -> int:
+    """How many volumes an array holds.
+
+    Raises:
+        DataError: It has no rows, being a single value.
+    """
+    if not shapes[member]:
+        raise DataError(f"{member} is a single value; expected one row per volume")
+    return shapes[member][0]
+
+
+def _per_row(values: np.ndarray, count: int, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """A column with one value (or row of values) per volume, text as text.
+
+    Args:
+        values: Column as stored.
+        count: Volumes.
+        name: Of the column, for messages.
+        rows: (count,), nodule of each volume: a column with one value per nodule is spread over them.
+
+    Raises:
+        DataError: It has another length.
+    """
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "replace")
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim and len(values) == count:
+        return values
+    if values.ndim and rows is not None and count and rows.min() >= 0 and rows.max() < len(values):
+        return values[rows]
+    raise DataError(f"{count} volumes, but {len(values) if values.ndim else 'one value'} of {name}")
+
+
+def _labels(values: np.ndarray) -> list[Label]:
+    """A label per row, all of one type: real if any is a fraction.
+
+    Of several columns of 0 and 1 (several findings at once) the set is the class.
+
+    Raises:
+        DataError: They are neither text nor finite numbers, or several that are not 0 and 1.
+    """
+    rows = values.reshape(len(values), math.prod(values.shape[1:]))
+    if rows.shape[1] == 0:
+        return [None] * len(rows)
+    if rows.dtype.kind not in "biufU":
+        raise DataError(f"labels of type {rows.dtype}; expected numbers or text")
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+        raise DataError("labels that are not finite")
+    if rows.shape[1] > 1:
+        if rows.dtype.kind == "U" or not np.isin(rows, (0, 1)).all():
+            raise DataError(f"{rows.shape[1]} labels per volume, not all of them 0 or 1")
+        return ["+".join(str(i) for i in np.flatnonzero(row)) or "none" for row in rows]
+    column = rows[:, 0]
+    if column.dtype.kind == "U":
+        return [text or None for text in column.tolist()]
+    real = column.dtype.kind == "f" and bool((column != np.rint(column)).any())
+    return [float(value) if real else int(value) for value in column]
 
 
 def _flat_arrays(
     path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], found: Found
-) -> Found:
+) -> None:
+    """The rows of the flat layout.
+
+    Raises:
+        DataError: A word of `split` is unknown.
+    """
     member = next((name for name in ("images", PACKED) if name in shapes), None)
     if member is None or (member == PACKED and "shape" not in shapes):
         found.rejected.append(
@@ -92,36 +157,27 @@ def _flat_arrays(
                 f"arrays {', '.join(sorted(shapes)) or 'none'}; expected MedMNIST's train_images and so on",
             )
         )
-        return found
-    count = shapes[member][0]
-    with np.load(path, allow_pickle=False) as archive:
-        small = {
-            name: archive[name]
-            for name in ("patient", "subject", "malignancy", "labels", "label", "split", "nodule")
-            if name in shapes
-        }
-    rows = small.get("nodule", np.arange(count))
-
-    def column(*names: str) -> np.ndarray | None:
-        """A column per row; one value per nodule is spread over the nodule's rows."""
-        for name in names:
-            if name in small:
-                values = small[name]
-                return values if len(values) == count else values[rows]
-        return None
-
-    subjects, labels, split = (
-        column("patient", "subject"),
-        column("malignancy", "labels", "label"),
-        column("split"),
-    )
-    if labels is not None and labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        found.rejected.append((source, "labels that are not finite"))
-        return found
+        return
+    names = (("patient", "subject"), ("malignancy", "labels", "label"), ("split",))
+    try:
+        count = _count(shapes, member)
+        with np.load(path, allow_pickle=False) as archive:
+            rows = archive["nodule"] if "nodule" in shapes else None
+            if rows is not None and (rows.shape != (count,) or rows.dtype.kind not in "iu"):
+                raise DataError(f"nodule is {rows.dtype} of shape {rows.shape}; expected {count} integers")
+            columns = []
+            for aliases in names:
+                name = next((alias for alias in aliases if alias in shapes), None)
+                columns.append(None if name is None else _per_row(archive[name], count, name, rows))
+        subjects, values, words = columns
+        labels: list[Label] = [None] * count if values is None else _labels(values)
+    except DataError as error:
+        found.rejected.append((source, str(error)))
+        return
+    splits = [""] * count if words is None else _split_words(path, words)
     shown = member == "images" and PACKED in shapes and "nodule" in shapes
     if shown:
         found.box_names[dataset] = {"1": "nodule"}
-    real = labels is not None and labels.dtype.kind == "f" and bool((labels != np.rint(labels)).any())
     counts: Counter[str] = Counter()
     for index in range(count):
         subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
@@ -134,14 +190,28 @@ def _flat_arrays(
                 subject=subject,
                 source=source,
                 files=((path,),),
-                label=None if labels is None else _flat_label(labels[index], real),
-                split="" if split is None else sources.split_of(str(split[index])) or "",
+                label=labels[index],
+                split=splits[index],
                 named=True,
                 member=(member, index),
                 mask_boxes=shown,
             )
         )
-    return found
+
+
+def _split_words(path: Path, words: np.ndarray) -> list[str]:
+    """The splits that the words of a column name.
+
+    Raises:
+        DataError: One names none, as in a CSV.
+    """
+    splits = []
+    for index, word in enumerate(map(str, words.tolist())):
+        split = split_of(word)
+        if split is None:
+            raise DataError(f"{path}, row {index}: split {word!r}; known: train, val, test, or nothing")
+        splits.append(split)
+    return splits
 
 
 def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

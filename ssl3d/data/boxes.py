@@ -87,36 +87,89 @@ def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
         DataError: A file is damaged, or names a class that it does not list.
     """
     for path in list_files(root):
-        if path.suffix.lower() == ".json":
-            content = _content(path)
-            said = from_coco(path, content) or from_monai(path, content)
-        else:
-            try:
-                said = from_table(path, readers) or from_world_table(path)
-            except NotText as error:
-                found.notes.append(f"{error}; not used")
-                continue
-        if said is None:
-            continue
-        by_end = _by_end(said.images)
-        matched = 0
-        for i, scan in enumerate(found.scans):
-            name = _named(scan.source, by_end)
-            if name is None or scan.member is not None:
-                continue
-            own = tuple(said.images[name])
-            if said.world:
-                found.scans[i] = dataclasses.replace(scan, world_boxes=own)
-            else:
-                found.scans[i] = dataclasses.replace(scan, boxes=own)
-            found.box_names.setdefault(scan.dataset, {}).update(
-                {str(number): text for number, text in said.names.items()}
-            )
-            matched += 1
-        left = "".join(f"; {count} left out: {why}" for why, count in sorted(said.left_out.items()))
-        what = "scans" if said.world else "pictures"
-        found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} {what}{left}")
+        add_boxes(found, path, readers)
     return found
+
+
+def add_boxes(found: Found, path: Path, readers: str = "merge") -> None:
+    """Adds the boxes that one file tells of; nothing if it is no list of boxes.
+
+    Args:
+        found: Scans, changed in place.
+        path: JSON or CSV.
+        readers: As in `with_boxes`.
+
+    Raises:
+        DataError: The file is damaged, or names a class that it does not list.
+    """
+    try:
+        said = _said(path, readers)
+    except NotText as error:
+        found.notes.append(f"{error}; not used")
+        return
+    if said is None:
+        return
+    by_end = _by_end(said.images)
+    matched = 0
+    for i, scan in enumerate(found.scans):
+        name = _named(scan.source, by_end)
+        if name is None or scan.member is not None:
+            continue
+        own = tuple(said.images[name])
+        if said.world:
+            found.scans[i] = dataclasses.replace(scan, world_boxes=own)
+        else:
+            found.scans[i] = dataclasses.replace(scan, boxes=own)
+        found.box_names.setdefault(scan.dataset, {}).update(
+            {str(number): text for number, text in said.names.items()}
+        )
+        matched += 1
+    left = "".join(f"; {count} left out: {why}" for why, count in sorted(said.left_out.items()))
+    what = "scans" if said.world else "pictures"
+    found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} {what}{left}")
+
+
+def lists_boxes(path: Path) -> bool:
+    """Whether a CSV has the columns of boxes, and so a line per box and no line per scan.
+
+    Raises:
+        NotText: It cannot be read.
+    """
+    return (
+        _table(path, _COLUMNS, _CORNERS) is not None or _table(path, _IN_MM, _CENTRE_AND_SIZE) is not None
+    )
+
+
+def unread_boxes(found: Found, source: Path) -> list[str]:
+    """A line for each file beside a list that tells of boxes of its scans: a list is read alone.
+
+    Args:
+        found: What the list holds.
+        source: The list.
+    """
+    notes = []
+    for path in list_files(source.parent):
+        if path.resolve() == source.resolve():
+            continue
+        try:
+            said = _said(path, "keep")
+        except DataError:  # of no use, and nobody asked for it
+            continue
+        by_end = _by_end(said.images) if said else {}
+        if any(_named(scan.source, by_end) is not None for scan in found.scans):
+            notes.append(
+                f"{path.name}: tells of boxes, which were not read, as {source.name} is the source; give "
+                f"the folder ({source.parent}) as the source to have both"
+            )
+    return notes
+
+
+def _said(path: Path, readers: str) -> Boxes | None:
+    """What a file says of boxes; None if nothing."""
+    if path.suffix.lower() == ".json":
+        content = _content(path)
+        return from_coco(path, content) or from_monai(path, content)
+    return from_table(path, readers) or from_world_table(path)
 
 
 def from_coco(path: Path, content: Any) -> Boxes | None:

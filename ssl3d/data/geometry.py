@@ -67,6 +67,23 @@ def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np
     return np.moveaxis(moved, (2, 1, 0), (-3, -2, -1)), canonical @ _REVERSED
 
 
+def from_canonical(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Undoes the reordering of `to_canonical`.
+
+    Args:
+        voxels: (..., D, H, W).
+        affine: 4 x 4, (i, j, k) of the source to RAS+ mm.
+
+    Returns:
+        (..., I, J, K).
+    """
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
+    back = ornt_transform(io_orientation(np.eye(4)), io_orientation(affine))
+    moved = np.moveaxis(voxels, (-3, -2, -1), (2, 1, 0))
+    return np.moveaxis(apply_orientation(moved, back), (0, 1, 2), (-3, -2, -1))
+
+
 def unknown_affine(spacing: Triple) -> np.ndarray:
     """The affine of a volume whose place is unknown: x along W, y along H, z along D."""
     return _REVERSED @ np.diag([*spacing, 1.0])
@@ -109,7 +126,8 @@ def regrid(
         shape: Of the result.
         target: Affine of the result.
         nearest: For label maps.
-        outside: Value beyond the volume; None continues its border.
+        outside: Value beyond the volume, whose voxels reach half their side beyond their centres; None
+            continues its border.
     """
     from scipy import ndimage
 
@@ -125,15 +143,29 @@ def regrid(
                 source = ndimage.gaussian_filter1d(source, sigma, axis=axis, mode="nearest")
     linear = matrix[:3, :3]
     off_diagonal = np.abs(linear - np.diag(np.diag(linear))).max()
-    return ndimage.affine_transform(
+    found: np.ndarray = ndimage.affine_transform(
         source,
         np.diag(linear) if off_diagonal < 1e-9 else linear,
         offset=matrix[:3, 3],
         output_shape=tuple(shape),
         order=0 if nearest else 1,
-        mode="nearest" if outside is None else "constant",
-        cval=0.0 if outside is None else outside,
+        mode="nearest",
     )
+    if outside is not None:
+        _fill_beyond(found, matrix, source.shape, outside)
+    return found
+
+
+def _fill_beyond(found: np.ndarray, matrix: np.ndarray, shape: Sequence[int], value: float) -> None:
+    """Writes a value wherever `matrix` takes a voxel of `found` out of a volume of `shape`.
+
+    scipy's own constant mode fills from the outermost centres on: the least shift costs whole planes.
+    """
+    rows, columns = np.ogrid[: found.shape[1], : found.shape[2]]
+    for depth, layer in enumerate(found):  # layer by layer, to save memory
+        for (d, h, w, start), size in zip(matrix[:3], shape, strict=True):
+            place = d * depth + start + h * rows + w * columns
+            layer[(place < -0.5 - 1e-3) | (place > size - 0.5 + 1e-3)] = value
 
 
 def to_patient(record: Record, voxel: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ def state_of(root: Path) -> list[list[Any]]:
     A list given as the source counts by its content, so that copying or touching it changes nothing.
 
     Args:
-        root: Folder or file, resolved.
+        root: Folder or file, absolute.
 
     Raises:
         DataError: It is a list that cannot be used.

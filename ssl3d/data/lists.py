@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl3d.data import sources
-from ssl3d.data.boxes import COLUMNS_OF_BOXES
+from ssl3d.data.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
 from ssl3d.data.dicom import is_dicom
 from ssl3d.data.normalize import modality_code
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom
-from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, relative, walk
-from ssl3d.data.tables import NotText, Table, read_table
+from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, walk
+from ssl3d.data.subjects import relative, split_of, subjects_of
+from ssl3d.data.tables import NotText, Table, read_table, read_text
 from ssl3d.errors import DataError
 
 _COLUMNS = {
@@ -41,10 +43,9 @@ def from_dataset_json(root: Path, wanted: Wanted) -> Found:
     channels = described.get("channel_names") or described.get("modality") or {}
     if not isinstance(channels, dict):
         channels = dict(enumerate(channels if isinstance(channels, list) else [channels]))
-    names = tuple(str(channels[key]) for key in sorted(channels, key=lambda k: int(k)))
-    listed = described.get("training")
+    names = _channel_names(channels)
     named = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
-    if isinstance(listed, list) and listed and isinstance(listed[0], dict):
+    if any(isinstance(entry, dict) for _, entry in _entries(described)):
         found = _from_listed(root, named, described, names)
     else:
         found = from_nnunet(root, named, names)
@@ -56,37 +57,122 @@ def from_dataset_json(root: Path, wanted: Wanted) -> Found:
     return found
 
 
+def _channel_names(channels: dict[Any, Any]) -> tuple[str, ...]:
+    """The channels in their order: by number -> name, or name -> number, or as they are written."""
+    if all(str(key).isdigit() for key in channels):
+        return tuple(str(channels[key]) for key in sorted(channels, key=int))
+    if all(isinstance(value, int) for value in channels.values()):
+        return tuple(str(name) for name in sorted(channels, key=lambda name: int(channels[name])))
+    return tuple(str(value) for value in channels.values())
+
+
+def _entries(described: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(split, entry) of all that a `dataset.json` lists; no splits without a validation part."""
+    own = bool(described.get("validation"))
+    for part, split in (("training", "train"), ("validation", "val"), ("test", "test")):
+        listed = described.get(part)
+        for entry in listed if isinstance(listed, list) else ():
+            yield split if own else "", entry
+
+
 def _from_listed(root: Path, wanted: Wanted, described: dict[str, Any], names: tuple[str, ...]) -> Found:
     found = Found()
     dataset = dataset_name(root, wanted)
-    pairs = [(entry.get("image", ""), entry.get("label")) for entry in described["training"]]
-    pairs += [
-        (entry if isinstance(entry, str) else entry.get("image", ""), None)
-        for entry in described.get("test") or []
-    ]
-    for image, label in pairs:
-        path = root / image
-        if not path.is_file():
-            found.rejected.append((str(image), "listed in dataset.json, no such file"))
+    boxes = 0
+    for split, entry in _entries(described):
+        told = entry if isinstance(entry, dict) else {"image": entry}
+        images = told.get("image")
+        images = images if isinstance(images, list) else [images]
+        if not images or not all(isinstance(image, str) and image for image in images):
+            found.rejected.append((str(entry)[:80], "listed in dataset.json without the name of an image"))
             continue
-        mask = root / label if label else None
-        if mask is not None and not mask.is_file():
-            found.rejected.append((str(image), f"its mask {label}, listed in dataset.json, does not exist"))
-            continue
-        found.scans.append(_listed_scan(dataset, root, path, mask, names))
+        boxes += "box" in told
+        try:
+            files = [_listed_file(root, image, "") for image in images]
+            mask, label = (None, None) if "box" in told else _listed_label(root, told.get("label"))
+            found.scans.append(_listed_scan(dataset, root, files, mask, names, label, split))
+        except DataError as error:
+            found.rejected.append((str(images[0]), str(error)))
+    first = [scan.files[0][0] for scan in found.scans]
+    if len({stem_of(path) for path in first}) < len(first):  # p1/t1, p2/t1
+        whose = subjects_of(first, root)
+        found.scans = [
+            dataclasses.replace(scan, id=f"{dataset}/{_bare(scan.source)}", subject=whose[path])
+            for scan, path in zip(found.scans, first, strict=True)
+        ]
+    if boxes:
+        found.notes.append(
+            f"dataset.json: boxes of {count_of(boxes, 'scan')} not read: boxes are read from files named "
+            "dataset_0.json and so on"
+        )
     return found
 
 
-def _listed_scan(dataset: str, root: Path, path: Path, mask: Path | None, names: tuple[str, ...]) -> Scan:
+def _bare(source: str) -> str:
+    """A path without the ending."""
+    return source.removesuffix(Path(source).name) + stem_of(Path(source))
+
+
+def _listed_file(root: Path, name: str, whose: str) -> Path:
+    """A file that dataset.json lists.
+
+    Raises:
+        DataError: It is not there.
+    """
+    path = root / name
+    if path.is_file():
+        return path
+    if whose:
+        raise DataError(f"{whose} {name}, listed in dataset.json, does not exist")
+    raise DataError(
+        f"listed in dataset.json, {sources.missing(path) if path.is_symlink() else 'no such file'}"
+    )
+
+
+def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | None]:
+    """The mask, or the class or value, that an entry's `label` tells of.
+
+    Raises:
+        DataError: It is a file that is not there, or none of these.
+    """
+    if label is None or label == "":
+        return None, None
+    if isinstance(label, str):
+        return _listed_file(root, label, "its mask"), None
+    if isinstance(label, int | float) and np.isfinite(label):
+        return None, int(label) if float(label).is_integer() else float(label)
+    raise DataError(f"its label in dataset.json is {str(label)[:40]}; expected a mask's file or one number")
+
+
+def _listed_scan(
+    dataset: str,
+    root: Path,
+    files: Sequence[Path],
+    mask: Path | None,
+    names: tuple[str, ...],
+    label: int | float | None,
+    split: str,
+) -> Scan:
+    """One entry of a dataset.json: a file, with its channels in it or one, or a file per channel.
+
+    Raises:
+        DataError: There are more or fewer files than channels named.
+    """
+    several = len(files) > 1
+    if several and names and len(names) != len(files):
+        raise DataError(f"{len(files)} images in dataset.json, which names {len(names)} channels")
+    channels = names or (tuple(f"channel{i}" for i in range(len(files))) if several else ("image",))
     return Scan(
-        id=f"{dataset}/{stem_of(path)}",
+        id=f"{dataset}/{stem_of(files[0])}",
         dataset=dataset,
-        subject=stem_of(path),
-        source=relative(path, root),
-        files=((path,),),
-        channels=names or ("image",),
-        frames_are_channels=len(names) > 1,
+        subject=stem_of(files[0]),
+        source=relative(files[0], root),
+        files=tuple((file,) for file in files),
+        channels=channels,
+        frames_are_channels=len(names) > 1 and not several,
         mask=mask,
+        label=label,
+        split=split,
         modality=modality_code(names[0]) if names else "",
         named=True,
     )
@@ -99,9 +185,12 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         if not (root / images).is_dir():
             continue
-        maps = {stem_of(path): path for path in walk(root / labels)} if (root / labels).is_dir() else {}
+        dead: list[Path] = []
+        maps = {}
+        if (root / labels).is_dir():
+            maps = {stem_of(path): path for path in walk(root / labels, dead=dead)}
         cases: dict[str, dict[int, Path]] = defaultdict(dict)
-        for path in walk(root / images):
+        for path in walk(root / images, dead=dead):
             if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
                 continue
             channel = re.fullmatch(r"(.+)_(\d{4})", stem_of(path))
@@ -109,6 +198,7 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
                 cases[channel[1]][int(channel[2])] = path
             else:
                 cases[stem_of(path)][0] = path
+        found.rejected += [(relative(path, root), sources.missing(path)) for path in dead]
         count = max([len(names), *(max(case) + 1 for case in cases.values())], default=0)
         channels = names or (("image",) if count == 1 else tuple(f"channel{i}" for i in range(count)))
         if len(channels) < count:
@@ -162,24 +252,84 @@ class _Row:
 
 
 def from_csv(path: Path, wanted: Wanted) -> Found:
-    """The scans that a CSV lists, with what its columns say about them."""
+    """The scans that a CSV lists, with what its columns say about them.
+
+    A list of boxes (a line per box) says nothing of labels: those are the boxes' own.
+    """
     found = Found()
-    root = path.parent
+    table, columns = _table(path)
+    root = _folder_of(path, table, columns)
     described = _json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
     wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
     dataset = dataset_name(root, wanted)
     modality = _modality(described)
     if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
         found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
+    of_boxes = lists_boxes(path)
     seen: set[Path] = set()
-    found.notes += _unused(path)
-    for row in _rows(path, found):
+    found.notes += _unused(path, of_boxes)
+    nameless: list[int] = []  # scans whose row names no subject
+    for row in _rows(path, found, of_boxes):
         if row.path in seen:
-            found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
+            if not of_boxes:
+                found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
             continue
         seen.add(row.path)
-        found.scans += _listed_scans(row, root, dataset, modality, found, wanted)
+        scan = _listed_scan_of(row, root, dataset, modality, found, wanted)
+        if scan is not None:
+            if not row.subject:
+                nameless.append(len(found.scans))
+            found.scans.append(_with_row(scan, row))
+    if nameless:
+        found.notes.append(_name_subjects(found, nameless, root, path, "subject" in columns, wanted))
+    if of_boxes:
+        add_boxes(found, path, wanted.box_readers)
     return found
+
+
+def _folder_of(path: Path, table: Table, columns: dict[str, str]) -> Path:
+    """The folder that a list's paths are relative to: its own; of a link, that of the file where it leads.
+
+    The latter only where nothing named is beside the link.
+    """
+    if not path.is_symlink():
+        return path.parent
+    beside = path.resolve().parent
+    names = [name for _, row in table.rows[:50] if (name := row[columns["path"]].strip())]
+    if any((path.parent / name).exists() for name in names):
+        return path.parent
+    return beside if any((beside / name).exists() for name in names) else path.parent
+
+
+def _name_subjects(
+    found: Found, nameless: Sequence[int], root: Path, path: Path, has_column: bool, wanted: Wanted
+) -> str:
+    """Gives the scans (by position) whose row names no subject one, as in a folder; a line that says so.
+
+    DICOM's have theirs, by the PatientID. Natural pictures (rgb) are each their own.
+    """
+    plain = [i for i in nameless if not _is_dicom_file(found.scans[i].files[0][0])]
+    files = [Path(os.path.abspath(found.scans[i].files[0][0])) for i in plain]  # less `..`
+    common = _common(files, Path(os.path.abspath(root)))
+    whose = subjects_of(files, common)
+    for i, file in zip(plain, files, strict=True):
+        natural = wanted.colour == "rgb" and suffix_of(file) in PICTURES
+        subject = _bare(relative(file, common)) if natural else whose[file]
+        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
+    of = ["the names of files and folders"] if plain else []
+    if len(plain) < len(nameless):
+        of.append("DICOM's PatientID")
+    why = f"no subject in {count_of(len(nameless), 'line')}" if has_column else "no column subject"
+    count = count_of(len({found.scans[i].subject for i in nameless}), "subject")
+    return f"{path.name}: {why}: {count} taken from {' and '.join(of)}"
+
+
+def _common(files: Sequence[Path], root: Path) -> Path:
+    """Where paths are told from: the list's folder, or where some lie elsewhere one that holds them all."""
+    if all(file.is_relative_to(root) for file in files):
+        return root
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    return common.parent if any(file.parent == common for file in files) else common
 
 
 def _modality(described: dict[str, Any]) -> str:
@@ -188,28 +338,33 @@ def _modality(described: dict[str, Any]) -> str:
     return modality_code(str(values[0])) if len(values) == 1 else ""
 
 
-def _listed_scans(
+def _listed_scan_of(
     row: _Row, root: Path, dataset: str, modality: str, found: Found, wanted: Wanted
-) -> list[Scan]:
+) -> Scan | None:
+    """The scan that a row names, without what else the row says; None if refused."""
+    wanted = dataclasses.replace(wanted, dataset=dataset)
     if row.path.is_dir():
         files = [file for file in walk(row.path) if is_dicom(file)]
         by_folder: dict[Path, list[Path]] = defaultdict(list)
         for file in files:
             by_folder[file.parent].append(file)
-        series = from_dicom(by_folder, root, dataclasses.replace(wanted, dataset=dataset))
+        series = from_dicom(by_folder, root, wanted)
         found.rejected += series.rejected
         if len(series.scans) != 1:
-            found.rejected.append(
-                (row.name, f"a folder with {len(series.scans)} DICOM series; list one per line")
-            )
-            return []
-        scan = series.scans[0]
-        return [_with_row(scan, row)]
-    if suffix_of(row.path) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(row.path):
+            found.rejected.append((row.name, _which_series(series.scans, row.path)))
+            return None
+        return series.scans[0]
+    if _is_dicom_file(row.path):
+        series = from_dicom({row.path.parent: [row.path]}, root, wanted)
+        found.rejected += series.rejected
+        if not series.scans and not series.rejected:
+            found.rejected.append((row.name, "DICOM, but not a scan (a segmentation, a plan or a report)"))
+        return series.scans[0] if series.scans else None
+    if suffix_of(row.path) not in (*NIFTI, *ITK, *PICTURES):
         found.rejected.append((row.name, "not a known format"))
-        return []
-    scan = Scan(
-        id=f"{dataset}/{relative(row.path, root).removesuffix(row.path.name) + stem_of(row.path)}",
+        return None
+    return Scan(
+        id=f"{dataset}/{_bare(relative(row.path, root))}",
         dataset=dataset,
         subject=stem_of(row.path),
         source=relative(row.path, root),
@@ -217,7 +372,30 @@ def _listed_scans(
         modality=modality,
         named=True,
     )
-    return [_with_row(scan, row)]
+
+
+def _is_dicom_file(path: Path) -> bool:
+    """Whether it is DICOM, and no other format that is known by its ending."""
+    return suffix_of(path) not in (*NIFTI, *ITK, *PICTURES) and is_dicom(path)
+
+
+def _which_series(scans: Sequence[Scan], folder: Path) -> str:
+    """Why a row that names a folder is of no use, and what to list instead."""
+    if not scans:
+        return "a folder without a DICOM series; a line names one file, or the folder of one series"
+    first = [scan.files[0][0] for scan in scans]
+    by_folder = Counter(path.parent for path in first)
+    shown = ", ".join(
+        f"{relative(path, folder)} and {count_of(len(scan.files[0]) - 1, 'more file')}"
+        for scan, path in list(zip(scans, first, strict=True))[:3]
+    ) + (", ..." if len(scans) > 3 else "")
+    apart = all(count == 1 for count in by_folder.values())
+    advice = (
+        "list these folders instead, a line each"
+        if apart
+        else "move each series to a folder of its own, and list the one that is meant"
+    )
+    return f"a folder with {len(scans)} DICOM series ({shown}): {advice}"
 
 
 def _with_row(scan: Scan, row: _Row) -> Scan:
@@ -238,10 +416,11 @@ def named_in(path: Path) -> Iterator[Path]:
         DataError: It cannot be used.
     """
     table, columns = _table(path)
+    folder = _folder_of(path, table, columns)
     for _, row in table.rows:
         for name in ("path", "mask"):
             if name in columns and (named := row[columns[name]].strip()):
-                yield path.parent / named
+                yield folder / named
 
 
 def named_in_json(path: Path) -> Iterator[Path]:
@@ -250,20 +429,25 @@ def named_in_json(path: Path) -> Iterator[Path]:
     Raises:
         DataError: It is no JSON.
     """
-    described = _json(path)
-    for part in ("training", "test"):
-        listed = described.get(part)
-        for entry in listed if isinstance(listed, list) else ():
-            names = entry.values() if isinstance(entry, dict) else [entry]
-            yield from (path.parent / name for name in names if isinstance(name, str))
+    for _, entry in _entries(_json(path)):
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str):
+                    yield path.parent / name
 
 
 def with_listing(found: Found, root: Path) -> Found:
-    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them."""
-    listings = []
+    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them.
+
+    A list of boxes is asked for subjects, splits and masks where there is no other; never for labels, as
+    its labels are those of the boxes.
+    """
+    listings: list[Path] = []
+    of_boxes: list[Path] = []
     for path in sorted(root.glob("*.csv")):
         try:
             mine = _column(path, "path")
+            boxes = lists_boxes(path)
         except NotText as error:
             found.notes.append(f"{error}; not used")
             continue
@@ -274,14 +458,19 @@ def with_listing(found: Found, root: Path) -> Found:
             and path.name != "rejected.csv"
             and any((root / name).is_file() for name in mine[:50])
         ):
-            listings.append(path)
+            if not boxes:
+                listings.append(path)
+            elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
+                of_boxes.append(path)
+    boxes = not listings
+    listings = listings or of_boxes
     if len(listings) > 1:
         names = ", ".join(path.name for path in listings)
         found.notes.append(
             f"{root}: several lists ({names}); none was used, give the one you mean as the source"
         )
     elif listings:
-        rows = {row.path.resolve(): row for row in _rows(listings[0], Found())}
+        rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes)}
         matched = 0
         for i, scan in enumerate(found.scans):
             row = rows.get(scan.files[0][0].resolve()) if scan.files[0] and scan.member is None else None
@@ -291,32 +480,38 @@ def with_listing(found: Found, root: Path) -> Found:
         found.notes.append(
             f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
         )
-        found.notes += _unused(listings[0], known=COLUMNS_OF_BOXES)
+        found.notes += _unused(listings[0], boxes)
     return found
 
 
-def _rows(path: Path, found: Found) -> Iterator[_Row]:
+def _rows(path: Path, found: Found, of_boxes: bool) -> Iterator[_Row]:
+    """The lines of a list whose files are there; the others are rejected. One of boxes has no labels."""
     table, columns = _table(path)
-    kind = _label_type([row[columns["label"]] for _, row in table.rows] if "label" in columns else [])
-    for line, row in table.rows:
+    folder = _folder_of(path, table, columns)
+    if of_boxes:
+        columns.pop("label", None)
+    labels = _labels(path, table, columns)
+    kind = _label_type(labels)
+    for number, (line, row) in enumerate(table.rows):
         values = {name: (row[column] or "").strip() for name, column in columns.items()}
         name = values["path"]
         if not name:
             found.rejected.append((f"{path.name}:{line}", "no path in this line"))
             continue
-        target, mask = path.parent / name, values.get("mask", "")
+        target, mask = folder / name, values.get("mask", "")
         if not target.exists():
-            found.rejected.append((name, f"line {line} of {path.name}: no such file"))
+            why = sources.missing(target) if target.is_symlink() else "no such file"
+            found.rejected.append((name, f"line {line} of {path.name}: {why}"))
             continue
-        if mask and not (path.parent / mask).exists():
+        if mask and not (folder / mask).exists():
             found.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
             continue
-        split = sources.split_of(values.get("split", ""))
+        split = split_of(values.get("split", ""))
         if split is None:
             raise DataError(
                 f"{path}, line {line}: split {values['split']!r}; known: train, val, test, or nothing"
             )
-        label = _known(values.get("label", ""))
+        label = _known(labels[number]) if labels else ""
         yield _Row(
             line,
             target,
@@ -324,7 +519,7 @@ def _rows(path: Path, found: Found) -> Iterator[_Row]:
             values.get("subject", ""),
             kind(label) if label else None,
             split,
-            path.parent / mask if mask else None,
+            folder / mask if mask else None,
         )
 
 
@@ -340,14 +535,15 @@ def _table(path: Path) -> tuple[Table, dict[str, str]]:
     return table, columns
 
 
-def _unused(path: Path, known: Collection[str] = ()) -> list[str]:
+def _unused(path: Path, of_boxes: bool) -> list[str]:
     """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
 
     Args:
         path: Of the list.
-        known: Columns that something else reads.
+        of_boxes: Whether it is one of boxes, whose columns are read elsewhere.
     """
     table, columns = _table(path)
+    known = COLUMNS_OF_BOXES if of_boxes else frozenset()
     notes = []
     own = [word.strip() for key, word in table.header.items()
            if key and key not in known and word not in columns.values()]  # fmt: skip
@@ -362,11 +558,46 @@ def _unused(path: Path, known: Collection[str] = ()) -> list[str]:
             f"{path.name}: {lines} more cells than the header; what is in those was not read (a "
             "delimiter within a cell needs quotes around it)"
         )
-    given = [row[columns["label"]].strip() for _, row in table.rows] if "label" in columns else []
+    if "label" in columns and not of_boxes:
+        notes += _odd_labels(path, table, columns)
+    return notes
+
+
+def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
+    """Labels taken for none, and words among numbers, which make all labels of a list words."""
+    notes = []
+    given = [row[columns["label"]].strip() for _, row in table.rows]
     unknown = sum(bool(label) and not _known(label) for label in given)
     if unknown:
         notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")
+    written = zip(table.rows, _labels(path, table, columns), strict=True)
+    labels = [(line, known) for (line, _), text in written if (known := _known(text))]
+    words = [(line, label) for line, label in labels if _label_type([label]) is str]
+    if words and 2 * len(words) <= len(labels):
+        line, word = words[0]
+        more = f" and {len(words) - 1} more" if len(words) > 1 else ""
+        notes.append(
+            f"{path.name}, line {line}: the label {word!r}{more} is no number, so the other labels, which "
+            "are numbers, are names of classes too; correct it, or leave it empty"
+        )
     return notes
+
+
+def _labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
+    """The labels as written; with a point where the whole column has numbers with a decimal comma.
+
+    A comma is one only where cells are not delimited by commas: there it may be a set of classes ("1,2").
+    """
+    if "label" not in columns:
+        return []
+    given = [row[columns["label"]] for _, row in table.rows]
+    head = read_text(path).split("\n", 1)[0]
+    known = [label for text in given if (label := _known(text))]
+    if head.count(",") < max(head.count(";"), head.count("\t")) and all(
+        re.fullmatch(r"[+-]?\d+(?:,\d+)?", label) for label in known
+    ):
+        return [label.replace(",", ".") for label in given]
+    return given
 
 
 def _column(path: Path, name: str) -> list[str] | None:
@@ -380,15 +611,19 @@ def _known(label: str) -> str:
     return "" if label.lower() in ("nan", "na", "n/a", "null") else label
 
 
-def _label_type(values: Sequence[str]) -> Any:
-    """The type of a column: int if all labels are whole numbers, float if all are numbers, else str."""
-    given = [known for value in values if (known := _known(value))]
-    for kind in (int, float):
-        try:
-            for value in given:
-                if not np.isfinite(kind(value)):
-                    raise ValueError
-        except ValueError:
-            continue
-        return kind
-    return str
+def _label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
+    """The type of a column: int if all labels are whole numbers, float if all are numbers, else str.
+
+    0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps.
+    """
+    try:
+        numbers = [float(known) for value in values if (known := _known(value))]
+    except ValueError:
+        return str
+    if not np.isfinite(numbers).all():
+        return str
+    return _whole if all(number.is_integer() for number in numbers) else float
+
+
+def _whole(text: str) -> int:
+    return int(float(text))

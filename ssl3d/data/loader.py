@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl3d.data.store import Collection
 from ssl3d.data.stream import Stream
-from ssl3d.errors import DataError, UsageError
+from ssl3d.errors import DataError, Ssl3dError, UsageError
 from ssl3d.proxy import Proxy
 from ssl3d.rng import numpy_rng
 
 _RESERVED = ("index", "subject", "dataset")
+_ORPHANED = 60  # seconds that a worker lives on after it was asked to end
 _PATIENCE = 256  # volumes tried for one place before giving up
 
 Proxies = Mapping[str, tuple[type[Proxy], Any]]
@@ -69,14 +70,14 @@ class Batch:
         groups: In the same order on every rank.
         waited: Seconds that the training loop waited for it.
         failures: Volumes that could not be drawn, and why.
-        hopeless: Why no volume at all could be drawn for some place; empty if all is well.
+        error: Why it could not be drawn: no volume can be, or what a proxy says of its options.
     """
 
     step: int
     groups: list[Group]
     waited: float = 0.0
     failures: dict[str, str] = field(default_factory=dict)
-    hopeless: str = ""
+    error: Ssl3dError | None = None
 
     @property
     def volume_ids(self) -> list[str]:
@@ -217,8 +218,8 @@ class Loader:
                 self.set_aside[name] = reason
                 if self._on_set_aside is not None:
                     self._on_set_aside(name, reason)
-        if batch.hopeless:
-            raise DataError(batch.hopeless)
+        if batch.error is not None:
+            raise batch.error
 
 
 class Once:
@@ -307,6 +308,8 @@ class _Drawing(Dataset[Batch]):
                     if example is not None:
                         examples.append((row, *example))
                 batch.groups += _stack(name, examples, self._plan.batch_size)
+        except Ssl3dError as error:  # one line for people: a worker's would come with its traceback
+            batch.error = error
         finally:
             torch.set_num_threads(threads)
         return batch
@@ -333,7 +336,7 @@ class _Drawing(Dataset[Batch]):
             return example, title
         if self._plan.stream is not None:
             tries = f"{min(len(self._collection), _PATIENCE)} of {len(self._collection)} tried"
-            batch.hopeless = f"no volume can be drawn for {name} ({tries}); last: {reason}"
+            raise DataError(f"no volume can be drawn for {name} ({tries}); last: {reason}")
         return None
 
     def _codes(self, position: int) -> tuple[int, int]:
@@ -384,6 +387,8 @@ def _calm(_: int) -> None:
 
     def once(signum: int, frame: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_DFL)
+        if hasattr(signal, "alarm"):  # a program that fails asks once at its end, and waits
+            signal.alarm(_ORPHANED)
 
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):

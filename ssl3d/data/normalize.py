@@ -15,6 +15,7 @@ KINDS = ("ct", "mr", "unit", "none")
 CT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 
 _CLIP = (0.5, 99.5)  # percentiles of the foreground
+_LOWEST_HU = -5000.0  # air is -1000; what surrounds a scanner's circle is -1024 to -3024, or far below
 _MODALITIES = {
     "CT": "ct",
     "MR": "mr",
@@ -49,8 +50,10 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
         eight_bit: Whether the source held unsigned bytes.
 
     Returns:
-        "ct", "mr" or "unit". Without a modality: bytes and shape masks are "unit", whole numbers that
-        reach from air (-500 or less) to tissue (above -200) are "ct", the rest is "mr".
+        "ct", "mr" or "unit". Without a modality: bytes and shape masks are "unit"; whole numbers that reach
+        from air (-500 or less) to tissue (above -200) are "ct", and so are fractions whose floor is air
+        (about -1000), as interpolated CT has them; the rest is "mr". One value far below air, as is set
+        where a scanner's circle ends, counts for nothing.
     """
     if modality in _MODALITIES:
         return _MODALITIES[modality]
@@ -60,9 +63,16 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
     low, high = float(sample.min()), float(sample.max())
     if not ((sample != low) & (sample != high)).any():
         return "unit"
-    if -5000 < low <= -500 and -200 < high < 70_000 and np.array_equal(sample, np.rint(sample)):
+    if low <= _LOWEST_HU:
+        sample = sample[sample != low]
+        low = float(sample.min())
+    if not (_LOWEST_HU < low <= -500 and -200 < high < 70_000):
+        return "mr"
+    if np.array_equal(sample, np.rint(sample)):
         return "ct"
-    return "mr"
+    # A scan without its mean has fractions below zero too, but nothing keeps them from falling below air.
+    around = sample[sample > low] if low < -1500 else sample
+    return "ct" if abs(float(np.percentile(around, 2)) + 1000) < 100 else "mr"
 
 
 def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:

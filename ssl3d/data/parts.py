@@ -24,7 +24,7 @@ from ssl3d.errors import DataError
 _BATCH = 4096  # records read at once
 _HEADERS = (".mhd", ".nhdr")  # their voxels are in another file
 _VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
-VERSION = 1  # of what `process` makes of a scan: raise it, and nothing made before is reused
+VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
 def stamp(path: Path) -> tuple[int, int]:

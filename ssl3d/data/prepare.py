@@ -35,6 +35,7 @@ from ssl3d.data.parts import (
 )
 from ssl3d.data.process import Recipe, Task, process, spacing_of_scan, start_worker
 from ssl3d.data.progress import Progress, bytes_of, count_of, duration_of
+from ssl3d.data.remarks import remarks
 from ssl3d.data.sources import Found, Scan, Wanted, find, in_part
 from ssl3d.errors import DataError
 
@@ -199,7 +200,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     done = _finished(out, signed, options)
     if done is not None:
         say(f"{out}: already prepared: {count_of(done.volumes, 'volume')}, {done.rejected} rejected")
-        for line in mask_lines(odd_masks(out)):
+        for line in remarks(out) + mask_lines(odd_masks(out)):
             say(line)
         return done
     spacing, medians = _spacing(options, found, workers, say)
@@ -254,7 +255,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         f"{out}: {count_of(volumes, 'volume')} of {count_of(subjects, 'subject')}, {len(rejected)} rejected"
         f"{_where(out, rejected)}, {bytes_of(out.stat().st_size)}, {duration_of(seconds)}"
     )
-    for line in mask_lines(odd_masks(out)):
+    for line in remarks(out) + mask_lines(odd_masks(out)):
         say(line)
     return Summary(out, volumes, subjects, len(rejected), seconds=seconds)
 
@@ -274,7 +275,8 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     """
     from ssl3d.data.phantoms import cache_folder
 
-    roots = [Path(path).resolve() for path in paths]
+    # Not resolved: of a link into an annex the name is the scan's, that of what it points to is not.
+    roots = [Path(os.path.abspath(path)) for path in paths]
     for root in roots:
         if not root.exists():
             raise DataError(f"{root}: no such file or folder")

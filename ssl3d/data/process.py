@@ -15,6 +15,7 @@ from ssl3d.data import geometry
 from ssl3d.data.boxes import around_mask, from_world, within
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.itk import quiet_sitk
+from ssl3d.data.match import channel_onto, mask_onto
 from ssl3d.data.normalize import decide, foreground, normalize
 from ssl3d.data.read import Pixels, header_spacing, read, read_mask, sha256_of
 from ssl3d.data.sources import Scan
@@ -22,6 +23,7 @@ from ssl3d.errors import DataError
 
 _LABEL_VALUES = 32  # a label map has no more values than this
 MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
+_CHANNEL_NOTES = {"regridded": "onto_first_channel", "elsewhere": "voxel_by_voxel"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +170,8 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
     present = [i for i, group in enumerate(scan.files) if group]
     first = read(scan.files[present[0]], recipe.max_voxels)
     if len(scan.files) == 1:
-        return first, [], {}
-    notes: dict[str, Any] = {}
+        return first, [], dict(first.notes)
+    notes: dict[str, Any] = dict(first.notes)
     missing = [i for i, group in enumerate(scan.files) if not group]
     if missing:
         notes["missing"] = [scan.channels[i] for i in missing]
@@ -184,26 +186,9 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
             raise DataError(
                 f"channel {name}: {len(other.voxels)} frames or colours in the file of one channel"
             )
-        same = other.voxels.shape == first.voxels.shape and np.allclose(
-            other.affine, first.affine, atol=1e-3
-        )
-        if same or (
-            UNKNOWN in (first.orientation, other.orientation) and other.voxels.shape == first.voxels.shape
-        ):
-            voxels[index] = other.voxels[0]
-            continue
-        if UNKNOWN in (first.orientation, other.orientation):
-            raise DataError(
-                f"channel {name}: shape {other.voxels.shape[1:]}, the first has {first.voxels.shape[1:]}"
-            )
-        if not np.isfinite(other.voxels).all():
-            raise DataError(f"channel {name}: {_unfinite(other.voxels)}")
-        voxels[index] = geometry.regrid(
-            other.voxels[0], other.affine, voxels.shape[1:], first.affine, outside=float(other.voxels.min())
-        )
-        notes.setdefault("onto_first_channel", []).append(name)
-        if voxels[index].min() == voxels[index].max():
-            raise DataError(f"channel {name} does not overlap the first")
+        voxels[index], how = channel_onto(first, other, name)
+        if how:
+            notes.setdefault(_CHANNEL_NOTES[how], []).append(name)
     return dataclasses.replace(first, voxels=voxels), missing, notes
 
 
@@ -404,29 +389,11 @@ def _mask(task: Task, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None
     if path is None:
         return None
     mask = read_mask(path)
-    labels = mask.voxels[0]
-    shape = pixels.voxels.shape[1:]
-    placed = UNKNOWN not in (pixels.orientation, mask.orientation)
-    if labels.shape == shape:
-        if placed and not np.allclose(mask.affine, pixels.affine, atol=1e-2):
-            done["mask"] = MASK_ELSEWHERE
-        return labels
-    if sorted(labels.shape) != sorted(shape) and placed:
-        regridded = geometry.regrid(labels, mask.affine, shape, pixels.affine, nearest=True, outside=0)
-        if regridded.any() == labels.any() and _same_field(mask, pixels):
-            done["mask"] = f"resampled from a grid of {labels.shape}"
-            return regridded
-    raise DataError(f"mask {path.name} of shape {labels.shape} does not fit the scan, {shape}")
-
-
-def _same_field(one: Pixels, other: Pixels) -> bool:
-    """Whether two grids cover the same space, to within a voxel."""
-
-    def corners(pixels: Pixels) -> np.ndarray:
-        size = np.array(pixels.voxels.shape[1:])
-        return np.stack([pixels.affine @ [*(at * size - 0.5), 1] for at in (0, 1)])[:, :3]
-
-    return bool(np.abs(corners(one) - corners(other)).max() <= 1.5 * max(*one.spacing, *other.spacing))
+    labels, how = mask_onto(pixels, mask, path.name)
+    if how:
+        resampled = f"resampled from a grid of {mask.voxels.shape[1:]}"
+        done["mask"] = MASK_ELSEWHERE if how == "elsewhere" else resampled
+    return labels
 
 
 def _resampled(

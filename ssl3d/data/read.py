@@ -9,13 +9,22 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ssl3d.data import geometry
-from ssl3d.data.dicom import RADIOGRAPHS, dicom_tags, frames_of, sorted_slices
+from ssl3d.data.dicom import (
+    FILMS,
+    Slice,
+    check_frames,
+    dicom_tags,
+    frame_count,
+    in_order,
+    slices_of,
+    stack_affine,
+)
+from ssl3d.data.dicom_frames import read_frames
 from ssl3d.data.geometry import CANONICAL, UNKNOWN, Triple
 from ssl3d.data.itk import affine_of, information, quiet_sitk
 from ssl3d.errors import DataError
@@ -24,6 +33,7 @@ NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 ARRAYS = (".npz",)
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and microns; no unit is taken as mm
 FORMATS = "NIfTI, NRRD, MHA/MHD, DICOM, MedMNIST .npz, PNG, JPEG"
 
 
@@ -40,6 +50,7 @@ class Pixels:
         modality: DICOM code, "" where the format has none.
         eight_bit: Whether the source held unsigned bytes.
         colours: Whether the F axis is red, green, blue.
+        notes: What was done to the source, for the record. "copies": slices met twice and left out.
     """
 
     voxels: np.ndarray
@@ -50,6 +61,7 @@ class Pixels:
     modality: str = ""
     eight_bit: bool = False
     colours: bool = False
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def spacing(self) -> Triple:
@@ -113,11 +125,10 @@ def header_spacing(files: Sequence[Path]) -> Triple:
         if ending in NIFTI:
             import nibabel
 
-            image: Any = nibabel.load(first)
-            affine: np.ndarray = np.array(image.affine, dtype=np.float64)
+            affine = _nifti_affine(nibabel.load(first))[0]
         elif ending in PICTURES:
             return 1.0, 1.0, 1.0
-        elif ending in ITK or len(files) == 1:
+        elif ending in ITK:
             affine = affine_of(information(first))
         else:
             return _read_dicom(list(files), None, header_only=True).spacing
@@ -170,8 +181,7 @@ def _read_nifti(path: Path, max_voxels: int | None) -> Pixels:
     image: Any = nibabel.load(path)
     shape = tuple(int(n) for n in image.shape)
     _check_size(shape, max_voxels)
-    affine = np.asarray(image.affine, dtype=float)
-    geometry.check_affine(affine)
+    affine, placed = _nifti_affine(image)
     voxels = np.asanyarray(image.dataobj)
     colours = False
     if voxels.dtype.names:  # RGB is a structured type
@@ -188,7 +198,6 @@ def _read_nifti(path: Path, max_voxels: int | None) -> Pixels:
     if voxels.ndim not in (3, 4):
         raise DataError(f"{len(shape)} axes {shape}; expected 3, or 4 with frames")
     frames = voxels[None] if voxels.ndim == 3 else np.moveaxis(voxels, -1, 0)
-    placed = int(image.header.get("sform_code", 1)) or int(image.header.get("qform_code", 1))
     canonical, affine_dhw = geometry.to_canonical(frames, affine)
     return Pixels(
         canonical,
@@ -199,6 +208,26 @@ def _read_nifti(path: Path, max_voxels: int | None) -> Pixels:
         eight_bit=voxels.dtype == np.uint8,
         colours=colours,
     )
+
+
+def _nifti_affine(image: Any) -> tuple[np.ndarray, bool]:
+    """(i, j, k) to RAS+ mm, and whether the header says where in the patient that is.
+
+    Raises:
+        DataError: The affine places no volume.
+    """
+    header = image.header
+    affine = np.array(image.affine, dtype=np.float64)
+    sform, qform = int(header.get("sform_code", 1)), int(header.get("qform_code", 1))
+    try:
+        geometry.check_affine(affine)
+    except DataError:
+        if not (sform and qform):
+            raise
+        affine = np.array(image.get_qform(), dtype=np.float64)  # some tools leave zeros in the sform
+        geometry.check_affine(affine)
+    affine[:3] *= _MILLIMETRES.get(int(header.get("xyzt_units", 0)) & 7, 1.0)
+    return affine, bool(sform or qform)
 
 
 def _read_itk(path: Path, max_voxels: int | None) -> Pixels:
@@ -238,41 +267,121 @@ def _read_picture(path: Path, max_voxels: int | None) -> Pixels:
 
 
 def _read_dicom(files: list[Path], max_voxels: int | None, header_only: bool = False) -> Pixels:
-    sitk = quiet_sitk()
+    """A file or a series; GDCM itself turns MONOCHROME1, whose lowest value is white, into MONOCHROME2."""
     tags = {path: dicom_tags(path) for path in files}
     first = tags[files[0]]
     header = information(files[0], "GDCMImageIO")
     _check_size((*header.GetSize(), len(files)), max_voxels)
-    if len(files) == 1:
-        image = sitk.ReadImage(str(files[0]), imageIO="GDCMImageIO")
-        flat = image.GetDimension() == 2 or image.GetSize()[2] == 1
-        film = first["modality"] in (*RADIOGRAPHS, "US")  # of several frames: a film, not a volume
-        pixels = _from_sitk(image, film or (flat and not first["axes"]))
+    film = first["modality"] in FILMS  # of several frames: a film, not a volume
+    if len(files) > 1:
+        pixels = _read_series(tags, header_only)
+    elif frame_count(first) > 1 and not film:
+        pixels = _read_multiframe(files[0], header, header_only)
     else:
-        ordered, positions = sorted_slices(tags)
-        frames, gap = frames_of(positions)
+        unplaced = film or not first["axes"]
         if header_only:
-            image = sitk.ReadImage(str(ordered[0]), imageIO="GDCMImageIO")
-            affine = affine_of(image)
-            affine[:3, 2] *= gap / np.linalg.norm(affine[:3, 2])
-            voxels, moved = geometry.to_canonical(np.empty((1, 1, 1, 1)), affine)
-            return Pixels(voxels, moved, CANONICAL, ())
-        volumes = [_series(sitk, ordered[frame::frames]) for frame in range(frames)]
-        pixels = volumes[0]
-        if frames > 1:
-            pixels.voxels = np.concatenate([volume.voxels for volume in volumes])
-            pixels.original_shape = (*pixels.original_shape, frames)
+            pixels = _without_voxels(header, unplaced)
+        else:
+            pixels = _from_sitk(_dicom_image(files[0]), unplaced)
     pixels.modality = first["modality"]
-    if first["photometric"] == "MONOCHROME1":  # dark means bright
-        pixels.voxels = pixels.voxels.max() - (pixels.voxels - pixels.voxels.min())
     return pixels
 
 
-def _series(sitk: ModuleType, files: Sequence[Path]) -> Pixels:
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([str(path) for path in files])
-    return _from_sitk(reader.Execute())
+def _read_series(tags: dict[Path, dict[str, str]], header_only: bool) -> Pixels:
+    paths, slices = list(tags), slices_of(tags)
+    order, place = in_order(slices)
+    ordered = [slices[i] for i in order]
+    plane = affine_of(information(paths[order[0]], "GDCMImageIO"))[:3, :2]
+    affine = stack_affine(ordered, place, plane)
+    if header_only:
+        return _pixels(np.empty((1, 1, 1, 1)), affine, ())
+    layers = []
+    for path in (paths[i] for i in order):
+        image = _dicom_image(path)
+        layer = quiet_sitk().GetArrayFromImage(image)  # ([1, ]J, I[, C])
+        layers.append(layer[0] if image.GetDimension() == 3 else layer)
+    # Rescaled, the slices may be of several types; one that holds all their values.
+    common = np.result_type(*layers)
+    voxels = np.stack(layers, dtype=np.float32 if common.kind == "f" else common)
+    return _from_slices(voxels, ordered, place, affine)
+
+
+def _read_multiframe(path: Path, header: Any, header_only: bool) -> Pixels:
+    frames = read_frames(path)
+    count = header.GetSize()[2]
+    if len(frames.slices) != count:
+        if frames.stacked:
+            return _without_voxels(header) if header_only else _from_sitk(_dicom_image(path))
+        raise DataError(
+            f"{count} frames, and the header does not tell where each lies: save them as single slices, "
+            "or as NIfTI"
+        )
+    order, place = in_order(frames.slices)
+    ordered = [frames.slices[i] for i in order]
+    rows, columns = ordered[0].spacing or header.GetSpacing()[1::-1]
+    axes = np.array(ordered[0].axes).reshape(2, 3)
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    plane = (axes * (-1, -1, 1)).T * (columns, rows)  # LPS to RAS; a row's pixels lie a column apart
+    affine = stack_affine(ordered, place, plane)
+    if header_only:
+        return _pixels(np.empty((1, 1, 1, 1)), affine, ())
+    voxels = quiet_sitk().GetArrayFromImage(_dicom_image(path))
+    if len(set(frames.rescale)) > 1:
+        # GDCM rescales all frames as the first.
+        slope, intercept = np.array(frames.rescale, dtype=np.float32).T[:, :, None, None]
+        stored = (voxels.astype(np.float32) - intercept[0]) / slope[0]
+        voxels = stored * slope + intercept
+    return _from_slices(voxels[order], ordered, place, affine)
+
+
+def _from_slices(
+    voxels: np.ndarray, ordered: Sequence[Slice], place: np.ndarray, affine: np.ndarray
+) -> Pixels:
+    """A stack of (n, J, I[, C]) voxels in order, with those at one place as frames."""
+    keep = _without_copies(voxels, ordered, place)
+    copies = len(ordered) - len(keep)
+    if copies:
+        voxels, place, ordered = voxels[keep], place[keep], [ordered[i] for i in keep]
+    frames = check_frames(ordered, place)
+    colours = voxels.ndim == 4
+    if colours and frames > 1:
+        raise DataError(f"colours in {frames} frames; expected one or the other")
+    places = int(place[-1]) + 1
+    stack = voxels if colours else voxels.reshape(places, frames, *voxels.shape[1:])
+    stack = np.moveaxis(stack, -1 if colours else 1, 0)  # (F, K, J, I)
+    shape = stack.shape[:0:-1] + ((len(stack),) if len(stack) > 1 else ())
+    pixels = _pixels(stack, affine, shape, colours)
+    pixels.notes = {"copies": copies} if copies else {}
+    return pixels
+
+
+def _without_copies(voxels: np.ndarray, ordered: Sequence[Slice], place: np.ndarray) -> list[int]:
+    """Indices of the slices less those that repeat another of the same place and header, voxel for voxel.
+
+    Raises:
+        DataError: Two that nothing tells apart hold different voxels.
+    """
+    keep = [0]
+    for i in range(1, len(ordered)):
+        one, last = ordered[i], ordered[keep[-1]]
+        tied = place[i] == place[keep[-1]] and (one.phase, one.key) == (last.phase, last.key)
+        if not tied:
+            keep.append(i)
+        elif not np.array_equal(voxels[i], voxels[keep[-1]]):
+            raise DataError(
+                f"{last.name} and {one.name} lie at one place, and nothing else tells their frames apart"
+            )
+    return keep
+
+
+def _without_voxels(header: Any, unplaced: bool = False) -> Pixels:
+    """What the header of one file alone tells: where the voxels are."""
+    nothing = np.empty((1, 1, 1, 1))
+    return _picture(nothing, header, ()) if unplaced else _pixels(nothing, affine_of(header), ())
+
+
+def _dicom_image(path: Path) -> Any:
+    return quiet_sitk().ReadImage(str(path), imageIO="GDCMImageIO")
 
 
 def _from_sitk(image: Any, unplaced: bool = False) -> Pixels:
@@ -292,15 +401,25 @@ def _from_sitk(image: Any, unplaced: bool = False) -> Pixels:
         voxels = voxels[:, None]
     elif dimension != 3:
         raise DataError(f"{dimension} dimensions; expected 2, 3 or 4")
-    eight_bit, colours = voxels.dtype == np.uint8, components == 3
     if dimension == 2 or unplaced:
-        sides = [float(side) for side in image.GetSpacing()[:2]]
-        affine = geometry.unknown_affine((1.0, sides[1], sides[0]))
-        return Pixels(voxels, affine, UNKNOWN, shape, None, "", eight_bit, colours)
-    affine = affine_of(image)
+        return _picture(voxels, image, shape, components == 3)
+    return _pixels(voxels, affine_of(image), shape, components == 3)
+
+
+def _pixels(
+    voxels: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], colours: bool = False
+) -> Pixels:
+    """(F, K, J, I) voxels at their place in the patient."""
     geometry.check_affine(affine)
     canonical, moved = geometry.to_canonical(np.moveaxis(voxels, (1, 2, 3), (3, 2, 1)), affine)
-    return Pixels(canonical, moved, CANONICAL, shape, affine, "", eight_bit, colours)
+    return Pixels(canonical, moved, CANONICAL, shape, affine, "", voxels.dtype == np.uint8, colours)
+
+
+def _picture(voxels: np.ndarray, image: Any, shape: tuple[int, ...], colours: bool = False) -> Pixels:
+    """(F, K, J, I) voxels whose place is unknown, but not their sides in the plane."""
+    sides = [float(side) for side in image.GetSpacing()[:2]]
+    affine = geometry.unknown_affine((1.0, sides[1], sides[0]))
+    return Pixels(voxels, affine, UNKNOWN, shape, None, "", voxels.dtype == np.uint8, colours)
 
 
 # Checks -------------------------------------------------------------------------------------------

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ssl3d.data.dicom import dicom_tags
 from ssl3d.data.read import stem_of
-from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, label_note, looks_like_label, relative
+from ssl3d.data.sources import (
+    Found,
+    Scan,
+    Wanted,
+    bare,
+    dataset_name,
+    label_note,
+    looks_like_label,
+)
+from ssl3d.data.subjects import is_group, relative, telling
 from ssl3d.errors import DataError
 
 
 def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> Found:
-    """Series, told apart by SeriesInstanceUID within each folder; the PatientID is the subject."""
+    """A patient's series, told apart by SeriesInstanceUID wherever files lie; subject: the PatientID."""
     found = Found()
     dataset = dataset_name(root, wanted)
-    for folder, files in folders.items():
-        series: dict[str, list[Path]] = defaultdict(list)
-        tags: dict[str, dict[str, str]] = {}
-        for path in files:
-            try:
-                tag = dicom_tags(path)
-            except DataError as error:
-                found.rejected.append((relative(path, root), _damage(path, error)))
-                continue
-            uid = tag["series"] or path.name
-            series[uid].append(path)
-            tags.setdefault(uid, tag)
-        for uid, members in series.items():
-            tag = tags[uid]
-            if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
-                found.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
-                continue
-            place = relative(folder, root)
-            where = place if place != "." else ""
-            alone = len(members) == 1
-            name = stem_of(members[0]) if alone else uid
-            found.scans.append(
-                Scan(
-                    id="/".join(part for part in (dataset, where, name) if part),
-                    dataset=dataset,
-                    subject=_bids(where) or tag["patient"] or (name if alone or not where else where),
-                    source=relative(members[0], root) if alone else place,
-                    files=(tuple(members),),
-                    modality=tag["modality"],
-                    named=True,
-                )
+    series: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    tags: dict[tuple[str, str], dict[str, str]] = {}
+    for path in (path for files in folders.values() for path in files):
+        try:
+            tag = dicom_tags(path)
+        except DataError as error:
+            found.rejected.append((relative(path, root), _damage(path, error)))
+            continue
+        key = tag["patient"], tag["series"] or str(path)
+        series[key].append(path)
+        tags.setdefault(key, tag)
+    for key, members in series.items():
+        tag = tags[key]
+        if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
+            found.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
+            continue
+        place = relative(Path(os.path.commonpath([path.parent for path in members])), root)
+        where = place if place != "." else ""
+        alone = len(members) == 1
+        name = stem_of(members[0]) if alone else tag["series"]
+        found.scans.append(
+            Scan(
+                id="/".join(part for part in (dataset, where, name) if part),
+                dataset=dataset,
+                subject=_bids(where) or tag["patient"] or (name if alone or not where else where),
+                source=relative(members[0], root) if alone else place,
+                files=(tuple(members),),
+                modality=tag["modality"],
+                named=True,
             )
+        )
     return found
 
 
@@ -63,7 +72,7 @@ def _damage(path: Path, error: DataError) -> str:
 def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
     """Sequences of one subject as channels: files whose paths agree but for the channel's name."""
     found = Found()
-    names = [channel.lower() for channel in wanted.channels]
+    names = [bare(channel) for channel in wanted.channels]
     groups: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
     masks: dict[tuple[str, ...], Path] = {}
     labels, others = [], []
@@ -71,8 +80,8 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
         parts = [*relative(path.parent, root).split("/"), stem_of(path)]
         cut = [[t for t in re.split(r"[_\-. ]+", part.lower()) if t] for part in parts]
         mine = {token for component in cut for token in component}
-        if wanted.masks and wanted.masks.lower() in mine:
-            masks[_group(parts, cut, [wanted.masks.lower()])] = path
+        if wanted.masks and bare(wanted.masks) in mine:
+            masks[_group(parts, cut, [bare(wanted.masks)])] = path
             continue
         if looks_like_label(path, root) and not wanted.take_labels:
             labels.append(relative(path, root))
@@ -99,16 +108,14 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         found.notes.append(f"no channel of {' '.join(wanted.channels)} in the name: {shown}")
     dataset = dataset_name(root, wanted)
+    subjects = _subjects(groups)
     for key, members in sorted(groups.items()):
         first = next(members[name] for name in names if name in members)
-        subject = next(
-            (part for part in key if part.startswith("sub-")), key[-1] if key else stem_of(first)
-        )
         found.scans.append(
             Scan(
                 id=f"{dataset}/{'/'.join(key) or stem_of(first)}",
                 dataset=dataset,
-                subject=subject,
+                subject=subjects[key] or stem_of(first),
                 source=relative(first, root),
                 files=tuple((members[name],) if name in members else () for name in names),
                 channels=tuple(wanted.channels),
@@ -122,7 +129,31 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
 def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
     """What the channels of one subject have in common: (sub, ses) in BIDS, else the rest of the path."""
     bids = [part for part in parts[:-1] if re.match(r"(sub|ses)-", part)]
-    if bids:
+    if any(part.startswith("sub-") for part in bids):
         return tuple(bids)
     rest = ["_".join(token for token in component if token not in names) for component in cut]
     return tuple(part for part in rest if part)
+
+
+def _subjects(keys: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Whose each group of files is; "" where its key is empty.
+
+    BIDS `sub-*`; else a part of the key, names of visits, sequences, sites and the like left aside. Of
+    several parts it is the first (patient1/week1); but where that names few, with more below each than
+    there are of them (utrecht/57, utrecht/58, singapore/51), the last, lest a hospital be one person.
+    """
+    parts = {key: _who(key) for key in keys}
+    while len({who[0] for who in parts.values() if who}) == 1 < len(set(parts.values())) and all(
+        len(who) > 1 for who in parts.values()
+    ):  # a folder above all
+        parts = {key: who[1:] for key, who in parts.items()}
+    deep = {(who[0], who[-1]) for who in parts.values() if len(who) > 1}
+    outer = len(deep) <= len({first for first, _ in deep}) ** 2
+    return {key: (who[0] if outer else who[-1]) if who else "" for key, who in parts.items()}
+
+
+def _who(key: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of a key that may be a person's name."""
+    bids = tuple(part for part in key if part.startswith("sub-"))[:1]
+    said = tuple(part for part in telling(key) if not is_group(part))
+    return bids or said or key[-1:]

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.dicom import is_dicom
+from ssl3d.data.dicom import DICOM, is_dicom
+from ssl3d.data.progress import count_of
 from ssl3d.data.read import ARRAYS, FORMATS, ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.subjects import relative, split_of, subjects_by_name, subjects_of
 from ssl3d.errors import DataError
 
 _LABEL_NAME = re.compile(
@@ -25,17 +27,6 @@ _LABEL_NAME = re.compile(
 _LABEL_FOLDER = re.compile(
     r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val)?", re.IGNORECASE
 )
-# Names that say what was scanned and not who: the folder then names the subject.
-_SEQUENCE = re.compile(
-    r"t1|t1w|t1c|t1ce|t1gd|t2|t2w|flair|pd|adc|dwi|swi|bold|ct|mri?|pet|image|img|scan|volume",
-    re.IGNORECASE,
-)
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    "": "",
-}
 IGNORED = frozenset(
     (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
 )
@@ -148,7 +139,9 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
             found.box_names.setdefault(dataset, {}).update(names)
     if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
         found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    return _distinct(found)
+    found = _distinct(found)
+    found.notes += _in_two_splits(found.scans)
+    return found
 
 
 def in_part(name: str, index: int, count: int) -> bool:
@@ -157,25 +150,38 @@ def in_part(name: str, index: int, count: int) -> bool:
     return int.from_bytes(digest, "little") % count == index - 1
 
 
-def split_of(name: str) -> str | None:
-    """A split's canonical name; None if it is no split."""
-    return _SPLIT_NAMES.get(name.strip().lower())
+def _in_two_splits(scans: Sequence[Scan]) -> list[str]:
+    """The line that says whose scans are in several splits."""
+    splits: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for scan in scans:
+        splits[scan.dataset, scan.subject] |= {scan.split} - {""}
+    several = [f"{subject} ({', '.join(sorted(found))})"
+               for (_, subject), found in splits.items() if len(found) > 1]  # fmt: skip
+    if not several:
+        return []
+    return [
+        f"{count_of(len(several), 'subject')} with scans in several splits: {_some(several)}; the house "
+        "split puts all scans of a subject into the one furthest from training"
+    ]
 
 
 def _find_one(source: Path, wanted: Wanted) -> Found:
     from ssl3d.data import arrays, lists
-    from ssl3d.data.boxes import with_boxes
+    from ssl3d.data.boxes import unread_boxes, with_boxes
 
     if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    source = source if source.is_dir() else source.resolve()
+        raise DataError(f"{source}: {missing(source)}")
     if source.is_file():
-        if suffix_of(source) in (".csv", ".tsv"):
-            return lists.from_csv(source, wanted)
+        source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
+        if suffix_of(source) in (".csv", ".tsv") or source.name == "dataset.json":
+            if source.name == "dataset.json":
+                listed = lists.from_dataset_json(source.parent, wanted)
+            else:
+                listed = lists.from_csv(source, wanted)
+            listed.notes += unread_boxes(listed, source)
+            return listed
         if suffix_of(source) in ARRAYS:
             return arrays.from_arrays(source, wanted, source.parent)
-        if source.name == "dataset.json":
-            return lists.from_dataset_json(source.parent, wanted)
         if suffix_of(source) in (".h5", ".hdf5"):
             raise DataError(f"{source}: a store is prepared already; give it to --data")
         if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
@@ -200,7 +206,8 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     found, files = Found(), []
     bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
     dicom: dict[Path, list[Path]] = defaultdict(list)
-    for path in walk(root, skip=_HEADERLESS if bids else frozenset()):
+    dead: list[Path] = []
+    for path in walk(root, skip=_HEADERLESS if bids else frozenset(), dead=dead):
         ending = suffix_of(path)
         if ending in ARRAYS:
             arrays = from_arrays(path, wanted, root)
@@ -212,6 +219,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             continue
         elif is_dicom(path):
             dicom[path.parent].append(path)
+    found.rejected += [(relative(path, root), missing(path)) for path in dead]
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
@@ -221,21 +229,46 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     return found
 
 
-def walk(root: Path, skip: Iterable[str] = ()) -> Iterable[Path]:
+def walk(root: Path, skip: Iterable[str] = (), dead: list[Path] | None = None) -> Iterator[Path]:
     """Files below a folder in a stable order, without hidden ones and what the toolkit itself writes.
 
     That is the parts of stores being made, and the folders of runs and of results, whose pictures and
-    predictions are no scans.
+    predictions are no scans. Links are followed, but not into a folder that they lie in.
+
+    Args:
+        root: Folder.
+        skip: Names of folders in it that are left out.
+        dead: Gets the links that lead nowhere and whose names may be those of scans.
     """
-    skipped = set(skip)
-    for path in sorted(root.iterdir()):
+    real = root.resolve()
+    yield from _walk(root, {real, *real.parents}, set(skip), [] if dead is None else dead)
+
+
+def _walk(folder: Path, above: set[Path], skipped: set[str], dead: list[Path]) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.endswith(".partial"):
             continue
         if path.is_dir():
-            if path.name not in skipped and not _written_here(path):
-                yield from walk(path)
+            real = path.resolve()
+            if real not in above and path.name not in skipped and not _written_here(path):
+                yield from _walk(path, {*above, real}, set(), dead)
         elif path.is_file():
             yield path
+        elif path.is_symlink() and _may_be_a_scan(path):
+            dead.append(path)
+
+
+def _may_be_a_scan(path: Path) -> bool:
+    """Whether a name is one of a scan; DICOM's have no ending, or a number."""
+    ending = suffix_of(path)
+    return ending in (*NIFTI, *ITK, *PICTURES, *ARRAYS, *DICOM) or not re.search("[a-z]", ending)
+
+
+def missing(path: Path) -> str:
+    """Why there is nothing at a path."""
+    if path.is_symlink():
+        return "a link to a file that is not here (get the data first: datalad get, git annex get)"
+    return "no such file or folder"
 
 
 def _written_here(folder: Path) -> bool:
@@ -254,17 +287,6 @@ def dataset_name(root: Path, wanted: Wanted) -> str:
     root = root.resolve()
     generic = re.fullmatch(r"images?(tr|ts)?|data|raw|nifti|dicom", root.name, re.IGNORECASE)
     return (root.parent.name if generic else root.name) or "data"
-
-
-def relative(path: Path, root: Path) -> str:
-    """A path relative to the root given, POSIX; as it is if it lies elsewhere."""
-    try:
-        return path.relative_to(root).as_posix()
-    except ValueError:
-        try:
-            return path.resolve().relative_to(root.resolve()).as_posix()
-        except ValueError:
-            return path.as_posix()
 
 
 def looks_like_label(path: Path, root: Path) -> bool:
@@ -287,7 +309,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     scans: list[Path] = []
     maps: list[Path] = []
     for path in files:
-        like_mask = bool(wanted.masks) and wanted.masks.lower() in tokens(path)
+        like_mask = bool(wanted.masks) and bare(wanted.masks) in tokens(path)
         natural = wanted.colour == "rgb" and suffix_of(path) in PICTURES  # `mask` may be its class
         named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
         label = like_mask or named_so
@@ -297,7 +319,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     if unused:
         found.notes.append(label_note(unused))
     dataset = dataset_name(root, wanted)
-    subjects = _subjects(scans, root)
+    subjects = subjects_of(scans, root)
     classes = _class_folders(scans, root, natural=wanted.colour == "rgb")
     if wanted.colour == "rgb":  # n01440764/10026.JPEG: the folder is no person
         subjects |= {path: relative(path, root).removesuffix(path.name) + stem_of(path) for path in classes}
@@ -324,11 +346,15 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
 
 def label_note(names: Sequence[str]) -> str:
     """The line that says which files were taken for label maps."""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"not taken for scans, they look like label maps: {shown} (--take-labels takes them, "
+        f"not taken for scans, they look like label maps: {_some(names)} (--take-labels takes them, "
         "--masks PART or a CSV with a column `mask` keeps them as masks)"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first five of these, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _no_masks(roots: Sequence[Path], part: str) -> str:
@@ -344,7 +370,7 @@ def _no_masks(roots: Sequence[Path], part: str) -> str:
             if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
                 continue
             words = tokens(path)
-            matching += part.strip("_-. ").lower() in words
+            matching += bare(part) in words
             named = [word for word in words if _LABEL_NAME.search(word)]
             parents = relative(path.parent, root).split("/")
             named = named or [f"{folder}/" for folder in parents if _LABEL_FOLDER.fullmatch(folder)]
@@ -366,19 +392,26 @@ def tokens(path: Path) -> list[str]:
     return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
 
 
+def bare(part: str) -> str:
+    """A part of file names as `tokens` has it: `_lesion` is `lesion`."""
+    return part.strip("_-. ").lower()
+
+
 def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
     """Scan -> label map of the same folder, by name.
 
     The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
     names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
     """
-    part = part.strip("_-. ").lower()
+    part = bare(part)
     rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
     by_name = {(path.parent, tuple(others)): path for path, others in rest.items()}
     here: dict[Path, list[Path]] = {}
     for path in scans:
         here.setdefault(path.parent, []).append(path)
-    whose = _subjects(scans, root)
+    whose = subjects_by_name(
+        scans, root
+    )  # and not by folders: a map of one frame is not that of the others
     found: dict[Path, list[Path]] = {}
     for path, others in rest.items():
         like = [scan for scan in here.get(path.parent, ()) if set(others) <= set(tokens(scan))]
@@ -393,33 +426,6 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
         elif len(found.get(path, ())) == 1:
             masks[path] = found[path][0]
     return masks
-
-
-def _subjects(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """BIDS `sub-*`; else the file's name less the sequence at its end; where names repeat, the folder."""
-    stems = Counter(stem_of(path) for path in paths)
-    subjects = {}
-    for path in paths:
-        parts = relative(path, root).split("/")
-        bids = next((part for part in parts[:-1] if re.fullmatch(r"sub-[^/]+", part)), None)
-        bids = bids or next(iter(re.findall(r"^sub-[A-Za-z0-9]+", parts[-1])), None)
-        stem = stem_of(path)
-        if bids:
-            subjects[path] = bids
-        elif len(parts) > 1 and (stems[stem] > 1 or _SEQUENCE.fullmatch(stem)):
-            anonymous = _SEQUENCE.fullmatch(stem)
-            subjects[path] = "/".join(parts[:-1]) if anonymous or stems[stem] > 1 else stem
-            if not anonymous and _class_like(parts[:-1]):
-                subjects[path] = "/".join([*parts[:-1], stem])
-        else:
-            # Of p_flair and p_t1, p: one person in two subjects would leak from one split into another.
-            who = re.fullmatch(r"(.+?)[_\-. ]+([^_\-. ]+)", stem)
-            subjects[path] = who[1] if who and _SEQUENCE.fullmatch(who[2]) else stem
-    return subjects
-
-
-def _class_like(parts: Sequence[str]) -> bool:
-    return bool(parts) and any(split_of(part) for part in parts)
 
 
 def _class_folders(

@@ -74,12 +74,13 @@ def _own_split(splits: np.ndarray, position: np.ndarray, count: int) -> list[str
 def _strata(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
     """The class of each person (of several volumes, the first that has one); "" for real values.
 
-    What is a class is told from the labels of a person's own data set.
+    What is a class is told from the labels of a person's own data set. Whole numbers stored as floats (0.0
+    and 1.0, as pandas writes 0 and 1 of a column with gaps) are classes as 0 and 1 are.
     """
     found = [""] * count
     by_dataset: dict[str, set[object]] = defaultdict(set)
     for name, label in zip(datasets, labels, strict=True):
-        by_dataset[name].add(label)
+        by_dataset[name].add(_whole(label))
     real = {
         name
         for name, values in by_dataset.items()
@@ -87,8 +88,13 @@ def _strata(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, coun
     }
     for name, person, label in zip(datasets, position, labels, strict=True):
         if label is not None and not found[person] and name not in real:
-            found[person] = str(label)
+            found[person] = str(_whole(label))
     return found
+
+
+def _whole(label: object) -> object:
+    """A label as it is; an int if it is a float without a fraction."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _cut(strata: list[str], shares: Sequence[float]) -> list[str]:

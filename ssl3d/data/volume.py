@@ -43,6 +43,8 @@ class Store:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         file = _checked(self.path)
+        state = self.path.stat()
+        self._state = state.st_ino, state.st_mtime_ns, state.st_size
         with file:
             try:
                 self.rows: np.ndarray = file["index/table"].astype(ROW)[()]
@@ -63,7 +65,15 @@ class Store:
     @property
     def file(self) -> h5py.File:
         """The file, opened by this process."""
-        return _open_here(self.path)
+        return _open_here(self.path, self._state)
+
+    def array(self, name: str) -> h5py.Dataset:
+        """A data set of the file; looking it up costs as much as reading a small crop, so it is kept.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return _dataset_here(self.path, self._state, name)
 
     def _json(self, name: str, default: Any) -> Any:
         file = self.file
@@ -242,7 +252,7 @@ class Volume:
 
     def _data(self, group: str) -> h5py.Dataset:
         try:
-            return _dataset_here(self._store.path, f"{group}/{self._number}")
+            return self._store.array(f"{group}/{self._number}")
         except KeyError as error:
             raise DataError(
                 f"{self._store.path}: {self.id} is missing from {group}; prepare it again"
@@ -262,34 +272,36 @@ class Volume:
 
 # ------------------------------------------------------------------------------------------------
 
-_open_files: OrderedDict[Path, h5py.File] = OrderedDict()
-_known: dict[Path, dict[str, h5py.Dataset]] = {}
+# By path and state of the file: a store that was made anew is another one, in a notebook too.
+_Key = tuple[Path, tuple[int, int, int]]
+_open_files: OrderedDict[_Key, h5py.File] = OrderedDict()
+_known: dict[_Key, dict[str, h5py.Dataset]] = {}
 _forgotten: list[object] = []
 _open_by = os.getpid()
 
 
-def _open_here(path: Path) -> h5py.File:
+def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
     """The file of this process; HDF5 handles must not cross a fork."""
     global _open_files, _known, _open_by
     if _open_by != os.getpid():
         # Dropped, not closed: the parent still uses what these handles stand for.
         _forgotten.append((_open_files, _known))
         _open_files, _known, _open_by = OrderedDict(), {}, os.getpid()
-    if path in _open_files:
-        _open_files.move_to_end(path)
-        return _open_files[path]
+    key = path, state
+    if key in _open_files:
+        _open_files.move_to_end(key)
+        return _open_files[key]
     while len(_open_files) >= _MAX_OPEN:
         oldest, file = _open_files.popitem(last=False)
         _known.pop(oldest, None)
         file.close()
-    file = _open_files[path] = _checked(path)
+    file = _open_files[key] = _checked(path)
     return file
 
 
-def _dataset_here(path: Path, name: str) -> h5py.Dataset:
-    """A data set of this process's file; looking it up costs as much as reading a small crop."""
-    file = _open_here(path)
-    known = _known.setdefault(path, {})
+def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> h5py.Dataset:
+    file = _open_here(path, state)
+    known = _known.setdefault((path, state), {})
     if name not in known:
         if len(known) >= _MAX_KNOWN:
             known.clear()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.convolutions import KINDS, Triple, triple
-from ssl3d.encoders.norms import NORMS, recomputation
+from ssl3d.encoders.norms import NORMS, recomputation, refuse_one_voxel
 
 
 class Options(Protocol):
@@ -58,11 +58,15 @@ class ConvolutionalEncoder(Encoder):
     """An encoder that runs in 2D on an input of depth 1, which it decides once per forward pass.
 
     A subclass writes `maps`, and hands its `image` on as an argument to every layer. Its configuration
-    has `kind`, `in_channels` and `checkpointing`.
+    has `kind`, `in_channels`, `norm` and `checkpointing`.
 
     Attributes:
         channels_last: Memory format of the feature maps; None for the faster one. It changes the time
             and nothing else.
+
+    Raises:
+        UsageError: In `forward` while training, if instance norm would see a map of one voxel, which it
+            sets to zero.
     """
 
     channels_last: bool | None = None
@@ -77,6 +81,8 @@ class ConvolutionalEncoder(Encoder):
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
             )
+        if self.training:  # in use, the shallow maps of a small volume may be all that is wanted
+            refuse_one_voxel(self.config.norm, x.shape[2:], self.strides[-1])
         if x.shape[2] == 1:
             return [m.unsqueeze(2) for m in self.maps(x.squeeze(2), True)]
         return self.maps(x, False)

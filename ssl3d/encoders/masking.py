@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,19 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ssl3d.encoder import Encoder
 from ssl3d.encoders.norms import recomputing, surroundings
 
 _At = Callable[[Tensor], Tensor]
 
 
 def can_mask(encoder: nn.Module) -> bool:
-    """Whether `only_visible` holds for an encoder: attention would carry masked places into others."""
-    return not any(
+    """Whether `only_visible` holds for an encoder.
+
+    Not where attention would carry masked places into others, nor where slices along several axes go
+    through it, as in converted networks of kind triplanar: a mask would fit those along D alone.
+    """
+    return getattr(getattr(encoder, "config", None), "kind", None) != "triplanar" and not any(
         isinstance(module, nn.LayerNorm | nn.MultiheadAttention)
         or "attention" in type(module).__name__.lower()
         # In converted networks, these see the slices of a volume together, as a hook would not.
@@ -39,21 +44,23 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
     Designing BERT for Convolutional Networks, ICLR 2023), there by replacing the modules.
 
     The input has to be zero where it is masked, already. Exact where the mask consists of blocks that are
-    multiples of the encoder's deepest stride. The encoder is as before on leaving, pickles and copies;
-    blocks that are computed again in the backward pass (activation checkpointing in ssl3d's encoders)
-    are so under the same mask, through `norms.recomputation`.
+    multiples of the encoder's deepest stride, counted from the first voxel (the far border may cut them),
+    and where no windows of a max-pool overlap (those see one place beyond the visible). The encoder is as
+    before on leaving, pickles and copies; blocks that are computed again in the backward pass (activation
+    checkpointing in ssl3d's encoders) are so under the same mask, through `norms.recomputation`.
 
     Args:
         encoder: With norms of torch: batch, instance or group; see `can_mask`.
         visible: (B, 1, D, H, W), bool, of the encoder's input.
     """
     levels: dict[tuple[int, ...], Tensor] = {}
+    strides = encoder.strides if isinstance(encoder, Encoder) else ()
 
     def at(x: Tensor) -> Tensor:
         folded = x.ndim == 4  # an image, or slices in the batch, as in converted networks
         shape = (x.shape[0] // len(visible), *x.shape[2:]) if folded else tuple(x.shape[2:])
         if (folded, *shape) not in levels:
-            level = visible_at(visible, shape)
+            level = _visible_at(visible, shape, strides)
             levels[folded, *shape] = level.movedim(2, 1).flatten(0, 1) if folded else level
         return levels[folded, *shape]
 
@@ -76,14 +83,45 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
         surroundings.reset(token)
 
 
-def visible_at(visible: Tensor, shape: tuple[int, ...]) -> Tensor:
+def visible_at(visible: Tensor, shape: tuple[int, ...], stride: Sequence[int] | None = None) -> Tensor:
     """A mask (B, 1, D, H, W) at the resolution of a feature map: visible where any voxel beneath is.
 
+    Voxel i of a map of stride s lies above the voxels i s to (i + 1) s - 1; the last one, above those that
+    are there.
+
+    Args:
+        visible: Of the voxels, bool.
+        shape: The map's (d, h, w); of an image it may leave out the depth.
+        stride: The map's, along (D, H, W). Needed where a size is no multiple of it, for then the sizes do
+            not tell it: 24 voxels become 2 at strides of 12 to 23. Without one it is the power of two
+            that gives this size, or else the smallest number that does.
+
     Returns:
-        (B, 1, *shape), bool; of an image, `shape` may leave out the depth.
+        (B, 1, *shape), bool.
     """
-    found = F.adaptive_max_pool3d(visible.float(), shape if len(shape) == 3 else (1, *shape)) > 0
-    return found if len(shape) == 3 else found.squeeze(2)
+    return _visible_at(visible, shape, () if stride is None else (stride,))
+
+
+def _visible_at(visible: Tensor, shape: tuple[int, ...], strides: Iterable[Sequence[int]]) -> Tensor:
+    """`visible_at` for a map whose stride may be, along each axis, that of any of these."""
+    space = shape if len(shape) == 3 else (1, *shape)
+    known = tuple(zip(*strides, strict=True)) or ((), (), ())
+    cell = [
+        _cell(length, side, steps)
+        for length, side, steps in zip(visible.shape[2:], space, known, strict=True)
+    ]
+    found = F.max_pool3d(visible.float(), cell, cell, ceil_mode=True)
+    # Else a size that no stride gives: a finer map than its input, or convolutions that do not pad.
+    if tuple(found.shape[2:]) != tuple(space):
+        found = F.adaptive_max_pool3d(found, space)
+    return found > 0 if len(shape) == 3 else found.squeeze(2) > 0
+
+
+def _cell(length: int, side: int, known: Iterable[int]) -> int:
+    """The stride that leaves `side` of `length` voxels, 1 where none does: a known one before any other."""
+    powers = (2**n for n in range(length.bit_length() + 1))
+    fitting = (step for step in (*known, *powers, -(-length // side)) if -(-length // step) == side)
+    return min(next(fitting, 1), length)  # torch wants no cell larger than its input
 
 
 def _hide(at: _At, module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssl3d.errors import UsageError
 
 NORMS = ("batch", "group", "instance")
 
@@ -23,23 +26,26 @@ surroundings: ContextVar[Callable[[], AbstractContextManager[object]]] = Context
 )
 
 
-def recomputation() -> AbstractContextManager[None]:
+class recomputation(AbstractContextManager[None]):
     """For the second pass: batch norms leave their running statistics alone, this batch has been counted.
 
-    To be called during the first pass, as `torch.utils.checkpoint` calls its `context_fn`: what
-    `surroundings` makes then is entered again.
+    To be made during the first pass, as `torch.utils.checkpoint` calls its `context_fn`: what
+    `surroundings` makes then is entered again. It can be entered any number of times, since torch does so
+    once per walk through the graph: twice where gradients are looked at before the backward pass.
     """
-    return _recomputation(surroundings.get())
 
+    def __init__(self) -> None:
+        self._again = surroundings.get()
+        self._entered: list[ExitStack] = []
 
-@contextmanager
-def _recomputation(again: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-    token = _recomputing.set(True)
-    try:
-        with again():
-            yield
-    finally:
-        _recomputing.reset(token)
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(_recomputing.reset, _recomputing.set(True))
+            stack.enter_context(self._again())
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
 
 
 def recomputing() -> bool:
@@ -95,6 +101,25 @@ def norm(kind: str, channels: int, groups: int) -> nn.Module:
     if kind == "batch":
         return BatchNorm(channels)
     return GroupNorm(channels if kind == "instance" else math.gcd(groups, channels), channels)
+
+
+def refuse_one_voxel(kind: str, size: Sequence[int], stride: Sequence[int]) -> None:
+    """Says so where an instance norm would set an encoder's deepest map to zero, whatever comes in.
+
+    Args:
+        kind: Of the encoder's norms.
+        size: (D, H, W) of its input, voxels.
+        stride: Of its deepest map, along (D, H, W).
+
+    Raises:
+        UsageError: It is instance norm, and that map has one voxel.
+    """
+    if kind == "instance" and all(length <= step for length, step in zip(size, stride, strict=True)):
+        given, step = (" x ".join(map(str, one)) for one in (size, stride))
+        raise UsageError(
+            f"instance norm makes nothing of a map of 1 voxel, which is the deepest of {given} with "
+            f"stride {step}: take larger crops, smaller strides or norm group"
+        )
 
 
 def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

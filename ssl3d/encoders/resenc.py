@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.convolutions import KINDS, Convolution, Triple, conv3d, convolution
-from ssl3d.encoders.norms import NORMS, norm
+from ssl3d.encoders.norms import NORMS, norm, refuse_one_voxel
 from ssl3d.encoders.resnet import Stage
-from ssl3d.errors import UsageError
 
 _BLOCKS = (1, 3, 4, 6)  # of nnU-Net's stages; 6 in every later one
 _SLOPE = 0.01  # of the leaky ReLU, torch's default and nnU-Net's
@@ -234,13 +232,7 @@ class ResEnc(Encoder):
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
             )
-        deepest = [-(-size // stride) for size, stride in zip(x.shape[2:], self.strides[-1], strict=True)]
-        if self.config.norm == "instance" and prod(deepest) == 1:
-            size, step = (" x ".join(map(str, one)) for one in (x.shape[2:], self.strides[-1]))
-            raise UsageError(
-                f"instance norm makes nothing of a map of 1 voxel, which is the deepest of {size} with "
-                f"stride {step}: take larger crops, fewer stages or norm group"
-            )
+        refuse_one_voxel(self.config.norm, x.shape[2:], self.strides[-1])
         image = x.shape[2] == 1
         if image:
             x = x.squeeze(2)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.convolutions import KINDS, Triple, convolution, triple
-from ssl3d.encoders.norms import NORMS, norm, norm_relu, recomputation
+from ssl3d.encoders.norms import NORMS, norm, norm_relu, recomputation, refuse_one_voxel
 
 ShortcutType = Literal["B", "A"]
 
@@ -229,6 +229,10 @@ class ResNet(Encoder):
     Attributes:
         channels_last: Memory format of the feature maps; None for the faster one. It changes the time
             and nothing else.
+
+    Raises:
+        UsageError: In `forward` while training, if instance norm would see a map of one voxel, which it
+            sets to zero.
     """
 
     channels_last: bool | None = None
@@ -276,6 +280,8 @@ class ResNet(Encoder):
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
             )
+        if self.training:  # in use, the shallow maps of a small volume may be all that is wanted
+            refuse_one_voxel(self.config.norm, x.shape[2:], self.strides[-1])
         image = x.shape[2] == 1
         if image:
             x = x.squeeze(2)

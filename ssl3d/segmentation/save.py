@@ -47,7 +47,7 @@ def to_original(record: Record, labels: np.ndarray) -> np.ndarray | None:
     kept[axes, range(3)] = matrix[axes, range(3)]
     if sorted(axes) != [0, 1, 2] or np.abs(matrix[:3, :3] - kept).max() * max(shape) > 0.1:
         return regrid(labels, stored, shape, source, nearest=True, outside=0)
-    # Axis by axis, for `regrid` leaves out source voxels that reach beyond the outermost stored centres.
+    # Axis by axis, for `regrid` leaves out source voxels whose centres the stored grid just misses.
     found = np.moveaxis(labels, axes, (0, 1, 2))
     for axis, length in enumerate(shape):
         row = axes[axis]
@@ -74,13 +74,18 @@ def save_segmentation(record: Record, labels: np.ndarray, path: str | Path) -> b
         Whether it is on the scan's own grid; else it is on the store's, at its place in the patient.
 
     Raises:
-        DataError: The labels are not of three axes, or the path has another ending.
+        DataError: The labels are not of three axes or too large, or the path has another ending.
     """
     import nibabel
 
     if labels.ndim != 3:
         raise DataError(f"{path}: labels of shape {labels.shape}; expected (D, H, W)")
-    values = labels.astype(np.uint8 if labels.min() >= 0 and labels.max() < 256 else np.int16)
+    low, high = int(labels.min()), int(labels.max())
+    types = (np.uint8, np.int16, np.uint16, np.int32)
+    holding = [t for t in types if np.iinfo(t).min <= low and high <= np.iinfo(t).max]
+    if not holding:
+        raise DataError(f"{path}: labels {low} to {high}; expected what fits into 32 bits")
+    values = labels.astype(holding[0])
     found = to_original(record, values)
     if found is None:
         save_nifti(record, (0, 0, 0), values, path)

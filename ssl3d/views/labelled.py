@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ssl3d.data.progress import Progress
-from ssl3d.distributed import rank
+from ssl3d.distributed import rank, world_size
 from ssl3d.errors import DataError
 from ssl3d.rng import numpy_rng
 from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
@@ -84,27 +84,42 @@ def mask_values(volume: Volume) -> np.ndarray:
     Raises:
         DataError: The volume has no mask.
     """
-    found = [torch.unique(slab).numpy() for _, slab in _slabs(volume)]
-    return np.unique(np.concatenate(found))
+    if not volume.has_mask:
+        raise DataError(f"{volume.dataset}/{volume.id}: has no mask")
+    stored = volume._data("masks")  # as it is stored: `read_mask` widens every voxel to 8 bytes
+    found = []
+    for first in range(0, len(stored), _SLAB):
+        flat = stored[first : first + _SLAB].reshape(-1)
+        # A structure is a run of equal voxels: where runs end, every value is met, and few voxels are.
+        ends = np.flatnonzero(flat[1:] != flat[:-1])
+        found.append(np.unique(flat[np.append(ends, len(flat) - 1)]))
+    return np.unique(np.concatenate(found)).astype(np.int64)
 
 
 def dataset_labels(data: Collection) -> dict[int, np.ndarray]:
     """The values in the masks of each data set: code of the data set -> increasing, int64.
 
-    Every mask is read. Data sets without masks are left out, and so are masks that cannot be read: those
-    volumes are named when it is their turn to be drawn.
+    Every mask is read, by one of the ranks; every rank must call it. Data sets without masks are left
+    out, and so are masks that cannot be read: those volumes are named when it is their turn to be drawn.
     """
-    masked = np.flatnonzero(data.has_mask)
-    found: dict[int, set[int]] = {}
+    masked = np.flatnonzero(data.has_mask)[rank() :: world_size()]
+    own: dict[int, set[int]] = {}
     bar, began = Progress(len(masked) if rank() == 0 else 0), time.perf_counter()
     for number, position in enumerate(masked.tolist(), start=1):
         try:
-            values = mask_values(data[position])
+            values_here = mask_values(data[position])
         except (DataError, OSError):
             continue
-        found.setdefault(int(data.dataset_codes[position]), set()).update(values.tolist())
+        own.setdefault(int(data.dataset_codes[position]), set()).update(values_here.tolist())
         bar.show(number, time.perf_counter() - began)
     bar.clear()
+    parts = [own] * world_size()
+    if len(parts) > 1:
+        distributed.all_gather_object(parts, own)
+    found: dict[int, set[int]] = {}
+    for part in parts:
+        for code, values in part.items():
+            found.setdefault(code, set()).update(values)
     return {code: np.array(sorted(values), np.int64) for code, values in sorted(found.items())}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d.distributed import world_size
 from ssl3d.encoder import Encoder
 from ssl3d.errors import UsageError
 from ssl3d.rng import BatchRng
@@ -42,14 +43,14 @@ class PairViews(Views):
 
     Attributes:
         views: What a pair shows: two overlapping crops (volumes), or a slice twice, or two slices close
-            to each other (slices).
+            to each other (slices). Of images (D = 1) it shows crops in both.
         per_volume: Pairs drawn from each volume. They are one subject's.
         crop: With volumes, size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
         min_overlap: Least overlap of a pair's crops along each axis, as a share of the crop's side.
         min_iou: Least intersection over union of a pair's crops.
-        plane: With slices, their size, voxels.
-        slab: With slices, adjacent slices per slab. 1 suits the convolution kinds acs and 2.5d; 3d and
-            p3d need slabs deeper than the encoder's stride along D.
+        plane: With slices, their size, voxels, and that of the crops of images.
+        slab: With slices, adjacent slices per slab; 1 for images. 1 suits the convolution kinds acs and
+            2.5d; 3d and p3d need slabs deeper than the encoder's stride along D.
         axis: With slices, the axis they lie across.
         max_distance_mm: With slices, how far apart a pair's may be; 0 shows the same slice twice.
         min_foreground: Least share of foreground in a crop.
@@ -106,6 +107,16 @@ def check_depth(config: PairViews, encoder: Encoder) -> None:
         )
 
 
+def is_sliced(config: PairViews, volume: Volume) -> bool:
+    """Whether slices of a volume are shown, not crops: an image (D = 1) is one slice already."""
+    return config.views == "slices" and volume.shape[1] > 1
+
+
+def crop_size(config: PairViews, volume: Volume) -> Triple:
+    """Size (D, H, W) of the crops of a volume that is not sliced; those of an image have depth 1."""
+    return (1, *config.plane) if config.views == "slices" else fit_size(volume, config.crop)
+
+
 def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
     """Draws `per_volume` pairs of crops from one volume, with the margin that augmentation needs.
 
@@ -116,10 +127,10 @@ def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> d
         DataError: The volume has no foreground, or not room for so many slabs.
     """
     # torchio runs on what is read, margin and all: its artefacts then turn with the anatomy.
-    if config.views == "slices":
+    if is_sliced(config, volume):
         pairs, spacing = _slices(config, volume, rng), lay_flat(volume.spacing, AXES.index(config.axis))
     else:
-        pairs, spacing = _volumes(config, volume, rng), volume.spacing
+        pairs, spacing = _crops(config, volume, rng), volume.spacing
     a, b = ([apply_torchio(config.torchio, x, rng) for x in side] for side in zip(*pairs, strict=True))
     return {"a": torch.stack(a), "b": torch.stack(b), "spacing": torch.tensor(spacing, dtype=torch.float32)}
 
@@ -155,16 +166,30 @@ def embed_pairs(
     encoder: Encoder,
     batch: dict[str, Tensor] | list[dict[str, Tensor]],
     rng: BatchRng | list[BatchRng],
+    least: int = 1,
 ) -> Embedded:
     """Augments and embeds both views of every pair of a batch, mixed or of one group.
 
+    Args:
+        config: Options of the views.
+        encoder: Embeds them.
+        batch: What `draw_pairs` gave, stacked; of one group or several.
+        rng: For each group.
+        least: Pairs, over all ranks, that a loss needs to compare; fewer are refused while training.
+
     Raises:
-        UsageError: The global batch has a single pair: nothing to compare it with.
+        UsageError: Fewer pairs than `least`, while training.
     """
     groups = [batch] if isinstance(batch, dict) else batch
     rngs = [rng] if isinstance(rng, BatchRng) else rng
-    if rngs[0].total * config.per_volume == 1:
-        raise UsageError("pairs are compared with each other: a batch size of at least 2, not 1")
+    # The parts that a batch is cut into are equally large, in all steps and on all ranks: too small a one
+    # is found at the first step. Evaluation may end with an odd one.
+    volumes = world_size() * sum(len(group["a"]) for group in groups)
+    if encoder.training and volumes * config.per_volume < least:
+        raise UsageError(
+            f"a pair is compared with the others of its part of the batch: --batch-size divided by "
+            f"--accumulate must be at least {-(-least // config.per_volume)}, not {volumes}"
+        )
     views = [augment_pairs(config, group, each) for group, each in zip(groups, rngs, strict=True)]
     embeddings = [encoder.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
     subjects = [group["subject"].repeat_interleave(group["a"].shape[1], 0) for group in groups]
@@ -211,14 +236,14 @@ def pair_picture(views: Tensor, projected: Tensor) -> Figure:
 def _result(config: PairViews, depth: int) -> tuple[tuple[int, ...], Triple]:
     """Axes along which views may move, and the size of a view, from the depth that was read."""
     if config.views == "slices":
-        return (1, 2), (config.slab, *config.plane)
+        return (1, 2), (depth, *config.plane)
     if depth == 1:
         return (1, 2), (1, config.crop[1], config.crop[2])
     return (0, 1, 2), config.crop
 
 
-def _volumes(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
-    size = fit_size(volume, config.crop)
+def _crops(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
+    size = crop_size(config, volume)
     margin = view_margin(config, size)
     pairs = []
     for _ in range(config.per_volume):

@@ -15,14 +15,13 @@ from ssl3d.views.crops import (
     draw_crop,
     draw_overlapping,
     draw_positions,
-    fit_size,
     lay_flat,
     neighbour_position,
     read_crop,
     slab_size,
 )
 from ssl3d.views.outside import apply_torchio
-from ssl3d.views.pairs import PairViews
+from ssl3d.views.pairs import PairViews, crop_size, is_sliced
 
 if TYPE_CHECKING:
     from ssl3d.data.store import Volume
@@ -46,10 +45,10 @@ def draw_places(config: PairViews, volume: Volume, rng: np.random.Generator) -> 
     Raises:
         DataError: The volume has no foreground, or not room for so many slabs.
     """
-    if config.views == "slices":
+    if is_sliced(config, volume):
         pairs, spacing = _slices(config, volume, rng), lay_flat(volume.spacing, AXES.index(config.axis))
     else:
-        pairs, spacing = _volumes(config, volume, rng), volume.spacing
+        pairs, spacing = _crops(config, volume, rng), volume.spacing
     a, b = ([apply_torchio(config.torchio, x, rng) for x in side] for side in zip(*pairs, strict=True))
     return {"a": torch.stack(a), "b": torch.stack(b), "spacing": torch.tensor(spacing, dtype=torch.float32)}
 
@@ -58,8 +57,8 @@ def _fixed(volume: Volume, *what: object) -> np.random.Generator:
     return numpy_rng("place", volume.dataset, volume.id, *what)
 
 
-def _volumes(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[list[Tensor]]:
-    size = fit_size(volume, config.crop)
+def _crops(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[list[Tensor]]:
+    size = crop_size(config, volume)
     margin = view_margin(config, size)
     least, share = config.min_foreground, (1 + config.min_overlap) / 2
     found = []

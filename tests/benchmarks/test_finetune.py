@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store import Record, assemble, write_part
 from ssl3d_benchmarks import finetune_run, finetune_train, locks
-from ssl3d_benchmarks.finetune import TASKS, Finetune, task_class
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options
+from ssl3d_benchmarks.finetune_protocol import TASKS, Finetune, file_name, task_class
 from ssl3d_benchmarks.finetune_run import Outcome, make_task, resolve
 from ssl3d_benchmarks.finetune_train import (
     build,
@@ -386,6 +387,15 @@ def test_predictions_are_written_as_csv(two_classes, tmp_path, capsys):
     for row, kept in zip(rows, record.predictions, strict=True):
         assert (row["id"], row["target"]) == (kept["id"], kept["target"])
         assert float(row["probability of 1"]) == pytest.approx(kept["probability"][1], abs=1e-5)
+
+
+def test_no_two_predictions_have_one_name():
+    ids = ["pat_ä", "pat_ö", "a b", "a_b", "p1/t1", "p1_t1", "made/p1/t1", "x", "made/y", "p1\\t1"]
+    volumes = [SimpleNamespace(dataset="made", id=one) for one in ids]
+    names = [file_name(volume) for volume in volumes]
+    assert len(set(names)) == len(ids) - 1 and names[4] == names[6]  # of one store only one of them
+    assert names[7:9] == ["made_x", "made_y"] and names[0] == "made_pat_ä"
+    assert not any(set(name) & set(" /\\:") for name in names)
 
 
 def test_batch_norm_of_one_number_says_what_to_do(tmp_path, capsys):

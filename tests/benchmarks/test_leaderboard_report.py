@@ -14,8 +14,8 @@ from scipy.stats import friedmanchisquare
 from ssl3d.api import DataError, Result, UsageError, write_result
 from ssl3d.cli import main
 from ssl3d_benchmarks.leaderboard_answer import answer
+from ssl3d_benchmarks.leaderboard_output import read_report
 from ssl3d_benchmarks.leaderboard_overall import critical_difference
-from ssl3d_benchmarks.leaderboard_report import read_report
 
 PEOPLE = 30
 CLASSES = ("0", "1")
@@ -259,8 +259,8 @@ def test_published_numbers_are_marked_and_neither_ranked_nor_tested(made):
 
 
 def test_medmnist_numbers_stand_beside_its_records(tmp_path):
+    from ssl3d_benchmarks.leaderboard_output import PUBLISHED
     from ssl3d_benchmarks.leaderboard_records import read_records
-    from ssl3d_benchmarks.leaderboard_report import PUBLISHED
 
     rng = np.random.default_rng(0)
     target = np.arange(20) % 2
@@ -845,7 +845,7 @@ def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_
 
 def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
     """One pretraining may be as lucky as an untrained seed: .04 over five of ± .04 is no finding."""
-    from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig
+    from ssl3d_benchmarks.linear_probe_protocol import LinearProbe, LinearProbeConfig
     from ssl3d_benchmarks.linear_probe_table import format_table
     from ssl3d_benchmarks.table import Row
 

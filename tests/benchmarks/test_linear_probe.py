@@ -13,7 +13,7 @@ from ssl3d.api import Contestant, DataError, Encoder, encoder_from, open_data, u
 from ssl3d.data.store import Record, assemble, write_part
 from ssl3d_benchmarks import linear_probe_dense as dense
 from ssl3d_benchmarks import shape_features as shapes
-from ssl3d_benchmarks.linear_probe import LinearProbe, LinearProbeConfig, fit_classifier, fit_ridge
+from ssl3d_benchmarks.linear_probe_protocol import LinearProbe, LinearProbeConfig, fit_classifier, fit_ridge
 
 
 def a_store(path, volumes):

@@ -1,16 +1,21 @@
 """`--pool aggregator`: volumes embedded by what intra_inter trained beside its encoder."""
 
+import copy
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
 from ssl3d.aggregator import AggregatedEncoder, AggregatorConfig, SliceAggregator
-from ssl3d.api import open_data
+from ssl3d.api import Result, open_data
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
+from ssl3d.data.store import Record, assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.errors import CheckpointError
+from ssl3d_benchmarks.contestants import Entry, described, pool_details, pooled, recalibrate
+from ssl3d_benchmarks.linear_probe_features import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,28 @@ def test_the_probe_has_untrained_aggregators_beside(trained, phantoms, tmp_path,
     table = capsys.readouterr().out
     assert f"{trained[0]}, aggregator" in table and "stem_kernel=3, aggregator" in table
     records = list((tmp_path / "out").glob("*.json"))
-    assert any('"pool": "aggregator"' in path.read_text(encoding="utf-8") for path in records)
+    assert any('"pool": "aggregator v2"' in path.read_text(encoding="utf-8") for path in records)
+
+
+def test_another_version_of_the_pooling_is_another_contestant(trained, monkeypatch):
+    encoder, aggregator = copy.deepcopy(trained[1:])
+    encoder.metadata = {"architecture": "resnet10", "config": {}}
+
+    def keys():
+        found = {}
+        for pool, one in (("mean", encoder), ("aggregator", AggregatedEncoder(encoder, aggregator))):
+            entry = Entry(f"x{pooled(pool)}", "encoder", "scratch:resnet10", None)
+            who = described(entry, one, pool_details(pool))
+            about = Result("t", 1, ["d"], "data", {}, "split", 1.0, 0, 0, who.described(), {}, "auc")
+            found[pool] = who.digest, about.key
+        return found
+
+    now = keys()
+    monkeypatch.setattr(AggregatedEncoder, "version", 1)
+    before = keys()
+    assert now["mean"] == before["mean"] and now["mean"][0] == digest_of(encoder)
+    assert pool_details("mean") == {}
+    assert all(a != b for a, b in zip(now["aggregator"], before["aggregator"]))
 
 
 def test_norms_are_recalibrated_on_what_the_aggregator_sees():
@@ -115,10 +141,26 @@ def test_norms_are_recalibrated_on_what_the_aggregator_sees():
     aggregator = SliceAggregator(AggregatorConfig(encoder.embed_dim, width=16, heads=2, slab=2, axis="W"))
     whole = AggregatedEncoder(encoder, aggregator)
     x = torch.arange(2 * 3 * 4 * 5).view(2, 1, 3, 4, 5).float()
-    slabs = whole.slabs(x)
-    assert slabs.shape == (4, 1, 2, 3, 4)
-    assert torch.equal(slabs[1, 0, 0], x[0, 0, :, :, 2])
-    assert whole.slabs(x[:, :, :1]).shape == (2, 1, 1, 4, 5)
+    slabs, mask = whole.stacks(x)
+    assert slabs.shape == (2, 2, 1, 2, 3, 4) and mask.all()
+    assert torch.equal(slabs[0, 1, 0, 0], x[0, 0, :, :, 2])
+    assert whole.stacks(x[:, :, :1])[0].shape == (2, 1, 1, 1, 4, 5)
+
+
+def test_norms_are_not_recalibrated_on_air(trained, tmp_path):
+    """Statistics of volumes with more air at their ends are the same."""
+    found = []
+    for name, air in (("a", 0), ("b", 8)):
+        for n in range(3):
+            image = np.random.default_rng(n).random((1, 16, 24, 24), dtype=np.float32)
+            image = np.pad(image, ((0, 0), (air, air), (0, 0), (0, 0)), constant_values=-1)
+            image[..., :2] = -1
+            write_part(tmp_path / name, f"{n}", Record(f"{n}", "made", f"s{n}"), image)
+        assemble(tmp_path / name, tmp_path / f"{name}.h5", {}, [])
+        whole = copy.deepcopy(AggregatedEncoder(*trained[1:]))
+        recalibrate(whole, open_data([tmp_path / f"{name}.h5"]), (64, 64, 64), "cpu")
+        found.append(whole.encoder.bn1.running_mean)
+    torch.testing.assert_close(*found)
 
 
 def test_an_aggregator_of_another_encoder_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from ssl3d.api import Plugins, parse
 from ssl3d.options import request_of
 from ssl3d_benchmarks import finetune_command, knn_command, linear_probe_command
-from ssl3d_benchmarks.finetune import TASKS, task_class
+from ssl3d_benchmarks.finetune_protocol import TASKS, task_class
 from ssl3d_benchmarks.leaderboard_suite import SUITES, Places, Plan, load_suite
 
 ALL = sorted(path.stem for path in SUITES.glob("*.yaml"))
@@ -36,3 +36,15 @@ def test_a_suites_commands_parse(name, tmp_path):
             more = () if plugins is None else (plugins,)
             parsed = parse(f"ssl3d {protocol}", options, words, *more)
             assert parsed.options.data, job.name
+
+
+def test_commands_stay_functions_whatever_is_imported():
+    """A module of the same name would take the function's place when something imports it."""
+    import pkgutil
+
+    import ssl3d_benchmarks
+
+    commands = {name for name, one in vars(ssl3d_benchmarks).items() if callable(one) and name[0] != "_"}
+    assert {"linear_probe", "knn", "finetune", "leaderboard", "leaderboard_report"} <= commands
+    modules = {one.name for one in pkgutil.iter_modules(ssl3d_benchmarks.__path__)}
+    assert not modules & commands

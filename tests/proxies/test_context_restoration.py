@@ -103,6 +103,27 @@ def test_shares_are_drawn_over_the_whole_range():
     assert share.min() < 0.24 and share.max() > 0.46 and share.mean() == pytest.approx(0.35, abs=0.03)
 
 
+@given(
+    size=st.sampled_from([(27, 27, 27), (28, 28, 28), (1, 27, 27), (1, 1, 3), (3, 3, 3), (2, 2, 2)]),
+    seed=st.integers(0, 999),
+    least=st.sampled_from((0.01, 0.3, 0.5)),
+)
+@settings(max_examples=60, deadline=None)
+def test_patches_of_half_a_side_still_find_partners(size, seed, least):
+    x, foreground = numbered(size), torch.ones(2, *size, dtype=torch.bool)
+    image, moved = swap_patches(x, foreground, one_group(seed, 2), patch=(least, 0.5))
+    assert moved.flatten(1).any(1).all()
+    assert torch.equal((image != x).squeeze(1), moved)
+    assert torch.equal(image.flatten(1).sort().values, x.flatten(1))
+
+
+def test_a_single_voxel_stays_where_it_is():
+    image, moved = swap_patches(
+        numbered((1, 1, 1)), torch.ones(2, 1, 1, 1, dtype=torch.bool), one_group(0, 2)
+    )
+    assert torch.equal(image, numbered((1, 1, 1))) and not moved.any() and moved.dtype == torch.bool
+
+
 def test_background_alone_is_never_swapped():
     foreground = torch.zeros(4, 32, 32, 32, dtype=torch.bool)
     foreground[:, :, :, :10] = True

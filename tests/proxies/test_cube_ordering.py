@@ -163,6 +163,7 @@ def test_images_are_cut_in_plane_only(tmp_path):
     assert drawn["cubes"].shape == (4, 3, 1, 18, 18)
     with pytest.raises(DataError, match=r"v0: an image is not cut along D.*grid \(2, 1, 1\)"):
         CubeOrdering.draw(CubeOrderingConfig(grid=(2, 1, 1)), volumes[0], numpy_rng(0))
+    assert set(made(CubeOrderingConfig(grid=(2, 1, 1), crop=(48, 20, 20)), volumes).heads) == {"volume"}
 
 
 def test_a_volume_without_room_is_refused_with_both_numbers(tmp_path):
@@ -336,6 +337,36 @@ def test_images_have_heads_of_their_own_and_turn_in_plane(tmp_path):
     assert mixed.heads["image"].table.shape == (20, 4)
     with pytest.raises(UsageError, match="without images"):
         CubeOrdering(config, encoder())(batch_of(config, images, 0), one_group(0, 4))
+
+
+@pytest.mark.parametrize("turns", [(), ("H", "W")])
+def test_cubes_of_volumes_may_be_one_slice_deep(tmp_path, turns):
+    # Few thick slices, cut along D all the same: two layers of one slice each, with one between them.
+    rng = np.random.default_rng(0)
+    config = CubeOrderingConfig(crop=(4, 24, 24), gap=1, gap_mm=0.0, jitter=0, hidden=32, turns=turns)
+    assert config.cube == (1, 11, 11)
+    volumes = store(tmp_path / "volumes", [rng.normal(size=(6, 30, 30)) for _ in range(4)])
+    proxy = made(config, volumes)
+    assert set(proxy.heads) == {"volume"}
+    output = proxy(batch_of(config, volumes, 0), one_group(0, 4))
+    output.loss.backward()
+    assert output.metrics["chance"].item() == pytest.approx(1 / 100)  # of 8 cubes, not of 4
+    # Turned in the plane: about H or W, a single slice would be mirrored.
+    assert [name for name in output.metrics if name.startswith("turned")] == ["turned_D_accuracy"] * bool(
+        turns
+    )
+    assert len(output.picture().axes[0].images) == 8
+    boxes = {tuple(image.get_extent()) for image in output.picture().axes[0].images}
+    assert len(boxes) == 8
+    images = store(tmp_path / "images", [rng.normal(size=(1, 30, 30)) for _ in range(4)])
+    folders = [tmp_path / name / "store.h5" for name in ("volumes", "images")]
+    both = made(config, open_data(folders))
+    assert both(batch_of(config, images, 0), one_group(0, 4)).metrics["chance"].item() == pytest.approx(
+        1 / 24
+    )
+    assert both(batch_of(config, volumes, 0), one_group(0, 4)).metrics["chance"].item() == pytest.approx(
+        0.01
+    )
 
 
 # Intensities ----------------------------------------------------------------------------------------

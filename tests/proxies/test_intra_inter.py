@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from ssl3d.api import BatchRng, DataError, UsageError, ViewRng, open_data
+import ssl3d
+from ssl3d import snapshot
+from ssl3d.api import BatchRng, DataError, TrainingError, UsageError, ViewRng, load_encoder, open_data
+from ssl3d.data.store import Record, assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
 from ssl3d_proxies.intra_inter import (
@@ -55,6 +59,16 @@ def batch_of(config, data, size, step=0):
     chosen = numpy_rng("which", step).permutation(len(data))[:size].tolist()
     batch = default_collate([IntraInter.draw(config, data[i], numpy_rng(step, i)) for i in chosen])
     return {**batch, "index": torch.tensor([data[i].index for i in chosen])}
+
+
+def image_store(folder, count):
+    """A store of images."""
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        image = rng.random((1, 1, 32, 32), dtype=np.float32)
+        write_part(folder / "parts", f"{n}", Record(f"{n}", "images", f"s{n}"), image)
+    assemble(folder / "parts", folder / "images.h5", {}, [])
+    return folder / "images.h5"
 
 
 def images_of(config, size, step=0, first=1000):
@@ -497,6 +511,58 @@ def test_the_stage_is_kept_in_the_state(phantoms):
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_frozen_encoder_does_not_move(weight_decay, phantoms, tmp_path):
+    whole = ssl3d.pretrain(
+        "intra_inter",
+        data=phantoms,
+        out=tmp_path / "whole",
+        encoder="resnet10",
+        resnet10={"width": 8, "stem_kernel": 3},
+        intra_inter={**SMALL, "stages": "staged", "target": "ema"},
+        steps=10, batch_size=4, save_at=(0.2, 0.4, 0.6), checkpoint_every=5, weight_decay=weight_decay,
+        subjects="all", holdout=0.0, eval_every=-1, precision="32", workers=0, threads=1,
+    )  # fmt: skip
+    early, begun, ended, last = (
+        load_encoder(whole.folder / f"encoder{at}").state_dict()
+        for at in ("-at-20", "-at-40", "-at-60", "")
+    )
+    # Norm statistics too; the stages around train it.
+    assert [key for key, value in begun.items() if not torch.equal(ended[key], value)] == []
+    assert not torch.equal(early["conv1.weight"], begun["conv1.weight"])
+    assert not torch.equal(ended["conv1.weight"], last["conv1.weight"])
+    half = shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(half / "encoder")
+    newest, before = snapshot.checkpoints(half)
+    newest.unlink()
+    assert snapshot.step_of(before) == 5  # within the frozen stage
+    again = ssl3d.resume(half)
+    ours, theirs = (snapshot.load_checkpoint(run.folder)["module"] for run in (again, whole))
+    assert [key for key, value in theirs.items() if not torch.equal(ours[key], value)] == []
+
+
+def test_the_first_stage_may_be_the_frozen_one(phantoms):
+    config = config_of(stages="staged", stage_shares=(0.0, 0.5, 0.5))
+    proxy = make(config, phantoms)
+    optimizer = torch.optim.AdamW(proxy.parameters(), 1e-2)
+    before = copy.deepcopy(proxy.encoder.state_dict())
+    for step in range(4):
+        out = proxy(batch_of(config, phantoms, 4, step), one_group(step, 4))
+        optimizer.zero_grad()
+        (out.loss + sum(p.sum() for p in proxy.parameters()) * 0).backward()  # as DDP has it
+        optimizer.step()
+        proxy.after_step(step, 4)
+        same = all(torch.equal(value, before[key]) for key, value in proxy.encoder.state_dict().items())
+        assert same == (step < 2)
+
+
+def test_part_of_an_encoder_cannot_be_frozen(phantoms):
+    proxy = make(config_of(stages="staged"), phantoms)
+    proxy.encoder.conv1.weight = torch.nn.Parameter(proxy.encoder.conv1.weight[:1].detach())
+    with pytest.raises(TrainingError, match="take --strategy ddp, or stages joint"):
+        proxy.after_step(0, 10)
+
+
 @pytest.mark.parametrize("stages", ["joint", "staged"])
 def test_deepcluster_keeps_banks_of_places_and_of_volumes(stages, phantoms):
     config = config_of(clustering="deepcluster_v2", stages=stages)
@@ -570,6 +636,25 @@ def test_prototypes_scale_with_the_data(phantoms):
 def test_slices_too_thin_for_the_kernels_are_refused():
     with pytest.raises(UsageError, match="slab is 1, but kernels of kind 3d"):
         make(config_of(), kind="3d")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weights": (0, 1, 1)}, "weights 0 1 1 needs stacks of slices, and none of the 4 volumes"),
+        ({"weights": (0, 1, 1), "stages": "staged", "stage_shares": (0, 0.5, 0.5)}, "take weights 1 0 0"),
+        ({"stages": "staged"}, "along D: add volumes, or take stages joint"),
+    ],
+)
+@pytest.mark.parametrize("slab", [1, 17])
+def test_nothing_to_learn_from_is_refused(options, said, slab, phantoms, tmp_path):
+    if slab == 1:  # images; volumes have room for one slab of 17 slices else
+        data = open_data([image_store(tmp_path, 4)])
+    else:
+        data, said = phantoms.select(np.arange(4)), said.replace("of 1 ", "of 17 ")
+    with pytest.raises(DataError, match=said):
+        make(config_of(**options, slab=slab), data)
+    make(config_of(slab=slab), data)  # 2D clustering has something
 
 
 @pytest.mark.parametrize(

@@ -144,15 +144,16 @@ def test_the_token_is_what_is_shown_and_is_learned():
     assert proxy.tokens["input"].grad.abs().sum() > 0
 
 
-def test_remasked_maps_hold_tokens_where_nothing_is_known():
-    proxy, x = proxy_of(masking="remask"), torch.randn(3, 1, 16, 16, 16)
-    masked = mask_blocks(Blocks.of((16,) * 3, (8, 8, 8)), one_group(0, 3), 0.75)
+@pytest.mark.parametrize("size", [(16, 16, 16), (12, 20, 13)], ids=["multiple", "cut"])
+def test_remasked_maps_hold_tokens_where_nothing_is_known(size):
+    proxy, x = proxy_of(masking="remask"), torch.randn(3, 1, *size)
+    masked = mask_blocks(Blocks.of(size, (8, 8, 8)), one_group(0, 3), 0.75)
     with only_visible(proxy.encoder, ~masked):
         sparse = proxy.encoder(x * ~masked)
     _, maps = proxy._encode(x, masked)
     for n in proxy.decoder.sources:
-        step_ = 16 // maps[n].shape[2]
-        there = masked[:, :, ::step_, ::step_, ::step_].expand_as(maps[n])
+        d, h, w = proxy.encoder.strides[n]
+        there = masked[:, :, ::d, ::h, ::w].expand_as(maps[n])
         assert torch.equal(maps[n][there], proxy.tokens[str(n)].expand_as(maps[n])[there])
         assert torch.equal(maps[n][~there], sparse[n][~there])  # as if masked places did not exist
 

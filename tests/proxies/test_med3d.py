@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 
 import ssl3d
+from ssl3d import snapshot
 from ssl3d.api import BatchRng, DataError, load_proxies, numpy_rng, one_group
 from ssl3d.cli import main as cli
 from ssl3d.data.loader import Loader
@@ -152,6 +154,16 @@ def test_classes_are_the_values_found_in_each_data_sets_masks(stores):
     assert proxy.branches[0].classes(labels).tolist() == [0, 2, 1, UNKNOWN, UNKNOWN]
     # A selection keeps the codes that its examples will carry.
     assert proxy_of(data.select(data.datasets == "few")).codes.tolist() == [1]
+
+
+def test_what_a_checkpoint_knows_is_not_looked_for_again(stores, monkeypatch):
+    data = open_data(stores)
+    proxy = proxy_of(data)
+    monkeypatch.setattr("ssl3d_proxies.med3d.dataset_labels", None)
+    monkeypatch.setattr(data, "found", proxy.outline(), raising=False)
+    again = proxy_of(data, seed=1)
+    assert again.names == proxy.names and again.codes.tolist() == proxy.codes.tolist()
+    again.load_state_dict(proxy.state_dict())
 
 
 @pytest.mark.parametrize("head", ["paper", "conv_seg"])
@@ -411,3 +423,19 @@ def test_draw_gives_a_crop_with_margin_and_its_mask(stores):
     drawn = Med3D.draw(config, data[0], numpy_rng(0))
     assert drawn["crop"].shape == (1, 20, 20, 20) and drawn["mask"].shape == (20, 20, 20)
     assert drawn["mask"][2:-2, 2:-2, 2:-2].any()
+
+
+def test_a_resumed_run_does_not_look_through_the_masks_again(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "s.h5", "made", 6, lambda rng: balls(rng, (1, 2)))
+    whole = ssl3d.pretrain(
+        "med3d", data=str(store), out=tmp_path / "whole", encoder="resnet10", resnet10={"width": 8},
+        med3d={"crop": [16, 16, 16]}, steps=4, batch_size=2, checkpoint_every=2, subjects="all",
+        holdout=0.0, eval_every=-1, precision="32", workers=0, threads=1,
+    )  # fmt: skip
+    half = shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(half / "encoder")
+    snapshot.checkpoints(half)[0].unlink()
+    monkeypatch.setattr("ssl3d_proxies.med3d.dataset_labels", None)
+    again = ssl3d.resume(half)
+    ours, theirs = (snapshot.load_checkpoint(run.folder)["module"] for run in (again, whole))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from ssl3d.api import BatchRng, DataError, UsageError, open_data
+from ssl3d.api import BatchRng, DataError, UsageError, draw_pairs, draw_places, open_data
 from ssl3d.config import to_dict
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
@@ -150,6 +150,21 @@ def test_drawing_reads_the_crops_and_no_more(phantoms):
     assert volume.voxels == 4 * 12**3
 
 
+class Image:
+    """A picture without a store; every voxel says where it lies, from 1 on."""
+
+    id, dataset, shape, block, spacing = "picture", "made", (1, 1, 40, 40), (1, 8, 8), (5.0, 1.0, 2.0)
+
+    def foreground(self):
+        return np.ones((1, 5, 5), np.float32)
+
+    def read(self, start, size):
+        whole = torch.zeros(1, 120, 120, 120)  # background all around
+        whole[:, 40, 40:80, 40:80] = torch.arange(1.0, 1601).view(40, 40)
+        box = tuple(slice(s + 40, s + 40 + n) for s, n in zip(start, size, strict=True))
+        return whole[(slice(None), *box)]
+
+
 @pytest.mark.parametrize("axis", ["D", "H", "W"])
 def test_slices_lie_flat_and_do_not_move_across_their_axis(axis, phantoms):
     config = config_of(SimCLR, views="slices", axis=axis, slab=3, per_volume=2, chance=0.0, flip=0.0)
@@ -200,6 +215,35 @@ def test_images_give_views_of_depth_one(phantoms):
     assert all(shape[2:] == (1, 16, 16) for shape in views)
 
 
+@pytest.mark.parametrize("axis", ["D", "H", "W"])
+@pytest.mark.parametrize("draw", [draw_pairs, draw_places])
+def test_of_images_among_sliced_volumes_crops_are_shown(axis, draw):
+    config = config_of(SimCLR, views="slices", axis=axis, slab=3, plane=(12, 20), per_volume=2, chance=0.0)
+    image = Image()
+    drawn = draw(config, image, numpy_rng(0))
+    assert drawn["spacing"].tolist() == [5, 1, 2]
+    whole = image.read((0, 0, 0), (1, 40, 40))[0, 0]
+    for view in torch.cat([drawn["a"], drawn["b"]]):
+        assert view.shape == (1, 1, 12, 20)
+        y, x = divmod(int(view[0, 0, 0, 0]) - 1, 40)
+        assert torch.equal(view[0, 0], whole[y : y + 12, x : x + 20])  # of the picture, nothing padded
+    assert not torch.equal(drawn["a"][0], drawn["a"][1])
+
+
+def test_sliced_volumes_and_images_train_together(phantoms):
+    config = config_of(SimCLR, views="slices", slab=3)
+    shapes = []
+    proxy = make(SimCLR, config)
+    proxy.encoder.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[2:])))
+    groups = []
+    for number, source in enumerate((phantoms[0], Image())):
+        drawn = default_collate([SimCLR.draw(config, source, numpy_rng(i)) for i in range(2)])
+        groups.append({**drawn, "subject": torch.tensor([0, 1]) + 2 * number})
+    out = proxy(groups, [BatchRng(0, [0, 1], 4), BatchRng(0, [2, 3], 4)])
+    out.loss.backward()
+    assert shapes == [(3, 24, 24), (1, 24, 24)]
+
+
 @pytest.mark.parametrize("cls", PROXIES)
 def test_a_volume_with_nothing_to_see_is_refused_by_name(cls, phantoms):
     class Empty(Counting):
@@ -235,11 +279,57 @@ def test_groups_of_several_shapes_are_compared_with_each_other(cls, phantoms):
 # Errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", PROXIES)
-def test_a_batch_of_one_is_refused(cls, phantoms):
-    config = config_of(cls)
-    with pytest.raises(UsageError, match="batch size of at least 2"):
-        make(cls, config)(batch_of(cls, config, phantoms, 1), one_group(0, 1))
+@pytest.mark.parametrize(
+    "cls,options,least",
+    [
+        (SimCLR, {}, 2),
+        (SimCLR, {"per_volume": 3}, 2),
+        (SimCLR, {"per_volume": 3, "same_subject_negatives": True}, 1),
+        (BarlowTwins, {}, 3),
+        (BarlowTwins, {"per_volume": 2}, 2),
+    ],
+)
+def test_parts_of_a_batch_with_nothing_to_compare_are_refused(cls, options, least, phantoms):
+    config = config_of(cls, **options)
+    batch = batch_of(cls, config, phantoms, least)
+    # As accumulation cuts it: the batch is large enough, its part is not.
+    proxy = make(cls, config)
+    out = proxy(batch, BatchRng(0, range(least), 8))
+    out.loss.backward()
+    assert max(float(p.grad.abs().max()) for p in proxy.encoder.parameters()) > 1e-3  # it learns
+    fewer = {name: value[: least - 1] for name, value in batch.items()}
+    if least > 1:
+        refusal = rf"--batch-size divided by --accumulate must be at least {least}, not {least - 1}"
+        with pytest.raises(UsageError, match=refusal):
+            proxy(fewer, BatchRng(0, range(least - 1), 8))
+        proxy.eval()(fewer, BatchRng(0, range(least - 1), 8))  # held-out subjects may be odd in number
+
+
+def test_every_rank_counts_towards_what_is_compared(phantoms, monkeypatch):
+    import ssl3d.views.pairs as pairs
+
+    config = config_of(SimCLR)
+    monkeypatch.setattr(pairs, "world_size", lambda: 2)
+    make(SimCLR, config)(batch_of(SimCLR, config, phantoms, 1), BatchRng(0, [1], 2))
+
+
+def test_a_run_that_cannot_learn_ends_at_once_and_exports_nothing(phantoms, tmp_path):
+    import ssl3d
+
+    with pytest.raises(UsageError, match="--batch-size divided by --accumulate"):
+        ssl3d.pretrain(
+            "simclr", phantoms, tmp_path / "run", encoder="resnet10", resnet10={"width": 8}, steps=2,
+            batch_size=4, accumulate=4, simclr=to_dict(config_of(SimCLR)), workers=0, eval_every=-1,
+        )  # fmt: skip
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
+def test_data_of_one_subject_have_no_negatives(phantoms):
+    alone = phantoms[:1]
+    with pytest.raises(UsageError, match=r"one subject's: .*--simclr\.same_subject_negatives"):
+        make(SimCLR, config_of(SimCLR)).setup(alone)
+    make(SimCLR, config_of(SimCLR, same_subject_negatives=True)).setup(alone)
+    make(SimCLR, config_of(SimCLR)).setup(phantoms[:2])
 
 
 @pytest.mark.parametrize("cls", PROXIES)

@@ -154,6 +154,16 @@ def test_prototypes_learn_only_once_they_are_no_longer_frozen(phantoms):
     assert torch.allclose(weight.norm(dim=1), torch.ones(8))
 
 
+@pytest.mark.parametrize("options,places", [({"axis": "H"}, 2), ({"plane": (64, 64)}, 1), ({"slab": 9}, 2)])
+def test_images_among_sliced_volumes_count_by_their_crops(options, places):
+    class Image:
+        shape = (1, 1, 32, 64)
+
+    proxy = make(config_of(**{"views": "slices", "plane": (32, 32), **options}, prototypes=0))
+    proxy.setup([Image()] * 320)
+    assert len(proxy.prototypes) == default_prototypes(320 * places)
+
+
 @pytest.mark.parametrize(
     "options,places",
     [({}, 4), ({"views": "slices"}, 4), ({"views": "slices", "slab": 12}, 2), ({"crop": (32, 32, 32)}, 1)],
@@ -256,6 +266,14 @@ def test_groups_of_several_shapes_share_one_balance(phantoms):
     flat = {**parts[0], "a": parts[0]["a"][:, :, :, :1], "b": parts[0]["b"][:, :, :, :1]}
     out = proxy([flat, parts[1]], rngs)  # two images among the volumes
     assert out.loss.isfinite() and len(out.picture().axes) == 2
+
+
+def test_parts_of_a_batch_of_single_rows_are_refused(phantoms):
+    config = config_of()
+    single = batch_of(config, phantoms, 1)
+    with pytest.raises(UsageError, match="--batch-size divided by --accumulate must be at least 2, not 1"):
+        make(config)(single, BatchRng(0, [0], 4))
+    make(config).eval()(single, BatchRng(0, [0], 4))
 
 
 def test_slices_too_thin_for_the_kernels_are_refused():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ssl3d.aggregator import (
+    AggregatedEncoder,
     AggregatorConfig,
     SliceAggregator,
     SliceAttention,
@@ -17,6 +18,7 @@ from ssl3d.aggregator import (
     interleaved,
     interpolation,
     regular_places,
+    shown_slices,
 )
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.errors import DataError
@@ -282,6 +284,72 @@ def test_a_volume_thinner_than_a_slab_is_refused():
     aggregator = make(features=64, slab=5)
     with pytest.raises(DataError, match="slabs of 5 slices along D; the volume has 3"):
         aggregator.embed_volume(encoder(), torch.zeros(1, 3, 16, 16))
+
+
+def body(depth, seed=0, air=-0.5):
+    """Something to see in every slice, in the middle of air."""
+    generator = torch.Generator().manual_seed(seed)
+    volume = torch.full((1, depth, 20, 24), air)
+    volume[:, :, 4:16, 5:18] = torch.rand(1, depth, 12, 13, generator=generator)
+    return volume
+
+
+def in_air(volume, before, after, axis=1, air=-0.5):
+    ends = [torch.full_like(volume.narrow(axis, 0, 1), air) for _ in range(2)]
+    counts = zip(ends, (before, after))
+    first, last = (end.repeat_interleave(count, axis) for end, count in counts)
+    return torch.cat([first, volume, last], axis)
+
+
+@pytest.mark.parametrize("slab", [1, 3, 10])
+@pytest.mark.parametrize("axis", ["D", "H"])
+def test_air_at_the_ends_changes_nothing(axis, slab):
+    network = encoder()
+    aggregator = bent(
+        make(features=network.embed_dim, slices=4, slab=slab, axis=axis, plane=(32, 32)), size=0.1
+    )
+    whole = AggregatedEncoder(network, aggregator).eval()
+    volume = in_air(body(9), 1, 1).movedim(1, 1 + "DHW".index(axis))  # 9 slices: fewer than a slab of 10
+    found = aggregator.embed_volume(network, volume)
+    for before, after in ((20, 20), (0, 7), (33, 0)):
+        more = in_air(volume, before, after, 1 + "DHW".index(axis))
+        assert torch.allclose(aggregator.embed_volume(network, more), found, atol=1e-5)
+        assert torch.allclose(whole.embed(more[None])[0], found, atol=1e-5)
+        assert torch.allclose(whole.pooled(more[None]), whole.pooled(volume[None]), atol=1e-5)
+    other = in_air(body(9, seed=1), 1, 1).movedim(1, 1 + "DHW".index(axis))
+    assert (aggregator.embed_volume(network, other) - found).norm() > 1e-3
+
+
+def test_what_is_shown_is_the_foreground_box(tmp_path):
+    from ssl3d.data.phantoms import phantom_store
+    from ssl3d.data.store import open_data
+
+    for volume in open_data([phantom_store(4, shape=(48, 40, 40), folder=tmp_path)]):
+        (low, *_), (high, *_) = volume.foreground_box()
+        first, end = shown_slices(volume.read())
+        # To the slice, where the box is to the block.
+        assert abs(first - low) <= volume.block[0] and abs(high - end) <= volume.block[0]
+
+
+def test_a_volume_of_one_value_is_seen_whole():
+    assert shown_slices(torch.ones(2, 5, 8, 8)) == (0, 5)
+    spot = torch.zeros(1, 5, 64, 64)
+    spot[:, 2, :4, :4], spot[:, 4, 0, 0] = 1, 1  # a single voxel is noise
+    assert shown_slices(spot) == (2, 3)
+    assert shown_slices(torch.cat([torch.zeros_like(spot), spot.flip(1)])) == (2, 3)
+
+
+def test_volumes_are_pooled_together_as_alone_with_gradients():
+    network = encoder().requires_grad_()
+    whole = AggregatedEncoder(network, make(features=network.embed_dim, slab=2, plane=(32, 32)))
+    x = torch.stack([in_air(body(6), 2, 3), in_air(body(9, seed=1), 1, 1), in_air(body(2), 4, 5)])
+    slabs, mask = whole.stacks(x)
+    assert slabs.shape == (3, 4, 1, 2, 20, 24) and mask.sum(1).tolist() == [3, 4, 1]
+    assert torch.equal(slabs[0, 0, :, 0], x[0, :, 2]) and (slabs[0, 3] == -0.5).all()
+    pooled = whole.pooled(x)
+    assert torch.allclose(pooled, whole.embed(x), atol=1e-5)
+    pooled.square().sum().backward()
+    assert network.conv1.weight.grad.isfinite().all()
 
 
 def test_places_run_from_half_a_turn_to_many():

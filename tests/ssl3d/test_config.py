@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -191,3 +192,18 @@ def test_dataclasses_round_trip_through_plain_values():
     assert from_dict(Options, to_dict(options), "file") == options
     with pytest.raises(UsageError, match="file: unknown option nonsense"):
         from_dict(Options, {"data": ["a"], "nonsense": 1}, "file")
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--batch-sizes=3", "near it: --batch-size"),
+        ("--sorting.slice=3", "near it: --sorting.slices"),
+        ("--sorting.crop=3", "sorting has slices, min-gap, kind, strides"),
+        ("--quite-another=3", "--help lists the options"),
+        ("--nothing.such=3", "--help lists the options"),
+    ],
+)
+def test_an_unknown_flag_says_what_is_near(flag, told):
+    with pytest.raises(UsageError, match=re.escape(told)):
+        run("--data", "a", flag)

@@ -14,7 +14,7 @@ from ssl3d.encoder import Encoder
 from ssl3d.encoders import memory_format, to_memory_format
 from ssl3d.encoders.norms import norm, norm_relu
 from ssl3d.encoders.resnet import ResNet, ResNet10, ResNet18, ResNet34, ResNet50, ResNetConfig
-from ssl3d.errors import Ssl3dError
+from ssl3d.errors import Ssl3dError, UsageError
 from ssl3d.testing import check_encoder, dead_taps
 
 ENCODERS = plugins.names(plugins.ENCODERS)
@@ -231,6 +231,24 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(depth
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("name", ["resnet10", "resenc", "genesis_unet", "densenet121", "vit"])
+def test_activation_checkpointing_outlives_a_second_walk_through_the_graph(name):
+    cls, config = registered(name)
+    config = config if name == "vit" else replace(config, norm="batch")
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = cls(replace(config, checkpointing=checkpointing))
+        maps = net(torch.randn(2, 1, 17, 16, 16, generator=torch.Generator().manual_seed(1)))
+        loss = sum(level.square().mean() for level in maps)
+        first = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)  # as by GradNorm
+        loss.backward()
+        assert all(torch.equal(a, p.grad) for a, p in zip(first, net.parameters(), strict=True))
+        found.append([*first, *net.buffers()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
 def test_activation_checkpointing_keeps_less_for_the_backward_pass():
     def kept(**options):
         net = ResNet18(ResNetConfig(width=8, **options))
@@ -255,6 +273,25 @@ def test_zero_init_residual_begins_with_shortcuts_only():
     net = ResNet18(ResNetConfig(width=8, zero_init_residual=True)).eval()
     x = torch.rand(1, 8, 4, 4, 4)
     assert torch.equal(net.layer1(x, False, False), x)
+
+
+@pytest.mark.parametrize("name", ["resnet10", "mobilenet_v2", "densenet121", "genesis_unet", "resenc"])
+def test_instance_norm_of_one_voxel_is_refused_while_training(name):
+    cls, config = registered(name)
+    net = cls(replace(config, norm="instance"))
+    d, h, w = net.strides[-1]
+    for size in ((d, h, w), (1, h, w), (1, 2, 1)):
+        said = f"{size[0]} x {size[1]} x {size[2]} with stride {d} x {h} x {w}"
+        with pytest.raises(UsageError, match=said) as caught:
+            net(torch.randn(2, 1, *size))
+        assert "\n" not in str(caught.value)
+    # Two voxels have a deviation; and of a small volume the shallow maps can be asked for.
+    with torch.no_grad():
+        assert net(torch.randn(4, 1, d, h, w + 1))[-1].std(0).mean() > 0.1
+        if name != "resenc":
+            assert net.eval()(torch.randn(2, 1, d, h, w))[0].std(0).mean() > 1e-3
+    for other in ("group", "batch"):
+        cls(replace(config, norm=other))(torch.randn(2, 1, d, h, w))
 
 
 def test_group_norm_takes_any_width():

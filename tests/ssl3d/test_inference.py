@@ -145,6 +145,19 @@ def test_bfloat16_is_close_and_the_mode_is_put_back():
     assert all(module.training for module in net.modules())
 
 
+def test_autocast_leaves_the_interpolation_of_a_float32_map_alone():
+    map_ = torch.rand(1, 4, 5, 5, 5) * 100
+    exact = upsample(map_, (40, 40, 40), (8, 8, 8))
+    ramp = torch.arange(13 * 11 * 10.0).reshape(1, 13, 11, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = upsample(map_, (40, 40, 40), (8, 8, 8))
+        half = upsample(map_.bfloat16(), (40, 40, 40), (8, 8, 8))
+    assert found.dtype == torch.float32 and torch.equal(found, exact)
+    assert half.dtype == torch.bfloat16  # a map of less precision stays what it is
+    dense = dense_features(Identity(), ramp, (5, 6, 7), autocast=torch.bfloat16)
+    assert torch.equal(dense, dense_features(Identity(), ramp, (5, 6, 7)))
+
+
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="overlap"):
         embed_volume(Identity(), torch.zeros(1, 4, 4, 4), (2, 2, 2), 1.0)

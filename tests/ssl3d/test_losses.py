@@ -93,7 +93,16 @@ def test_one_subject_alone_gives_no_loss_and_no_gradient():
     a, b = projections(3)
     found = nt_xent(a, b, torch.zeros(3, dtype=torch.int64))
     found.loss.backward()
-    assert found.loss == 0 and found.chance == 1 and a.grad.abs().max() == 0
+    assert found.loss == 0 and a.grad.abs().max() == 0
+    assert found.accuracy == found.chance == 0
+
+
+def test_an_anchor_without_negatives_is_not_recognised():
+    z = torch.eye(3)
+    for subjects, same, accuracy in (([0, 0, 0], False, 0), ([0, 0, 0], True, 1), ([0, 0, 1], False, 1)):
+        assert nt_xent(z, z, torch.tensor(subjects), same_subject_negatives=same).accuracy == accuracy
+    alone = nt_xent(z[:1], z[:1], torch.tensor([0]), same_subject_negatives=True)
+    assert alone.accuracy == alone.chance == 0
 
 
 @pytest.mark.parametrize("rows,width", [(2, 3), (16, 8), (4, 32)])

@@ -1,6 +1,7 @@
 """Encoders on the visible part of their input: statistics, depths, and no trace left on the encoder."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ssl3d.api import can_mask, only_visible, visible_at
+from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
 from ssl3d.encoders.resnet import ResNet10
 
 
@@ -41,6 +43,62 @@ def test_masked_places_are_zero_at_every_depth(norm, size):
         level[~visible_at(visible, tuple(level.shape[2:])).expand_as(level)].any()
         for level in made(torch.randn(2, 1, *size))
     )
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 4, 8), (1, 16, 16), (12, 3, 6)])
+@pytest.mark.parametrize("size", [(24, 20, 17), (1, 33, 5), (32, 48, 16)])
+def test_a_cell_of_a_map_is_its_strides_voxels(size, stride):
+    visible = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0)) < 0.02
+    shape = tuple(-(-n // s) for n, s in zip(size, stride))
+    found = visible_at(visible, shape, stride)
+    assert found.shape == (2, 1, *shape) and found.dtype == torch.bool
+    for at in itertools.product(*map(range, shape)):
+        cell = tuple(slice(i * s, (i + 1) * s) for i, s in zip(at, stride))
+        assert torch.equal(found[(..., *at)], visible[(..., *cell)].flatten(1).any(1, keepdim=True))
+
+
+def test_without_a_stride_cells_are_those_of_a_power_of_two_or_else_equal():
+    visible = torch.zeros(1, 1, 24, 36, 40, dtype=torch.bool)
+    visible[:, :, :16, :27] = True
+    found = visible_at(visible, (2, 4, 80))  # of 16 voxels, of 9, and of half a voxel
+    assert found[0, 0, :, 0, 0].tolist() == [True, False]
+    assert found[0, 0, 0, :, 0].tolist() == [True, True, True, False]
+    assert torch.equal(visible_at(visible[:, :, :1], (4, 80)), found[:, :, 0])
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize(
+    "size,stage_strides",
+    [
+        ((24, 24, 24), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))),
+        ((3, 20, 36), ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))),
+        ((1, 24, 40), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))),
+        ((30, 32, 20), ((1, 1, 1), (3, 1, 2), (1, 2, 2), (2, 2, 2))),
+    ],
+    ids=["volume", "depth kept", "image", "thirds"],
+)
+def test_a_crop_is_seen_like_the_multiple_that_it_is_cut_from(norm, size, stage_strides):
+    # Beyond a crop there are zeros, and where voxels are masked too.
+    made = encoder(norm=norm, stage_strides=stage_strides, stem_stride=(1 if size[0] == 3 else 2, 2, 2))
+    deepest = made.strides[-1]
+    counts = [-(-n // s) for n, s in zip(size, deepest)]
+    cut = (..., *(slice(n) for n in size))
+    visible = blocks(counts, deepest)[cut]
+    whole = torch.zeros(2, 1, *(1 if n == 1 else c * s for n, c, s in zip(size, counts, deepest)))
+    whole[cut] = torch.randn(2, 1, *size) * visible
+    shown = torch.zeros_like(whole, dtype=torch.bool)
+    shown[cut] = visible
+    other = copy.deepcopy(made)
+    with only_visible(made, visible):
+        maps = made(whole[cut])
+    with only_visible(other, shown):
+        expected = other(whole)
+    for one, larger, stride in zip(maps, expected, made.strides, strict=True):
+        torch.testing.assert_close(one, larger[(..., *map(slice, one.shape[2:]))], atol=1e-4, rtol=1e-3)
+        known = visible[(..., *(slice(None, None, s) for s in stride))].expand_as(one)
+        assert not one[~known].any() and one[known].any()
+    for one, larger in zip(made.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(one, larger, atol=1e-4, rtol=1e-3)
 
 
 class Two(nn.Module):
@@ -114,8 +172,12 @@ def test_activation_checkpointing_changes_nothing(norm):
         made = encoder(norm=norm, checkpointing=checkpointing)
         with only_visible(made, visible):
             maps = made(x)
-        sum(level.square().mean() for level in maps).backward()  # blocks are computed again, outside
-        found.append([p.grad for p in made.parameters()] + list(made.buffers()))
+        loss = sum(level.square().mean() for level in maps)  # blocks are computed again, outside
+        first = torch.autograd.grad(loss, list(made.parameters()), retain_graph=True)
+        loss.backward()  # and once more, as by GradNorm
+        second = [p.grad for p in made.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        found.append(second + list(made.buffers()))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
@@ -134,3 +196,10 @@ def test_no_trace_is_left_on_the_encoder():
 def test_attention_cannot_be_masked_like_this():
     assert can_mask(encoder())
     assert not can_mask(nn.TransformerEncoderLayer(8, 2))
+
+
+def test_slices_along_several_axes_cannot_be_masked_like_this():
+    strides = ((2, 2, 2), *((1, 1, 1),) * 4)
+    for kind, can in (("acs", True), ("triplanar", False)):
+        made = ConvertedEncoder(ConvertedConfig(network="shufflenet_v2_x0_5", kind=kind, strides=strides))
+        assert can_mask(made) == can

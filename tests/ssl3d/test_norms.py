@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl3d.encoders.norms import GroupNorm, group_norm, norm
+from ssl3d.encoders.norms import GroupNorm, group_norm, norm, recomputation, recomputing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,3 +41,16 @@ def test_norms_of_a_kind_have_the_keys_of_torchs():
     assert made.num_groups == 2  # what divides 6 and 4
     assert made.state_dict().keys() == nn.GroupNorm(2, 6).state_dict().keys()
     assert norm("instance", 6, 4).num_groups == 6
+
+
+def test_the_second_pass_can_be_entered_again_and_within_itself():
+    again = recomputation()
+    for _ in range(2):
+        with again:
+            with again:
+                assert recomputing()
+            assert recomputing()
+        assert not recomputing()
+    with pytest.raises(RuntimeError, match="on purpose"), again:
+        raise RuntimeError("on purpose")
+    assert not recomputing()

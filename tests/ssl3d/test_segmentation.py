@@ -483,6 +483,20 @@ def test_written_nifti_has_the_scans_affine_shape_and_voxels(tmp_path):
     assert np.array_equal(np.asarray(written.dataobj), mask)
 
 
+@pytest.mark.parametrize("label", [-3, 255, 300, 40000, 100_000])
+def test_written_nifti_holds_the_largest_label(tmp_path, label):
+    import nibabel
+
+    volume, mask = prepared(tmp_path)
+    labels = volume.read_mask().numpy().astype(np.int64)
+    labels[labels == 2] = label
+    assert save_segmentation(volume.record, labels, tmp_path / "predicted.nii.gz")
+    written = np.asarray(nibabel.load(tmp_path / "predicted.nii.gz").dataobj)
+    assert set(np.unique(written)) == {0, 1, label} and np.array_equal(written == label, mask == 2)
+    with pytest.raises(DataError, match="32 bits"):
+        save_segmentation(volume.record, labels * 2**33, tmp_path / "predicted.nii.gz")
+
+
 def test_cropped_and_resampled_scans_go_back_too(tmp_path):
     import nibabel
 

@@ -113,3 +113,19 @@ def test_the_cut_is_pinned():
     # Published numbers stand on this: pretraining leaves out exactly these subjects.
     test = np.flatnonzero(house_split(Columns(people(20))) == "test")
     assert test.tolist() == [0, 3, 8, 17]
+
+
+@pytest.mark.parametrize("odd", [(), (None,)])
+def test_whole_labels_are_split_alike_as_ints_and_as_floats(odd):
+    def labels(kind):
+        return lambda i: odd[0] if odd and i == 39 else kind(i % 8 == 0)
+
+    as_int, as_float = (Columns(people(40, label=labels(kind))) for kind in (int, float))
+    assert house_split(as_int).tolist() == house_split(as_float).tolist()
+    positive = house_split(as_float)[::8]
+    assert sorted(positive.tolist()) == ["test", "train", "train", "train", "val"]
+
+
+def test_a_fraction_makes_all_labels_of_a_data_set_real():
+    real = Columns(people(40, label=lambda i: 60.0 + i % 2 / 2))
+    assert house_split(real).tolist() == house_split(Columns(people(40))).tolist()

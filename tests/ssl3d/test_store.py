@@ -472,3 +472,13 @@ def test_the_digest_tells_spacings_and_orientations_apart(tmp_path):
         assemble(tmp_path / str(n), tmp_path / f"{n}.h5", {}, [])
         digests.add(open_data([tmp_path / f"{n}.h5"]).digest())
     assert len(digests) == 3
+
+
+def test_a_store_made_anew_is_read_anew_in_the_same_session(tmp_path):
+    path = make(tmp_path, [(record(), IMAGE, {})])
+    before = open_data([path])[0]
+    assert np.allclose(before.read(), IMAGE, atol=0.01)
+    make(tmp_path, [(record(subject="another"), IMAGE + 1, {})])
+    after = open_data([path])[0]
+    assert np.allclose(after.read(), IMAGE + 1, atol=0.01) and after.record.subject == "another"
+    assert np.allclose(before.read(), IMAGE, atol=0.01)  # whoever has the old one open goes on with it

@@ -1,5 +1,7 @@
 """Crops with a mask: image and mask move alike, and rare structures are met."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ssl3d.api import (
     Views,
     augment,
     augment_labelled,
+    dataset_labels,
     draw_labelled,
     mask_places,
     mask_values,
@@ -116,6 +119,63 @@ def test_places_are_those_of_the_mask_evenly_drawn(volumes):
     assert mask_places(volumes[1]) == {}
     with pytest.raises(DataError, match="made/c: has no mask"):
         mask_places(volumes[2])
+
+
+def test_mask_values_are_those_of_every_voxel(tmp_path):
+    rng, masks = np.random.default_rng(0), []
+    for n in range(24):
+        shape = tuple(rng.integers(1, (40, 6, 7)))
+        some = rng.choice([0, 1, 2, 7, 255, 256, 65535, 70000], rng.integers(1, 5))
+        masks.append(np.sort(rng.choice(some, shape), axis=0) if n % 2 else rng.choice(some, shape))
+        record = Record(f"{n:02d}", "made", f"{n}")
+        write_part(tmp_path / "p", record.id, record, np.ones((1, *shape), np.float32), masks[-1])
+    assemble(tmp_path / "p", tmp_path / "s.h5", {}, [])
+    for volume, mask in zip(open_data([tmp_path / "s.h5"]), masks, strict=True):
+        found = mask_values(volume)
+        assert found.dtype == np.int64 and found.tolist() == np.unique(mask).tolist()
+
+
+def test_masks_are_looked_through_as_they_are_stored(tmp_path, monkeypatch):
+    """Widened to int64 and sorted, a thousand masks of usual size took a quarter of an hour."""
+    mask = np.zeros((64, 128, 128), np.uint8)
+    mask[20:40, 30:90, 30:90] = 5
+    write_part(tmp_path / "p", "a", Record("a", "made", "a"), mask[None].astype(np.float32), mask)
+    assemble(tmp_path / "p", tmp_path / "s.h5", {}, [])
+    volume = open_data([tmp_path / "s.h5"])[0]
+    monkeypatch.setattr(type(volume), "read_mask", None)
+    mask_values(volume)
+    tracemalloc.start()
+    try:
+        assert mask_values(volume).tolist() == [0, 5]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 16 * 128 * 128  # of a slab, one byte a voxel; int64 alone is 8
+
+
+def test_ranks_share_the_masks_out(volumes, monkeypatch):
+    from ssl3d.views import labelled
+
+    alone = dataset_labels(volumes)
+    read, parts = [], []
+
+    def values_of(volume):
+        read.append(volume.id)
+        return mask_values(volume)
+
+    def exchanged(into, own):  # what ranks before this one gave, and its own
+        parts.append(own)
+        into[:] = parts
+
+    monkeypatch.setattr(labelled, "mask_values", values_of)
+    monkeypatch.setattr(labelled, "world_size", lambda: 2)
+    monkeypatch.setattr(labelled.distributed, "all_gather_object", exchanged)
+    for rank in (0, 1):
+        monkeypatch.setattr(labelled, "rank", lambda rank=rank: rank)
+        both = dataset_labels(volumes)
+    assert read == ["a", "b"]  # each by one rank
+    assert {code: values.tolist() for code, values in both.items()} == {0: [0, 3, 7]}
+    assert list(alone) == [0] and np.array_equal(alone[0], both[0])
 
 
 def test_crops_hold_each_structure_equally_often(volumes):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -86,6 +90,105 @@ def dicom(
     return paths
 
 
+def raw_dicom(
+    path: Path,
+    stored: np.ndarray,
+    tags: dict[int, tuple[str, Any]],
+    photometric: str = "MONOCHROME2",
+    bits: int = 0,
+    explicit: bool = True,
+    lengths: bool = True,
+) -> Path:
+    """A DICOM file with exactly these stored values and tags, byte by byte; what ITK cannot write.
+
+    Args:
+        stored: ([frames, ]rows, columns) of uint8, uint16 or int16.
+        tags: (kind, value) by number; value a text, a number, several, or a list of such dicts (SQ).
+        photometric: As the values are stored.
+        bits: Of each value that are in use, 0 all.
+        explicit: Whether every element tells its kind (explicit or implicit VR, little endian).
+        lengths: Whether sequences tell their length, or end with a mark.
+    """
+    rows, columns = stored.shape[-2:]
+    allocated = 8 * stored.dtype.itemsize
+    bits = bits or allocated
+    told = {
+        0x00080016: ("UI", "1.2.840.10008.5.1.4.1.1.4"),
+        0x00080018: ("UI", f"1.2.3.{zlib.crc32(str(path).encode())}"),
+        0x00080060: ("CS", "MR"),
+        0x00100020: ("LO", "P1"),
+        0x0020000D: ("UI", "1.2.3"),
+        0x0020000E: ("UI", "1.2.3.4"),
+        0x00280002: ("US", 1),
+        0x00280004: ("CS", photometric),
+        0x00280010: ("US", rows),
+        0x00280011: ("US", columns),
+        0x00280030: ("DS", "1\\1"),
+        0x00280100: ("US", allocated),
+        0x00280101: ("US", bits),
+        0x00280102: ("US", bits - 1),
+        0x00280103: ("US", int(stored.dtype.kind == "i")),
+        **({0x00280008: ("IS", str(len(stored)))} if stored.ndim == 3 else {}),
+        **tags,
+        0x7FE00010: ("OW", stored.tobytes() + b"\0" * (stored.nbytes % 2)),
+    }
+    syntax = "1.2.840.10008.1.2.1" if explicit else "1.2.840.10008.1.2"
+    meta = _data_set({0x00020002: told[0x00080016], 0x00020010: ("UI", syntax)}, True, True)
+    length = _element(0x00020000, "UL", len(meta), True, True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\0" * 128 + b"DICM" + length + meta + _data_set(told, explicit, lengths))
+    return path
+
+
+def raw_slice(
+    path: Path,
+    stored: np.ndarray,
+    position: Sequence[float],
+    tags: dict[int, tuple[str, Any]] | None = None,
+    axes: Sequence[float] = (1, 0, 0, 0, 1, 0),
+    **options: Any,
+) -> Path:
+    """One slice of a series: (rows, columns) of stored values at a position (LPS, mm)."""
+    place = {0x00200032: ("DS", _decimals(position)), 0x00200037: ("DS", _decimals(axes))}
+    return raw_dicom(path, stored, {**place, **(tags or {})}, **options)
+
+
+def _decimals(values: Sequence[float]) -> str:
+    return "\\".join(f"{value:.8g}" for value in values)
+
+
+def _data_set(tags: dict[int, tuple[str, Any]], explicit: bool, lengths: bool) -> bytes:
+    return b"".join(_element(tag, *tags[tag], explicit, lengths) for tag in sorted(tags))
+
+
+def _element(tag: int, kind: str, value: Any, explicit: bool, lengths: bool) -> bytes:
+    if kind == "SQ":
+        items = [_data_set(item, explicit, lengths) for item in value]
+        if lengths:
+            raw = b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item for item in items)
+        else:
+            start, end = (
+                struct.pack("<HHI", 0xFFFE, 0xE000, 2**32 - 1),
+                struct.pack("<HHI", 0xFFFE, 0xE00D, 0),
+            )
+            raw = b"".join(start + item + end for item in items) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    elif isinstance(value, bytes):
+        raw = value
+    elif isinstance(value, str):
+        raw = value.encode() + (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
+    else:
+        code = {"US": "H", "UL": "I", "FD": "d", "AT": "H"}[kind]
+        values = value if isinstance(value, tuple) else (value,)
+        raw = struct.pack(f"<{len(values)}{code}", *values)
+    length = 2**32 - 1 if kind == "SQ" and not lengths else len(raw)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    if not explicit:
+        return head + struct.pack("<I", length) + raw
+    if kind in ("OB", "OW", "SQ", "UN"):
+        return head + kind.encode() + struct.pack("<HI", 0, length) + raw
+    return head + kind.encode() + struct.pack("<H", length) + raw
+
+
 def data_folder() -> Path:
     """The shared real data; skips the test where it is missing."""
     import os
@@ -99,7 +202,15 @@ def data_folder() -> Path:
 @pytest.fixture
 def scans() -> SimpleNamespace:
     """Writers of small scans."""
-    return SimpleNamespace(body=body, nifti=nifti, itk=itk, dicom=dicom, placed=placed)
+    return SimpleNamespace(
+        body=body,
+        nifti=nifti,
+        itk=itk,
+        dicom=dicom,
+        placed=placed,
+        raw_dicom=raw_dicom,
+        raw_slice=raw_slice,
+    )
 
 
 @pytest.fixture

@@ -22,6 +22,12 @@ def chest() -> np.ndarray:
     return np.rint(np.stack([layer] * 6)[None] + RNG.normal(0, 5, (1, 6, 64, 80))).astype(np.int16)
 
 
+def circle() -> np.ndarray:
+    """What a scanner sees of the chest's field."""
+    h, w = np.mgrid[-1:1:64j, -1:1:80j]
+    return h**2 + w**2 < 1
+
+
 def head(scale: float = 100.0) -> np.ndarray:
     """Tissue of 5 to 10 times the scale in noisy darkness."""
     d, h, w = np.mgrid[-1:1:20j, -1:1:40j, -1:1:40j]
@@ -38,6 +44,13 @@ def head(scale: float = 100.0) -> np.ndarray:
         (chest() + 1024, "CT", False, "ct"),
         (head(), "", False, "mr"),
         (head() - 700, "", False, "mr"),  # negative, but no whole numbers
+        (chest().astype(np.float32) + 0.25, "", False, "ct"),  # interpolated
+        (np.where(chest() < -900, -8192, chest()), "", False, "ct"),  # nothing beyond the scanner's circle
+        (np.where(circle(), chest(), -32768), "", False, "ct"),
+        (np.where(circle(), chest() + 0.25, -32768), "", False, "ct"),
+        (np.where(circle(), chest() + 0.25, -3024), "", False, "ct"),
+        (np.where(head() > 100, head(), -32768).astype(np.int16), "", False, "mr"),
+        (RNG.uniform(-4096, 4095, (1, 20, 40, 40)), "", False, "mr"),  # a phase
         ((head() > 300).astype(np.float32), "", False, "unit"),
         (head(25).astype(np.uint8), "", True, "unit"),
         (head(25).astype(np.uint8), "MR", True, "mr"),

@@ -73,26 +73,13 @@ def test_a_radiograph_has_spacing_but_no_place(tmp_path):
     image = sitk.GetImageFromArray(pixels)
     image.SetSpacing([0.3, 0.2, 1.0])
     image.SetMetaData("0008|0060", "DX")
-    writer = sitk.ImageFileWriter()
-    for name, photometric in (("bright.dcm", "MONOCHROME2"), ("dark.dcm", "MONOCHROME1")):
-        image.SetMetaData("0028|0004", photometric)
-        writer.SetFileName(str(tmp_path / name))
-        writer.Execute(image)
-    bright = read([tmp_path / "bright.dcm"])
-    assert bright.orientation == "unknown"
-    assert bright.voxels.shape == (1, 1, 30, 40)
-    np.testing.assert_array_equal(bright.voxels[0], pixels)
-    assert bright.spacing[1:] == pytest.approx((0.2, 0.3))
-
-
-def test_inverted_radiographs_are_turned_bright(scans, tmp_path, monkeypatch):
-    from ssl3d.data import read as module
-
-    (path,) = scans.dicom(tmp_path, scans.body((10, 12, 1)), "1.2.3.4", modality="CR")
-    plain = read([path]).voxels
-    tags = module.dicom_tags
-    monkeypatch.setattr(module, "dicom_tags", lambda p: tags(p) | {"photometric": "MONOCHROME1"})
-    np.testing.assert_array_equal(read([path]).voxels, plain.max() + plain.min() - plain)
+    sitk.WriteImage(image, str(tmp_path / "a.dcm"))
+    found = read([tmp_path / "a.dcm"])
+    assert found.orientation == "unknown"
+    assert found.voxels.shape == (1, 1, 30, 40)
+    np.testing.assert_array_equal(found.voxels[0], pixels)
+    assert found.spacing[1:] == pytest.approx((0.2, 0.3))
+    assert header_spacing([tmp_path / "a.dcm"]) == pytest.approx(found.spacing)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp"])
@@ -228,6 +215,34 @@ def test_degenerate_affines_are_refused(tmp_path, broken):
     (tmp_path / "a.nii").write_bytes(raw)
     with pytest.raises(DataError, match="affine of the header"):
         read([tmp_path / "a.nii"])
+
+
+@pytest.mark.parametrize(
+    ("unit", "sides"), [("meter", 0.001), ("micron", 1000.0), ("mm", 1.0), (None, 1.0)]
+)
+def test_units_of_a_nifti_are_turned_into_mm(scans, tmp_path, unit, sides):
+    affine = OBLIQUE.copy()
+    affine[:3] *= sides
+    image = nibabel.Nifti1Image(scans.body(), affine)
+    image.header.set_xyzt_units(unit, "sec")
+    nibabel.save(image, tmp_path / "a.nii")
+    pixels = read([tmp_path / "a.nii"])
+    np.testing.assert_allclose(pixels.original_affine, OBLIQUE, rtol=1e-5, atol=1e-5)
+    assert sorted(pixels.spacing) == pytest.approx([0.9, 1.1, 2.4], rel=1e-4)
+    assert header_spacing([tmp_path / "a.nii"]) == pytest.approx(pixels.spacing)
+
+
+def test_a_degenerate_sform_gives_way_to_a_qform(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([1.0, 2, 3, 1]))
+    image.set_qform(OBLIQUE, 1)
+    nibabel.save(image, tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[280:328] = bytes(48)
+    (tmp_path / "a.nii").write_bytes(raw)
+    pixels = read([tmp_path / "a.nii"])
+    np.testing.assert_allclose(pixels.original_affine, OBLIQUE, atol=1e-4)
+    assert pixels.orientation == "SAR"
+    assert header_spacing([tmp_path / "a.nii"]) == pytest.approx(pixels.spacing)
 
 
 def test_complex_and_five_dimensional_files_are_refused(tmp_path):

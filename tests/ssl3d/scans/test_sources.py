@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl3d.data import lists
 from ssl3d.data.process import Recipe, Task, process
 from ssl3d.data.sources import Wanted, find, in_part
 from ssl3d.errors import DataError
@@ -191,6 +192,152 @@ def test_decathlon_folder_keeps_masks_names_and_modality(scans, tmp_path):
     assert {scan.dataset for scan in find([tmp_path / "Task09"], Wanted(dataset="mine")).scans} == {"mine"}
 
 
+def _json_listed(root, **described):
+    for name in ("a", "a2", "b", "b2", "m", "v", "t"):
+        (root / f"{name}.nii").touch()
+    (root / "dataset.json").write_text(json.dumps({"name": "D", **described}), encoding="utf-8")
+    return find([root], Wanted())
+
+
+def test_a_list_of_images_is_the_channels_of_one_scan(tmp_path):
+    entries = [{"image": ["a.nii", "a2.nii"], "label": "m.nii"}, {"image": ["b.nii", "b2.nii"]}]
+    found = _json_listed(tmp_path, training=entries)
+    assert [scan.channels for scan in found.scans] == [("channel0", "channel1")] * 2
+    assert [[f.name for (f,) in scan.files] for scan in found.scans] == [
+        ["a.nii", "a2.nii"],
+        ["b.nii", "b2.nii"],
+    ]
+    assert [scan.frames_are_channels for scan in found.scans] == [False, False]
+    assert found.scans[0].mask == tmp_path / "m.nii"
+    entries = [
+        *entries,
+        {"image": ["a.nii", "z.nii"]},
+        {"image": ["a.nii", "b.nii", "v.nii"]},
+        {"image": []},
+    ]
+    found = _json_listed(tmp_path, training=[*entries, {"label": 1}, 7], modality={"0": "T1", "1": "T2"})
+    assert [scan.channels for scan in found.scans] == [("T1", "T2")] * 2
+    without = "listed in dataset.json without the name of an image"
+    assert found.rejected == [
+        ("a.nii", "listed in dataset.json, no such file"),
+        ("a.nii", "3 images in dataset.json, which names 2 channels"),
+        ("{'image': []}", without),
+        ("{'label': 1}", without),
+        ("7", without),
+    ]
+
+
+def test_a_number_as_label_is_the_class(tmp_path):
+    labels = [1, 2.0, 2.5, "m.nii", [0, 1], None, "gone.nii"]
+    found = _json_listed(tmp_path, training=[{"image": "a.nii", "label": label} for label in labels[:1]])
+    assert [scan.label for scan in found.scans] == [1]
+    entries = [
+        {"image": f"{name}.nii", "label": label}
+        for name, label in zip(("a", "a2", "b", "b2", "v", "t", "m"), labels, strict=True)
+    ]
+    found = _json_listed(tmp_path, training=entries)
+    assert [scan.label for scan in found.scans] == [1, 2, 2.5, None, None]
+    assert [scan.mask and scan.mask.name for scan in found.scans] == [None, None, None, "m.nii", None]
+    assert found.rejected == [
+        ("v.nii", "its label in dataset.json is [0, 1]; expected a mask's file or one number"),
+        ("m.nii", "its mask gone.nii, listed in dataset.json, does not exist"),
+    ]
+
+
+def test_the_validation_part_of_a_list_is_one(tmp_path):
+    parts = {"training": [{"image": "a.nii"}], "test": ["t.nii"]}
+    assert [scan.split for scan in _json_listed(tmp_path, **parts).scans] == ["", ""]
+    found = _json_listed(tmp_path, **parts, validation=[{"image": "v.nii", "label": "m.nii"}])
+    assert [(scan.source, scan.split) for scan in found.scans] == [
+        ("a.nii", "train"), ("v.nii", "val"), ("t.nii", "test"),
+    ]  # fmt: skip
+    assert found.scans[1].mask == tmp_path / "m.nii"
+    found = find([tmp_path / "dataset.json"], Wanted())
+    assert len(found.scans) == 3
+    assert {path.name for path in lists.named_in_json(tmp_path / "dataset.json")} == {
+        "a.nii", "t.nii", "v.nii", "m.nii",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ({"0": "T1", "1": "T2", "10": "FLAIR", "2": "PD"}, ("T1", "T2", "PD", "FLAIR")),
+        ({"T2": 1, "T1": 0}, ("T1", "T2")),
+        ({"first": "T1", "second": "T2"}, ("T1", "T2")),
+    ],
+)
+def test_channels_may_be_named_by_number_or_number_by_name(tmp_path, channels, expected):
+    found = _json_listed(tmp_path, training=[{"image": "a.nii"}], channel_names=channels)
+    assert [scan.channels for scan in found.scans] == [expected]
+
+
+def test_boxes_in_a_list_of_masks_are_said_not_to_be_read(tmp_path):
+    entries = [{"image": "a.nii", "box": [[1, 2, 3, 4, 5, 6]], "label": [0]}]
+    found = _json_listed(tmp_path, training=entries)
+    assert [(scan.mask, scan.label) for scan in found.scans] == [(None, None)]
+    assert found.notes == [
+        "dataset.json: boxes of 1 scan not read: boxes are read from files named dataset_0.json and so on"
+    ]
+
+
+LINK = "a link to a file that is not here (get the data first: datalad get, git annex get)"
+
+
+def test_links_to_nothing_are_rejected_by_name(scans, tmp_path):
+    root = tmp_path / "d"
+    scans.nifti(root / "a.nii.gz", scans.body())
+    for name in ("b.nii.gz", "p/c.dcm", "p/IM001", "p/1.2.840.1", "notes.txt", "x.bval"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to("/nowhere/at/all")
+    found = find([root], Wanted())
+    assert [scan.source for scan in found.scans] == ["a.nii.gz"]
+    assert found.rejected == [(name, LINK) for name in ("b.nii.gz", "p/1.2.840.1", "p/IM001", "p/c.dcm")]
+    (root / "l.csv").write_text("path\na.nii.gz\nb.nii.gz\n", encoding="utf-8")
+    assert find([root / "l.csv"], Wanted()).rejected == [("b.nii.gz", f"line 3 of l.csv: {LINK}")]
+    with pytest.raises(DataError, match=r"b\.nii\.gz: a link to a file that is not here"):
+        find([root / "b.nii.gz"], Wanted())
+    nnunet = tmp_path / "n"
+    scans.nifti(nnunet / "imagesTr" / "x_0000.nii.gz", scans.body())
+    for name in ("imagesTr/y_0000.nii.gz", "labelsTr/x.nii.gz"):
+        (nnunet / name).parent.mkdir(exist_ok=True)
+        (nnunet / name).symlink_to("/nowhere/at/all")
+    (nnunet / "dataset.json").write_text('{"channel_names": {"0": "CT"}, "labels": {}}', encoding="utf-8")
+    assert sorted(find([nnunet], Wanted()).rejected) == [
+        ("imagesTr/y_0000.nii.gz", LINK),
+        ("labelsTr/x.nii.gz", LINK),
+    ]
+
+
+def test_a_link_as_the_source_keeps_its_name_and_its_place(scans, tmp_path):
+    annex = tmp_path / "study" / ".git" / "annex" / "objects"
+    scans.nifti(annex / "MD5E-s1--77.nii.gz", scans.body())
+    (annex / "MD5E-s1--78.csv").write_text("path,label\np1.nii.gz,1\n", encoding="utf-8")
+    (tmp_path / "study" / "p1.nii.gz").symlink_to(annex / "MD5E-s1--77.nii.gz")
+    (tmp_path / "study" / "l.csv").symlink_to(annex / "MD5E-s1--78.csv")
+    for source in ("p1.nii.gz", "l.csv"):
+        found = find([tmp_path / "study" / source], Wanted())
+        assert [(s.id, s.subject, s.source) for s in found.scans] == [("study/p1", "p1", "p1.nii.gz")]
+        assert found.rejected == []
+    # A link to a list elsewhere: its paths are from where it lies.
+    (tmp_path / "mine").mkdir()
+    (annex / "p1.nii.gz").symlink_to("MD5E-s1--77.nii.gz")
+    (tmp_path / "mine" / "list.csv").symlink_to(annex / "MD5E-s1--78.csv")
+    assert [s.subject for s in find([tmp_path / "mine" / "list.csv"], Wanted()).scans] == ["p1"]
+    assert list(lists.named_in(tmp_path / "mine" / "list.csv")) == [annex / "p1.nii.gz"]
+
+
+def test_links_to_a_folder_above_are_not_followed(scans, tmp_path):
+    scans.nifti(tmp_path / "d" / "p" / "a.nii.gz", scans.body())
+    scans.nifti(tmp_path / "e" / "b.nii.gz", scans.body())
+    (tmp_path / "d" / "loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "p" / "up").symlink_to(tmp_path)
+    (tmp_path / "d" / "p" / "self").symlink_to("self")
+    (tmp_path / "d" / "e").symlink_to(tmp_path / "e")
+    (tmp_path / "e" / "back").symlink_to(tmp_path / "d")
+    assert [scan.source for scan in find([tmp_path / "d"], Wanted()).scans] == ["e/b.nii.gz", "p/a.nii.gz"]
+
+
 def test_nnunet_suffixes_become_channels(scans, tmp_path):
     root = tmp_path / "Dataset001_X"
     for case, channels in (("a", (0, 1)), ("b", (0,))):
@@ -256,6 +403,12 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
     [
         (("1", "2"), [1, 2]),
         (("1", "2.5"), [1.0, 2.5]),
+        (("0.0", "1.0", ""), [0, 1, None]),
+        (("60.0", "61.5"), [60.0, 61.5]),
+        (("0,5", "1", "-2,25"), [0.5, 1.0, -2.25]),
+        (("1,0", "0,0"), [1, 0]),
+        (("1,2", "x"), ["1,2", "x"]),
+        (("1e400", "1"), ["1e400", "1"]),
         (("1", "x"), ["1", "x"]),
         (("nan", "1"), [None, 1]),
         (("1.5", "N/A", "", "2"), [1.5, None, None, 2.0]),
@@ -270,6 +423,33 @@ def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
     found = [scan.label for scan in find([tmp_path / "l.csv"], Wanted()).scans]
     assert found == expected
     assert [type(label) for label in found] == [type(label) for label in expected]
+
+
+def test_a_comma_in_a_cell_of_a_list_with_commas_is_a_set_of_classes(scans, tmp_path):
+    for i in range(2):
+        scans.nifti(tmp_path / f"{i}.nii.gz", scans.body())
+    (tmp_path / "l.csv").write_text('path,label\n0.nii.gz,"0,5"\n1.nii.gz,1\n', encoding="utf-8")
+    assert [scan.label for scan in find([tmp_path / "l.csv"], Wanted()).scans] == ["0,5", "1"]
+
+
+def test_a_word_among_numbers_is_named_with_its_line(scans, tmp_path):
+    for i in range(4):
+        scans.nifti(tmp_path / f"{i}.nii.gz", scans.body())
+    path = tmp_path / "l.csv"
+
+    def notes(*labels):
+        lines = "".join(f"{i}.nii.gz,s{i},{label}\n" for i, label in enumerate(labels))
+        path.write_text("path,subject,label\n" + lines, encoding="utf-8")
+        assert find([path], Wanted()).notes == find([tmp_path], Wanted()).notes[1:]
+        return find([path], Wanted()).notes
+
+    assert notes("1", "2", "unclear", "3.5") == [
+        "l.csv, line 4: the label 'unclear' is no number, so the other labels, which are numbers, are "
+        "names of classes too; correct it, or leave it empty"
+    ]
+    assert "line 3: the label 'a' and 1 more is no number" in notes("1", "a", "b", "2")[0]
+    for labels in (("a", "b", "c", "1"), ("1", "2", "", "3"), ("a", "b", "a", "b")):
+        assert notes(*labels) == []
 
 
 @pytest.mark.parametrize(
@@ -318,7 +498,8 @@ def test_what_of_a_list_is_not_used_is_said(scans, tmp_path):
         "l.csv: 1 line has more cells than the header; what is in those was not read (a delimiter within a "
         "cell needs quotes around it)",
     ]
-    assert find([path], Wanted()).notes == notes
+    subjects = "l.csv: no column subject: 3 subjects taken from the names of files and folders"
+    assert find([path], Wanted()).notes == [*notes, subjects]
     assert find([tmp_path], Wanted()).notes[1:] == notes
     path.write_text("path,patient,label\na.nii.gz,p,NA\nb.nii.gz,p,\nc.nii.gz,q,nan\n", encoding="utf-8")
     assert find([path], Wanted()).notes == ["l.csv: 2 labels of nan, NA, N/A or null: taken for none"]
@@ -332,6 +513,56 @@ def test_the_columns_of_boxes_beside_scans_are_used(scans, tmp_path):
         "path,x_mm,y_mm,z_mm,w_mm,h_mm,d_mm,class_name\na.nii.gz,5,5,5,4,4,4,node\n", encoding="utf-8"
     )
     assert not any("not used" in note for note in find([tmp_path], Wanted()).notes)
+
+
+def test_a_list_of_boxes_is_no_list_of_labels(scans, tmp_path):
+    for name in "ab":
+        scans.nifti(tmp_path / f"{name}.nii.gz", scans.body())
+    boxes = tmp_path / "boxes.csv"
+    lines = ["a,p,5,5,5,4,4,4,benign", "a,p,6,6,6,2,2,2,malignant", "b,q,5,5,5,4,4,4,benign"]
+    lines = [line.replace(",", ".nii.gz,", 1) + "\n" for line in lines]
+    boxes.write_text(
+        "path,patient,x_mm,y_mm,z_mm,w_mm,h_mm,d_mm,label\n" + "".join(lines), encoding="utf-8"
+    )
+    for source in (tmp_path, boxes):
+        found = find([source], Wanted())
+        assert [scan.label for scan in found.scans] == [None, None]
+        assert [scan.subject for scan in found.scans] == ["p", "q"]
+        assert [[box[6] for box in scan.world_boxes] for scan in found.scans] == [[1, 2], [1]]
+        assert "boxes.csv: boxes of 2 of 2 scans" in found.notes
+        assert found.rejected == []
+        assert not any("not used" in note for note in found.notes)
+    # Beside it, a list of labels is one, whichever comes first.
+    for name in ("aa.csv", "labels.csv"):
+        (tmp_path / name).write_text("path,subject,label\na.nii.gz,r,1\nb.nii.gz,s,0\n", encoding="utf-8")
+        found = find([tmp_path], Wanted())
+        assert [(scan.subject, scan.label) for scan in found.scans] == [("r", 1), ("s", 0)]
+        assert [len(scan.world_boxes) for scan in found.scans] == [2, 1]
+        listed = find([tmp_path / name], Wanted())
+        assert [scan.world_boxes for scan in listed.scans] == [None, None]
+        assert listed.notes == [
+            f"boxes.csv: tells of boxes, which were not read, as {name} is the source; give the folder "
+            f"({tmp_path}) as the source to have both"
+        ]
+        (tmp_path / name).unlink()
+
+
+def test_boxes_beside_a_list_that_are_of_other_scans_are_not_mentioned(scans, tmp_path):
+    scans.nifti(tmp_path / "a.nii.gz", scans.body())
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\nz.png,1,2,3,4\n", encoding="utf-8")
+    (tmp_path / "my_coco.json").write_text("{", encoding="utf-8")
+    (tmp_path / "l.csv").write_text("path,subject\na.nii.gz,p\n", encoding="utf-8")
+    assert find([tmp_path / "l.csv"], Wanted()).notes == []
+
+
+@pytest.mark.parametrize("part", ["lesion", "_lesion", "-Lesion."])
+@pytest.mark.parametrize("channels", [(), ("t1",)])
+def test_masks_are_found_with_and_without_the_line_before_their_part(tmp_path, part, channels):
+    for name in ("a_t1", "a_t1_lesion" if not channels else "a_lesion"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    found = find([tmp_path], Wanted(masks=part, channels=channels))
+    assert [scan.mask and "lesion" in scan.mask.name for scan in found.scans] == [True]
+    assert found.notes == []
 
 
 def test_masks_by_a_name_that_no_file_has_are_refused(scans, tmp_path):
@@ -359,7 +590,25 @@ def test_csv_may_name_dicom_folders(scans, tmp_path):
     (tmp_path / "l.csv").write_text("path,label\np1,sick\np2,well\n", encoding="utf-8")
     found = find([tmp_path / "l.csv"], Wanted())
     assert [(scan.subject, scan.label, len(scan.files[0])) for scan in found.scans] == [("X", "sick", 4)]
-    assert found.rejected == [("p2", "a folder with 2 DICOM series; list one per line")]
+    assert found.rejected == [
+        (
+            "p2",
+            "a folder with 2 DICOM series (s001.dcm and 3 more files, t001.dcm and 3 more files): move "
+            "each series to a folder of its own, and list the one that is meant",
+        )
+    ]
+    scans.dicom(tmp_path / "p3" / "a", scans.body((8, 8, 1)), "1.2.3.7")
+    scans.dicom(tmp_path / "p3" / "b", scans.body((8, 8, 2)), "1.2.3.8")
+    (tmp_path / "p4").mkdir()
+    (tmp_path / "l.csv").write_text("path,label\np3,sick\np4,well\n", encoding="utf-8")
+    assert find([tmp_path / "l.csv"], Wanted()).rejected == [
+        (
+            "p3",
+            "a folder with 2 DICOM series (a/s001.dcm and 0 more files, b/s001.dcm and 1 more file): list "
+            "these folders instead, a line each",
+        ),
+        ("p4", "a folder without a DICOM series; a line names one file, or the folder of one series"),
+    ]
 
 
 def test_a_list_beside_the_scans_is_used(scans, tmp_path):

@@ -325,3 +325,66 @@ def test_a_card_that_calls_a_file_its_architecture_runs_nothing(one, phantoms, s
         with pytest.raises(CheckpointError):
             ssl3d.load_encoder(run.folder)
     assert not ran.exists()
+
+
+# What goes wrong in it ----------------------------------------------------------------------------
+
+
+def test_a_proxy_that_fails_at_once_ends_with_workers_too(one, phantoms, tmp_path):
+    """Workers wait for the next batch then, and a program's end waits for them."""
+    text = one.read_text(encoding="utf-8").replace("    def forward(", "    def forward(self, *given):\n"
+        "        raise KeyError('mine')\n\n    def other(", 1)  # fmt: skip
+    one.write_text(text, encoding="utf-8")
+    words = ["--data", phantoms, "--steps", 3, "--workers", 1, "--out", tmp_path / "run"]
+    status, _, error = ssl3d_says("pretrain", "--proxy", one, *words, "--encoder", "resnet10",
+                                  "--resnet10.width", 8)  # fmt: skip
+    assert status == 1 and "KeyError: 'mine'" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("return loss", "forward returned a Tensor, not StepOutput(loss, metrics)"),
+        ("return StepOutput(loss[None].repeat(2))", "the loss that forward returned is of shape (2,)"),
+        ("return StepOutput(loss, {'error': 1.0})", "error that forward returned is float, not a scalar"),
+    ],
+)
+def test_what_forward_returns_is_checked(one, phantoms, tmp_path, capsys, line, told):
+    text = one.read_text(encoding="utf-8")
+    one.write_text(
+        text.replace("return StepOutput(", f"{line}\n        return StepOutput("), encoding="utf-8"
+    )
+    words = [
+        "pretrain",
+        "--proxy",
+        str(one),
+        "--data",
+        phantoms,
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert cli.main([*words, "--encoder", "resnet10", "--resnet10.width", "8", "--workers", "0"]) == 1
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_proxy_says_while_drawing_is_one_line(one, phantoms, tmp_path, capsys, workers):
+    text = one.read_text(encoding="utf-8").replace("        size = (config.size,) * 3\n", "        "
+        "from ssl3d.errors import UsageError\n        raise UsageError('tiny: mine')\n", 1)  # fmt: skip
+    one.write_text(text, encoding="utf-8")
+    words = ["--proxy", str(one), "--data", phantoms, "--steps", "2", "--out", str(tmp_path / "r")]
+    words += ["--encoder", "resnet10", "--resnet10.width", "8", "--workers", str(workers)]
+    assert cli.main(["pretrain", *words]) == 2
+    said = capsys.readouterr().err
+    assert "tiny: mine" in said and "Traceback" not in said and "Caught" not in said
+
+
+def test_one_number_in_a_batch_norm_says_what_to_do(one, phantoms, tmp_path, capsys):
+    words = ["--proxy", str(one), "--data", phantoms, "--steps", "2", "--out", str(tmp_path / "r")]
+    words += ["--encoder", "resnet10", "--resnet10.width", "8", "--workers", "0", "--batch-size", "1"]
+    assert cli.main(["pretrain", *words]) == 1
+    said = capsys.readouterr().err
+    assert "batch norm has one number per channel" in said and "larger crops" in said
+    assert "Traceback" not in said

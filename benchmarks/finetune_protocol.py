@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -258,3 +260,15 @@ def task_class(name: str) -> type[FinetuneTask]:
     module, _, kind = TASKS[name].partition(":")
     found: type[FinetuneTask] = getattr(importlib.import_module(module), kind)
     return found
+
+
+def file_name(volume: Volume) -> str:
+    """Of a volume's prediction, without suffix: data set and id, another for every volume.
+
+    What a file name should not hold becomes `_`; a hash then keeps `p1/t1` and `p1_t1` apart.
+    """
+    # Ids of several data sets in one store begin with the data set's name.
+    own = volume.id.removeprefix(f"{volume.dataset}/")
+    words = re.sub(r"[^\w.=+-]", "_", own)
+    name = re.sub(r"[^\w.=+-]+", "_", f"{volume.dataset}_{words}").strip("_")
+    return name if words == own else f"{name}-{hashlib.sha256(own.encode()).hexdigest()[:6]}"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import DataError
-from ssl3d_benchmarks.linear_probe import POOLING, LinearProbe
+from ssl3d_benchmarks.linear_probe_protocol import POOLING, LinearProbe
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Contestant

@@ -1,0 +1,203 @@
+"""Whose a scan is: the same from a folder, a list and as channels, and never one person as two."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ssl3d.data.sources import Wanted, find
+
+
+def laid_out(root, *names):
+    """Empty files: only their names are looked at."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def subjects(source, **wanted):
+    return {scan.source: scan.subject for scan in find([source], Wanted(**wanted)).scans}
+
+
+def listed(root, names, path=None, lines=None):
+    """A list without a column `subject`."""
+    path = path or root / "l.csv"
+    path.write_text("path\n" + "".join(f"{line}\n" for line in lines or names), encoding="utf-8")
+    return path
+
+
+LAYOUTS = {
+    "sequences in a folder": {"p1/t1.nii.gz": "p1", "p1/t2.nii.gz": "p1", "p2/t1.nii.gz": "p2"},
+    "BIDS": {
+        "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": "sub-01",
+        "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz": "sub-01",
+        "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz": "sub-02",
+    },
+    "ACDC": {
+        "patient001/patient001_frame01.nii.gz": "patient001",
+        "patient001/patient001_frame12.nii.gz": "patient001",
+        "patient002/patient002_frame01.nii.gz": "patient002",
+        "patient002/patient002_4d.nii.gz": "patient002",
+    },
+    "ACDC, below training and testing": {
+        f"{part}/patient{n:03d}/patient{n:03d}_frame{frame:02d}.nii.gz": f"patient{n:03d}"
+        for part, people in (("training", (1, 2)), ("testing", (101, 102)))
+        for n in people
+        for frame in (1, 9)
+    },
+    "one number in two hospitals": {
+        f"{place}/p01/p01_frame{frame}.nii": f"{place}/p01"
+        for place in ("north", "south")
+        for frame in (1, 2)
+    }
+    | {f"{place}/p02/p02_frame1.nii": f"{place}/p02" for place in ("north", "south")},
+    "visits": {
+        f"p{n}/{visit}/t1.nii.gz": f"p{n}" for n in (1, 2) for visit in ("baseline", "follow-up", "visit_3")
+    },
+    "named visits": {
+        f"p{n}/{visit}/p{n}_{visit}_t1.nii.gz": f"p{n}" for n in (1, 2) for visit in ("baseline", "week4")
+    },
+    "a folder per sequence": {f"{kind}/{n}.nii.gz": str(n) for kind in ("t1", "flair") for n in (1, 2)},
+    "MSD": {f"imagesTr/liver_{n}.nii.gz": f"liver_{n}" for n in range(4)},
+    "organs": {f"{organ}/{organ}_{n}.nii": f"{organ}_{n}" for organ in ("liver", "lung") for n in range(4)},
+    "LiTS": {f"liver/volume-{n}.nii": f"volume-{n}" for n in range(4)},
+    "sites": {f"site{k}/site{k}_{n:03d}.nii": f"site{k}_{n:03d}" for k in (1, 2) for n in range(4)},
+    "sites with people": {f"c{k}/c{k}_case{n}.nii": f"c{k}_case{n}" for k in (1, 2) for n in range(4)},
+    "many in few folders": {
+        f"lung{k}/lung{k}_{n:03d}.nii": f"lung{k}_{n:03d}" for k in (1, 2) for n in range(12)
+    },
+    "a folder alone": {f"lung1/lung1_{n}.nii": f"lung1_{n}" for n in range(3)},
+    "several images in folders of groups": {
+        f"{images}/case_{n}.nii": f"{images}/case_{n}"
+        for images in ("imagesTr", "imagesTs")
+        for n in (1, 2)
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_has_the_same_subjects_as_a_folder_and_as_a_list(layout, tmp_path):
+    expected = LAYOUTS[layout]
+    root = laid_out(tmp_path / "d", *expected)
+    assert subjects(root) == expected
+    assert subjects(listed(root, expected)) == expected
+
+
+def test_a_list_may_lie_elsewhere_and_move_with_its_scans(tmp_path):
+    names = ["p1/t1.nii.gz", "p1/t2.nii.gz", "p2/t1.nii.gz"]
+    for place in ("a", "b"):
+        root = laid_out(tmp_path / place / "d", *names)
+        for lines in ([f"../d/{name}" for name in names], [str(root / name) for name in names]):
+            (tmp_path / place / "lists").mkdir(exist_ok=True)
+            path = listed(root, names, tmp_path / place / "lists" / "l.csv", lines)
+            assert [scan.subject for scan in find([path], Wanted()).scans] == ["p1", "p1", "p2"]
+        # All of one person: the folder is still the person.
+        path = listed(root, names, path, [f"../d/{name}" for name in names[:2]])
+        assert [scan.subject for scan in find([path], Wanted()).scans] == ["p1", "p1"]
+
+
+def test_where_the_subjects_of_a_list_come_from_is_said(scans, tmp_path):
+    laid_out(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz")
+    path = listed(tmp_path, ["a.nii.gz", "b.nii.gz", "c.nii.gz"])
+    names = "taken from the names of files and folders"
+    assert find([path], Wanted()).notes == [f"l.csv: no column subject: 3 subjects {names}"]
+    path.write_text("path,subject\na.nii.gz,p\nb.nii.gz,\nc.nii.gz,\n", encoding="utf-8")
+    found = find([path], Wanted())
+    assert found.notes == [f"l.csv: no subject in 2 lines: 2 subjects {names}"]
+    assert [scan.subject for scan in found.scans] == ["p", "b", "c"]
+    path.write_text("path,subject\na.nii.gz,p\nb.nii.gz,p\n", encoding="utf-8")
+    assert find([path], Wanted()).notes == []
+
+
+def test_the_patient_of_listed_dicom_files_is_the_subject(scans, tmp_path):
+    files = [
+        scans.dicom(tmp_path, scans.body((8, 8, 1)), f"1.2.{k}", patient=f"P{k // 2}", prefix=f"im{k}_")[0]
+        for k in range(4)
+    ]
+    path = listed(tmp_path, [file.name for file in files])
+    found = find([path], Wanted())
+    assert [scan.subject for scan in found.scans] == ["P0", "P0", "P1", "P1"]
+    assert [scan.modality for scan in found.scans] == ["MR"] * 4
+    assert found.notes == ["l.csv: no column subject: 2 subjects taken from DICOM's PatientID"]
+    scans.dicom(tmp_path, scans.body((8, 8, 1)), "1.2.9", modality="SEG", prefix="seg")
+    (tmp_path / "bad.dcm").write_bytes(b"no")
+    listed(tmp_path, [], path, [next(tmp_path.glob("seg*")).name, "bad.dcm"])
+    reasons = [reason for _, reason in find([path], Wanted()).rejected]
+    assert reasons == [
+        "DICOM, but not a scan (a segmentation, a plan or a report)",
+        "not readable as DICOM",
+    ]
+
+
+def test_natural_pictures_of_a_list_are_each_their_own(tmp_path):
+    names = [f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(2)]
+    path = listed(laid_out(tmp_path, *names), names)
+    assert subjects(path, colour="rgb") == {name: name.removesuffix(".png") for name in names}
+
+
+CHANNELS = {
+    "visits": {f"p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("baseline", "followup")},
+    "visits by letter": {f"p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2, 3) for visit in ("a", "b")},
+    "visits by date": {f"p{n}/2019-0{n}-0{day}/{{c}}.nii": f"p{n}" for n in (1, 2, 3) for day in (1, 2)},
+    "visits above": {f"{visit}/p{n}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("ses-1", "ses-2")},
+    "visits below, without BIDS": {f"p{n}/ses-{k}/{{c}}.nii": f"p{n}" for n in (1, 2) for k in (1, 2)},
+    "a folder above all": {f"all/p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("a", "b")},
+    "sequences above": {f"{{c}}/p{n}/scan.nii": f"p{n}" for n in (1, 2)},
+    "sequences between": {f"p{n}/{{c}}/image.nii": f"p{n}" for n in (1, 2)},
+    "kinds above": {f"anat/p{n}_{{c}}.nii": f"p{n}" for n in (1, 2)},
+    "splits": {f"{part}/{part}_{n}/{{c}}.nii": f"{part}_{n}" for part in ("train", "test") for n in (1, 2)},
+    "sites": {f"site{k}/p{k}{n}/{{c}}.nii": f"p{k}{n}" for k in (1, 2) for n in (1, 2)},
+    "hospitals": {
+        f"{place}/{place[0]}{n}/{{c}}.nii": f"{place[0]}{n}" for place in ("bern", "jena") for n in range(9)
+    },
+    "BraTS": {f"hgg/b_{n}/b_{n}_{{c}}.nii": f"b_{n}" for n in range(3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", CHANNELS)
+def test_channels_belong_to_the_person_and_not_to_the_visit(layout, tmp_path):
+    expected = CHANNELS[layout]
+    laid_out(tmp_path, *(name.format(c=c) for name in expected for c in ("t1", "flair")))
+    found = find([tmp_path], Wanted(channels=("t1", "flair")))
+    assert len(found.scans) == len(expected) == len({scan.id for scan in found.scans})
+    assert {scan.source: scan.subject for scan in found.scans} == {
+        name.format(c="t1"): subject for name, subject in expected.items()
+    }
+
+
+def test_a_map_of_one_frame_is_not_that_of_the_patients_other_frames(tmp_path):
+    laid_out(
+        tmp_path,
+        *(f"p{n}/p{n}_frame{k}.nii" for n in (1, 2) for k in (1, 2)),
+        "p1/p1_frame1_gt.nii",
+        "p2/p2_gt.nii",
+    )
+    masks = {s.source: s.mask and s.mask.name for s in find([tmp_path], Wanted(masks="gt")).scans}
+    assert masks == dict.fromkeys(("p1/p1_frame2.nii", "p2/p2_frame1.nii", "p2/p2_frame2.nii")) | {
+        "p1/p1_frame1.nii": "p1_frame1_gt.nii"
+    }
+
+
+def test_entries_of_a_dataset_json_with_equal_names_are_not_one_person(tmp_path):
+    laid_out(tmp_path, "p1/t1.nii", "p1/t2.nii", "p2/t1.nii")
+    entries = [{"image": name} for name in ("p1/t1.nii", "p1/t2.nii", "p2/t1.nii")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "D", "training": entries}), encoding="utf-8")
+    found = find([tmp_path], Wanted())
+    assert [(scan.id, scan.subject) for scan in found.scans] == [
+        ("D/p1/t1", "p1"),
+        ("D/p1/t2", "p1"),
+        ("D/p2/t1", "p2"),
+    ]
+
+
+def test_a_subject_in_two_splits_is_named(tmp_path):
+    laid_out(tmp_path, "a.nii", "b.nii", "c.nii", "d.nii")
+    (tmp_path / "l.csv").write_text(
+        "path,subject,split\na.nii,p,train\nb.nii,p,test\nc.nii,q,train\nd.nii,q,\n", encoding="utf-8"
+    )
+    assert find([tmp_path / "l.csv"], Wanted()).notes == [
+        "1 subject with scans in several splits: p (test, train); the house split puts all scans of a "
+        "subject into the one furthest from training"
+    ]
