@@ -81,7 +81,8 @@ def _rescale(group: Dataset, shared: Dataset | None) -> tuple[float, float]:
 def _told(group: Dataset, shared: Dataset | None, sequence: str, name: str) -> tuple[float, ...]:
     """Numbers of the frame's own group, else of the one that all frames share; none in neither."""
     for place in (group, shared):
-        found: Any = next(iter(place.get(sequence) or ()), {}).get(name) if place is not None else None
-        if found is not None and found != "":
-            return tuple(map(float, found if hasattr(found, "__iter__") else (found,)))
+        for item in (place.get(sequence) or ()) if place is not None else ():
+            found: Any = item.get(name)
+            if found is not None and found != "":
+                return tuple(map(float, found if hasattr(found, "__iter__") else (found,)))
     return ()
