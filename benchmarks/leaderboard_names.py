@@ -80,7 +80,7 @@ def _relation(arm: Arm, table: Table) -> str:
 
 def _words_of(arm: Arm, what: str) -> str:
     """A part of the recipe of pretraining in words; empty where the records do not say."""
-    recipe: Mapping[str, Any] = next((one.recipe for one in arm.records() if one.recipe), {})
+    recipe: Mapping[str, Any] = max((one.recipe for one in arm.records()), key=len)
     found = recipe.get(what)
     if not found:
         return ""

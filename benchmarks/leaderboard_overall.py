@@ -177,7 +177,7 @@ def _identities(boards: Sequence[Board]) -> dict[int, Any]:
             about = arm.first.arm
             pool = arm.first.result.contestant.get("pool")
             how = (arm.kind, arm.first.recalibrated, pool, network_of(arm))
-            recipe = str(sorted(arm.first.recipe.items()))
+            recipe = str(sorted(max((one.recipe for one in arm.records()), key=len).items()))
             clues: list[Any] = [("training", about, recipe)]
             if arm.kind == "pretrained":
                 digests = {str(one.result.contestant["digest"]) for one in arm.records()}

@@ -130,11 +130,11 @@ class Read:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """How it was pretrained, beside what `arm` has; empty where the record is too old to say."""
+        """How it was pretrained, beside what `arm` has, as far as the record says: old ones say less."""
         if self.kind != "pretrained" or "batch_size" not in self.pretraining:
             return {}
-        found = {key: self.pretraining.get(key) for key in RECIPE}
-        if isinstance(found["init"], Mapping):
+        found = {key: self.pretraining[key] for key in RECIPE if key in self.pretraining}
+        if isinstance(found.get("init"), Mapping):
             start = str(found["init"].get("from", ""))
             # Every seed may start from a run of its own seed.
             told = start if start.startswith(("imagenet:", "scratch:")) else self._without_seed(start)
@@ -170,18 +170,28 @@ class Read:
 def contestants_of(rows: Iterable[Read]) -> list[list[Read]]:
     """Records by contestant; its seeds, subsets and repetitions stay together.
 
-    A record that is too old to tell its recipe goes with those that do, where they all have the same.
+    A record that is too old to tell its whole recipe goes with those that do, where those that agree with
+    what it tells all have the same.
     """
     alike: dict[tuple[Any, ...], dict[str, list[Read]]] = {}
     for one in rows:
-        recipe = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else ""
+        recipe = json.dumps(one.recipe, sort_keys=True, default=str)
         alike.setdefault(one.arm, {}).setdefault(recipe, []).append(one)
     found: list[list[Read]] = []
     for by_recipe in alike.values():
-        if len(by_recipe) == 2 and "" in by_recipe:
-            found.append([one for same in by_recipe.values() for one in same])
-        else:
-            found += by_recipe.values()
+        groups: list[list[Read]] = []
+        for same in sorted(by_recipe.values(), key=lambda group: -len(group[0].recipe)):
+            told = same[0].recipe
+            fuller = [
+                group
+                for group in groups
+                if len(told) < len(group[0].recipe) and told.items() <= group[0].recipe.items()
+            ]
+            if len(fuller) == 1:
+                fuller[0].extend(same)
+            else:
+                groups.append(same)
+        found += groups
     return found
 
 

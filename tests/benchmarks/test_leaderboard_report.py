@@ -597,9 +597,15 @@ def test_another_beginning_is_another_contestant_and_every_seed_may_have_its_own
 
 
 def test_a_record_too_old_to_tell_its_recipe_is_a_seed_of_those_that_do(tmp_path):
-    rows = [record("runs/simclr-0"), trained(record("runs/simclr-1"), batch_size=8, seed=1)]
+    rows = [record("runs/simclr-0"), trained(record("runs/simclr-1"), batch_size=8, lr=0.1, seed=1)]
     found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
     assert found["simclr"].seeds == 2
+    less = trained(record("runs/simclr-2"), batch_size=8, seed=2)
+    found = arms(read_report([write(tmp_path, [less])], resamples=100))
+    assert found["simclr"].seeds == 3
+    other = trained(record("runs/simclr-3"), batch_size=8, seed=3, lr=0.5)  # now it may be of either
+    found = arms(read_report([write(tmp_path, [other])], resamples=100))
+    assert sorted(arm.seeds for name, arm in found.items() if name.startswith("simclr")) == [1, 1, 1, 1]
 
 
 def test_what_a_checkpoint_says_of_its_beginning_and_recipe_is_in_the_record(tmp_path):
