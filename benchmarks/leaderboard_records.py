@@ -145,7 +145,10 @@ class Read:
     def arm(self) -> tuple[Any, ...]:
         """What is the same for the seeds of one contestant, but for its recipe."""
         who = self.result.contestant
-        same = {key: self.pretraining.get(key) for key in ("proxies", "steps", "patch", "data")}
+        same = {key: self.pretraining.get(key) for key in ("proxies", "steps", "patch")}
+        # Which volumes they were, the digest says; how they were chosen, old records do not.
+        data = self.pretraining.get("data") or {}
+        same["data"] = {key: value for key, value in data.items() if key != "chosen_by"}
         about = [self.kind, who.get("group"), self.recalibrated, who.get("pool"), self.share, self.stem]
         if self.kind == "scratch":
             about[-1] = ""
