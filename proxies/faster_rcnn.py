@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +15,7 @@ from ssl3d.api import (
     DetectionPass,
     DetectionProxy2d,
     DetectionTargets,
+    evaluating,
 )
 
 if TYPE_CHECKING:
@@ -123,12 +122,12 @@ class FasterRCNN(DetectionProxy2d):
             first = detector.propose(levels, size, targets, rng)
             return DetectionPass(first.losses, first.boxes, levels, reads=False)
         if phase == 2:
-            with torch.no_grad(), _still(self.second):
+            with torch.no_grad(), evaluating(self.second):
                 first = detector.propose(self._second_levels(images), size)
             levels = detector.levels(self.encoder(images))
             losses = detector.refine(levels, size, first.boxes, targets, rng)
             return DetectionPass(losses, first.boxes, levels)
-        with torch.no_grad(), _still(self.encoder), _still(detector.pyramid):
+        with torch.no_grad(), evaluating(self.encoder), evaluating(detector.pyramid):
             levels = detector.levels(self.encoder(images))
         if phase == 3:
             first = detector.propose(levels, size, targets, rng)
@@ -188,15 +187,3 @@ def _fill(parameters: list[nn.Parameter], values: Tensor) -> None:
     for parameter in parameters:
         parameter.copy_(values[at : at + parameter.numel()].view_as(parameter))
         at += parameter.numel()
-
-
-@contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards every part of it is in the mode it was in."""
-    modes = [(one, one.training) for one in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for one, mode in modes:
-            one.training = mode

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from ssl3d.api import (
     augment,
     default_prototypes,
     draw_crop,
+    evaluating,
     gather,
     lay_flat,
     projection_head,
@@ -371,7 +371,7 @@ class IntraInter(Proxy):
         weights = self._weights()
         views = [augment_stack(config, group, each) for group, each in zip(groups, rngs, strict=True)]
         if self._frozen():
-            with torch.no_grad(), _still(self.encoder):
+            with torch.no_grad(), evaluating(self.encoder):
                 embedded = encode(self.encoder, views)
         else:
             embedded = encode(self.encoder, views)
@@ -560,7 +560,7 @@ class IntraInter(Proxy):
     def _fill(self, loader: Any) -> None:
         """Writes every volume and image into the memory banks; each rank embeds its share."""
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {"intra": [], "inter": []}
-        with _still(self):
+        with evaluating(self):
             for groups in loader:
                 for whole in groups:
                     group = {name: shard(value) for name, value in whole.items()}
@@ -805,18 +805,6 @@ def encode(encoder: Encoder, views: Sequence[Tensor]) -> list[Tensor]:
         for n, part in zip(same, embedded, strict=True):
             found[n] = part.unflatten(0, views[n].shape[:3])
     return [found[n] for n in range(len(views))]
-
-
-@contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards every part of it is in the mode it was in."""
-    modes = [(one, one.training) for one in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for one, mode in modes:
-            one.training = mode
 
 
 def _longest(views: Sequence[Tensor]) -> int:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, DataError
+from ssl3d.modes import evaluating
 
 AXES = "DHW"
 
@@ -195,14 +196,9 @@ class SliceAggregator(nn.Module):
         flat, slab = self.lay_flat(volume), 1 if volume.shape[1] == 1 else config.slab
         embeddings = embed_slices(encoder, flat, slab, config.plane, 0.5, batch, autocast)
         embeddings = embeddings.to(next(self.parameters()).device)
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self):
             stacks = interleaved(len(embeddings), config.slices)
             pooled = torch.stack([self(embeddings[list(stack)][None])[1][0] for stack in stacks])
-        finally:
-            for part, training in modes:
-                part.training = training
         return F.normalize(pooled.mean(dim=0), dim=0).to(volume.device)
 
     def lay_flat(self, volume: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ if TYPE_CHECKING:
     from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
     from ssl3d.losses import nt_xent as nt_xent
     from ssl3d.losses import uniformity as uniformity
+    from ssl3d.modes import evaluating as evaluating
     from ssl3d.monitor import duration as duration
     from ssl3d.options import request_of as request_of
     from ssl3d.permutations import PermutationSet as PermutationSet
@@ -193,6 +194,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "seed_of": "rng",
+    "evaluating": "modes",
     "lone_values": "trainee",
     "TrainingError": "errors",
     "peak_memory": "device",

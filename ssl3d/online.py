@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl3d.errors import DataError
+from ssl3d.modes import evaluating
 from ssl3d.trainee import Group, Reducer, groups_to
 
 if TYPE_CHECKING:
@@ -22,19 +22,6 @@ VOLUMES = 128
 """Most volumes embedded for the kNN score, of each side."""
 BATCHES = 4
 """Most batches of held-out subjects per look."""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
-    modes = [(one, one.training) for one in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for one, mode in modes:
-            one.training = mode
 
 
 def held_out(
@@ -53,7 +40,7 @@ def held_out(
     """
     parts: list[dict[str, tuple[Tensor, int]]] = []
     pictures: dict[str, Callable[[], Figure]] = {}
-    with evaluating(module):
+    with evaluating(module), torch.no_grad():
         for number, groups in enumerate(batches):
             _, sums = module("loss", groups_to(groups, device), f"holdout {number}")
             parts.append(sums.values)
@@ -79,7 +66,7 @@ def embed_centres(
         most: See `data`.
     """
     found, labels = [torch.zeros(0)], []
-    with evaluating(module):
+    with evaluating(module), torch.no_grad():
         for volume in spread(data, most):
             try:
                 crops = centre_crops(volume, patch).to(device)

@@ -14,7 +14,8 @@ from torch import nn
 
 from ssl3d import device
 from ssl3d.errors import UsageError
-from ssl3d.online import evaluating, knn_accuracy, spread_of
+from ssl3d.modes import evaluating
+from ssl3d.online import knn_accuracy, spread_of
 from ssl3d.optim import build_optimizer, lr_at, without_decay
 from ssl3d.options import PretrainOptions
 from ssl3d.selection import select
@@ -284,7 +285,7 @@ def test_evaluation_puts_modes_back():
     module.train()
     module[1].eval()
     with evaluating(module):
-        assert not module.training and not torch.is_grad_enabled()
+        assert not any(part.training for part in module.modules())
     assert module[0].training and not module[1].training
 
 
