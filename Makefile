@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# What the environment takes, so that a full disk is told before minutes of installing
+VENV_MB ?= 6600
 # A small demo for CI: make demo DEMO=small
 DEMO   ?= full
 
@@ -18,6 +20,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=, such as make test PYTHON=python3.12" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; ok = (3, 11) <= v < (3, 14); ok or print("make: ssl3d needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is %d.%d; choose one with PYTHON=, such as make test PYTHON=python3.11" % v[:2], file=sys.stderr); sys.exit(0 if ok else 2)'
+	@test -x $(BIN)/python || { free=$$(df -Pk "$(dir $(abspath $(VENV)))" | awk 'NR == 2 { print int($$4 / 1024) }'); test "$$free" -ge $(VENV_MB) || { echo "make: $$free MB free where $(VENV) goes, and the environment takes $(VENV_MB) MB (most of it torch with CUDA): make room, or put it on another disk with VENV=/there/venv" >&2; exit 2; }; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=strict -e ".[dev]"
 	@touch $@

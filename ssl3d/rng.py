@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +22,16 @@ def numpy_rng(*parts: object) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed_of(*parts)))
 
 
+_AT_ONCE = 2**22  # numbers; those of a draw that is larger are made by so many, not all at one time
+
+
 class BatchRng:
     """Random numbers for the examples of one group of a batch, on the device.
 
     Every method returns one draw per example, first axis B. The draw is made for the whole global
     batch and this rank keeps the rows of its own examples, so a run over many ranks sees the numbers
-    of the run over one.
+    of the run over one. Large draws, such as a number per voxel, are made part by part: a rank holds
+    its own rows and one part.
 
     Args:
         seed: Of this step.
@@ -39,24 +44,46 @@ class BatchRng:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.total = total
-        self._all = list(rows) == list(range(total))
-        self._rows = torch.as_tensor(list(rows), device=self.device)
+        self._rows = list(rows)
+        self._whole = self._rows == list(range(total))
+        self._index = torch.as_tensor(self._rows, dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
         """The number of examples B."""
         return len(self._rows)
 
-    def _keep(self, drawn: Tensor) -> Tensor:
-        return drawn if self._all else drawn[self._rows]
+    def _draw(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """The rows of this rank of a draw of shape (total, *shape), made by `fill` in place."""
+        each = math.prod(shape)
+
+        def part(rows: int) -> Tensor:
+            return fill(torch.empty(rows, *shape, dtype=dtype, device=self.device))
+
+        if self.total * each <= _AT_ONCE:
+            drawn = part(self.total)
+            return drawn if self._whole else drawn[self._index]
+        # Whole sixteens of rows: the CPU makes normal numbers by sixteen, so the parts are those of one large draw.
+        step = max(1, _AT_ONCE // each // 16 * 16 or _AT_ONCE // each)
+        drawn = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
+        for start in range(0, self.total, step):
+            stop = min(start + step, self.total)
+            if self._whole:
+                fill(drawn[start:stop])
+                continue
+            made = part(stop - start)
+            for at, row in enumerate(self._rows):
+                if start <= row < stop:
+                    drawn[at] = made[row - start]
+        return drawn
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high), shape (B, *shape)."""
-        drawn = torch.rand(self.total, *shape, generator=self.generator, device=self.device)
-        return self._keep(drawn) * (high - low) + low
+        drawn = self._draw(shape, lambda x: x.uniform_(generator=self.generator), torch.float32)
+        return drawn * (high - low) + low
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, shape (B, *shape)."""
-        return self._keep(torch.randn(self.total, *shape, generator=self.generator, device=self.device))
+        return self._draw(shape, lambda x: x.normal_(generator=self.generator), torch.float32)
 
     def chance(self, p: float, *shape: int) -> Tensor:
         """True with probability `p`, shape (B, *shape)."""
@@ -64,9 +91,7 @@ class BatchRng:
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers in [low, high), shape (B, *shape), int64."""
-        return self._keep(
-            torch.randint(low, high, (self.total, *shape), generator=self.generator, device=self.device)
-        )
+        return self._draw(shape, lambda x: x.random_(low, high, generator=self.generator), torch.int64)
 
     def permutation(self, n: int) -> Tensor:
         """A random order of n items per example, shape (B, n), int64."""
