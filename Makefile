@@ -12,6 +12,9 @@ FOLDERS := $(shell find ssl3d proxies benchmarks -type d -not -name __pycache__ 
 
 .PHONY: setup test slow lint demo speed clean
 
+# Tests run in so many processes, each on one thread: a core for each, but no more than four (each may take 2 GB).
+TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); test "$$n" -lt 4 && echo "$$n" || echo 4)
+
 # Where the real scans are; the benchmarks make their own where there are none.
 DATA   ?= ../shared/data
 
@@ -26,7 +29,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
 	@touch $@
 
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
 slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
