@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, Protocol
 
@@ -23,7 +26,6 @@ from ssl3d.proxy import Proxy
 from ssl3d.rng import numpy_rng
 
 _RESERVED = ("index", "subject", "dataset")
-_ORPHANED = 60  # seconds that a worker lives on after it was asked to end
 _PATIENCE = 256  # volumes tried for one place before giving up
 
 Proxies = Mapping[str, tuple[type[Proxy], Any]]
@@ -188,6 +190,9 @@ class Loader:
         return Once(self, chosen, key, limit, shard)
 
     def _run(self, drawing: _Drawing, steps: Iterable[int]) -> Iterator[Batch]:
+        ending = RawValue("b", 0)
+        # A program that fails asks its workers once to end, and waits: they must know it from a preemption.
+        at_end = Finalize(None, setattr, (ending, "value", 1), exitpriority=0)
         loader = DataLoader(
             drawing,
             batch_size=None,
@@ -195,7 +200,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             pin_memory=self._pin,
-            worker_init_fn=_calm if self.workers else None,
+            worker_init_fn=functools.partial(_calm, ending) if self.workers else None,
             generator=torch.Generator(),  # else it takes a number from the global generator
         )
         batches = iter(loader)
@@ -211,6 +216,7 @@ class Loader:
                 yield batch
         finally:
             del batches  # ends the workers
+            at_end.cancel()
 
     def _note(self, batch: Batch) -> None:
         for name, reason in batch.failures.items():
@@ -382,13 +388,19 @@ def _stack(name: str, examples: Sequence[tuple[int, dict[str, Tensor], str]], to
     ]
 
 
-def _calm(_: int) -> None:
-    """Signals to the process group are the training loop's to answer: it saves, then ends the workers."""
+def _calm(ending: Any, _: int) -> None:
+    """Signals to the process group are the training loop's to answer: it saves, then ends the workers.
+
+    However long that takes: a worker that died meanwhile would take the main process with it.
+
+    Args:
+        ending: A byte shared with the main process; 1 once that is at its end.
+    """
 
     def once(signum: int, frame: FrameType | None) -> None:
+        if ending.value:
+            os._exit(0)
         signal.signal(signum, signal.SIG_DFL)
-        if hasattr(signal, "alarm"):  # a program that fails asks once at its end, and waits
-            signal.alarm(_ORPHANED)
 
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):

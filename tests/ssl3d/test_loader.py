@@ -378,6 +378,12 @@ SCRIPT = textwrap.dedent(
 )
 
 
+class Pid:
+    @classmethod
+    def draw(cls, config, volume, rng):
+        return {"pid": torch.tensor(os.getpid())}
+
+
 def start(data):
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(data.stores[0].path)],
@@ -416,6 +422,32 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_main_process(data, name
     finally:
         run.kill()
         run.communicate()
+
+
+FAILING = SCRIPT.partition("print(*pids")[0] + "batches.kept = 1 / 0"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_worker_asked_to_end_waits_for_a_main_process_that_takes_its_time(data, monkeypatch):
+    """A long step, or a large checkpoint, after SLURM's signal: a dead worker would break it off."""
+    monkeypatch.setattr("ssl3d.data.loader._ORPHANED", 1, raising=False)  # it died so long after the signal
+    batches = iter(Loader(data, {"pid": (Pid, None)}, 4, workers=1))
+    pid = next(batches).groups[0].tensors["pid"][0].item()
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(2.5)
+    assert alive(pid)
+    assert next(batches).groups[0].tensors["pid"][0].item() == pid
+    batches.close()
+    assert gone([pid], 10)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_workers_of_a_program_that_fails_end_at_once(data):
+    began = time.monotonic()
+    words = [sys.executable, "-c", FAILING, str(data.stores[0].path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert time.monotonic() - began < 45
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
