@@ -20,8 +20,8 @@ from ssl3d.data.normalize import modality_code
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom
-from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, walk
-from ssl3d.data.subjects import relative, split_of, subjects_of
+from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, in_class_folders, walk
+from ssl3d.data.subjects import person_of, relative, split_of, subjects_of
 from ssl3d.data.tables import NotText, Table, read_table, read_text
 from ssl3d.errors import DataError
 
@@ -88,9 +88,10 @@ def _from_listed(root: Path, wanted: Wanted, described: dict[str, Any], names: t
             continue
         boxes += "box" in told
         try:
-            files = [_listed_file(root, image, "") for image in images]
+            files = _listed_images(root, images, names)
             mask, label = (None, None) if "box" in told else _listed_label(root, told.get("label"))
-            found.scans.append(_listed_scan(dataset, root, files, mask, names, label, split))
+            case = stem_of(Path(images[0]))
+            found.scans.append(_listed_scan(dataset, case, root, files, mask, names, label, split))
         except DataError as error:
             found.rejected.append((str(images[0]), str(error)))
     first = [scan.files[0][0] for scan in found.scans]
@@ -144,8 +145,35 @@ def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | No
     raise DataError(f"its label in dataset.json is {str(label)[:40]}; expected a mask's file or one number")
 
 
+def _listed_images(root: Path, images: Sequence[str], names: Sequence[str]) -> list[Path]:
+    """The files of an entry: as listed, or the channels of a case of which the name alone is listed.
+
+    So does nnU-Net's first version: la_003.nii.gz stands for la_003_0000.nii.gz, la_003_0001.nii.gz.
+
+    Raises:
+        DataError: One is not there.
+    """
+    first = root / images[0]
+    if len(images) == 1 and not first.exists():
+        ending = suffix_of(first)
+        beside = sorted(first.parent.iterdir()) if first.parent.is_dir() else []
+        parts = [
+            re.fullmatch(r"(.+)_(\d{4})", stem_of(path)) for path in beside if suffix_of(path) == ending
+        ]
+        numbers = [int(part[2]) for part in parts if part and part[1] == stem_of(first)]
+        if numbers and numbers == list(range(max(len(names), 1))):
+            return [first.with_name(f"{stem_of(first)}_{number:04d}{ending}") for number in numbers]
+        if numbers:
+            raise DataError(
+                f"listed in dataset.json, which names {count_of(len(names), 'channel')}; there are "
+                f"{', '.join(f'{stem_of(first)}_{number:04d}{ending}' for number in numbers)}"
+            )
+    return [_listed_file(root, image, "") for image in images]
+
+
 def _listed_scan(
     dataset: str,
+    case: str,
     root: Path,
     files: Sequence[Path],
     mask: Path | None,
@@ -163,9 +191,9 @@ def _listed_scan(
         raise DataError(f"{len(files)} images in dataset.json, which names {len(names)} channels")
     channels = names or (tuple(f"channel{i}" for i in range(len(files))) if several else ("image",))
     return Scan(
-        id=f"{dataset}/{stem_of(files[0])}",
+        id=f"{dataset}/{case}",
         dataset=dataset,
-        subject=stem_of(files[0]),
+        subject=person_of(case),
         source=relative(files[0], root),
         files=tuple((file,) for file in files),
         channels=channels,
@@ -210,7 +238,7 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
                 Scan(
                     id=f"{dataset}/{case}",
                     dataset=dataset,
-                    subject=case,
+                    subject=person_of(case),
                     source=relative(first, root),
                     files=((first,),)
                     if alone
@@ -311,7 +339,7 @@ def _name_subjects(
     plain = [i for i in nameless if not _is_dicom_file(found.scans[i].files[0][0])]
     files = [Path(os.path.abspath(found.scans[i].files[0][0])) for i in plain]  # less `..`
     common = _common(files, Path(os.path.abspath(root)))
-    whose = subjects_of(files, common)
+    whose = subjects_of(files, common, in_class_folders(files, common))
     for i, file in zip(plain, files, strict=True):
         natural = wanted.colour == "rgb" and suffix_of(file) in PICTURES
         subject = _bare(relative(file, common)) if natural else whose[file]

@@ -25,7 +25,7 @@ _LABEL_NAME = re.compile(
     re.IGNORECASE,
 )
 _LABEL_FOLDER = re.compile(
-    r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val)?", re.IGNORECASE
+    r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val?)?", re.IGNORECASE
 )
 IGNORED = frozenset(
     (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
@@ -319,10 +319,11 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     if unused:
         found.notes.append(label_note(unused))
     dataset = dataset_name(root, wanted)
-    subjects = subjects_of(scans, root)
+    subjects = subjects_of(scans, root, in_class_folders(scans, root))
     classes = _class_folders(scans, root, natural=wanted.colour == "rgb")
     if wanted.colour == "rgb":  # n01440764/10026.JPEG: the folder is no person
         subjects |= {path: relative(path, root).removesuffix(path.name) + stem_of(path) for path in classes}
+    found.notes += _one_person_each(classes, subjects)
     for path in scans:
         group, split = classes.get(path, (None, ""))
         if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
@@ -451,12 +452,38 @@ def _class_folders(
     return {path: (label if usable else None, split) for path, (label, split) in placed.items()}
 
 
+def in_class_folders(paths: Sequence[Path], root: Path) -> set[Path]:
+    """The pictures in folders of classes whose names are no person's: those of people have numbers."""
+    folders = _class_folders(paths, root)
+    return {path for path, (label, _) in folders.items() if label and not re.search(r"\d", label)}
+
+
+def _one_person_each(classes: dict[Path, tuple[str | None, str]], subjects: dict[Path, str]) -> list[str]:
+    """The line that says that every class is taken for one person, if so: no split has room for that."""
+    whose: dict[str, set[str]] = defaultdict(set)
+    for path, (label, _) in classes.items():
+        if label is not None:
+            whose[label].add(subjects[path])
+    if len(whose) < 2 or any(len(people) > 1 for people in whose.values()):
+        return []
+    return [
+        f"pictures in folders named {_some(sorted(whose))}: each is taken for a class, and for one person, "
+        "as names repeat from folder to folder; a CSV with path, subject and label says what is meant"
+    ]
+
+
 # ------------------------------------------------------------------------------------------------
 
 
 def _is_channelled(root: Path) -> bool:
-    folder = root / "imagesTr"
-    return folder.is_dir() and any(re.search(r"_\d{4}$", stem_of(path)) for path in walk(folder))
+    """Whether the four digits at the ends of names are nnU-Net's channels, which begin at 0000.
+
+    Those of AMOS (amos_0001, amos_0004) are people, and so are those that the label maps have too.
+    """
+    images, labels = ({stem_of(path) for path in walk(root / name)} if (root / name).is_dir() else set()
+                      for name in ("imagesTr", "labelsTr"))  # fmt: skip
+    numbered = {stem for stem in images if re.search(r"_\d{4}$", stem)}
+    return any(stem.endswith("_0000") for stem in numbered) and not numbered & labels
 
 
 def _distinct(found: Found) -> Found:

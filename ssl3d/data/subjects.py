@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ssl3d.data.read import stem_of
@@ -20,9 +20,10 @@ _VISIT = re.compile(
     r"|anat|func|fmap|perf",
     re.IGNORECASE,
 )
+_MOMENT = rf"{_VISIT.pattern}|frame[_\-. ]?\d+"  # at the end of a name
 _GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|scanner|vendor|batch|fold|part|group|cohort|class|grade|stage|type|level"
-    r"|dataset|task|set|study)[_\-. ]?[a-z]?\d*(?:[_\-. ].*)?|(?:images?|labels?)(?:tr|ts|val)?"
+    r"|dataset|task|set|study)[_\-. ]?[a-z]?\d*(?:[_\-. ].*)?|(?:images?|labels?)(?:tr|ts|val?)?"
     r"|data|raw|nifti|dicom",
     re.IGNORECASE,
 )
@@ -36,13 +37,29 @@ _SPLIT_NAMES = {
 }
 
 
-def subjects_of(paths: Sequence[Path], root: Path) -> dict[Path, str]:
+def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()) -> dict[Path, str]:
     """Whose each scan is: a person's own folder, if it is in one, else what its name says.
 
-    By name it is BIDS `sub-*`; else the file's name less the sequence at its end; where names repeat, the
-    folders, less those of visits and sequences.
+    By name it is BIDS `sub-*`; else the file's name less the sequence, visit and frame at its end; where
+    names repeat, the folders, less those of visits and sequences.
+
+    Args:
+        paths: Of the scans.
+        root: Folder above them.
+        classes: Those that lie in the folder of a class, whose name is nobody's.
     """
-    return subjects_by_name(paths, root) | _own_folders(paths, root)
+    by_name = subjects_by_name(paths, root, classes)
+    by_name |= {path: person_of(name) for path, name in by_name.items() if name == _less_sequence(path)}
+    return by_name | _own_folders(paths, root)
+
+
+def person_of(name: str) -> str:
+    """A name less the sequences, visits and frames at its end: p of p_flair, p_ses-2_T1 and p_frame01."""
+    while cut := re.fullmatch(rf"(.+?)[_\-. ]+(?:{_SEQUENCE.pattern}|{_MOMENT})", name, re.IGNORECASE):
+        if _SEQUENCE.fullmatch(cut[1]):  # scan_visit2 says nothing of who
+            break
+        name = cut[1]
+    return name
 
 
 def _own_folders(paths: Sequence[Path], root: Path) -> dict[Path, str]:
@@ -86,9 +103,10 @@ def _may_be_a_person(folder: str) -> bool:
 
 def _named_after(stem: str, folder: str) -> bool:
     """Whether a name is the folder's, or the folder's and more that is not a person's number."""
-    if not re.match(re.escape(folder) + r"(?![A-Za-z0-9])", stem, re.IGNORECASE):
+    head, rest = stem[: len(folder)], stem[len(folder) :]  # not by a pattern: each would be compiled anew
+    if head.lower() != folder.lower() or re.match("[A-Za-z0-9]", rest):
         return False
-    return not _PERSON.match(stem[len(folder) :])
+    return not _PERSON.match(rest)
 
 
 def is_group(part: str) -> bool:
@@ -101,8 +119,11 @@ def telling(folders: Sequence[str]) -> list[str]:
     return [part for part in folders if not (_VISIT.fullmatch(part) or _SEQUENCE.fullmatch(part))]
 
 
-def subjects_by_name(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """Whose each scan is by its name, whatever person its folder may be of; see `subjects_of`."""
+def subjects_by_name(paths: Sequence[Path], root: Path, classes: Container[Path] = ()) -> dict[Path, str]:
+    """Whose each scan is by its name, whatever person its folder may be of; see `subjects_of`.
+
+    Visits and frames are left in it.
+    """
     stems = Counter(stem_of(path) for path in paths)
     subjects = {}
     for path in paths:
@@ -115,16 +136,21 @@ def subjects_by_name(paths: Sequence[Path], root: Path) -> dict[Path, str]:
             subjects[path] = bids
         elif len(parts) > 1 and (stems[stem] > 1 or anonymous):
             folders = telling(parts[:-1])
-            if not anonymous and (_class_like(parts[:-1]) or (folders and all(map(is_group, folders)))):
+            crowd = path in classes or _class_like(parts[:-1]) or (folders and all(map(is_group, folders)))
+            if not anonymous and crowd:
                 folders = [*parts[:-1], stem]
             elif not folders:  # t1/p1 and flair/p1
                 folders = parts[:-1] if anonymous else [stem]
             subjects[path] = "/".join(folders)
         else:
-            # Of p_flair and p_t1, p: one person in two subjects would leak from one split into another.
-            who = re.fullmatch(r"(.+?)[_\-. ]+([^_\-. ]+)", stem)
-            subjects[path] = who[1] if who and _SEQUENCE.fullmatch(who[2]) else stem
+            subjects[path] = _less_sequence(path)
     return subjects
+
+
+def _less_sequence(path: Path) -> str:
+    """Of p_flair and p_t1, p: one person in two subjects would leak from one split into another."""
+    who = re.fullmatch(r"(.+?)[_\-. ]+([^_\-. ]+)", stem_of(path))
+    return who[1] if who and _SEQUENCE.fullmatch(who[2]) else stem_of(path)
 
 
 def _class_like(parts: Sequence[str]) -> bool:

@@ -360,6 +360,42 @@ def test_nnunet_suffixes_become_channels(scans, tmp_path):
     assert [scan.channels for scan in find([root], Wanted()).scans] == [("channel0", "channel1")] * 2
 
 
+def test_numbers_of_people_are_no_channels(scans, tmp_path):
+    """AMOS without its dataset.json: all people became one scan of hundreds of channels."""
+    for name in ("amos_0001", "amos_0004"):
+        scans.nifti(tmp_path / "a" / "imagesTr" / f"{name}.nii.gz", scans.body())
+    assert [scan.subject for scan in find([tmp_path / "a"], Wanted()).scans] == ["amos_0001", "amos_0004"]
+    for name in ("x_0000", "x_0001"):
+        for part in ("imagesTr", "labelsTr"):
+            scans.nifti(tmp_path / "b" / part / f"{name}.nii.gz", scans.body())
+    assert [scan.subject for scan in find([tmp_path / "b"], Wanted()).scans] == ["x_0000", "x_0001"]
+
+
+def test_the_first_nnunet_lists_cases_without_their_channels(scans, tmp_path):
+    for case in ("la_003", "la_004"):
+        for channel in range(2):
+            scans.nifti(tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz", scans.body(seed=channel))
+        scans.nifti(tmp_path / "labelsTr" / f"{case}.nii.gz", np.ones((12, 14, 16), np.uint8))
+    (tmp_path / "imagesTr" / "la_004_0000.nii.gz").unlink()
+    entries = [
+        {"image": f"./imagesTr/la_00{n}.nii.gz", "label": f"./labelsTr/la_00{n}.nii.gz"} for n in (3, 4)
+    ]
+    described = {"name": "LA", "modality": {"0": "MRI", "1": "T2"}, "training": entries}
+    (tmp_path / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    found = find([tmp_path], Wanted())
+    assert [(scan.id, scan.subject, scan.channels) for scan in found.scans] == [
+        ("LA/la_003", "la_003", ("MRI", "T2"))
+    ]
+    names = [[path.name for path in group] for group in found.scans[0].files]
+    assert names == [["la_003_0000.nii.gz"], ["la_003_0001.nii.gz"]] and found.scans[0].mask
+    assert found.rejected == [
+        (
+            "./imagesTr/la_004.nii.gz",
+            "listed in dataset.json, which names 2 channels; there are la_004_0001.nii.gz",
+        )
+    ]
+
+
 def test_dicom_series_in_one_folder_are_told_apart(scans, tmp_path):
     folder = tmp_path / "dicom" / "study"
     scans.dicom(folder, scans.body((10, 12, 5)), "1.2.3.4", prefix="a")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from ssl3d.data.sources import Wanted, find
+from ssl3d.data.subjects import subjects_by_name, subjects_of
 
 
 def laid_out(root, *names):
@@ -59,6 +61,15 @@ LAYOUTS = {
     "named visits": {
         f"p{n}/{visit}/p{n}_{visit}_t1.nii.gz": f"p{n}" for n in (1, 2) for visit in ("baseline", "week4")
     },
+    "visits and frames at the end of names": {
+        f"p{n}_{end}.nii.gz": f"p{n}" for n in (1, 2) for end in ("frame01", "ses-2_T1w", "t1_followup")
+    },
+    "visits of nobody": {f"scan_visit{n}.nii": f"scan_visit{n}" for n in (1, 2)},
+    "classes of pictures": {
+        f"{kind}/{n:03d}.png": f"{kind}/{n:03d}" for kind in ("normal", "pneumonia") for n in range(3)
+    },
+    "pictures of people": {f"patient{k}/slice{n}.png": f"patient{k}" for k in (1, 2) for n in range(3)},
+    "AMOS": {f"images{part}/amos_{n:04d}.nii.gz": f"amos_{n:04d}" for part, n in (("Tr", 1), ("Va", 3))},
     "a folder per sequence": {f"{kind}/{n}.nii.gz": str(n) for kind in ("t1", "flair") for n in (1, 2)},
     "MSD": {f"imagesTr/liver_{n}.nii.gz": f"liver_{n}" for n in range(4)},
     "organs": {f"{organ}/{organ}_{n}.nii": f"{organ}_{n}" for organ in ("liver", "lung") for n in range(4)},
@@ -83,6 +94,34 @@ def test_a_layout_has_the_same_subjects_as_a_folder_and_as_a_list(layout, tmp_pa
     root = laid_out(tmp_path / "d", *expected)
     assert subjects(root) == expected
     assert subjects(listed(root, expected)) == expected
+
+
+def test_classes_that_are_one_person_each_are_named(tmp_path):
+    """No split has room for that: the numbers may be classes, or people."""
+    laid_out(tmp_path, *(f"{k}/{n}.png" for k in "01" for n in range(3)))
+    (note,) = find([tmp_path], Wanted()).notes
+    assert note.startswith("pictures in folders named 0, 1: each is taken")
+
+
+def test_frames_of_a_person_in_nnunets_layout_are_one_subject(tmp_path):
+    """ACDC as nnU-Net has it; in two splits, its frames would leak."""
+    cases = [f"patient{n:03d}_frame{k:02d}" for n in (1, 2) for k in (1, 12)]
+    laid_out(tmp_path, *(f"imagesTr/{case}_0000.nii.gz" for case in cases))
+    assert [scan.subject for scan in find([tmp_path], Wanted()).scans] == [case[:10] for case in cases]
+    entries = [{"image": f"./imagesTr/{case}.nii.gz"} for case in cases]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries}), encoding="utf-8")
+    assert [scan.subject for scan in find([tmp_path], Wanted()).scans] == [case[:10] for case in cases]
+
+
+def test_many_folders_are_looked_through_quickly(tmp_path):
+    """ImageNet's n01440764/n01440764_1.JPEG, a thousand folders: a pattern for each took minutes."""
+    paths = [tmp_path / f"n{i % 1000:04d}" / f"n{i % 1000:04d}_{i}.JPEG" for i in range(4000)]
+    began = time.process_time()
+    subjects_of(paths, tmp_path)
+    several = time.process_time() - began
+    began = time.process_time()
+    subjects_by_name(paths, tmp_path)
+    assert several < 4 * (time.process_time() - began)
 
 
 def test_a_list_may_lie_elsewhere_and_move_with_its_scans(tmp_path):
