@@ -17,6 +17,7 @@ FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no 
 _TAGS = {
     "modality": "0008|0060",
     "patient": "0010|0020",
+    "study": "0020|000d",
     "series": "0020|000e",
     "instance": "0020|0013",
     "acquisition": "0020|0012",

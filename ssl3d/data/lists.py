@@ -15,11 +15,11 @@ import numpy as np
 
 from ssl3d.data import sources
 from ssl3d.data.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
-from ssl3d.data.dicom import is_dicom
+from ssl3d.data.dicom import dicom_tags, is_dicom
 from ssl3d.data.normalize import modality_code
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
-from ssl3d.data.series import from_dicom
+from ssl3d.data.series import from_dicom, nameless_patients
 from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, in_class_folders, walk
 from ssl3d.data.subjects import person_of, relative, split_of, subjects_of
 from ssl3d.data.tables import NotText, Table, read_table, read_text
@@ -344,9 +344,15 @@ def _name_subjects(
         natural = wanted.colour == "rgb" and suffix_of(file) in PICTURES
         subject = _bare(relative(file, common)) if natural else whose[file]
         found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
+    headers = {i: dicom_tags(found.scans[i].files[0][0]) for i in sorted({*nameless} - {*plain})}
+    blank = {i: (tag["study"], found.scans[i].files[0]) for i, tag in headers.items() if not tag["patient"]}
+    for i, subject in nameless_patients(blank, root).items():  # not each line by itself, as they were read
+        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
     of = ["the names of files and folders"] if plain else []
-    if len(plain) < len(nameless):
+    if len(blank) < len(headers):
         of.append("DICOM's PatientID")
+    if blank:
+        of.append("the folders of DICOM studies, as their PatientID is blank")
     why = f"no subject in {count_of(len(nameless), 'line')}" if has_column else "no column subject"
     count = count_of(len({found.scans[i].subject for i in nameless}), "subject")
     return f"{path.name}: {why}: {count} taken from {' and '.join(of)}"
@@ -472,6 +478,7 @@ def with_listing(found: Found, root: Path) -> Found:
     """
     listings: list[Path] = []
     of_boxes: list[Path] = []
+    series = _series_folders(found.scans, root)
     for path in sorted(root.glob("*.csv")):
         try:
             mine = _column(path, "path")
@@ -484,7 +491,7 @@ def with_listing(found: Found, root: Path) -> Found:
         if (
             mine is not None
             and path.name != "rejected.csv"
-            and any((root / name).is_file() for name in mine[:50])
+            and any((root / name).is_file() or (root / name).resolve() in series for name in mine[:50])
         ):
             if not boxes:
                 listings.append(path)
@@ -499,9 +506,12 @@ def with_listing(found: Found, root: Path) -> Found:
         )
     elif listings:
         rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes)}
+        named = {i: rows[folder] for folder, i in series.items() if folder in rows}
         matched = 0
         for i, scan in enumerate(found.scans):
-            row = rows.get(scan.files[0][0].resolve()) if scan.files[0] and scan.member is None else None
+            row = None
+            if scan.files[0] and scan.member is None:
+                row = rows.get(scan.files[0][0].resolve()) or named.get(i)
             if row is not None:
                 found.scans[i] = _with_row(scan, row)
                 matched += 1
@@ -510,6 +520,18 @@ def with_listing(found: Found, root: Path) -> Found:
         )
         found.notes += _unused(listings[0], boxes)
     return found
+
+
+def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
+    """The folders that hold one DICOM series and no more, and its position: a list may name those."""
+    inside: dict[Path, set[int]] = defaultdict(set)
+    for i, scan in enumerate(scans):
+        if len(scan.files) == 1 and scan.files[0] and _is_dicom_file(scan.files[0][0]):
+            for parent in {folder.resolve() for folder in {path.parent for path in scan.files[0]}}:
+                for folder in (parent, *parent.parents):
+                    if folder != root.resolve():
+                        inside[folder].add(i)
+    return {folder: next(iter(held)) for folder, held in inside.items() if len(held) == 1}
 
 
 def _rows(path: Path, found: Found, of_boxes: bool) -> Iterator[_Row]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ssl3d.data.dicom import dicom_tags
 from ssl3d.data.read import stem_of
@@ -24,7 +25,10 @@ from ssl3d.errors import DataError
 
 
 def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> Found:
-    """A patient's series, told apart by SeriesInstanceUID wherever files lie; subject: the PatientID."""
+    """A patient's series, told apart by SeriesInstanceUID wherever files lie; subject: the PatientID.
+
+    Where that is blank, as some remove it, all series of a study are one subject.
+    """
     found = Found()
     dataset = dataset_name(root, wanted)
     series: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -38,6 +42,9 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
         key = tag["patient"], tag["series"] or str(path)
         series[key].append(path)
         tags.setdefault(key, tag)
+    nameless = nameless_patients(
+        {key: (tags[key]["study"], members) for key, members in series.items() if not key[0]}, root
+    )
     for key, members in series.items():
         tag = tags[key]
         if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
@@ -51,7 +58,7 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
             Scan(
                 id="/".join(part for part in (dataset, where, name) if part),
                 dataset=dataset,
-                subject=_bids(where) or tag["patient"] or (name if alone or not where else where),
+                subject=_bids(where) or tag["patient"] or nameless[key],
                 source=relative(members[0], root) if alone else place,
                 files=(tuple(members),),
                 modality=tag["modality"],
@@ -59,6 +66,32 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
             )
         )
     return found
+
+
+def nameless_patients(series: Mapping[Any, tuple[str, Sequence[Path]]], root: Path) -> dict[Any, str]:
+    """The subjects of series that name no patient: those of one study are one's, by the folder they share.
+
+    Args:
+        series: By any key: StudyInstanceUID and files.
+        root: Folder above them.
+    """
+    studies: dict[str, list[Any]] = defaultdict(list)
+    for key, (study, files) in series.items():
+        studies[study or str(files[0])].append(key)
+    members = {study: [path for key in keys for path in series[key][1]] for study, keys in studies.items()}
+    where = {
+        study: relative(Path(os.path.commonpath([path.parent for path in files])), root)
+        for study, files in members.items()
+    }
+    crowd = Counter(where.values())
+    subjects: dict[Any, str] = {}
+    for study, keys in studies.items():
+        who, files = where[study], members[study]
+        if who == "." or (len(files) == 1 and crowd[who] > 1):  # a folder of several people's
+            own = stem_of(files[0]) if len(files) == 1 else study
+            who = own if who == "." else f"{who}/{own}"
+        subjects |= dict.fromkeys(keys, _bids(where[study]) or who)
+    return subjects
 
 
 def _bids(where: str) -> str | None:

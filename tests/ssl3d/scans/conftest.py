@@ -58,6 +58,7 @@ def dicom(
     modality: str = "MR",
     prefix: str = "s",
     first: int = 0,
+    study: str = "1.2.3",
 ) -> list[Path]:
     """One file per slice along k, names in the reverse of their order in space."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def dicom(
             "0008|0016": "1.2.840.10008.5.1.4.1.1.4",
             "0008|0018": f"{uid}.{first + k + 1}",
             "0010|0020": patient,
-            "0020|000d": "1.2.3",
+            "0020|000d": study,
             "0020|000e": uid,
             "0020|0013": str(first + k + 1),
             "0020|0032": "\\".join(f"{v:.6f}" for v in position),

@@ -170,6 +170,44 @@ def test_the_patient_of_listed_dicom_files_is_the_subject(scans, tmp_path):
     ]
 
 
+def test_series_of_one_study_are_one_subject_where_the_patient_is_blank(scans, tmp_path):
+    """Some remove the PatientID; a person's series in two splits would leak."""
+    root = tmp_path / "d"
+    for n in (1, 2):
+        for k in (1, 2):
+            folder = root / f"p{n}" / "study" / f"s{k}"
+            scans.dicom(folder, scans.body((8, 8, 3), seed=k), f"1.{n}.{k}", patient="", study=f"9.{n}")
+    folders = [f"p{n}/study/s{k}" for n in (1, 2) for k in (1, 2)]
+    expected = {folder: folder.removesuffix(folder[-3:]) for folder in folders}
+    assert subjects(root) == expected
+    path = listed(root, folders)
+    assert subjects(path) == expected
+    (note,) = find([path], Wanted()).notes
+    assert note.endswith("2 subjects taken from the folders of DICOM studies, as their PatientID is blank")
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("x", "x"), (".", ".")])
+def test_single_files_of_equal_names_without_a_patient_are_not_one_person(folders, scans, tmp_path):
+    names = ("im", "im") if folders == ("a", "b") else ("im1", "im2")
+    for n, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        (file,) = scans.dicom(tmp_path / "o", scans.body((8, 8, 1)), f"1.{n}", patient="", study=f"9.{n}")
+        (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
+        file.rename(tmp_path / "d" / folder / f"{name}.dcm")
+    assert len(set(subjects(tmp_path / "d").values())) == 2
+    listing = [f"{folder}/{name}.dcm" for folder, name in zip(folders, names, strict=True)]
+    assert len(set(subjects(listed(tmp_path / "d", listing)).values())) == 2
+
+
+def test_a_list_beside_dicom_may_name_the_folder_of_a_series(scans, tmp_path):
+    """As it may as a source; its labels were left out without a word."""
+    for n in (1, 2):
+        scans.dicom(tmp_path / f"p{n}" / "CT", scans.body((8, 8, 3)), f"1.{n}", patient=f"P{n}")
+    path = tmp_path / "l.csv"
+    path.write_text("path,label\np1/CT,ill\np2,well\n", encoding="utf-8")
+    for source in (path, tmp_path):
+        assert [scan.label for scan in find([source], Wanted()).scans] == ["ill", "well"]
+
+
 def test_natural_pictures_of_a_list_are_each_their_own(tmp_path):
     names = [f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(2)]
     path = listed(laid_out(tmp_path, *names), names)
