@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.table import Line, Row, aligned, detectable, make_line, number, signed
+from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
 from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
         difference, p = "", ""
         beside = scratch.get(line.first.group)
         if line.first.kind == "encoder" and beside is not None:
-            gain = statistics.paired_difference(line.runs, beside.runs)
+            gain = difference_of(line, beside)
             found.append(gain)
             difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
             p = number(gain.p) if gain.p >= 0.001 else "<.001"
@@ -73,7 +73,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
     if not found:
         networks = [line for line in lines if line.first.kind != "trivial"]
         pairs = [(a, b) for k, a in enumerate(networks) for b in networks[k + 1 :]]
-        found = [statistics.paired_difference(a.runs, b.runs) for a, b in pairs]
+        found = [difference_of(a, b) for a, b in pairs]
     train, tested, val = (result.split[part] for part in ("train", "test", "val"))
     most = max(lines, key=lambda line: len(line.rows))
     seeds = len({row.result.seed for row in most.rows})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from ssl3d.api import statistics
 from ssl3d_benchmarks.leaderboard_names import label, scratch_words
 from ssl3d_benchmarks.leaderboard_records import Read, Table, contestants_of, score_functions
 from ssl3d_benchmarks.shape_features import TRIVIAL
+from ssl3d_benchmarks.table import same_subsets
 
 Array = NDArray[Any]
 
@@ -178,9 +178,7 @@ def _grid(group: Sequence[Read], notes: list[str]) -> list[list[Read]]:
         if one.kind == "scratch":  # the same random weights, scored twice, are one seed
             seed = (one.result.seed, str(who.get("weights_seed")), "")
         grid.setdefault(seed, {}).setdefault(one.result.repeat, one)
-    most = Counter(tuple(sorted(found)) for found in grid.values()).most_common()
-    usual = max(most, key=lambda item: (len(item[0]), item[1]))[0]
-    kept = [[found[k] for k in usual] for _, found in sorted(grid.items()) if tuple(sorted(found)) == usual]
+    kept = same_subsets(grid)
     if len(kept) < len(grid):
         name = group[0].result.contestant["name"]
         notes.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.table import Line, Row, aligned, detectable, make_line, number, signed
+from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
 from ssl3d_benchmarks.task import LEAK_HELP
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         beside = reference.get((line.first.group, line.first.recalibrated))
         difference = ""
         if beside is not None and line.first.kind == "encoder":
-            gain = statistics.paired_difference(line.runs, beside.runs)
+            gain = difference_of(line, beside)
             found.append(gain)
             difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
         table.append([line.name, _main(line), *_others(line, others), difference, _notes(line)])
@@ -64,7 +64,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     table[at:at] = inserted
     if not found:  # no encoder over untrained ones: any two rows
         pairs = [(a, b) for k, a in enumerate(made) for b in made[k + 1 :]]
-        found = [statistics.paired_difference(a.runs, b.runs) for a, b in pairs]
+        found = [difference_of(a, b) for a, b in pairs]
     tested = result.split["test"]
     train = result.split["train"]
     repeats = max(len(line.rows) for line in made)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +53,11 @@ class Line:
         return self.rows[0]
 
     @property
+    def subsets(self) -> list[int]:
+        """Of the training data, the same for all its seeds."""
+        return sorted({row.result.repeat for row in self.rows})
+
+    @property
     def name(self) -> str:
         """Of the contestant."""
         return str(self.first.result.contestant["name"])
@@ -62,20 +68,12 @@ class Line:
 
 
 def make_line(rows: Sequence[Row], benchmark: Benchmark) -> Line:
-    """Resamples the main score of a contestant, or of several that differ in the seed of their weights.
-
-    Seeds that lack a subset (a job failed) are left out.
-    """
+    """Resamples the main score of a contestant, or of several that differ in the seed of their weights."""
     grid: dict[tuple[int, str], dict[int, Row]] = {}
     for row in rows:  # untrained encoders of a probe have their seeds in their names
         seed = (row.result.seed, str(row.result.contestant["name"]))
         grid.setdefault(seed, {})[row.result.repeat] = row
-    most = max(len(found) for found in grid.values())
-    kept = [
-        [found[repeat] for repeat in sorted(found)]
-        for _, found in sorted(grid.items())
-        if len(found) == most
-    ]
+    kept = same_subsets(grid)
     scores, clusters = [], None
     for of_seed in kept:
         line = []
@@ -88,6 +86,25 @@ def make_line(rows: Sequence[Row], benchmark: Benchmark) -> Line:
         scores.append(line)
     assert clusters is not None
     return Line([row for of_seed in kept for row in of_seed], statistics.runs_of(scores, clusters))
+
+
+T = TypeVar("T")
+
+
+def same_subsets(grid: Mapping[Any, Mapping[int, T]]) -> list[list[T]]:
+    """Seeds x subsets of the training data, from what there is by seed and by subset.
+
+    The subsets are those that the seeds with the most of them have, of several choices the most usual;
+    seeds with others (a job failed) are left out.
+    """
+    found = Counter(tuple(sorted(by_subset)) for by_subset in grid.values()).most_common()
+    usual = max(found, key=lambda item: (len(item[0]), item[1]))[0]
+    return [[one[k] for k in usual] for _, one in sorted(grid.items()) if tuple(sorted(one)) == usual]
+
+
+def difference_of(a: Line, b: Line) -> statistics.Difference:
+    """Of two contestants; their subsets are paired where they are the same."""
+    return statistics.paired_difference(a.runs, b.runs, a.subsets == b.subsets)
 
 
 def detectable(found: Sequence[statistics.Difference], main: str) -> list[str]:

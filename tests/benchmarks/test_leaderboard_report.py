@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import friedmanchisquare
 
-from ssl3d.api import DataError, Result, UsageError, write_result
+from ssl3d.api import DataError, Result, UsageError, statistics, write_result
 from ssl3d.cli import main
 from ssl3d_benchmarks.leaderboard_answer import answer
 from ssl3d_benchmarks.leaderboard_output import read_report
@@ -874,3 +874,27 @@ def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
     assert (value, low, high) == pytest.approx((gain.value, gain.low, gain.high), abs=0.002)
     told = float(re.search(r"minimum detectable difference in dice: (\S+) ", shown)[1])
     assert told == pytest.approx(gain.detectable, abs=0.005)
+
+
+def test_a_printed_table_pairs_the_same_subsets_alone():
+    """Where jobs failed: scores on an easy subset were taken for a seed's, or paired with a hard one's."""
+    from ssl3d_benchmarks.linear_probe_protocol import LinearProbe
+    from ssl3d_benchmarks.table import Row, difference_of, make_line
+
+    probe = LinearProbe(LinearProbe.Config(target="masks", classes=CLASSES))
+    easy = (0.1, -0.2, 0.0)
+
+    def line(name, *done):
+        rows = [
+            Row("encoder", "g", record(name, gain=easy[repeat], seed=seed, repeat=repeat, fraction=0.25))
+            for seed, repeat in done
+        ]
+        return make_line(rows, probe)
+
+    seeds = line("runs/a-0", (0, 0), (0, 1), (1, 1), (1, 2), (2, 0), (2, 1))
+    assert seeds.subsets == [0, 1] and seeds.runs.each.shape == (2, 2)
+    assert (seeds.runs.each[:, 0] - seeds.runs.each[:, 1] > 0.2).all()
+    one, other = line("runs/a-0", (0, 0), (0, 2)), line("runs/b-0", (0, 0), (0, 1))
+    unpaired = difference_of(one, other).error
+    assert unpaired > 1.5 * difference_of(other, line("runs/a-0", (0, 0), (0, 1))).error
+    assert unpaired == pytest.approx(statistics.paired_difference(one.runs, other.runs, False).error)
