@@ -18,6 +18,8 @@ from ssl3d.data.read import suffix_of
 from ssl3d.data.sources import IGNORED, walk
 from ssl3d.errors import DataError
 
+FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
+
 
 def state_of(root: Path) -> list[list[Any]]:
     """[path, size, time of change] of all files that decide what becomes of a source, in a stable order.

@@ -16,9 +16,8 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from ssl3d.data import pool
+from ssl3d.data import keys, pool
 from ssl3d.data.geometry import Triple
-from ssl3d.data.keys import state_of
 from ssl3d.data.parts import (
     VERSION,
     digest_of,
@@ -281,8 +280,8 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
         if not root.exists():
             raise DataError(f"{root}: no such file or folder")
     unkeyed = {key: value for key, value in options.items() if key not in ("workers", "out", "overwrite")}
-    listing = [state for root in roots for state in state_of(root)]
-    key = digest_of([VERSION, [str(root) for root in roots], listing, unkeyed])
+    listing = [state for root in roots for state in keys.state_of(root)]
+    key = digest_of([VERSION, keys.FOUND, [str(root) for root in roots], listing, unkeyed])
     cache = cache_folder()
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]
     out = cache / f"{name}-{key}.h5"

@@ -20,7 +20,7 @@ from ssl3d.data.sources import (
     label_note,
     looks_like_label,
 )
-from ssl3d.data.subjects import is_group, relative, telling
+from ssl3d.data.subjects import is_group, person_of, relative, telling
 from ssl3d.errors import DataError
 
 
@@ -171,7 +171,8 @@ def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[s
 def _subjects(keys: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Whose each group of files is; "" where its key is empty.
 
-    BIDS `sub-*`; else a part of the key, names of visits, sequences, sites and the like left aside. Of
+    BIDS `sub-*`; else a part of the key, names of visits, sequences, sites and the like left aside, and
+    visits at its end. Of
     several parts it is the first (patient1/week1); but where that names few, with more below each than
     there are of them (utrecht/57, utrecht/58, singapore/51), the last, lest a hospital be one person.
     """
@@ -182,7 +183,7 @@ def _subjects(keys: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
         parts = {key: who[1:] for key, who in parts.items()}
     deep = {(who[0], who[-1]) for who in parts.values() if len(who) > 1}
     outer = len(deep) <= len({first for first, _ in deep}) ** 2
-    return {key: (who[0] if outer else who[-1]) if who else "" for key, who in parts.items()}
+    return {key: person_of(who[0] if outer else who[-1]) if who else "" for key, who in parts.items()}
 
 
 def _who(key: tuple[str, ...]) -> tuple[str, ...]:

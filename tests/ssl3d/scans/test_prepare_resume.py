@@ -367,6 +367,15 @@ def test_the_cache_is_keyed_by_data_and_options(scans, tmp_path, monkeypatch):
         prepare_cached([tmp_path / "e"], workers=0)
 
 
+def test_a_cached_store_is_made_anew_where_names_are_read_otherwise(tmp_path, scans, monkeypatch):
+    """A newer ssl3d may take two subjects for one; the cache must not go on with two."""
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    source = scans.nifti(tmp_path / "d" / "p_frame01.nii.gz", scans.body())
+    first = prepare_cached([source], workers=0)
+    monkeypatch.setattr("ssl3d.data.keys.FOUND", 0)
+    assert prepare_cached([source], workers=0) != first
+
+
 def listed_elsewhere(scans, tmp_path):
     """work/l.csv that names scans, a mask and a DICOM series of other folders."""
     for i in range(3):

@@ -229,6 +229,7 @@ CHANNELS = {
     "hospitals": {
         f"{place}/{place[0]}{n}/{{c}}.nii": f"{place[0]}{n}" for place in ("bern", "jena") for n in range(9)
     },
+    "visits at the end of names": {f"p{n}_ses-{k}_{{c}}.nii": f"p{n}" for n in (1, 2) for k in (1, 2)},
     "BraTS": {f"hgg/b_{n}/b_{n}_{{c}}.nii": f"b_{n}" for n in range(3)},
 }  # fmt: skip
 
