@@ -19,6 +19,7 @@ def label(arms: Sequence[Arm], table: Table) -> None:
         lambda arm: _at(arm),
         lambda arm: _relation(arm, table),
         lambda arm: "norm recalibrated" if arm.first.recalibrated else "",
+        learning_rates,
         lambda arm: str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:"),
         lambda arm: str(arm.first.result.contestant.get("pool") or ""),
         lambda arm: _words_of(arm, "init"),
@@ -76,6 +77,12 @@ def _relation(arm: Arm, table: Table) -> str:
     if names == set(table.dataset):
         return "own data"
     return "on " + " + ".join(sorted(names))
+
+
+def learning_rates(arm: Arm) -> str:
+    """Those that were tried, in words; empty where a protocol has none."""
+    rates = arm.first.rates
+    return f"learning rate {' '.join(f'{rate:g}' for rate in rates)}" if rates else ""
 
 
 def _words_of(arm: Arm, what: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d_benchmarks.leaderboard_names import across
+from ssl3d_benchmarks.leaderboard_names import across, learning_rates
 from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, network_of, rank_draws, ranks_of
 
 Array = NDArray[Any]
@@ -185,6 +185,9 @@ def _identities(boards: Sequence[Board]) -> dict[int, Any]:
             known = next((by_clue[clue] for clue in clues if clue in by_clue), clues[0])
             if known in taken:  # two names for the same weights in one table: two contestants
                 known, clues = clues[0], clues[:1]
+            if known in taken:  # trained at two learning rates
+                known = (*known, arm.first.rates)
+                clues = [known]
             taken.add(known)
             for clue in clues:
                 by_clue.setdefault(clue, known)
@@ -234,15 +237,20 @@ def _methods(boards: Sequence[Board]) -> tuple[list[tuple[str, list[Arm]]], list
             left_out.append((across(arm, None), f"on {len(places_of)} of {len(boards)}", arm))
     same = Counter(name for name, _ in groups)
     named = [
-        (name if same[name] == 1 else f"{name}, {arms[0].first.result.contestant['name']}", arms)
+        (name if same[name] == 1 else ", ".join(word for word in (name, *_in_full(arms[0])) if word), arms)
         for name, arms in groups
     ]
     crowded = Counter(name for name, _, _ in left_out)
     told = [
-        f"{name if crowded[name] == 1 else name + ', ' + str(arm.first.result.contestant['name'])} ({on})"
+        f"{', '.join(word for word in (name, *_in_full(arm) * (crowded[name] > 1)) if word)} ({on})"
         for name, on, arm in left_out
     ]
     return named, sorted(told)
+
+
+def _in_full(arm: Arm) -> tuple[str, ...]:
+    """What else tells it from others of its name."""
+    return str(arm.first.result.contestant["name"]), learning_rates(arm)
 
 
 def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | None:

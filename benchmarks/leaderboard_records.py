@@ -156,6 +156,11 @@ class Read:
             about.append(who["digest"])
         return (*about, json.dumps(same, sort_keys=True, default=str) if self.kind == "pretrained" else "")
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates that were tried; none where a protocol has none."""
+        return tuple(self.result.settings.get("rates") or ())
+
     def flops(self) -> float | None:
         """Training FLOPs of the pretraining up to here."""
         compute = self.pretraining.get("compute") or {}
@@ -173,13 +178,14 @@ class Read:
 def contestants_of(rows: Iterable[Read]) -> list[list[Read]]:
     """Records by contestant; its seeds, subsets and repetitions stay together.
 
+    Trained at other learning rates it is another: of one seed at two rates, one would stand for both.
     A record that is too old to tell its whole recipe goes with those that do, where those that agree with
     what it tells all have the same.
     """
-    alike: dict[tuple[Any, ...], dict[str, list[Read]]] = {}
+    alike: dict[Any, dict[str, list[Read]]] = {}
     for one in rows:
         recipe = json.dumps(one.recipe, sort_keys=True, default=str)
-        alike.setdefault(one.arm, {}).setdefault(recipe, []).append(one)
+        alike.setdefault((one.arm, one.rates), {}).setdefault(recipe, []).append(one)
     found: list[list[Read]] = []
     for by_recipe in alike.values():
         groups: list[list[Read]] = []

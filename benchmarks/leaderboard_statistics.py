@@ -403,7 +403,7 @@ def _knows_nothing(arm: Arm) -> bool:
 
 def _tries(arm: Arm) -> int:
     """Learning rates that were tried, the most of its records; 0 where a protocol has none."""
-    return max(len(one.result.settings.get("rates") or ()) for one in arm.records())
+    return max(len(one.rates) for one in arm.records())
 
 
 def curve_of(arm: Arm) -> tuple[list[int], list[float], list[int]]:

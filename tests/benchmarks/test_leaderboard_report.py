@@ -898,3 +898,29 @@ def test_a_printed_table_pairs_the_same_subsets_alone():
     unpaired = difference_of(one, other).error
     assert unpaired > 1.5 * difference_of(other, line("runs/a-0", (0, 0), (0, 1))).error
     assert unpaired == pytest.approx(statistics.paired_difference(one.runs, other.runs, False).error)
+
+
+def test_one_seed_at_two_learning_rates_is_two_contestants(tmp_path):
+    """The name of its file decided which of them stood for the seed, for every seed anew."""
+    settings = {"target": "masks", "classes": list(CLASSES), "fractions": "all"}
+    for dataset in ("set", "other"):
+        rows = []
+        for rate, gain in ((0.1, 0.0), (0.01, 0.15)):
+            given = {"settings": {**settings, "rates": [rate]}, "dataset": dataset}
+            rows += [
+                record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, gain=gain, **given)
+                for k in range(5)
+            ]
+            rows.append(record("runs/alpha-0", gain=0.1 - gain, **given))
+        write(tmp_path, rows)
+    report = read_report([tmp_path], resamples=100)
+    for board in report.boards:
+        values = {arm.label: arm.interval.value for arm in board.arms}
+        assert sorted(values) == [
+            f"{name}, learning rate {rate}" for name in ("alpha", "untrained") for rate in ("0.01", "0.1")
+        ]
+        assert values["untrained, learning rate 0.01"] - values["untrained, learning rate 0.1"] > 0.1
+        gains = [arm.gain.value for arm in board.of_kind("pretrained")]
+        assert max(gains) < 0  # over the better of the two from scratch
+    (overall,) = report.overall
+    assert len(set(overall.methods)) == 4 and not overall.left_out
