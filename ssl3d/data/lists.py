@@ -614,9 +614,16 @@ def _unused(path: Path, of_boxes: bool) -> list[str]:
 
 
 def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
-    """Labels taken for none, and words among numbers, which make all labels of a list words."""
+    """Labels that are masks, taken for none, or words among numbers, which make all of a list words."""
     notes = []
     given = [row[columns["label"]].strip() for _, row in table.rows]
+    folder = _folder_of(path, table, columns)
+    files = [label for label in given[:50] if suffix_of(Path(label)) and (folder / label).is_file()]
+    if files:
+        notes.append(
+            f"{path.name}: labels that are files, such as {files[0]}: each is taken for a class of its own; "
+            "masks are read from a column named mask"
+        )
     unknown = sum(bool(label) and not _known(label) for label in given)
     if unknown:
         notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")

@@ -208,6 +208,13 @@ def test_a_list_beside_dicom_may_name_the_folder_of_a_series(scans, tmp_path):
         assert [scan.label for scan in find([source], Wanted()).scans] == ["ill", "well"]
 
 
+def test_masks_in_the_column_of_labels_are_told(tmp_path):
+    laid_out(tmp_path, "a.nii.gz", "b.nii.gz", "masks/a.nii.gz", "masks/b.nii.gz")
+    path = tmp_path / "l.csv"
+    path.write_text("image,label\na.nii.gz,masks/a.nii.gz\nb.nii.gz,masks/b.nii.gz\n", encoding="utf-8")
+    assert any("masks/a.nii.gz: each is taken for a class" in note for note in find([path], Wanted()).notes)
+
+
 def test_natural_pictures_of_a_list_are_each_their_own(tmp_path):
     names = [f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(2)]
     path = listed(laid_out(tmp_path, *names), names)
