@@ -621,7 +621,7 @@ def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
     files = [label for label in given[:50] if suffix_of(Path(label)) and (folder / label).is_file()]
     if files:
         notes.append(
-            f"{path.name}: labels that are files, such as {files[0]}: each is taken for a class of its own; "
+            f"{path.name}: labels that are files, such as {files[0]}: each is taken for a class; "
             "masks are read from a column named mask"
         )
     unknown = sum(bool(label) and not _known(label) for label in given)

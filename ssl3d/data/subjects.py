@@ -20,6 +20,8 @@ _VISIT = re.compile(
     r"|anat|func|fmap|perf",
     re.IGNORECASE,
 )
+# People of BraTS since 2023, OASIS and ADNI, whose visits are numbered behind them.
+_KNOWN = re.compile(r"(?:BraTS-[A-Za-z]+-\d{5}|OAS\d_\d{4}|\d{3}_S_\d{4})(?=[-_]|$)", re.IGNORECASE)
 _MOMENT = rf"{_VISIT.pattern}|frame[_\-. ]?\d+"  # at the end of a name
 _GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|scanner|vendor|batch|fold|part|group|cohort|class|grade|stage|type|level"
@@ -48,14 +50,25 @@ def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()
         root: Folder above them.
         classes: Those that lie in the folder of a class, whose name is nobody's.
     """
-    by_name = subjects_by_name(paths, root, classes)
-    by_name |= {path: person_of(name) for path, name in by_name.items() if name == _less_sequence(path)}
-    return by_name | _own_folders(paths, root)
+    found = subjects_by_name(paths, root, classes) | _own_folders(paths, root)
+    return {
+        path: name if name.startswith("sub-") else person_of(name, sequences=name == _less_sequence(path))
+        for path, name in found.items()
+    }
 
 
-def person_of(name: str) -> str:
-    """A name less the sequences, visits and frames at its end: p of p_flair, p_ses-2_T1 and p_frame01."""
-    while cut := re.fullmatch(rf"(.+?)[_\-. ]+(?:{_SEQUENCE.pattern}|{_MOMENT})", name, re.IGNORECASE):
+def person_of(name: str, sequences: bool = True) -> str:
+    """A name less the visits and frames at its end: p of p_ses-2 and p_frame01.
+
+    Args:
+        name: Of a file, or of folders.
+        sequences: Whether to leave out sequences too (p_flair). Folders images_ct and images_mr are nobody.
+    """
+    known = _KNOWN.search(name)
+    if known:
+        return name[: known.end()]
+    ends = f"{_SEQUENCE.pattern}|{_MOMENT}" if sequences else _MOMENT
+    while cut := re.fullmatch(rf"(.+?)[_\-. ]+(?:{ends})", name, re.IGNORECASE):
         if _SEQUENCE.fullmatch(cut[1]):  # scan_visit2 says nothing of who
             break
         name = cut[1]

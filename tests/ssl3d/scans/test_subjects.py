@@ -64,6 +64,30 @@ LAYOUTS = {
     "visits and frames at the end of names": {
         f"p{n}_{end}.nii.gz": f"p{n}" for n in (1, 2) for end in ("frame01", "ses-2_T1w", "t1_followup")
     },
+    "visits in the names of folders": {
+        f"p{n}_visit{k}/p{n}_visit{k}_{kind}.nii": f"p{n}"
+        for n in (1, 2)
+        for k in (1, 2)
+        for kind in ("t1", "x")
+    },
+    "visits in folders of a person's name": {
+        f"00{n}/00{n}_{visit}/t1.nii": f"00{n}/00{n}" for n in (1, 2) for visit in ("baseline", "followup")
+    },
+    "BraTS 2023": {
+        f"BraTS-GLI-0000{n}-00{k}/BraTS-GLI-0000{n}-00{k}-{kind}.nii.gz": f"BraTS-GLI-0000{n}"
+        for n in (0, 2)
+        for k in (0, 1)
+        for kind in ("t1n", "t2f")
+    },
+    "OASIS": {f"OAS1_000{n}_MR{k}.nii": f"OAS1_000{n}" for n in (1, 2) for k in (1, 2)},
+    "ADNI": {
+        f"00{n}_S_0295/MPRAGE/{year}/ADNI_00{n}_S_0295_MR_{year}.nii": f"ADNI_00{n}_S_0295"
+        for n in (2, 3)
+        for year in (2006, 2007)
+    },
+    "folders of sequences": {
+        f"all_{kind}/scan{n}.nii": f"all_{kind}" for kind in ("ct", "mr") for n in (1, 2)
+    },
     "visits of nobody": {f"scan_visit{n}.nii": f"scan_visit{n}" for n in (1, 2)},
     "classes of pictures": {
         f"{kind}/{n:03d}.png": f"{kind}/{n:03d}" for kind in ("normal", "pneumonia") for n in range(3)
