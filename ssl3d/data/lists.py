@@ -27,7 +27,16 @@ from ssl3d.errors import DataError
 
 _COLUMNS = {
     "path": ("path", "file", "filename", "image"),
-    "subject": ("subject", "patient", "subject_id", "patient_id"),
+    # The last three: as pandas writes DICOM's PatientID, as many spreadsheets have it, as BIDS has it.
+    "subject": (
+        "subject",
+        "patient",
+        "subject_id",
+        "patient_id",
+        "patientid",
+        "patient id",
+        "participant_id",
+    ),
     "label": ("label", "class", "class_index", "diagnosis"),
     "split": ("split",),
     "mask": ("mask",),

@@ -232,6 +232,15 @@ def test_a_list_beside_dicom_may_name_the_folder_of_a_series(scans, tmp_path):
         assert [scan.label for scan in find([source], Wanted()).scans] == ["ill", "well"]
 
 
+@pytest.mark.parametrize("column", ["PatientID", "Patient ID", "participant_id"])
+def test_the_usual_names_of_the_column_of_people_are_known(column, tmp_path):
+    """One person's scans under two names would leak from one split into another."""
+    path = laid_out(tmp_path, "a.nii.gz", "b.nii.gz") / "l.csv"
+    path.write_text(f"path,{column}\na.nii.gz,P1\nb.nii.gz,P1\n", encoding="utf-8")
+    found = find([path], Wanted())
+    assert [scan.subject for scan in found.scans] == ["P1", "P1"] and found.notes == []
+
+
 def test_masks_in_the_column_of_labels_are_told(tmp_path):
     laid_out(tmp_path, "a.nii.gz", "b.nii.gz", "masks/a.nii.gz", "masks/b.nii.gz")
     path = tmp_path / "l.csv"
