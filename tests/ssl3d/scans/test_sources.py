@@ -360,6 +360,13 @@ def test_nnunet_suffixes_become_channels(scans, tmp_path):
     assert [scan.channels for scan in find([root], Wanted()).scans] == [("channel0", "channel1")] * 2
 
 
+def test_a_dataset_json_that_lists_nothing_hides_no_scans(scans, tmp_path):
+    """Others have files of that name too."""
+    scans.nifti(tmp_path / "p1.nii.gz", scans.body())
+    (tmp_path / "dataset.json").write_text('{"title": "a collection"}', encoding="utf-8")
+    assert [scan.subject for scan in find([tmp_path], Wanted()).scans] == ["p1"]
+
+
 def test_numbers_of_people_are_no_channels(scans, tmp_path):
     """AMOS without its dataset.json: all people became one scan of hundreds of channels."""
     for name in ("amos_0001", "amos_0004"):
