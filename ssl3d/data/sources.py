@@ -189,9 +189,9 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
                 f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
             )
         return _from_files([source], source.parent, wanted, named=True)
-    found = lists.from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
-    if found.scans or found.rejected:
-        pass  # else such a file is something else's
+    listed = lists.from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
+    if listed.scans or listed.rejected:  # else such a file is something else's
+        found = listed
     elif _is_channelled(source):
         found = lists.from_nnunet(source, wanted)
     else:

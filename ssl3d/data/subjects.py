@@ -21,7 +21,7 @@ _VISIT = re.compile(
     re.IGNORECASE,
 )
 # People of BraTS since 2023, OASIS and ADNI, whose visits are numbered behind them.
-_KNOWN = re.compile(r"(?:BraTS-[A-Za-z]+-\d{5}|OAS\d_\d{4}|\d{3}_S_\d{4})(?=[-_]|$)", re.IGNORECASE)
+_KNOWN = re.compile(r"(?:BraTS-[A-Za-z]+-\d{5}|OAS\d_?\d{4}|\d{3}_S_\d{4})(?=[-_]|$)", re.IGNORECASE)
 _MOMENT = rf"{_VISIT.pattern}|frame[_\-. ]?\d+"  # at the end of a name
 _GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|scanner|vendor|batch|fold|part|group|cohort|class|grade|stage|type|level"
