@@ -23,6 +23,8 @@ _VISIT = re.compile(
 # People of BraTS since 2023, OASIS and ADNI, whose visits are numbered behind them.
 _KNOWN = re.compile(r"(?:BraTS-[A-Za-z]+-\d{5}|OAS\d_?\d{4}|\d{3}_S_\d{4})(?=[-_]|$)", re.IGNORECASE)
 _MOMENT = rf"{_VISIT.pattern}|frame[_\-. ]?\d+"  # at the end of a name
+_MONTH, _DAY = r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
+_DATE = rf"(?:19|20)\d\d(?:{_MONTH}{_DAY}|[-_.]{_MONTH}(?:[-_.]{_DAY})?)"
 _GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|scanner|vendor|batch|fold|part|group|cohort|class|grade|stage|type|level"
     r"|dataset|task|set|study)[_\-. ]?[a-z]?\d*(?:[_\-. ].*)?|(?:images?|labels?)(?:tr|ts|val?)?"
@@ -51,14 +53,18 @@ def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()
         classes: Those that lie in the folder of a class, whose name is nobody's.
     """
     found = subjects_by_name(paths, root, classes) | _own_folders(paths, root)
-    return {
-        path: name if name.startswith("sub-") else person_of(name, sequences=name == _less_sequence(path))
-        for path, name in found.items()
-    }
+    dates = _dated(paths, root)
+    whose = {}
+    for path, name in found.items():
+        above, _, last = name.rpartition("/")
+        who = above if above and last in dates else name
+        bids = who.startswith("sub-")
+        whose[path] = who if bids else person_of(who, sequences=name == _less_sequence(path))
+    return whose
 
 
 def person_of(name: str, sequences: bool = True) -> str:
-    """A name less the visits and frames at its end: p of p_ses-2 and p_frame01.
+    """A name less the visits, frames and dates at its end: p of p_ses-2 and p_frame01, p1 of p1_20190702.
 
     Args:
         name: Of a file, or of folders.
@@ -68,11 +74,28 @@ def person_of(name: str, sequences: bool = True) -> str:
     if known:
         return name[: known.end()]
     ends = f"{_SEQUENCE.pattern}|{_MOMENT}" if sequences else _MOMENT
-    while cut := re.fullmatch(rf"(.+?)[_\-. ]+(?:{ends})", name, re.IGNORECASE):
-        if _SEQUENCE.fullmatch(cut[1]):  # scan_visit2 says nothing of who
+    cuts = [rf"(.+?)[_\-. ]+(?:{ends})", rf"(.*\d.*?)[_\-. ]+{_DATE}"]  # scan_20190702 is nobody's
+    while cut := next(filter(None, (re.fullmatch(one, name, re.IGNORECASE) for one in cuts)), None):
+        if _SEQUENCE.fullmatch(cut[1]) or is_group(cut[1]):  # scan_visit2, site2_baseline: nothing of who
             break
         name = cut[1]
     return name
+
+
+def _dated(paths: Sequence[Path], root: Path) -> set[str]:
+    """Names of folders that are dates of visits, as of patient1/2019-07-02/t1.
+
+    Not where the folders above are few, with more dates below each than there are of them: a hospital is no
+    person.
+    """
+    found = {
+        (folders[:depth], folders[depth])
+        for folders in {tuple(relative(path.parent, root).split("/")) for path in paths}
+        for depth in range(1, len(folders))
+        if re.fullmatch(_DATE, folders[depth]) and not is_group(folders[depth - 1])
+    }
+    above = {parent for parent, _ in found}
+    return {date for _, date in found} if len(found) <= len(above) ** 2 and len(above) > 1 else set()
 
 
 def _own_folders(paths: Sequence[Path], root: Path) -> dict[Path, str]:

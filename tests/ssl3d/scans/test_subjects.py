@@ -87,6 +87,21 @@ LAYOUTS = {
     "folders of sequences": {
         f"all_{kind}/scan{n}.nii": f"all_{kind}" for kind in ("ct", "mr") for n in (1, 2)
     },
+    "visits and dates at the end of names": {
+        f"{name}_{visit}{what}.nii": name
+        for name in ("P01", "P02")
+        for visit in ("visit1", "visit-2", "baseline", "ses_3", "20190702", "2019-11-30")
+        for what in ("", "_T1")
+    },
+    "dates of nobody": {f"scan_2019070{n}.nii": f"scan_2019070{n}" for n in (1, 2)},
+    "dates are folders": {
+        f"{who}/2019-0{day}-11/T1.nii.gz": who for who in ("Anna", "Jörg", "Li") for day in (1, 2)
+    },
+    "dates in hospitals": {
+        f"{where}/201907{day}/T1.nii.gz": f"{where}/201907{day}"
+        for where in ("utrecht", "singapore")
+        for day in (11, 12, 13)
+    },
     "visits of nobody": {f"scan_visit{n}.nii": f"scan_visit{n}" for n in (1, 2)},
     "classes of pictures": {
         f"{kind}/{n:03d}.png": f"{kind}/{n:03d}" for kind in ("normal", "pneumonia") for n in range(3)
@@ -246,6 +261,7 @@ CHANNELS = {
     "visits": {f"p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("baseline", "followup")},
     "visits by letter": {f"p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2, 3) for visit in ("a", "b")},
     "visits by date": {f"p{n}/2019-0{n}-0{day}/{{c}}.nii": f"p{n}" for n in (1, 2, 3) for day in (1, 2)},
+    "visits in names": {f"p{n}_visit{k}_{{c}}.nii": f"p{n}" for n in (1, 2) for k in (1, 2)},
     "visits above": {f"{visit}/p{n}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("ses-1", "ses-2")},
     "visits below, without BIDS": {f"p{n}/ses-{k}/{{c}}.nii": f"p{n}" for n in (1, 2) for k in (1, 2)},
     "a folder above all": {f"all/p{n}/{visit}/{{c}}.nii": f"p{n}" for n in (1, 2) for visit in ("a", "b")},
