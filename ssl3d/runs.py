@@ -20,7 +20,7 @@ from ssl3d.leaks import hashes_complete, hashes_in, pack_hashes, volume_hashes
 from ssl3d.monitor import Log
 from ssl3d.options import Plan, PretrainOptions
 from ssl3d.preempt import requeued
-from ssl3d.selection import BY_SUBJECT
+from ssl3d.selection import BY_TARGET
 from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
             "digest": digest,
             "volumes": len(data),
             "datasets": sorted(set(map(str, data.datasets))),
-            "chosen_by": BY_SUBJECT,
+            "chosen_by": BY_TARGET,
         },
         "identities": sorted(identities),
         "volumes_seen": pack_hashes(volumes) | ({"incomplete": True} if unread else {}),

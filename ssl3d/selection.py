@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 LEAST_FOR_HOLDOUT = 8
 BY_SUBJECT = "subject"
-"""In a run's record: labelled is who has a label. Runs without it took whole data sets for labelled."""
+BY_TARGET = "subject and target"
+"""In a run's record: labelled is who has a label, and the split deals subjects with and without targets
+apart. Older runs of `BY_SUBJECT` had them dealt together; runs without either took whole data sets for
+labelled."""
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Selection:
     told: list[str]
 
 
-def select(data: Collection, subjects: str, share: float, by: str = BY_SUBJECT) -> Selection:
+def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -> Selection:
     """Chooses by subject; depends on the data alone, so that runs with other seeds compare.
 
     Labelled subjects (one of their volumes has a class, a mask, boxes, or the split that it came with)
@@ -46,8 +49,8 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_SUBJECT) 
         data: Everything that was given.
         subjects: "train", or "all" to use every split.
         share: Of the chosen subjects that is kept out: at least one where there are 8 or more.
-        by: "subject"; anything else takes all subjects of a data set for labelled where one is, which
-            is what runs that go on under that rule need.
+        by: `BY_TARGET`; or the rule of an older run that goes on: `BY_SUBJECT`, or anything else to take
+            all subjects of a data set for labelled where one is.
 
     Raises:
         DataError: Nothing is left to train on.
@@ -58,8 +61,9 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_SUBJECT) 
     codes, names = data.dataset_codes, data.dataset_names
     classes = np.array([label is not None for label in data.labels], dtype=bool)
     known = classes | data.has_mask | data.has_boxes | (data.splits != "")
-    split = house_split(data) if known.any() else np.full(count, "train", dtype=object)
-    unit = data.subject_codes if by == BY_SUBJECT else codes
+    by_target = by == BY_TARGET
+    split = house_split(data, by_target=by_target) if known.any() else np.full(count, "train", dtype=object)
+    unit = data.subject_codes if by in (BY_SUBJECT, BY_TARGET) else codes
     labelled = np.isin(unit, unit[known])
     used = ~labelled | (split == "train") if subjects == "train" else np.ones(count, dtype=bool)
     told = []

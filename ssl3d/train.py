@@ -42,7 +42,7 @@ from ssl3d.runs import (
     settle,
     write_config,
 )
-from ssl3d.selection import BY_SUBJECT, Selection, select
+from ssl3d.selection import BY_TARGET, Selection, select
 from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
     found = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
-    by = str(found["about"]["data"].get("chosen_by", "")) if found else BY_SUBJECT
+    by = str(found["about"]["data"].get("chosen_by", "")) if found else BY_TARGET
     selection = select(data, options.subjects, options.holdout, by)
     digest = selection.train.digest()
     options = replace(options, precision=precision, threads=threads)

@@ -1,9 +1,10 @@
-"""The house split: by subject, within each data set, by a stable hash, stratified by class."""
+"""The house split: by subject, within each data set, by a stable hash, stratified by class and target."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,10 @@ NAMES = ("train", "val", "test")
 
 
 def house_split(
-    collection: Collection, seed: int = 0, fractions: Sequence[float] = (0.6, 0.2, 0.2)
+    collection: Collection,
+    seed: int = 0,
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    by_target: bool = True,
 ) -> np.ndarray:
     """train, val or test for every volume, (N,) strings; a subject is never in two of them.
 
@@ -22,12 +26,16 @@ def house_split(
     the one furthest from training), the rest of that data set trains. Data that comes as train and test
     only gets its validation subjects from train. A data set without any is cut at the fractions, its
     subjects ordered by a hash of (seed, data set, subject), each class apart so that every part has its
-    share. A subject's place depends on its own data set only, so adding another moves nobody.
+    share; those without a label, a mask or boxes apart from those with, or the few annotated ones of many
+    might all land in one part. A subject's place depends on its own data set only, so adding another moves
+    nobody.
 
     Args:
         collection: Of any stores.
         seed: Of the hash.
         fractions: Of train, val, test; they sum to 1.
+        by_target: False cuts all subjects of a class together, whatever targets they have, as was done
+            before; runs that go on need it.
 
     Raises:
         ValueError: The fractions are negative or do not sum to 1.
@@ -39,7 +47,9 @@ def house_split(
     position = np.searchsorted(codes, people)
     given = _own_split(collection.splits, position, len(codes))
     names, subjects = collection.datasets[first], collection.subjects[first]
-    strata = _strata(collection.datasets, collection.labels, position, len(codes))
+    classes = _classes(collection.datasets, collection.labels, position, len(codes))
+    targets = _targets(collection, position, len(codes)) if by_target else [()] * len(codes)
+    strata = list(zip(classes, targets, strict=True))
     part = np.empty(len(codes), dtype=object)
     by_dataset: dict[str, list[int]] = defaultdict(list)
     for person, name in enumerate(names):
@@ -71,7 +81,16 @@ def _own_split(splits: np.ndarray, position: np.ndarray, count: int) -> list[str
     return [("", *NAMES)[r] for r in given]
 
 
-def _strata(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
+def _targets(collection: Collection, position: np.ndarray, count: int) -> list[tuple[bool, ...]]:
+    """Whether each person has a label, a mask and boxes, in any volume."""
+    labelled = np.array([label is not None for label in collection.labels], dtype=bool)
+    found = np.zeros((count, 3), dtype=bool)
+    for kind, has in enumerate((labelled, collection.has_mask, collection.has_boxes)):
+        found[position[np.asarray(has, dtype=bool)], kind] = True
+    return [tuple(row) for row in found.tolist()]
+
+
+def _classes(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
     """The class of each person (of several volumes, the first that has one); "" for real values.
 
     What is a class is told from the labels of a person's own data set. Whole numbers stored as floats (0.0
@@ -97,11 +116,11 @@ def _whole(label: object) -> object:
     return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
-def _cut(strata: list[str], shares: Sequence[float]) -> list[str]:
-    """Deals people, class after class, so that both classes and the whole come out at the shares.
+def _cut(strata: Sequence[tuple[Any, ...]], shares: Sequence[float]) -> list[str]:
+    """Deals people, stratum after stratum, so that both strata and the whole come out at the shares.
 
-    Person k of the queue of all classes goes to the part that is furthest behind its share; counted
-    over the whole queue, rounding does not add up over classes.
+    Person k of the queue of all strata goes to the part that is furthest behind its share; counted
+    over the whole queue, rounding does not add up over strata.
     """
     result = [""] * len(strata)
     dealt = dict.fromkeys(range(3), 0)

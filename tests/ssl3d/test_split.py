@@ -18,6 +18,7 @@ class Columns:
         self.labels = np.array([label for _, _, label, _ in rows] + [None], object)[:-1]
         self.splits = np.array([split for _, _, _, split in rows], object)
         self.subject_codes = np.array([people.index((d, s)) for d, s, _, _ in rows])
+        self.has_mask = self.has_boxes = np.zeros(len(rows), bool)
 
     def __len__(self):
         return len(self.subjects)
@@ -129,3 +130,19 @@ def test_whole_labels_are_split_alike_as_ints_and_as_floats(odd):
 def test_a_fraction_makes_all_labels_of_a_data_set_real():
     real = Columns(people(40, label=lambda i: 60.0 + i % 2 / 2))
     assert house_split(real).tolist() == house_split(Columns(people(40))).tolist()
+
+
+@pytest.mark.parametrize("mark", ["label", "has_mask", "has_boxes"])
+@pytest.mark.parametrize("dataset", "abcdef")
+def test_the_few_annotated_subjects_of_many_come_into_every_part(mark, dataset):
+    # Cut together with the 40 others, data set a has none of its 12 to test on.
+    own = np.arange(52) >= 40
+    data = Columns(people(52, dataset, lambda i: i / 7 if mark == "label" and own[i] else None))
+    if mark != "label":
+        setattr(data, mark, own)
+    parts = house_split(data)
+    counts = [int((parts[own] == part).sum()) for part in ("train", "val", "test")]
+    assert 6 <= counts[0] <= 8 and min(counts) >= 2
+    assert (parts == "train").sum() in (31, 32)
+    together = house_split(data, by_target=False)
+    assert together.tolist() == house_split(Columns(people(52, dataset))).tolist()

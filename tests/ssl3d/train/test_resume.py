@@ -231,7 +231,7 @@ def test_a_run_of_the_earlier_choice_of_subjects_goes_on_with_it(
 
     metadata = module.metadata
     with monkeypatch.context() as patched:
-        patched.setattr(module, "BY_SUBJECT", "")
+        patched.setattr(module, "BY_TARGET", "")
         patched.setattr(module, "metadata", before)
         options = small | {"steps": 4, "tiny": {"signal_at": 1}}
         run = ssl3d.pretrain("tiny", data=tmp_path / "s.h5", out=tmp_path / "run", **options)
@@ -243,7 +243,7 @@ def test_a_run_of_the_earlier_choice_of_subjects_goes_on_with_it(
     new = ssl3d.pretrain("tiny", data=tmp_path / "s.h5", out=tmp_path / "new", **options)
     card = json.loads((new.folder / "encoder" / "encoder.json").read_text(encoding="utf-8"))
     assert card["data"]["volumes"] == len(card["identities"]) > 16
-    assert card["data"]["chosen_by"] == "subject"
+    assert card["data"]["chosen_by"] == "subject and target"
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

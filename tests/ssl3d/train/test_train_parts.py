@@ -225,6 +225,13 @@ def test_runs_of_the_earlier_rule_choose_by_data_set(tmp_path):
     allowed = (house_split(data) == "train") | (data.datasets == "plain")
     assert people(chosen.train) == people(data.select(allowed))
     assert len(select(data, "train", 0.0).train) > len(chosen.train)
+    # Then by subject, but with one split of all.
+    rows = [("d", f"s{i}", None, "", i % 4 == 0, False) for i in range(40)]
+    data = small_store(tmp_path / "m.h5", rows)
+    free = ~data.has_mask
+    for by, dealt in (("subject", False), ("subject and target", True)):
+        allowed = free | (house_split(data, by_target=dealt) == "train")
+        assert people(select(data, "train", 0.0, by).train) == people(data.select(allowed))
 
 
 @given(rows=st.lists(st.integers(0, 3), min_size=4, max_size=12), parts=st.sampled_from([1, 2, 4]))
