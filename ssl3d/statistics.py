@@ -734,10 +734,10 @@ def _accelerated(
 
 
 def _in_range(low: float, high: float, scores: Array) -> tuple[float, float]:
-    """An interval cut at 0 and 1 if all scores lie between them: Dice, AUC, accuracy."""
-    if scores.min() >= 0.0 and scores.max() <= 1.0:
-        return max(low, 0.0), min(high, 1.0)
-    return low, high
+    """An interval cut at 0 or 1 if no score lies beyond: Dice, AUC, accuracy; R2 has no lower end."""
+    if scores.min() >= 0.0:
+        low = max(low, 0.0)
+    return low, min(high, 1.0) if scores.max() <= 1.0 else high
 
 
 def _acceleration(statistic: Statistic, clusters: Array) -> float:

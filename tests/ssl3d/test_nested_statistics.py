@@ -73,6 +73,18 @@ def test_an_interval_stays_in_the_range_of_the_score():
     assert 0 <= found.low < found.value < found.high <= 1
 
 
+def test_an_interval_of_r_squared_ends_at_1():
+    target, predicted = np.array([1.0, 2, 3, 4, 5]), np.array([2.5, 1, 5, 2, 2.5])
+
+    def score(weights):
+        return st.r_squared(target, predicted, weights)
+
+    one = st.interval(score, np.arange(5))
+    several = st.nested_interval(st.runs_of([[score]], np.arange(5)))
+    for found in (one, several):
+        assert found.low < -1 and found.high == 1
+
+
 def test_rows_of_one_subject_are_drawn_together():
     values = np.repeat(RNG.normal(size=(1, 1, 12)), 5, axis=2)
     clustered = st.nested_interval(runs(values, clusters=np.repeat(np.arange(12), 5)))
