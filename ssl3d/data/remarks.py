@@ -12,7 +12,7 @@ _NAMED = 3
 
 
 def remarks(path: Path) -> list[str]:
-    """Lines about data sets of which scans were normalised in several ways, and channels taken by voxel.
+    """Lines about scans normalised in several ways, and channels that are missing or were taken by voxel.
 
     Args:
         path: A store.
@@ -21,6 +21,8 @@ def remarks(path: Path) -> list[str]:
 
     kinds: dict[str, dict[str, list[str]]] = {}
     elsewhere: list[str] = []
+    lacking: dict[tuple[str, str], list[str]] = {}
+    volumes: dict[str, int] = {}
     with h5py.File(path, "r", locking=False) as file:
         rows = file["index/table"][("provenance_at", "provenance_length")]
         for begin in range(0, len(rows), _BATCH):
@@ -33,9 +35,20 @@ def remarks(path: Path) -> list[str]:
                 kind = record["done"].get("normalize", {}).get("kind")
                 if kind is not None:
                     kinds.setdefault(record["dataset"], {}).setdefault(kind, []).append(record["source"])
+                volumes[record["dataset"]] = volumes.get(record["dataset"], 0) + 1
+                for channel in record["done"].get("missing", ()):
+                    lacking.setdefault((record["dataset"], channel), []).append(record["source"])
                 if "voxel_by_voxel" in record["done"]:
                     elsewhere.append(record["source"])
     lines = [_mixed(dataset, of) for dataset, of in kinds.items() if len(of) > 1]
+    for (dataset, channel), whose in lacking.items():
+        all_of_them = len(whose) == volumes[dataset]
+        lines.append(
+            f"{dataset}: no scan has the channel {channel}, which is 0 everywhere; is the name right?"
+            if all_of_them
+            else f"{dataset}: {len(whose)} of {count_of(volumes[dataset], 'scan')} without the channel "
+            f"{channel}, which is 0 there: {_few(whose)}"
+        )
     if elsewhere:
         lines.append(
             f"{count_of(len(elsewhere), 'scan')} with a channel that its header places elsewhere than the "

@@ -211,6 +211,22 @@ def test_a_channel_with_a_bare_header_is_no_mirror_image_of_the_first(scans, tmp
     )
 
 
+def test_missing_channels_are_told(scans, tmp_path, capsys):
+    for k in range(4):
+        scans.nifti(tmp_path / "d" / f"p{k}_t1.nii.gz", scans.body(SHAPE, k), PLACED["ras"])
+    scans.nifti(tmp_path / "d" / "p0_t2.nii.gz", scans.body(SHAPE, 9), PLACED["ras"])
+    options = PrepareOptions(
+        (str(tmp_path / "d"),), str(tmp_path / "s.h5"), channels=("t1", "t2", "pd"), workers=0
+    )
+    prepare(options)
+    told = capsys.readouterr().out.splitlines()
+    assert (
+        "d: 3 of 4 scans without the channel t2, which is 0 there: p1_t1.nii.gz, p2_t1.nii.gz, p3_t1.nii.gz"
+        in told
+    )
+    assert "d: no scan has the channel pd, which is 0 everywhere; is the name right?" in told
+
+
 def test_a_channel_of_unknown_place_and_another_shape_is_refused(scans, tmp_path):
     scans.nifti(tmp_path / "d" / "p_t1.nii.gz", scans.body(SHAPE), PLACED["ras"])
     uncoded(tmp_path / "d" / "p_t2.nii.gz", scans.body((16, 14, 12)))
