@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -330,17 +331,19 @@ def _train(
         queued = requeue() if name_of(stop) == "SIGUSR1" and fabric.is_global_zero else ""
         log.say(
             f"stopped by {name_of(stop)} after step {run.done} of {options.steps}, saved"
-            f"{'; ' + queued if queued else ''}; go on with: ssl3d pretrain --resume {folder}"
+            f"{'; ' + queued if queued else ''}; go on with: ssl3d pretrain --resume "
+            f"{shlex.quote(str(folder))}"
         )
         return replace(run, stopped=stop)
     export("encoder", options.steps)
     run.done = options.steps
     same = int(selection.train.shapes[0][0]) == plan.encoder_config.in_channels  # else colours were slices
-    words = " ".join(map(str, options.data)) if same else "VOLUMES"
+    words = shlex.join(map(str, options.data)) if same else "VOLUMES"
     if same and not _has_targets(selection.train):
         words = "LABELLED.csv"
     log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
-    log.say(f"next: ssl3d linear-probe {folder} --data {words} --out {folder / 'probe'}")
+    place, probe = (shlex.quote(str(path)) for path in (folder, folder / "probe"))
+    log.say(f"next: ssl3d linear-probe {place} --data {words} --out {probe}")
     return run
 
 

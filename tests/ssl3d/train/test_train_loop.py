@@ -299,12 +299,12 @@ def test_wrong_options_are_told_in_one_line(train, options, message, tmp_path):
 def test_the_next_command_asks_for_labels_where_these_data_have_none(label, train, tmp_path, capsys):
     from ssl3d.data.store import Record, assemble, write_part
 
-    parts, store = tmp_path / "s.partial", tmp_path / "s.h5"
+    parts, store = tmp_path / "s.partial", tmp_path / "my scans.h5"
     image = np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32)
     for k in range(9):
         record = Record(id=f"v{k}", dataset="made", subject=f"p{k}", label=label, split="train")
         write_part(parts, record.id, record, image + k)
     assemble(parts, store, {}, [])
     train(data=str(store), steps=1, eval_every=-1)
-    data = store if label else "LABELLED.csv"
+    data = f"'{store}'" if label else "LABELLED.csv"  # as a shell takes it
     assert f"next: ssl3d linear-probe {tmp_path / 'run'} --data {data} --out" in capsys.readouterr().out
