@@ -76,7 +76,12 @@ def _listed(boards: Sequence[Board]) -> str:
         by_title.setdefault(board.table.title.partition(":")[0], []).append(board)
     told = []
     for title, same in by_title.items():
-        least = [f", which could show {one.detectable:.3f}" if one.detectable else "" for one in same]
+        least = [
+            f", which could show {one.detectable:.3f}"
+            if one.detectable
+            else ", which has too few subjects, seeds or subsets to say what it could show"
+            for one in same
+        ]
         if len(same) == 1 or not all(one.few for one in same):
             told += [f"{_where(one)}{words}" for one, words in zip(same, least, strict=True)]
         else:

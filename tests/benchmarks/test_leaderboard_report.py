@@ -659,6 +659,16 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     }  # a family of tests of their own
 
 
+def test_the_answer_says_where_nothing_is_known_of_what_could_be_shown(tmp_path):
+    rows = [record(f"runs/alpha-{k}", gain=0.02 * k) for k in range(2)]
+    rows += [record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k) for k in range(2)]
+    board = read_report([write(tmp_path, rows)], resamples=200).boards[0]
+    assert board.detectable is None
+    assert answer([board])[0].endswith(
+        ", which has too few subjects, seeds or subsets to say what it could show."
+    )
+
+
 def finetuned(name, kind="encoder", rates=(0.001,), **changes):
     """A record of fine-tuning, with a curve over steps."""
     row = record(name, kind, weights_seed=0 if kind == "untrained" else None, **changes)
