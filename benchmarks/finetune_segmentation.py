@@ -208,7 +208,7 @@ class Segmentation(FinetuneTask):
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Reads every mask once: its classes, its slices and where its objects are."""
         self.config, self.target = config, "masks"
-        values = config.classes or mask_values(data, config.ignore)
+        values = config.classes or mask_values(data, config.ignore, tell=True)
         if config.classes:
             _check_classes(config, data)
         self.values: tuple[int, ...] = tuple(int(value) for value in values)

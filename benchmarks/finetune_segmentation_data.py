@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import DataError, numpy_rng
+from ssl3d_benchmarks.task import tell_lone_values
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Volume
@@ -39,17 +40,21 @@ class Annotation:
     places: dict[int, Array]
 
 
-def mask_values(data: Collection, ignore: int) -> tuple[int, ...]:
-    """Values in the masks, sorted, 0 among them, `ignore` not.
+def mask_values(data: Collection, ignore: int, tell: bool = False) -> tuple[int, ...]:
+    """Values in the masks, sorted, 0 among them, `ignore` not; with `tell` those of one subject are told.
 
     Raises:
         DataError: There is background only.
     """
-    found = {0}
+    each: list[set[int]] = []
     for volume in data:
+        own: set[int] = set()
         for _, slab in slabs(volume):
-            found |= set(np.unique(slab).tolist())
-    found.discard(ignore)
+            own |= set(np.unique(slab).tolist())
+        each.append(own - {ignore})
+    found = {0}.union(*each) - {ignore}
+    if tell:
+        tell_lone_values(data, each, ", or give --segmentation.classes or --segmentation.ignore")
     if len(found) == 1:
         raise DataError(f"the masks of all {len(data)} volumes are empty: there is nothing to segment")
     return tuple(sorted(found))

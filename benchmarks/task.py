@@ -158,13 +158,37 @@ def class_names(data: Collection) -> tuple[str, ...]:
     return names
 
 
+def tell_lone_values(data: Collection, values: Sequence[set[int]], help: str = "") -> None:
+    """Says which mask values one subject alone has: the mean over classes counts each as much as any other.
+
+    Args:
+        data: Volumes with masks.
+        values: Of each one's mask.
+        help: What else can be done about it.
+    """
+    people = data.subject_codes
+    if len(np.unique(people)) < 4:
+        return
+    for value in sorted(set().union(*values) - {0}):
+        own = [k for k, has in enumerate(values) if value in has]
+        if len(np.unique(people[own])) == 1:
+            say(
+                f"mask value {value}: in the mask of one subject alone ({data[own[0]].id}), and scored as "
+                f"a class as much as any other; if it is none, correct the mask{help}"
+            )
+
+
 def mask_names(data: Collection) -> tuple[str, ...]:
     """The mask values as classes, background first.
 
     Raises:
         DataError: Every mask is empty.
     """
-    values = mask_values(data)
+    from ssl3d.api import mask_values as values_in
+
+    each = [set(values_in(volume).tolist()) for volume in data]
+    values = sorted({0}.union(*each))
+    tell_lone_values(data, each)
     if len(values) < 2:
         raise DataError("every mask is empty: the dense probe needs a class to find")
     return tuple(map(str, values))

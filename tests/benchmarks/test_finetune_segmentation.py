@@ -548,3 +548,28 @@ def test_wrong_numbers_of_annotated_slices_are_one_clear_line(tmp_path, capsys, 
     arguments = ["finetune", "scratch:resnet10:width=4", "--data", "phantoms:8", "--task", "segmentation"]
     assert main([*arguments, "--out", str(tmp_path / "o"), *extra]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_mask_value_of_one_subject_alone_is_told(tmp_path, capsys):
+    from ssl3d.data.store import Record, assemble, open_data, write_part
+    from ssl3d_benchmarks.finetune_segmentation_data import mask_values
+    from ssl3d_benchmarks.task import mask_names
+
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        mask = rng.integers(0, 3, (4, 8, 8)).astype(np.uint8)
+        if k == 4:
+            mask[0, 0, 0] = 255
+        image = rng.normal(size=(1, 4, 8, 8)).astype(np.float32)
+        entry = Record(id=f"v{k}", dataset="made", subject=f"p{k // 2 if k < 4 else k}")
+        write_part(tmp_path / "s.partial", f"{k}", entry, image, mask=mask)
+    assemble(tmp_path / "s.partial", tmp_path / "s.h5", {}, [])
+    data = open_data([tmp_path / "s.h5"])
+    told = "mask value 255: in the mask of one subject alone (v4)"
+    assert mask_names(data) == ("0", "1", "2", "255")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+    assert mask_values(data, -1, tell=True) == (0, 1, 2, 255)
+    assert "--segmentation.ignore" in capsys.readouterr().err
+    assert mask_values(data, 255, tell=True) == (0, 1, 2)
+    assert not capsys.readouterr().err
