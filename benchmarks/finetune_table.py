@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl3d.api import statistics
 from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
-from ssl3d_benchmarks.task import LEAK_HELP
+from ssl3d_benchmarks.task import leak_help
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
@@ -91,7 +91,7 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
         f"subset{'s' * (subsets > 1)} of the training data{one}; differences are paired, p is not corrected"
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
-        text.append(f"not ranked: pretraining saw subjects of the test part; {LEAK_HELP}")
+        text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
     return "\n".join(text)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ssl3d.api import statistics
 from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
-from ssl3d_benchmarks.task import LEAK_HELP
+from ssl3d_benchmarks.task import leak_help
 
 if TYPE_CHECKING:
     from ssl3d.api import Benchmark
@@ -82,7 +82,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     )
     text.append(f"intervals: 95 %, over test subjects and repeats; differences are paired{luck}")
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
-        text.append(f"not ranked: pretraining saw subjects of the test part; {LEAK_HELP}")
+        text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
     return "\n".join(text)
 
 

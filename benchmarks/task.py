@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ssl3d.api import DataError, UsageError, house_split, split_digest, statistics
 
 if TYPE_CHECKING:
-    from ssl3d.api import Collection
+    from ssl3d.api import Collection, Result
 
 Array = NDArray[Any]
 
@@ -22,9 +22,14 @@ CSV_HELP = (
     "write a CSV with the columns path,subject,label (such as `scans/p01.nii.gz,p01,healthy`; a column "
     "`mask` for the dense probe, `split` if you have one) and give it as --data"
 )
-LEAK_HELP = (
+_LEAK_HELP = (
     "pretrain on the labelled list itself, whose test subjects are then left out, or give both lists a "
     "column `split` (train, val, test)"
+)
+
+_FOLDS_LEAK_HELP = (
+    "with --folds every labelled subject is tested on: pretrain on scans of other people alone, or leave "
+    "out --folds and pretrain on this list itself, whose test subjects are then left out"
 )
 
 
@@ -209,6 +214,11 @@ def _is_number(label: Any) -> bool:
 
 
 # Folds --------------------------------------------------------------------------------------------
+
+
+def leak_help(result: Result) -> str:
+    """What to do about test subjects that pretraining saw."""
+    return _FOLDS_LEAK_HELP if int(result.split.get("folds") or 0) > 1 else _LEAK_HELP
 
 
 def split_up(

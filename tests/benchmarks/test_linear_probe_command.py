@@ -154,6 +154,22 @@ def test_cross_validation_predicts_every_subject_once(cache, tmp_path):
         assert result.split["folds"] == 3
 
 
+def test_the_remedy_for_a_leak_under_folds_is_another(trained, tmp_path, capsys):
+    arguments = [
+        "linear-probe",
+        str(trained),
+        "--data",
+        "phantoms:24",
+        "--out",
+        str(tmp_path),
+        "--folds",
+        "3",
+    ]
+    assert main([*arguments, "--untrained", "1", "--recalibrate", "no"]) == 0
+    remedy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("not ranked: "))
+    assert "with --folds every labelled subject is tested on" in remedy and "column `split`" not in remedy
+
+
 @pytest.mark.parametrize(
     ("target", "labels", "main_score"),
     [
