@@ -79,6 +79,7 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         told.append(
             f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
         )
+    told += _namesakes(data, used)
     held = _held_out(data, used, share)
     train = used & ~held
     if not train.any():
@@ -88,6 +89,27 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         told.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
     queries = classes & ((split == "val") & ~used | held)
     return Selection(data.select(train), data.select(held), data.select(queries), told)
+
+
+def _namesakes(data: Collection, used: np.ndarray) -> list[str]:
+    """A line about people kept for tests of one data set whose names are trained on in another.
+
+    P01 may be two people of two hospitals, or one person whose second visit is in another folder, which
+    would leak: only the user knows.
+    """
+    away: dict[str, set[int]] = {}
+    codes, subjects = data.dataset_codes, data.subjects
+    for code, subject in zip(codes[~used].tolist(), subjects[~used].tolist(), strict=True):
+        away.setdefault(subject, set()).add(code)
+    pairs = set(zip(codes[used].tolist(), subjects[used].tolist(), strict=True)) if away else set()
+    like = sorted({subject for code, subject in pairs if away.get(subject, set()) - {code}})
+    if not like:
+        return []
+    few = ", ".join(like[:3]) + (f" and {len(like) - 3} more" if len(like) > 3 else "")
+    return [
+        "kept for validation and test, but a subject of that name in another data set is trained on: "
+        f"{few}; if they are the same people, prepare both with one name, --dataset NAME"
+    ]
 
 
 def _held_out(data: Collection, used: np.ndarray, share: float) -> np.ndarray:

@@ -189,7 +189,7 @@ def test_subjects_without_a_label_are_all_used(tmp_path):
     assert people(chosen.train) == people(mixed.select(~known | (split == "train")))
     kept = int((known & (split == "train")).sum())
     assert 0 < kept < 8 and (split[~known] != "train").any()
-    assert chosen.told == [
+    assert chosen.told[:2] == [
         f"mixed (labelled in part): {kept} of the train split + 16 unlabelled, {kept + 16} of 24 volumes, "
         f"{kept + 16} subjects",
         "plain (unlabelled): all, 3 of 3 volumes, 3 subjects",
@@ -197,6 +197,19 @@ def test_subjects_without_a_label_are_all_used(tmp_path):
     # No test subject of a benchmark, and the queries of the kNN score are not learned from.
     assert not people(chosen.train) & people(mixed.select(known & (split != "train")))
     assert len(chosen.queries) and not people(chosen.queries) & people(chosen.train)
+
+
+def test_namesakes_of_test_subjects_in_another_data_set_are_told(tmp_path):
+    parts = ["test", "test", "test", "val", *["train"] * 4]
+    scans = [("lab", f"p{i}", 0.5, part, False, False) for i, part in enumerate(parts)]
+    others = [("unl", f"p{i}", None, "", False, False) for i in range(2, 12)]
+    (line,) = select(small_store(tmp_path / "s.h5", scans + others), "train", 0.0).told[2:]
+    assert line.startswith("kept for validation and test, but a subject of that name in another data set")
+    assert ": p2, p3; if" in line and "--dataset NAME" in line
+    one = [("lab", *row[1:]) for row in others]
+    assert len(select(small_store(tmp_path / "one.h5", scans + one), "train", 0.0).told) == 1
+    other = [("unl", f"q{i}", *row[2:]) for i, row in enumerate(others)]
+    assert len(select(small_store(tmp_path / "two.h5", scans + other), "train", 0.0).told) == 2
 
 
 @pytest.mark.parametrize("mark", ["label", "mask", "boxes", "split"])
