@@ -44,7 +44,8 @@ class Proxy(nn.Module, ABC):
             they hold where the user says nothing.
         mixed: Whether `forward` takes the whole mixed batch at once: a list of groups, and a list of
             their generators. A loss that gathers over ranks needs this, since a rank may lack a group.
-        uses_labels: Whether labels or masks are learned from; checkpoints then say that they saw them.
+        uses_labels: Whether labels, masks or boxes are learned from; checkpoints then say that they saw
+            them. Without it, `draw` is refused them.
         distinct: Whether no subject should come twice in a batch, where there are subjects enough. Without
             it every data set has its equal share of each batch, however few its subjects are.
     """

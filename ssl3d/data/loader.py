@@ -327,6 +327,8 @@ class _Drawing(Dataset[Batch]):
         reason = ""
         for attempt, candidate in enumerate(itertools.islice(tried, _PATIENCE)):
             volume = self._collection[candidate]
+            if not getattr(proxy, "uses_labels", True):
+                volume.withhold_labels(f"{name}.draw")
             title = f"{volume.dataset}/{volume.id}"
             rng = numpy_rng("draw", self._seed, name, step * self._plan.batch_size + row, attempt)
             try:

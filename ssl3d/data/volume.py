@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl3d.data.index import FORMAT, ROW, VERSION, label_of
 from ssl3d.data.record import SPLITS, Affine, Record
 from ssl3d.data.writer import PART
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, PluginError
 
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
 _MAX_KNOWN = 4096  # data sets of one file
@@ -106,6 +106,8 @@ class Volume:
         block: Voxels per block of the foreground map along (D, H, W).
     """
 
+    _withheld_from = ""
+
     def __init__(self, store: Store, row: int, index: int):
         self._store, self._number, self.index = store, row, index
         entry = self._row = store.rows[row]
@@ -116,6 +118,17 @@ class Volume:
 
     def __repr__(self) -> str:
         return f"Volume({self.index}, {self.dataset}/{self.id}, shape {self.shape}, spacing {self.spacing})"
+
+    def withhold_labels(self, who: str) -> None:
+        """Refuses label, boxes and mask from here on: `who` does not say that it learns from them."""
+        self._withheld_from = who
+
+    def _labelled(self, what: str) -> None:
+        if self._withheld_from:
+            raise PluginError(
+                f"{self._withheld_from} reads a volume's {what}, but its class does not set "
+                "uses_labels = True: checkpoints would say that no labels were seen"
+            )
 
     @property
     def place(self) -> tuple[Store, int]:
@@ -151,16 +164,19 @@ class Volume:
     @property
     def label(self) -> int | float | str | None:
         """Class, ordinal or real value."""
+        self._labelled("label")
         return label_of(self._row, self._store.label_names)
 
     @property
     def boxes(self) -> np.ndarray | None:
         """(n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels; None where nobody looked for any."""
+        self._labelled("boxes")
         return self._flat("boxes")
 
     @property
     def box_labels(self) -> np.ndarray | None:
         """(n,) int64."""
+        self._labelled("box labels")
         return self._flat("box_labels")
 
     def _flat(self, name: str) -> np.ndarray | None:
@@ -217,6 +233,7 @@ class Volume:
         Raises:
             DataError: The volume has no mask, or the store cannot be read here.
         """
+        self._labelled("mask")
         if not self.has_mask:
             raise DataError(f"{self.dataset}/{self.id}: has no mask")
         data = self._data("masks")

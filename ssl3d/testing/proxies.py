@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssl3d import plugins
 from ssl3d.config import field_help, from_dict, to_dict
 from ssl3d.encoder import Encoder
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, PluginError
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, numpy_rng, one_group, seed_of
 from ssl3d.testing.encoders import dead_taps
@@ -50,8 +50,8 @@ def check_proxy(
 
     - It has a docstring, a citation, and a `Config` dataclass that can be built without arguments,
       documents every field, pickles, and survives YAML.
-    - `draw` takes all its randomness from its generator, leaves the global ones alone, and gives finite
-      tensors that stack.
+    - `draw` takes all its randomness from its generator, leaves the global ones alone, reads no labels
+      unless the class says so in `uses_labels`, and gives finite tensors that stack.
     - `forward` gives a finite scalar loss and detached scalar metrics, `main` among them; it takes its
       randomness from its generator (dropout excepted), leaves its batch as it was, and works in eval
       mode, on a batch of 2 that is part of a larger one, and under bfloat16 autocast.
@@ -212,7 +212,13 @@ def _draw_twice(cls: type[Proxy], config: Any, volume: Volume, n: int) -> dict[s
 
 
 def _draw(cls: type[Proxy], config: Any, volume: Volume, n: int) -> dict[str, Tensor]:
-    return cls.draw(config, volume, numpy_rng("check_proxy", n))
+    if not cls.uses_labels and hasattr(volume, "withhold_labels"):
+        volume = copy.copy(volume)  # the caller's own stays as it was
+        volume.withhold_labels(f"{cls.__name__}: draw")
+    try:
+        return cls.draw(config, volume, numpy_rng("check_proxy", n))
+    except PluginError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _assert_example(who: str, example: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl3d.data.store import open_data
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError
 from ssl3d.proxy import Proxy, StepOutput
@@ -237,6 +238,19 @@ def test_a_proxy_that_no_volume_suits():
 
     with pytest.raises(AssertionError, match="refuses every one of 6 volumes: v0: too dark"):
         check(broken(**drawn(refuse)))
+
+
+def test_labels_read_without_a_word():
+    phantoms = open_data(["phantoms:6"])
+
+    @classmethod
+    def draw(cls, config, volume, rng):
+        return Good.draw(config, volume, rng) | {"label": torch.tensor(hash(volume.label) % 7)}
+
+    with pytest.raises(AssertionError, match="Broken: draw reads a volume's label, .* uses_labels = True"):
+        check_proxy(broken(draw=draw), encoder=Tiny, data=phantoms)
+    check_proxy(broken(draw=draw, uses_labels=True), encoder=Tiny, data=phantoms, fall=-1)
+    assert phantoms[0].label is not None
 
 
 def test_volumes_that_do_not_suit_are_passed_over():

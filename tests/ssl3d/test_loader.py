@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ssl3d.data.loader import Loader
 from ssl3d.data.store import Record, assemble, open_data, write_part
 from ssl3d.data.stream import Stream
-from ssl3d.errors import DataError, UsageError
+from ssl3d.errors import DataError, PluginError, UsageError
 from ssl3d.rng import seed_of
 
 
@@ -217,6 +217,25 @@ def test_a_mistake_in_draw_is_not_swallowed(data):
 
         with pytest.raises(TypeError, match=message):
             next(iter(load(data, proxies={"wrong": (Wrong, None)})))
+
+
+@pytest.mark.parametrize("what", ["label", "boxes", "box_labels", "read_mask"])
+def test_a_proxy_that_does_not_say_so_gets_no_labels(data, what):
+    class Reads(Crop):
+        uses_labels = False
+
+        @classmethod
+        def draw(cls, config, volume, rng):
+            value = getattr(volume, what)
+            return Crop.draw(config, volume, rng) | {"seen": torch.tensor(callable(value) and value() is None)}
+
+    class Says(Reads):
+        uses_labels = True
+
+    with pytest.raises(PluginError, match="sneaky.draw reads a volume's .*uses_labels = True"):
+        next(iter(load(data, proxies={"sneaky": (Reads, Options())})))
+    if what != "read_mask":  # these volumes have none
+        assert next(iter(load(data, proxies={"open": (Says, Options())}))).groups
 
 
 def test_what_cannot_be_loaded_is_refused(data):
