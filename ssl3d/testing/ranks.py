@@ -54,11 +54,15 @@ class _Given(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a process came to: buffers after `start_epoch`, then loss and gradients of each case."""
+    """What a process came to: buffers after `start_epoch`, then loss, gradients and state of each case.
+
+    The state is what `after_step` leaves: buffers (queues) and what is not trained (momentum teachers).
+    """
 
     buffers: dict[str, Tensor]
     losses: list[Tensor]
     gradients: list[dict[str, Tensor]]
+    states: list[dict[str, Tensor]]
 
 
 def check_ranks(
@@ -76,7 +80,8 @@ def check_ranks(
     One batch is drawn, and shared out in two ways: row by row, and unequally. Where the proxy is
     `mixed`, the second rank lacks one of the groups the second time. The weights are handed over;
     `setup` and `start_epoch` have been called on every rank. The buffers that `start_epoch` leaves must
-    be the same on both ranks, and those of the single process. Dropout is switched off.
+    be the same on both ranks, and those of the single process; the buffers and untrained parameters that
+    `after_step` leaves must be the same on both ranks. Dropout is switched off.
 
     Args:
         proxy: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class that
@@ -195,13 +200,14 @@ def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any])
     proxy.start_epoch(0, given.epoch)
     proxy.train()
     buffers = {name: value.clone() for name, value in proxy.named_buffers()}
+    untrained = {n: p.detach().clone() for n, p in proxy.named_parameters() if not p.requires_grad}
     trainee = Trainee(proxy.encoder, {"proxy": proxy}, {"proxy": 1.0}, _SEED)
     module = wrap(trainee)
-    found = _Found(buffers, [], [])
+    found = _Found(buffers, [], [], [])
     for case in given.cases:
         with torch.no_grad():
-            for name, value in proxy.named_buffers():
-                value.copy_(buffers[name])
+            for name, value in _state(proxy).items():
+                value.copy_((buffers | untrained)[name])
         proxy.zero_grad(set_to_none=True)
         loss, _ = module("loss", case.groups[rank], "ranks")
         loss = loss * case.counts[rank]
@@ -210,7 +216,15 @@ def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any])
         found.gradients.append(
             {n: p.grad.clone() for n, p in proxy.named_parameters() if p.grad is not None}
         )
+        proxy.after_step(0, len(given.cases))  # no optimizer's step before: gradients are compared already
+        found.states.append({name: value.clone() for name, value in _state(proxy).items()})
     return found
+
+
+def _state(proxy: Proxy) -> dict[str, Tensor]:
+    """Buffers, and parameters that are not trained."""
+    untrained = {n: p.data for n, p in proxy.named_parameters() if not p.requires_grad}
+    return dict(proxy.named_buffers()) | untrained
 
 
 # The ranks ----------------------------------------------------------------------------------------
@@ -344,6 +358,12 @@ def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_F
             assert torch.allclose(gradients[name], gradient, rtol=rtol, atol=1e-5 * largest), (
                 f"{who}: the gradient of {name} differs between two ranks and one process by "
                 f"{(gradients[name] - gradient).abs().max():.3g}, the largest is {largest:.3g} {how}{hint}"
+            )
+        first, second = (one.states[number] for one in ranks)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), (
+                f"{who}: after after_step, {name} differs between the ranks {how}: gather what goes into it "
+                "(ssl3d.api.gather)"
             )
 
 

@@ -247,7 +247,7 @@ def test_labels_read_without_a_word():
     def draw(cls, config, volume, rng):
         return Good.draw(config, volume, rng) | {"label": torch.tensor(hash(volume.label) % 7)}
 
-    with pytest.raises(AssertionError, match="Broken: draw reads a volume's label, .* uses_labels = True"):
+    with pytest.raises(AssertionError, match=r"Broken: draw reads a volume's label, .* uses_labels = True"):
         check_proxy(broken(draw=draw), encoder=Tiny, data=phantoms)
     check_proxy(broken(draw=draw, uses_labels=True), encoder=Tiny, data=phantoms, fall=-1)
     assert phantoms[0].label is not None

@@ -9,6 +9,7 @@ from ssl3d.encoders.resnet import ResNet10
 from ssl3d.testing import check_ranks
 
 PLUGIN = '''
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,48 @@ class Contrast(Mean):
         return StepOutput(loss, {"error": loss.detach()})
 
 
+class Queue(Contrast):
+    """Keys of all ranks go into a queue, by a teacher that is not trained."""
+
+    def __init__(self, config, encoder):
+        super().__init__(config, encoder)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(12, encoder.embed_dim))
+        self.keys = []
+
+    def forward(self, groups, rngs):
+        with torch.no_grad():
+            z = torch.cat([self.teacher.embed(group["image"]) for group in groups])
+        self.keys.append(self.everyone(z))
+        return super().forward(groups, rngs)
+
+    def everyone(self, z):
+        return gather(z)
+
+    @torch.no_grad()
+    def after_step(self, step, total):
+        for teacher, student in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
+            teacher.lerp_(student, 0.5)
+        self.queue.copy_(torch.cat([*self.keys, self.queue])[: len(self.queue)])
+        self.keys.clear()
+
+
+class OwnQueue(Queue):
+    """Wrong: each rank's queue holds its own keys."""
+
+    def everyone(self, z):
+        return z
+
+
+class OwnTeacher(Queue):
+    """Wrong: a teacher that each rank moves by its own batch."""
+
+    @torch.no_grad()
+    def after_step(self, step, total):
+        super().after_step(step, total)
+        self.teacher.conv1.weight.mul_(1 + 0.1 * rank())
+
+
 class OwnContrast(Contrast):
     """Wrong: every example against those of its own rank."""
 
@@ -139,7 +182,7 @@ def check(cls, **options):
     check_ranks(cls, encoder=encoder, **options)
 
 
-@pytest.mark.parametrize("name", ["Mean", "Contrast"])
+@pytest.mark.parametrize("name", ["Mean", "Contrast", "Queue"])
 def test_it_passes_what_reduces_rightly(name, plugin):
     check(getattr(plugin, name))
 
@@ -150,6 +193,8 @@ def test_it_passes_what_reduces_rightly(name, plugin):
         ("Sum", "the loss of two ranks is"),
         ("OwnNoise", "the (loss|gradient) of"),
         ("OwnBank", "after start_epoch, buffer bank differs between the ranks"),
+        ("OwnQueue", "after after_step, queue differs between the ranks .*gather"),
+        ("OwnTeacher", "after after_step, teacher.conv1.weight differs between the ranks"),
         ("OwnContrast", "the loss of two ranks is"),
         ("Failing", "rank 1 of 2 fails: .*rank 1 cannot"),
     ],
