@@ -362,8 +362,8 @@ def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_F
         first, second = (one.states[number] for one in ranks)
         for name, value in first.items():
             assert torch.equal(value, second[name]), (
-                f"{who}: after after_step, {name} differs between the ranks {how}: gather what goes into it "
-                "(ssl3d.api.gather)"
+                f"{who}: after after_step, {name} differs between the ranks {how}: gather what goes into "
+                "it (ssl3d.api.gather)"
             )
 
 
