@@ -22,6 +22,7 @@ from ssl3d import plugins
 from ssl3d.config import field_help, from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, PluginError
+from ssl3d.options import PretrainOptions
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, numpy_rng, one_group, seed_of
 from ssl3d.testing.encoders import dead_taps
@@ -49,13 +50,14 @@ def check_proxy(
     """Tests that a proxy keeps the contract of `ssl3d.Proxy`, by training it for a moment.
 
     - It has a docstring, a citation, and a `Config` dataclass that can be built without arguments,
-      documents every field, pickles, and survives YAML.
+      annotates and documents every field, pickles, and survives YAML.
     - `draw` takes all its randomness from its generator, leaves the global ones alone, reads no labels
       unless the class says so in `uses_labels`, and gives finite tensors that stack.
     - `forward` gives a finite scalar loss and detached scalar metrics, `main` among them; it takes its
       randomness from its generator (dropout excepted), leaves its batch as it was, and works in eval
       mode, on a batch of 2 that is part of a larger one, and under bfloat16 autocast.
     - The encoder is fed as many channels as `in_channels` says, by `forward` and by `present`.
+    - `forward` makes no parameters, and in eval mode changes no buffers.
     - A gradient reaches every trainable parameter and every kernel tap.
     - The loss falls on a few batches shown again and again, always with the same random numbers.
     - The state dict holds all that the next step depends on.
@@ -122,6 +124,8 @@ def _check_class(cls: type[Proxy]) -> None:
     assert cls.__doc__ and cls.__doc__ != Proxy.__doc__, f"{who}: has no docstring; say what is worked out"
     assert isinstance(cls.main, str) and cls.main, f"{who}: main does not name a metric"
     assert isinstance(cls.recipe, Mapping), f"{who}: recipe is not a mapping of pretrain options"
+    unknown = sorted(set(cls.recipe) - {f.name for f in dataclasses.fields(PretrainOptions)})
+    assert not unknown, f"{who}: recipe names {', '.join(unknown)}, no option of ssl3d pretrain"
     assert isinstance(inspect.getattr_static(cls, "draw"), classmethod), (
         f"{who}: draw is not a classmethod; workers call it without an instance"
     )
@@ -130,6 +134,21 @@ def _check_class(cls: type[Proxy]) -> None:
 def _check_config(cls: type[Proxy], config: Any) -> None:
     who = cls.__name__
     documented = field_help(cls.Config)
+    known = {f.name for f in dataclasses.fields(cls.Config)}
+    plain = [
+        name
+        for base in cls.Config.__mro__[:-1]
+        for name, value in vars(base).items()
+        if not name.startswith("_")
+        and name not in known
+        and name not in vars(base).get("__annotations__", {})
+        and not callable(value)
+        and not hasattr(value, "__get__")
+    ]
+    assert not plain, (
+        f"{who}: {', '.join(plain)} of its Config has no type annotation, so is no option (annotate a "
+        "constant as ClassVar)"
+    )
     bare = [f.name for f in dataclasses.fields(cls.Config) if f.init and not documented.get(f.name)]
     assert not bare, f"{who}: options without help: {', '.join(bare)}; describe them under Attributes:"
     try:
@@ -253,11 +272,23 @@ def _step(proxy: Proxy, group: dict[str, Tensor], seed: int = 0) -> StepOutput:
     return _run(proxy, group, one_group(seed, len(group["index"])))
 
 
+def _state_names(proxy: Proxy) -> set[str]:
+    """Names of parameters and buffers; those of lazy layers, which have no shape yet, are left out."""
+    named = [*proxy.named_parameters(), *proxy.named_buffers()]
+    return {name for name, value in named if not nn.parameter.is_lazy(value)}
+
+
 def _check_step(proxy: Proxy, group: dict[str, Tensor]) -> None:
     who = type(proxy).__name__
     before = {name: value.clone() for name, value in group.items()}
     trial = copy.deepcopy(proxy).train()
+    known = _state_names(trial)
     output = _step(trial, group)
+    made = sorted(_state_names(trial) - known)
+    assert not made, (
+        f"{who}: forward makes {', '.join(made[:5])}, which no optimizer trains and no checkpoint of a new "
+        "run can take: make it in __init__ or setup"
+    )
     assert isinstance(output, StepOutput), f"{who}: forward gives {_what(output)}, not a StepOutput"
     _assert_output(who, output, proxy.main)
     assert output.loss.requires_grad, f"{who}: the loss does not depend on any trainable parameter"
@@ -347,7 +378,8 @@ def _check_gradients(proxy: Proxy, groups: Sequence[dict[str, Tensor]]) -> None:
     shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
     assert not dead, (
         f"{who}: no gradient reaches {shown} (freeze what is not to be trained with requires_grad_(False); "
-        "off-plane taps need kind acs, or inputs deep enough)"
+        f"taps need inputs of more than the encoder's stride, {trial.encoder.strides[-1]} along D H W, "
+        "off-plane ones kind acs where inputs are thin)"
     )
 
 
@@ -355,9 +387,15 @@ def _check_eval(proxy: Proxy, group: dict[str, Tensor]) -> None:
     who = type(proxy).__name__
     trial = copy.deepcopy(proxy).eval()
     two = {name: value[:2] for name, value in group.items()}
+    before = {name: value.clone() for name, value in trial.state_dict().items()}
     with torch.no_grad():
         output = _run(trial, two, BatchRng(7, (1, 3), 4))
     _assert_output(who, output, proxy.main, " of a batch of 2 in eval mode")
+    moved = [name for name, value in trial.state_dict().items() if not _equal(value, before.get(name))]
+    assert not moved, (
+        f"{who}: forward in eval mode changes {', '.join(moved[:5])}: held-out subjects would train the "
+        "proxy; ask self.training first"
+    )
 
 
 def _check_autocast(proxy: Proxy, group: dict[str, Tensor]) -> None:
@@ -409,7 +447,8 @@ def _check_learning(
     after = _mean_loss(proxy, groups)
     assert after < before - fall * abs(before), (
         f"{who}: the loss does not fall: {before:.4g} before, {after:.4g} after {steps} steps on "
-        f"{len(groups)} batches (asked: {100 * fall:g} % less)"
+        f"{len(groups)} batches (asked: {100 * fall:g} % less; where it first rises by design, as while a "
+        "queue fills, ask later by steps=, or for less by fall=)"
     )
     return proxy
 

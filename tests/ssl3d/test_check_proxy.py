@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -145,6 +146,14 @@ class Undocumented:
 
 
 @dataclass
+class Plain(GoodConfig):
+    """Options."""
+
+    limit: ClassVar[int] = 3
+    strength = 2
+
+
+@dataclass
 class NoDefault:
     """Options.
 
@@ -173,10 +182,12 @@ class Unpicklable(GoodConfig):
         ({"main": ""}, "main does not name a metric"),
         ({"__doc__": None}, "has no docstring"),
         ({"Config": Undocumented}, "options without help: side"),
+        ({"Config": Plain}, "strength of its Config has no type annotation, so is no option"),
         ({"Config": NoDefault}, r"Config\(\) fails"),
         ({"Config": Unpicklable}, "does not pickle"),
         ({"Config": dict}, "Config is not a dataclass"),
         ({"recipe": None}, "recipe is not a mapping"),
+        ({"recipe": {"learning_rate": 1}}, "recipe names learning_rate, no option of ssl3d pretrain"),
         ({"draw": lambda self, config, volume, rng: {}}, "draw is not a classmethod"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
@@ -402,6 +413,36 @@ def test_eval_mode_and_a_part_of_a_batch():
 
     with pytest.raises(RuntimeError, match="size"):
         check(broken(forward=whole))
+
+
+def test_a_layer_made_in_forward():
+    def forward(self, batch, rng):
+        if "late" not in dict(self.named_children()):
+            self.late = nn.Linear(8, 1)
+        return Good.forward(self, batch, rng)
+
+    with pytest.raises(
+        AssertionError, match=r"forward makes late.bias, late.weight, .* in __init__ or setup"
+    ):
+        check(broken(forward=forward))
+
+
+def test_held_out_subjects_that_leave_something_behind():
+    def make(self, config, encoder):
+        Good.__init__(self, config, encoder)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, batch, rng):
+        self.seen += 1
+        return Good.forward(self, batch, rng)
+
+    with pytest.raises(AssertionError, match=r"forward in eval mode changes seen: .* ask self.training"):
+        check(broken(__init__=make, forward=forward))
+
+    def careful(self, batch, rng):
+        return forward(self, batch, rng) if self.training else Good.forward(self, batch, rng)
+
+    check(broken(__init__=make, forward=careful))
 
 
 def test_half_precision():
