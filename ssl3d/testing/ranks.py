@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -10,9 +11,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -121,12 +123,15 @@ def check_ranks(
         cases = _cases(groups, cls.mixed)
         given = _Given(cls, config, blank, data, weights, epoch, cases)
         try:
-            Path(folder, "given.pickle").write_bytes(pickle.dumps(given))
+            content = pickle.dumps(given)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise AssertionError(f"{cls.__name__}: cannot be handed to another process: {error}") from error
+        Path(folder, "given.pickle").write_bytes(content)
         whole = [_Case(case.name, [groups], [1.0]) for case in cases[:1]]
         alone = _run(single, 0, given._replace(cases=whole), lambda trainee: trainee)
-        _compare(cls.__name__, cases, alone, _launch(cls.__name__, folder, timeout), rtol)
+        _compare(
+            cls.__name__, cases, alone, _launch(cls.__name__, folder, timeout, b"__main__" in content), rtol
+        )
 
 
 def _draw(
@@ -280,7 +285,21 @@ def _work(rank: int, folder: str, timeout: float) -> None:
     dist.barrier()
 
 
-def _launch(who: str, folder: str, timeout: float) -> list[_Found]:
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keeps what is started meanwhile from running the caller's script again.
+
+    A script that calls `check_ranks` without `if __name__ == "__main__"` would call it in every rank.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _launch(who: str, folder: str, timeout: float, needs_main: bool) -> list[_Found]:
     """Starts the ranks, waits for them, and gives what they found."""
     # A server that has torch imported, and nothing else running, forks the ranks of every check; a fork
     # of this process, whose backward pass has threads, would hang.
@@ -290,8 +309,9 @@ def _launch(who: str, folder: str, timeout: float) -> list[_Found]:
         context.set_forkserver_preload([__name__, "torch._dynamo", "torchvision", "lightly.models"])
     ranks = range(_WORLD)
     started = [context.Process(target=_rank, args=(n, folder, timeout), daemon=True) for n in ranks]
-    for process in started:
-        process.start()
+    with contextlib.nullcontext() if needs_main else _without_main():
+        for process in started:
+            process.start()
     deadline = time.monotonic() + timeout
     try:
         codes: list[int | None] = [None]
@@ -323,7 +343,7 @@ def _abandoned(folder: str, rank: int) -> bool:
 def _last_lines(folder: str, rank: int) -> str:
     log = Path(folder, f"log-{rank}")
     text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
-    return text[-2000:] or "without a word"
+    return text[-2000:] or 'without a word (a script that defines it needs `if __name__ == "__main__":`)'
 
 
 # The comparison -----------------------------------------------------------------------------------

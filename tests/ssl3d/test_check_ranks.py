@@ -1,6 +1,7 @@
 """`check_ranks` passes proxies that reduce rightly over ranks, and catches those that do not."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -221,3 +222,20 @@ def test_a_class_that_cannot_be_imported_is_named(plugin):
 
     with pytest.raises(AssertionError, match="Local: cannot be handed to another process"):
         check(Local)
+
+
+def test_a_script_that_calls_it_is_not_run_again_in_the_ranks(tmp_path):
+    (tmp_path / "ranks_plugin.py").write_text(PLUGIN, encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begun', flush=True)\n"
+        "import ranks_plugin\n"
+        "from ssl3d.encoders.resnet import ResNet10\n"
+        "from ssl3d.testing import check_ranks\n"
+        "check_ranks(ranks_plugin.Mean, None, "
+        "lambda: ResNet10(ResNet10.Config(width=4, norm='group', norm_groups=2)))\n"
+        "print('ended')\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["begun", "ended"], done.stderr[-2000:]
