@@ -63,6 +63,8 @@ def _run(plan: Plan, name: str) -> None:
 
 
 def _score(command: list[str]) -> None:
+    from ssl3d import plugins as installed
+
     protocol, *words = command
     given = [word.partition("=")[0] for word in words]
     if given.count("--out") > 1:
@@ -72,6 +74,12 @@ def _score(command: list[str]) -> None:
     plugins: Any = None
     if protocol == "finetune":
         plugins = Plugins({"task": lambda name: task_class(name).Config}, {"task": tuple(TASKS)})
-    parsed = parse(f"ssl3d {protocol}", SCORERS[protocol], words, plugins)
+    if protocol in SCORERS:
+        options = SCORERS[protocol]
+    else:
+        options = getattr(installed.load(installed.COMMANDS, protocol), "Options", None)
+        if options is None:  # it reads its words itself
+            return
+    parsed = parse(f"ssl3d {protocol}", options, words, plugins)
     if protocol == "finetune":
         resolve(parsed.options, parsed.sections[parsed.options.task], parsed.given)

@@ -84,6 +84,14 @@ class Suite:
     first: int
 
 
+def protocols() -> list[str]:
+    """What a task may be scored by: the benchmarks here, and those that packages bring with a command."""
+    from ssl3d import plugins
+
+    brought = set(plugins.names(plugins.BENCHMARKS)) & set(plugins.names(plugins.COMMANDS))
+    return [*PROTOCOLS, *sorted(brought - set(PROTOCOLS))]
+
+
 def built_in() -> list[str]:
     """Names of the suites that come with ssl3d."""
     return sorted(
@@ -184,8 +192,11 @@ def _task(path: Path, name: str, content: Any, texts: Mapping[str, Mapping[str, 
         raise UsageError(f"{path}: {where} is no name: use letters, digits, - _ . +")
     _known(path, f"{where}: ", content, TASK_KEYS)
     protocol = content.get("protocol", "linear-probe")
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"{path}: {where}: protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    if protocol not in (known := protocols()):
+        raise UsageError(
+            f"{path}: {where}: protocol {protocol!r} is none of {', '.join(known)} (a package's benchmark "
+            "needs a command of the same name, with the options of `ssl3d knn`)"
+        )
     patterns: dict[str, tuple[str, ...]] = {}
     for key in ("runs", "contestants"):
         given = content.get(key) or []

@@ -106,6 +106,10 @@ class Scores:
 class Benchmark(ABC):
     """A protocol. One file, one class, registered under the entry-point group `ssl3d.benchmarks`.
 
+    Records name it, and `ssl3d leaderboard report` finds it by that name to draw its intervals anew. A
+    suite's tasks may be scored by it where a command of the same name (`ssl3d.commands`) takes the options
+    of `ssl3d knn`: the encoders, --data, --out, --untrained.
+
     Attributes:
         Config: A dataclass of options that checks itself in `__post_init__`.
         name: As registered.

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from ssl3d import plugins
 from ssl3d.cli import main
 from ssl3d.errors import UsageError
 from ssl3d_benchmarks.leaderboard_check import check
@@ -117,3 +118,27 @@ def test_where_no_data_is_nothing_is_done_and_said(tmp_path, capsys):
     plan_of(tmp_path)
     assert main(["leaderboard", "run", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 1
     assert "nothing could be done: is --data-root (or $SSL3D_DATA) right?" in capsys.readouterr().out
+
+
+def test_a_package_may_bring_a_protocol_with_its_command(tmp_path, monkeypatch):
+    (tmp_path / "lent_protocol.py").write_text(
+        "from ssl3d_benchmarks.knn_command import Options, main\n", encoding="utf-8"
+    )
+    info = tmp_path / "lent_protocol-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lent-protocol\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[ssl3d.benchmarks]\nlent = ssl3d_benchmarks.knn_protocol:KNN\n"
+        "half = ssl3d_benchmarks.knn_protocol:KNN\n"
+        "[ssl3d.commands]\nlent = lent_protocol\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins._installed.cache_clear()
+    monkeypatch.setattr(plugins, "_installed", plugins._installed.__wrapped__)
+    plan = plan_of(tmp_path, **task("--data {scans} --neighbours 3", "lent"))
+    check(plan)
+    assert any(job.command()[0] == "lent" for job in plan.jobs if job.kind == "score")
+    with pytest.raises(UsageError, match=r"tasks: masks: .*neighbors"):
+        check(plan_of(tmp_path, **task("--data {scans} --neighbors 3", "lent")))
+    with pytest.raises(UsageError, match=r"'half' is none of linear-probe, knn, finetune, .*lent.* command"):
+        plan_of(tmp_path, **task("--data {scans}", "half"))
