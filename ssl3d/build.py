@@ -108,6 +108,12 @@ def build_trainee(
     for name, (kind, config) in plan.proxies.items():
         proxies[name] = kind(config, encoder)
         proxies[name].setup(_with_found(data, known or {}, name))
+        lazy = [key for key, value in proxies[name].named_parameters() if nn.parameter.is_lazy(value)]
+        if lazy:
+            raise PluginError(
+                f"proxy {name!r}: {lazy[0]} is of a lazy layer, whose size is not known before the first "
+                "step; give the size (encoder.embed_dim, encoder.channels)"
+            )
     weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
     balance = build_balance(options.balance, weights, options.balance_alpha)
     trainee = Trainee(encoder, proxies, weights, options.seed, balance)

@@ -281,6 +281,7 @@ class Loop:
         seconds = 0.0
         counter = FlopCounterMode(display=False)
         balance = copied.balance
+        known = {name for name, _ in copied.named_parameters()}
         for attempt in range(2):
             began = time.perf_counter()
             # The counter's hooks refuse the gradients that gradnorm takes in a forward pass: not counted.
@@ -289,6 +290,12 @@ class Loop:
                 with self.fabric.autocast():
                     loss, _ = copied("loss", groups, "trial")
                 loss.backward()
+            made = sorted({name for name, _ in copied.named_parameters()} - known)
+            if made:
+                raise TrainingError(
+                    f"{made[0].removeprefix('proxies.')}: made by forward, when the optimizer has its "
+                    "parameters already; make it in the proxy's __init__ or setup"
+                )
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize(self.fabric.device)
             seconds = time.perf_counter() - began
@@ -296,6 +303,12 @@ class Loop:
             _, enough = self.reducer.mean([], int(seconds > 5))
             if enough:
                 break  # warm-up matters little by then
+        # The gradient of zero that every parameter gets says nothing.
+        if not any(p.grad is not None and bool(p.grad.any()) for p in copied.encoder.parameters()):
+            self.log.say(
+                "no gradient reached the encoder in a trial step: unless the proxy means it (a last layer "
+                "that begins at zero), nothing is learnt; ssl3d.testing.check_proxy says more"
+            )
         return seconds, counter.get_total_flops()
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl3d.data.store import Collection
 from ssl3d.data.stream import Stream
-from ssl3d.errors import DataError, Ssl3dError, UsageError
+from ssl3d.errors import DataError, PluginError, Ssl3dError, UsageError
 from ssl3d.proxy import Proxy
 from ssl3d.rng import numpy_rng
 
@@ -357,16 +357,16 @@ def _checked(name: str, example: Any) -> dict[str, Tensor]:
     """What `draw` returned, if it is what it should be.
 
     Raises:
-        TypeError: It is no dict of tensors, or uses a name that the toolkit fills in.
+        PluginError: It is no dict of tensors, or uses a name that the toolkit fills in.
     """
     if not isinstance(example, dict) or not example:
-        raise TypeError(f"{name}.draw returned {type(example).__name__}; expected a dict of tensors")
+        raise PluginError(f"{name}.draw returned {type(example).__name__}; expected a dict of tensors")
     for key, value in example.items():
         if not isinstance(value, Tensor) or key in _RESERVED:
             what = (
                 "which the toolkit adds" if key in _RESERVED else f"a {type(value).__name__}, not a tensor"
             )
-            raise TypeError(f"{name}.draw returned {key!r}, {what}")
+            raise PluginError(f"{name}.draw returned {key!r}, {what}")
     return dict(example)
 
 

@@ -379,9 +379,9 @@ def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_F
                 f"{who}: the gradient of {name} differs between two ranks and one process by "
                 f"{(gradients[name] - gradient).abs().max():.3g}, the largest is {largest:.3g} {how}{hint}"
             )
-        first, second = (one.states[number] for one in ranks)
-        for name, value in first.items():
-            assert torch.equal(value, second[name]), (
+        left, others = (one.states[number] for one in ranks)
+        for name, value in left.items():
+            assert torch.equal(value, others[name]), (
                 f"{who}: after after_step, {name} differs between the ranks {how}: gather what goes into "
                 "it (ssl3d.api.gather)"
             )

@@ -215,7 +215,7 @@ def test_a_mistake_in_draw_is_not_swallowed(data):
         class Wrong:
             draw = classmethod(lambda cls, config, volume, rng, returned=returned: returned)
 
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises(PluginError, match=message):
             next(iter(load(data, proxies={"wrong": (Wrong, None)})))
 
 

@@ -9,8 +9,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssl3d
-from ssl3d.errors import TrainingError, UsageError
+from ssl3d.errors import PluginError, TrainingError, UsageError
 from ssl3d.options import plan_from, request_of
+from ssl3d.proxy import StepOutput
 from ssl3d.trainee import Trainee
 
 
@@ -137,6 +138,51 @@ def test_a_gradient_that_is_not_finite_is_never_saved(phantoms, small, tmp_path,
         )
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name.split("-")[1] for path in saved] == ["00000001", "00000002"]
+
+
+def changed(forward, start=None):
+    """The proxy `tiny`, with another `forward` and more in its `__init__`."""
+    from tiny_ssl3d_plugins import Tiny
+
+    def make(self, config, encoder):
+        Tiny.__init__(self, config, encoder)
+        if start is not None:
+            start(self)
+
+    return type("Changed", (Tiny,), {"__init__": make, "forward": forward, "__module__": __name__})
+
+
+def test_a_layer_made_in_forward_is_refused(phantoms, small, tmp_path, tiny_plugins):
+    def forward(self, batch, rng):
+        if "late" not in dict(self.named_children()):
+            self.late = torch.nn.Linear(2, 2)
+        return type(self).__mro__[1].forward(self, batch, rng)
+
+    with pytest.raises(
+        TrainingError, match=r"changed\.late\.bias: made by forward, .* in the proxy's __init__"
+    ):
+        ssl3d.pretrain(changed(forward), data=phantoms, out=tmp_path / "run", steps=2, **small)
+
+
+def test_a_lazy_layer_is_refused(phantoms, small, tmp_path, tiny_plugins):
+    def start(self):
+        self.head = torch.nn.LazyLinear(2)
+
+    kind = changed(lambda self, batch, rng: None, start)
+    with pytest.raises(PluginError, match=r"proxy 'changed': head\.weight is of a lazy layer"):
+        ssl3d.pretrain(kind, data=phantoms, out=tmp_path / "run", steps=2, **small)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_nothing_reaches_is_said(train, phantoms, small, tmp_path, tiny_plugins, capsys):
+    def forward(self, batch, rng):
+        loss = self.head(self.encoder.embed(batch["image"]).detach()).square().mean()
+        return StepOutput(loss, {"error": loss.detach()})
+
+    ssl3d.pretrain(changed(forward), data=phantoms, out=tmp_path / "cut", steps=2, **small)
+    assert "no gradient reached the encoder" in capsys.readouterr().out
+    train(steps=2)
+    assert "no gradient reached" not in capsys.readouterr().out
 
 
 def test_held_out_volumes_that_cannot_be_read_do_not_end_a_run(train, capsys, monkeypatch):
