@@ -308,6 +308,11 @@ class Runner:
             self.seconds.setdefault(job.kind, []).append(seconds)
             print(f"    done in {_span(seconds)}", flush=True)
 
+    def _environment(self) -> dict[str, str]:
+        """Of the jobs: an encoder's file that a run of the suite names is known where it is scored, too."""
+        named = [os.environ.get("SSL3D_PLUGINS", ""), *self.plan.plugin_files()]
+        return {**os.environ, "SSL3D_PLUGINS": ",".join(filter(None, named))}
+
     def _execute(self, job: Job, words: list[str]) -> tuple[int, str]:
         """Runs the command; its status, and the last line it said if it is not 0."""
         front: tuple[str, ...] = FRONT
@@ -321,6 +326,7 @@ class Runner:
             self._child = subprocess.Popen(
                 argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                 errors="replace", start_new_session=True, preexec_fn=_die_with(os.getpid()),
+                env=self._environment(),
             )  # fmt: skip
             try:
                 if self.asked:  # just before there was a job to hand it on to

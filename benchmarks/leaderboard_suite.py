@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,16 @@ class Plan:
         if "--init" in words:
             return name
         return " ".join(words[words.index("--encoder") :]) if "--encoder" in words else ""
+
+    def plugin_files(self) -> list[str]:
+        """The files and module:Class of encoders that the suite's runs name."""
+        found: dict[str, None] = {}
+        for text in self.suite.runs:
+            words = self.pretraining(text, None, 0)
+            for flag, word in pairwise([w for one in words for w in one.split("=", 1)]):
+                if flag == "--encoder" and (".py" in word or ":" in word):
+                    found[word] = None
+        return list(found)
 
     # Words -----------------------------------------------------------------------------------------
 

@@ -71,6 +71,9 @@ class Jobs:
         self.jobs = list(jobs)
         self.suite = type("Suite", (), {"name": "mine"})()
 
+    def plugin_files(self):
+        return ["net.py"]
+
 
 def job(name, *words, needs=(), product=None, missing="", inputs=(), kind="score", after=()):
     return Job(
@@ -93,6 +96,15 @@ def marks(tmp_path, monkeypatch):
 def said(marks):
     path = marks.parent / "said"
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
+def test_the_plugins_that_a_suite_names_are_known_to_its_jobs(marks, monkeypatch, tmp_path):
+    words = "import os; open(os.environ['WHERE'], 'w').write(os.environ['SSL3D_PLUGINS'])"
+    monkeypatch.setattr(leaderboard_run, "FRONT", (sys.executable, "-c", words))
+    monkeypatch.setenv("WHERE", str(tmp_path / "told"))
+    monkeypatch.setenv("SSL3D_PLUGINS", "own.py")
+    assert Runner(Jobs(job("score:a", "go")), marks).run() == 0
+    assert (tmp_path / "told").read_text() == "own.py,net.py"
 
 
 def test_what_is_done_is_not_done_again(marks, tmp_path, capsys):

@@ -277,3 +277,18 @@ def test_built_in_suites_make_plans(name, tmp_path):
     for job in plan.jobs:
         if job.kind in ("measure", "score"):
             assert all(isinstance(word, str) for word in job.command())
+
+
+def test_an_encoder_of_a_file_is_known_to_the_jobs_that_score_it(tmp_path):
+    runs = {
+        "first": "--proxy simclr --data {scans}",
+        "mine": "--proxy moco.py --encoder=nets/mine.py --data {scans}",
+        "other": "--proxy simclr --encoder nets:Mine --data {scans}",
+    }
+    plan = planned(
+        tmp_path,
+        runs=runs,
+        budget={"flops": 1e9},
+        tasks={"t": {"runs": ["*"], "options": "--data {scans}"}},
+    )
+    assert plan.plugin_files() == ["nets/mine.py", "nets:Mine"]
