@@ -131,6 +131,26 @@ def find(group: str, spec: str) -> tuple[str, Any]:
     return name, made
 
 
+def remember(group: str, plugin: type) -> str:
+    """Makes a class that was handed over from Python known by its name, to this process.
+
+    Returns:
+        The name.
+
+    Raises:
+        PluginError: Another class of that name is installed, and would be taken for it later.
+    """
+    name = name_of(group, plugin)
+    if _registered_as(group, plugin) is None and (group, plugin) not in _sources:
+        if name in _installed(group):
+            raise PluginError(
+                f"{_kind(group)} {plugin.__name__}: another {_kind(group)} called {name!r} is installed; "
+                f'give the class another `name`, as in name = "my_{name}"'
+            )
+        _by_name[group, name] = plugin
+    return name
+
+
 def load_all(group: str) -> tuple[dict[str, Any], dict[str, PluginError]]:
     """Imports every plugin of a group; those that fail are returned by name and break nothing."""
     loaded, failed = {}, {}

@@ -117,7 +117,7 @@ def pretrain(
     def name_and_keep(value: Any, group: str) -> str:
         if isinstance(value, str | Path):
             return str(value)
-        name = plugins.name_of(group, value)
+        name = plugins.remember(group, value)
         named[name] = value
         return name
 

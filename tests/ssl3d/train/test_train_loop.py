@@ -312,6 +312,15 @@ def test_a_proxy_may_be_given_as_a_class(phantoms, small, tmp_path, tiny_plugins
 
     run = ssl3d.pretrain(Mine, data=phantoms, out=tmp_path / "run", **small, steps=2)
     assert "mine/loss" in run.metrics[0]
+    assert type(run.proxies["mine"]) is Mine  # in this process, which was given it
+
+
+def test_a_class_that_another_would_later_be_taken_for_is_refused(phantoms, small, tmp_path, tiny_plugins):
+    from tiny_ssl3d_plugins import Tiny
+
+    kind = type("MAE", (Tiny,), {"__module__": __name__})
+    with pytest.raises(PluginError, match="proxy MAE: another proxy called 'mae' is installed"):
+        ssl3d.pretrain(kind, data=phantoms, out=tmp_path / "run", **small, steps=2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
