@@ -125,7 +125,14 @@ class Proxy(nn.Module, ABC):
         """
 
     def after_step(self, step: int, total: int) -> None:
-        """Called after each optimizer step: moving averages, queues."""
+        """Called after each optimizer step, on every rank: moving averages, queues.
+
+        A momentum teacher is a copy made in `__init__`, `copy.deepcopy(encoder).requires_grad_(False)`: the
+        optimizer leaves it out, checkpoints hold it, `--init` has given the encoder its weights by then.
+        `forward` runs several times between two of these calls (`--accumulate`), and in eval mode for
+        held-out subjects: it keeps the keys of a queue in a list, while training, gathered over the ranks
+        (`ssl3d.api.gather`, which a `mixed` proxy may call), and here they go into a buffer.
+        """
 
     def travels(self) -> Mapping[str, nn.Module]:
         """Modules that are exported beside the encoder, by name, as they serve without the proxy.
