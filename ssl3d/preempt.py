@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+ONCE = 1.0
+"""Seconds in which a signal that comes again is the same: SLURM's, handed on by `timeout` or torchrun."""
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))
 
 
@@ -22,6 +25,7 @@ class Preemption:
     def __init__(self) -> None:
         self.signum = 0
         self._owner = os.getpid()
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
@@ -38,6 +42,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and time.monotonic() - self._since < ONCE:
+            return
         if os.getpid() != self._owner or self.signum:
             # Forked workers inherit this handler. A signal to the whole process group must leave them
             # alive until the step is done, and a second one ends them, or an impatient user's run.
@@ -45,7 +51,7 @@ class Preemption:
             if os.getpid() == self._owner:
                 os.kill(self._owner, signum)
             return
-        self.signum = signum
+        self.signum, self._since = signum, time.monotonic()
 
 
 def name_of(signum: int) -> str:

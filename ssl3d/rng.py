@@ -52,7 +52,7 @@ class BatchRng:
         """The number of examples B."""
         return len(self._rows)
 
-    def _draw(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    def _made(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """The rows of this rank of a draw of shape (total, *shape), made by `fill` in place."""
         each = math.prod(shape)
 
@@ -78,12 +78,12 @@ class BatchRng:
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high), shape (B, *shape)."""
-        drawn = self._draw(shape, lambda x: x.uniform_(generator=self.generator), torch.float32)
+        drawn = self._made(shape, lambda x: x.uniform_(generator=self.generator), torch.float32)
         return drawn * (high - low) + low
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, shape (B, *shape)."""
-        return self._draw(shape, lambda x: x.normal_(generator=self.generator), torch.float32)
+        return self._made(shape, lambda x: x.normal_(generator=self.generator), torch.float32)
 
     def chance(self, p: float, *shape: int) -> Tensor:
         """True with probability `p`, shape (B, *shape)."""
@@ -91,7 +91,7 @@ class BatchRng:
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers in [low, high), shape (B, *shape), int64."""
-        return self._draw(shape, lambda x: x.random_(low, high, generator=self.generator), torch.int64)
+        return self._made(shape, lambda x: x.random_(low, high, generator=self.generator), torch.int64)
 
     def permutation(self, n: int) -> Tensor:
         """A random order of n items per example, shape (B, n), int64."""

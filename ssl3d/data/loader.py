@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssl3d.data.store import Collection
 from ssl3d.data.stream import Stream
 from ssl3d.errors import DataError, PluginError, Ssl3dError, UsageError
+from ssl3d.preempt import ONCE
 from ssl3d.proxy import Proxy
 from ssl3d.rng import numpy_rng
 
@@ -398,11 +399,16 @@ def _calm(ending: Any, _: int) -> None:
     Args:
         ending: A byte shared with the main process; 1 once that is at its end.
     """
+    since = 0.0
 
     def once(signum: int, frame: FrameType | None) -> None:
+        nonlocal since
         if ending.value:
             os._exit(0)
-        signal.signal(signum, signal.SIG_DFL)
+        if since and time.monotonic() - since >= ONCE:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        since = since or time.monotonic()
 
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):

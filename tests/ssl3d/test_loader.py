@@ -453,11 +453,13 @@ def test_a_worker_asked_to_end_waits_for_a_main_process_that_takes_its_time(data
     batches = iter(Loader(data, {"pid": (Pid, None)}, 4, workers=1))
     pid = next(batches).groups[0].tensors["pid"][0].item()
     os.kill(pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)  # the same signal, handed on by `timeout` or torchrun
     time.sleep(2.5)
     assert alive(pid)
     assert next(batches).groups[0].tensors["pid"][0].item() == pid
     batches.close()
-    assert gone([pid], 10)
+    assert gone([pid], 15)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")

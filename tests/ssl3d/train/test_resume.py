@@ -16,6 +16,7 @@ from ssl3d import cli, runs, snapshot
 from ssl3d.checkpoint import load_proxies
 from ssl3d.data.store import Record, assemble, write_part
 from ssl3d.errors import CheckpointError, TrainingError
+from ssl3d.preempt import Preemption
 
 COMMAND = [sys.executable, "-m", "ssl3d", "pretrain"]
 
@@ -82,6 +83,19 @@ def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(train, capsys):
     assert again.finished
     assert bytes_of(again.folder) == bytes_of(whole.folder)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same(monkeypatch):
+    """SLURM signals every process, and `timeout` and torchrun hand it on: the second ended it unsaved."""
+    died = []
+    with Preemption() as asked:
+        monkeypatch.setattr("ssl3d.preempt.os.kill", lambda *how: died.append(how))
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked.signum == signal.SIGTERM and not died
+        monkeypatch.setattr("ssl3d.preempt.ONCE", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert died == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_the_exit_status_tells_the_signal(tiny_plugins, phantoms, flags, tmp_path):
