@@ -25,6 +25,7 @@ DEFAULT_COUNT = 48
 DEFAULT_SHAPE = (40, 48, 48)
 CLASSES = ("background", "liver", "heart", "kidneys")
 LABELS = ("fine", "coarse")
+KINDS = ("plain", "faint", "noise")
 _VERSION = 1  # part of the cache's name; raise it when phantoms change
 _TORSO = np.array([360.0, 330.0, 330.0])  # mm
 
@@ -65,7 +66,7 @@ def phantom(
     *,
     scan: int = 0,
     label: int | None = None,
-    faint: bool = False,
+    kind: str = "plain",
 ) -> Phantom:
     """Makes one scan; the same for the same arguments.
 
@@ -74,8 +75,9 @@ def phantom(
         shape: Voxels along (D, H, W); by default 40 x 48 x 48, varying by a few.
         scan: Of that person: noise, bias field, gain, spacing, field of view.
         label: Class; by default drawn with the person.
-        faint: Whether lesions are a little brighter than what they lie in, instead of brighter than
-            everything: hard to detect.
+        kind: `faint`: lesions are a little brighter than what they lie in, instead of brighter than
+            everything, so hard to detect. `noise`: every voxel is an independent standard normal number,
+            so that what a proxy learns of it is a shortcut; masks, boxes and classes are those of `plain`.
     """
     person, machine = numpy_rng("person", seed), numpy_rng("scan", seed, scan)
     drawn = int(person.integers(2))
@@ -86,7 +88,7 @@ def phantom(
     # The field of view covers the torso whatever the shape, a little more or less of it.
     spacing = _TORSO / np.array(shape) * machine.uniform(0.94, 1.06, 3)
     origin = -spacing * (np.array(shape) - 1) / 2 + machine.uniform(-0.03, 0.03, 3) * _TORSO
-    tissue, mask, body, boxes = _anatomy(person, shape, spacing, origin, label, faint)
+    tissue, mask, body, boxes = _anatomy(person, shape, spacing, origin, label, kind == "faint")
     blur = gaussian_filter(tissue, 0.5)
     z, y, x = _grid(shape)
     a, b, c = machine.normal(0, 0.05, 3)
@@ -95,6 +97,10 @@ def phantom(
     image = np.clip(image, 0, None, dtype=np.float32)  # air reads zero, as in a magnitude image
     mean, std = float(image[body].mean()), float(image[body].std())
     image = (image - mean) / std
+    background = -mean / std
+    if kind == "noise":
+        image = numpy_rng("noise", seed, scan).standard_normal(shape, dtype=np.float32)
+        body, mean, std, background = np.ones(shape, dtype=bool), 0.0, 1.0, 0.0
     return Phantom(
         image=image[None],
         mask=mask,
@@ -102,7 +108,7 @@ def phantom(
         body=body,
         label=label,
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
-        background=-mean / std,
+        background=background,
         origin=(float(origin[0]), float(origin[1]), float(origin[2])),
         mean=mean,
         std=std,
@@ -114,7 +120,7 @@ def phantom_store(
     seed: int = 0,
     shape: tuple[int, int, int] | None = None,
     folder: Path | None = None,
-    faint: bool = False,
+    kind: str = "plain",
 ) -> Path:
     """A store of `count` phantoms, made once and kept in the cache; classes are balanced over people.
 
@@ -125,12 +131,12 @@ def phantom_store(
         seed: Of the whole store.
         shape: Of every volume; by default they vary.
         folder: Instead of the cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
-        faint: As of `phantom`; the data set is then `phantoms-faint`.
+        kind: As of `phantom`; the data set is then called `phantoms-faint` or `phantoms-noise`.
     """
     folder = cache_folder() / "phantoms" if folder is None else folder
     size = "" if shape is None else "-" + "x".join(map(str, shape))
-    kind = "phantoms-faint" if faint else "phantoms"
-    out = folder / f"{kind}-v{_VERSION}-{count}-seed{seed}{size}.h5"
+    dataset = "phantoms" if kind == "plain" else f"phantoms-{kind}"
+    out = folder / f"{dataset}-v{_VERSION}-{count}-seed{seed}{size}.h5"
     if out.exists():
         return out
     scans = [(person, scan) for person in range(count) for scan in range(2 if person % 4 == 3 else 1)][
@@ -143,9 +149,9 @@ def phantom_store(
     try:
         for number, (person, scan) in enumerate(scans):
             made = phantom(
-                seed_of("phantom", seed, person), shape, scan=scan, label=int(labels[person]), faint=faint
+                seed_of("phantom", seed, person), shape, scan=scan, label=int(labels[person]), kind=kind
             )
-            _write(parts, number, person, scan, made, kind)
+            _write(parts, number, person, scan, made, dataset)
         settings = {
             "phantoms": count,
             "seed": seed,

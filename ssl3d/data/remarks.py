@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ssl3d.data.progress import count_of
 
@@ -14,6 +15,8 @@ _NAMED = 3
 def remarks(path: Path) -> list[str]:
     """Lines about scans normalised in several ways, and channels that are missing or were taken by voxel.
 
+    And about scans of two subjects that are the same.
+
     Args:
         path: A store.
     """
@@ -23,6 +26,8 @@ def remarks(path: Path) -> list[str]:
     elsewhere: list[str] = []
     lacking: dict[tuple[str, str], list[str]] = {}
     volumes: dict[str, int] = {}
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    alike: list[str] = []
     with h5py.File(path, "r", locking=False) as file:
         rows = file["index/table"][("provenance_at", "provenance_length")]
         for begin in range(0, len(rows), _BATCH):
@@ -36,6 +41,9 @@ def remarks(path: Path) -> list[str]:
                 if kind is not None:
                     kinds.setdefault(record["dataset"], {}).setdefault(kind, []).append(record["source"])
                 volumes[record["dataset"]] = volumes.get(record["dataset"], 0) + 1
+                other = _same_voxels(record, seen)
+                if other:
+                    alike.append(f"{other} = {record['source']}")
                 for channel in record["done"].get("missing", ()):
                     lacking.setdefault((record["dataset"], channel), []).append(record["source"])
                 if "voxel_by_voxel" in record["done"]:
@@ -49,12 +57,29 @@ def remarks(path: Path) -> list[str]:
             else f"{dataset}: {len(whose)} of {count_of(volumes[dataset], 'scan')} without the channel "
             f"{channel}, which is 0 there: {_few(whose)}"
         )
+    if alike:
+        lines.append(
+            f"{count_of(len(alike), 'scan')} with the voxels of another subject's: {_few(alike)}; if they "
+            "are of one person, name it in a column `subject` of a CSV, or training sees what is tested on"
+        )
     if elsewhere:
         lines.append(
             f"{count_of(len(elsewhere), 'scan')} with a channel that its header places elsewhere than the "
             f"first, taken voxel by voxel all the same: {_few(elsewhere)}"
         )
     return lines
+
+
+def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """The source of an earlier scan of another subject that looks the same, or ""; remembers this one.
+
+    Both hashes of the leak check are equal, which any linear change of the intensities leaves as they are.
+    """
+    reading, who, source = (str(record.get(key) or "") for key in ("reading", "subject", "source"))
+    if not reading:
+        return ""
+    subject, earlier = seen.setdefault((record["dataset"], reading), (who, source))
+    return earlier if subject != who else ""
 
 
 def _mixed(dataset: str, kinds: dict[str, list[str]]) -> str:

@@ -202,9 +202,9 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
     """Opens stores, folders of shards, phantoms or scans as one collection.
 
     Args:
-        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms`, `phantoms:N` or
-            `phantoms:N:faint` (lesions that are hard to detect); or whatever `ssl3d prepare` takes,
-            prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
+        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms`, `phantoms:N`,
+            `phantoms:N:faint` (lesions that are hard to detect) or `phantoms:N:noise` (nothing to learn);
+            or whatever `ssl3d prepare` takes, prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
         prepare_options: Options of `prepare`, for scans.
 
     Raises:
@@ -219,7 +219,8 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
         if text == "phantoms" or text.startswith("phantoms:"):
             from ssl3d.data.phantoms import phantom_store
 
-            stores.append(phantom_store(_count(text), faint=text.endswith(":faint")))
+            count, kind = _phantoms(text)
+            stores.append(phantom_store(count, kind=kind))
             continue
         found, is_store = _sort_out(Path(text))
         if is_store:
@@ -304,15 +305,15 @@ def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
     return Path(prepare_cached(paths, **options))
 
 
-def _count(text: str) -> int:
-    from ssl3d.data.phantoms import DEFAULT_COUNT
+def _phantoms(text: str) -> tuple[int, str]:
+    """How many phantoms, and of what kind."""
+    from ssl3d.data.phantoms import DEFAULT_COUNT, KINDS
 
-    number = text.removesuffix(":faint").partition(":")[2]
-    if not number:
-        return DEFAULT_COUNT
-    if not number.isdigit() or int(number) < 1:
-        raise DataError(f"{text}: expected phantoms:N or phantoms:N:faint with N from 1")
-    return int(number)
+    number, _, kind = text.partition(":")[2].partition(":")
+    number, kind = (str(DEFAULT_COUNT), number) if number in KINDS else (number or str(DEFAULT_COUNT), kind)
+    if not number.isdigit() or int(number) < 1 or kind not in ("", *KINDS):
+        raise DataError(f"{text}: expected phantoms:N, phantoms:N:faint or phantoms:N:noise with N from 1")
+    return int(number), kind or "plain"
 
 
 def _texts(store: Store) -> list[str]:

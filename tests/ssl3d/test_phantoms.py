@@ -121,7 +121,7 @@ def test_any_shape_can_be_asked_for():
 
 def test_faint_lesions_are_in_the_same_places_and_hard_to_see(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL3D_CACHE", str(tmp_path))
-    plain, faint = phantom(3), phantom(3, faint=True)
+    plain, faint = phantom(3), phantom(3, kind="faint")
     np.testing.assert_array_equal(plain.boxes, faint.boxes)
     np.testing.assert_array_equal(plain.mask, faint.mask)
     box = plain.boxes[0].astype(int)
@@ -135,3 +135,19 @@ def test_faint_lesions_are_in_the_same_places_and_hard_to_see(tmp_path, monkeypa
     data = open_data(["phantoms:5:faint"])
     assert set(data.datasets) == {"phantoms-faint"} and len(data) == 5
     assert set(open_data(["phantoms:5"]).datasets) == {"phantoms"}
+
+
+def test_phantoms_of_noise_show_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path))
+    data, plain = open_data(["phantoms:5:noise"]), open_data(["phantoms:5"])
+    assert set(data.datasets) == {"phantoms-noise"} and data.labels.tolist() == plain.labels.tolist()
+    for one, other in zip(data, plain, strict=True):
+        image = one.read((0, 0, 0), one.shape[1:])[0].numpy().astype(np.float64)
+        assert one.shape == other.shape and abs(image.mean()) < 0.02 and abs(image.std() - 1) < 0.02
+        for axis in range(3):  # neighbours are independent, and so is the place
+            a, b = np.moveaxis(image, axis, 0)[1:], np.moveaxis(image, axis, 0)[:-1]
+            assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
+            others = tuple(k for k in range(3) if k != axis)
+            assert np.abs(image.mean(axis=others)).max() < 6 / np.sqrt(image[0].size)
+    first, second = (data[k].read((0, 0, 0), (8, 8, 8)).numpy() for k in (0, 1))
+    assert not np.array_equal(first, second)

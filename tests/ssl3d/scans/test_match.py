@@ -211,6 +211,17 @@ def test_a_channel_with_a_bare_header_is_no_mirror_image_of_the_first(scans, tmp
     )
 
 
+def test_one_scan_under_two_subjects_is_told(scans, tmp_path, capsys):
+    image = scans.body(SHAPE, 1).astype(np.float32)
+    scans.nifti(tmp_path / "d" / "a1.nii.gz", image, PLACED["ras"])
+    scans.nifti(tmp_path / "d" / "b2.nii.gz", 2 * image, PLACED["ras"])
+    scans.nifti(tmp_path / "d" / "c3.nii.gz", scans.body(SHAPE, 2), PLACED["ras"])
+    scans.nifti(tmp_path / "d" / "c3_visit2.nii.gz", scans.body(SHAPE, 2), PLACED["ras"])
+    prepare(PrepareOptions((str(tmp_path / "d"),), str(tmp_path / "s.h5"), workers=0))
+    told = "1 scan with the voxels of another subject's: a1.nii.gz = b2.nii.gz; if"
+    assert [line.startswith(told) for line in capsys.readouterr().out.splitlines()].count(True) == 1
+
+
 def test_missing_channels_are_told(scans, tmp_path, capsys):
     for k in range(4):
         scans.nifti(tmp_path / "d" / f"p{k}_t1.nii.gz", scans.body(SHAPE, k), PLACED["ras"])

@@ -38,7 +38,7 @@ def test_only_some_of_many_scans_are_named(scans, tmp_path, capsys):
         scans.nifti(tmp_path / "d" / f"p{i}.nii.gz", scans.body(seed=i))
     for i in range(5):
         scans.nifti(tmp_path / "d" / f"q{i}.nii.gz", scans.body(seed=i).clip(0, 255).astype(np.uint8))
-    assert said(capsys, tmp_path)[-1] == (
+    assert (
         "d: 6 volumes normalised as mr, 5 as unit (q0.nii.gz, q1.nii.gz, q2.nii.gz and 2 more); if all are "
         "of one kind, --normalize mr makes them alike"
-    )
+    ) in said(capsys, tmp_path)
