@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ssl3d_benchmarks.leaderboard_names import scratch_words
 from ssl3d_benchmarks.leaderboard_statistics import Arm, Board, best_imagenet
 
@@ -20,6 +22,7 @@ def answer(boards: Sequence[Board]) -> list[str]:
     lines += _over_imagenet([board for board in tried if not board.few])
     for about, members in sorted(groups.items()):
         lines += _gains_with_labels(*about, members)
+    lines += _without_networks(tried)
     return lines or ["There is no pretrained encoder in these records."]
 
 
@@ -40,12 +43,12 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
             continue
         if up:
             best = max(up, key=_gain)
-            better.append(f"{name} ({len(up)} of {len(tested)}, {best.label} {_gain(best):+.3f})")
+            better.append(f"{name} ({len(up)} of {len(tested)}, {_gained(best)})")
         else:
             neither.append(board)
         if down:
             worst = min(down, key=_gain)
-            worse.append(f"{name} ({len(down)} of {len(tested)}, {worst.label} {_gain(worst):+.3f})")
+            worse.append(f"{name} ({len(down)} of {len(tested)}, {_gained(worst)})")
     words = scratch_words(protocol)
     head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
     count = len(better) + len(neither)
@@ -157,6 +160,35 @@ def _over_imagenet(boards: Sequence[Board]) -> list[str]:
         f"{len(compared)} tables{' (' + '; '.join(won) + ')' if won else ''}, one is behind on {len(lost)}"
         f"{' (' + '; '.join(lost) + ')' if lost else ''}."
     ]
+
+
+def _without_networks(boards: Sequence[Board]) -> list[str]:
+    """Where a row without a network is ahead of all networks: they have not learned what is easy."""
+    told: dict[str, list[str]] = {}
+    for board in boards:
+        networks = [arm for arm in board.arms if arm.kind != "trivial" and np.isfinite(arm.interval.value)]
+        rows = [arm for arm in board.of_kind("trivial") if np.isfinite(arm.interval.value)]
+        if not networks or not rows:
+            continue
+        best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
+        if row.interval.value > best.interval.value:
+            words = f"{row.label} {row.interval.value:.3f}, the best network {best.interval.value:.3f}"
+            title = board.table.title.partition(":")[0]
+            told.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
+    if not told:
+        return []
+    where = "; ".join(f"{title} ({'; '.join(words)})" for title, words in told.items())
+    count = sum(map(len, told.values()))
+    return [
+        f"A row without a network is ahead of every network on {count} of {len(boards)} tables: {where}. "
+        "What separates networks there says little of what pretraining is worth: train them longer, or "
+        "take what the row takes."
+    ]
+
+
+def _gained(arm: Arm) -> str:
+    found = arm.gain
+    return f"{arm.label} {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" if found else arm.label
 
 
 def _shown(arm: Arm) -> bool:

@@ -74,12 +74,11 @@ def _score(command: list[str]) -> None:
     plugins: Any = None
     if protocol == "finetune":
         plugins = Plugins({"task": lambda name: task_class(name).Config}, {"task": tuple(TASKS)})
-    if protocol in SCORERS:
-        options = SCORERS[protocol]
-    else:
+    options: Any = SCORERS.get(protocol)
+    if options is None:
         options = getattr(installed.load(installed.COMMANDS, protocol), "Options", None)
-        if options is None:  # it reads its words itself
-            return
+    if options is None:  # it reads its words itself
+        return
     parsed = parse(f"ssl3d {protocol}", options, words, plugins)
     if protocol == "finetune":
         resolve(parsed.options, parsed.sections[parsed.options.task], parsed.given)

@@ -411,7 +411,7 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
     """
     from ssl3d.data.prepare import PrepareOptions
 
-    kept = ("spacing", "normalize", "window", "crop_foreground", "colour", "frames")
+    kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
     defaults = {one.name: one.default for one in dataclasses.fields(PrepareOptions) if one.name in kept}
     found: list[dict[str, Any]] = []
     for encoder in encoders:

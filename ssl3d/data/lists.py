@@ -294,7 +294,7 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
     A list of boxes (a line per box) says nothing of labels: those are the boxes' own.
     """
     found = Found()
-    table, columns = _table(path)
+    table, columns = _table(path, wanted.label)
     root = _folder_of(path, table, columns)
     described = _json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
     wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
@@ -304,9 +304,9 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
         found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
     of_boxes = lists_boxes(path)
     seen: set[Path] = set()
-    found.notes += _unused(path, of_boxes)
+    found.notes += _unused(path, of_boxes, wanted.label)
     nameless: list[int] = []  # scans whose row names no subject
-    for row in _rows(path, found, of_boxes):
+    for row in _rows(path, found, of_boxes, wanted.label):
         if row.path in seen:
             if not of_boxes:
                 found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
@@ -479,7 +479,7 @@ def named_in_json(path: Path) -> Iterator[Path]:
                     yield path.parent / name
 
 
-def with_listing(found: Found, root: Path) -> Found:
+def with_listing(found: Found, root: Path, label: str = "") -> Found:
     """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them.
 
     A list of boxes is asked for subjects, splits and masks where there is no other; never for labels, as
@@ -514,7 +514,7 @@ def with_listing(found: Found, root: Path) -> Found:
             f"{root}: several lists ({names}); none was used, give the one you mean as the source"
         )
     elif listings:
-        rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes)}
+        rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes, label)}
         named = {i: rows[folder] for folder, i in series.items() if folder in rows}
         matched = 0
         for i, scan in enumerate(found.scans):
@@ -527,7 +527,7 @@ def with_listing(found: Found, root: Path) -> Found:
         found.notes.append(
             f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
         )
-        found.notes += _unused(listings[0], boxes)
+        found.notes += _unused(listings[0], boxes, label)
     return found
 
 
@@ -543,9 +543,9 @@ def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
     return {folder: next(iter(held)) for folder, held in inside.items() if len(held) == 1}
 
 
-def _rows(path: Path, found: Found, of_boxes: bool) -> Iterator[_Row]:
+def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator[_Row]:
     """The lines of a list whose files are there; the others are rejected. One of boxes has no labels."""
-    table, columns = _table(path)
+    table, columns = _table(path, label)
     folder = _folder_of(path, table, columns)
     if of_boxes:
         columns.pop("label", None)
@@ -570,22 +570,28 @@ def _rows(path: Path, found: Found, of_boxes: bool) -> Iterator[_Row]:
             raise DataError(
                 f"{path}, line {line}: split {values['split']!r}; known: train, val, test, or nothing"
             )
-        label = _known(labels[number]) if labels else ""
+        given = _known(labels[number]) if labels else ""
         yield _Row(
             line,
             target,
             name,
             values.get("subject", ""),
-            kind(label) if label else None,
+            kind(given) if given else None,
             split,
             folder / mask if mask else None,
         )
 
 
-def _table(path: Path) -> tuple[Table, dict[str, str]]:
-    """A list, and the header's word for each column known."""
+def _table(path: Path, label: str = "") -> tuple[Table, dict[str, str]]:
+    """A list, and the header's word for each column known; `label` names that of the labels."""
     table = read_table(path)
     columns = table.columns(_COLUMNS)
+    if label:
+        if label.strip().lower() not in table.header:
+            raise DataError(
+                f"{path}: no column {label!r}, as --label has it (columns: {', '.join(table.header)})"
+            )
+        columns["label"] = table.header[label.strip().lower()]
     if "path" not in columns:
         raise DataError(
             f"{path}: no column `path` (columns: {', '.join(table.header) or 'none'}); "
@@ -594,20 +600,22 @@ def _table(path: Path) -> tuple[Table, dict[str, str]]:
     return table, columns
 
 
-def _unused(path: Path, of_boxes: bool) -> list[str]:
+def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
     """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
 
     Args:
         path: Of the list.
         of_boxes: Whether it is one of boxes, whose columns are read elsewhere.
+        label: Name of the column of labels, if it is none of the usual ones.
     """
-    table, columns = _table(path)
+    table, columns = _table(path, label)
     known = COLUMNS_OF_BOXES if of_boxes else frozenset()
     notes = []
     own = [word.strip() for key, word in table.header.items()
            if key and key not in known and word not in columns.values()]  # fmt: skip
     if own:
-        where = [f"{name}s are read from {', '.join(_COLUMNS[name])}"
+        more = {"label": ", or the column that --label names"}
+        where = [f"{name}s are read from {', '.join(_COLUMNS[name])}{more.get(name, '')}"
                  for name in ("label", "subject") if name not in columns]  # fmt: skip
         hint = f" ({'; '.join(where)})" if where else ""
         notes.append(f"{path.name}: columns not used: {', '.join(own)}{hint}")

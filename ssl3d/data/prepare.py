@@ -53,6 +53,8 @@ class PrepareOptions:
         dataset: Name of the data set; by default what dataset.json says, else the folder's name.
         channels: File-name parts that tell the sequences of one subject apart, such as t1 flair; they
             become channels, a missing one is marked and zero.
+        label: Column of a CSV that holds the labels, such as survival_days; by default label, class,
+            class_index or diagnosis.
         masks: File-name part that tells the label map beside a scan, such as seg; kept as its mask.
         take_labels: Take label-like files for scans too.
         spacing: Voxel size in mm along D H W; or keep, every scan's own (the default: nothing is
@@ -61,6 +63,8 @@ class PrepareOptions:
         normalize: ct (clip to the window, 0 to 1), mr (clip to the foreground's 0.5 and 99.5
             percentiles, z-score over the foreground), unit (0 to 1), none, or auto: by the header's
             modality, else by the values, for each scan.
+        nan: Value to put in place of NaN, as SPM writes it for the background; scans with NaN are refused
+            otherwise.
         window: Lowest and highest value, instead of -1000 1000 HU (ct) or the percentiles.
         crop_foreground: Cut off the background around the foreground.
         frames: What becomes of 4D files: split into volumes, channels of one volume, or refuse.
@@ -82,10 +86,12 @@ class PrepareOptions:
     out: str = "store.h5"
     dataset: str = ""
     channels: tuple[str, ...] = ()
+    label: str = ""
     masks: str = ""
     take_labels: bool = False
     spacing: tuple[float, float, float] | Literal["keep", "median"] = "keep"
     normalize: Literal["auto", "ct", "mr", "unit", "none"] = "auto"
+    nan: float | None = None
     window: tuple[float, float] | None = None
     crop_foreground: bool = False
     frames: Literal["split", "channels", "refuse"] = "split"
@@ -118,6 +124,8 @@ class PrepareOptions:
         for field, known in (("boxes", ("listed", "masks")), ("box_readers", ("merge", "keep"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; expected {' or '.join(known)}")
+        if self.nan is not None and not np.isfinite(self.nan):
+            raise ValueError(f"nan is {self.nan}; expected a finite value to put in place of NaN")
         if self.max_voxels < 1:
             raise ValueError(f"max_voxels is {self.max_voxels}; expected 1 or more")
         if self.workers is not None and self.workers < 0:
@@ -184,7 +192,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     if out.is_dir():
         raise DataError(f"{out}: a folder; --out names a file")
     wanted = Wanted(options.dataset, options.channels, options.masks, options.take_labels, options.colour,
-                    options.box_readers)  # fmt: skip
+                    options.box_readers, options.label)  # fmt: skip
     found = find(options.sources, wanted)
     for note in found.notes:
         say(note)
@@ -213,6 +221,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         options.max_voxels,
         options.boxes,
         tuple(medians.items()),
+        options.nan,
     )
     folder = out.with_name(f"{out.name}.partial")
     try:
@@ -316,7 +325,7 @@ def _plain_options(options: PrepareOptions) -> dict[str, Any]:
     plain = dataclasses.asdict(options)
     for name in ("out", "workers", "overwrite", "sources"):
         del plain[name]
-    for name, usual in (("boxes", "listed"), ("box_readers", "merge")):
+    for name, usual in (("boxes", "listed"), ("box_readers", "merge"), ("label", ""), ("nan", None)):
         if plain[name] == usual:  # stores made before there were these options are made the same way
             del plain[name]
     return json.loads(json.dumps(plain))

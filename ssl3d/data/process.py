@@ -40,6 +40,7 @@ class Recipe:
         max_voxels: More than this are refused.
         boxes: listed, or masks: around the components of the mask.
         medians: Targets of data sets that each have their own, by name, instead of `spacing`.
+        nan: Put in place of NaN; None refuses it.
     """
 
     spacing: Triple | None = None
@@ -51,6 +52,7 @@ class Recipe:
     max_voxels: int = 2**30
     boxes: Literal["listed", "masks"] = "listed"
     medians: tuple[tuple[str, Triple], ...] = ()
+    nan: float | None = None
 
     def of(self, dataset: str) -> Recipe:
         """What is done to the scans of one data set."""
@@ -166,9 +168,10 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
     """Voxels of all channels on the grid of the first, the missing channels, and notes for the record."""
     scan, recipe = task.scan, task.recipe
     if task.row is not None:
-        return _from_row(task.row, recipe), [], {}
+        only = _filled(_from_row(task.row, recipe), recipe)
+        return only, [], dict(only.notes)
     present = [i for i, group in enumerate(scan.files) if group]
-    first = read(scan.files[present[0]], recipe.max_voxels)
+    first = _filled(read(scan.files[present[0]], recipe.max_voxels), recipe)
     if len(scan.files) == 1:
         return first, [], dict(first.notes)
     notes: dict[str, Any] = dict(first.notes)
@@ -180,7 +183,7 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
     voxels = np.zeros((len(scan.files), *first.voxels.shape[1:]), dtype=np.float32)
     voxels[present[0]] = first.voxels[0]
     for index in present[1:]:
-        other = read(scan.files[index], recipe.max_voxels)
+        other = _filled(read(scan.files[index], recipe.max_voxels), recipe)
         name = scan.channels[index]
         if len(other.voxels) != 1:
             raise DataError(
@@ -189,7 +192,21 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
         voxels[index], how = channel_onto(first, other, name)
         if how:
             notes.setdefault(_CHANNEL_NOTES[how], []).append(name)
+        if "nan_filled" in other.notes:
+            notes["nan_filled"] = notes.get("nan_filled", 0) + other.notes["nan_filled"]
     return dataclasses.replace(first, voxels=voxels), missing, notes
+
+
+def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
+    """With something in place of NaN if that is asked for, which the notes then say."""
+    if recipe.nan is None or pixels.voxels.dtype.kind != "f":
+        return pixels
+    blank = np.isnan(pixels.voxels)
+    count = int(blank.sum())
+    if not count:
+        return pixels
+    voxels = np.where(blank, pixels.voxels.dtype.type(recipe.nan), pixels.voxels)
+    return dataclasses.replace(pixels, voxels=voxels, notes={**pixels.notes, "nan_filled": count})
 
 
 def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
@@ -378,7 +395,9 @@ def _checked(pixels: Pixels, scan: Scan, missing: list[int]) -> np.ndarray:
 
 
 def _unfinite(voxels: np.ndarray) -> str:
-    return f"{int((~np.isfinite(voxels)).sum()):,} of {voxels.size:,} voxels are NaN or infinite"
+    odd, nan = int((~np.isfinite(voxels)).sum()), int(np.isnan(voxels).sum())
+    hint = "; --nan 0 of ssl3d prepare puts 0 in their place" if odd == nan else ""
+    return f"{odd:,} of {voxels.size:,} voxels are {'NaN' if odd == nan else 'NaN or infinite'}{hint}"
 
 
 def _mask(task: Task, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None:

@@ -109,6 +109,7 @@ class Wanted:
         take_labels: Whether label-like files are scans.
         colour: grey, or rgb: pictures are then natural images, in folders named by their class.
         box_readers: What becomes of one object's boxes by several readers: merge, or keep.
+        label: Column of lists that holds the labels; "" for the usual ones.
     """
 
     dataset: str = ""
@@ -117,6 +118,7 @@ class Wanted:
     take_labels: bool = False
     colour: str = "grey"
     box_readers: str = "merge"
+    label: str = ""
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -137,6 +139,11 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         found.label_names.update(here.label_names)
         for dataset, names in here.box_names.items():
             found.box_names.setdefault(dataset, {}).update(names)
+    if wanted.label and all(scan.label is None for scan in found.scans):
+        raise DataError(
+            f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
+            f"{wanted.label} says them, beside the scans or as the source"
+        )
     if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
         found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
     found = _distinct(found)
@@ -196,7 +203,7 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
         found = lists.from_nnunet(source, wanted)
     else:
         found = from_folder(source, wanted)
-    return with_boxes(lists.with_listing(found, source), source, wanted.box_readers)
+    return with_boxes(lists.with_listing(found, source, wanted.label), source, wanted.box_readers)
 
 
 def from_folder(root: Path, wanted: Wanted) -> Found:

@@ -669,6 +669,21 @@ def test_the_answer_says_where_nothing_is_known_of_what_could_be_shown(tmp_path)
     )
 
 
+def test_the_answer_says_where_no_network_is_needed(tmp_path):
+    rows = [row for row in usual() if row.contestant["kind"] != "trivial"]
+    easy = record("shape features", "trivial", gain=0.15)
+    (board,) = read_report([write(tmp_path / "a", [*rows, easy])], resamples=200).boards
+    line = answer([board])[-1]
+    assert re.match(
+        r"A row without a network is ahead of every network on 1 of 1 tables: "
+        r"set \(shape features 0\.7\d+, the best network 0\.\d+\)\. ",
+        line,
+    )
+    (board,) = read_report([write(tmp_path / "b", usual())], resamples=200).boards
+    assert not any("without a network" in line for line in answer([board]))
+    assert re.search(r"alpha \+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]", answer([board])[0])
+
+
 def finetuned(name, kind="encoder", rates=(0.001,), **changes):
     """A record of fine-tuning, with a curve over steps."""
     row = record(name, kind, weights_seed=0 if kind == "untrained" else None, **changes)

@@ -21,9 +21,16 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+def readme_suite(folder):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    path = folder / "mine.yaml"
+    path.write_text(readme.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", [*ALL, "README"])
 def test_a_suites_commands_parse(name, tmp_path):
-    suite = load_suite(name)
+    suite = load_suite(readme_suite(tmp_path) if name == "README" else name)
     places = Places(Path("/data"), tmp_path, tmp_path / "out")
     plan = Plan(suite, places)
     for run in suite.runs:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ssl3d.checkpoint import prepare_options_of
@@ -282,7 +283,7 @@ def bad_files(scans, root):
         "empty.nii.gz": "empty file",
         "rubbish.mha": "unreadable",
         "constant.nii.gz": "constant: every voxel is 9",
-        "nan.nii.gz": "1 of 2,688 voxels are NaN or infinite",
+        "nan.nii.gz": "1 of 2,688 voxels are NaN; --nan 0 of ssl3d prepare puts 0 in their place",
         "infinite.nii.gz": "1 of 2,688 voxels are NaN or infinite",
         "truncated.nii.gz": "unreadable",
         "large.nii.gz": "64,000 voxels (40, 40, 40), more than --max-voxels 50,000",
@@ -428,3 +429,59 @@ def test_real_folders_of_other_kinds(real_data, tmp_path):
     data, _ = made(tmp_path, real_data / "brain_tumour", masks="labels", out="b.h5")
     assert len(data.identities()) == 3
     assert data.has_mask.all()
+
+
+def test_nan_of_a_background_is_filled_where_that_is_asked_for(scans, tmp_path):
+    """SPM writes NaN outside of the brain."""
+    body = scans.body().astype(np.float32)
+    outside = np.zeros(body.shape, bool)
+    outside[:3] = True
+    plain, holes = np.where(outside, 0, body), np.where(outside, np.nan, body)
+    made = {}
+    for name, voxels in (("plain", plain), ("holes", holes)):
+        scans.nifti(tmp_path / name / "p.nii.gz", voxels)
+        assert (
+            main(["prepare", str(tmp_path / name), "--nan", "0", "--out", str(tmp_path / f"{name}.h5")])
+            == 0
+        )
+        (made[name],) = open_data([tmp_path / f"{name}.h5"])
+    assert torch.equal(made["plain"].read(), made["holes"].read())
+    assert made["holes"].record.done["nan_filled"] == outside.sum()
+    assert "nan_filled" not in made["plain"].record.done
+
+
+def test_nan_is_filled_in_every_channel(scans, tmp_path):
+    for name in ("a", "b"):
+        voxels = scans.body().astype(np.float32)
+        voxels[0, 0, 0] = np.nan
+        scans.nifti(tmp_path / "d" / f"p_{name}.nii.gz", voxels)
+    words = ["prepare", str(tmp_path / "d"), "--channels", "a", "b", "--nan", "0"]
+    assert main([*words, "--out", str(tmp_path / "s.h5")]) == 0
+    (volume,) = open_data([tmp_path / "s.h5"])
+    assert volume.record.done["nan_filled"] == 2 and torch.isfinite(volume.read()).all()
+
+
+def test_one_of_several_outcomes_is_the_label(scans, tmp_path, capsys):
+    for n in range(4):
+        scans.nifti(tmp_path / "d" / f"p{n}.nii.gz", scans.body(seed=n))
+    rows = ["path,Survival_Days,grade"] + [f"p{n}.nii.gz,{n * 1.5},{'ab'[n % 2]}" for n in range(4)]
+    (tmp_path / "d" / "outcomes.csv").write_text("\n".join(rows), encoding="utf-8")
+    for source in (tmp_path / "d", tmp_path / "d" / "outcomes.csv"):
+        for column, expected in (("survival_days", [0.0, 1.5, 3.0, 4.5]), ("grade", ["a", "b", "a", "b"])):
+            words = [
+                "prepare",
+                str(source),
+                "--label",
+                column,
+                "--out",
+                str(tmp_path / "s.h5"),
+                "--overwrite",
+            ]
+            assert main(words) == 0
+            assert open_data([tmp_path / "s.h5"]).labels.tolist() == expected
+        capsys.readouterr()
+        assert main(["prepare", str(source), "--label", "age", "--out", str(tmp_path / "t.h5")]) == 2
+        assert "no column 'age'" in capsys.readouterr().err
+    (tmp_path / "d" / "outcomes.csv").unlink()
+    assert main(["prepare", str(tmp_path / "d"), "--label", "age", "--out", str(tmp_path / "t.h5")]) == 2
+    assert "no scan has a label by it" in capsys.readouterr().err

@@ -536,7 +536,8 @@ def test_what_of_a_list_is_not_used_is_said(scans, tmp_path):
     path = tmp_path / "l.csv"
     path.write_text("path,Target,\na.nii.gz,1,,\nb.nii.gz,2,,x,\nc.nii.gz,3,\n", encoding="utf-8")
     notes = [
-        "l.csv: columns not used: Target (labels are read from label, class, class_index, diagnosis; "
+        "l.csv: columns not used: Target (labels are read from label, class, class_index, diagnosis, "
+        "or the column that --label names; "
         "subjects are read from subject, patient, subject_id, patient_id, patientid, patient id, "
         "participant_id)",
         "l.csv: 1 line has more cells than the header; what is in those was not read (a delimiter within a "
