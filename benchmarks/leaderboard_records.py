@@ -31,7 +31,7 @@ FAMILIES = {
     "real": "regression",
 }
 """Kind of target -> the tasks it is averaged with; all others are classification."""
-ON_THE_WAY = re.compile(r"[/\\]encoder-at-(\d+)")
+ON_THE_WAY = re.compile(r"[/\\][A-Za-z]\w*-at-(\d+)")
 SKIPPED = ("partial", ".jobs", "work")
 APART = ("fractions", "rates", "training", "preset", "seed", "annotated")
 RECIPE = ("batch_size", "optimizer", "lr", "init")

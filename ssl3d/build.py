@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from ssl3d.data.loader import Loader
     from ssl3d.data.store import Collection
+
+
+_TAKEN = ("encoder", "heads", "checkpoints", "pictures", "tensorboard")  # folders of a run
 
 
 def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
@@ -134,14 +138,37 @@ def _with_found(data: Collection, known: Mapping[str, Tensor], proxy: str) -> Co
     return data
 
 
-def encoder_with(plan: Plan, state: dict[str, Tensor]) -> Encoder:
-    """An encoder of the plan's architecture with the weights in a trainee's state."""
+def encoder_with(plan: Plan, state: dict[str, Tensor], prefix: str = "encoder.") -> Encoder:
+    """An encoder of the plan's architecture with the weights of a prefix in a trainee's state."""
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = plan.encoder(plan.encoder_config)
-    prefix = "encoder."
     own = {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
     encoder.load_state_dict(own)
     return encoder
+
+
+def exports_of(trainee: Trainee) -> dict[str, str]:
+    """The encoders that proxies export beside the shared one: folder -> prefix in a trainee's state.
+
+    Raises:
+        PluginError: One is no copy of the shared one, no part of its proxy, or has a name that cannot be.
+    """
+    names = {id(module): name for name, module in trainee.named_modules()}
+    found: dict[str, str] = {}
+    for proxy_name, proxy in trainee.each():
+        for name, module in proxy.exports().items():
+            where = f"proxy {proxy_name!r}: exports(): {name!r}"
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _TAKEN:
+                raise PluginError(f"{where} cannot be the name of a folder beside the encoder; try teacher")
+            own, shared = (
+                {k: v.shape for k, v in one.state_dict().items()} for one in (module, trainee.encoder)
+            )
+            if type(module) is not type(trainee.encoder) or own != shared:
+                raise PluginError(f"{where} is no copy of the encoder; copy.deepcopy(encoder) is")
+            if module is trainee.encoder or id(module) not in names:
+                raise PluginError(f"{where} is no module of the proxy's own")
+            found[f"{name}_{proxy_name}" if name in found else name] = f"{names[id(module)]}."
+    return found
 
 
 class Traveller(NamedTuple):

@@ -128,11 +128,21 @@ class Proxy(nn.Module, ABC):
         """Called after each optimizer step, on every rank: moving averages, queues.
 
         A momentum teacher is a copy made in `__init__`, `copy.deepcopy(encoder).requires_grad_(False)`: the
-        optimizer leaves it out, checkpoints hold it, `--init` has given the encoder its weights by then.
-        `forward` runs several times between two of these calls (`--accumulate`), and in eval mode for
-        held-out subjects: it keeps the keys of a queue in a list, while training, gathered over the ranks
-        (`ssl3d.api.gather`, which a `mixed` proxy may call), and here they go into a buffer.
+        optimizer leaves it out, checkpoints hold it, `--init` has given the encoder its weights by then;
+        `exports` makes it an encoder to use. `forward` runs several times between two of these calls
+        (`--accumulate`), and in eval mode for held-out subjects: it keeps the keys of a queue in a list,
+        while training, gathered over the ranks (`ssl3d.api.gather`, which a `mixed` proxy may call), and
+        here they go into a buffer.
         """
+
+    def exports(self) -> Mapping[str, Encoder]:
+        """Other encoders than the shared one that are exported too, by the name of their folder in the run.
+
+        A momentum teacher, such as {"teacher": self.teacher}: RUN/teacher is then an encoder like
+        RUN/encoder, and with `--save-at` RUN/teacher-at-25 is one like RUN/encoder-at-25. They are copies
+        of the shared one, modules of the proxy.
+        """
+        return {}
 
     def travels(self) -> Mapping[str, nn.Module]:
         """Modules that are exported beside the encoder, by name, as they serve without the proxy.

@@ -18,6 +18,7 @@ from ssl3d.build import (
     build_trainee,
     channels,
     encoder_with,
+    exports_of,
     holdout_batches,
     lengths,
     loader_of,
@@ -222,7 +223,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
             return Run(folder, options.steps, options.steps)
     # Whatever can be refused has been by now: only then is there a folder.
     trainee = build_trainee(plan, encoder, selection.train, found.get("outline") if found else None)
-    travelling = travellers_of(trainee)
+    travelling, exported = travellers_of(trainee), exports_of(trainee)
     folder = settle(fabric, plan, folder)
     if fabric.is_global_zero:
         write_config(folder, plan)
@@ -233,7 +234,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
     if resuming:
         log.say(f"resuming at step {found['step'] if found else 0} of {options.steps}")
     try:
-        return _train(fabric, plan, folder, selection, trainee, travelling, found, about, log)
+        return _train(fabric, plan, folder, selection, trainee, travelling, exported, found, about, log)
     except Ssl3dError as error:
         log.note(str(error))
         raise
@@ -248,6 +249,7 @@ def _train(
     selection: Selection,
     trainee: Trainee,
     travelling: Mapping[str, Traveller],
+    exported: Mapping[str, str],
     found: dict[str, Any] | None,
     about: dict[str, Any],
     log: Log,
@@ -276,7 +278,11 @@ def _train(
         if fabric.is_global_zero:
             plain = encoder_with(plan, state)
             others = travellers_with(travelling, state)
-            disk.save_encoder(plain, folder / name, about | {"patch": list(patch), "steps": done}, others)
+            card = about | {"patch": list(patch), "steps": done}
+            disk.save_encoder(plain, folder / name, card, others)
+            for other, prefix in exported.items():
+                own = folder / name.replace("encoder", other)
+                disk.save_encoder(encoder_with(plan, state, prefix), own, card | {"exported": other})
         fabric.barrier()
 
     def spent(done: int) -> None:
@@ -341,7 +347,8 @@ def _train(
     words = shlex.join(map(str, options.data)) if same else "VOLUMES"
     if same and not _has_targets(selection.train):
         words = "LABELLED.csv"
-    log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}")
+    beside = "".join(f"; {name} in {folder / name}" for name in exported)
+    log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}{beside}")
     place, probe = (shlex.quote(str(path)) for path in (folder, folder / "probe"))
     log.say(f"next: ssl3d linear-probe {place} --data {words} --out {probe}")
     return run

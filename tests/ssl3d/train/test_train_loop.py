@@ -1,5 +1,6 @@
 """A run from start to end: what is trained, recorded, exported, and refused."""
 
+import copy
 import json
 
 import numpy as np
@@ -138,6 +139,64 @@ def test_a_gradient_that_is_not_finite_is_never_saved(phantoms, small, tmp_path,
         )
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name.split("-")[1] for path in saved] == ["00000001", "00000002"]
+
+
+def taught(exports):
+    """The proxy `tiny` with a momentum teacher, and what it exports."""
+    from tiny_ssl3d_plugins import Tiny
+
+    class Taught(Tiny):
+        """A teacher halves its distance to the encoder at every step."""
+
+        def __init__(self, config, encoder):
+            super().__init__(config, encoder)
+            self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+
+        @torch.no_grad()
+        def after_step(self, step, total):
+            super().after_step(step, total)
+            for mine, theirs in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
+                mine.lerp_(theirs, 0.5)
+
+    Taught.exports = exports
+    return Taught
+
+
+def test_a_teacher_is_exported_beside_the_encoder(phantoms, small, tmp_path, tiny_plugins, capsys):
+    kind = taught(lambda self: {"teacher": self.teacher})
+    out = tmp_path / "run"
+    ssl3d.pretrain(kind, data=phantoms, out=out, steps=2, save_at=(0, 0.5), **small)
+    assert f"; teacher in {out / 'teacher'}" in capsys.readouterr().out
+
+    def weights(folder):
+        return ssl3d.load_encoder(out / folder).state_dict()
+
+    begun, once, twice = (weights(f) for f in ("encoder-at-00", "encoder-at-50", "encoder"))
+    for name, value in weights("teacher").items():
+        expected = begun[name] / 4 + once[name] / 4 + twice[name] / 2
+        torch.testing.assert_close(value, expected)
+    assert any(not torch.equal(value, twice[name]) for name, value in weights("teacher").items())
+    torch.testing.assert_close(weights("teacher-at-00"), begun)
+    cards = [json.loads((out / f / "encoder.json").read_text("utf-8")) for f in ("teacher", "encoder")]
+    assert cards[0]["exported"] == "teacher" and "exported" not in cards[1]
+    assert cards[0]["identities"] == cards[1]["identities"] and cards[0]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("exports", "message"),
+    [
+        (lambda self: {"heads": self.teacher}, "cannot be the name of a folder beside the encoder"),
+        (lambda self: {"../teacher": self.teacher}, "cannot be the name of a folder"),
+        (lambda self: {"teacher": self.head}, "is no copy of the encoder"),
+        (lambda self: {"teacher": self.encoder}, "is no module of the proxy's own"),
+        (lambda self: {"teacher": copy.deepcopy(self.encoder)}, "is no module of the proxy's own"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_training(
+    exports, message, phantoms, small, tmp_path, tiny_plugins
+):
+    with pytest.raises(PluginError, match=message):
+        ssl3d.pretrain(taught(exports), data=phantoms, out=tmp_path / "run", steps=2, **small)
 
 
 def changed(forward, start=None):
