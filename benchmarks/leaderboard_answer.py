@@ -58,10 +58,10 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
             f"{words} beyond chance on {'; '.join(better)}.{_by_luck(count)}"
         )
         if neither:
-            lines.append(f"{head}: no gain could be shown on {_listed(neither)}.")
+            lines.append(f"{head}: no gain could be shown on {_listed(neither)}.{_unknown(neither)}")
     elif count:
         tables = f"any of {count} tables: " if count > 1 else ""
-        lines.append(f"{head}: no gain is shown on {tables}{_listed(neither)}.")
+        lines.append(f"{head}: no gain is shown on {tables}{_listed(neither)}.{_unknown(neither)}")
     if worse:
         lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
     if blind:
@@ -79,18 +79,22 @@ def _listed(boards: Sequence[Board]) -> str:
         by_title.setdefault(board.table.title.partition(":")[0], []).append(board)
     told = []
     for title, same in by_title.items():
-        least = [
-            f", which could show {one.detectable:.3f}"
-            if one.detectable
-            else ", which has too few subjects, seeds or subsets to say what it could show"
-            for one in same
-        ]
+        least = [f", which could show {one.detectable:.3f}" if one.detectable else "" for one in same]
         if len(same) == 1 or not all(one.few for one in same):
             told += [f"{_where(one)}{words}" for one, words in zip(same, least, strict=True)]
         else:
             amounts = [f"{one.amount}{words}" for one, words in zip(same, least, strict=True)]
             told.append(f"{title} ({'; '.join(amounts)})")
     return "; ".join(told)
+
+
+def _unknown(boards: Sequence[Board]) -> str:
+    """That a board without a number says nothing of how much it could have shown."""
+    count = sum(not board.detectable for board in boards)
+    if not count:
+        return ""
+    where = "there" if count == len(boards) else "where no number stands"
+    return f" Subjects, seeds or subsets are too few to say what could be shown {where}."
 
 
 def _by_luck(tables: int) -> str:

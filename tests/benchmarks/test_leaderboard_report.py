@@ -664,9 +664,13 @@ def test_the_answer_says_where_nothing_is_known_of_what_could_be_shown(tmp_path)
     rows += [record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k) for k in range(2)]
     board = read_report([write(tmp_path, rows)], resamples=200).boards[0]
     assert board.detectable is None
-    assert answer([board])[0].endswith(
-        ", which has too few subjects, seeds or subsets to say what it could show."
-    )
+    words = " Subjects, seeds or subsets are too few to say what could be shown {}."
+    assert answer([board])[0].endswith("on set." + words.format("there"))
+    known = read_report([write(tmp_path / "b", usual())], resamples=200).boards[0]
+    for arm in known.arms:
+        arm.p_holm = None  # nothing is shown
+    (line,) = [line for line in answer([board, known]) if "no gain" in line]
+    assert line.endswith(words.format("where no number stands")) and ", which could show 0." in line
 
 
 def test_the_answer_says_where_no_network_is_needed(tmp_path):
