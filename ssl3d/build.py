@@ -160,15 +160,17 @@ def exports_of(trainee: Trainee) -> dict[str, str]:
             where = f"proxy {proxy_name!r}: exports(): {name!r}"
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _TAKEN:
                 raise PluginError(f"{where} cannot be the name of a folder beside the encoder; try teacher")
-            own, shared = (
-                {k: v.shape for k, v in one.state_dict().items()} for one in (module, trainee.encoder)
-            )
-            if type(module) is not type(trainee.encoder) or own != shared:
+            alike = type(module) is type(trainee.encoder) and _shapes(module) == _shapes(trainee.encoder)
+            if not alike:
                 raise PluginError(f"{where} is no copy of the encoder; copy.deepcopy(encoder) is")
             if module is trainee.encoder or id(module) not in names:
                 raise PluginError(f"{where} is no module of the proxy's own")
             found[f"{name}_{proxy_name}" if name in found else name] = f"{names[id(module)]}."
     return found
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}
 
 
 class Traveller(NamedTuple):

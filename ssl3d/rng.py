@@ -62,7 +62,7 @@ class BatchRng:
         if self.total * each <= _AT_ONCE:
             drawn = part(self.total)
             return drawn if self._whole else drawn[self._index]
-        # By sixteen rows, as the CPU makes normal numbers by sixteen: the parts are those of a large draw
+        # By sixteen rows: the CPU makes normal numbers by sixteen, and so the parts are those of one draw.
         step = max(1, _AT_ONCE // each // 16 * 16 or _AT_ONCE // each)
         drawn = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
         for start in range(0, self.total, step):

@@ -6,6 +6,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,11 @@ class Volume:
 
     @cached_property
     def record(self) -> Record:
-        """Everything known about the volume."""
+        """Everything known about the volume, but for a label that is withheld."""
         start = int(self._row["provenance_at"])
         text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
-        return Record.from_json(text.tobytes())
+        found = Record.from_json(text.tobytes())
+        return replace(found, label=None) if self._withheld_from else found
 
     @property
     def affine(self) -> Affine:

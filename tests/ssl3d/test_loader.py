@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl3d.data.loader import Loader
+from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store import Record, assemble, open_data, write_part
 from ssl3d.data.stream import Stream
 from ssl3d.errors import DataError, PluginError, UsageError
@@ -238,6 +239,24 @@ def test_a_proxy_that_does_not_say_so_gets_no_labels(data, what):
         assert next(iter(load(data, proxies={"open": (Says, Options())}))).groups
 
 
+def test_a_record_shows_no_label_to_a_draw_that_is_not_to_see_it(tmp_path):
+    labelled = open_data([phantom_store(4, shape=(8, 8, 8), folder=tmp_path)])
+
+    class Peeks:
+        uses_labels = False
+
+        @classmethod
+        def draw(cls, config, volume, rng):
+            return {"told": torch.tensor(volume.record.label is not None), "x": torch.zeros(1)}
+
+    class Open(Peeks):
+        uses_labels = True
+
+    for kind, told in ((Peeks, False), (Open, True)):
+        (group,) = next(iter(load(labelled, proxies={"peeks": (kind, Options())}))).groups
+        assert group.tensors["told"].any().item() is told
+
+
 def test_what_cannot_be_loaded_is_refused(data):
     with pytest.raises(DataError, match="empty"):
         load(data.select([]))
@@ -352,13 +371,6 @@ def test_which_volumes_meet_changes_from_pass_to_pass():
     assert len(together) == 80
 
 
-def test_large_collections_are_dealt_quickly():
-    made = stream(np.arange(100_000) % 5, np.arange(100_000) // 2, 256)
-    began = time.perf_counter()
-    made.batch(123_456)
-    assert time.perf_counter() - began < 2
-
-
 def test_the_order_is_pinned():
     # A change of the stream changes every run that is resumed or repeated: it must not pass unseen.
     made = stream(np.arange(50) % 2, np.arange(50) // 2, 8, seed=7)
@@ -400,7 +412,8 @@ SCRIPT = textwrap.dedent(
 class Pid:
     @classmethod
     def draw(cls, config, volume, rng):
-        return {"pid": torch.tensor(os.getpid())}
+        alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+        return {"pid": torch.tensor(os.getpid()), "alarm": torch.tensor(alarm)}
 
 
 def start(data):
@@ -447,28 +460,27 @@ FAILING = SCRIPT.partition("print(*pids")[0] + "batches.kept = 1 / 0"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_a_worker_asked_to_end_waits_for_a_main_process_that_takes_its_time(data, monkeypatch):
+def test_a_worker_asked_to_end_waits_for_a_main_process_that_takes_its_time(data):
     """A long step, or a large checkpoint, after SLURM's signal: a dead worker would break it off."""
-    monkeypatch.setattr("ssl3d.data.loader._ORPHANED", 1, raising=False)  # it died so long after the signal
     batches = iter(Loader(data, {"pid": (Pid, None)}, 4, workers=1))
     pid = next(batches).groups[0].tensors["pid"][0].item()
     os.kill(pid, signal.SIGTERM)
     time.sleep(0.1)
     os.kill(pid, signal.SIGTERM)  # the same signal, handed on by `timeout` or torchrun
-    time.sleep(2.5)
-    assert alive(pid)
-    assert next(batches).groups[0].tensors["pid"][0].item() == pid
+    time.sleep(0.5)
+    for _ in range(8):  # the first ones were drawn before
+        drawn = next(batches).groups[0].tensors
+    assert drawn["pid"][0].item() == pid and drawn["alarm"].tolist() == [0.0] * 4  # nor will it end later
     batches.close()
     assert gone([pid], 15)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_workers_of_a_program_that_fails_end_at_once(data):
-    began = time.monotonic()
     words = [sys.executable, "-c", FAILING, str(data.stores[0].path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    # They would live for a minute, and the program wait for them.
+    done = subprocess.run(words, capture_output=True, text=True, timeout=55, check=False)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
-    assert time.monotonic() - began < 45
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
