@@ -322,7 +322,8 @@ class Segmentation(FinetuneTask):
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy and soft Dice of augmented crops; that of the coarse stage added."""
-        size = tuple(1 if batch["image"].shape[2] == 1 else n for n in self.patch)
+        depth = 1 if batch["image"].shape[2] == 1 else self.patch[0]
+        size = (depth, *self.patch[1:])
         total, values = self._one_loss(model, batch["image"], batch["target"], rng, size, batch["spacing"])
         if self.config.stages == 2:
             image, target = batch["coarse_image"], batch["coarse_target"]
