@@ -63,7 +63,7 @@ def _run(plan: Plan, name: str) -> None:
 
 
 def _score(command: list[str]) -> None:
-    from ssl3d import plugins as installed
+    from ssl3d.api import plugins as installed
 
     protocol, *words = command
     given = [word.partition("=")[0] for word in words]

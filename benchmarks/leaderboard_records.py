@@ -376,7 +376,7 @@ def score_functions(
 
 
 def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
-    from ssl3d import plugins
+    from ssl3d.api import plugins
 
     kind = plugins.load("ssl3d.benchmarks", name)
     known = {one.name for one in dataclasses.fields(kind.Config)}

@@ -87,7 +87,7 @@ class Suite:
 
 def protocols() -> list[str]:
     """What a task may be scored by: the benchmarks here, and those that packages bring with a command."""
-    from ssl3d import plugins
+    from ssl3d.api import plugins
 
     brought = set(plugins.names(plugins.BENCHMARKS)) & set(plugins.names(plugins.COMMANDS))
     return [*PROTOCOLS, *sorted(brought - set(PROTOCOLS))]

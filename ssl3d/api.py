@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssl3d import plugins as plugins
     from ssl3d import statistics as statistics
     from ssl3d.aggregator import AggregatedEncoder as AggregatedEncoder
     from ssl3d.aggregator import AggregatorConfig as AggregatorConfig
@@ -333,6 +334,7 @@ _HOME = {
     "read_crop": "views.crops",
     "request_of": "options",
     "PrepareOptions": "data.prepare",
+    "plugins": "plugins",
     "read_foreground": "views.restore",
     "read_result": "benchmark",
     "read_slab": "views.crops",
@@ -384,8 +386,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"ssl3d.api has no {name!r}; it has {', '.join(sorted(_HOME))}")
-    if name == "statistics":
-        return importlib.import_module("ssl3d.statistics")
+    if name in ("plugins", "statistics"):
+        return importlib.import_module(f"ssl3d.{name}")
     return getattr(importlib.import_module(f"ssl3d.{_HOME[name]}"), name)
 
 
