@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl3d.checkpoint import encoder_from as encoder_from
     from ssl3d.checkpoint import load_encoder as load_encoder
     from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.specs import encoder_from as encoder_from
     from ssl3d.train import pretrain as pretrain
     from ssl3d.train import resume as resume
 
 _HOME = {
-    "encoder_from": "checkpoint",
     "load_encoder": "checkpoint",
     "load_proxies": "checkpoint",
+    "encoder_from": "specs",
     "pretrain": "train",
     "resume": "train",
 }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssl3d import checkpoint as disk
 from ssl3d import plugins
 from ssl3d.balance import build_balance
+from ssl3d.checkpoint import make_traveller, outline_of, traveller_class
 from ssl3d.device import accelerator_of, default_workers
 from ssl3d.encoder import Encoder
 from ssl3d.errors import PluginError, UsageError
@@ -21,6 +21,7 @@ from ssl3d.monitor import Log
 from ssl3d.online import BATCHES
 from ssl3d.options import Plan, PretrainOptions
 from ssl3d.rng import seed_of
+from ssl3d.specs import encoder_from, fitting
 from ssl3d.trainee import Group, Trainee, groups_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def build_encoder(plan: Plan, resuming: bool) -> Encoder:
         torch.manual_seed(seed_of(options.seed, "encoder"))
         encoder: Encoder = plan.encoder(plan.encoder_config)
         return encoder
-    encoder = disk.encoder_from(disk.fitting(options.init, plan.encoder_config.in_channels), options.seed)
+    encoder = encoder_from(fitting(options.init, plan.encoder_config.in_channels), options.seed)
     name = plugins.name_of(plugins.ENCODERS, type(encoder))
     if "encoder" in plan.given and name != options.encoder:
         raise UsageError(f"--encoder {options.encoder}: --init {options.init} is a {name}")
@@ -121,7 +122,7 @@ def build_trainee(
     weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
     balance = build_balance(options.balance, weights, options.balance_alpha)
     trainee = Trainee(encoder, proxies, weights, options.seed, balance)
-    trainee.outline = disk.outline_of(data)
+    trainee.outline = outline_of(data)
     for name, proxy in proxies.items():
         trainee.outline |= {f"{name}/{key}": value for key, value in proxy.outline().items()}
     return trainee
@@ -197,7 +198,7 @@ def travellers_of(trainee: Trainee) -> dict[str, Traveller]:
     found: dict[str, Traveller] = {}
     for proxy_name, proxy in trainee.each():
         for name, module in proxy.travels().items():
-            disk.traveller_class(name, module)
+            traveller_class(name, module)
             if id(module) not in names:
                 raise PluginError(f"proxy {proxy_name!r}: travels(): {name} is no part of the proxy")
             key = f"{proxy_name}_{name}" if name in found else name
@@ -212,7 +213,7 @@ def travellers_with(
     made: dict[str, nn.Module] = {}
     for name, (prefix, kind, config) in travellers.items():
         with torch.random.fork_rng(devices=[]):
-            made[name] = disk.make_traveller(kind, config)
+            made[name] = make_traveller(kind, config)
         made[name].load_state_dict(
             {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
         )

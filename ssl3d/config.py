@@ -514,3 +514,12 @@ def print_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None
         if n == 0:
             print("  ".join("-" * w for w in widths))
     sys.stdout.flush()
+
+
+def triples(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields for a configuration; of one number along D, H and W it is enough to say it once."""
+    hints = typing.get_type_hints(config)
+    return {
+        key: [value] * 3 if type(value) is int and hints.get(key) == tuple[int, int, int] else value
+        for key, value in fields.items()
+    }

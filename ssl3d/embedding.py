@@ -150,7 +150,8 @@ def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
     if pool != "aggregator":
         return encoder
     from ssl3d.aggregator import AggregatedEncoder, SliceAggregator
-    from ssl3d.checkpoint import SCRATCH, load_traveller
+    from ssl3d.checkpoint import load_traveller
+    from ssl3d.specs import SCRATCH
 
     hint = "--pool aggregator needs an encoder that intra_inter trained"
     if spec.startswith(SCRATCH):

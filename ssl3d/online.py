@@ -16,7 +16,8 @@ from ssl3d.trainee import Group, Reducer, groups_to
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.store import Collection, Volume
+    from ssl3d.data.store import Collection
+    from ssl3d.data.volume import Volume
 
 VOLUMES = 128
 """Most volumes embedded for the kNN score, of each side."""

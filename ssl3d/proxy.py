@@ -15,7 +15,8 @@ from ssl3d.rng import BatchRng
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.store import Collection, Volume
+    from ssl3d.data.store import Collection
+    from ssl3d.data.volume import Volume
 
 
 class StepOutput(NamedTuple):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssl3d import checkpoint as disk
 from ssl3d import plugins, snapshot
+from ssl3d.checkpoint import identity_hash
 from ssl3d.config import to_dict
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
 from ssl3d.leaks import hashes_complete, hashes_in, pack_hashes, volume_hashes
@@ -21,6 +21,7 @@ from ssl3d.monitor import Log
 from ssl3d.options import Plan, PretrainOptions
 from ssl3d.preempt import requeued
 from ssl3d.selection import BY_TARGET
+from ssl3d.specs import encoder_from
 from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -219,13 +220,13 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     """What `encoder.json` says beside architecture and steps."""
     import numpy as np
 
-    identities = {disk.identity_hash(*person) for person in data.identities()}
+    identities = {identity_hash(*person) for person in data.identities()}
     own = volume_hashes(data)
     volumes, unread = frozenset[str]().union(*own), sum(not one for one in own)
     labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
     if plan.options.init is not None:
-        before = disk.encoder_from(plan.options.init, plan.options.seed).metadata
+        before = encoder_from(plan.options.init, plan.options.seed).metadata
         identities |= set(before.get("identities", []))
         volumes |= hashes_in(before) or frozenset()
         unread += not hashes_complete(before)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ssl3d import checkpoint as disk
 from ssl3d import plugins, snapshot
 from ssl3d.build import (
     Once,
@@ -25,6 +24,7 @@ from ssl3d.build import (
     travellers_of,
     travellers_with,
 )
+from ssl3d.checkpoint import CARD, config_of, load_encoder, load_proxies, save_encoder
 from ssl3d.device import apply_layout, make_fabric, peak_memory, resolve_precision, set_threads
 from ssl3d.encoder import Encoder
 from ssl3d.errors import PluginError, Ssl3dError, UsageError
@@ -45,6 +45,7 @@ from ssl3d.runs import (
     write_config,
 )
 from ssl3d.selection import BY_TARGET, Selection, select
+from ssl3d.specs import encoder_from
 from ssl3d.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -73,17 +74,17 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all steps are done and the encoder is written."""
-        return self.done >= self.steps and (self.folder / "encoder" / disk.CARD).is_file()
+        return self.done >= self.steps and (self.folder / "encoder" / CARD).is_file()
 
     @property
     def encoder(self) -> Encoder:
         """The pretrained encoder, from the disk."""
-        return disk.load_encoder(self.folder)
+        return load_encoder(self.folder)
 
     @property
     def proxies(self) -> dict[str, Proxy]:
         """The proxies with their trained heads."""
-        return disk.load_proxies(self.folder)
+        return load_proxies(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -164,7 +165,7 @@ def resume(
         CheckpointError: There is no run, or none of its checkpoints is whole.
     """
     folder = Path(folder)
-    values = disk.config_of(folder)
+    values = config_of(folder)
     for name in given or set():
         if name != "resume":
             values[name] = getattr(changes, name)
@@ -182,7 +183,7 @@ def resume(
 
 
 def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
-    from ssl3d.data.store import open_data
+    from ssl3d.data.open import open_data
 
     resuming = folder is not None
     options = plan.options
@@ -198,7 +199,7 @@ def _execute(plan: Plan, folder: Path | None, data: Collection | None) -> Run:
             f"times {fabric.world_size} processes"
         )
     if options.init is not None and not resuming:
-        disk.encoder_from(options.init, options.seed)  # a typing error must not cost a long preparation
+        encoder_from(options.init, options.seed)  # a typing error must not cost a long preparation
     if data is None:
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
@@ -279,10 +280,10 @@ def _train(
             plain = encoder_with(plan, state)
             others = travellers_with(travelling, state)
             card = about | {"patch": list(patch), "steps": done}
-            disk.save_encoder(plain, folder / name, card, others)
+            save_encoder(plain, folder / name, card, others)
             for other, prefix in exported.items():
                 own = folder / name.replace("encoder", other)
-                disk.save_encoder(encoder_with(plan, state, prefix), own, card | {"exported": other})
+                save_encoder(encoder_with(plan, state, prefix), own, card | {"exported": other})
         fabric.barrier()
 
     def spent(done: int) -> None:

@@ -17,7 +17,7 @@ from ssl3d.errors import DataError
 from ssl3d.rng import numpy_rng
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Volume
+    from ssl3d.data.volume import Volume
 
 _GOLDEN = 1.2207440846057596  # x⁴ = x + 1: three-dimensional golden ratio
 _MOST_FITTED = 1024  # volumes that the principal components are taken from

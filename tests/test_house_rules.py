@@ -16,11 +16,6 @@ PACKAGES = {"ssl3d": "ssl3d", "proxies": "ssl3d_proxies", "benchmarks": "ssl3d_b
 BEHIND_OTHERS = {"tensorboard", "torchvision"}
 # Circles of imports that are still to be opened, a line of modules each.
 CIRCLES = [
-    "ssl3d.checkpoint ssl3d.convert.foreign ssl3d.convert.named ssl3d.data.arrays ssl3d.data.boxes "
-    "ssl3d.data.geometry ssl3d.data.keys ssl3d.data.lists ssl3d.data.match ssl3d.data.parts "
-    "ssl3d.data.phantoms ssl3d.data.prepare ssl3d.data.process ssl3d.data.read ssl3d.data.series "
-    "ssl3d.data.sources ssl3d.data.store ssl3d.data.subjects ssl3d.data.volume ssl3d.data.writer "
-    "ssl3d.leaks ssl3d.proxy",
     "ssl3d_benchmarks.finetune_command ssl3d_benchmarks.finetune_job "
     "ssl3d_benchmarks.finetune_protocol ssl3d_benchmarks.finetune_run "
     "ssl3d_benchmarks.finetune_table ssl3d_benchmarks.finetune_train",

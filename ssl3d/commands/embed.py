@@ -13,7 +13,8 @@ def main(argv: Sequence[str]) -> int:
     from ssl3d.embedding import EmbedOptions, embed_collection, pooled_by
 
     options = parse("ssl3d embed", EmbedOptions, argv).options
-    from ssl3d.checkpoint import encoder_from, open_data_for
+    from ssl3d.data.open import open_data_for
+    from ssl3d.specs import encoder_from
 
     encoder = pooled_by(options.pool, encoder_from(options.encoder), options.encoder)
     count = embed_collection(encoder, open_data_for([encoder], options.data), options)

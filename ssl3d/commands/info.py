@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Store
+    from ssl3d.data.volume import Store
 
 summary = "show what a store, a run, an encoder or a scan holds"
 
@@ -82,8 +82,8 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _of_stores(path: Path) -> dict[str, Any]:
+    from ssl3d.data.open import open_data
     from ssl3d.data.parts import odd_masks
-    from ssl3d.data.store import open_data
 
     data = open_data([str(path)])
     rejected = [entry for store in data.stores for entry in store.rejected]
@@ -203,7 +203,8 @@ def _of_weights(path: Path) -> dict[str, Any]:
 
 
 def _of_folder(path: Path) -> dict[str, Any]:
-    from ssl3d.data.sources import Wanted, find
+    from ssl3d.data.found import Wanted
+    from ssl3d.data.sources import find
 
     found = find([path], Wanted())
     if (

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl3d.checkpoint import IMAGENET, SCRATCH, encoder_from, fields_of, file_and_words, is_foreign
 from ssl3d.convert.encoder import ConvertedConfig
 from ssl3d.convert.named import save, with_weights
 from ssl3d.encoder import Encoder
 from ssl3d.errors import UsageError
+from ssl3d.specs import IMAGENET, SCRATCH, encoder_from, fields_of, file_and_words, is_foreign
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ssl3d.data.found import Found, Scan, Wanted
 from ssl3d.data.read import sha256_of, stem_of
-from ssl3d.data.sources import Found, Scan, Wanted
 from ssl3d.data.subjects import relative, split_of
 from ssl3d.errors import DataError
 

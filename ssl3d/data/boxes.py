@@ -16,7 +16,7 @@ from ssl3d.data.tables import NotText, read_table
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.sources import Found
+    from ssl3d.data.found import Found
 
 Box = tuple[float, ...]  # z1 y1 x1 z2 y2 x2 class; z is 0 to 1 in a picture
 

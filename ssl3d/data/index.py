@@ -241,3 +241,6 @@ class _Codes(dict[Any, int]):
 
 def _spread(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
+
+
+PART = "ssl3d-part"

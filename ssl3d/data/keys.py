@@ -13,9 +13,9 @@ from typing import Any
 
 from ssl3d.data import lists
 from ssl3d.data.boxes import list_files
+from ssl3d.data.folders import IGNORED, walk
 from ssl3d.data.parts import stamp, with_voxels
 from ssl3d.data.read import suffix_of
-from ssl3d.data.sources import IGNORED, walk
 from ssl3d.errors import DataError
 
 FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused

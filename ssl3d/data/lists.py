@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data import sources
 from ssl3d.data.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
 from ssl3d.data.dicom import dicom_tags, is_dicom
+from ssl3d.data.folders import dataset_name, in_class_folders, missing, walk
+from ssl3d.data.found import Found, Scan, Wanted
 from ssl3d.data.normalize import modality_code
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.series import from_dicom, nameless_patients
-from ssl3d.data.sources import Found, Scan, Wanted, dataset_name, in_class_folders, walk
 from ssl3d.data.subjects import person_of, relative, split_of, subjects_of
 from ssl3d.data.tables import NotText, Table, read_table, read_text
 from ssl3d.errors import DataError
@@ -134,9 +134,7 @@ def _listed_file(root: Path, name: str, whose: str) -> Path:
         return path
     if whose:
         raise DataError(f"{whose} {name}, listed in dataset.json, does not exist")
-    raise DataError(
-        f"listed in dataset.json, {sources.missing(path) if path.is_symlink() else 'no such file'}"
-    )
+    raise DataError(f"listed in dataset.json, {missing(path) if path.is_symlink() else 'no such file'}")
 
 
 def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | None]:
@@ -235,7 +233,7 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
                 cases[channel[1]][int(channel[2])] = path
             else:
                 cases[stem_of(path)][0] = path
-        found.rejected += [(relative(path, root), sources.missing(path)) for path in dead]
+        found.rejected += [(relative(path, root), missing(path)) for path in dead]
         count = max([len(names), *(max(case) + 1 for case in cases.values())], default=0)
         channels = names or (("image",) if count == 1 else tuple(f"channel{i}" for i in range(count)))
         if len(channels) < count:
@@ -559,7 +557,7 @@ def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator
             continue
         target, mask = folder / name, values.get("mask", "")
         if not target.exists():
-            why = sources.missing(target) if target.is_symlink() else "no such file"
+            why = missing(target) if target.is_symlink() else "no such file"
             found.rejected.append((name, f"line {line} of {path.name}: {why}"))
             continue
         if mask and not (folder / mask).exists():

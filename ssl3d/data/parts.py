@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ssl3d.data.found import Scan
 from ssl3d.data.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import suffix_of
-from ssl3d.data.sources import Scan
 from ssl3d.errors import DataError
 
 _BATCH = 4096  # records read at once

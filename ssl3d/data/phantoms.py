@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from ssl3d.data.cache import cache_folder
 from ssl3d.data.index import IndexWriter
 from ssl3d.data.record import Record
 from ssl3d.data.writer import assemble, write_part
@@ -193,11 +194,6 @@ def simulated_index(out: Path, count: int, first: int = 0) -> Path:
             )
         index.close()
     return out
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept: $SSL3D_CACHE, else ~/.cache/ssl3d."""
-    return Path(os.environ.get("SSL3D_CACHE") or Path.home() / ".cache" / "ssl3d").expanduser()
 
 
 # ------------------------------------------------------------------------------------------------

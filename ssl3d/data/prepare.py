@@ -17,6 +17,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 
 from ssl3d.data import keys, pool
+from ssl3d.data.found import Found, Scan, Wanted
 from ssl3d.data.geometry import Triple
 from ssl3d.data.parts import (
     VERSION,
@@ -35,7 +36,7 @@ from ssl3d.data.parts import (
 from ssl3d.data.process import Recipe, Task, process, spacing_of_scan, start_worker
 from ssl3d.data.progress import Progress, bytes_of, count_of, duration_of
 from ssl3d.data.remarks import remarks
-from ssl3d.data.sources import Found, Scan, Wanted, find, in_part
+from ssl3d.data.sources import find, in_part
 from ssl3d.errors import DataError
 
 _SAMPLE = 4  # scans timed before the estimate
@@ -281,7 +282,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     Raises:
         DataError: Nothing is usable.
     """
-    from ssl3d.data.phantoms import cache_folder
+    from ssl3d.data.cache import cache_folder
 
     # Not resolved: of a link into an annex the name is the scan's, that of what it points to is not.
     roots = [Path(os.path.abspath(path)) for path in paths]
@@ -477,7 +478,7 @@ def _make(
     if unspaced:
         say(f"{count_of(unspaced, 'scan')} without a spacing: not resampled")
     if label_like:
-        from ssl3d.data.sources import label_note
+        from ssl3d.data.folders import label_note
 
         say(label_note(sorted(label_like)))
     return rejected

@@ -13,12 +13,12 @@ import numpy as np
 
 from ssl3d.data import geometry
 from ssl3d.data.boxes import around_mask, from_world, within
+from ssl3d.data.found import Scan
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.itk import quiet_sitk
 from ssl3d.data.match import channel_onto, mask_onto
 from ssl3d.data.normalize import decide, foreground, normalize
 from ssl3d.data.read import Pixels, header_spacing, read, read_mask, sha256_of
-from ssl3d.data.sources import Scan
 from ssl3d.errors import DataError
 
 _LABEL_VALUES = 32  # a label map has no more values than this
@@ -275,7 +275,7 @@ def _write(
     sha256: str,
     frame: int | None,
 ) -> Path:
-    from ssl3d.data.writer import Record, write_part
+    from ssl3d.data.record import Record, write_part
 
     scan, recipe = task.scan, task.recipe
     voxels = _checked(pixels, scan, missing)

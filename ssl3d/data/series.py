@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.data.dicom import dicom_tags
+from ssl3d.data.folders import bare, dataset_name, label_note, looks_like_label
+from ssl3d.data.found import Found, Scan, Wanted
 from ssl3d.data.read import stem_of
-from ssl3d.data.sources import (
-    Found,
-    Scan,
-    Wanted,
-    bare,
-    dataset_name,
-    label_note,
-    looks_like_label,
-)
 from ssl3d.data.subjects import is_group, person_of, relative, telling
 from ssl3d.errors import DataError
 

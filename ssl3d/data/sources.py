@@ -9,116 +9,35 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.dicom import DICOM, is_dicom
+from ssl3d.data.dicom import is_dicom
+from ssl3d.data.folders import (
+    _LABEL_FOLDER,
+    _LABEL_NAME,
+    IGNORED,
+    _class_folders,
+    _one_person_each,
+    _some,
+    bare,
+    dataset_name,
+    in_class_folders,
+    label_note,
+    looks_like_label,
+    missing,
+    tokens,
+    walk,
+)
+from ssl3d.data.found import Found, Scan, Wanted
+from ssl3d.data.lists import from_csv, from_dataset_json, from_nnunet, with_listing
 from ssl3d.data.progress import count_of
 from ssl3d.data.read import ARRAYS, FORMATS, ITK, NIFTI, PICTURES, stem_of, suffix_of
-from ssl3d.data.subjects import relative, split_of, subjects_by_name, subjects_of
+from ssl3d.data.subjects import relative, subjects_by_name, subjects_of
 from ssl3d.errors import DataError
 
-_LABEL_NAME = re.compile(
-    r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|labels?|labelmaps?"
-    r"|roi|rois|gt|dseg|aseg|annotation|annotations)\d*(?:$|[_\-. ])",
-    re.IGNORECASE,
-)
-_LABEL_FOLDER = re.compile(
-    r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val?)?", re.IGNORECASE
-)
-IGNORED = frozenset(
-    (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
-)
 _HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
-
-
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """One volume to be made, or several if its file holds frames.
-
-    Attributes:
-        id: Unique among the scans found.
-        dataset: Data set.
-        subject: Subject within the data set.
-        source: Path relative to the root given.
-        files: Per channel, the files to read: one, the slices of a DICOM series, or none if missing.
-        channels: Names of the channels; one name for a file whose own channels are not known yet.
-        frames_are_channels: Whether a fourth axis holds these channels.
-        mask: Label map, if there is one.
-        label: Class or value.
-        split: "", "train", "val" or "test".
-        modality: As a list beside the data says; "" where none does.
-        named: Whether a list or the user named this file: then it is a scan, whatever its values.
-        member: Array of an .npz and the row in it.
-        boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
-        world_boxes: (x, y, z, w, h, d, class) each, centre and size in RAS+ mm; None where nobody drew any.
-        mask_boxes: Whether the components of the mask are the boxes; an empty mask then says nothing.
-    """
-
-    id: str
-    dataset: str
-    subject: str
-    source: str
-    files: tuple[tuple[Path, ...], ...]
-    channels: tuple[str, ...] = ("image",)
-    frames_are_channels: bool = False
-    mask: Path | None = None
-    label: int | float | str | None = None
-    split: str = ""
-    modality: str = ""
-    named: bool = False
-    member: tuple[str, int] | None = None
-    boxes: tuple[tuple[float, ...], ...] | None = None
-    world_boxes: tuple[tuple[float, ...], ...] | None = None
-    mask_boxes: bool = False
-
-    @property
-    def all_files(self) -> list[Path]:
-        """Every file that decides what this scan becomes."""
-        return [path for group in self.files for path in group] + ([self.mask] if self.mask else [])
-
-
-@dataclasses.dataclass
-class Found:
-    """What the sources hold.
-
-    Attributes:
-        scans: In a stable order.
-        rejected: (path relative to its root, reason): listed or named, but of no use.
-        notes: What the user should know, by name.
-        label_names: Per data set, mask value -> structure.
-        box_names: Per data set, box label -> kind of object.
-    """
-
-    scans: list[Scan] = dataclasses.field(default_factory=list)
-    rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
-    label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-    box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """The options that decide what is taken.
-
-    Attributes:
-        dataset: Name of the data set; "" takes it from the source.
-        channels: File-name parts that are channels of one subject.
-        masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
-        take_labels: Whether label-like files are scans.
-        colour: grey, or rgb: pictures are then natural images, in folders named by their class.
-        box_readers: What becomes of one object's boxes by several readers: merge, or keep.
-        label: Column of lists that holds the labels; "" for the usual ones.
-    """
-
-    dataset: str = ""
-    channels: tuple[str, ...] = ()
-    masks: str = ""
-    take_labels: bool = False
-    colour: str = "grey"
-    box_readers: str = "merge"
-    label: str = ""
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -173,7 +92,7 @@ def _in_two_splits(scans: Sequence[Scan]) -> list[str]:
 
 
 def _find_one(source: Path, wanted: Wanted) -> Found:
-    from ssl3d.data import arrays, lists
+    from ssl3d.data import arrays
     from ssl3d.data.boxes import unread_boxes, with_boxes
 
     if not source.exists():
@@ -182,9 +101,9 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
         source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
         if suffix_of(source) in (".csv", ".tsv") or source.name == "dataset.json":
             if source.name == "dataset.json":
-                listed = lists.from_dataset_json(source.parent, wanted)
+                listed = from_dataset_json(source.parent, wanted)
             else:
-                listed = lists.from_csv(source, wanted)
+                listed = from_csv(source, wanted)
             listed.notes += unread_boxes(listed, source)
             return listed
         if suffix_of(source) in ARRAYS:
@@ -196,14 +115,14 @@ def _find_one(source: Path, wanted: Wanted) -> Found:
                 f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
             )
         return _from_files([source], source.parent, wanted, named=True)
-    listed = lists.from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
+    listed = from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
     if listed.scans or listed.rejected:  # else such a file is something else's
         found = listed
     elif _is_channelled(source):
-        found = lists.from_nnunet(source, wanted)
+        found = from_nnunet(source, wanted)
     else:
         found = from_folder(source, wanted)
-    return with_boxes(lists.with_listing(found, source, wanted.label), source, wanted.box_readers)
+    return with_boxes(with_listing(found, source, wanted.label), source, wanted.box_readers)
 
 
 def from_folder(root: Path, wanted: Wanted) -> Found:
@@ -235,74 +154,6 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
         found.rejected += part.rejected
         found.notes += part.notes
     return found
-
-
-def walk(root: Path, skip: Iterable[str] = (), dead: list[Path] | None = None) -> Iterator[Path]:
-    """Files below a folder in a stable order, without hidden ones and what the toolkit itself writes.
-
-    That is the parts of stores being made, and the folders of runs and of results, whose pictures and
-    predictions are no scans. Links are followed, but not into a folder that they lie in.
-
-    Args:
-        root: Folder.
-        skip: Names of folders in it that are left out.
-        dead: Gets the links that lead nowhere and whose names may be those of scans.
-    """
-    real = root.resolve()
-    yield from _walk(root, {real, *real.parents}, set(skip), [] if dead is None else dead)
-
-
-def _walk(folder: Path, above: set[Path], skipped: set[str], dead: list[Path]) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(".partial"):
-            continue
-        if path.is_dir():
-            real = path.resolve()
-            if real not in above and path.name not in skipped and not _written_here(path):
-                yield from _walk(path, {*above, real}, set(), dead)
-        elif path.is_file():
-            yield path
-        elif path.is_symlink() and _may_be_a_scan(path):
-            dead.append(path)
-
-
-def _may_be_a_scan(path: Path) -> bool:
-    """Whether a name is one of a scan; DICOM's have no ending, or a number."""
-    ending = suffix_of(path)
-    return ending in (*NIFTI, *ITK, *PICTURES, *ARRAYS, *DICOM) or not re.search("[a-z]", ending)
-
-
-def missing(path: Path) -> str:
-    """Why there is nothing at a path."""
-    if path.is_symlink():
-        return "a link to a file that is not here (get the data first: datalad get, git annex get)"
-    return "no such file or folder"
-
-
-def _written_here(folder: Path) -> bool:
-    """Whether it is a run, or a folder of results, of this toolkit."""
-    if (folder / "config.yaml").is_file():
-        return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    if (folder / "table.txt").is_file():
-        return any(re.search(r"-[0-9a-f]{8}$", path.stem) for path in folder.glob("*.json"))
-    return (folder / ".jobs").is_dir()
-
-
-def dataset_name(root: Path, wanted: Wanted) -> str:
-    """`--dataset`, else the folder's name (of `imagesTr`, `images`, `data`: the folder's above)."""
-    if wanted.dataset:
-        return wanted.dataset
-    root = root.resolve()
-    generic = re.fullmatch(r"images?(tr|ts)?|data|raw|nifti|dicom", root.name, re.IGNORECASE)
-    return (root.parent.name if generic else root.name) or "data"
-
-
-def looks_like_label(path: Path, root: Path) -> bool:
-    """Whether a file's name, or that of a folder between it and the root, says label map."""
-    if _LABEL_NAME.search(stem_of(path)):
-        return True
-    parents = relative(path.parent, root).split("/")
-    return any(_LABEL_FOLDER.fullmatch(part) for part in parents)
 
 
 # Plain files --------------------------------------------------------------------------------------
@@ -353,19 +204,6 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     return found
 
 
-def label_note(names: Sequence[str]) -> str:
-    """The line that says which files were taken for label maps."""
-    return (
-        f"not taken for scans, they look like label maps: {_some(names)} (--take-labels takes them, "
-        "--masks PART or a CSV with a column `mask` keeps them as masks)"
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first five of these, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _no_masks(roots: Sequence[Path], part: str) -> str:
     """The line that says why no scan has a mask, where files have the part in their names.
 
@@ -394,16 +232,6 @@ def _no_masks(roots: Sequence[Path], part: str) -> str:
     else:
         here = "no name here is like those of label maps"
     raise DataError(f"--masks {part}: no file has it in its name; {here}")
-
-
-def tokens(path: Path) -> list[str]:
-    """The parts of a file's name between _, -, . and blanks, in lower case."""
-    return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
-
-
-def bare(part: str) -> str:
-    """A part of file names as `tokens` has it: `_lesion` is `lesion`."""
-    return part.strip("_-. ").lower()
 
 
 def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
@@ -435,49 +263,6 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
         elif len(found.get(path, ())) == 1:
             masks[path] = found[path][0]
     return masks
-
-
-def _class_folders(
-    paths: Sequence[Path], root: Path, natural: bool = False
-) -> dict[Path, tuple[str | None, str]]:
-    """Pictures in folders named by their class, possibly below train, val and test.
-
-    Folders with one picture each are taken for classes only where the pictures are natural.
-    """
-    pictures = [path for path in paths if suffix_of(path) in PICTURES]
-    if not pictures or len(pictures) < len(paths):
-        return {}
-    placed = {}
-    for path in pictures:
-        folders = relative(path, root).split("/")[:-1]
-        split = next((s for s in (split_of(part) for part in folders) if s), "")
-        classes = [
-            part for part in folders if not split_of(part) and part.lower() not in ("images", "image")
-        ]
-        placed[path] = (classes[-1] if classes else None, split)
-    labels = {label for label, _ in placed.values()}
-    usable = None not in labels and 1 < len(labels) < len(pictures) + natural
-    return {path: (label if usable else None, split) for path, (label, split) in placed.items()}
-
-
-def in_class_folders(paths: Sequence[Path], root: Path) -> set[Path]:
-    """The pictures in folders of classes whose names are no person's: those of people have numbers."""
-    folders = _class_folders(paths, root)
-    return {path for path, (label, _) in folders.items() if label and not re.search(r"\d", label)}
-
-
-def _one_person_each(classes: dict[Path, tuple[str | None, str]], subjects: dict[Path, str]) -> list[str]:
-    """The line that says that every class is taken for one person, if so: no split has room for that."""
-    whose: dict[str, set[str]] = defaultdict(set)
-    for path, (label, _) in classes.items():
-        if label is not None:
-            whose[label].add(subjects[path])
-    if len(whose) < 2 or any(len(people) > 1 for people in whose.values()):
-        return []
-    return [
-        f"pictures in folders named {_some(sorted(whose))}: each is taken for a class, and for one person, "
-        "as names repeat from folder to folder; a CSV with path, subject and label says what is meant"
-    ]
 
 
 # ------------------------------------------------------------------------------------------------

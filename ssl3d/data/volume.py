@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl3d.data.index import FORMAT, ROW, VERSION, label_of
+from ssl3d.data.index import FORMAT, PART, ROW, VERSION, label_of
 from ssl3d.data.record import SPLITS, Affine, Record
-from ssl3d.data.writer import PART
 from ssl3d.errors import DataError, PluginError
 
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands

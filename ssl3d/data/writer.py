@@ -19,12 +19,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ssl3d.data.index import VERSION, IndexWriter
+from ssl3d.data.identity import reading_of
+from ssl3d.data.index import PART, VERSION, IndexWriter
 from ssl3d.data.record import Record, blob, plain
 from ssl3d.errors import DataError
-from ssl3d.leaks import reading_of
-
-PART = "ssl3d-part"
 
 _CHUNK = 32  # voxels a side: 64 KiB in half precision
 _SKETCH = 65  # quantiles kept per channel and volume, to pool intensities over a data set

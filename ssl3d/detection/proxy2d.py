@@ -28,7 +28,8 @@ from ssl3d.rng import BatchRng, numpy_rng, one_group
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.store import Collection, Volume
+    from ssl3d.data.store import Collection
+    from ssl3d.data.volume import Volume
 
 _SHOWN = 6  # images in a picture
 _SURE = 0.3  # score of a detection that is drawn

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "check_encoder": "encoders",
+    "dead_taps": "encoders",
     "check_proxy": "proxies",
     "check_ranks": "ranks",
-    "dead_taps": "encoders",
 }
 
 

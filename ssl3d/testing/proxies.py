@@ -28,7 +28,7 @@ from ssl3d.rng import BatchRng, numpy_rng, one_group, seed_of
 from ssl3d.testing.encoders import dead_taps
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Volume
+    from ssl3d.data.volume import Volume
 
 _ADDED = ("index", "subject", "dataset")  # what the toolkit puts into every example
 _BATCHES = 4  # drawn once, trained on again and again, with the same random numbers: learning by heart
@@ -501,7 +501,7 @@ def _check_state(
 
 
 def _phantoms() -> Sequence[Volume]:
-    from ssl3d.data.store import open_data
+    from ssl3d.data.open import open_data
 
     return open_data(["phantoms:16"])
 

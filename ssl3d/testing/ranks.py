@@ -399,7 +399,7 @@ def _sizes(groups: Sequence[Group]) -> list[int]:
 
 
 def _phantoms() -> Collection:
-    from ssl3d.data.store import open_data
+    from ssl3d.data.open import open_data
 
     return open_data(["phantoms:16"])
 

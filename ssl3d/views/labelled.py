@@ -19,7 +19,8 @@ from ssl3d.rng import numpy_rng
 from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Collection, Volume
+    from ssl3d.data.store import Collection
+    from ssl3d.data.volume import Volume
 
 _SLAB = 16  # slices of a mask that are looked at together
 _KEPT = 1024  # volumes whose places a process remembers

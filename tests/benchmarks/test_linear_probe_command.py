@@ -10,8 +10,9 @@ import pytest
 from ssl3d.api import encoder_from, identity_hash, open_data, read_result
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
+from ssl3d.data.record import Record
 from ssl3d.data.split import house_split
-from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.data.writer import assemble, write_part
 
 SPEC = "scratch:resnet10:acs:width=8"
 

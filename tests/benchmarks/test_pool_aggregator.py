@@ -11,7 +11,8 @@ from ssl3d.aggregator import AggregatedEncoder, AggregatorConfig, SliceAggregato
 from ssl3d.api import Result, open_data
 from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
-from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.errors import CheckpointError
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, pooled, recalibrate

@@ -9,7 +9,7 @@ import ssl3d
 from ssl3d import plugins, snapshot
 from ssl3d.checkpoint import load_proxies
 from ssl3d.config import to_dict
-from ssl3d.data.store import open_data
+from ssl3d.data.open import open_data
 from ssl3d.testing import check_proxy, check_ranks
 
 NAMES = plugins.names(plugins.PROXIES)

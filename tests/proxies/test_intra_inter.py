@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 import ssl3d
 from ssl3d import snapshot
 from ssl3d.api import BatchRng, DataError, TrainingError, UsageError, ViewRng, load_encoder, open_data
-from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
 from ssl3d_proxies.intra_inter import (

@@ -20,8 +20,10 @@ from ssl3d.api import (
     one_group,
     open_data,
 )
-from ssl3d.checkpoint import load_proxies, prepare_options_of
-from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.checkpoint import load_proxies
+from ssl3d.data.open import prepare_options_of
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_proxies.pseudo3d_classification import (
     Pseudo3DClassification,

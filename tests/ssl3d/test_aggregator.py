@@ -321,8 +321,8 @@ def test_air_at_the_ends_changes_nothing(axis, slab):
 
 
 def test_what_is_shown_is_the_foreground_box(tmp_path):
+    from ssl3d.data.open import open_data
     from ssl3d.data.phantoms import phantom_store
-    from ssl3d.data.store import open_data
 
     for volume in open_data([phantom_store(4, shape=(48, 40, 40), folder=tmp_path)]):
         (low, *_), (high, *_) = volume.foreground_box()

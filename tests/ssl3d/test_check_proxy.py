@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl3d.data.store import open_data
+from ssl3d.data.open import open_data
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError
 from ssl3d.proxy import Proxy, StepOutput

@@ -6,8 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from ssl3d.checkpoint import encoder_from, identity_hash, load_encoder, save_encoder
-from ssl3d.data.store import Record, assemble, open_data, write_part
+from ssl3d.checkpoint import load_encoder, save_encoder
+from ssl3d.data.identity import identity_hash, reading_of, source_hash
+from ssl3d.data.open import open_data
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.errors import CheckpointError
 from ssl3d.leaks import (
     HASHES,
@@ -15,11 +18,10 @@ from ssl3d.leaks import (
     hashes_in,
     leak_flags,
     pack_hashes,
-    reading_of,
     seen_volumes,
-    source_hash,
     volume_hashes,
 )
+from ssl3d.specs import encoder_from
 
 
 def scan(seed, shape=(1, 20, 24, 28)):

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl3d.data.loader import Loader
+from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import phantom_store
-from ssl3d.data.store import Record, assemble, open_data, write_part
+from ssl3d.data.record import Record
 from ssl3d.data.stream import Stream
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.errors import DataError, PluginError, UsageError
 from ssl3d.rng import seed_of
 

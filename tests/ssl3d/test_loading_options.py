@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssl3d.checkpoint import encoder_from, is_foreign, load_encoder, save_encoder
+from ssl3d.checkpoint import load_encoder, save_encoder
 from ssl3d.encoders.resenc import ResEnc, ResEncConfig
 from ssl3d.encoders.resnet import ResNet10, ResNet50, ResNetConfig
 from ssl3d.errors import UsageError
+from ssl3d.specs import encoder_from, is_foreign
 
 
 @pytest.fixture

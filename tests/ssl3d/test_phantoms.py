@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import CLASSES, phantom, phantom_store
-from ssl3d.data.store import open_data
 
 
 @pytest.fixture(scope="module")

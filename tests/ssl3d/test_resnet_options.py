@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from ssl3d.checkpoint import encoder_from
 from ssl3d.encoders.convolutions import convolution
 from ssl3d.encoders.resnet import (
     ResNet10,
@@ -21,6 +20,7 @@ from ssl3d.encoders.resnet import (
     ResNetConfig,
 )
 from ssl3d.errors import UsageError
+from ssl3d.specs import encoder_from
 from ssl3d.testing import check_encoder, dead_taps
 
 KINDS = ["3d", "p3d", "acs", "2.5d"]

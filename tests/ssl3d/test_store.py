@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl3d.data import volume as volume_module
+from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import simulated_index
-from ssl3d.data.store import Collection, Record, Store, assemble, open_data, part_record, write_part
-from ssl3d.data.writer import _chunks, block_size
+from ssl3d.data.record import Record
+from ssl3d.data.store import Collection
+from ssl3d.data.volume import Store
+from ssl3d.data.writer import _chunks, assemble, block_size, part_record, write_part
 from ssl3d.errors import DataError
 
 RNG = np.random.default_rng(0)

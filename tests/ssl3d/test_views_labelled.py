@@ -23,7 +23,9 @@ from ssl3d.api import (
     read_labelled,
     view_margin,
 )
-from ssl3d.data.store import Record, assemble, open_data, write_part
+from ssl3d.data.open import open_data
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 
 MOVING = {"blur": 0.0, "bias": 0.0, "gamma": 0.0, "contrast": 0.0, "noise": 0.0}
 

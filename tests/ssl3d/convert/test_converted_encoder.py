@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 
-from ssl3d.checkpoint import encoder_from, fitting, load_encoder
+from ssl3d.checkpoint import load_encoder
 from ssl3d.cli import main
 from ssl3d.convert import networks
 from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
@@ -20,6 +20,7 @@ from ssl3d.convert.network import feature_network
 from ssl3d.convert.weights import read_state
 from ssl3d.encoders.masking import only_visible
 from ssl3d.errors import CheckpointError, UsageError
+from ssl3d.specs import encoder_from, fitting
 from ssl3d.testing import check_encoder
 
 NET = "shufflenet_v2_x0_5"

@@ -15,12 +15,14 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from ssl3d.checkpoint import encoder_from, load_encoder, prepare_options_of
+from ssl3d.checkpoint import load_encoder
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign, save_foreign
 from ssl3d.convert.foreign_layouts import LAYOUTS
+from ssl3d.data.open import prepare_options_of
 from ssl3d.encoders.resnet import ResNet10, ResNetConfig
 from ssl3d.errors import CheckpointError, UsageError
+from ssl3d.specs import encoder_from
 
 
 def settled(net, seed=0):

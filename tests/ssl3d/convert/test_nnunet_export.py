@@ -6,13 +6,14 @@ import pydoc
 import pytest
 import torch
 
-from ssl3d.checkpoint import encoder_from, save_encoder
+from ssl3d.checkpoint import save_encoder
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign
 from ssl3d.convert.nnunet import adaptation_plan, export_nnunet
 from ssl3d.encoders.resenc import ResEnc, ResEncConfig
 from ssl3d.encoders.resnet import ResNet10, ResNetConfig
 from ssl3d.errors import UsageError
+from ssl3d.specs import encoder_from
 
 CONFIG = ResEncConfig(
     stages=3, width=4, blocks=(1, 2, 1), max_width=12, strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),

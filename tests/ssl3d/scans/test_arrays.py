@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ssl3d.data.sources import Wanted, find
+from ssl3d.data.found import Wanted
+from ssl3d.data.sources import find
 from ssl3d.errors import DataError
 
 VOLUMES = np.zeros((4, 3, 3, 3), np.uint8)

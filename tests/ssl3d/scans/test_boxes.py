@@ -10,8 +10,8 @@ from PIL import Image
 
 from ssl3d.cli import main
 from ssl3d.data.boxes import around_mask, merged
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare
-from ssl3d.data.store import open_data
 from ssl3d.errors import DataError
 
 

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from ssl3d.cli import main
+from ssl3d.data.found import Wanted
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare
 from ssl3d.data.read import read
-from ssl3d.data.sources import Wanted, find
-from ssl3d.data.store import open_data
+from ssl3d.data.sources import find
 
 RGB = Wanted(colour="rgb")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ssl3d.data.dicom import dicom_tags
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare
 from ssl3d.data.read import Pixels, header_spacing, read
-from ssl3d.data.store import open_data
 from ssl3d.errors import DataError
 from ssl3d.segmentation.save import save_segmentation
 

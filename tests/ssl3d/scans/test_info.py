@@ -131,7 +131,8 @@ def test_folder_of_scans_is_counted(scans, tmp_path, capsys):
 
 
 def test_encoder_and_run(tmp_path, capsys):
-    from ssl3d.checkpoint import encoder_from, save_encoder
+    from ssl3d.checkpoint import save_encoder
+    from ssl3d.specs import encoder_from
 
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

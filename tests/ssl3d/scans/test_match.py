@@ -10,8 +10,8 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare
-from ssl3d.data.store import open_data
 
 SHAPE = (12, 14, 16)
 SIDES = np.diag([1.0, 1.5, 2.0])

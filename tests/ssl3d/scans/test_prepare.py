@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl3d.checkpoint import prepare_options_of
 from ssl3d.cli import main
+from ssl3d.data.open import open_data, prepare_options_of
 from ssl3d.data.prepare import PrepareOptions, prepare
-from ssl3d.data.store import open_data
 
 
 def made(tmp_path, *sources, out="s.h5", **options):

@@ -16,9 +16,10 @@ from PIL import Image
 
 from ssl3d.cli import main
 from ssl3d.data import parts, pool
+from ssl3d.data.found import Wanted
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare, prepare_cached
-from ssl3d.data.sources import Wanted, find
-from ssl3d.data.store import open_data
+from ssl3d.data.sources import find
 from ssl3d.errors import DataError
 
 

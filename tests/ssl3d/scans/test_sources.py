@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ssl3d.data import lists
+from ssl3d.data.found import Wanted
 from ssl3d.data.process import Recipe, Task, process
-from ssl3d.data.sources import Wanted, find, in_part
+from ssl3d.data.sources import find, in_part
 from ssl3d.errors import DataError
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from ssl3d.data.sources import Wanted, find
+from ssl3d.data.found import Wanted
+from ssl3d.data.sources import find
 
 
 def laid_out(root, *names):

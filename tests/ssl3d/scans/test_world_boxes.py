@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ssl3d.data.boxes import from_world
+from ssl3d.data.open import open_data
 from ssl3d.data.prepare import PrepareOptions, prepare
-from ssl3d.data.store import open_data
 from ssl3d.errors import DataError
 
 

@@ -10,8 +10,10 @@ import torch
 
 import ssl3d
 from ssl3d import cli, snapshot
-from ssl3d.checkpoint import encoder_from, identity_hash, load_encoder, save_encoder
+from ssl3d.checkpoint import load_encoder, save_encoder
+from ssl3d.data.identity import identity_hash
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
+from ssl3d.specs import encoder_from
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ssl3d import cli
-from ssl3d.checkpoint import encoder_from, open_data_for, save_encoder
-from ssl3d.data.store import open_data
+from ssl3d.checkpoint import save_encoder
+from ssl3d.data.open import open_data, open_data_for
 from ssl3d.errors import UsageError
 from ssl3d.inference import embed_volume
+from ssl3d.specs import encoder_from
 
 WORD = "scratch:resnet10:width=4"
 

@@ -251,7 +251,7 @@ def test_proxies_are_loaded_without_their_data(queue_plugin, train, tmp_path, mo
     ) as caught:
         load_proxies(run.folder)
     assert "\n" not in str(caught.value)
-    from ssl3d.data.store import open_data
+    from ssl3d.data.open import open_data
 
     data = open_data(train_data(run))
     assert torch.equal(load_proxies(run.folder, data)["queue"].bank, proxy.bank)

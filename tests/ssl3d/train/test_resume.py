@@ -14,7 +14,8 @@ import pytest
 import ssl3d
 from ssl3d import cli, runs, snapshot
 from ssl3d.checkpoint import load_proxies
-from ssl3d.data.store import Record, assemble, write_part
+from ssl3d.data.record import Record
+from ssl3d.data.writer import assemble, write_part
 from ssl3d.errors import CheckpointError, TrainingError
 from ssl3d.preempt import Preemption
 

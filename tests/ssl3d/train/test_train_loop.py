@@ -411,7 +411,8 @@ def test_wrong_options_are_told_in_one_line(train, options, message, tmp_path):
 
 @pytest.mark.parametrize("label", [None, "a"])
 def test_the_next_command_asks_for_labels_where_these_data_have_none(label, train, tmp_path, capsys):
-    from ssl3d.data.store import Record, assemble, write_part
+    from ssl3d.data.record import Record
+    from ssl3d.data.writer import assemble, write_part
 
     parts, store = tmp_path / "s.partial", tmp_path / "my scans.h5"
     image = np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32)

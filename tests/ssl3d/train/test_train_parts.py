@@ -123,8 +123,8 @@ def test_the_launcher_says_how_many_ranks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    from ssl3d.data.open import open_data
     from ssl3d.data.phantoms import phantom_store
-    from ssl3d.data.store import open_data
 
     return open_data([phantom_store(40, shape=(16, 16, 16), folder=tmp_path_factory.mktemp("p"))])
 
@@ -161,7 +161,9 @@ def test_few_subjects_keep_one_out_from_eight_on(data):
 
 def small_store(path, rows):
     """A store of (dataset, subject, label, split, mask, boxes) rows."""
-    from ssl3d.data.store import Record, assemble, open_data, write_part
+    from ssl3d.data.open import open_data
+    from ssl3d.data.record import Record
+    from ssl3d.data.writer import assemble, write_part
 
     image = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
     parts = path.with_name(f"{path.name}.partial")
@@ -269,7 +271,7 @@ def test_cutting_keeps_every_row_once(rows, parts):
 
 def test_every_rank_names_the_volumes_it_sets_aside(tiny_plugins, phantoms, capsys):
     from ssl3d.build import holdout_batches, loader_of
-    from ssl3d.data.store import open_data
+    from ssl3d.data.open import open_data
     from ssl3d.errors import DataError
     from ssl3d.monitor import Log
     from ssl3d.options import plan_from
@@ -330,8 +332,8 @@ def test_recorded_numbers_are_json_even_if_not_finite(tmp_path):
 
 def test_the_loss_of_groups_is_that_of_the_whole_batch(tiny_plugins):
     """Two groups of different sizes weigh by their examples."""
-    from ssl3d.checkpoint import encoder_from
     from ssl3d.proxy import Proxy, StepOutput
+    from ssl3d.specs import encoder_from
     from ssl3d.trainee import Trainee
 
     class Mean(Proxy):

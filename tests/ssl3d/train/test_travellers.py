@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ssl3d import checkpoint
-from ssl3d.checkpoint import encoder_from, load_encoder, load_traveller, save_encoder
+from ssl3d.checkpoint import load_encoder, load_traveller, save_encoder
 from ssl3d.errors import CheckpointError, PluginError
+from ssl3d.specs import encoder_from
 
 
 @dataclasses.dataclass

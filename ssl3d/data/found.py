@@ -1,0 +1,94 @@
+"""What a search of folders and files finds: scans to be made into volumes, and what was refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One volume to be made, or several if its file holds frames.
+
+    Attributes:
+        id: Unique among the scans found.
+        dataset: Data set.
+        subject: Subject within the data set.
+        source: Path relative to the root given.
+        files: Per channel, the files to read: one, the slices of a DICOM series, or none if missing.
+        channels: Names of the channels; one name for a file whose own channels are not known yet.
+        frames_are_channels: Whether a fourth axis holds these channels.
+        mask: Label map, if there is one.
+        label: Class or value.
+        split: "", "train", "val" or "test".
+        modality: As a list beside the data says; "" where none does.
+        named: Whether a list or the user named this file: then it is a scan, whatever its values.
+        member: Array of an .npz and the row in it.
+        boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
+        world_boxes: (x, y, z, w, h, d, class) each, centre and size in RAS+ mm; None where nobody drew any.
+        mask_boxes: Whether the components of the mask are the boxes; an empty mask then says nothing.
+    """
+
+    id: str
+    dataset: str
+    subject: str
+    source: str
+    files: tuple[tuple[Path, ...], ...]
+    channels: tuple[str, ...] = ("image",)
+    frames_are_channels: bool = False
+    mask: Path | None = None
+    label: int | float | str | None = None
+    split: str = ""
+    modality: str = ""
+    named: bool = False
+    member: tuple[str, int] | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    world_boxes: tuple[tuple[float, ...], ...] | None = None
+    mask_boxes: bool = False
+
+    @property
+    def all_files(self) -> list[Path]:
+        """Every file that decides what this scan becomes."""
+        return [path for group in self.files for path in group] + ([self.mask] if self.mask else [])
+
+
+@dataclasses.dataclass
+class Found:
+    """What the sources hold.
+
+    Attributes:
+        scans: In a stable order.
+        rejected: (path relative to its root, reason): listed or named, but of no use.
+        notes: What the user should know, by name.
+        label_names: Per data set, mask value -> structure.
+        box_names: Per data set, box label -> kind of object.
+    """
+
+    scans: list[Scan] = dataclasses.field(default_factory=list)
+    rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The options that decide what is taken.
+
+    Attributes:
+        dataset: Name of the data set; "" takes it from the source.
+        channels: File-name parts that are channels of one subject.
+        masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
+        take_labels: Whether label-like files are scans.
+        colour: grey, or rgb: pictures are then natural images, in folders named by their class.
+        box_readers: What becomes of one object's boxes by several readers: merge, or keep.
+        label: Column of lists that holds the labels; "" for the usual ones.
+    """
+
+    dataset: str = ""
+    channels: tuple[str, ...] = ()
+    masks: str = ""
+    take_labels: bool = False
+    colour: str = "grey"
+    box_readers: str = "merge"
+    label: str = ""

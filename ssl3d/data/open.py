@@ -1,0 +1,186 @@
+"""Opens data of any kind as one collection: stores, shards, phantoms, and scans prepared on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl3d.data.store import Collection
+from ssl3d.data.volume import Store as Store
+from ssl3d.encoder import Encoder
+from ssl3d.errors import DataError, UsageError
+
+
+def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection:
+    """Opens stores, folders of shards, phantoms or scans as one collection.
+
+    Args:
+        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms`, `phantoms:N`,
+            `phantoms:N:faint` (lesions that are hard to detect) or `phantoms:N:noise` (nothing to learn);
+            or whatever `ssl3d prepare` takes, prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
+        prepare_options: Options of `prepare`, for scans.
+
+    Raises:
+        DataError: Something is missing, unreadable, given twice, or a folder mixes stores and scans.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    stores: list[Path] = []
+    scans: list[Path] = []
+    for path in paths:
+        text = str(path)
+        if text == "phantoms" or text.startswith("phantoms:"):
+            from ssl3d.data.phantoms import phantom_store
+
+            count, kind = _phantoms(text)
+            stores.append(phantom_store(count, kind=kind))
+            continue
+        found, is_store = _sort_out(Path(text))
+        if is_store:
+            stores += found
+        elif Path(text).is_dir() or Path(text).suffix in (".npz", ".csv"):
+            stores.append(_prepared([Path(text)], prepare_options))
+        else:
+            scans.append(Path(text))
+    if scans:  # single files make one store together, not one each
+        stores.append(_prepared(scans, prepare_options))
+    if not stores:
+        raise DataError("no data given: name a store, a folder of scans, or phantoms")
+    resolved = [path.resolve() for path in stores]
+    for i, path in enumerate(resolved):
+        if path in resolved[:i]:
+            raise DataError(f"{stores[i]}: given twice; its volumes would count double")
+    return Collection([Store(path) for path in stores])
+
+
+_SCANS = (
+    ".nii",
+    ".nii.gz",
+    ".nrrd",
+    ".nhdr",
+    ".mha",
+    ".mhd",
+    ".dcm",
+    ".npz",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".ima",
+)
+
+
+def _sort_out(path: Path) -> tuple[list[Path], bool]:
+    """The stores behind a path and True, or what to prepare and False."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_file():
+        with path.open("rb") as file:
+            signed = file.read(8) == b"\x89HDF\r\n\x1a\n"
+        return [path], signed or path.suffix.lower() in (".h5", ".hdf5")
+    if path.name.endswith(".partial"):
+        raise DataError(f"{path}: an unfinished store; let `ssl3d prepare` finish it")
+    stores, scan = [], None
+    for folder, folders, files in os.walk(path):
+        for name in [name for name in folders if name.endswith(".partial")]:
+            if not (Path(folder) / name.removesuffix(".partial")).exists():
+                raise DataError(
+                    f"{Path(folder) / name}: an unfinished store; let `ssl3d prepare` finish it"
+                )
+        folders[:] = sorted(n for n in folders if not n.endswith(".partial") and not n.startswith("."))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith((".h5", ".hdf5")):
+                stores.append(Path(folder) / name)
+            elif scan is None and name.lower().endswith(_SCANS):
+                scan = Path(folder) / name
+    if stores and scan is not None:
+        raise DataError(f"{path}: holds stores ({stores[0].name}) and scans ({scan.name}); give them apart")
+    return (stores, True) if stores else ([path], False)
+
+
+def holds_scans(paths: Sequence[str | Path]) -> bool:
+    """Whether `open_data` would prepare some of these first.
+
+    Raises:
+        DataError: One is missing, or mixes stores and scans.
+    """
+    named = [str(path) for path in paths]
+    files = [text for text in named if text != "phantoms" and not text.startswith("phantoms:")]
+    return any(not _sort_out(Path(text))[1] for text in files)
+
+
+def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
+    from ssl3d.data.prepare import prepare_cached
+
+    return Path(prepare_cached(paths, **options))
+
+
+def _phantoms(text: str) -> tuple[int, str]:
+    """How many phantoms, and of what kind."""
+    from ssl3d.data.phantoms import DEFAULT_COUNT, KINDS
+
+    number, _, kind = text.partition(":")[2].partition(":")
+    number, kind = (str(DEFAULT_COUNT), number) if number in KINDS else (number or str(DEFAULT_COUNT), kind)
+    if not number.isdigit() or int(number) < 1 or kind not in ("", *KINDS):
+        raise DataError(f"{text}: expected phantoms:N, phantoms:N:faint or phantoms:N:noise with N from 1")
+    return int(number), kind or "plain"
+
+
+def open_data_for(encoders: Sequence[Encoder], paths: Sequence[str | Path]) -> Collection:
+    """Opens data for trained encoders: raw scans are prepared as the encoders' own data were.
+
+    Raises:
+        UsageError: There are raw scans, and the encoders' data were prepared differently.
+        DataError: As `open_data`.
+    """
+    from ssl3d.data.open import holds_scans, open_data
+
+    if not holds_scans(paths):
+        return open_data(paths)
+    options = prepare_options_of(encoders)
+    if options:
+        told = ", ".join(f"{key} {value}" for key, value in options.items())
+        print(f"raw scans are prepared as the encoder's own data were: {told}", file=sys.stderr)
+    return open_data(paths, **options)
+
+
+def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
+    """How to prepare raw scans for these encoders: as the data of the trained ones were, for `open_data`.
+
+    Only what differs from the defaults of `ssl3d prepare`. A median spacing is the one that it came to;
+    where several data sets had each their own, the scans get theirs too.
+
+    Raises:
+        UsageError: Two encoders, or two stores of one, were prepared differently.
+    """
+    from ssl3d.data.prepare import PrepareOptions
+
+    kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
+    defaults = {one.name: one.default for one in dataclasses.fields(PrepareOptions) if one.name in kept}
+    found: list[dict[str, Any]] = []
+    for encoder in encoders:
+        for settings in getattr(encoder, "metadata", {}).get("preprocessing") or []:
+            given = settings.get("options")
+            if not isinstance(given, dict):
+                continue  # phantoms, and stores that no `prepare` made
+            own = {key: given[key] for key in kept if key in given}
+            if own.get("spacing") == "median" and not isinstance(settings.get("spacing"), dict):
+                own["spacing"] = settings.get("spacing") or "keep"
+            if encoder.config.in_channels == 1:  # colours were read as slices: it takes grey pictures
+                own.pop("colour", None)
+            own = {key: value for key, value in own.items() if value != defaults[key]}
+            if own not in found:
+                found.append(own)
+    if len(found) > 1:
+        both = " and ".join(json.dumps(own) for own in found[:2])
+        raise UsageError(
+            f"the encoders' own data were prepared differently ({both}): make a store of the scans with "
+            "`ssl3d prepare` and give it to --data"
+        )
+    return found[0] if found else {}

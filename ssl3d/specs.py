@@ -1,0 +1,138 @@
+"""Words that name encoders on the command line: runs, `scratch:...`, `imagenet:...` and weight files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl3d import plugins
+from ssl3d.checkpoint import WEIGHTS, _encoder_folder, load_encoder, read_card
+from ssl3d.config import from_dict, to_dict, triples
+from ssl3d.encoder import Encoder
+from ssl3d.errors import PluginError, UsageError
+
+SCRATCH = "scratch:"
+
+IMAGENET = "imagenet:"
+
+FOREIGN = "foreign:"
+
+FOREIGN_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".tar", ".bin")
+
+
+def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
+    """The encoder that a word on the command line means, in evaluation mode.
+
+    Args:
+        spec: A run or its `encoder/`, with `:field=value...` for options that leave the weights as they
+            are, as in `RUN:stem_stride=1`; or `scratch:NAME[:kind][:field=value...]` for an untrained one,
+            as in `scratch:resnet18:acs:width=32:stem_stride=1`; or `imagenet:NAME[:kind][:field=value...]
+            [:weights=FILE]` for a 2D network with ImageNet's weights made 3D, as in
+            `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.encoder.ConvertedConfig`; or
+            another toolkit's weights, `FILE.pth[:kind][:field=value...]` (also .pt, .ckpt, .safetensors;
+            `foreign:FILE` whatever its name), as `ssl3d.convert.foreign.from_spec` reads them.
+        seed: Of an untrained encoder's weights.
+
+    Raises:
+        UsageError: The words name no encoder or no option of it.
+        CheckpointError: As `load_encoder`; weights cannot be had, or are not what they should be.
+    """
+    text = str(spec)
+    if text.startswith(IMAGENET):
+        from ssl3d.convert.named import from_spec
+
+        # A file's name may hold colons: it comes last.
+        before, given, file = text.removeprefix(IMAGENET).partition(":weights=")
+        network, *options = before.split(":")
+        fields = fields_of(options)
+        return from_spec(text, {"network": network, **fields, **({"weights": file} if given else {})})
+    if not text.startswith(SCRATCH):
+        if is_foreign(text):
+            from ssl3d.convert.foreign import from_spec as from_file
+
+            file, options = file_and_words(text)
+            return from_file(text, file, fields_of(options))
+        place, options = _place_and_words(text)
+        changes = fields_of(options)
+        return load_encoder(place, _whole(changes, place) if changes else None)
+    name, *words = text.removeprefix(SCRATCH).split(":")
+    try:
+        name, kind = plugins.find(plugins.ENCODERS, name)
+    except PluginError as error:
+        raise UsageError(f"{text}: {error}") from error
+    config = from_dict(kind.Config, triples(kind.Config, fields_of(words)), text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: Encoder = kind(config)
+    encoder.metadata = {"architecture": name, "config": to_dict(config), "scratch": text, "seed": seed,
+                        "steps": 0, "identities": [], "labels_seen": False}  # fmt: skip
+    return encoder.eval()
+
+
+def is_foreign(spec: str) -> bool:
+    """Whether a word for an encoder is a file of weights that ssl3d did not write."""
+    if spec.startswith(FOREIGN):
+        return True
+    if spec.startswith((SCRATCH, IMAGENET)) or Path(spec).is_dir():
+        return False
+    file = _FILE.match(spec)
+    return file is not None and not Path(file[1]).is_dir() and Path(file[1]).name != WEIGHTS
+
+
+_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?::[^:/\\]*)*)$")
+
+
+def file_and_words(spec: str) -> tuple[str, list[str]]:
+    """The file that `is_foreign` saw, and what follows it."""
+    text = spec.removeprefix(FOREIGN)
+    found = None if Path(text).is_file() else _FILE.match(text)
+    if found is None:
+        return _place_and_words(text)
+    return found[1], found[2].split(":")[1:]
+
+
+def _place_and_words(text: str) -> tuple[str, list[str]]:
+    """`RUN:field=value:...` apart; a folder whose own name looks so stays whole."""
+    parts = re.split(r":(?=[A-Za-z_]\w*=)", text)
+    there = (n for n in range(len(parts), 0, -1) if Path(":".join(parts[:n])).exists())
+    end = next(there, 1)
+    return ":".join(parts[:end]), parts[end:]
+
+
+def _whole(changes: dict[str, Any], place: str) -> dict[str, Any]:
+    """Changes to a saved encoder, single numbers as triples where its options are."""
+    name = str(read_card(_encoder_folder(Path(place)))["architecture"])
+    try:
+        return triples(plugins.load(plugins.ENCODERS, name).Config, changes)
+    except PluginError:
+        return changes  # `load_encoder` says it
+
+
+def fitting(spec: str, channels: int) -> str:
+    """A word for an encoder whose channels are free, with the volumes' channels if it names none."""
+    free = spec.startswith((SCRATCH, IMAGENET)) or is_foreign(spec)
+    if not free or "in_channels" in spec or channels == 1:
+        return spec
+    words, given, file = spec.partition(":weights=")
+    return f"{words}:in_channels={channels}{given}{file}"
+
+
+def fields_of(words: list[str]) -> dict[str, Any]:
+    """`["acs", "width=32", "stem_stride=1,1,1"]` as options."""
+    import yaml
+
+    fields: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            key, value = "kind", word
+        try:  # [[1,1,1],[2,2,2]] is a list already, 1,1,1 and [1,1,1],[2,2,2] are what is in one
+            fields[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            fields[key] = value
+        if "," in value and not isinstance(fields[key], list):
+            fields[key] = yaml.safe_load(f"[{value}]")
+    return fields
