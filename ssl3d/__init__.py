@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl3d.checkpoint import load_encoder as load_encoder
-    from ssl3d.checkpoint import load_proxies as load_proxies
+    from ssl3d.checkpoint.encoders import load_encoder as load_encoder
+    from ssl3d.checkpoint.proxies import load_proxies as load_proxies
     from ssl3d.specs import encoder_from as encoder_from
-    from ssl3d.train import pretrain as pretrain
-    from ssl3d.train import resume as resume
+    from ssl3d.training.pretrain import pretrain as pretrain
+    from ssl3d.training.pretrain import resume as resume
 
 _HOME = {
-    "load_encoder": "checkpoint",
-    "load_proxies": "checkpoint",
+    "load_encoder": "checkpoint.encoders",
+    "load_proxies": "checkpoint.proxies",
     "encoder_from": "specs",
-    "pretrain": "train",
-    "resume": "train",
+    "pretrain": "training.pretrain",
+    "resume": "training.pretrain",
 }
 
 

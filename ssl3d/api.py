@@ -7,33 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssl3d import plugins as plugins
-    from ssl3d import statistics as statistics
-    from ssl3d.aggregator import AggregatedEncoder as AggregatedEncoder
-    from ssl3d.aggregator import AggregatorConfig as AggregatorConfig
-    from ssl3d.aggregator import Attended as Attended
-    from ssl3d.aggregator import SliceAggregator as SliceAggregator
-    from ssl3d.aggregator import attended_offset as attended_offset
     from ssl3d.benchmark import Benchmark as Benchmark
     from ssl3d.benchmark import Contestant as Contestant
-    from ssl3d.benchmark import Result as Result
     from ssl3d.benchmark import Scores as Scores
-    from ssl3d.benchmark import find_result as find_result
-    from ssl3d.benchmark import read_result as read_result
-    from ssl3d.benchmark import split_digest as split_digest
-    from ssl3d.benchmark import write_result as write_result
-    from ssl3d.checkpoint import load_encoder as load_encoder
-    from ssl3d.checkpoint import load_proxies as load_proxies
-    from ssl3d.clustering import MemoryBank as MemoryBank
-    from ssl3d.clustering import Prototypes as Prototypes
-    from ssl3d.clustering import agreement as agreement
-    from ssl3d.clustering import default_prototypes as default_prototypes
-    from ssl3d.clustering import mutual_information as mutual_information
-    from ssl3d.clustering import perplexity as perplexity
-    from ssl3d.clustering import prototype_picture as prototype_picture
-    from ssl3d.clustering import shard as shard
-    from ssl3d.clustering import sinkhorn as sinkhorn
-    from ssl3d.clustering import spherical_kmeans as spherical_kmeans
-    from ssl3d.clustering import swav_loss as swav_loss
+    from ssl3d.checkpoint.encoders import load_encoder as load_encoder
+    from ssl3d.checkpoint.proxies import load_proxies as load_proxies
+    from ssl3d.checkpoint.volumes_seen import hashes_complete as hashes_complete
+    from ssl3d.checkpoint.volumes_seen import hashes_in as hashes_in
     from ssl3d.config import Plugins as Plugins
     from ssl3d.config import parse as parse
     from ssl3d.config import print_table as print_table
@@ -43,31 +23,23 @@ if TYPE_CHECKING:
     from ssl3d.convert.foreign import load_foreign as load_foreign
     from ssl3d.convert.networks import network_2d as network_2d
     from ssl3d.convert.nnunet import export_nnunet as export_nnunet
-    from ssl3d.corruptions import Corruptions as Corruptions
-    from ssl3d.corruptions import corrupt as corrupt
-    from ssl3d.corruptions import restoration_error as restoration_error
-    from ssl3d.data.boxes import around_mask as around_mask
     from ssl3d.data.cache import cache_folder as cache_folder
     from ssl3d.data.geometry import save_nifti as save_nifti
     from ssl3d.data.geometry import to_patient as to_patient
     from ssl3d.data.identity import identity_hash as identity_hash
-    from ssl3d.data.loader import Batch as Batch
-    from ssl3d.data.loader import Group as Group
-    from ssl3d.data.loader import Loader as Loader
     from ssl3d.data.open import open_data as open_data
     from ssl3d.data.open import open_data_for as open_data_for
     from ssl3d.data.phantoms import phantom as phantom
     from ssl3d.data.phantoms import phantom_store as phantom_store
     from ssl3d.data.phantoms import simulated_index as simulated_index
-    from ssl3d.data.prepare import PrepareOptions as PrepareOptions
-    from ssl3d.data.record import Record as Record
+    from ssl3d.data.preparation.prepare import PrepareOptions as PrepareOptions
+    from ssl3d.data.scans.boxes import around_mask as around_mask
     from ssl3d.data.split import house_split as house_split
-    from ssl3d.data.store import Collection as Collection
-    from ssl3d.data.volume import Volume as Volume
-    from ssl3d.data.writer import assemble as assemble
-    from ssl3d.data.writer import write_part as write_part
-    from ssl3d.decoder import Decoder as Decoder
-    from ssl3d.decoder import conv3x3x3 as conv3x3x3
+    from ssl3d.data.store.collection import Collection as Collection
+    from ssl3d.data.store.record import Record as Record
+    from ssl3d.data.store.volume import Volume as Volume
+    from ssl3d.data.store.writer import assemble as assemble
+    from ssl3d.data.store.writer import write_part as write_part
     from ssl3d.detection.anchors3d import AnchorPlan as AnchorPlan
     from ssl3d.detection.anchors3d import fit_shapes as fit_shapes
     from ssl3d.detection.anchors3d import plan_anchors as plan_anchors
@@ -95,15 +67,20 @@ if TYPE_CHECKING:
     from ssl3d.detection.two_stage2d import TwoStageDetector2d as TwoStageDetector2d
     from ssl3d.detection.two_stage3d import TwoStage3dConfig as TwoStage3dConfig
     from ssl3d.detection.two_stage3d import TwoStageDetector3d as TwoStageDetector3d
-    from ssl3d.device import peak_memory as peak_memory
     from ssl3d.distributed import gather as gather
     from ssl3d.distributed import rank as rank
     from ssl3d.distributed import row_counts as row_counts
     from ssl3d.distributed import world_size as world_size
-    from ssl3d.embedding import pooled_by as pooled_by
     from ssl3d.encoder import Encoder as Encoder
     from ssl3d.encoders import memory_format as memory_format
     from ssl3d.encoders import to_memory_format as to_memory_format
+    from ssl3d.encoders.inference import dense_features as dense_features
+    from ssl3d.encoders.inference import embed_slices as embed_slices
+    from ssl3d.encoders.inference import embed_volume as embed_volume
+    from ssl3d.encoders.inference import evaluating as evaluating
+    from ssl3d.encoders.inference import recalibrate_norm as recalibrate_norm
+    from ssl3d.encoders.inference import upsample as upsample
+    from ssl3d.encoders.inference import window_starts as window_starts
     from ssl3d.encoders.masking import can_mask as can_mask
     from ssl3d.encoders.masking import only_visible as only_visible
     from ssl3d.encoders.masking import visible_at as visible_at
@@ -113,25 +90,43 @@ if TYPE_CHECKING:
     from ssl3d.errors import Ssl3dError as Ssl3dError
     from ssl3d.errors import TrainingError as TrainingError
     from ssl3d.errors import UsageError as UsageError
-    from ssl3d.heads import projection_head as projection_head
-    from ssl3d.inference import dense_features as dense_features
-    from ssl3d.inference import embed_slices as embed_slices
-    from ssl3d.inference import embed_volume as embed_volume
-    from ssl3d.inference import recalibrate_norm as recalibrate_norm
-    from ssl3d.inference import upsample as upsample
-    from ssl3d.inference import window_starts as window_starts
-    from ssl3d.leaks import hashes_complete as hashes_complete
-    from ssl3d.leaks import hashes_in as hashes_in
-    from ssl3d.leaks import leak_flags as leak_flags
-    from ssl3d.losses import alignment as alignment
-    from ssl3d.losses import barlow_twins_loss as barlow_twins_loss
-    from ssl3d.losses import nt_xent as nt_xent
-    from ssl3d.losses import uniformity as uniformity
-    from ssl3d.modes import evaluating as evaluating
-    from ssl3d.monitor import duration as duration
-    from ssl3d.options import request_of as request_of
-    from ssl3d.permutations import PermutationSet as PermutationSet
-    from ssl3d.permutations import permutation_set as permutation_set
+    from ssl3d.evaluation import statistics as statistics
+    from ssl3d.evaluation.leaks import leak_flags as leak_flags
+    from ssl3d.evaluation.records import Result as Result
+    from ssl3d.evaluation.records import find_result as find_result
+    from ssl3d.evaluation.records import read_result as read_result
+    from ssl3d.evaluation.records import split_digest as split_digest
+    from ssl3d.evaluation.records import write_result as write_result
+    from ssl3d.heads.aggregator import AggregatedEncoder as AggregatedEncoder
+    from ssl3d.heads.aggregator import AggregatorConfig as AggregatorConfig
+    from ssl3d.heads.aggregator import Attended as Attended
+    from ssl3d.heads.aggregator import SliceAggregator as SliceAggregator
+    from ssl3d.heads.aggregator import attended_offset as attended_offset
+    from ssl3d.heads.decoder import Decoder as Decoder
+    from ssl3d.heads.decoder import conv3x3x3 as conv3x3x3
+    from ssl3d.heads.projection import projection_head as projection_head
+    from ssl3d.objectives.clustering import MemoryBank as MemoryBank
+    from ssl3d.objectives.clustering import Prototypes as Prototypes
+    from ssl3d.objectives.clustering import agreement as agreement
+    from ssl3d.objectives.clustering import default_prototypes as default_prototypes
+    from ssl3d.objectives.clustering import mutual_information as mutual_information
+    from ssl3d.objectives.clustering import perplexity as perplexity
+    from ssl3d.objectives.clustering import prototype_picture as prototype_picture
+    from ssl3d.objectives.clustering import shard as shard
+    from ssl3d.objectives.clustering import sinkhorn as sinkhorn
+    from ssl3d.objectives.clustering import spherical_kmeans as spherical_kmeans
+    from ssl3d.objectives.clustering import swav_loss as swav_loss
+    from ssl3d.objectives.contrastive import alignment as alignment
+    from ssl3d.objectives.contrastive import barlow_twins_loss as barlow_twins_loss
+    from ssl3d.objectives.contrastive import nt_xent as nt_xent
+    from ssl3d.objectives.contrastive import uniformity as uniformity
+    from ssl3d.objectives.permutations import PermutationSet as PermutationSet
+    from ssl3d.objectives.permutations import permutation_set as permutation_set
+    from ssl3d.objectives.sorting import in_order as in_order
+    from ssl3d.objectives.sorting import kendall_tau as kendall_tau
+    from ssl3d.objectives.sorting import sorting_loss as sorting_loss
+    from ssl3d.objectives.visual_words import find_alike as find_alike
+    from ssl3d.objectives.visual_words import word_places as word_places
     from ssl3d.plugin_files import code_digest as code_digest
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
@@ -150,17 +145,24 @@ if TYPE_CHECKING:
     from ssl3d.segmentation.network import shrunk_mask as shrunk_mask
     from ssl3d.segmentation.save import save_segmentation as save_segmentation
     from ssl3d.segmentation.windows import predict_windows as predict_windows
-    from ssl3d.sorting import in_order as in_order
-    from ssl3d.sorting import kendall_tau as kendall_tau
-    from ssl3d.sorting import sorting_loss as sorting_loss
     from ssl3d.specs import encoder_from as encoder_from
     from ssl3d.specs import fitting as fitting
-    from ssl3d.trainee import lone_values as lone_values
+    from ssl3d.specs import pooled_by as pooled_by
+    from ssl3d.training.device import peak_memory as peak_memory
+    from ssl3d.training.loader import Batch as Batch
+    from ssl3d.training.loader import Group as Group
+    from ssl3d.training.loader import Loader as Loader
+    from ssl3d.training.monitor import duration as duration
+    from ssl3d.training.options import request_of as request_of
+    from ssl3d.training.trainee import lone_values as lone_values
     from ssl3d.views.compose import ViewRng as ViewRng
     from ssl3d.views.compose import Views as Views
     from ssl3d.views.compose import augment as augment
     from ssl3d.views.compose import augment_labelled as augment_labelled
     from ssl3d.views.compose import view_margin as view_margin
+    from ssl3d.views.corruptions import Corruptions as Corruptions
+    from ssl3d.views.corruptions import corrupt as corrupt
+    from ssl3d.views.corruptions import restoration_error as restoration_error
     from ssl3d.views.crops import draw_crop as draw_crop
     from ssl3d.views.crops import draw_overlapping as draw_overlapping
     from ssl3d.views.crops import draw_positions as draw_positions
@@ -190,38 +192,17 @@ if TYPE_CHECKING:
     from ssl3d.views.restore import read_foreground as read_foreground
     from ssl3d.views.restore import restoration_picture as restoration_picture
     from ssl3d.views.spatial import centre_crop as centre_crop
-    from ssl3d.words import find_alike as find_alike
-    from ssl3d.words import word_places as word_places
 
 _HOME = {
     "plugins": "plugins",
-    "statistics": "statistics",
-    "AggregatedEncoder": "aggregator",
-    "AggregatorConfig": "aggregator",
-    "Attended": "aggregator",
-    "SliceAggregator": "aggregator",
-    "attended_offset": "aggregator",
+    "statistics": "evaluation",
     "Benchmark": "benchmark",
     "Contestant": "benchmark",
-    "Result": "benchmark",
     "Scores": "benchmark",
-    "find_result": "benchmark",
-    "read_result": "benchmark",
-    "split_digest": "benchmark",
-    "write_result": "benchmark",
-    "load_encoder": "checkpoint",
-    "load_proxies": "checkpoint",
-    "MemoryBank": "clustering",
-    "Prototypes": "clustering",
-    "agreement": "clustering",
-    "default_prototypes": "clustering",
-    "mutual_information": "clustering",
-    "perplexity": "clustering",
-    "prototype_picture": "clustering",
-    "shard": "clustering",
-    "sinkhorn": "clustering",
-    "spherical_kmeans": "clustering",
-    "swav_loss": "clustering",
+    "load_encoder": "checkpoint.encoders",
+    "load_proxies": "checkpoint.proxies",
+    "hashes_complete": "checkpoint.volumes_seen",
+    "hashes_in": "checkpoint.volumes_seen",
     "Plugins": "config",
     "parse": "config",
     "print_table": "config",
@@ -231,31 +212,23 @@ _HOME = {
     "load_foreign": "convert.foreign",
     "network_2d": "convert.networks",
     "export_nnunet": "convert.nnunet",
-    "Corruptions": "corruptions",
-    "corrupt": "corruptions",
-    "restoration_error": "corruptions",
-    "around_mask": "data.boxes",
     "cache_folder": "data.cache",
     "save_nifti": "data.geometry",
     "to_patient": "data.geometry",
     "identity_hash": "data.identity",
-    "Batch": "data.loader",
-    "Group": "data.loader",
-    "Loader": "data.loader",
     "open_data": "data.open",
     "open_data_for": "data.open",
     "phantom": "data.phantoms",
     "phantom_store": "data.phantoms",
     "simulated_index": "data.phantoms",
-    "PrepareOptions": "data.prepare",
-    "Record": "data.record",
+    "PrepareOptions": "data.preparation.prepare",
+    "around_mask": "data.scans.boxes",
     "house_split": "data.split",
-    "Collection": "data.store",
-    "Volume": "data.volume",
-    "assemble": "data.writer",
-    "write_part": "data.writer",
-    "Decoder": "decoder",
-    "conv3x3x3": "decoder",
+    "Collection": "data.store.collection",
+    "Record": "data.store.record",
+    "Volume": "data.store.volume",
+    "assemble": "data.store.writer",
+    "write_part": "data.store.writer",
     "AnchorPlan": "detection.anchors3d",
     "fit_shapes": "detection.anchors3d",
     "plan_anchors": "detection.anchors3d",
@@ -283,15 +256,20 @@ _HOME = {
     "TwoStageDetector2d": "detection.two_stage2d",
     "TwoStage3dConfig": "detection.two_stage3d",
     "TwoStageDetector3d": "detection.two_stage3d",
-    "peak_memory": "device",
     "gather": "distributed",
     "rank": "distributed",
     "row_counts": "distributed",
     "world_size": "distributed",
-    "pooled_by": "embedding",
     "Encoder": "encoder",
     "memory_format": "encoders",
     "to_memory_format": "encoders",
+    "dense_features": "encoders.inference",
+    "embed_slices": "encoders.inference",
+    "embed_volume": "encoders.inference",
+    "evaluating": "encoders.inference",
+    "recalibrate_norm": "encoders.inference",
+    "upsample": "encoders.inference",
+    "window_starts": "encoders.inference",
     "can_mask": "encoders.masking",
     "only_visible": "encoders.masking",
     "visible_at": "encoders.masking",
@@ -301,25 +279,42 @@ _HOME = {
     "Ssl3dError": "errors",
     "TrainingError": "errors",
     "UsageError": "errors",
-    "projection_head": "heads",
-    "dense_features": "inference",
-    "embed_slices": "inference",
-    "embed_volume": "inference",
-    "recalibrate_norm": "inference",
-    "upsample": "inference",
-    "window_starts": "inference",
-    "hashes_complete": "leaks",
-    "hashes_in": "leaks",
-    "leak_flags": "leaks",
-    "alignment": "losses",
-    "barlow_twins_loss": "losses",
-    "nt_xent": "losses",
-    "uniformity": "losses",
-    "evaluating": "modes",
-    "duration": "monitor",
-    "request_of": "options",
-    "PermutationSet": "permutations",
-    "permutation_set": "permutations",
+    "leak_flags": "evaluation.leaks",
+    "Result": "evaluation.records",
+    "find_result": "evaluation.records",
+    "read_result": "evaluation.records",
+    "split_digest": "evaluation.records",
+    "write_result": "evaluation.records",
+    "AggregatedEncoder": "heads.aggregator",
+    "AggregatorConfig": "heads.aggregator",
+    "Attended": "heads.aggregator",
+    "SliceAggregator": "heads.aggregator",
+    "attended_offset": "heads.aggregator",
+    "Decoder": "heads.decoder",
+    "conv3x3x3": "heads.decoder",
+    "projection_head": "heads.projection",
+    "MemoryBank": "objectives.clustering",
+    "Prototypes": "objectives.clustering",
+    "agreement": "objectives.clustering",
+    "default_prototypes": "objectives.clustering",
+    "mutual_information": "objectives.clustering",
+    "perplexity": "objectives.clustering",
+    "prototype_picture": "objectives.clustering",
+    "shard": "objectives.clustering",
+    "sinkhorn": "objectives.clustering",
+    "spherical_kmeans": "objectives.clustering",
+    "swav_loss": "objectives.clustering",
+    "alignment": "objectives.contrastive",
+    "barlow_twins_loss": "objectives.contrastive",
+    "nt_xent": "objectives.contrastive",
+    "uniformity": "objectives.contrastive",
+    "PermutationSet": "objectives.permutations",
+    "permutation_set": "objectives.permutations",
+    "in_order": "objectives.sorting",
+    "kendall_tau": "objectives.sorting",
+    "sorting_loss": "objectives.sorting",
+    "find_alike": "objectives.visual_words",
+    "word_places": "objectives.visual_words",
     "code_digest": "plugin_files",
     "Proxy": "proxy",
     "StepOutput": "proxy",
@@ -338,17 +333,24 @@ _HOME = {
     "shrunk_mask": "segmentation.network",
     "save_segmentation": "segmentation.save",
     "predict_windows": "segmentation.windows",
-    "in_order": "sorting",
-    "kendall_tau": "sorting",
-    "sorting_loss": "sorting",
     "encoder_from": "specs",
     "fitting": "specs",
-    "lone_values": "trainee",
+    "pooled_by": "specs",
+    "peak_memory": "training.device",
+    "Batch": "training.loader",
+    "Group": "training.loader",
+    "Loader": "training.loader",
+    "duration": "training.monitor",
+    "request_of": "training.options",
+    "lone_values": "training.trainee",
     "ViewRng": "views.compose",
     "Views": "views.compose",
     "augment": "views.compose",
     "augment_labelled": "views.compose",
     "view_margin": "views.compose",
+    "Corruptions": "views.corruptions",
+    "corrupt": "views.corruptions",
+    "restoration_error": "views.corruptions",
     "draw_crop": "views.crops",
     "draw_overlapping": "views.crops",
     "draw_positions": "views.crops",
@@ -378,16 +380,16 @@ _HOME = {
     "read_foreground": "views.restore",
     "restoration_picture": "views.restore",
     "centre_crop": "views.spatial",
-    "find_alike": "words",
-    "word_places": "words",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"ssl3d.api has no {name!r}; it has {', '.join(sorted(_HOME))}")
-    if name in ("plugins", "statistics"):
-        return importlib.import_module(f"ssl3d.{name}")
+    if name == "plugins":
+        return importlib.import_module("ssl3d.plugins")
+    if name == "statistics":
+        return importlib.import_module("ssl3d.evaluation.statistics")
     return getattr(importlib.import_module(f"ssl3d.{_HOME[name]}"), name)
 
 

@@ -15,8 +15,8 @@ from ssl3d.rng import BatchRng
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.store import Collection
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.data.store.volume import Volume
 
 
 class StepOutput(NamedTuple):
@@ -109,7 +109,8 @@ class Proxy(nn.Module, ABC):
     def setup(self, data: Collection) -> None:
         """Sizes what depends on the data (memory banks, branches), before weights are loaded.
 
-        Where a checkpoint is loaded without its data, `data` is an `ssl3d.checkpoint.Outline` of them.
+        Where a checkpoint is loaded without its data, `data` is an outline of them
+        (`ssl3d.checkpoint.outline`).
         """
 
     def outline(self) -> Mapping[str, Tensor]:
@@ -149,6 +150,6 @@ class Proxy(nn.Module, ABC):
         """Modules that are exported beside the encoder, by name, as they serve without the proxy.
 
         Each has its options in a dataclass, its attribute `config`, and is made from it alone; its class
-        is listed in `ssl3d.checkpoint.TRAVELLERS`. `ssl3d.checkpoint.load_traveller` loads it.
+        is listed in `ssl3d.checkpoint.travellers`, whose `load_traveller` loads it.
         """
         return {}

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ssl3d import plugins
-from ssl3d.checkpoint import WEIGHTS, _encoder_folder, load_encoder, read_card
+from ssl3d.checkpoint.card import WEIGHTS, _encoder_folder, read_card
+from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.encoder import Encoder
-from ssl3d.errors import PluginError, UsageError
+from ssl3d.errors import CheckpointError, PluginError, UsageError
 
 SCRATCH = "scratch:"
 
@@ -136,3 +137,31 @@ def fields_of(words: list[str]) -> dict[str, Any]:
         if "," in value and not isinstance(fields[key], list):
             fields[key] = yaml.safe_load(f"[{value}]")
     return fields
+
+
+def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
+    """The encoder, or with pool `aggregator`, its embedding being that of the aggregator beside it.
+
+    Args:
+        pool: mean or aggregator.
+        encoder: Loaded from `spec`.
+        spec: As given on the command line.
+
+    Raises:
+        CheckpointError: No aggregator travelled with this encoder.
+    """
+    if pool != "aggregator":
+        return encoder
+    from ssl3d.checkpoint.travellers import load_traveller
+    from ssl3d.heads.aggregator import AggregatedEncoder, SliceAggregator
+    from ssl3d.specs import SCRATCH
+
+    hint = "--pool aggregator needs an encoder that intra_inter trained"
+    if spec.startswith(SCRATCH):
+        raise CheckpointError(f"{spec}: untrained, without an aggregator; {hint}")
+    try:
+        aggregator = load_traveller(spec, "aggregator")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {hint}") from error
+    assert isinstance(aggregator, SliceAggregator)
+    return AggregatedEncoder(encoder, aggregator).eval()

@@ -9,8 +9,9 @@ summary = "embed volumes with a frozen encoder, into an HDF5 file"
 
 def main(argv: Sequence[str]) -> int:
     """Writes the embeddings."""
+    from ssl3d.commands.embedding import EmbedOptions, embed_collection
     from ssl3d.config import parse
-    from ssl3d.embedding import EmbedOptions, embed_collection, pooled_by
+    from ssl3d.specs import pooled_by
 
     options = parse("ssl3d embed", EmbedOptions, argv).options
     from ssl3d.data.open import open_data_for

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Store
+    from ssl3d.data.store.volume import Store
 
 summary = "show what a store, a run, an encoder or a scan holds"
 
@@ -83,7 +83,7 @@ def _is_hdf5(path: Path) -> bool:
 
 def _of_stores(path: Path) -> dict[str, Any]:
     from ssl3d.data.open import open_data
-    from ssl3d.data.parts import odd_masks
+    from ssl3d.data.preparation.parts import odd_masks
 
     data = open_data([str(path)])
     rejected = [entry for store in data.stores for entry in store.rejected]
@@ -114,7 +114,7 @@ def _with_values(store: Store) -> dict[str, Any]:
     """A store's fingerprint; `values` instead of `classes` where labels are measured, or too many kinds."""
     import numpy as np
 
-    from ssl3d.data.index import NO_LABEL, TEXT_LABEL
+    from ssl3d.data.store.index import NO_LABEL, TEXT_LABEL
 
     prints = store.fingerprint
     owner = np.array([store.datasets[dataset] for dataset, _ in store.people], object)[
@@ -136,7 +136,7 @@ def _with_values(store: Store) -> dict[str, Any]:
 
 
 def _of_run(path: Path) -> dict[str, Any]:
-    from ssl3d.checkpoint import config_of
+    from ssl3d.checkpoint.snapshot import config_of
 
     options = config_of(path)
     last: dict[str, Any] = {}
@@ -165,7 +165,8 @@ def _of_run(path: Path) -> dict[str, Any]:
 
 
 def _of_encoder(path: Path) -> dict[str, Any]:
-    from ssl3d.checkpoint import check_weights, read_card
+    from ssl3d.checkpoint.card import read_card
+    from ssl3d.checkpoint.encoders import check_weights
 
     card = read_card(path)
     check_weights(path, card)
@@ -203,8 +204,8 @@ def _of_weights(path: Path) -> dict[str, Any]:
 
 
 def _of_folder(path: Path) -> dict[str, Any]:
-    from ssl3d.data.found import Wanted
-    from ssl3d.data.sources import find
+    from ssl3d.data.scans.find import find
+    from ssl3d.data.scans.found import Wanted
 
     found = find([path], Wanted())
     if (
@@ -231,8 +232,8 @@ def _of_folder(path: Path) -> dict[str, Any]:
 def _of_scan(files: list[Path], shown: str = "") -> dict[str, Any]:
     import numpy as np
 
-    from ssl3d.data.normalize import decide
-    from ssl3d.data.read import read
+    from ssl3d.data.preparation.normalize import decide
+    from ssl3d.data.scans.read import read
 
     name = shown or str(files[0])
     try:
@@ -265,7 +266,7 @@ def _of_scan(files: list[Path], shown: str = "") -> dict[str, Any]:
 
 
 def _store_lines(info: dict[str, Any]) -> list[str]:
-    from ssl3d.data.parts import mask_lines
+    from ssl3d.data.preparation.parts import mask_lines
 
     several = f" in {len(info['stores'])} stores" if len(info["stores"]) > 1 else ""
     lines = [

@@ -16,7 +16,7 @@ nothing was usable, 2 for wrong input."""
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 1 if no scan was usable."""
     from ssl3d import config
-    from ssl3d.data.prepare import PrepareOptions, prepare
+    from ssl3d.data.preparation.prepare import PrepareOptions, prepare
 
     options = config.parse("ssl3d prepare", PrepareOptions, argv, epilog=EPILOG).options
     made = prepare(options)

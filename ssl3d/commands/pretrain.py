@@ -11,19 +11,19 @@ summary = "train an encoder on unlabelled volumes with one proxy task or several
 
 def main(argv: Sequence[str]) -> int:
     """Starts or resumes a run; the exit status is 128 and the signal's number after a signal."""
-    from ssl3d.options import request_of
+    from ssl3d.training.options import request_of
 
     asked = request_of(argv)
     if asked.print_only:
         import yaml
 
-        from ssl3d.checkpoint import config_of
+        from ssl3d.checkpoint.snapshot import config_of
 
         values = asked.plan.as_config() if asked.plan else config_of(Path(str(asked.options.resume)))
         yaml.safe_dump(values, sys.stdout, sort_keys=False)
         return 0
-    from ssl3d.runs import requeued_run
-    from ssl3d.train import resume, start
+    from ssl3d.training.pretrain import resume, start
+    from ssl3d.training.run_folder import requeued_run
 
     if asked.plan is None:
         run = resume(Path(str(asked.options.resume)), asked.options, asked.given)

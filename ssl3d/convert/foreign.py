@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ssl3d import plugins
-from ssl3d.checkpoint import save_encoder, tensor_names
+from ssl3d.checkpoint.encoders import save_encoder
+from ssl3d.checkpoint.weights import tensor_names
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.convert.foreign_files import WeightsFile, read_file
 from ssl3d.convert.foreign_layouts import LAYOUTS, UNREADABLE, Layout, Recipe, Source, State

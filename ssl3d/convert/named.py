@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl3d.checkpoint import save_encoder
+from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.config import from_dict, to_dict
 from ssl3d.convert import networks
 from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder

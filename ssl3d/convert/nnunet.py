@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssl3d.checkpoint import versions
+from ssl3d.checkpoint.card import versions
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.resenc import ResEnc
 from ssl3d.errors import TrainingError, UsageError

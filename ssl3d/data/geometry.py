@@ -16,7 +16,7 @@ import numpy as np
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.record import Record
+    from ssl3d.data.store.record import Record
 
 Triple = tuple[float, float, float]
 

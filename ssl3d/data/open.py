@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.store import Collection
-from ssl3d.data.volume import Store as Store
+from ssl3d.data.store.collection import Collection
+from ssl3d.data.store.volume import Store as Store
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, UsageError
 
@@ -116,7 +116,7 @@ def holds_scans(paths: Sequence[str | Path]) -> bool:
 
 
 def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
-    from ssl3d.data.prepare import prepare_cached
+    from ssl3d.data.preparation.prepare import prepare_cached
 
     return Path(prepare_cached(paths, **options))
 
@@ -159,7 +159,7 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
     Raises:
         UsageError: Two encoders, or two stores of one, were prepared differently.
     """
-    from ssl3d.data.prepare import PrepareOptions
+    from ssl3d.data.preparation.prepare import PrepareOptions
 
     kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
     defaults = {one.name: one.default for one in dataclasses.fields(PrepareOptions) if one.name in kept}

@@ -17,9 +17,9 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from ssl3d.data.cache import cache_folder
-from ssl3d.data.index import IndexWriter
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.index import IndexWriter
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.rng import numpy_rng, seed_of
 
 DEFAULT_COUNT = 48

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data.store import Collection
+from ssl3d.data.store.collection import Collection
 from ssl3d.rng import seed_of
 
 NAMES = ("train", "val", "test")

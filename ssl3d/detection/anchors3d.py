@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ssl3d.decoder import stride_path
 from ssl3d.encoder import Encoder
+from ssl3d.heads.decoder import stride_path
 
 Triple = tuple[int, int, int]
 Shape = tuple[float, float, float]

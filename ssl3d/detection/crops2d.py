@@ -17,7 +17,7 @@ from ssl3d.rng import BatchRng
 from ssl3d.views.compose import Views, augment
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 
 @dataclass

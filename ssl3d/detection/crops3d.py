@@ -18,7 +18,7 @@ from ssl3d.views.compose import Views, augment
 from ssl3d.views.crops import draw_crop
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 Triple = tuple[int, int, int]
 

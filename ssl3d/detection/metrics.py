@@ -2,7 +2,8 @@
 
 Boxes have any dimension d: (n, 2d), lower corner first, upper corner exclusive, such as y1 x1 y2 x2 or
 z1 y1 x1 z2 y2 x2. Detections are matched to the truths of their scan once; every score is then a few
-cumulative sums for each row of weights (R, N scans), as `ssl3d.statistics` wants it, equal to the plain
+cumulative sums for each row of weights (R, N scans), as `ssl3d.evaluation.statistics` wants it, equal to
+the plain
 score of the resampled scans.
 """
 

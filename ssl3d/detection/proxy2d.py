@@ -28,8 +28,8 @@ from ssl3d.rng import BatchRng, numpy_rng, one_group
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.store import Collection
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.data.store.volume import Volume
 
 _SHOWN = 6  # images in a picture
 _SURE = 0.3  # score of a detection that is drawn

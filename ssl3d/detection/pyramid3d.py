@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ssl3d.decoder import conv3x3x3, stride_path
 from ssl3d.encoder import Encoder
+from ssl3d.encoders.inference import upsample
 from ssl3d.encoders.norms import norm
-from ssl3d.inference import upsample
+from ssl3d.heads.decoder import conv3x3x3, stride_path
 
 Triple = tuple[int, int, int]
 

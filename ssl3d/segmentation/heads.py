@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl3d.decoder import conv3x3x3, stride_path
 from ssl3d.encoder import Encoder
 from ssl3d.encoders import norms
 from ssl3d.encoders.convolutions import conv2d, conv3d
+from ssl3d.encoders.inference import upsample
 from ssl3d.errors import UsageError
-from ssl3d.inference import upsample
+from ssl3d.heads.decoder import conv3x3x3, stride_path
 
 Triple = tuple[int, int, int]
 

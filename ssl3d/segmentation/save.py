@@ -12,7 +12,7 @@ from ssl3d.data.geometry import regrid, save_nifti
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.writer import Record
+    from ssl3d.data.store.writer import Record
 
 
 def to_original(record: Record, labels: np.ndarray) -> np.ndarray | None:

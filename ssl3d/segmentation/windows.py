@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ssl3d.inference import gaussian_weight, window_starts
+from ssl3d.encoders.inference import gaussian_weight, window_starts
 
 Triple = tuple[int, int, int]
 

@@ -22,13 +22,13 @@ from ssl3d import plugins
 from ssl3d.config import field_help, from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, PluginError
-from ssl3d.options import PretrainOptions
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, numpy_rng, one_group, seed_of
 from ssl3d.testing.encoders import dead_taps
+from ssl3d.training.options import PretrainOptions
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 _ADDED = ("index", "subject", "dataset")  # what the toolkit puts into every example
 _BATCHES = 4  # drawn once, trained on again and again, with the same random numbers: learning by heart

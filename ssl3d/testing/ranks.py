@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from ssl3d import plugins
 from ssl3d.encoder import Encoder
-from ssl3d.loop import reseed
 from ssl3d.proxy import Proxy
 from ssl3d.rng import seed_of
 from ssl3d.testing.proxies import _global_state_kept
-from ssl3d.trainee import Group, Trainee, groups_of
+from ssl3d.training.loop import reseed
+from ssl3d.training.trainee import Group, Trainee, groups_of
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Collection
+    from ssl3d.data.store.collection import Collection
 
 _WORLD = 2
 _SEED = 0
@@ -138,7 +138,7 @@ def _draw(
     cls: type[Proxy], config: Any, data: Collection, batch_size: int
 ) -> tuple[list[Group], list[list[dict[str, Tensor]]]]:
     """A global batch, and what `start_epoch` iterates over."""
-    from ssl3d.data.loader import Loader
+    from ssl3d.training.loader import Loader
 
     loader = Loader(data, {"proxy": (cls, config)}, batch_size, seed=_SEED, steps=1, pin=False)
     epoch = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 Triple = tuple[int, int, int]
 AXES = "DHW"

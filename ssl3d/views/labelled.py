@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from ssl3d.data.progress import Progress
+from ssl3d.data.preparation.progress import Progress
 from ssl3d.distributed import rank, world_size
 from ssl3d.errors import DataError
 from ssl3d.rng import numpy_rng
 from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
 
 if TYPE_CHECKING:
-    from ssl3d.data.store import Collection
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.data.store.volume import Volume
 
 _SLAB = 16  # slices of a mask that are looked at together
 _KEPT = 1024  # volumes whose places a process remembers

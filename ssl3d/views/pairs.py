@@ -31,7 +31,7 @@ from ssl3d.views.outside import apply_torchio
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ from ssl3d.views.outside import apply_torchio
 from ssl3d.views.pairs import PairViews, crop_size, is_sliced
 
 if TYPE_CHECKING:
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 
 def draw_places(config: PairViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:

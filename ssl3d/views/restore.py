@@ -17,7 +17,7 @@ from ssl3d.views.crops import draw_crop, fit_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ssl3d.data.volume import Volume
+    from ssl3d.data.store.volume import Volume
 
 _SHOWN = 6  # examples in a picture
 

@@ -34,10 +34,10 @@ from ssl3d.api import (
     open_data,
     read_result,
 )
-from ssl3d.checkpoint import save_encoder
+from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d_benchmarks import finetune_run, finetune_train, locks
 from ssl3d_benchmarks.finetune_classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune_command import Options

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ssl3d.api import DataError, numpy_rng, one_group, open_data, phantom_store
-from ssl3d.data.boxes import around_mask
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.scans.boxes import around_mask
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.detection.two_stage2d import Detection as Seen
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_benchmarks.finetune_detection import Detection, DetectionConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ssl3d.api import BatchRng, DataError, Encoder, numpy_rng, one_group, open_data, phantom_store
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_benchmarks.finetune_segmentation import IGNORE, Segmentation, SegmentationConfig
 from ssl3d_benchmarks.finetune_segmentation_data import (
@@ -553,8 +553,8 @@ def test_wrong_numbers_of_annotated_slices_are_one_clear_line(tmp_path, capsys, 
 
 def test_a_mask_value_of_one_subject_alone_is_told(tmp_path, capsys):
     from ssl3d.data.open import open_data
-    from ssl3d.data.record import Record
-    from ssl3d.data.writer import assemble, write_part
+    from ssl3d.data.store.record import Record
+    from ssl3d.data.store.writer import assemble, write_part
     from ssl3d_benchmarks.finetune_segmentation_data import mask_values
     from ssl3d_benchmarks.task import mask_names
 

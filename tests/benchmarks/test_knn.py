@@ -8,8 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from ssl3d.api import read_result
 from ssl3d.cli import main
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d_benchmarks.knn_protocol import KNN, KNNConfig, neighbours_mean
 
 SPEC = "scratch:resnet10:acs:width=8"

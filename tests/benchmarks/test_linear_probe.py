@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ssl3d.api import Contestant, DataError, Encoder, encoder_from, open_data, upsample
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d_benchmarks import linear_probe_dense as dense
 from ssl3d_benchmarks import shape_features as shapes
 from ssl3d_benchmarks.linear_probe_protocol import LinearProbe, LinearProbeConfig, fit_classifier, fit_ridge

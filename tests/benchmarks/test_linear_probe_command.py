@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from ssl3d.api import encoder_from, identity_hash, open_data, read_result
-from ssl3d.checkpoint import save_encoder
+from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
-from ssl3d.data.record import Record
 from ssl3d.data.split import house_split
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 
 SPEC = "scratch:resnet10:acs:width=8"
 

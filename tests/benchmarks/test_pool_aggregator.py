@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssl3d.aggregator import AggregatedEncoder, AggregatorConfig, SliceAggregator
 from ssl3d.api import Result, open_data
-from ssl3d.checkpoint import save_encoder
+from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.errors import CheckpointError
+from ssl3d.heads.aggregator import AggregatedEncoder, AggregatorConfig, SliceAggregator
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, pooled, recalibrate
 from ssl3d_benchmarks.linear_probe_features import digest_of
 

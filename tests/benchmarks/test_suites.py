@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ssl3d.api import Plugins, parse
-from ssl3d.options import request_of
+from ssl3d.training.options import request_of
 from ssl3d_benchmarks import finetune_command, knn_command, linear_probe_command
 from ssl3d_benchmarks.finetune_protocol import TASKS, task_class
 from ssl3d_benchmarks.leaderboard_suite import SUITES, Places, Plan, load_suite

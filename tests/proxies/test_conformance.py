@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import ssl3d
-from ssl3d import plugins, snapshot
-from ssl3d.checkpoint import load_proxies
+from ssl3d import plugins
+from ssl3d.checkpoint import snapshot
+from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.config import to_dict
 from ssl3d.data.open import open_data
 from ssl3d.testing import check_proxy, check_ranks

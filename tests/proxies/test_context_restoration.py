@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ssl3d.api import BatchRng, DataError, numpy_rng, one_group
 from ssl3d.data.open import open_data
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_proxies.context_restoration import ContextRestoration, ContextRestorationConfig, swap_patches
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import ssl3d
-from ssl3d import snapshot
 from ssl3d.api import DataError, UsageError, numpy_rng, one_group, score_boxes
-from ssl3d.checkpoint import load_proxies
+from ssl3d.checkpoint import snapshot
+from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.data.open import open_data
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_proxies.faster_rcnn import FasterRCNN, FasterRCNNConfig
 

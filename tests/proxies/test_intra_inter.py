@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import ssl3d
-from ssl3d import snapshot
 from ssl3d.api import BatchRng, DataError, TrainingError, UsageError, ViewRng, load_encoder, open_data
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.checkpoint import snapshot
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group, seed_of
 from ssl3d_proxies.intra_inter import (

@@ -10,15 +10,15 @@ import torch
 from torch.nn import functional
 
 import ssl3d
-from ssl3d import snapshot
 from ssl3d.api import BatchRng, DataError, load_proxies, numpy_rng, one_group
+from ssl3d.checkpoint import snapshot
 from ssl3d.cli import main as cli
-from ssl3d.data.loader import Loader
 from ssl3d.data.open import open_data
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.testing import check_proxy, check_ranks
+from ssl3d.training.loader import Loader
 from ssl3d_proxies.med3d import UNKNOWN, Med3D, Med3DConfig, dice, segmentation_loss
 
 SMALL = (16, 16, 16)

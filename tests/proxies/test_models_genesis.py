@@ -6,10 +6,10 @@ import torch
 from torch.utils.data import default_collate
 
 from ssl3d.api import BatchRng, corrupt, open_data
-from ssl3d.corruptions import Corrupted
 from ssl3d.data.phantoms import phantom_store
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group
+from ssl3d.views.corruptions import Corrupted
 from ssl3d_proxies import models_genesis
 from ssl3d_proxies.models_genesis import ModelsGenesis, ModelsGenesisConfig
 

@@ -20,10 +20,10 @@ from ssl3d.api import (
     one_group,
     open_data,
 )
-from ssl3d.checkpoint import load_proxies
+from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.data.open import prepare_options_of
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_proxies.pseudo3d_classification import (
     Pseudo3DClassification,
@@ -401,7 +401,7 @@ def test_unusable_options_are_named(field, value):
 
 
 def test_the_preset_is_an_encoder_it_takes():
-    from ssl3d.options import request_of
+    from ssl3d.training.options import request_of
 
     plan = request_of(["--proxy", NAME, "--preset", "pseudo3d"]).plan
     config = plan.encoder_config

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ssl3d.api import DataError, UsageError, numpy_rng, one_group, open_data, score_boxes
-from ssl3d.data.prepare import PrepareOptions, prepare
+from ssl3d.data.preparation.prepare import PrepareOptions, prepare
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_proxies.pseudo3d_detection import Pseudo3DDetection, Pseudo3DDetectionConfig, as_slices
 

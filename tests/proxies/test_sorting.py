@@ -7,8 +7,8 @@ import torch
 from ssl3d.api import BatchRng, DataError, UsageError
 from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import phantom_store
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.rng import numpy_rng, one_group
 from ssl3d.testing import check_proxy

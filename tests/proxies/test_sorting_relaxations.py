@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from ssl3d.sorting import (
+from ssl3d.objectives.sorting import (
     in_order,
     kendall_tau,
     neuralsort,

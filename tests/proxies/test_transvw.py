@@ -12,11 +12,11 @@ from torch.utils.data import default_collate
 
 from ssl3d.api import BatchRng, DataError, corrupt, find_alike, open_data, word_places
 from ssl3d.data.phantoms import phantom_store
-from ssl3d.data.record import Record
-from ssl3d.data.writer import assemble, write_part
+from ssl3d.data.store.record import Record
+from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
+from ssl3d.objectives.visual_words import principal_features, thumbnail
 from ssl3d.rng import numpy_rng, one_group
-from ssl3d.words import principal_features, thumbnail
 from ssl3d_proxies.transvw import TransVW, TransVWConfig
 
 CROP = (16, 16, 16)

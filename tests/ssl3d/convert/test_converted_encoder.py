@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 
-from ssl3d.checkpoint import load_encoder
+from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.cli import main
 from ssl3d.convert import networks
 from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder

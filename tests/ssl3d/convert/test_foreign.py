@@ -15,7 +15,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from ssl3d.checkpoint import load_encoder
+from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign, save_foreign
 from ssl3d.convert.foreign_layouts import LAYOUTS

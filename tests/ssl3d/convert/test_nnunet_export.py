@@ -6,7 +6,7 @@ import pydoc
 import pytest
 import torch
 
-from ssl3d.checkpoint import save_encoder
+from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign
 from ssl3d.convert.nnunet import adaptation_plan, export_nnunet

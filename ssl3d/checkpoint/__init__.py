@@ -1,0 +1,1 @@
+"""Encoders and run checkpoints on disk: safe to read, self-describing, written atomically."""

@@ -1,0 +1,178 @@
+"""Encoders on disk: a folder of tensors and a card, written whole and loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ssl3d import plugins
+from ssl3d.checkpoint.card import CARD, WEIGHTS, _encoder_folder, _plain, read_card, versions
+from ssl3d.checkpoint.snapshot import FORMAT, sync_folder
+from ssl3d.checkpoint.travellers import traveller_class, travellers_of
+from ssl3d.checkpoint.volumes_seen import HASHES, hashes_apart, hashes_together
+from ssl3d.checkpoint.weights import _load_strictly, _read_weights, _tensors_of, _write
+from ssl3d.config import from_dict, to_dict
+from ssl3d.encoder import Encoder
+from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+# Encoders -----------------------------------------------------------------------------------------
+
+
+def save_encoder(
+    encoder: Encoder,
+    folder: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    travellers: Mapping[str, nn.Module] | None = None,
+) -> Path:
+    """Writes `encoder.safetensors` (tensors only) and `encoder.json` (everything else) into a folder.
+
+    All files appear at once, or none. An encoder that is there already is replaced.
+
+    Args:
+        encoder: Of a class registered under `ssl3d.encoders`, else it cannot be loaded by name.
+        folder: Made where missing.
+        metadata: Plain values for `encoder.json`: `patch` (D, H, W), `spacing`, `preprocessing`,
+            `proxies`, `steps`, `data`, `identities`, `labels_seen`, `citations`, ...
+        travellers: Modules of the classes in `TRAVELLERS`, by name, each written to NAME.safetensors.
+
+    Raises:
+        PluginError: A traveller cannot be made again from what would be written.
+        TrainingError: The disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    weights = _tensors_of(encoder)
+    others = {name: _tensors_of(module) for name, module in (travellers or {}).items()}
+    cards = {
+        name: {
+            "class": traveller_class(name, module),
+            "config": to_dict(module.config),
+            "sha256": hashlib.sha256(others[name]).hexdigest(),
+        }
+        for name, module in (travellers or {}).items()
+    }
+    card = {
+        "format": FORMAT,
+        "architecture": plugins.name_of(plugins.ENCODERS, type(encoder)),
+        "config": to_dict(encoder.config),
+        "channels": list(encoder.channels),
+        "strides": [list(stride) for stride in encoder.strides],
+        "embed_dim": encoder.embed_dim,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        **({"travellers": cards} if cards else {}),
+        **dict(metadata or {}),
+        "versions": versions(),
+    }
+    apart = hashes_apart(card)
+    text = json.dumps(card, indent=1, default=_plain) + "\n"
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights)
+        for name, content in others.items():
+            _write(temporary / f"{name}.safetensors", content)
+        if apart is not None:
+            _write(temporary / HASHES, apart)
+        _write(temporary / CARD, text.encode())
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(
+            f"the encoder cannot be written to {folder}: {error.strerror or error}"
+        ) from error
+    return folder
+
+
+def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> Encoder:
+    """Loads an encoder from a run folder, or from its `encoder/`, in evaluation mode, on the CPU.
+
+    Needs the encoder's plugin, but no proxy. What `encoder.json` says is its attribute `metadata`.
+
+    Args:
+        path: Of the folder.
+        changes: Options of the encoder to take in place of those it was trained with, such as strides:
+            any that leave the names and shapes of all its weights as they are.
+
+    Raises:
+        CheckpointError: There is no encoder, or it is truncated, of a newer format or something else.
+        UsageError: A change is no option of this encoder, or would need other weights.
+    """
+    folder = _encoder_folder(Path(path))
+    card = read_card(folder)
+    name = str(card["architecture"])
+    try:
+        kind = plugins.load_recorded(plugins.ENCODERS, name, _plugin_record(card, name))
+    except PluginError as error:
+        raise CheckpointError(f"{folder / CARD}: {error}") from error
+    try:
+        config = from_dict(kind.Config, card["config"], f"{folder / CARD}, architecture {name}")
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    if changes:
+        config = from_dict(kind.Config, {**to_dict(config), **changes}, f"{folder} as {name}")
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = kind(config)
+    state = _read_weights(folder / WEIGHTS, card)
+    try:
+        _load_strictly(encoder, state, str(folder / WEIGHTS), name)
+    except CheckpointError as error:
+        if not changes:
+            raise
+        given = ", ".join(f"{key}={_shown(value)}" for key, value in changes.items())
+        raise UsageError(
+            f"{folder} with {given}: needs other weights than it has ({_after_colon(error)}); only options "
+            "that leave all weights as they are, such as strides, can be changed"
+        ) from error
+    encoder.metadata = hashes_together(card, folder)
+    if changes:
+        encoder.metadata = {
+            **encoder.metadata, "config": to_dict(config), "channels": list(encoder.channels),
+            "strides": [list(stride) for stride in encoder.strides], "changed": sorted(changes),
+        }  # fmt: skip
+    return encoder.eval()
+
+
+def _plugin_record(about: Mapping[str, Any], name: str) -> Any:
+    """What a card says of where a plugin came from that was not installed, None for one that was."""
+    records = about.get("plugins")
+    return records.get(name) if isinstance(records, Mapping) else None
+
+
+def _after_colon(error: Exception) -> str:
+    return str(error).partition(": ")[2] or str(error)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=_plain).replace(" ", "").strip('"')
+
+
+def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
+    """Raises a CheckpointError where weights beside a card are missing, cut short or others."""
+    _read_weights(Path(folder) / WEIGHTS, card)
+    for name, one in travellers_of(card).items():
+        _read_weights(Path(folder) / f"{name}.safetensors", one)
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+# What both record ---------------------------------------------------------------------------------

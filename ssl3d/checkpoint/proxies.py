@@ -1,0 +1,69 @@
+"""Proxies of a run with their trained heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssl3d import plugins
+from ssl3d.checkpoint.card import CARD, read_card
+from ssl3d.checkpoint.encoders import _plugin_record
+from ssl3d.checkpoint.outline import Outline
+from ssl3d.checkpoint.snapshot import config_of, load_checkpoint
+from ssl3d.checkpoint.weights import _load_strictly
+from ssl3d.config import from_dict
+from ssl3d.encoder import Encoder
+from ssl3d.errors import CheckpointError, PluginError
+
+if TYPE_CHECKING:
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.proxy import Proxy
+
+
+def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, Proxy]:
+    """The proxies of a run with their trained heads, on its encoder, in evaluation mode.
+
+    Args:
+        run: A run folder; its newest intact checkpoint is read.
+        data: The data of the run, for a proxy that needs more of them here than what the checkpoint
+            knows: their number, shapes, spacings, and which are whose.
+
+    Raises:
+        CheckpointError: The folder is no run, no checkpoint can be read, or a proxy needs its data.
+    """
+    run = Path(run)
+    config = config_of(run)
+    found = load_checkpoint(run)
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
+    state = found["module"]
+    spec, about = found["spec"], found.get("about") or {}
+
+    def load(group: str, name: str) -> Any:
+        try:
+            return plugins.load_recorded(group, name, _plugin_record(about, name))
+        except PluginError as error:
+            raise CheckpointError(f"{run}: {error}") from error
+
+    kind = load(plugins.ENCODERS, spec["encoder"])
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
+        proxies: dict[str, Proxy] = {}
+        for name, options in spec["proxies"].items():
+            made = load(plugins.PROXIES, name)
+            proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
+            sized: Any = data
+            if data is None and found.get("outline"):
+                sized = Outline(found["outline"], f"load_proxies({str(run)!r}, data)", name)
+            if sized is not None:
+                proxy.setup(sized)
+            prefix = f"proxies.{name}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            where = f"{run}, proxy {name}" + ("" if sized is not None else " (without its data)")
+            _load_strictly(proxy, own, where, name)
+            proxies[name] = proxy.eval()
+    card = run / "encoder" / CARD
+    encoder.metadata = read_card(card.parent) if card.is_file() else {"config": config}
+    return proxies

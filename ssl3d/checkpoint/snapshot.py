@@ -1,0 +1,168 @@
+"""Checkpoints to resume from: whole or not at all, the last two kept, nothing unpickled but tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl3d.errors import CheckpointError, TrainingError
+
+FORMAT = 1
+"""Of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
+    """Writes one checkpoint atomically and removes all but the newest `keep`.
+
+    The name holds a digest of the bytes, so that a file cut short on disk is noticed.
+
+    Args:
+        run: The run folder.
+        step: Optimizer steps done.
+        write: Writes the state to a path.
+        keep: Checkpoints that stay.
+
+    Raises:
+        TrainingError: The disk is full; older checkpoints are intact.
+    """
+    folder = run / "checkpoints"
+    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
+        write(temporary)
+        digest = _digest(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        path = folder / f"step-{step:08d}-{digest}.pt"
+        temporary.replace(path)
+        sync_folder(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise TrainingError(
+            f"the checkpoint of step {step} cannot be written to {folder} ({reason}); older ones are "
+            f"intact: make room, then ssl3d pretrain --resume {run}"
+        ) from error
+    for stale in checkpoints(run):
+        if stale != path and (step_of(stale) >= step or stale not in checkpoints(run)[:keep]):
+            stale.unlink()
+    return path
+
+
+def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The newest checkpoint whose bytes are whole; None where there is none.
+
+    Args:
+        run: The run folder.
+        say: Told about every checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints and none is whole, or one is of a newer format.
+    """
+    found = checkpoints(run)
+    for path in found:
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            if "newer" in str(error):
+                raise
+            say(f"{error}; using the one before it")
+    if found:
+        raise CheckpointError(
+            f"{run}: none of its {len(found)} checkpoints is whole; "
+            f"delete {run / 'checkpoints'} to start at 0"
+        )
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """One checkpoint's state; tensors on the CPU. Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        CheckpointError: Its bytes are not those that were written, or its format is newer.
+    """
+    expected = path.stem.rpartition("-")[2]
+    if _digest(path) != expected:
+        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of ssl3d ({type(error).__name__})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of ssl3d")
+    check_format(state["format"], str(path))
+    return state
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [
+        p for p in (Path(run) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+-\w+", p.stem)
+    ]
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.split("-")[1])
+
+
+def check_format(found: Any, where: str) -> None:
+    """Refuses what is of a newer format, or of none.
+
+    Raises:
+        CheckpointError: With `where` in front.
+    """
+    if not isinstance(found, int):
+        raise CheckpointError(f"{where}: not a file of ssl3d (format {found!r})")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{where}: written by a newer ssl3d "
+            f"(format {found}, this one reads up to {FORMAT}); update ssl3d"
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut; not every system can open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def config_of(run: str | Path) -> dict[str, Any]:
+    """The options of a run, from its `config.yaml`.
+
+    Raises:
+        CheckpointError: The folder is not a run.
+    """
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{run}: not a run (config.yaml: {error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not YAML") from error
+    if not isinstance(content, dict) or "proxy" not in content:
+        raise CheckpointError(f"{path}: not the options of a run (no `proxy`)")
+    return content

@@ -1,0 +1,1 @@
+"""From scans to a store: what `ssl3d prepare` does."""

@@ -1,0 +1,231 @@
+"""Parts of a store that is being made: which still hold, whose they are, and what was refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
+from ssl3d.data.preparation.progress import count_of
+from ssl3d.data.scans.found import Scan
+from ssl3d.data.scans.read import suffix_of
+from ssl3d.errors import DataError
+
+_BATCH = 4096  # records read at once
+_HEADERS = (".mhd", ".nhdr")  # their voxels are in another file
+_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; zeros if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def with_voxels(path: Path) -> Iterator[Path]:
+    """The file, and the one that holds its voxels, where that is another."""
+    yield path
+    if suffix_of(path) in _HEADERS and path.is_file():
+        with open(path, "rb") as file:
+            match = _VOXELS.search(file.read(1 << 16))
+        if match:
+            yield path.parent / match[1].decode(errors="replace")
+
+
+def digest_of(value: Any) -> str:
+    """A short hash of JSON values."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
+    """What a scan is, and the state of its files: a part is reused for the same key only."""
+    files = [whole for path in scan.all_files for whole in with_voxels(path)]
+    for path in files:
+        if path not in stamps:
+            stamps[path] = stamp(path)
+    described = dataclasses.asdict(scan)
+    del described["files"], described["mask"]
+    if not scan.mask_boxes:  # as it was before there was such a thing
+        del described["mask_boxes"]
+    if scan.world_boxes is None:
+        del described["world_boxes"]
+    states = [[path.name, *stamps[path]] for path in files]
+    return digest_of([described, [len(group) for group in scan.files], states])
+
+
+def reuse_parts(
+    scans: Sequence[Scan], recipe: Recipe, folder: Path, say: Callable[[str], None]
+) -> list[str]:
+    """Names of the parts, in order. Parts of an earlier call that still hold are given these names."""
+    stamps: dict[Path, tuple[int, int]] = {}
+    options = digest_of([VERSION, dataclasses.asdict(recipe)])
+    memo = folder / "options.json"
+    names = [f"{i:08d}-{key_of(scan, stamps)}" for i, scan in enumerate(scans)]
+    before = memo.read_text(encoding="utf-8") if memo.is_file() else ""
+    if before != options:
+        stale = list(folder.glob("*.part"))
+        for path in stale:
+            path.unlink()
+        if stale:
+            say(f"{folder.name}: {count_of(len(stale), 'volume')} made with other options, not reused")
+        memo.write_text(options, encoding="utf-8")
+        return names
+    wanted = {name.partition("-")[2]: name for name in names}
+    for path in folder.glob("*.part"):
+        if not _whole(path):  # the machine went down before the disk had it
+            path.unlink()
+            continue
+        number, _, rest = path.stem.partition("-")
+        key, _, frame = rest.partition("_")
+        name = wanted.get(key)
+        if name is None:
+            path.unlink()
+        elif name.partition("-")[0] != number:
+            path.rename(folder / f"{name}{'_' if frame else ''}{frame}.part")
+    return names
+
+
+def _whole(path: Path) -> bool:
+    from ssl3d.data.store.writer import part_record
+
+    try:
+        part_record(path)
+    except DataError:
+        return False
+    return True
+
+
+def keep_only(folder: Path, names: Sequence[str]) -> None:
+    """Removes what does not belong: temporary files, parts of an orphaned worker of another call."""
+    wanted = set(names)
+    for path in folder.iterdir():
+        if path.name.endswith(".tmp") or (
+            path.suffix == ".part" and path.stem.partition("_")[0] not in wanted
+        ):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, out: Path) -> Iterator[None]:
+    """Makes the folder of the parts, and refuses a second `prepare` of the same store at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+    try:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        # A lock of the process (not of the descriptor): workers do not inherit it, so it ends with us.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{out}: another ssl3d prepare is making it right now") from error
+        yield
+    finally:
+        lock.close()
+
+
+def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
+    """Settings and rejected files of a store, or what is wrong with it."""
+    import h5py
+
+    from ssl3d.data.store.index import FORMAT
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("format") != FORMAT:
+                return {}, [], "an HDF5 file but not a store"
+            return (
+                json.loads(file["settings"][()].tobytes()),
+                json.loads(file["rejected"][()].tobytes()),
+                "",
+            )
+    except (OSError, KeyError, ValueError):
+        return {}, [], "not a whole store"
+
+
+def store_counts(path: Path) -> tuple[int, int]:
+    """Volumes and subjects of a store."""
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        rows = file["index/table"]["identity"]
+    return len(rows), len(np.unique(rows))
+
+
+def odd_masks(path: Path) -> dict[str, list[str]]:
+    """The scans whose masks do not fit them, as a store's provenance has it.
+
+    Returns:
+        "elsewhere": whose mask's header places it somewhere else; "regridded": whose mask was of another
+        grid. Sources, in order.
+    """
+    import h5py
+
+    found: dict[str, list[str]] = {"elsewhere": [], "regridded": []}
+    with h5py.File(path, "r", locking=False) as file:
+        rows = file["index/table"][()]
+        masked = np.flatnonzero(rows["has_mask"])
+        for begin in range(0, len(masked), _BATCH):
+            own = rows[masked[begin : begin + _BATCH]]
+            start = int(own["provenance_at"].min())
+            ends = own["provenance_at"] + own["provenance_length"]
+            text = file["provenance"][start : int(ends.max())].tobytes()
+            for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
+                one = text[at - start : end - start]
+                if b'"mask":"' not in one:  # nearly all: they need not be parsed
+                    continue
+                record = json.loads(one)
+                how = record["done"].get("mask")
+                if how is not None:
+                    found["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
+    return found
+
+
+def mask_lines(odd: dict[str, list[str]]) -> list[str]:
+    """What to tell of `odd_masks`."""
+    said = {
+        "elsewhere": "placed elsewhere than the scan by its header, taken voxel by voxel all the same",
+        "regridded": "of another grid than the scan, resampled to it",
+    }
+    return [
+        f"{count_of(len(odd[kind]), 'mask')} {what}: {', '.join(odd[kind][:3])}"
+        + (f" and {len(odd[kind]) - 3} more" if len(odd[kind]) > 3 else "")
+        for kind, what in said.items()
+        if odd.get(kind)
+    ]
+
+
+def write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Lists what was refused in `rejected.csv` beside the store; lines of other stores there stay."""
+    path = out.parent / "rejected.csv"
+    others: list[dict[str, str]] = []
+    if path.is_file():
+        with open(path, encoding="utf-8", newline="") as file:
+            others = [row for row in csv.DictReader(file) if row.get("store") != out.name]
+    lines = [{**row, "store": out.name} for row in rows]
+    if not others and not lines:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".rejected.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ("path", "reason", "store"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(others + lines)
+    os.replace(temporary, path)

@@ -1,0 +1,452 @@
+"""One scan to one part of the store (or several, if its file holds frames): what a worker does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ssl3d.data import geometry
+from ssl3d.data.geometry import UNKNOWN, Triple
+from ssl3d.data.preparation.match import channel_onto, mask_onto
+from ssl3d.data.preparation.normalize import decide, foreground, normalize
+from ssl3d.data.scans.boxes import around_mask, from_world, within
+from ssl3d.data.scans.found import Scan
+from ssl3d.data.scans.itk import quiet_sitk
+from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of
+from ssl3d.errors import DataError
+
+_LABEL_VALUES = 32  # a label map has no more values than this
+MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
+_CHANNEL_NOTES = {"regridded": "onto_first_channel", "elsewhere": "voxel_by_voxel"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is done to every scan; see `PrepareOptions` for the words.
+
+    Attributes:
+        spacing: Target (D, H, W) in mm, None keeps each scan's own.
+        normalize: ct, mr, unit, auto or none.
+        window: Lowest and highest value, None for the kind's own.
+        crop_foreground: Whether the border of background is cut off.
+        frames: split, channels or refuse.
+        colour: grey or rgb.
+        max_voxels: More than this are refused.
+        boxes: listed, or masks: around the components of the mask.
+        medians: Targets of data sets that each have their own, by name, instead of `spacing`.
+        nan: Put in place of NaN; None refuses it.
+    """
+
+    spacing: Triple | None = None
+    normalize: str = "auto"
+    window: tuple[float, float] | None = None
+    crop_foreground: bool = False
+    frames: Literal["split", "channels", "refuse"] = "split"
+    colour: Literal["grey", "rgb"] = "grey"
+    max_voxels: int = 2**30
+    boxes: Literal["listed", "masks"] = "listed"
+    medians: tuple[tuple[str, Triple], ...] = ()
+    nan: float | None = None
+
+    def of(self, dataset: str) -> Recipe:
+        """What is done to the scans of one data set."""
+        own = dict(self.medians).get(dataset, self.spacing)
+        return dataclasses.replace(self, spacing=own, medians=())
+
+
+@dataclasses.dataclass
+class Task:
+    """What a worker is handed.
+
+    Attributes:
+        scan: Which scan.
+        name: Of its part.
+        folder: Of the parts.
+        recipe: What to do.
+        row: The voxels of an .npz row.
+        row_mask: Its mask.
+        sha256: Of the file, where one file holds many volumes.
+    """
+
+    scan: Scan
+    name: str
+    folder: Path
+    recipe: Recipe
+    row: np.ndarray | None = None
+    row_mask: np.ndarray | None = None
+    sha256: str = ""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a scan.
+
+    Attributes:
+        parts: Names of the parts written.
+        size: Their bytes.
+        rejected: (source, reason) of what was refused.
+        label_like: Whether it was left out because its values are those of a label map.
+        full: The operating system's words when the disk is full.
+        unspaced: Whether it could not be resampled, for want of a spacing.
+        seconds: It took.
+    """
+
+    parts: list[str] = dataclasses.field(default_factory=list)
+    size: int = 0
+    rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    label_like: bool = False
+    full: str = ""
+    unspaced: bool = False
+    seconds: float = 0.0
+
+
+def process(task: Task) -> Outcome:
+    """Reads, places, resamples, normalises, crops and writes one scan. Never raises on bad data."""
+    started = time.monotonic()
+    outcome = _process(task)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _process(task: Task) -> Outcome:
+    outcome, scan = Outcome(), task.scan
+    try:
+        pixels, missing, notes = _read_channels(task)
+        if not scan.named and _label_like(pixels):
+            outcome.label_like = True
+            return outcome
+        volumes = _frames(pixels, task, notes)
+        digest = task.sha256 or sha256_of([path for group in scan.files for path in group])
+    except DataError as error:
+        outcome.rejected.append((scan.source, str(error)))
+        return outcome
+    outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
+    # Frame 0 is written last: where it stands, the others do too.
+    for frame in reversed(range(len(volumes))):
+        several = len(volumes) > 1
+        source = f"{scan.source}#{frame}" if several else scan.source
+        name = f"{task.name}_{frame:05d}" if frame else task.name
+        try:
+            own = {**notes, "frame": frame} if several else dict(notes)
+            path = _write(task, name, volumes[frame], missing, own, digest, frame if several else None)
+            outcome.parts.append(name)
+            outcome.size += path.stat().st_size
+        except DataError as error:
+            outcome.rejected.append((source, str(error).removeprefix(f"{scan.id}: ")))
+        except MemoryError:
+            outcome.rejected.append((source, "does not fit into memory"))
+        except OSError as error:
+            # HDF5 tells of a full disk in its text only.
+            if error.errno in (28, 122) or "No space left" in str(error) or "errno = 28" in str(error):
+                outcome.full = "no space left on the disk"
+                return outcome
+            raise
+    return outcome
+
+
+def spacing_of_scan(scan: Scan) -> Triple | None:
+    """Spacing from the header, None where the format has none or the header is damaged."""
+    files = next((group for group in scan.files if group), ())
+    if scan.member is not None or not files:
+        return None
+    try:
+        return header_spacing(files)
+    except DataError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
+    """Voxels of all channels on the grid of the first, the missing channels, and notes for the record."""
+    scan, recipe = task.scan, task.recipe
+    if task.row is not None:
+        only = _filled(_from_row(task.row, recipe), recipe)
+        return only, [], dict(only.notes)
+    present = [i for i, group in enumerate(scan.files) if group]
+    first = _filled(read(scan.files[present[0]], recipe.max_voxels), recipe)
+    if len(scan.files) == 1:
+        return first, [], dict(first.notes)
+    notes: dict[str, Any] = dict(first.notes)
+    missing = [i for i, group in enumerate(scan.files) if not group]
+    if missing:
+        notes["missing"] = [scan.channels[i] for i in missing]
+    if len(first.voxels) != 1:
+        raise DataError(f"{len(first.voxels)} frames or colours in the file of one channel")
+    voxels = np.zeros((len(scan.files), *first.voxels.shape[1:]), dtype=np.float32)
+    voxels[present[0]] = first.voxels[0]
+    for index in present[1:]:
+        other = _filled(read(scan.files[index], recipe.max_voxels), recipe)
+        name = scan.channels[index]
+        if len(other.voxels) != 1:
+            raise DataError(
+                f"channel {name}: {len(other.voxels)} frames or colours in the file of one channel"
+            )
+        voxels[index], how = channel_onto(first, other, name)
+        if how:
+            notes.setdefault(_CHANNEL_NOTES[how], []).append(name)
+        if "nan_filled" in other.notes:
+            notes["nan_filled"] = notes.get("nan_filled", 0) + other.notes["nan_filled"]
+    return dataclasses.replace(first, voxels=voxels), missing, notes
+
+
+def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
+    """With something in place of NaN if that is asked for, which the notes then say."""
+    if recipe.nan is None or pixels.voxels.dtype.kind != "f":
+        return pixels
+    blank = np.isnan(pixels.voxels)
+    count = int(blank.sum())
+    if not count:
+        return pixels
+    voxels = np.where(blank, pixels.voxels.dtype.type(recipe.nan), pixels.voxels)
+    return dataclasses.replace(pixels, voxels=voxels, notes={**pixels.notes, "nan_filled": count})
+
+
+def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
+    """An .npz row: (H, W), (H, W, 3) or (D, H, W)."""
+    colours = row.ndim in (3, 4) and row.shape[-1] == 3 and row.shape[-2] != 3
+    frames = np.moveaxis(row, -1, 0) if colours else row[None]
+    if frames.ndim == 3:
+        frames = frames[:, None]
+    if frames.ndim != 4:
+        raise DataError(f"rows of shape {row.shape}; expected (H, W), (H, W, 3) or (D, H, W)")
+    if frames.size > recipe.max_voxels:
+        raise DataError(f"{frames.size:,} voxels {row.shape}, more than --max-voxels {recipe.max_voxels:,}")
+    affine = geometry.unknown_affine((1.0, 1.0, 1.0))
+    return Pixels(frames, affine, UNKNOWN, row.shape, None, "", row.dtype == np.uint8, colours)
+
+
+def _label_like(pixels: Pixels) -> bool:
+    """Whether the values are few small whole numbers from 0, as in a label map."""
+    sample = pixels.voxels.reshape(-1)
+    if sample.size == 0 or sample.dtype.kind not in "iufb":
+        return False
+    if sample.dtype.kind == "f" and not np.isfinite(sample).all():
+        return False
+    low, high = sample.min(), sample.max()
+    if low < 0 or high > 255 or low == high:
+        return False
+    values = np.unique(sample)
+    return len(values) <= _LABEL_VALUES and high <= 50 and bool(np.array_equal(values, np.rint(values)))
+
+
+def _frames(pixels: Pixels, task: Task, notes: dict[str, Any]) -> list[Pixels]:
+    """One `Pixels` per volume to be stored, its first axis the channels."""
+    scan, recipe = task.scan, task.recipe
+    voxels = pixels.voxels
+    if pixels.colours:
+        if recipe.colour == "rgb":
+            return [pixels]
+        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's L
+        grey = np.tensordot(weights, voxels.astype(np.float32), axes=1)[None]
+        notes["colour"] = "grey"
+        if pixels.eight_bit:
+            grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        return [dataclasses.replace(pixels, voxels=grey, colours=False)]
+    picture = pixels.orientation == UNKNOWN and voxels.shape[1] == 1
+    if recipe.colour == "rgb" and picture and len(voxels) == 1:
+        return [dataclasses.replace(pixels, voxels=np.repeat(voxels, 3, axis=0), colours=True)]
+    if len(voxels) == 1 or len(scan.files) > 1:
+        return [pixels]
+    if scan.frames_are_channels:
+        if len(voxels) == len(scan.channels):
+            return [pixels]
+        raise DataError(f"{len(voxels)} frames, but dataset.json names {len(scan.channels)} channels")
+    if recipe.frames == "channels":
+        return [pixels]
+    if recipe.frames == "refuse":
+        raise DataError(f"4D: {len(voxels)} frames (--frames split or channels takes them)")
+    return [dataclasses.replace(pixels, voxels=voxels[i : i + 1]) for i in range(len(voxels))]
+
+
+def _write(
+    task: Task,
+    name: str,
+    pixels: Pixels,
+    missing: list[int],
+    done: dict[str, Any],
+    sha256: str,
+    frame: int | None,
+) -> Path:
+    from ssl3d.data.store.record import Record
+    from ssl3d.data.store.writer import write_part
+
+    scan, recipe = task.scan, task.recipe
+    voxels = _checked(pixels, scan, missing)
+    mask = _mask(task, pixels, done)
+    affine = pixels.affine
+    kind = recipe.normalize
+    if kind == "auto":
+        present = [i for i in range(len(voxels)) if i not in missing]
+        kind = decide(voxels[present], pixels.modality or scan.modality, pixels.eight_bit)
+    if recipe.spacing and pixels.original_affine is None:
+        done["resampled"] = "not: the source has no spacing"
+    elif recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
+        voxels, mask, affine = _resampled(voxels, mask, affine, recipe, done)
+    inside = foreground(voxels, kind)
+    if mask is not None:
+        inside |= mask > 0
+    natural = pixels.colours and pixels.eight_bit and kind == "unit"
+    # A channel that is nearly black is one of a picture, and no mask of 0 and 1.
+    window = (0.0, 255.0) if natural and recipe.window is None else recipe.window
+    image, how = normalize(voxels, kind, inside, window, pixels.eight_bit, missing, in_place=True)
+    done["background"] = how.pop("background")
+    done["normalize"] = how
+    # 255ths, exactly: stored as they came, in half the room.
+    plain = natural and window == (0.0, 255.0) and not isinstance(done.get("resampled"), dict)
+    start: tuple[int, ...] = (0, 0, 0)
+    if recipe.crop_foreground:
+        start, stop = _box(inside)
+        if (start, stop) != ((0, 0, 0), inside.shape):
+            done["crop"] = {"start": start, "of": inside.shape}
+            cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+            image, inside = image[(slice(None), *cut)], inside[cut]
+            mask = None if mask is None else mask[cut]
+            affine = geometry.shifted(affine, start)
+    boxes, box_labels = _boxes(scan, recipe, pixels, mask, start, image.shape[1:], done, affine)
+    original = pixels.original_affine
+    record = Record(
+        id=scan.id if frame is None else f"{scan.id}#{frame}",
+        dataset=scan.dataset,
+        subject=scan.subject,
+        split=scan.split,
+        label=scan.label,
+        spacing=geometry.spacing_of(affine),
+        orientation=pixels.orientation,
+        affine=tuple(tuple(float(v) for v in row) for row in affine),
+        original_shape=tuple(int(n) for n in pixels.original_shape),
+        original_affine=None if original is None else tuple(tuple(map(float, row)) for row in original),
+        source=scan.source if scan.member is None else f"{scan.source}#{scan.member[0]}[{scan.member[1]}]",
+        sha256=sha256,
+        channels=_channels(scan, pixels, len(image)),
+        done=done,
+    )
+    dtype = "uint8" if plain else "float16"
+    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
+
+
+def _boxes(
+    scan: Scan,
+    recipe: Recipe,
+    pixels: Pixels,
+    mask: np.ndarray | None,
+    start: Sequence[int],
+    shape: Sequence[int],
+    done: dict[str, Any],
+    affine: np.ndarray,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Boxes (n, 6) and their labels (n,) on the stored grid, which begins at voxel `start`."""
+    if mask is not None and (recipe.boxes == "masks" or scan.mask_boxes):
+        boxes, labels = around_mask(mask)
+        if scan.mask_boxes and not len(boxes):
+            return None, None
+        done["boxes"] = {"around": "the components of the mask"}
+        return boxes, labels
+    if scan.world_boxes is not None:
+        if pixels.orientation == UNKNOWN:
+            raise DataError("boxes are listed for it in mm, and its file does not say where its voxels lie")
+        told = np.array(scan.world_boxes, dtype=np.float64).reshape(-1, 7)
+        boxes, inside = within(from_world(told[:, :6], np.asarray(affine)), shape)
+        done["boxes"] = {"listed": len(told), "outside": int((~inside).sum())}
+        return boxes[inside], told[inside, 6].astype(np.int64)
+    if scan.boxes is None:
+        return None, None
+    listed = np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
+    if len(listed) and (pixels.voxels.shape[1] > 1 or pixels.orientation != UNKNOWN):
+        raise DataError(
+            f"{len(listed)} boxes are listed for it, and it is no picture: those have boxes in pixels"
+        )
+    boxes, inside = within(listed[:, :6] - np.array([*start, *start], np.float32), shape)
+    if not inside.all():
+        done["boxes"] = {"listed": len(listed), "outside": int((~inside).sum())}
+    return boxes[inside], listed[inside, 6].astype(np.int64)
+
+
+def _channels(scan: Scan, pixels: Pixels, count: int) -> tuple[str, ...]:
+    if count == len(scan.channels):
+        return scan.channels
+    if pixels.colours and count == 3:
+        return "red", "green", "blue"
+    return tuple(f"channel{i}" for i in range(count)) if count > 1 else ("image",)
+
+
+def _checked(pixels: Pixels, scan: Scan, missing: list[int]) -> np.ndarray:
+    """The voxels in single precision, if they are of use."""
+    if pixels.voxels.dtype.kind not in "iufb":
+        raise DataError(f"voxels of type {pixels.voxels.dtype}; expected numbers")
+    with np.errstate(over="ignore"):
+        voxels = pixels.voxels.astype(np.float32, order="C")
+    if not np.isfinite(voxels).all():
+        raise DataError(_unfinite(voxels))
+    for index, channel in enumerate(voxels):
+        # Of a coloured picture one channel may be: a red one has no green.
+        if pixels.colours and voxels.min() < voxels.max():
+            break
+        if index not in missing and channel.min() == channel.max():
+            which = f"channel {scan.channels[index]}: " if len(voxels) == len(scan.channels) > 1 else ""
+            raise DataError(f"{which}constant: every voxel is {channel.flat[0]:g}")
+    return voxels
+
+
+def _unfinite(voxels: np.ndarray) -> str:
+    odd, nan = int((~np.isfinite(voxels)).sum()), int(np.isnan(voxels).sum())
+    hint = "; --nan 0 of ssl3d prepare puts 0 in their place" if odd == nan else ""
+    return f"{odd:,} of {voxels.size:,} voxels are {'NaN' if odd == nan else 'NaN or infinite'}{hint}"
+
+
+def _mask(task: Task, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None:
+    """The label map on the scan's own grid, (D, H, W)."""
+    if task.row_mask is not None:
+        return task.row_mask.reshape(pixels.voxels.shape[1:])
+    path = task.scan.mask
+    if path is None:
+        return None
+    mask = read_mask(path)
+    labels, how = mask_onto(pixels, mask, path.name)
+    if how:
+        resampled = f"resampled from a grid of {mask.voxels.shape[1:]}"
+        done["mask"] = MASK_ELSEWHERE if how == "elsewhere" else resampled
+    return labels
+
+
+def _resampled(
+    voxels: np.ndarray, mask: np.ndarray | None, affine: np.ndarray, recipe: Recipe, done: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    assert recipe.spacing is not None
+    shape, target = geometry.respaced(voxels.shape[1:], affine, recipe.spacing)
+    if int(np.prod(shape, dtype=np.float64)) * len(voxels) > recipe.max_voxels:
+        raise DataError(
+            f"{shape} voxels at {recipe.spacing} mm, more than --max-voxels {recipe.max_voxels:,}"
+        )
+    done["resampled"] = {
+        "from_spacing": geometry.spacing_of(affine),
+        "from_shape": voxels.shape[1:],
+        "interpolation": "linear, smoothed before larger voxels; masks nearest",
+    }
+    images = np.stack([geometry.regrid(channel, affine, shape, target) for channel in voxels])
+    labels = None if mask is None else geometry.regrid(mask, affine, shape, target, nearest=True)
+    return images, labels, target
+
+
+def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and one-past-last voxel of the foreground along each axis."""
+    starts, stops = [], []
+    for axis in range(3):
+        there = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        starts.append(int(there[0]))
+        stops.append(int(there[-1]) + 1)
+    return tuple(starts), tuple(stops)
+
+
+def start_worker() -> None:
+    """One thread per worker where a library would start its own; imports what it will use."""
+    quiet_sitk()
+    for name in ("nibabel", "scipy.ndimage", "ssl3d.data.store.writer"):
+        importlib.import_module(name)

@@ -1,0 +1,100 @@
+"""What `prepare` says at its end of a whole store: what only shows when its scans are seen together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ssl3d.data.preparation.progress import count_of
+
+_BATCH = 4096  # records read at a time
+_NAMED = 3
+
+
+def remarks(path: Path) -> list[str]:
+    """Lines about scans normalised in several ways, and channels that are missing or were taken by voxel.
+
+    And about scans of two subjects that are the same.
+
+    Args:
+        path: A store.
+    """
+    import h5py
+
+    kinds: dict[str, dict[str, list[str]]] = {}
+    elsewhere: list[str] = []
+    lacking: dict[tuple[str, str], list[str]] = {}
+    volumes: dict[str, int] = {}
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    alike: list[str] = []
+    with h5py.File(path, "r", locking=False) as file:
+        rows = file["index/table"][("provenance_at", "provenance_length")]
+        for begin in range(0, len(rows), _BATCH):
+            own = rows[begin : begin + _BATCH]
+            start = int(own["provenance_at"].min())
+            ends = own["provenance_at"] + own["provenance_length"]
+            text = file["provenance"][start : int(ends.max())].tobytes()
+            for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
+                record = json.loads(text[at - start : end - start])
+                kind = record["done"].get("normalize", {}).get("kind")
+                if kind is not None:
+                    kinds.setdefault(record["dataset"], {}).setdefault(kind, []).append(record["source"])
+                volumes[record["dataset"]] = volumes.get(record["dataset"], 0) + 1
+                other = _same_voxels(record, seen)
+                if other:
+                    alike.append(f"{other} = {record['source']}")
+                for channel in record["done"].get("missing", ()):
+                    lacking.setdefault((record["dataset"], channel), []).append(record["source"])
+                if "voxel_by_voxel" in record["done"]:
+                    elsewhere.append(record["source"])
+    lines = [_mixed(dataset, of) for dataset, of in kinds.items() if len(of) > 1]
+    for (dataset, channel), whose in lacking.items():
+        all_of_them = len(whose) == volumes[dataset]
+        lines.append(
+            f"{dataset}: no scan has the channel {channel}, which is 0 everywhere; is the name right?"
+            if all_of_them
+            else f"{dataset}: {len(whose)} of {count_of(volumes[dataset], 'scan')} without the channel "
+            f"{channel}, which is 0 there: {_few(whose)}"
+        )
+    if alike:
+        lines.append(
+            f"{count_of(len(alike), 'scan')} with the voxels of another subject's: {_few(alike)}; if they "
+            "are of one person, name it in a column `subject` of a CSV, or training sees what is tested on"
+        )
+    if elsewhere:
+        lines.append(
+            f"{count_of(len(elsewhere), 'scan')} with a channel that its header places elsewhere than the "
+            f"first, taken voxel by voxel all the same: {_few(elsewhere)}"
+        )
+    return lines
+
+
+def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """The source of an earlier scan of another subject that looks the same, or ""; remembers this one.
+
+    Both hashes of the leak check are equal, which any linear change of the intensities leaves as they are.
+    """
+    reading, who, source = (str(record.get(key) or "") for key in ("reading", "subject", "source"))
+    if not reading:
+        return ""
+    subject, earlier = seen.setdefault((record["dataset"], reading), (who, source))
+    return earlier if subject != who else ""
+
+
+def _mixed(dataset: str, kinds: dict[str, list[str]]) -> str:
+    """The kinds of normalisation within a data set, the most frequent first, with examples of the rest."""
+    first, *rest = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
+    told = ", ".join(f"{len(kinds[kind])} as {kind} ({_few(kinds[kind])})" for kind in rest)
+    # Hounsfield units are often taken for MR (cropped, resampled, shifted ones), hardly ever the other way.
+    one = "ct" if "ct" in kinds else first
+    return (
+        f"{dataset}: {count_of(len(kinds[first]), 'volume')} normalised as {first}, {told}; if all are of "
+        f"one kind, --normalize {one} makes them alike"
+    )
+
+
+def _few(sources: list[str]) -> str:
+    names = list(dict.fromkeys(sources))  # the frames of a file share its name
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

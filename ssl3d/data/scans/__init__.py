@@ -1,0 +1,1 @@
+"""Scans as people keep them: finding, listing, reading."""

@@ -1,0 +1,462 @@
+"""CSV and TSV lists of scans, with subjects, labels, splits and masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl3d.data.preparation.normalize import modality_code
+from ssl3d.data.preparation.progress import count_of
+from ssl3d.data.scans.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
+from ssl3d.data.scans.dataset_json import _bare, _json
+from ssl3d.data.scans.dicom import dicom_tags, is_dicom
+from ssl3d.data.scans.folders import dataset_name, in_class_folders, missing, walk
+from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.series import from_dicom, nameless_patients
+from ssl3d.data.scans.subjects import relative, split_of, subjects_of
+from ssl3d.data.scans.tables import NotText, Table, read_table, read_text
+from ssl3d.errors import DataError
+
+_COLUMNS = {
+    "path": ("path", "file", "filename", "image"),
+    # The last three: as pandas writes DICOM's PatientID, as many spreadsheets have it, as BIDS has it.
+    "subject": (
+        "subject",
+        "patient",
+        "subject_id",
+        "patient_id",
+        "patientid",
+        "patient id",
+        "participant_id",
+    ),
+    "label": ("label", "class", "class_index", "diagnosis"),
+    "split": ("split",),
+    "mask": ("mask",),
+}
+
+
+# dataset.json -------------------------------------------------------------------------------------
+
+
+# CSV ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    line: int
+    path: Path
+    name: str
+    subject: str
+    label: int | float | str | None
+    split: str
+    mask: Path | None
+
+
+def from_csv(path: Path, wanted: Wanted) -> Found:
+    """The scans that a CSV lists, with what its columns say about them.
+
+    A list of boxes (a line per box) says nothing of labels: those are the boxes' own.
+    """
+    found = Found()
+    table, columns = _table(path, wanted.label)
+    root = _folder_of(path, table, columns)
+    described = _json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
+    wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
+    dataset = dataset_name(root, wanted)
+    modality = _modality(described)
+    if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
+        found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
+    of_boxes = lists_boxes(path)
+    seen: set[Path] = set()
+    found.notes += _unused(path, of_boxes, wanted.label)
+    nameless: list[int] = []  # scans whose row names no subject
+    for row in _rows(path, found, of_boxes, wanted.label):
+        if row.path in seen:
+            if not of_boxes:
+                found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
+            continue
+        seen.add(row.path)
+        scan = _listed_scan_of(row, root, dataset, modality, found, wanted)
+        if scan is not None:
+            if not row.subject:
+                nameless.append(len(found.scans))
+            found.scans.append(_with_row(scan, row))
+    if nameless:
+        found.notes.append(_name_subjects(found, nameless, root, path, "subject" in columns, wanted))
+    if of_boxes:
+        add_boxes(found, path, wanted.box_readers)
+    return found
+
+
+def _folder_of(path: Path, table: Table, columns: dict[str, str]) -> Path:
+    """The folder that a list's paths are relative to: its own; of a link, that of the file where it leads.
+
+    The latter only where nothing named is beside the link.
+    """
+    if not path.is_symlink():
+        return path.parent
+    beside = path.resolve().parent
+    names = [name for _, row in table.rows[:50] if (name := row[columns["path"]].strip())]
+    if any((path.parent / name).exists() for name in names):
+        return path.parent
+    return beside if any((beside / name).exists() for name in names) else path.parent
+
+
+def _name_subjects(
+    found: Found, nameless: Sequence[int], root: Path, path: Path, has_column: bool, wanted: Wanted
+) -> str:
+    """Gives the scans (by position) whose row names no subject one, as in a folder; a line that says so.
+
+    DICOM's have theirs, by the PatientID. Natural pictures (rgb) are each their own.
+    """
+    plain = [i for i in nameless if not _is_dicom_file(found.scans[i].files[0][0])]
+    files = [Path(os.path.abspath(found.scans[i].files[0][0])) for i in plain]  # less `..`
+    common = _common(files, Path(os.path.abspath(root)))
+    whose = subjects_of(files, common, in_class_folders(files, common))
+    for i, file in zip(plain, files, strict=True):
+        natural = wanted.colour == "rgb" and suffix_of(file) in PICTURES
+        subject = _bare(relative(file, common)) if natural else whose[file]
+        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
+    headers = {i: dicom_tags(found.scans[i].files[0][0]) for i in sorted({*nameless} - {*plain})}
+    blank = {i: (tag["study"], found.scans[i].files[0]) for i, tag in headers.items() if not tag["patient"]}
+    for i, subject in nameless_patients(blank, root).items():  # not each line by itself, as they were read
+        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
+    of = ["the names of files and folders"] if plain else []
+    if len(blank) < len(headers):
+        of.append("DICOM's PatientID")
+    if blank:
+        of.append("the folders of DICOM studies, as their PatientID is blank")
+    why = f"no subject in {count_of(len(nameless), 'line')}" if has_column else "no column subject"
+    count = count_of(len({found.scans[i].subject for i in nameless}), "subject")
+    return f"{path.name}: {why}: {count} taken from {' and '.join(of)}"
+
+
+def _common(files: Sequence[Path], root: Path) -> Path:
+    """Where paths are told from: the list's folder, or where some lie elsewhere one that holds them all."""
+    if all(file.is_relative_to(root) for file in files):
+        return root
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    return common.parent if any(file.parent == common for file in files) else common
+
+
+def _modality(described: dict[str, Any]) -> str:
+    channels = described.get("channel_names") or described.get("modality") or {}
+    values = list(channels.values()) if isinstance(channels, dict) else []
+    return modality_code(str(values[0])) if len(values) == 1 else ""
+
+
+def _listed_scan_of(
+    row: _Row, root: Path, dataset: str, modality: str, found: Found, wanted: Wanted
+) -> Scan | None:
+    """The scan that a row names, without what else the row says; None if refused."""
+    wanted = dataclasses.replace(wanted, dataset=dataset)
+    if row.path.is_dir():
+        files = [file for file in walk(row.path) if is_dicom(file)]
+        by_folder: dict[Path, list[Path]] = defaultdict(list)
+        for file in files:
+            by_folder[file.parent].append(file)
+        series = from_dicom(by_folder, root, wanted)
+        found.rejected += series.rejected
+        if len(series.scans) != 1:
+            found.rejected.append((row.name, _which_series(series.scans, row.path)))
+            return None
+        return series.scans[0]
+    if _is_dicom_file(row.path):
+        series = from_dicom({row.path.parent: [row.path]}, root, wanted)
+        found.rejected += series.rejected
+        if not series.scans and not series.rejected:
+            found.rejected.append((row.name, "DICOM, but not a scan (a segmentation, a plan or a report)"))
+        return series.scans[0] if series.scans else None
+    if suffix_of(row.path) not in (*NIFTI, *ITK, *PICTURES):
+        found.rejected.append((row.name, "not a known format"))
+        return None
+    return Scan(
+        id=f"{dataset}/{_bare(relative(row.path, root))}",
+        dataset=dataset,
+        subject=stem_of(row.path),
+        source=relative(row.path, root),
+        files=((row.path,),),
+        modality=modality,
+        named=True,
+    )
+
+
+def _is_dicom_file(path: Path) -> bool:
+    """Whether it is DICOM, and no other format that is known by its ending."""
+    return suffix_of(path) not in (*NIFTI, *ITK, *PICTURES) and is_dicom(path)
+
+
+def _which_series(scans: Sequence[Scan], folder: Path) -> str:
+    """Why a row that names a folder is of no use, and what to list instead."""
+    if not scans:
+        return "a folder without a DICOM series; a line names one file, or the folder of one series"
+    first = [scan.files[0][0] for scan in scans]
+    by_folder = Counter(path.parent for path in first)
+    shown = ", ".join(
+        f"{relative(path, folder)} and {count_of(len(scan.files[0]) - 1, 'more file')}"
+        for scan, path in list(zip(scans, first, strict=True))[:3]
+    ) + (", ..." if len(scans) > 3 else "")
+    apart = all(count == 1 for count in by_folder.values())
+    advice = (
+        "list these folders instead, a line each"
+        if apart
+        else "move each series to a folder of its own, and list the one that is meant"
+    )
+    return f"a folder with {len(scans)} DICOM series ({shown}): {advice}"
+
+
+def _with_row(scan: Scan, row: _Row) -> Scan:
+    return dataclasses.replace(
+        scan,
+        subject=row.subject or scan.subject,
+        label=row.label if row.label is not None else scan.label,
+        split=row.split or scan.split,
+        mask=row.mask or scan.mask,
+        named=True,
+    )
+
+
+def named_in(path: Path) -> Iterator[Path]:
+    """The files and folders that a CSV names, scans and masks, whether they exist or not.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    table, columns = _table(path)
+    folder = _folder_of(path, table, columns)
+    for _, row in table.rows:
+        for name in ("path", "mask"):
+            if name in columns and (named := row[columns[name]].strip()):
+                yield folder / named
+
+
+def with_listing(found: Found, root: Path, label: str = "") -> Found:
+    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them.
+
+    A list of boxes is asked for subjects, splits and masks where there is no other; never for labels, as
+    its labels are those of the boxes.
+    """
+    listings: list[Path] = []
+    of_boxes: list[Path] = []
+    series = _series_folders(found.scans, root)
+    for path in sorted(root.glob("*.csv")):
+        try:
+            mine = _column(path, "path")
+            boxes = lists_boxes(path)
+        except NotText as error:
+            found.notes.append(f"{error}; not used")
+            continue
+        except DataError:
+            continue
+        if (
+            mine is not None
+            and path.name != "rejected.csv"
+            and any((root / name).is_file() or (root / name).resolve() in series for name in mine[:50])
+        ):
+            if not boxes:
+                listings.append(path)
+            elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
+                of_boxes.append(path)
+    boxes = not listings
+    listings = listings or of_boxes
+    if len(listings) > 1:
+        names = ", ".join(path.name for path in listings)
+        found.notes.append(
+            f"{root}: several lists ({names}); none was used, give the one you mean as the source"
+        )
+    elif listings:
+        rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes, label)}
+        named = {i: rows[folder] for folder, i in series.items() if folder in rows}
+        matched = 0
+        for i, scan in enumerate(found.scans):
+            row = None
+            if scan.files[0] and scan.member is None:
+                row = rows.get(scan.files[0][0].resolve()) or named.get(i)
+            if row is not None:
+                found.scans[i] = _with_row(scan, row)
+                matched += 1
+        found.notes.append(
+            f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
+        )
+        found.notes += _unused(listings[0], boxes, label)
+    return found
+
+
+def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
+    """The folders that hold one DICOM series and no more, and its position: a list may name those."""
+    inside: dict[Path, set[int]] = defaultdict(set)
+    for i, scan in enumerate(scans):
+        if len(scan.files) == 1 and scan.files[0] and _is_dicom_file(scan.files[0][0]):
+            for parent in {folder.resolve() for folder in {path.parent for path in scan.files[0]}}:
+                for folder in (parent, *parent.parents):
+                    if folder != root.resolve():
+                        inside[folder].add(i)
+    return {folder: next(iter(held)) for folder, held in inside.items() if len(held) == 1}
+
+
+def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator[_Row]:
+    """The lines of a list whose files are there; the others are rejected. One of boxes has no labels."""
+    table, columns = _table(path, label)
+    folder = _folder_of(path, table, columns)
+    if of_boxes:
+        columns.pop("label", None)
+    labels = _labels(path, table, columns)
+    kind = _label_type(labels)
+    for number, (line, row) in enumerate(table.rows):
+        values = {name: (row[column] or "").strip() for name, column in columns.items()}
+        name = values["path"]
+        if not name:
+            found.rejected.append((f"{path.name}:{line}", "no path in this line"))
+            continue
+        target, mask = folder / name, values.get("mask", "")
+        if not target.exists():
+            why = missing(target) if target.is_symlink() else "no such file"
+            found.rejected.append((name, f"line {line} of {path.name}: {why}"))
+            continue
+        if mask and not (folder / mask).exists():
+            found.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
+            continue
+        split = split_of(values.get("split", ""))
+        if split is None:
+            raise DataError(
+                f"{path}, line {line}: split {values['split']!r}; known: train, val, test, or nothing"
+            )
+        given = _known(labels[number]) if labels else ""
+        yield _Row(
+            line,
+            target,
+            name,
+            values.get("subject", ""),
+            kind(given) if given else None,
+            split,
+            folder / mask if mask else None,
+        )
+
+
+def _table(path: Path, label: str = "") -> tuple[Table, dict[str, str]]:
+    """A list, and the header's word for each column known; `label` names that of the labels."""
+    table = read_table(path)
+    columns = table.columns(_COLUMNS)
+    if label:
+        if label.strip().lower() not in table.header:
+            raise DataError(
+                f"{path}: no column {label!r}, as --label has it (columns: {', '.join(table.header)})"
+            )
+        columns["label"] = table.header[label.strip().lower()]
+    if "path" not in columns:
+        raise DataError(
+            f"{path}: no column `path` (columns: {', '.join(table.header) or 'none'}); "
+            "expected path, and if you like subject, label, split, mask"
+        )
+    return table, columns
+
+
+def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
+    """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
+
+    Args:
+        path: Of the list.
+        of_boxes: Whether it is one of boxes, whose columns are read elsewhere.
+        label: Name of the column of labels, if it is none of the usual ones.
+    """
+    table, columns = _table(path, label)
+    known = COLUMNS_OF_BOXES if of_boxes else frozenset()
+    notes = []
+    own = [word.strip() for key, word in table.header.items()
+           if key and key not in known and word not in columns.values()]  # fmt: skip
+    if own:
+        more = {"label": ", or the column that --label names"}
+        where = [f"{name}s are read from {', '.join(_COLUMNS[name])}{more.get(name, '')}"
+                 for name in ("label", "subject") if name not in columns]  # fmt: skip
+        hint = f" ({'; '.join(where)})" if where else ""
+        notes.append(f"{path.name}: columns not used: {', '.join(own)}{hint}")
+    if table.overfull:
+        lines = "1 line has" if table.overfull == 1 else f"{table.overfull} lines have"
+        notes.append(
+            f"{path.name}: {lines} more cells than the header; what is in those was not read (a "
+            "delimiter within a cell needs quotes around it)"
+        )
+    if "label" in columns and not of_boxes:
+        notes += _odd_labels(path, table, columns)
+    return notes
+
+
+def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
+    """Labels that are masks, taken for none, or words among numbers, which make all of a list words."""
+    notes = []
+    given = [row[columns["label"]].strip() for _, row in table.rows]
+    folder = _folder_of(path, table, columns)
+    files = [label for label in given[:50] if suffix_of(Path(label)) and (folder / label).is_file()]
+    if files:
+        notes.append(
+            f"{path.name}: labels that are files, such as {files[0]}: each is taken for a class; "
+            "masks are read from a column named mask"
+        )
+    unknown = sum(bool(label) and not _known(label) for label in given)
+    if unknown:
+        notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")
+    written = zip(table.rows, _labels(path, table, columns), strict=True)
+    labels = [(line, known) for (line, _), text in written if (known := _known(text))]
+    words = [(line, label) for line, label in labels if _label_type([label]) is str]
+    if words and 2 * len(words) <= len(labels):
+        line, word = words[0]
+        more = f" and {len(words) - 1} more" if len(words) > 1 else ""
+        notes.append(
+            f"{path.name}, line {line}: the label {word!r}{more} is no number, so the other labels, which "
+            "are numbers, are names of classes too; correct it, or leave it empty"
+        )
+    return notes
+
+
+def _labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
+    """The labels as written; with a point where the whole column has numbers with a decimal comma.
+
+    A comma is one only where cells are not delimited by commas: there it may be a set of classes ("1,2").
+    """
+    if "label" not in columns:
+        return []
+    given = [row[columns["label"]] for _, row in table.rows]
+    head = read_text(path).split("\n", 1)[0]
+    known = [label for text in given if (label := _known(text))]
+    if head.count(",") < max(head.count(";"), head.count("\t")) and all(
+        re.fullmatch(r"[+-]?\d+(?:,\d+)?", label) for label in known
+    ):
+        return [label.replace(",", ".") for label in given]
+    return given
+
+
+def _column(path: Path, name: str) -> list[str] | None:
+    table, columns = _table(path)
+    return [row[columns[name]] for _, row in table.rows] if name in columns else None
+
+
+def _known(label: str) -> str:
+    """A label as written, or nothing where tables write that there is none."""
+    label = (label or "").strip()
+    return "" if label.lower() in ("nan", "na", "n/a", "null") else label
+
+
+def _label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
+    """The type of a column: int if all labels are whole numbers, float if all are numbers, else str.
+
+    0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps.
+    """
+    try:
+        numbers = [float(known) for value in values if (known := _known(value))]
+    except ValueError:
+        return str
+    if not np.isfinite(numbers).all():
+        return str
+    return _whole if all(number.is_integer() for number in numbers) else float
+
+
+def _whole(text: str) -> int:
+    return int(float(text))

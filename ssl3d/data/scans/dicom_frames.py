@@ -1,0 +1,88 @@
+"""Where the frames of a multi-frame DICOM file lie: in sequences, which SimpleITK does not show."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl3d.data.scans.dicom import Slice
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_SLICE_VECTOR = 0x00540080
+
+
+@dataclasses.dataclass
+class Frames:
+    """What the header tells of a file's frames, in the file's order.
+
+    Attributes:
+        slices: Where each lies; empty where the header does not tell it of all.
+        rescale: (slope, intercept) of each, (1, 0) where the header has none.
+        stacked: Whether the frames say that they are the slices of one even stack (nuclear medicine).
+    """
+
+    slices: list[Slice]
+    rescale: list[tuple[float, float]]
+    stacked: bool
+
+
+def read_frames(path: Path) -> Frames:
+    """Reads what the functional groups of a multi-frame file tell of its frames.
+
+    Raises:
+        ValueError: The header is damaged.
+    """
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+
+    wanted = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "FrameIncrementPointer"]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of values that are not by the book
+            header = dcmread(path, stop_before_pixels=True, specific_tags=list(wanted))
+            shared = next(iter(header.get(wanted[0]) or ()), None)
+            groups = list(header.get(wanted[1]) or ())
+            slices = [_slice(k, group, shared) for k, group in enumerate(groups)]
+            rescale = [_rescale(group, shared) for group in groups]
+            stacked = header.get(wanted[2]) == _SLICE_VECTOR
+    except InvalidDicomError:
+        return Frames([], [], False)
+    except (EOFError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+    return Frames([one for one in slices if one] if all(slices) else [], rescale, stacked)
+
+
+def _slice(index: int, group: Dataset, shared: Dataset | None) -> Slice | None:
+    position = _told(group, shared, "PlanePositionSequence", "ImagePositionPatient")
+    axes = _told(group, shared, "PlaneOrientationSequence", "ImageOrientationPatient")
+    if len(position) != 3 or len(axes) != 6:
+        return None
+    return Slice(
+        f"frame {index}",
+        position,
+        axes,
+        _told(group, shared, "PixelMeasuresSequence", "PixelSpacing"),
+        phase=_told(group, shared, "FrameContentSequence", "TemporalPositionIndex"),
+        key=_told(group, shared, "FrameContentSequence", "DimensionIndexValues"),
+    )
+
+
+def _rescale(group: Dataset, shared: Dataset | None) -> tuple[float, float]:
+    slope, intercept = (
+        _told(group, shared, "PixelValueTransformationSequence", name)
+        for name in ("RescaleSlope", "RescaleIntercept")
+    )
+    return (slope[0] if slope else 1.0), (intercept[0] if intercept else 0.0)
+
+
+def _told(group: Dataset, shared: Dataset | None, sequence: str, name: str) -> tuple[float, ...]:
+    """Numbers of the frame's own group, else of the one that all frames share; none in neither."""
+    for place in (group, shared):
+        for item in (place.get(sequence) or ()) if place is not None else ():
+            found: Any = item.get(name)
+            if found is not None and found != "":
+                return tuple(map(float, found if hasattr(found, "__iter__") else (found,)))
+    return ()

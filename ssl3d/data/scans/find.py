@@ -1,0 +1,299 @@
+"""What is in the folders and files given: which are scans, whose, with which labels and masks.
+
+Nothing but names, small lists (`dataset.json`, CSV) and DICOM headers is read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl3d.data.preparation.progress import count_of
+from ssl3d.data.scans.csv_lists import from_csv, with_listing
+from ssl3d.data.scans.dataset_json import from_dataset_json, from_nnunet
+from ssl3d.data.scans.dicom import is_dicom
+from ssl3d.data.scans.folders import (
+    _LABEL_FOLDER,
+    _LABEL_NAME,
+    IGNORED,
+    _class_folders,
+    _one_person_each,
+    _some,
+    bare,
+    dataset_name,
+    in_class_folders,
+    label_note,
+    looks_like_label,
+    missing,
+    tokens,
+    walk,
+)
+from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.read import ARRAYS, FORMATS, ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.subjects import relative, subjects_by_name, subjects_of
+from ssl3d.errors import DataError
+
+_HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
+
+
+def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
+    """Finds the scans in folders and files.
+
+    Raises:
+        DataError: A source does not exist, holds nothing known, or is a list that cannot be used; or no
+            file's name has the part that tells masks.
+    """
+    found = Found()
+    for source in map(Path, sources):
+        here = _find_one(source, wanted)
+        if not here.scans and not here.rejected and not here.notes:
+            raise DataError(f"{source}: no scans found; looked for {FORMATS}, dataset.json and CSV lists")
+        found.scans += here.scans
+        found.rejected += here.rejected
+        found.notes += here.notes
+        found.label_names.update(here.label_names)
+        for dataset, names in here.box_names.items():
+            found.box_names.setdefault(dataset, {}).update(names)
+    if wanted.label and all(scan.label is None for scan in found.scans):
+        raise DataError(
+            f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
+            f"{wanted.label} says them, beside the scans or as the source"
+        )
+    if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
+        found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
+    found = _distinct(found)
+    found.notes += _in_two_splits(found.scans)
+    return found
+
+
+def in_part(name: str, index: int, count: int) -> bool:
+    """Whether shard `index` of `count` (from 1) holds this name; the same everywhere and always."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % count == index - 1
+
+
+def _in_two_splits(scans: Sequence[Scan]) -> list[str]:
+    """The line that says whose scans are in several splits."""
+    splits: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for scan in scans:
+        splits[scan.dataset, scan.subject] |= {scan.split} - {""}
+    several = [f"{subject} ({', '.join(sorted(found))})"
+               for (_, subject), found in splits.items() if len(found) > 1]  # fmt: skip
+    if not several:
+        return []
+    return [
+        f"{count_of(len(several), 'subject')} with scans in several splits: {_some(several)}; the house "
+        "split puts all scans of a subject into the one furthest from training"
+    ]
+
+
+def _find_one(source: Path, wanted: Wanted) -> Found:
+    from ssl3d.data.scans import arrays
+    from ssl3d.data.scans.boxes import unread_boxes, with_boxes
+
+    if not source.exists():
+        raise DataError(f"{source}: {missing(source)}")
+    if source.is_file():
+        source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
+        if suffix_of(source) in (".csv", ".tsv") or source.name == "dataset.json":
+            if source.name == "dataset.json":
+                listed = from_dataset_json(source.parent, wanted)
+            else:
+                listed = from_csv(source, wanted)
+            listed.notes += unread_boxes(listed, source)
+            return listed
+        if suffix_of(source) in ARRAYS:
+            return arrays.from_arrays(source, wanted, source.parent)
+        if suffix_of(source) in (".h5", ".hdf5"):
+            raise DataError(f"{source}: a store is prepared already; give it to --data")
+        if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
+            raise DataError(
+                f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
+            )
+        return _from_files([source], source.parent, wanted, named=True)
+    listed = from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
+    if listed.scans or listed.rejected:  # else such a file is something else's
+        found = listed
+    elif _is_channelled(source):
+        found = from_nnunet(source, wanted)
+    else:
+        found = from_folder(source, wanted)
+    return with_boxes(with_listing(found, source, wanted.label), source, wanted.box_readers)
+
+
+def from_folder(root: Path, wanted: Wanted) -> Found:
+    """Scans of a folder tree without a list: BIDS, DICOM series, class folders, or just files."""
+    from ssl3d.data.scans.arrays import from_arrays
+    from ssl3d.data.scans.series import from_dicom
+
+    found, files = Found(), []
+    bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+    dicom: dict[Path, list[Path]] = defaultdict(list)
+    dead: list[Path] = []
+    for path in walk(root, skip=_HEADERLESS if bids else frozenset(), dead=dead):
+        ending = suffix_of(path)
+        if ending in ARRAYS:
+            arrays = from_arrays(path, wanted, root)
+            found.scans += arrays.scans
+            found.rejected += arrays.rejected
+        elif ending in (*NIFTI, *ITK, *PICTURES):
+            files.append(path)
+        elif path.name.upper() == "DICOMDIR" or ending in IGNORED:
+            continue
+        elif is_dicom(path):
+            dicom[path.parent].append(path)
+    found.rejected += [(relative(path, root), missing(path)) for path in dead]
+    plain = _from_files(files, root, wanted, named=False)
+    series = from_dicom(dicom, root, wanted)
+    for part in (plain, series):
+        found.scans += part.scans
+        found.rejected += part.rejected
+        found.notes += part.notes
+    return found
+
+
+# Plain files --------------------------------------------------------------------------------------
+
+
+def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) -> Found:
+    from ssl3d.data.scans.series import from_channels, from_dicom
+
+    found = Found()
+    if wanted.channels and not named:
+        return from_channels(files, root, wanted)
+    scans: list[Path] = []
+    maps: list[Path] = []
+    for path in files:
+        like_mask = bool(wanted.masks) and bare(wanted.masks) in tokens(path)
+        natural = wanted.colour == "rgb" and suffix_of(path) in PICTURES  # `mask` may be its class
+        named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
+        label = like_mask or named_so
+        (maps if label else scans).append(path)
+    masks = _beside(scans, maps, wanted.masks, root) if wanted.masks else {}
+    unused = [relative(path, root) for path in maps if path not in masks.values()]
+    if unused:
+        found.notes.append(label_note(unused))
+    dataset = dataset_name(root, wanted)
+    subjects = subjects_of(scans, root, in_class_folders(scans, root))
+    classes = _class_folders(scans, root, natural=wanted.colour == "rgb")
+    if wanted.colour == "rgb":  # n01440764/10026.JPEG: the folder is no person
+        subjects |= {path: relative(path, root).removesuffix(path.name) + stem_of(path) for path in classes}
+    found.notes += _one_person_each(classes, subjects)
+    for path in scans:
+        group, split = classes.get(path, (None, ""))
+        if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+            found.scans += from_dicom({path.parent: [path]}, root, wanted).scans
+            continue
+        found.scans.append(
+            Scan(
+                id=f"{dataset}/{relative(path, root).removesuffix(path.name) + stem_of(path)}",
+                dataset=dataset,
+                subject=subjects[path],
+                source=relative(path, root),
+                files=((path,),),
+                mask=masks.get(path),
+                label=group,
+                split=split,
+                named=named or suffix_of(path) in PICTURES or wanted.take_labels,
+            )
+        )
+    return found
+
+
+def _no_masks(roots: Sequence[Path], part: str) -> str:
+    """The line that says why no scan has a mask, where files have the part in their names.
+
+    Raises:
+        DataError: None has.
+    """
+    like: Counter[str] = Counter()
+    matching = 0
+    for root in roots:
+        for path in walk(root) if root.is_dir() else ():
+            if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+                continue
+            words = tokens(path)
+            matching += bare(part) in words
+            named = [word for word in words if _LABEL_NAME.search(word)]
+            parents = relative(path.parent, root).split("/")
+            named = named or [f"{folder}/" for folder in parents if _LABEL_FOLDER.fullmatch(folder)]
+            like.update(set(named))
+    if matching:
+        return f"--masks {part}: {matching} files have it in their names, and none is one scan's alone"
+    here = ", ".join(f"{word} ({count})" for word, count in like.most_common(8))
+    if not any(root.is_dir() for root in roots):
+        here = "a list names masks in its column `mask`"
+    elif here:
+        here = f"names like those of label maps here: {here}"
+    else:
+        here = "no name here is like those of label maps"
+    raise DataError(f"--masks {part}: no file has it in its name; {here}")
+
+
+def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
+    """Scan -> label map of the same folder, by name.
+
+    The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
+    names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
+    """
+    part = bare(part)
+    rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
+    by_name = {(path.parent, tuple(others)): path for path, others in rest.items()}
+    here: dict[Path, list[Path]] = {}
+    for path in scans:
+        here.setdefault(path.parent, []).append(path)
+    whose = subjects_by_name(
+        scans, root
+    )  # and not by folders: a map of one frame is not that of the others
+    found: dict[Path, list[Path]] = {}
+    for path, others in rest.items():
+        like = [scan for scan in here.get(path.parent, ()) if set(others) <= set(tokens(scan))]
+        if like and len({whose[scan] for scan in like}) == 1:
+            for scan in like:
+                found.setdefault(scan, []).append(path)
+    masks: dict[Path, Path] = {}
+    for path in scans:
+        exact = by_name.get((path.parent, tuple(tokens(path))))
+        if exact is not None:
+            masks[path] = exact
+        elif len(found.get(path, ())) == 1:
+            masks[path] = found[path][0]
+    return masks
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _is_channelled(root: Path) -> bool:
+    """Whether the four digits at the ends of names are nnU-Net's channels, which begin at 0000.
+
+    Those of AMOS (amos_0001, amos_0004) are people, and so are those that the label maps have too.
+    """
+    images, labels = ({stem_of(path) for path in walk(root / name)} if (root / name).is_dir() else set()
+                      for name in ("imagesTr", "labelsTr"))  # fmt: skip
+    numbered = {stem for stem in images if re.search(r"_\d{4}$", stem)}
+    return any(stem.endswith("_0000") for stem in numbered) and not numbered & labels
+
+
+def _distinct(found: Found) -> Found:
+    """Drops what was found twice, and makes ids unique where different roots agree."""
+    seen: set[Any] = set()
+    scans: list[Scan] = []
+    ids: Counter[str] = Counter()
+    for scan in found.scans:
+        key = (tuple(path.resolve() for group in scan.files for path in group), scan.member)
+        if key in seen:
+            continue
+        seen.add(key)
+        ids[scan.id] += 1
+        if ids[scan.id] > 1:
+            scan = dataclasses.replace(scan, id=f"{scan.id}~{ids[scan.id]}")
+        scans.append(scan)
+    found.scans = scans
+    found.notes = list(dict.fromkeys(found.notes))
+    return found

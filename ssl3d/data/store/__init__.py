@@ -1,0 +1,1 @@
+"""The HDF5 store: records, index, writing, reading."""

@@ -1,0 +1,246 @@
+"""The index of a store: one table, written volume by volume, read at once.
+
+Layout (version 1). `index/table` has one row per volume (`ROW`); the names of the volumes are
+`index/text`, one after the other; `index/head` is JSON: data sets, people, orientations, label names.
+Foreground maps and boxes lie end to end in `foreground`, `boxes`, `box_labels`, and `provenance` holds
+one JSON `Record` per row. `settings`, `rejected` and `fingerprint` are JSON. Opening a store reads
+`index` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ssl3d.data.store.record import SPLITS, Record, blob, plain
+from ssl3d.errors import DataError
+
+FORMAT = "ssl3d-store"
+VERSION = 2  # 2: some voxels are stored as uint8; a store without any is of version 1
+NO_LABEL, INT_LABEL, FLOAT_LABEL, TEXT_LABEL = range(4)
+
+# One row of the index table. Offsets point into the flat data sets; boxes is -1 where there are none
+# because nobody looked, 0 where somebody looked and found none.
+ROW = np.dtype(
+    [
+        ("shape", "<i4", 4),
+        ("spacing", "<f8", 3),
+        ("block", "<i2", 3),
+        ("identity", "<i4"),
+        ("split", "u1"),
+        ("orientation", "u1"),
+        ("has_mask", "?"),
+        ("label_kind", "u1"),
+        ("label", "<f8"),
+        ("id_at", "<i8"),
+        ("id_length", "<i4"),
+        ("boxes", "<i4"),
+        ("boxes_at", "<i8"),
+        ("foreground_at", "<i8"),
+        ("provenance_at", "<i8"),
+        ("provenance_length", "<i4"),
+        ("content", "u1", 16),
+    ]
+)
+
+_BUFFER = 1 << 20  # bytes kept before they are written
+_QUANTILES = (0.5, 5, 50, 95, 99.5)
+
+
+class IndexWriter:
+    """Collects the rows of a store that is being written; what is long goes to disk as it comes.
+
+    Args:
+        file: Open for writing.
+        count: Volumes to come.
+
+    Attributes:
+        version: Of the format, as the file will say it.
+    """
+
+    def __init__(self, file: h5py.File, count: int):
+        self.version = 1
+        self._file, self._rows, self._filled = file, np.zeros(count, ROW), 0
+        self._datasets, self._orientations, self._labels = _Codes(), _Codes(), _Codes()
+        self._people, self._ids = _Codes(), dict[str, None]()
+        self._sketches: list[np.ndarray] = []
+        self._foreground = _Appender(file, "foreground", np.uint8)
+        self._boxes = _Appender(file, "boxes", np.float32, 6)
+        self._box_labels = _Appender(file, "box_labels", np.int64)
+        self._provenance = _Appender(file, "provenance", np.uint8)
+
+    def add(
+        self,
+        record: Record,
+        *,
+        shape: tuple[int, ...],
+        block: tuple[int, ...],
+        has_mask: bool,
+        foreground: np.ndarray,
+        boxes: np.ndarray | None = None,
+        box_labels: np.ndarray | None = None,
+        sketch: np.ndarray,
+    ) -> None:
+        """Adds the next row.
+
+        Args:
+            record: Provenance and identity.
+            shape: (C, D, H, W).
+            block: Voxels per block of the foreground map.
+            has_mask: Whether there is one.
+            foreground: Map, uint8.
+            boxes: (n, 6), or None.
+            box_labels: (n,), where there are boxes.
+            sketch: Quantiles of the foreground, (C, n).
+
+        Raises:
+            DataError: A volume of that id is there already.
+        """
+        if record.id in self._ids:
+            raise DataError(f"two volumes of one store are called {record.id!r}")
+        row = self._rows[self._filled]
+        row["shape"], row["spacing"], row["block"] = shape, record.spacing, block
+        row["identity"] = self._people[self._datasets[record.dataset], record.subject]
+        row["split"] = SPLITS.index(record.split)
+        row["orientation"] = self._orientations[record.orientation]
+        row["has_mask"] = has_mask
+        row["content"] = np.frombuffer(bytes.fromhex(record.voxels or "00" * 16), np.uint8)
+        if isinstance(record.label, str):
+            row["label_kind"], row["label"] = TEXT_LABEL, self._labels[record.label]
+        elif record.label is not None:
+            row["label_kind"] = INT_LABEL if isinstance(record.label, int) else FLOAT_LABEL
+            row["label"] = record.label
+        row["id_length"] = len(record.id.encode())
+        row["boxes"], row["boxes_at"] = -1, self._boxes.length
+        if boxes is not None and box_labels is not None:
+            row["boxes"] = len(boxes)
+            self._boxes.append(boxes)
+            self._box_labels.append(box_labels)
+        row["foreground_at"] = self._foreground.append(foreground.ravel())
+        text = blob(record.to_json())
+        row["provenance_at"], row["provenance_length"] = self._provenance.append(text), len(text)
+        self._ids[record.id] = None
+        self._sketches.append(sketch)
+        self._filled += 1
+
+    def close(self) -> None:
+        """Writes the table, the texts and the fingerprint, and marks the file as a store."""
+        rows, file = self._rows[: self._filled], self._file
+        lengths = rows["id_length"].astype(np.int64)
+        rows["id_at"] = np.cumsum(lengths) - lengths
+        for appender in (self._foreground, self._boxes, self._box_labels, self._provenance):
+            appender.flush()
+        head = {
+            "datasets": list(self._datasets),
+            "orientations": list(self._orientations),
+            "labels": list(self._labels),
+            "identities": [list(person) for person in self._people],
+        }
+        file.create_group("index")  # one made on the way to a data set would hold the time of its making
+        file["index/head"] = blob(json.dumps(head))
+        file["index/text"] = blob("".join(self._ids))
+        file["index/table"] = rows
+        file["fingerprint"] = blob(json.dumps(self._fingerprint(), default=plain))
+        file.attrs.update(format=FORMAT, version=self.version, volumes=len(rows))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Counts, shapes, spacings and foreground intensities, per data set."""
+        rows = self._rows[: self._filled]
+        dataset_of = np.array([dataset for dataset, _ in self._people], np.int64)[rows["identity"]]
+        return {
+            name: self._describe(np.flatnonzero(dataset_of == code))
+            for name, code in sorted(self._datasets.items())
+        }
+
+    def _describe(self, here: np.ndarray) -> dict[str, Any]:
+        rows, sketches = self._rows[here], [self._sketches[i] for i in here]
+        labelled = rows[rows["label_kind"] != NO_LABEL]
+        values, counts = np.unique(labelled[["label_kind", "label"]], return_counts=True)
+        names, orientations = list(self._labels), list(self._orientations)
+        classes = {str(label_of(value, names)): int(n) for value, n in zip(values, counts, strict=True)}
+        channels = max(map(len, sketches))
+        pooled = [np.concatenate([s[c] for s in sketches if c < len(s)]) for c in range(channels)]
+        return {
+            "volumes": len(rows),
+            "subjects": len(np.unique(rows["identity"])),
+            "masks": int(rows["has_mask"].sum()),
+            "labelled": len(labelled),
+            "classes": classes if len(classes) <= 50 else {},
+            "boxes": int(np.maximum(rows["boxes"], 0).sum()),
+            "splits": {
+                name or "none": n for k, name in enumerate(SPLITS) if (n := int((rows["split"] == k).sum()))
+            },
+            "orientations": sorted(orientations[k] for k in np.unique(rows["orientation"])),
+            "channels": channels,
+            "voxels": int(rows["shape"].astype(np.int64).prod(axis=1).sum()),
+            "shape": _spread(rows["shape"][:, 1:]),
+            "spacing": _spread(rows["spacing"]),
+            "intensity": [
+                {f"p{q:g}": round(float(np.percentile(values, q)), 4) for q in _QUANTILES}
+                | {"mean": round(float(values.mean()), 4), "std": round(float(values.std()), 4)}
+                for values in pooled
+            ],
+        }
+
+
+def label_of(row: Any, names: list[str]) -> int | float | str | None:
+    """The label that a row's `label_kind` and `label` stand for."""
+    kind, value = int(row["label_kind"]), row["label"]
+    if kind == INT_LABEL:
+        return int(value)
+    if kind == FLOAT_LABEL:
+        return float(value)
+    return names[int(value)] if kind == TEXT_LABEL else None
+
+
+class _Appender:
+    """A data set that grows at its end, through a buffer."""
+
+    def __init__(self, file: h5py.File, name: str, dtype: type, width: int = 0):
+        row = (width,) if width else ()
+        size = max(1, 65536 // (np.dtype(dtype).itemsize * max(1, width)))
+        self._data = file.create_dataset(
+            name,
+            (0, *row),
+            dtype,
+            maxshape=(None, *row),
+            chunks=(size, *row),
+            fillvalue=0,  # without it the rest of the last chunk is whatever was in memory
+        )
+        self._waiting: list[np.ndarray] = []
+        self._bytes = self.length = 0
+
+    def append(self, values: np.ndarray) -> int:
+        """Returns where the values begin."""
+        begin = self.length
+        self._waiting.append(values)
+        self._bytes += values.nbytes
+        self.length += len(values)
+        if self._bytes > _BUFFER:
+            self.flush()
+        return begin
+
+    def flush(self) -> None:
+        if self._waiting:
+            begin = len(self._data)
+            self._data.resize(self.length, axis=0)
+            self._data[begin:] = np.concatenate(self._waiting)
+            self._waiting, self._bytes = [], 0
+
+
+class _Codes(dict[Any, int]):
+    """Numbers values in the order of their first look-up."""
+
+    def __missing__(self, key: Any) -> int:
+        self[key] = code = len(self)
+        return code
+
+
+def _spread(values: np.ndarray) -> dict[str, np.ndarray]:
+    return {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
+
+
+PART = "ssl3d-part"

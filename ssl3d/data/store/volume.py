@@ -1,0 +1,379 @@
+"""One store file and one of its volumes: lazy, opened by each process for itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, label_of
+from ssl3d.data.store.record import SPLITS, Affine, Record
+from ssl3d.errors import DataError, PluginError
+
+_MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
+_MAX_KNOWN = 4096  # data sets of one file
+
+
+class Store:
+    """One store file: its index in memory, its voxels on disk.
+
+    The file is opened by each process for itself and never locked, so a store survives `fork`, pickling
+    and readers on network file systems.
+
+    Attributes:
+        path: Of the file.
+        rows: Index table, one row per volume.
+        datasets: Names of the data sets.
+        people: Per identity code: position in `datasets`, subject.
+
+    Raises:
+        DataError: The file is missing, cut short, from a newer format, or not a store.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        file = _checked(self.path)
+        state = self.path.stat()
+        self._state = state.st_ino, state.st_mtime_ns, state.st_size
+        with file:
+            try:
+                self.rows: np.ndarray = file["index/table"].astype(ROW)[()]
+                self.text: bytes = file["index/text"][()].tobytes()
+                head = json.loads(file["index/head"][()].tobytes())
+            except (KeyError, OSError, ValueError, TypeError) as error:
+                raise DataError(
+                    f"{path}: its index cannot be read ({error}); prepare the store again"
+                ) from error
+        self.datasets: list[str] = head["datasets"]
+        self.orientations: list[str] = head["orientations"]
+        self.label_names: list[str] = head["labels"]
+        self.people: list[tuple[int, str]] = [tuple(person) for person in head["identities"]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def file(self) -> h5py.File:
+        """The file, opened by this process."""
+        return _open_here(self.path, self._state)
+
+    def array(self, name: str) -> h5py.Dataset:
+        """A data set of the file; looking it up costs as much as reading a small crop, so it is kept.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return _dataset_here(self.path, self._state, name)
+
+    def _json(self, name: str, default: Any) -> Any:
+        file = self.file
+        return json.loads(file[name][()].tobytes()) if name in file else default
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the volumes were made."""
+        return self._json("settings", {})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Per data set: counts, shapes, spacings, intensities."""
+        return self._json("fingerprint", {})
+
+    @property
+    def rejected(self) -> list[dict[str, Any]]:
+        """The files that were refused, with their reasons."""
+        return self._json("rejected", [])
+
+
+class Volume:
+    """One volume of a collection, lazy.
+
+    Attributes:
+        index: Unique over all stores of the collection it came from, kept by `select`.
+        shape: (C, D, H, W).
+        spacing: mm along (D, H, W).
+        has_mask: Whether `read_mask` works.
+        block: Voxels per block of the foreground map along (D, H, W).
+    """
+
+    _withheld_from = ""
+
+    def __init__(self, store: Store, row: int, index: int):
+        self._store, self._number, self.index = store, row, index
+        entry = self._row = store.rows[row]
+        self.shape: tuple[int, int, int, int] = tuple(entry["shape"].tolist())
+        self.spacing: tuple[float, float, float] = tuple(entry["spacing"].tolist())
+        self.has_mask = bool(entry["has_mask"])
+        self.block: tuple[int, int, int] = tuple(entry["block"].tolist())
+
+    def __repr__(self) -> str:
+        return f"Volume({self.index}, {self.dataset}/{self.id}, shape {self.shape}, spacing {self.spacing})"
+
+    def withhold_labels(self, who: str) -> None:
+        """Refuses label, boxes and mask from here on: `who` does not say that it learns from them."""
+        self._withheld_from = who
+
+    def _labelled(self, what: str) -> None:
+        if self._withheld_from:
+            raise PluginError(
+                f"{self._withheld_from} reads a volume's {what}, but its class does not set "
+                "uses_labels = True: checkpoints would say that no labels were seen"
+            )
+
+    @property
+    def place(self) -> tuple[Store, int]:
+        """Its store, and its row there."""
+        return self._store, self._number
+
+    @property
+    def id(self) -> str:
+        """Name of the volume, unique in its store."""
+        start = int(self._row["id_at"])
+        return self._store.text[start : start + int(self._row["id_length"])].decode()
+
+    @property
+    def dataset(self) -> str:
+        """Data set."""
+        return self._store.datasets[self._store.people[self._row["identity"]][0]]
+
+    @property
+    def subject(self) -> str:
+        """Subject within the data set."""
+        return self._store.people[self._row["identity"]][1]
+
+    @property
+    def split(self) -> str:
+        """As the data came: train, val, test, or empty."""
+        return SPLITS[self._row["split"]]
+
+    @property
+    def orientation(self) -> str:
+        """Either "SAR" or "unknown"."""
+        return self._store.orientations[self._row["orientation"]]
+
+    @property
+    def label(self) -> int | float | str | None:
+        """Class, ordinal or real value."""
+        self._labelled("label")
+        return label_of(self._row, self._store.label_names)
+
+    @property
+    def boxes(self) -> np.ndarray | None:
+        """(n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels; None where nobody looked for any."""
+        self._labelled("boxes")
+        return self._flat("boxes")
+
+    @property
+    def box_labels(self) -> np.ndarray | None:
+        """(n,) int64."""
+        self._labelled("box labels")
+        return self._flat("box_labels")
+
+    def _flat(self, name: str) -> np.ndarray | None:
+        count, start = int(self._row["boxes"]), int(self._row["boxes_at"])
+        return None if count < 0 else self._store.file[name][start : start + count]
+
+    @cached_property
+    def record(self) -> Record:
+        """Everything known about the volume, but for a label that is withheld."""
+        start = int(self._row["provenance_at"])
+        text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
+        found = Record.from_json(text.tobytes())
+        return replace(found, label=None) if self._withheld_from else found
+
+    @property
+    def affine(self) -> Affine:
+        """4 x 4, voxel (d, h, w) to patient mm (RAS+ world)."""
+        return self.record.affine
+
+    def crop_affine(self, start: Sequence[int]) -> Affine:
+        """The affine of a crop that begins at voxel `start`: places it back in patient space."""
+        matrix = np.array(self.affine, dtype=np.float64)
+        matrix[:3, 3] += matrix[:3, :3] @ np.asarray(start, dtype=np.float64)
+        return tuple(tuple(map(float, row)) for row in matrix)
+
+    @cached_property
+    def background(self) -> tuple[float, ...]:
+        """Value of air, per channel; what `read` fills in outside the volume."""
+        return tuple(self._data("images").attrs["background"].tolist())
+
+    def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """Voxels (C, d, h, w), float32; the whole volume if nothing is said.
+
+        Args:
+            start: First voxel along (D, H, W); may be negative.
+            size: Voxels along (D, H, W); may reach outside, where the background is filled in.
+
+        Raises:
+            DataError: The store cannot be read here.
+        """
+        data = self._data("images")
+        start, size = self._window(start, size)
+        inside, place, whole = _clip(start, size, self.shape[1:])
+        if whole:
+            return _decoded(data[(slice(None), *inside)], data)
+        out = torch.empty((self.shape[0], *size))
+        out[:] = torch.tensor(self.background)[:, None, None, None]
+        if all(s.stop > s.start for s in inside):
+            out[(slice(None), *place)] = _decoded(data[(slice(None), *inside)], data)
+        return out
+
+    def read_mask(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """Mask (d, h, w), int64, 0 outside the volume; arguments as of `read`.
+
+        Raises:
+            DataError: The volume has no mask, or the store cannot be read here.
+        """
+        self._labelled("mask")
+        if not self.has_mask:
+            raise DataError(f"{self.dataset}/{self.id}: has no mask")
+        data = self._data("masks")
+        start, size = self._window(start, size)
+        inside, place, _ = _clip(start, size, self.shape[1:])
+        out = np.zeros(tuple(size), np.int64)
+        if all(s.stop > s.start for s in inside):
+            out[place] = data[inside]
+        return torch.from_numpy(out)
+
+    def foreground(self) -> np.ndarray:
+        """Share of each block that is foreground, 0 to 1, float32; see `block`."""
+        shape = tuple(-(-n // b) for n, b in zip(self.shape[1:], self.block, strict=True))
+        start = int(self._row["foreground_at"])
+        values = self._store.file["foreground"][start : start + int(np.prod(shape))]
+        return values.reshape(shape).astype(np.float32) / 255
+
+    def foreground_box(self, share: float = 0.1) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """First voxel and end (exclusive) of what holds all blocks with `share` foreground or more.
+
+        The whole volume where no block has.
+        """
+        occupied = self.foreground() >= share
+        limits = self.shape[1:]
+        if not occupied.any():
+            return (0, 0, 0), limits
+        first, end = [], []
+        for axis, (block, limit) in enumerate(zip(self.block, limits, strict=True)):
+            where = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
+            first.append(int(where[0]) * block)
+            end.append(min(int(where[-1] + 1) * block, limit))
+        return (first[0], first[1], first[2]), (end[0], end[1], end[2])
+
+    def _data(self, group: str) -> h5py.Dataset:
+        try:
+            return self._store.array(f"{group}/{self._number}")
+        except KeyError as error:
+            raise DataError(
+                f"{self._store.path}: {self.id} is missing from {group}; prepare it again"
+            ) from error
+
+    def _window(
+        self, start: Sequence[int] | None, size: Sequence[int] | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        begin = (0, 0, 0) if start is None else tuple(map(int, start))
+        if size is None:
+            size = [n - b for n, b in zip(self.shape[1:], begin, strict=True)]
+        extent = tuple(map(int, size))
+        if len(begin) != 3 or len(extent) != 3 or min(extent) < 1:
+            raise ValueError(f"crop at {begin} of size {extent}: expected three numbers each, sizes from 1")
+        return begin, extent
+
+
+# ------------------------------------------------------------------------------------------------
+
+# By path and state of the file: a store that was made anew is another one, in a notebook too.
+_Key = tuple[Path, tuple[int, int, int]]
+_open_files: OrderedDict[_Key, h5py.File] = OrderedDict()
+_known: dict[_Key, dict[str, h5py.Dataset]] = {}
+_forgotten: list[object] = []
+_open_by = os.getpid()
+
+
+def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
+    """The file of this process; HDF5 handles must not cross a fork."""
+    global _open_files, _known, _open_by
+    if _open_by != os.getpid():
+        # Dropped, not closed: the parent still uses what these handles stand for.
+        _forgotten.append((_open_files, _known))
+        _open_files, _known, _open_by = OrderedDict(), {}, os.getpid()
+    key = path, state
+    if key in _open_files:
+        _open_files.move_to_end(key)
+        return _open_files[key]
+    while len(_open_files) >= _MAX_OPEN:
+        oldest, file = _open_files.popitem(last=False)
+        _known.pop(oldest, None)
+        file.close()
+    file = _open_files[key] = _checked(path)
+    return file
+
+
+def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> h5py.Dataset:
+    file = _open_here(path, state)
+    known = _known.setdefault((path, state), {})
+    if name not in known:
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[name] = file[name]
+    return known[name]
+
+
+def _checked(path: Path) -> h5py.File:
+    """Opens a store for reading, or says in one line what is wrong with it."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.is_dir():
+        raise DataError(f"{path}: a folder, not a store")
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise DataError(_why_not(path, error)) from error
+    kind, version = file.attrs.get("format"), file.attrs.get("version")
+    if kind == FORMAT and isinstance(version, int | np.integer) and version <= VERSION:
+        return file
+    file.close()
+    if kind == FORMAT:
+        raise DataError(f"{path}: store format {version}, this ssl3d reads up to {VERSION}: update ssl3d")
+    if kind == PART:
+        raise DataError(f"{path}: one part of an unfinished store; let `ssl3d prepare` finish it")
+    raise DataError(f"{path}: an HDF5 file, but not a store of ssl3d; make one with `ssl3d prepare`")
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    if not os.access(path, os.R_OK):
+        return f"{path}: no permission to read it"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        signed = file.read(8) == b"\x89HDF\r\n\x1a\n"
+    if not signed:
+        return f"{path}: not an HDF5 file ({size} bytes); make a store with `ssl3d prepare`"
+    return f"{path}: cut short or damaged ({size} bytes on disk); prepare it again, or copy it again"
+
+
+def _clip(
+    start: Sequence[int], size: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...], bool]:
+    """What of a window lies in the volume, where in the window that is, and whether it is all of it."""
+    inside, place = [], []
+    for begin, extent, limit in zip(start, size, shape, strict=True):
+        low, high = min(max(begin, 0), limit), min(max(begin + extent, 0), limit)
+        inside.append(slice(low, high))
+        place.append(slice(low - begin, high - begin))
+    whole = all(p.start == 0 and p.stop == n for p, n in zip(place, size, strict=True))
+    return tuple(inside), tuple(place), whole
+
+
+def _decoded(stored: np.ndarray, data: h5py.Dataset) -> Tensor:
+    found = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
+    if stored.dtype in (np.int16, np.uint8):
+        found = found * float(data.attrs["scale"]) + float(data.attrs["offset"])
+    return found

@@ -1,0 +1,304 @@
+"""Writes the HDF5 store: one part per volume, by any number of workers, then one atomic assembly.
+
+A store holds the voxels of row i of its index as `images/i` and `masks/i`; see `ssl3d.data.store.index` for
+the rest of the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ssl3d.data.identity import reading_of
+from ssl3d.data.store.index import PART, VERSION, IndexWriter
+from ssl3d.data.store.record import Record, blob, plain
+from ssl3d.errors import DataError
+
+_CHUNK = 32  # voxels a side: 64 KiB in half precision
+_SKETCH = 65  # quantiles kept per channel and volume, to pool intensities over a data set
+
+
+def write_part(
+    folder: Path,
+    name: str,
+    record: Record,
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    boxes: np.ndarray | None = None,
+    box_labels: np.ndarray | None = None,
+    foreground: np.ndarray | None = None,
+    dtype: str = "float16",
+) -> Path:
+    """Writes one volume as `folder/name.part`; what is there under that name is whole.
+
+    Args:
+        folder: Usually `store.h5.partial`; made if missing.
+        name: File name without suffix; parts are assembled in the order of their names.
+        record: Its `voxels` is filled in.
+        image: (C, D, H, W), normalised.
+        mask: (D, H, W), integers >= 0.
+        boxes: (n, 6), z1 y1 x1 z2 y2 x2 in voxels, upper corner exclusive.
+        box_labels: (n,), integers; zeros if left out.
+        foreground: (D, H, W), boolean; by default what is brighter than the background.
+        dtype: float16, float32, int16 (scaled per volume to its own range), or uint8 (255ths of 1).
+
+    Raises:
+        DataError: Shapes disagree, a voxel is not finite, or does not fit what it is to be stored as.
+    """
+    image = np.asarray(image, dtype=np.float32)
+    _check(record, image, mask, boxes, foreground)
+    background = np.asarray(record.done.get("background", image.min(axis=(1, 2, 3))), dtype=np.float32)
+    stored, scale, offset = _encode(record.id, image, dtype)
+    if stored.dtype == np.float16:  # air outside the volume is to equal air inside
+        background = background.astype(np.float16).astype(np.float32)
+    background = np.broadcast_to(background, image.shape[:1])
+    occupied = _derived_foreground(image, background) if foreground is None else foreground.astype(bool)
+    block = block_size(image.shape[1:])
+    boxes = None if boxes is None else np.asarray(boxes, dtype=np.float32).reshape(-1, 6)
+    labels = None
+    if boxes is not None:
+        labels = np.zeros(len(boxes)) if box_labels is None else np.asarray(box_labels)
+        if len(labels) != len(boxes):
+            raise DataError(f"{record.id}: {len(boxes)} boxes but {len(labels)} box labels")
+    small = None if mask is None else mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
+    content = _content(stored, small, boxes)
+    if stored.dtype == np.int16:  # the same numbers are other voxels at another scale
+        content.update(np.array([scale, offset]).tobytes())
+    # Of what is read back, so that a store that lacks it gives the same later.
+    reading = reading_of(
+        stored if stored.dtype != np.int16 else stored * np.float32(scale) + np.float32(offset)
+    )
+    record = dataclasses.replace(record, voxels=content.hexdigest(), reading=reading)
+    path = folder / f"{name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _renamed(path) as temporary, h5py.File(temporary, "w", libver="v110") as file:
+        # Without a fill value, border chunks end in whatever was in memory.
+        data = file.create_dataset("image", data=stored, chunks=_chunks(stored.shape), fillvalue=0)
+        data.attrs.update(background=background, scale=scale, offset=offset)
+        if small is not None:
+            file.create_dataset("mask", data=small, chunks=_chunks(small.shape), fillvalue=0)
+        if boxes is not None and labels is not None:
+            file["boxes"], file["box_labels"] = boxes, labels.astype(np.int64)
+        file["foreground"] = _occupancy(occupied, block)
+        file["sketch"] = _sketch(image, occupied)
+        file["record"] = blob(record.to_json())
+        file.attrs.update(format=PART, version=VERSION)
+    return path
+
+
+def part_record(path: Path) -> Record:
+    """The record of a part, after checking that the part is whole.
+
+    Raises:
+        DataError: It is missing, cut short, or not a part.
+    """
+    with open_part(path) as file:
+        return Record.from_json(file["record"][()].tobytes())
+
+
+@contextmanager
+def open_part(path: Path) -> Iterator[h5py.File]:
+    """Opens a part for reading.
+
+    Raises:
+        DataError: It is missing, cut short, or not a part.
+    """
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = _reason(path, error)
+        raise DataError(f"{path}: not a whole part ({reason}); delete it and prepare again") from error
+    with file:
+        if file.attrs.get("format") != PART or "record" not in file:
+            raise DataError(f"{path}: not a part of a store; delete it and prepare again")
+        yield file
+
+
+def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
+    """Makes one store of all parts in a folder, under a temporary name, synced, then renamed.
+
+    Args:
+        folder: Of `*.part` files; it is left as it is.
+        out: The store. It either does not exist or is whole.
+        settings: How the volumes were made, JSON values.
+        rejected: One dict per file that was refused, JSON values.
+
+    Raises:
+        DataError: There are no parts, one is cut short, or two volumes have one id.
+    """
+    paths = sorted(folder.glob("*.part"))
+    if not paths:
+        raise DataError(f"{folder}: no volumes to assemble")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed(out, sync=True) as temporary, h5py.File(temporary, "w", libver="v110") as file:
+        images, masks = file.create_group("images"), file.create_group("masks")
+        index = IndexWriter(file, len(paths))
+        for number, path in enumerate(paths):
+            with open_part(path) as part:
+                part.copy("image", images, name=str(number))
+                if "mask" in part:
+                    part.copy("mask", masks, name=str(number))
+                if part["image"].dtype == np.uint8:
+                    index.version = VERSION
+                index.add(
+                    Record.from_json(part["record"][()].tobytes()),
+                    shape=part["image"].shape,
+                    block=block_size(part["image"].shape[1:]),
+                    has_mask="mask" in part,
+                    foreground=part["foreground"][()],
+                    boxes=part["boxes"][()] if "boxes" in part else None,
+                    box_labels=part["box_labels"][()] if "boxes" in part else None,
+                    sketch=part["sketch"][()],
+                )
+        index.close()
+        file["settings"] = blob(json.dumps(settings, default=plain, sort_keys=True))
+        file["rejected"] = blob(json.dumps(rejected, default=plain))
+
+
+def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Voxels per block of the foreground map: a power of two up to 8 that leaves 16 blocks or more."""
+    sides = [min(8, 1 << max(0, (max(size, 16) // 16).bit_length() - 1)) for size in shape]
+    return sides[0], sides[1], sides[2]
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _check(
+    record: Record,
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    boxes: np.ndarray | None,
+    foreground: np.ndarray | None,
+) -> None:
+    if image.ndim != 4 or 0 in image.shape:
+        raise DataError(f"{record.id}: image of shape {image.shape}; expected (C, D, H, W), not empty")
+    if not np.isfinite(image).all():
+        raise DataError(f"{record.id}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
+    for what, array in (("mask", mask), ("foreground", foreground)):
+        if array is not None and array.shape != image.shape[1:]:
+            raise DataError(f"{record.id}: {what} of shape {array.shape} for an image of {image.shape[1:]}")
+    if mask is not None and (mask.dtype.kind not in "iub" or (mask.size and mask.min() < 0)):
+        raise DataError(f"{record.id}: mask of {mask.dtype} from {mask.min()}; expected integers from 0")
+    if (
+        boxes is not None
+        and np.asarray(boxes).size
+        and np.asarray(boxes).reshape(len(boxes), -1).shape[1] != 6
+    ):
+        raise DataError(f"{record.id}: boxes of shape {np.shape(boxes)}; expected (n, 6)")
+
+
+def _encode(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray, float, float]:
+    """Voxels as stored; stored * scale + offset gives the image back."""
+    if dtype == "float32":
+        return image, 1.0, 0.0
+    if dtype == "float16":
+        top = float(np.abs(image).max())
+        if top > 65504:
+            raise DataError(
+                f"{name}: voxel of {top:.6g} exceeds half precision (65504); normalise, or store as float32"
+            )
+        return image.astype(np.float16), 1.0, 0.0
+    if dtype == "int16":
+        low, high = float(image.min()), float(image.max())
+        scale, offset = max((high - low) / 65534, 1e-12), (high + low) / 2
+        return np.rint((image - offset) / scale).astype(np.int16), scale, offset
+    if dtype == "uint8":
+        if image.min() < 0 or image.max() > 1:
+            raise DataError(
+                f"{name}: voxels from {image.min():.6g} to {image.max():.6g}; uint8 holds 0 to 1"
+            )
+        return np.rint(image * 255).astype(np.uint8), 1 / 255, 0.0
+    raise DataError(f"{name}: cannot store voxels as {dtype!r}; known: float16, float32, int16, uint8")
+
+
+def _content(stored: np.ndarray, mask: np.ndarray | None, boxes: np.ndarray | None) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (stored, mask, boxes):
+        if array is not None:
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest
+
+
+def _chunks(shape: Sequence[int]) -> tuple[int, ...]:
+    """Chunks of about 32 x 32 x 32 voxels that divide the shape evenly, so that edges waste no disk.
+
+    Short axes leave their share to the long ones: an image of depth 1 gets about 181 x 181.
+    """
+    sides = dict.fromkeys(range(len(shape)), 1)
+    first, left, budget = len(shape) - 3, 3, float(_CHUNK**3)
+    for axis in sorted(range(first, len(shape)), key=lambda a: shape[a]):
+        side = min(shape[axis], budget ** (1 / left))
+        pieces = max(1, round(shape[axis] / side))
+        sides[axis] = -(-shape[axis] // pieces)
+        budget, left = max(1.0, budget / sides[axis]), left - 1
+    if first:  # crops take all channels, so a few lie in one chunk
+        sides[0] = min(shape[0], 4)
+    return tuple(sides[axis] for axis in range(len(shape)))
+
+
+def _derived_foreground(image: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Brighter than the background by a tenth of the way to the brightest, in any channel."""
+    top = np.percentile(image.reshape(len(image), -1)[:, :: max(1, image[0].size // 65536)], 99.5, axis=1)
+    level = background + 0.1 * np.maximum(top - background, 0)
+    return (image > level[:, None, None, None]).any(axis=0)
+
+
+def _occupancy(occupied: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
+    """Share of each block that is foreground, 0 to 255, rounded up; border blocks count what exists."""
+    counts = [np.add.reduceat(np.ones(n), np.arange(0, n, b)) for n, b in zip(occupied.shape, block)]
+    total = occupied.astype(np.float32)
+    for axis, b in enumerate(block):
+        total = np.add.reduceat(total, np.arange(0, occupied.shape[axis], b), axis=axis)
+    existing = counts[0][:, None, None] * counts[1][:, None] * counts[2]
+    return np.ceil(255 * total / existing).astype(np.uint8)
+
+
+def _sketch(image: np.ndarray, occupied: np.ndarray) -> np.ndarray:
+    """Evenly spaced quantiles of each channel's foreground, (C, 65) float32."""
+    # Thinned out before the foreground is selected: a large scan is not copied for 65 numbers.
+    step = max(1, int(occupied.sum()) // 65536)
+    thin, chosen = image.reshape(len(image), -1)[:, ::step], occupied.reshape(-1)[::step]
+    voxels = thin[:, chosen] if chosen.any() else thin
+    quantiles = np.quantile(voxels, np.linspace(0, 1, _SKETCH), axis=1)
+    return np.ascontiguousarray(quantiles.T, dtype=np.float32)
+
+
+def _reason(path: Path, error: OSError) -> str:
+    if not path.exists():
+        return "no such file"
+    return "cut short" if "truncated" in str(error) or path.stat().st_size < 512 else "not HDF5"
+
+
+@contextmanager
+def _renamed(path: Path, sync: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when all went well, and goes otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if sync:
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Records of scores, statistics over them, and the check for leaks."""

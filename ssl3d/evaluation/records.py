@@ -1,0 +1,240 @@
+"""Records of results: one JSON file each, written whole and checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl3d.errors import DataError, Ssl3dError, UsageError
+
+if TYPE_CHECKING:
+    from ssl3d.data.store.collection import Collection
+
+
+FORMAT = 1
+
+KINDS = ("encoder", "untrained", "trivial")
+
+REQUIRED: Mapping[str, type | tuple[type, ...]] = {
+    "format": int,
+    "key": str,
+    "task": str,
+    "version": int,
+    "dataset": (str, list),
+    "data_digest": str,
+    "split": dict,
+    "split_digest": str,
+    "fraction": (int, float),
+    "repeat": int,
+    "seed": int,
+    "contestant": dict,
+    "settings": dict,
+    "main": str,
+    "scores": dict,
+    "intervals": dict,
+    "predictions": list,
+    "compute": dict,
+    "versions": dict,
+    "flags": dict,
+}
+"""What every record has, and of which type."""
+
+
+@dataclass
+class Result:
+    """One record: a contestant, scored once on one split.
+
+    Attributes:
+        task: Benchmark and kind of target.
+        version: Of the task.
+        dataset: Names of the data sets.
+        data_digest: Of the volumes, their labels and masks.
+        split: Numbers of subjects and rows of each part, and how the split was made.
+        split_digest: Of who is in which part.
+        fraction: Of the training subjects used.
+        repeat: Which of the subsets of that size.
+        seed: Of the scoring.
+        contestant: `Contestant.described()`.
+        settings: Options of the benchmark that change the score.
+        main: Name of the score that ranks.
+        scores: By name.
+        intervals: 95 %, by name, [low, high].
+        predictions: Per row of the test set.
+        compute: Pretraining steps and FLOPs where known, seconds of the probe.
+        versions: Of Python and the packages that made the numbers.
+        flags: `seen_test_subjects` (count), `saw_labels`, `ranked`, and notes.
+    """
+
+    task: str
+    version: int
+    dataset: list[str]
+    data_digest: str
+    split: dict[str, Any]
+    split_digest: str
+    fraction: float
+    repeat: int
+    seed: int
+    contestant: dict[str, Any]
+    settings: dict[str, Any]
+    main: str
+    scores: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    compute: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the scores: the same key, the same result."""
+        parts = [self.task, self.version, self.data_digest, self.split_digest, self.fraction, self.repeat]
+        parts += [self.seed, self.contestant["name"], self.contestant["digest"], self.settings]
+        parts += [self.contestant["group"], self.contestant["kind"]]
+        text = json.dumps(_finite(parts), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def filename(self) -> str:
+        """Its name in a folder of records."""
+        slug = re.sub(r"[^A-Za-z0-9.=+-]+", "_", self.contestant["name"]).strip("_")[:80]
+        part = "" if self.fraction == 1 else f"-f{self.fraction:g}-r{self.repeat:02d}"
+        return f"{slug}{part}-{self.key[:8]}.json"
+
+
+def write_result(result: Result, folder: Path) -> Path:
+    """Writes a record atomically, and returns where; what cannot be a number becomes null."""
+    content = {"format": FORMAT, "key": result.key, **asdict(result)}
+    validate_result(content, result.filename)
+    path = folder / result.filename
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(_text(_finite(content)), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _text(content: dict[str, Any]) -> str:
+    """As JSON, a prediction on a line: with a number on a line, boxes took twice the space."""
+    rows = [json.dumps(row, allow_nan=False) for row in content["predictions"]]
+    text = json.dumps({**content, "predictions": []}, indent=1, allow_nan=False)
+    return (
+        text.replace('"predictions": []', '"predictions": [' + ",".join(f"\n  {r}" for r in rows) + "]", 1)
+        + "\n"
+    )
+
+
+def read_result(path: Path) -> Result:
+    """Reads a record.
+
+    Raises:
+        DataError: The file is not a record, or one of a newer format.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a result record: {error}") from error
+    validate_result(content, str(path))
+    values = {key: value for key, value in content.items() if key not in ("format", "key")}
+    values["scores"] = {k: math.nan if v is None else float(v) for k, v in values["scores"].items()}
+    values["intervals"] = {
+        k: tuple(math.nan if end is None else float(end) for end in v)
+        for k, v in values["intervals"].items()
+    }
+    known = Result.__dataclass_fields__
+    return Result(**{key: value for key, value in values.items() if key in known})
+
+
+def find_result(result: Result, folder: Path) -> Result | None:
+    """The record of the same key in the folder, if it was scored before and can be read."""
+    path = folder / result.filename
+    if not path.is_file():
+        return None
+    try:
+        found = read_result(path)
+    except Ssl3dError:  # cut short, or edited: it is scored again and replaced
+        return None
+    return found if found.key == result.key else None
+
+
+def validate_result(content: Any, where: str) -> None:
+    """Checks a record's content.
+
+    Raises:
+        DataError: A key is missing or of another type, the format is newer than this code, `main` is not
+            among the scores, or an interval does not hold its score.
+    """
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: not a result record (a JSON object)")
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise DataError(
+            f"{where}: record format {content['format']}, this ssl3d reads up to {FORMAT}: update ssl3d"
+        )
+    for key, kind in REQUIRED.items():
+        if key not in content:
+            raise DataError(f"{where}: not a result record: no {key!r}")
+        if not isinstance(content[key], kind):
+            raise DataError(f"{where}: {key!r} is a {type(content[key]).__name__}")
+    if content["main"] not in content["scores"]:
+        raise DataError(f"{where}: main score {content['main']!r} is not among the scores")
+    unknown = set(content["intervals"]) - set(content["scores"])
+    if unknown:
+        raise DataError(f"{where}: interval of {', '.join(sorted(unknown))} without a score")
+    for name, ends in content["intervals"].items():
+        if len(ends) != 2 or (None not in ends and ends[0] > ends[1]):
+            raise DataError(f"{where}: interval of {name} is {list(ends)}, expected [low, high]")
+    for row in content["predictions"]:
+        if not isinstance(row, dict) or not {"dataset", "subject"} <= set(row):
+            raise DataError(f"{where}: a prediction without dataset and subject")
+    if not {"name", "kind", "digest"} <= set(content["contestant"]):
+        raise DataError(f"{where}: the contestant lacks name, kind or digest")
+
+
+def split_digest(collection: Collection, parts: Sequence[str]) -> str:
+    """Hash of who is in which part: (data set, subject, id, part) of every row, in any order."""
+    rows = sorted(
+        f"{dataset}\t{subject}\t{name}\t{part}"
+        for dataset, subject, name, part in zip(
+            collection.datasets, collection.subjects, collection.ids, parts, strict=True
+        )
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("ssl3d", "torch", "numpy", "scipy", "scikit-learn"):
+        try:
+            found[package] = installed_version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead; numpy's scalars as Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

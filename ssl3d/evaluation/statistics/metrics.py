@@ -1,0 +1,118 @@
+"""Metrics as functions of resampling weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+Statistic = Callable[[Array], Array]  # weights (R, N) -> values (R,)
+
+
+def auc(target: ArrayLike, score: ArrayLike, weights: Array | None = None) -> Array:
+    """Area under the ROC curve, ties counted half; (R,), NaN where a class has no weight.
+
+    Args:
+        target: 0 or 1, (N,).
+        score: Higher means class 1, (N,).
+        weights: (R, N); all ones, R = 1, if not given.
+    """
+    positive, score = np.asarray(target).astype(bool), np.asarray(score, dtype=np.float64)
+    weights = _weights(weights, len(score))
+    order = np.argsort(score, kind="stable")
+    starts = _tie_starts(score[order])
+    up = np.add.reduceat(np.where(positive[order], weights[:, order], 0.0), starts, axis=1)
+    down = np.add.reduceat(np.where(positive[order], 0.0, weights[:, order]), starts, axis=1)
+    below = np.cumsum(down, axis=1) - down
+    pairs = up.sum(axis=1) * down.sum(axis=1)
+    return _divide((up * (below + 0.5 * down)).sum(axis=1), pairs)
+
+
+def multiclass_auc(target: ArrayLike, scores: ArrayLike, weights: Array | None = None) -> Array:
+    """AUC as MedMNIST's evaluator has it: of class 1 if there are two, else the mean of one-vs-rest.
+
+    Args:
+        target: Class indices, (N,).
+        scores: One column per class, (N, K).
+        weights: (R, N).
+    """
+    target, scores = np.asarray(target), np.asarray(scores, dtype=np.float64)
+    if scores.shape[1] == 2:
+        return auc(target == 1, scores[:, 1], weights)
+    # A class that has no test row says nothing about the ranking and is left out of the mean.
+    columns = [auc(target == k, scores[:, k], weights) for k in range(scores.shape[1])]
+    present = [np.any(target == k) and not np.all(target == k) for k in range(scores.shape[1])]
+    kept = [column for column, there in zip(columns, present, strict=True) if there]
+    return np.mean(kept, axis=0) if kept else np.full(len(columns[0]), np.nan)
+
+
+def mean(values: ArrayLike, weights: Array | None = None) -> Array:
+    """Weighted mean of (N,), rows of NaN left out; (R,). Accuracy is the mean of the hits."""
+    values = np.asarray(values, dtype=np.float64)
+    weights = _weights(weights, len(values))
+    known = np.isfinite(values)
+    return _divide(weights[:, known] @ values[known], weights[:, known].sum(axis=1))
+
+
+def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
+    """Mean recall over the classes present in `target`; (R,), NaN where one of them has no weight."""
+    target, predicted = np.asarray(target), np.asarray(predicted)
+    weights = _weights(weights, len(target))
+    recalls = [
+        _divide(
+            weights[:, target == k] @ (predicted[target == k] == k), weights[:, target == k].sum(axis=1)
+        )
+        for k in np.unique(target)
+    ]
+    return np.mean(recalls, axis=0)
+
+
+def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
+    """Spearman's rank correlation with mid-ranks for ties; (R,), NaN where one side is constant."""
+    target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    weights = _weights(weights, len(target))
+    a, b = _midranks(target, weights), _midranks(predicted, weights)
+    total = weights.sum(axis=1, keepdims=True)
+    a -= (weights * a).sum(axis=1, keepdims=True) / total
+    b -= (weights * b).sum(axis=1, keepdims=True) / total
+    covariance = (weights * a * b).sum(axis=1)
+    scale = (weights * a**2).sum(axis=1) * (weights * b**2).sum(axis=1)
+    return _divide(covariance, np.sqrt(scale))
+
+
+def r_squared(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
+    """Share of the variance explained, 1 - SSE / SST; (R,). Below 0: worse than the mean."""
+    target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    weights = _weights(weights, len(target))
+    centre = (weights @ target) / weights.sum(axis=1)
+    spread = (weights * (target[None] - centre[:, None]) ** 2).sum(axis=1)
+    return 1.0 - _divide(weights @ (target - predicted) ** 2, spread)
+
+
+def _weights(weights: Array | None, rows: int) -> Array:
+    return np.ones((1, rows)) if weights is None else np.asarray(weights, dtype=np.float64)
+
+
+def _divide(numerator: Array, denominator: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator > 0, numerator / denominator, np.nan)
+
+
+def _tie_starts(ordered: Array) -> Array:
+    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+
+
+def _midranks(values: Array, weights: Array) -> Array:
+    """Mid-ranks (R, N) of the rows within each resample, a row of weight w standing there w times."""
+    order = np.argsort(values, kind="stable")
+    starts = _tie_starts(values[order])
+    group = np.add.reduceat(weights[:, order], starts, axis=1)
+    rank = np.cumsum(group, axis=1) - group + (group + 1) / 2
+    sizes = np.diff(np.r_[starts, len(values)])
+    ranks = np.empty_like(weights)
+    ranks[:, order] = np.repeat(rank, sizes, axis=1)
+    return ranks

@@ -1,0 +1,1 @@
+"""Modules on top of an encoder: projections, decoders, the slice aggregator."""

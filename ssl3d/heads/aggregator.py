@@ -1,0 +1,497 @@
+"""From the embeddings of a volume's slices to one embedding of the volume: attention along the slices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl3d.encoder import Encoder
+from ssl3d.encoders.inference import evaluating
+from ssl3d.errors import CheckpointError, DataError
+
+AXES = "DHW"
+
+
+@dataclass
+class AggregatorConfig:
+    """What an aggregator is made of, and the slices it was trained on.
+
+    Attributes:
+        features: Length of a slice's embedding, the encoder's `embed_dim`.
+        width: Length of a token, and of the volume's embedding.
+        pooling: How slices are brought together: deformable (attention to places between slices that are
+            learned), attention (to every slice), or mean (of the projected slices, no attention).
+        layers: Of attention and feed-forward network.
+        heads: Of the attention; each has its own offsets.
+        hidden: Width of the feed-forward network.
+        downsample: Slices per key and value of the deformable attention.
+        offset_scale: Largest offset, in distances between two keys.
+        offset_kernel: Neighbouring slices that an offset is worked out from, odd.
+        dropout: In training.
+        slices: Slices of a volume that it was trained on; 0 for any number.
+        slab: Adjacent slices in a slab.
+        axis: The axis that the slices lie across.
+        plane: Size of the slices seen in training, voxels.
+    """
+
+    features: int
+    width: int = 128
+    pooling: Literal["deformable", "attention", "mean"] = "deformable"
+    layers: int = 4
+    heads: int = 4
+    hidden: int = 256
+    downsample: int = 2
+    offset_scale: float = 2.0
+    offset_kernel: int = 5
+    dropout: float = 0.1
+    slices: int = 0
+    slab: int = 1
+    axis: Literal["D", "H", "W"] = "D"
+    plane: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        for name in ("features", "width", "layers", "heads", "hidden", "downsample", "slab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of twice the {self.heads} heads, not {self.width}")
+        if self.offset_kernel < 1 or self.offset_kernel % 2 == 0:
+            raise ValueError(f"offset_kernel must be odd, not {self.offset_kernel}")
+        if self.offset_scale < 0:
+            raise ValueError(f"offset_scale must be 0 or more, not {self.offset_scale:g}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in 0 to below 1, not {self.dropout:g}")
+        if self.slices < 0:
+            raise ValueError(f"slices must be 0 or more, not {self.slices}")
+
+
+class Attended(NamedTuple):
+    """What one layer looked at.
+
+    Attributes:
+        places: Of its N keys along the slices, from 0 to S - 1, (B, H, N).
+        offsets: How far they are from their regular places, in slices, (B, H, N).
+        attention: Of every slice to every key, (B, H, S, N).
+        keys: Which keys there are; False for those of padding, (B, N).
+    """
+
+    places: Tensor
+    offsets: Tensor
+    attention: Tensor
+    keys: Tensor
+
+
+class SliceAggregator(nn.Module):
+    """A volume's embedding from those of its slices, by deformable self-attention along the slices.
+
+    After Nguyen et al., Joint Self-Supervised Image-Volume Representation Learning with Intra-Inter
+    Contrastive Clustering, AAAI 2023 (arXiv:2212.01893), and the deformable attention of Xia et al.,
+    CVPR 2022 (arXiv:2201.00520). Differs from the released code: attention runs over the slices (there
+    over the features), the projection is trained and part of the weights, each head has its own offsets,
+    and tokens know their place along the volume, from 0 at the first slice to 1 at the last one, so that
+    slices in another order are another volume.
+
+    Works for any number of slices, 1 included (an image). Computes in float32 whatever the autocast.
+
+    Args:
+        config: See there.
+
+    Attributes:
+        embed_dim: Length of a volume's embedding.
+    """
+
+    Config: ClassVar[type] = AggregatorConfig
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_dim = config.width
+        # Encoders differ in the scale of their embeddings; the place encoding has one.
+        self.project = nn.Sequential(
+            nn.LayerNorm(config.features), nn.Linear(config.features, config.width)
+        )
+        count = 0 if config.pooling == "mean" else config.layers
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(count))
+
+    def forward(
+        self, embeddings: Tensor, mask: Tensor | None = None, details: list[Attended] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attends along the slices, and takes the mean.
+
+        Args:
+            embeddings: Of slices in their order, (B, S, F).
+            mask: True where there is a slice, (B, S); False is padding, anywhere. None: all are slices.
+            details: Gets what each layer attended to appended, for pictures and metrics.
+
+        Returns:
+            Tokens (B, S, E), 0 at padding, and embeddings of length 1, (B, E); 0 where nothing was given.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.attend(self.project(embeddings.float()), mask, details)
+
+    def attend(
+        self, tokens: Tensor, mask: Tensor | None = None, details: list[Attended] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, from projected tokens (B, S, E), some of which may have been replaced."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            batch, count, _ = tokens.shape
+            if mask is None:
+                mask = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
+                order = None
+            else:
+                # Slices first, padding last: what attends then sees a volume of `lengths` slices.
+                order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+                tokens = _take(tokens, order)
+                mask = mask.gather(1, order)
+            lengths = mask.sum(dim=1)
+            valid = mask.unsqueeze(2).to(tokens.dtype)
+            if self.layers:
+                tokens = tokens + place_encoding(lengths, count, tokens.shape[2])
+            for layer in self.layers:
+                tokens, attended = layer(tokens * valid, lengths)
+                if details is not None:
+                    details.append(attended)
+            tokens = tokens * valid
+            pooled = F.normalize(tokens.sum(dim=1) / lengths.clamp(min=1).unsqueeze(1), dim=1)
+            if order is not None:
+                tokens = _take(tokens, order.argsort(dim=1))
+            return tokens, pooled
+
+    @torch.no_grad()
+    def embed_volume(
+        self,
+        encoder: Encoder,
+        volume: Tensor,
+        batch: int = 64,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """The embedding (E,) of a volume (C, D, H, W): slices, encoder, aggregator; as it was trained.
+
+        Air before the first slice that shows something, and after the last one, is not looked at, as in
+        training: it does not change the embedding. A volume of more slices than `config.slices` is taken
+        in several interleaved stacks of about that many evenly spaced slabs, which together show
+        everything; their embeddings are averaged. A slice larger than `config.plane` is taken window by
+        window. An image (D = 1) is a single slice.
+
+        Args:
+            encoder: That the aggregator was trained with.
+            volume: Of any size.
+            batch: Windows per pass through the encoder.
+            autocast: Of the encoder, such as torch.bfloat16.
+
+        Raises:
+            DataError: The volume is thinner than one slab.
+        """
+        from ssl3d.encoders.inference import embed_slices
+
+        config = self.config
+        flat, slab = self.lay_flat(volume), 1 if volume.shape[1] == 1 else config.slab
+        embeddings = embed_slices(encoder, flat, slab, config.plane, 0.5, batch, autocast)
+        embeddings = embeddings.to(next(self.parameters()).device)
+        with evaluating(self):
+            stacks = interleaved(len(embeddings), config.slices)
+            pooled = torch.stack([self(embeddings[list(stack)][None])[1][0] for stack in stacks])
+        return F.normalize(pooled.mean(dim=0), dim=0).to(volume.device)
+
+    def lay_flat(self, volume: Tensor) -> Tensor:
+        """A volume (C, D, H, W) with the axis that slices lie across as its depth; an image as it is.
+
+        Slices of air at both ends are cut off (see `shown_slices`), down to one slab.
+
+        Raises:
+            DataError: It is thinner than one slab.
+        """
+        if volume.shape[1] == 1:
+            return volume
+        slab = self.config.slab
+        flat = volume.movedim(AXES.index(self.config.axis) + 1, 1)
+        if flat.shape[1] < slab:
+            raise DataError(
+                f"the aggregator was trained on slabs of {slab} slices along "
+                f"{self.config.axis}; the volume has {flat.shape[1]}"
+            )
+        first, end = shown_slices(flat)
+        # As where training reads beyond a volume's end, what a slab lacks is air.
+        return with_air(flat[:, first : max(end, first + slab)], slab)
+
+
+class AggregatedEncoder(Encoder):
+    """An encoder whose embedding of a volume is an aggregator's, of the volume's slices.
+
+    Feature maps are the encoder's own, of the volume as a whole.
+
+    Attributes:
+        version: Raised when the same weights give other embeddings; records and caches hold it.
+
+    Args:
+        encoder: Trained with the aggregator.
+        aggregator: Its pooling.
+    """
+
+    paper: ClassVar[str] = ""
+    version: ClassVar[int] = 2  # 2: air at the ends of a volume is cut off
+
+    def __init__(self, encoder: Encoder, aggregator: SliceAggregator) -> None:
+        super().__init__()
+        if aggregator.config.features != encoder.embed_dim:
+            raise CheckpointError(
+                f"the aggregator takes embeddings of length {aggregator.config.features}, "
+                f"the encoder gives {encoder.embed_dim}"
+            )
+        self.encoder, self.aggregator = encoder, aggregator
+        self.config, self.channels, self.strides = encoder.config, encoder.channels, encoder.strides
+        self.embed_dim = aggregator.embed_dim
+        self.metadata = getattr(encoder, "metadata", {})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The encoder's feature maps of (B, C, D, H, W)."""
+        maps: list[Tensor] = self.encoder(x)
+        return maps
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings (B, width) of volumes (B, C, D, H, W), without gradients."""
+        return torch.stack([self.aggregator.embed_volume(self.encoder, volume) for volume in x])
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Embeddings (B, width) of volumes (B, C, D, H, W), with gradients.
+
+        Slices are seen whole, and all of a volume's in one stack.
+        """
+        slabs, mask = self.stacks(x)
+        seen = self.encoder.embed(slabs[mask])
+        each = seen.new_zeros(*mask.shape, seen.shape[1])
+        each[mask] = seen
+        embeddings: Tensor = self.aggregator(each, mask)[1]
+        return embeddings
+
+    def stacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of volumes (B, C, D, H, W).
+
+        Returns:
+            Slabs (B, S, C, slab, h, w), S of the volume with the most; and which are a volume's own,
+            (B, S), the rest being air that fills up.
+        """
+        slab = 1 if x.shape[2] == 1 else self.aggregator.config.slab
+        flat = [self.aggregator.lay_flat(volume) for volume in x]
+        counts = torch.tensor([one.shape[1] // slab for one in flat], device=x.device)
+        most = int(counts.max())
+        filled = torch.stack([with_air(one, most * slab)[:, : most * slab] for one in flat])
+        mask = torch.arange(most, device=x.device) < counts.unsqueeze(1)
+        return filled.unflatten(2, (most, slab)).transpose(1, 2), mask
+
+
+class _Layer(nn.Module):
+    """Attention and a feed-forward network, each with a residual, LayerNorm after it and dropout."""
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        super().__init__()
+        self.attention = SliceAttention(config)
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.feed = nn.Sequential(
+            nn.Linear(config.width, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.width)
+        )
+        self.norm_feed = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
+        """(B, S, E), slices first, and how many there are, (B,)."""
+        found, attended = self.attention(tokens, lengths)
+        tokens = self.norm_attention(tokens + self.dropout(found))
+        return self.norm_feed(tokens + self.dropout(self.feed(tokens))), attended
+
+
+class SliceAttention(nn.Module):
+    """Multi-head attention whose keys and values lie between slices, at learned places.
+
+    Regular places, one for `downsample` slices, are moved by offsets that a small network works out from
+    the queries around them; keys and values are interpolated there, linearly. With `pooling` attention
+    there is a key for every slice and no offset: plain multi-head attention.
+
+    Args:
+        config: Of the aggregator.
+    """
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        super().__init__()
+        self.heads, width = config.heads, config.width
+        self.to_query = nn.Linear(width, width, bias=False)
+        self.to_key = nn.Linear(width, width, bias=False)
+        self.to_value = nn.Linear(width, width, bias=False)
+        self.to_out = nn.Linear(width, width)
+        self.deformable = config.pooling == "deformable"
+        self.downsample = config.downsample if self.deformable else 1
+        self.scale = config.offset_scale * self.downsample
+        if self.deformable:
+            each = width // config.heads
+            # Of a depth-wise convolution along the slices, shared by the heads.
+            self.offset_taps = nn.Parameter(torch.empty(each, config.offset_kernel))
+            self.offset_bias = nn.Parameter(torch.zeros(each))
+            self.offset_out = nn.Parameter(torch.empty(config.heads, each))
+            nn.init.uniform_(self.offset_taps, -1, 1)
+            self.offset_taps.data.mul_(config.offset_kernel**-0.5)
+            # Near zero, so that attention starts as the plain one; not at zero, or the taps would get no
+            # gradient.
+            nn.init.normal_(self.offset_out, std=0.02)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
+        """Attends.
+
+        Args:
+            tokens: (B, S, E), slices first, padding after them, 0.
+            lengths: How many slices each has, (B,).
+
+        Returns:
+            (B, S, E), and what was looked at.
+        """
+        count = tokens.shape[1]
+        query, key, value = (
+            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for to in (self.to_query, self.to_key, self.to_value)
+        )
+        places, present = regular_places(lengths, count, self.downsample)
+        regular = places.unsqueeze(1).expand(-1, self.heads, -1)
+        offsets = torch.zeros_like(regular)
+        if self.deformable:
+            offsets = self._offsets(query, regular, lengths)
+            last = (lengths - 1).clamp(min=0).to(tokens.dtype)[:, None, None]
+            moved = (regular + offsets).clamp(min=0).minimum(last)
+            weights = interpolation(moved, lengths, count)
+            key, value = weights @ key, weights @ value
+        else:
+            moved = regular
+        logits = query @ key.transpose(2, 3) / math.sqrt(key.shape[3])
+        # A volume of padding alone has no key: finite values keep the softmax, and its gradient, finite.
+        logits = logits.masked_fill(~present[:, None, None, :], torch.finfo(logits.dtype).min)
+        attention = logits.softmax(dim=3)
+        found = (attention @ value).transpose(1, 2).flatten(2)
+        attended = Attended(moved.detach(), offsets.detach(), attention.detach(), present)
+        return self.to_out(found), attended
+
+    def _offsets(self, query: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+        """How far each key moves, in slices, (B, H, N), from queries (B, H, S, E / H)."""
+        count, taps = query.shape[2], self.offset_taps.shape[1]
+        # Unfolded by hand: a product is exact on every device and needs no padded convolution. Queries of
+        # padding are 0, as what lies beyond the ends is.
+        around = F.pad(query, (0, 0, taps // 2, taps // 2)).unfold(2, taps, 1)
+        hidden = F.gelu(torch.einsum("bhsek,ek->bhse", around, self.offset_taps) + self.offset_bias)
+        at = interpolation(places, lengths, count) @ hidden
+        offsets: Tensor = torch.einsum("bhne,he->bhn", at, self.offset_out).tanh() * self.scale
+        return offsets
+
+
+def regular_places(lengths: Tensor, count: int, downsample: int) -> tuple[Tensor, Tensor]:
+    """Evenly spread places of keys along the slices, each in the middle of its share.
+
+    Args:
+        lengths: Slices of each volume, (B,).
+        count: Slices of the longest, S.
+        downsample: Slices per key.
+
+    Returns:
+        Places (B, N), N = ceil(S / downsample), of volumes in 0 to length - 1; and which there are.
+    """
+    most = -(-count // downsample)
+    keys = (lengths + downsample - 1).div(downsample, rounding_mode="floor")
+    number = torch.arange(most, device=lengths.device)
+    present = number < keys.unsqueeze(1)
+    share = lengths.float() / keys.clamp(min=1)
+    places = (number + 0.5) * share.unsqueeze(1) - 0.5
+    last = (lengths - 1).clamp(min=0).float().unsqueeze(1)
+    return places.clamp(min=0).minimum(last), present
+
+
+def interpolation(places: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Matrices (B, H, N, S) that interpolate linearly between slices at places (B, H, N).
+
+    As matrices, so that neither the result nor a gradient depends on the order of sums. The gradient of a
+    place is the difference of the slices around it, of the next one where it lies on a slice.
+
+    Args:
+        places: From 0 to length - 1.
+        lengths: Slices of each volume, (B,).
+        count: S.
+    """
+    last = (lengths - 1).clamp(min=0)[:, None, None]
+    low = places.detach().floor().long().clamp(min=0)
+    low = torch.minimum(low, (last - 1).clamp(min=0))
+    high = torch.minimum(low + 1, last)
+    share = (places - low).unsqueeze(3)
+    number = torch.arange(count, device=places.device)
+    at_low = (number == low.unsqueeze(3)).to(places.dtype)
+    at_high = (number == high.unsqueeze(3)).to(places.dtype)
+    return at_low * (1 - share) + at_high * share
+
+
+def place_encoding(lengths: Tensor, count: int, width: int) -> Tensor:
+    """Sines and cosines (B, S, width) of where each slice lies, from 0 (first) to 1 (last).
+
+    Relative to the stack, not in mm: the distances between slices tell volumes apart, and a task that
+    asks which volume it is would be solved without looking.
+    """
+    last = (lengths - 1).clamp(min=1).float().unsqueeze(1)
+    place = torch.arange(count, device=lengths.device) / last
+    half = width // 2
+    # From half a turn along the whole volume to 64 half turns.
+    octaves = torch.arange(half, device=lengths.device) * (6 / max(half - 1, 1))
+    angle = place.unsqueeze(2) * math.pi * 2**octaves
+    return torch.cat([angle.sin(), angle.cos()], dim=2)
+
+
+def interleaved(count: int, size: int) -> list[range]:
+    """Evenly spaced stacks of about `size` slabs each that together hold `count` slabs, each once.
+
+    >>> interleaved(5, 2)
+    [range(0, 5, 3), range(1, 5, 3), range(2, 5, 3)]
+    """
+    step = max(1, -(-count // size)) if size else 1
+    return [range(first, count, step) for first in range(step)]
+
+
+@torch.no_grad()
+def shown_slices(volume: Tensor, share: float = 0.1) -> tuple[int, int]:
+    """First slice and end (exclusive), along D of (C, D, H, W), of what is not air.
+
+    By the rule of `Volume.foreground_box`, but for its blocks, which are one slice deep here, so that
+    slices of air more or less change nothing: foreground is brighter than the darkest voxel by a tenth of
+    the way to the brightest, in any channel, and a slice counts that has a block with a `share` of it or
+    more. The whole volume where no slice has.
+    """
+    from ssl3d.data.store.writer import block_size
+
+    low, high = volume.amin((1, 2, 3), keepdim=True), volume.amax((1, 2, 3), keepdim=True)
+    foreground = (volume > low + 0.1 * (high - low)).any(0)
+    _, *block = block_size((1, *volume.shape[2:]))
+    # Blocks at the border count what exists of them.
+    shares = F.avg_pool2d(foreground.float().unsqueeze(1), block, ceil_mode=True)
+    shown = (shares >= share).flatten(1).any(1).nonzero()
+    return (int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, volume.shape[1])
+
+
+def with_air(volume: Tensor, depth: int) -> Tensor:
+    """(C, D, H, W) with slices of its darkest value after the last one, until there are `depth`."""
+    lacking = depth - volume.shape[1]
+    if lacking <= 0:
+        return volume
+    air = volume.amin((1, 2, 3), keepdim=True)
+    return torch.cat([volume, air.expand(-1, lacking, *volume.shape[2:])], dim=1)
+
+
+def attended_offset(details: Sequence[Attended]) -> Tensor:
+    """Mean absolute offset of the keys, in slices; 0 without layers."""
+    if not details:
+        return torch.zeros(())
+    total = torch.stack([(d.offsets.abs() * d.keys[:, None]).sum() for d in details]).sum()
+    count = sum(d.keys.sum() * d.offsets.shape[1] for d in details)
+    return total / torch.as_tensor(count).clamp(min=1)
+
+
+def _take(tokens: Tensor, order: Tensor) -> Tensor:
+    return tokens.gather(1, order.unsqueeze(2).expand(-1, -1, tokens.shape[2]))

@@ -1,0 +1,1 @@
+"""Pretraining: options, the loop, run folders, loading of batches."""

@@ -1,0 +1,270 @@
+"""Builds the parts of a pretraining run from its plan: encoder, proxies, loaders."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl3d import plugins
+from ssl3d.checkpoint.outline import outline_of
+from ssl3d.checkpoint.travellers import make_traveller, traveller_class
+from ssl3d.encoder import Encoder
+from ssl3d.errors import PluginError, UsageError
+from ssl3d.rng import seed_of
+from ssl3d.specs import encoder_from, fitting
+from ssl3d.training.balance import build_balance
+from ssl3d.training.device import accelerator_of, default_workers
+from ssl3d.training.monitor import Log
+from ssl3d.training.online import BATCHES
+from ssl3d.training.options import Plan, PretrainOptions
+from ssl3d.training.trainee import Group, Trainee, groups_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.training.loader import Loader
+
+
+_TAKEN = ("encoder", "heads", "checkpoints", "pictures", "tensorboard")  # folders of a run
+
+
+def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
+    """Steps, and the intervals that are shares of them."""
+    steps = options.steps or max(1, round(options.epochs * volumes / options.batch_size))
+    return {
+        "steps": steps,
+        "epochs": 0.0,
+        "eval_every": options.eval_every or max(1, steps // 10),
+        "log_every": options.log_every or max(1, steps // 40),
+    }
+
+
+def channels(plan: Plan, data: Collection) -> Any:
+    """The encoder's options, with as many input channels as the proxies feed it.
+
+    As many as the data has, unless a proxy says otherwise (`Proxy.in_channels`).
+    """
+    counts = sorted({int(shape[0]) for shape in data.shapes})
+    if len(counts) > 1:
+        raise UsageError(
+            f"the volumes have {' and '.join(map(str, counts))} channels; one encoder takes one"
+        )
+    fed = {name: kind.in_channels(own, counts[0]) for name, (kind, own) in plan.proxies.items()}
+    needed = sorted(set(fed.values()))
+    if len(needed) > 1:
+        each = ", ".join(f"{name} feeds it {count}" for name, count in fed.items())
+        raise UsageError(f"one encoder takes one number of channels: {each}; train them one by one")
+    config = plan.encoder_config
+    if config.in_channels == needed[0]:
+        return config
+    if config.in_channels == 1:
+        return replace(config, in_channels=needed[0])
+    why = f"the volumes have {counts[0]}" if needed == counts else f"{next(iter(fed))} feeds it {needed[0]}"
+    raise UsageError(f"--{plan.encoder_name}.in-channels is {config.in_channels}, {why} channels")
+
+
+def build_encoder(plan: Plan, resuming: bool) -> Encoder:
+    """The encoder to begin with: new weights of the run's seed, or those of --init.
+
+    Args:
+        plan: Of the run.
+        resuming: Whether a checkpoint's weights will follow.
+
+    Raises:
+        UsageError: --init is of another architecture than --encoder, or takes other channels.
+    """
+    options = plan.options
+    if options.init is None or resuming:  # a checkpoint has the weights; --init may be gone
+        torch.manual_seed(seed_of(options.seed, "encoder"))
+        encoder: Encoder = plan.encoder(plan.encoder_config)
+        return encoder
+    encoder = encoder_from(fitting(options.init, plan.encoder_config.in_channels), options.seed)
+    name = plugins.name_of(plugins.ENCODERS, type(encoder))
+    if "encoder" in plan.given and name != options.encoder:
+        raise UsageError(f"--encoder {options.encoder}: --init {options.init} is a {name}")
+    if encoder.config.in_channels != plan.encoder_config.in_channels:
+        raise UsageError(
+            f"--init {options.init}: takes {encoder.config.in_channels} channels, the volumes have "
+            f"{plan.encoder_config.in_channels}"
+        )
+    return encoder
+
+
+def build_trainee(
+    plan: Plan, encoder: Encoder, data: Collection, known: Mapping[str, Tensor] | None = None
+) -> Trainee:
+    """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed.
+
+    Args:
+        plan: Of the run.
+        encoder: Shared.
+        data: To train on.
+        known: The outline of the same data in a checkpoint; proxies do not look for that again.
+    """
+    options = plan.options
+    torch.manual_seed(seed_of(options.seed, "heads"))
+    proxies = {}
+    for name, (kind, config) in plan.proxies.items():
+        proxies[name] = kind(config, encoder)
+        proxies[name].setup(_with_found(data, known or {}, name))
+        lazy = [key for key, value in proxies[name].named_parameters() if nn.parameter.is_lazy(value)]
+        if lazy:
+            raise PluginError(
+                f"proxy {name!r}: {lazy[0]} is of a lazy layer, whose size is not known before the first "
+                "step; give the size (encoder.embed_dim, encoder.channels)"
+            )
+    weights = dict(zip(proxies, options.weights or (1.0,) * len(proxies), strict=True))
+    balance = build_balance(options.balance, weights, options.balance_alpha)
+    trainee = Trainee(encoder, proxies, weights, options.seed, balance)
+    trainee.outline = outline_of(data)
+    for name, proxy in proxies.items():
+        trainee.outline |= {f"{name}/{key}": value for key, value in proxy.outline().items()}
+    return trainee
+
+
+def _with_found(data: Collection, known: Mapping[str, Tensor], proxy: str) -> Collection:
+    """The data, and as its attribute `found` what the proxy's own `outline` kept of them, if anything."""
+    own = f"{proxy}/"
+    found = {key.removeprefix(own): value for key, value in known.items() if key.startswith(own)}
+    if not found:
+        return data
+    data = copy.copy(data)
+    vars(data)["found"] = found
+    return data
+
+
+def encoder_with(plan: Plan, state: dict[str, Tensor], prefix: str = "encoder.") -> Encoder:
+    """An encoder of the plan's architecture with the weights of a prefix in a trainee's state."""
+    with torch.random.fork_rng(devices=[]):
+        encoder: Encoder = plan.encoder(plan.encoder_config)
+    own = {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
+    encoder.load_state_dict(own)
+    return encoder
+
+
+def exports_of(trainee: Trainee) -> dict[str, str]:
+    """The encoders that proxies export beside the shared one: folder -> prefix in a trainee's state.
+
+    Raises:
+        PluginError: One is no copy of the shared one, no part of its proxy, or has a name that cannot be.
+    """
+    names = {id(module): name for name, module in trainee.named_modules()}
+    found: dict[str, str] = {}
+    for proxy_name, proxy in trainee.each():
+        for name, module in proxy.exports().items():
+            where = f"proxy {proxy_name!r}: exports(): {name!r}"
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _TAKEN:
+                raise PluginError(f"{where} cannot be the name of a folder beside the encoder; try teacher")
+            alike = type(module) is type(trainee.encoder) and _shapes(module) == _shapes(trainee.encoder)
+            if not alike:
+                raise PluginError(f"{where} is no copy of the encoder; copy.deepcopy(encoder) is")
+            if module is trainee.encoder or id(module) not in names:
+                raise PluginError(f"{where} is no module of the proxy's own")
+            found[f"{name}_{proxy_name}" if name in found else name] = f"{names[id(module)]}."
+    return found
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+class Traveller(NamedTuple):
+    """A module of a proxy that is exported beside the encoder.
+
+    Attributes:
+        prefix: Of its weights in a trainee's state.
+        kind: Its class.
+        config: Its options.
+    """
+
+    prefix: str
+    kind: Any
+    config: Any
+
+
+def travellers_of(trainee: Trainee) -> dict[str, Traveller]:
+    """What travels with a trainee's encoder, by name; where two proxies use one name, the later's is long.
+
+    Raises:
+        PluginError: A module cannot be written so that it can be loaded again.
+    """
+    names = {id(module): name for name, module in trainee.named_modules()}
+    found: dict[str, Traveller] = {}
+    for proxy_name, proxy in trainee.each():
+        for name, module in proxy.travels().items():
+            traveller_class(name, module)
+            if id(module) not in names:
+                raise PluginError(f"proxy {proxy_name!r}: travels(): {name} is no part of the proxy")
+            key = f"{proxy_name}_{name}" if name in found else name
+            found[key] = Traveller(f"{names[id(module)]}.", type(module), module.config)
+    return found
+
+
+def travellers_with(
+    travellers: Mapping[str, Traveller], state: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The modules that travel, made anew, with the weights in a trainee's state."""
+    made: dict[str, nn.Module] = {}
+    for name, (prefix, kind, config) in travellers.items():
+        with torch.random.fork_rng(devices=[]):
+            made[name] = make_traveller(kind, config)
+        made[name].load_state_dict(
+            {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
+        )
+    return made
+
+
+def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log) -> Loader:
+    """Batches from a step on, of this rank."""
+    from ssl3d.training.loader import Loader
+
+    options = plan.options
+    return Loader(
+        data,
+        plan.proxies,
+        options.batch_size,
+        seed=options.seed,
+        workers=default_workers(options, accelerator_of(options), fabric.world_size),
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        start_step=begin,
+        on_set_aside=lambda name, reason: log.warn(f"set aside: {name}: {reason}"),
+        pin=fabric.device.type == "cuda",
+    )
+
+
+def holdout_batches(data: Collection, plan: Plan, fabric: Fabric, log: Log) -> list[list[Group]]:
+    """The same examples of the held-out subjects at every look, this rank's rows."""
+    from ssl3d.training.loader import Loader
+
+    world = fabric.world_size
+    most = plan.options.batch_size // plan.options.accumulate // world
+    # Two at least: contrastive losses have nothing to compare one example with.
+    size = max(2, min(most, -(-len(data) // world))) * world
+    count = min(BATCHES, -(-len(data) // size))
+    loader = Loader(
+        data, plan.proxies, size, seed=0, rank=fabric.global_rank, world=world, steps=count, pin=False,
+        on_set_aside=lambda name, reason: log.warn(f"set aside: {name}: {reason}"),
+    )  # fmt: skip
+    return [groups_of(batch) for batch in loader]
+
+
+@dataclass
+class Once:
+    """What `Proxy.start_epoch` gets: lists of groups on the device, every volume once."""
+
+    loader: Loader
+    proxy: str
+    epoch: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+        for batch in self.loader.once(self.proxy, key=("epoch", self.epoch)):
+            yield [group.tensors for group in batch.to(self.device).groups]

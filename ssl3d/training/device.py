@@ -1,0 +1,182 @@
+"""Where a run computes: Fabric with its ranks, the precision, the threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ssl3d.errors import UsageError
+from ssl3d.training.options import PretrainOptions
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Precision = Literal["auto", "32", "bf16", "16"]
+Layout = Literal["auto", "channels_last", "contiguous"]
+
+_FABRIC = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+_FAST_BF16 = ("avx512_bf16", "amx_bf16")
+
+
+def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
+    """Fabric for this process and those that torchrun or SLURM started beside it.
+
+    Args:
+        options: Of the run.
+        precision: 32, bf16 or 16.
+
+    Raises:
+        UsageError: The devices asked for are not there, or cannot do what is asked.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, FSDPStrategy
+
+    accelerator = accelerator_of(options)
+    devices, nodes = ranks(options, accelerator)
+    if precision == "16" and accelerator != "cuda":
+        raise UsageError(f"--precision 16 needs a CUDA device, this is {accelerator}; use bf16 or 32")
+    # What it would say here, the run's first line says.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    strategy: Any = "auto"
+    if options.strategy == "fsdp":
+        if accelerator != "cuda":
+            raise UsageError(f"--strategy fsdp needs CUDA devices, this is {accelerator}; use ddp")
+        strategy = FSDPStrategy(state_dict_type="full")
+    elif devices * nodes > 1 or options.strategy == "ddp":
+        # Buffers stay as they are on each rank: broadcasting them would overwrite memory banks.
+        strategy = DDPStrategy(broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                strategy=strategy,
+                precision=_FABRIC[precision],  # type: ignore[arg-type]
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"--devices {devices} --nodes {nodes}: {' '.join(str(error).split())}"
+            ) from error
+        except Exception as error:
+            if type(error).__name__ != "MisconfigurationException":
+                raise
+            raise UsageError(f"--devices {devices}: {' '.join(str(error).split())}") from error
+
+
+def accelerator_of(options: PretrainOptions) -> str:
+    """cpu, cuda or mps.
+
+    Raises:
+        UsageError: The one asked for is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if options.accelerator == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[options.accelerator]:
+        raise UsageError(f"--accelerator {options.accelerator}: torch sees no such device here")
+    return options.accelerator
+
+
+def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:
+    """Devices per node and nodes: as the user says, as the launcher started, or all that are here."""
+    environ = os.environ
+    devices, nodes = options.devices, options.nodes
+    if "LOCAL_WORLD_SIZE" in environ and "WORLD_SIZE" in environ:  # torchrun
+        local = int(environ["LOCAL_WORLD_SIZE"])
+        started = local, int(environ["WORLD_SIZE"]) // local
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        hosts = int(environ.get("SLURM_NNODES", "1"))
+        started = int(environ["SLURM_NTASKS"]) // hosts, hosts
+    else:
+        return devices or (torch.cuda.device_count() if accelerator == "cuda" else 1), nodes or 1
+    for flag, asked, found in (("devices", devices, started[0]), ("nodes", nodes, started[1])):
+        if asked not in (0, found):
+            raise UsageError(f"--{flag} {asked}: the launcher started {found}")
+    return started
+
+
+def resolve_precision(options: PretrainOptions, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
+    """32, bf16 or 16: what is asked for, or for auto bf16 where the device is fast at it.
+
+    Args:
+        options: Of the run.
+        cpuinfo: Where Linux tells what the CPU can do; elsewhere two matrix products are timed.
+    """
+    if options.precision != "auto":
+        return options.precision
+    accelerator = accelerator_of(options)
+    if accelerator == "cuda":
+        # Not including emulation: bf16 below compute capability 8 is slower than fp32.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    if accelerator == "mps":
+        return "32"
+    try:
+        flags = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return "bf16" if _bf16_gain() > 1.3 else "32"
+    if "flags" in flags:
+        return "bf16" if any(flag in flags.split() for flag in _FAST_BF16) else "32"
+    return "bf16" if _bf16_gain() > 1.3 else "32"
+
+
+def _bf16_gain(size: int = 768) -> float:
+    """How many times faster a bf16 matrix product is than an fp32 one."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
+
+
+def set_threads(options: PretrainOptions) -> int:
+    """Sets torch's threads, and says how many; results differ in the last bits between numbers."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return torch.get_num_threads()
+
+
+def default_workers(options: PretrainOptions, accelerator: str, local_ranks: int) -> int:
+    """Processes that read: as asked for, else by the cores left; few where the CPU also computes."""
+    if options.workers >= 0:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // max(local_ranks, 1)
+    return max(1, min(share - 1, 8)) if accelerator == "cuda" else max(1, min(share // 4, 4))
+
+
+def apply_layout(module: nn.Module, encoder: Any, device: torch.device, choice: Layout) -> Layout:
+    """Brings kernels into the memory format that is faster; returns its name."""
+    from ssl3d.encoders import memory_format, to_memory_format
+
+    if choice == "auto":
+        fast = memory_format(encoder, device)
+        choice = "channels_last" if fast is torch.channels_last_3d else "contiguous"
+    if choice == "channels_last":
+        to_memory_format(module, torch.channels_last_3d)
+    return choice
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

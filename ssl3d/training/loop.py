@@ -1,0 +1,320 @@
+"""The training loop: flat, one optimizer step after the other, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl3d.errors import DataError, TrainingError
+from ssl3d.rng import seed_of
+from ssl3d.training.device import peak_memory
+from ssl3d.training.monitor import Log, Monitor, duration, size
+from ssl3d.training.online import BATCHES, held_out, look
+from ssl3d.training.optim import lr_at
+from ssl3d.training.options import PretrainOptions
+from ssl3d.training.preempt import Preemption
+from ssl3d.training.selection import Selection
+from ssl3d.training.trainee import Group, Reducer, Sums, Trainee, cut, finite, groups_of, groups_to
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from ssl3d.training.loader import Batch
+
+
+@dataclass
+class Feed:
+    """The batches of a run, one step after the other; the next one can be looked at before it is used.
+
+    Attributes:
+        batches: Endless.
+    """
+
+    batches: Iterator[Batch]
+    _ahead: list[Batch] = field(default_factory=list)
+
+    def peek(self) -> Batch:
+        """The next batch, which stays the next one."""
+        if not self._ahead:
+            self._ahead.append(next(self.batches))
+        return self._ahead[0]
+
+    def next(self) -> tuple[list[Group], float]:
+        """The next batch's groups, and the seconds it was waited for."""
+        if self._ahead:
+            return groups_of(self._ahead.pop()), 0.0
+        batch = next(self.batches)
+        return groups_of(batch), batch.waited
+
+
+@dataclass
+class Loop:
+    """One run, built and ready.
+
+    Attributes:
+        fabric: Launched.
+        options: Of the run, everything decided.
+        trainee: Unwrapped.
+        module: Wrapped.
+        optimizer: Wrapped.
+        feed: From the step to start with.
+        selection: Data.
+        holdout: Draws the batches of held-out subjects; called once, at the first look.
+        steps_per_epoch: Of the training data.
+        once: Every volume once, for `Proxy.start_epoch`: of a proxy, in an epoch.
+        log: For lines.
+        monitor: On rank 0.
+        save: Writes a checkpoint of so many steps.
+        export: Writes the encoder into a folder of the run, after so many steps.
+        patch: Largest crop seen.
+        flops_between: Spent between epochs so far (clustering), on all ranks.
+    """
+
+    fabric: Fabric
+    options: PretrainOptions
+    trainee: Trainee
+    module: Any
+    optimizer: Any
+    feed: Feed
+    selection: Selection
+    holdout: Callable[[], list[list[Group]]]
+    steps_per_epoch: float
+    once: Callable[[str, int], Any]
+    log: Log
+    monitor: Monitor | None
+    save: Callable[[int], None]
+    export: Callable[[str, int], None]
+    patch: list[int]
+    flops_between: int = 0
+
+    def __post_init__(self) -> None:
+        """Prepares the means over ranks."""
+        self.reducer = Reducer(self.fabric.world_size, self.fabric.device)
+        self.looks = Reducer(self.fabric.world_size, self.fabric.device)
+        self._examined: list[list[Group]] | None = None
+        self.flops_per_step = 0
+        self._begun = -1
+
+    def run(self, start: int) -> tuple[int, int]:
+        """Trains from a step to the end.
+
+        Returns:
+            Steps done, and the signal that stopped the run, or 0.
+
+        Raises:
+            TrainingError: The loss or a gradient is not finite, or the disk is full.
+        """
+        total = self.options.steps
+        exports = {
+            round(share * total): f"encoder-at-{round(100 * share):02d}" for share in self.options.save_at
+        }
+        if start == 0 and 0 in exports:
+            self.export(exports[0], 0)
+        saved = start
+        with Preemption() as asked:
+            for step in range(start, total):
+                record, drawn, stop = self._step(step, asked)
+                done = step + 1
+                if self.fabric.world_size == 1:
+                    stop = asked.signum  # also what came after the ranks agreed on stopping
+                pictures: dict[str, Any] = {}
+                if self.options.eval_every > 0 and (done % self.options.eval_every == 0 or done == total):
+                    found, pictures = self._look(drawn)
+                    record |= found
+                if self.monitor is not None:
+                    self.monitor.step(record)
+                    if pictures:
+                        self.monitor.pictures(pictures, done)
+                if done in exports:
+                    self.export(exports[done], done)
+                if done % self.options.checkpoint_every == 0 or done == total or stop:
+                    self.save(done)
+                    saved = done
+                if stop and done < total:
+                    return saved, stop
+        return total, 0
+
+    def _step(self, step: int, asked: Preemption) -> tuple[dict[str, Any], dict[str, Any], int]:
+        began = time.perf_counter()
+        options, world = self.options, self.fabric.world_size
+        self._new_epoch(step)
+        reseed(options.seed, step, self.fabric.global_rank)
+        rate = lr_at(step, options.steps, options.lr, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums: list[Sums] = []
+        batch, waited = self.feed.next()
+        for part, cuts in enumerate(cut(batch, options.accumulate)):
+            groups = groups_to(cuts, self.fabric.device)
+            last = part == options.accumulate - 1
+            with self.fabric.no_backward_sync(self.module, enabled=not last and world > 1):
+                loss, told = self.module("loss", groups, step)
+                self.fabric.backward(loss / options.accumulate)
+            sums.append(told)
+        limit = options.clip or float("inf")
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False
+        )
+        means, stop = self.reducer.mean([one.values for one in sums], asked.signum)
+        # With 16 bit the scaler skips such a step and lowers its scale.
+        bad_gradient = norm is not None and options.precision != "16" and not bool(torch.isfinite(norm))
+        if not finite(means) or bad_gradient:
+            raise TrainingError(self._blame(step, sums, means))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.trainee.balance is not None:
+            self.trainee.balance.step()
+        for _, proxy in self.trainee.each():
+            proxy.after_step(step, options.steps)
+        seconds = time.perf_counter() - began
+        record = {"step": step + 1, "loss": means.pop("loss"), **means, "lr": rate}
+        record |= {
+            "grad_norm": float(norm) if norm is not None else float("nan"),
+            "epoch": int(step / self.steps_per_epoch),
+            "seconds": seconds,
+            "waiting": min(waited / seconds, 1.0),
+            "volumes_per_s": options.batch_size / seconds,
+        }
+        return record, sums[0].pictures, stop if isinstance(stop, int) else 0
+
+    def _look(self, fallback: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Held-out subjects, kNN, collapse; pictures of held-out subjects where there are any."""
+        found: dict[str, float] = {}
+        pictures = fallback
+        if len(self.selection.holdout):
+            if self._examined is None:
+                self._examined = self._draw_holdout()
+            if self._examined:
+                found, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
+        patch = self.patch if all(self.patch) else [1, 1, 1]
+        found |= look(self.module, self.selection.train, self.selection.queries, patch, self.fabric.device)
+        return found, pictures
+
+    def _draw_holdout(self) -> list[list[Group]]:
+        """Batches of held-out subjects; none, on every rank, where they cannot be drawn on one."""
+        drawn: list[list[Group]] = []
+        reason = ""
+        try:
+            drawn = self.holdout()[:BATCHES]
+        except DataError as error:
+            reason = str(error)
+        _, failed = self.looks.mean([], int(bool(reason)))
+        if failed:
+            self.log.say(f"no metrics of held-out subjects: {reason or 'another rank cannot draw them'}")
+            return []
+        return drawn
+
+    def _new_epoch(self, step: int) -> None:
+        epoch = int(step / self.steps_per_epoch)
+        if step != self._begun and (step == 0 or epoch != int((step - 1) / self.steps_per_epoch)):
+            self._begun = step
+            # Equal on all ranks, as they all cluster the same; and after a resumption.
+            reseed(self.options.seed, f"epoch {epoch}", 0)
+            counter = FlopCounterMode(display=False)
+            with counter:
+                for name, proxy in self.trainee.each():
+                    proxy.start_epoch(epoch, self.once(name, epoch))
+            self.flops_between += counter.get_total_flops() * self.fabric.world_size
+
+    def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
+        losses = [one for told in sums for one in told.losses]
+        bad = [(name, volumes) for name, loss, volumes in losses if not torch.isfinite(loss)]
+        if not bad and finite(means):
+            every = ", ".join(sorted({volume for _, _, volumes in losses for volume in volumes}))
+            return (
+                f"step {step + 1}: a gradient is not finite, though the loss is {means['loss']:.4g}; "
+                f"volumes of the batch: {every}. Lower --lr, or use --precision 32; the last checkpoint is "
+                f"intact"
+            )
+        if not bad:
+            return f"step {step + 1}: the loss is {means.get('loss')} on another rank: see its message"
+        names = ", ".join(sorted({name for name, _ in bad}))
+        found = sorted({volume for _, volumes in bad for volume in volumes})
+        return (
+            f"step {step + 1}: the loss of {names} is not finite; volumes of the batch: "
+            f"{', '.join(found)}. Look at them with `ssl3d info`, lower --lr, or use --precision 32; "
+            f"the last checkpoint is intact"
+        )
+
+    # Before the first step ------------------------------------------------------------------------
+
+    def foretell(self, start: int) -> None:
+        """Says how long the run will take and what it needs, from trial steps on a copy."""
+        left = self.options.steps - start
+        if start == 0:
+            self._new_epoch(0)  # a proxy that clusters cannot be tried before
+        seconds, flops = self._trial()
+        seconds *= self.options.accumulate
+        self.flops_per_step = flops * self.options.accumulate * self.fabric.world_size
+        weights = sum(p.numel() * p.element_size() for p in self.trainee.parameters())
+        encoder = sum(p.numel() * p.element_size() for p in self.trainee.encoder.parameters())
+        count = sum(p.numel() for p in self.trainee.encoder.parameters())
+        heads = sum(p.numel() for p in self.trainee.parameters()) - count
+        moments = {"adamw": 2, "sgd": 1, "lars": 1}[self.options.optimizer]
+        buffers = sum(b.numel() * b.element_size() for b in self.trainee.buffers())
+        disk = 3 * (weights * (1 + moments) + buffers) + encoder * (1 + len(self.options.save_at))
+        held = weights * moments
+        memory = peak_memory(self.fabric.device) + held
+        self.log.say(
+            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; {left} steps of "
+            f"{self.options.batch_size} volumes, {self.flops_per_step:.3g} FLOPs a step"
+        )
+        self.log.say(
+            f"expected: about {duration(seconds * left)} ({seconds:.3g} s a step), "
+            f"{size(memory)} of memory, {size(disk)} on disk"
+        )
+
+    def _trial(self) -> tuple[float, int]:
+        """Seconds and FLOPs of a part of a step: forward and backward of a copy, on the first data."""
+        copied = copy.deepcopy(self.trainee)
+        first = cut(groups_of(self.feed.peek()), self.options.accumulate)[0]
+        groups = groups_to(first, self.fabric.device)
+        seconds = 0.0
+        counter = FlopCounterMode(display=False)
+        balance = copied.balance
+        known = {name for name, _ in copied.named_parameters()}
+        for attempt in range(2):
+            began = time.perf_counter()
+            # The counter's hooks refuse the gradients that gradnorm takes in a forward pass: not counted.
+            copied.balance = None if attempt == 0 else balance
+            with counter if attempt == 0 else nullcontext():
+                with self.fabric.autocast():
+                    loss, _ = copied("loss", groups, "trial")
+                loss.backward()
+            made = sorted({name for name, _ in copied.named_parameters()} - known)
+            if made:
+                raise TrainingError(
+                    f"{made[0].removeprefix('proxies.')}: made by forward, when the optimizer has its "
+                    "parameters already; make it in the proxy's __init__ or setup"
+                )
+            if self.fabric.device.type == "cuda":
+                torch.cuda.synchronize(self.fabric.device)
+            seconds = time.perf_counter() - began
+            # Agreed on: losses gather over the ranks, so all go on or none does.
+            _, enough = self.reducer.mean([], int(seconds > 5))
+            if enough:
+                break  # warm-up matters little by then
+        # The gradient of zero that every parameter gets says nothing.
+        if not any(p.grad is not None and bool(p.grad.any()) for p in copied.encoder.parameters()):
+            self.log.say(
+                "no gradient reached the encoder in a trial step: unless the proxy means it (a last layer "
+                "that begins at zero), nothing is learnt; ssl3d.testing.check_proxy says more"
+            )
+        return seconds, counter.get_total_flops()
+
+
+def reseed(seed: int, step: object, rank: int) -> None:
+    """Seeds the global generators for a step or epoch; dropout and the like take no generator."""
+    number = seed_of(seed, "global", step, rank)
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)

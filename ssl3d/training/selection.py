@@ -1,0 +1,132 @@
+"""Which volumes a run trains on, which people it keeps out, and which the kNN score is taken on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ssl3d.errors import DataError
+from ssl3d.rng import seed_of
+
+if TYPE_CHECKING:
+    from ssl3d.data.store.collection import Collection
+
+LEAST_FOR_HOLDOUT = 8
+BY_SUBJECT = "subject"
+BY_TARGET = "subject and target"
+"""In a run's record: labelled is who has a label, and the split deals subjects with and without targets
+apart. Older runs of `BY_SUBJECT` had them dealt together; runs without either took whole data sets for
+labelled."""
+
+
+@dataclass
+class Selection:
+    """The parts of the data.
+
+    Attributes:
+        train: What the proxies learn from.
+        holdout: Other people's volumes, for the proxies' metrics; may be empty.
+        queries: Labelled volumes for the online kNN score, of nobody in `train`; may be empty.
+        told: Lines for the user.
+    """
+
+    train: Collection
+    holdout: Collection
+    queries: Collection
+    told: list[str]
+
+
+def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -> Selection:
+    """Chooses by subject; depends on the data alone, so that runs with other seeds compare.
+
+    Labelled subjects (one of their volumes has a class, a mask, boxes, or the split that it came with)
+    give those of the train split, so that a benchmark's test subjects stay unseen. All others are used:
+    no benchmark scores them.
+
+    Args:
+        data: Everything that was given.
+        subjects: "train", or "all" to use every split.
+        share: Of the chosen subjects that is kept out: at least one where there are 8 or more.
+        by: `BY_TARGET`; or the rule of an older run that goes on: `BY_SUBJECT`, or anything else to take
+            all subjects of a data set for labelled where one is.
+
+    Raises:
+        DataError: Nothing is left to train on.
+    """
+    from ssl3d.data.split import house_split
+
+    count = len(data)
+    codes, names = data.dataset_codes, data.dataset_names
+    classes = np.array([label is not None for label in data.labels], dtype=bool)
+    known = classes | data.has_mask | data.has_boxes | (data.splits != "")
+    by_target = by == BY_TARGET
+    split = house_split(data, by_target=by_target) if known.any() else np.full(count, "train", dtype=object)
+    unit = data.subject_codes if by in (BY_SUBJECT, BY_TARGET) else codes
+    labelled = np.isin(unit, unit[known])
+    used = ~labelled | (split == "train") if subjects == "train" else np.ones(count, dtype=bool)
+    told = []
+    for code in np.unique(codes):
+        own = codes == code
+        chosen = own & used
+        free = int((own & ~labelled).sum())
+        why = "labelled in part" if 0 < free < own.sum() else "unlabelled" if free else "labelled"
+        what = "all" if subjects == "all" or why == "unlabelled" else "the train split"
+        if why == "labelled in part" and subjects == "train":
+            what = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
+        people = len(np.unique(data.subject_codes[chosen]))
+        told.append(
+            f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
+        )
+    told += _namesakes(data, used)
+    held = _held_out(data, used, share)
+    train = used & ~held
+    if not train.any():
+        raise DataError(f"no volume is left to train on, of {count} (--subjects all uses every split)")
+    if held.any():
+        people = len(np.unique(data.subject_codes[held]))
+        told.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
+    queries = classes & ((split == "val") & ~used | held)
+    return Selection(data.select(train), data.select(held), data.select(queries), told)
+
+
+def _namesakes(data: Collection, used: np.ndarray) -> list[str]:
+    """A line about people kept for tests of one data set whose names are trained on in another.
+
+    P01 may be two people of two hospitals, or one person whose second visit is in another folder, which
+    would leak: only the user knows.
+    """
+    away: dict[str, set[int]] = {}
+    codes, subjects = data.dataset_codes, data.subjects
+    for code, subject in zip(codes[~used].tolist(), subjects[~used].tolist(), strict=True):
+        away.setdefault(subject, set()).add(code)
+    pairs = set(zip(codes[used].tolist(), subjects[used].tolist(), strict=True)) if away else set()
+    like = sorted({subject for code, subject in pairs if away.get(subject, set()) - {code}})
+    if not like:
+        return []
+    few = ", ".join(like[:3]) + (f" and {len(like) - 3} more" if len(like) > 3 else "")
+    return [
+        "kept for validation and test, but a subject of that name in another data set is trained on: "
+        f"{few}; if they are the same people, prepare both with one name, --dataset NAME"
+    ]
+
+
+def _held_out(data: Collection, used: np.ndarray, share: float) -> np.ndarray:
+    held = np.zeros(len(data), dtype=bool)
+    if share == 0 or not used.any():
+        return held
+    people = data.subject_codes
+    codes = data.dataset_codes
+    identity = dict(zip(people.tolist(), zip(data.datasets.tolist(), data.subjects.tolist()), strict=True))
+    every = np.unique(people[used]).tolist()
+    order = sorted(every, key=lambda code: seed_of("holdout", *map(str, identity[code])))
+    chosen: list[int] = []
+    for code in np.unique(codes[used]):
+        own = set(np.unique(people[used & (codes == code)]).tolist())
+        chosen += [person for person in order if person in own][: int(share * len(own) + 0.5)]
+    if not chosen and len(every) >= LEAST_FOR_HOLDOUT:
+        chosen = order[:1]
+    if len(chosen) >= len(every):
+        chosen = chosen[: len(every) - 1]
+    return used & np.isin(people, chosen)

@@ -1,0 +1,319 @@
+"""What is trained: one encoder, its proxies, and their weighted loss over the groups of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ssl3d.encoder import Encoder
+from ssl3d.errors import TrainingError
+from ssl3d.proxy import Proxy, StepOutput
+from ssl3d.rng import BatchRng, seed_of
+from ssl3d.training.balance import Balance, last_shared
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ssl3d.training.loader import Batch
+
+
+class Group(NamedTuple):
+    """Stacked examples of one proxy, equal in names and shapes; a tuple, as Fabric takes apart no more.
+
+    Attributes:
+        proxy: Whose they are.
+        tensors: First axis B.
+        rows: Position of each in the global batch of the step.
+        total: Examples in that batch, over all ranks and parts.
+        volumes: Names, data set/id.
+    """
+
+    proxy: str
+    tensors: dict[str, Tensor]
+    rows: tuple[int, ...]
+    total: int
+    volumes: tuple[str, ...]
+
+
+class Sums(NamedTuple):
+    """What a forward pass tells beside the loss; every value weighted by its examples.
+
+    Attributes:
+        values: Name -> (sum of value times examples, examples).
+        pictures: Proxy -> what draws its picture.
+        losses: Per group: proxy, loss, names of its volumes.
+    """
+
+    values: dict[str, tuple[Tensor, int]]
+    pictures: dict[str, Callable[[], Figure]]
+    losses: list[tuple[str, Tensor, tuple[str, ...]]]
+
+
+class Trainee(nn.Module):
+    """The encoder and the proxies that train it.
+
+    Attributes:
+        patch: Largest input (D, H, W) that the encoder was trained on so far.
+        outline: Of the data that the proxies were sized by, for checkpoints.
+
+    Args:
+        encoder: Shared.
+        proxies: By name.
+        weights: Of their losses.
+        seed: Of the run.
+        balance: Finds the weights while training; None where they are fixed.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        proxies: Mapping[str, Proxy],
+        weights: Mapping[str, float],
+        seed: int,
+        balance: Balance | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.proxies = nn.ModuleDict(dict(proxies))
+        self.weights = dict(weights)
+        self.balance = balance
+        self.seed = seed
+        self.patch = patch = [0, 0, 0]
+        self.outline: dict[str, Tensor] = {}
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if module.training:
+                patch[:] = [max(a, b) for a, b in zip(patch, inputs[0].shape[-3:], strict=True)]
+
+        encoder.register_forward_pre_hook(note)
+
+    def each(self) -> list[tuple[str, Proxy]]:
+        """Names and proxies."""
+        return [(name, cast(Proxy, proxy)) for name, proxy in self.proxies.items()]
+
+    def forward(self, task: str, given: Any, step: object = 0) -> Any:
+        """Everything runs through here, so that wrappers (DDP, FSDP, precision) see it.
+
+        Args:
+            task: "loss" of a list of groups, or "embed" of a tensor (B, C, D, H, W).
+            given: The groups, or the tensor.
+            step: Seeds the views: the same step gives the same.
+
+        Returns:
+            (loss, Sums), or embeddings (B, embed_dim).
+        """
+        if task == "embed":
+            first = next(iter(self.each()), None)  # several agree on what the encoder takes
+            return self.encoder.embed(given if first is None else first[1].present(given))
+        return self._loss(given, step)
+
+    def _loss(self, groups: Sequence[Group], step: object) -> tuple[Tensor, Sums]:
+        sums = Sums({}, {}, [])
+        losses: dict[str, Tensor] = {}
+        for name, proxy in self.each():
+            own = [group for group in groups if group.proxy == name]
+            count = sum(len(group.rows) for group in own)
+            if not count:
+                continue
+            parts: list[Tensor] = []
+            for output, ran in self._outputs(name, proxy, own, step):
+                examples = sum(len(group.rows) for group in ran)
+                loss = _checked(name, output).loss.reshape(())
+                parts.append(loss * (examples / count))
+                detached = loss.detach().float()
+                _add(sums.values, f"{name}/loss", detached, examples)
+                for key, value in output.metrics.items():
+                    _add(sums.values, f"{name}/{key}", value.detach().float().mean(), examples)
+                if output.picture is not None:
+                    sums.pictures.setdefault(name, output.picture)
+                sums.losses.append((name, detached, tuple(v for group in ran for v in group.volumes)))
+            losses[name] = torch.stack(parts).sum()
+        total = self._together(losses, sums, sum(len(group.rows) for group in groups))
+        _add(sums.values, "loss", total.detach().float(), sum(len(group.rows) for group in groups))
+        if torch.is_grad_enabled():
+            total = total + self._nothing(total)
+        return total, sums
+
+    def _together(self, losses: Mapping[str, Tensor], sums: Sums, examples: int) -> Tensor:
+        """The weighted sum of the proxies' losses."""
+        if self.balance is None:
+            return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+        for name, weight in zip(self.balance.names, self.balance.current(), strict=True):
+            _add(sums.values, f"{name}/weight", weight.float(), examples)
+        learning = self.training and torch.is_grad_enabled()
+        total: Tensor = self.balance(losses, last_shared(self.encoder) if learning else None)
+        return total
+
+    def _outputs(
+        self, name: str, proxy: Proxy, groups: list[Group], step: object
+    ) -> list[tuple[StepOutput, list[Group]]]:
+        """Runs a proxy on its groups, one after the other, or at once where it takes a mixed batch."""
+        rngs = []
+        for group in groups:
+            device = group.tensors["index"].device
+            rngs.append(BatchRng(seed_of(self.seed, step, name), group.rows, group.total, device))
+        if proxy.mixed:
+            return [(proxy([group.tensors for group in groups], rngs), groups)]
+        outputs = []
+        for group, rng in zip(groups, rngs, strict=True):
+            with lone_values(name, len(group.rows), "larger crops, or data of one kind"):
+                outputs.append((proxy(group.tensors, rng), [group]))
+        return outputs
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Zero, with a gradient of zero for every parameter.
+
+        Under DDP a branch that this rank's batch did not use must join all the same; without DDP it
+        makes the same update, so a run does not depend on the number of ranks.
+        """
+        first = [p.reshape(-1)[:1].sum() for p in self.parameters() if p.requires_grad and p.numel()]
+        return torch.stack([one.to(like.dtype) for one in first]).sum() * 0 if first else like * 0
+
+
+@contextmanager
+def lone_values(who: str, examples: int, remedy: str) -> Iterator[None]:
+    """Says what to do where torch's batch norm refuses a single number per channel.
+
+    Args:
+        who: Trains: a proxy, or a job.
+        examples: That went through together.
+        remedy: What else helps, beside another norm and more examples.
+
+    Raises:
+        TrainingError: It did.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"{who}: batch norm has one number per channel where {examples} example(s) of one shape come "
+            "down to one cell (other shapes go through apart); use an encoder with group norm, a larger "
+            f"--batch-size, {remedy}"
+        ) from error
+
+
+def _checked(name: str, output: StepOutput) -> StepOutput:
+    """What a proxy gave.
+
+    Raises:
+        TrainingError: It is no `StepOutput` of a scalar loss and scalar metrics; `check_proxy` says more.
+    """
+    if not isinstance(output, StepOutput):
+        kind = type(output).__name__
+        raise TrainingError(f"{name}: forward returned a {kind}, not StepOutput(loss, metrics)")
+    for what, value in {"the loss": output.loss, **output.metrics}.items():
+        if not isinstance(value, Tensor) or (value.numel() != 1 and what == "the loss"):
+            given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TrainingError(f"{name}: {what} that forward returned is {given}, not a scalar tensor")
+    return output
+
+
+def _add(values: dict[str, tuple[Tensor, int]], name: str, value: Tensor, examples: int) -> None:
+    before, count = values.get(name, (torch.zeros_like(value), 0))
+    values[name] = before + value * examples, count + examples
+
+
+class Reducer:
+    """Means over parts and ranks of values whose names may differ between ranks.
+
+    Args:
+        world: Number of ranks.
+        device: Of the collective.
+    """
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.world, self.device = world, device
+        self.names: list[str] = []
+
+    def mean(
+        self, parts: Sequence[Mapping[str, tuple[Tensor, int]]], flag: int = 0
+    ) -> tuple[dict[str, float], int]:
+        """Means by name, and the largest flag of all ranks. Called on every rank.
+
+        One transfer from the device, and one collective (a second one when a name is new).
+        """
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for part in parts:
+            for name, (value, count) in part.items():
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] = counts.get(name, 0) + count
+        new = sorted(set(sums) - set(self.names))
+        if self.world == 1:
+            self.names += new
+        flags = self._largest(flag, bool(new)) if self.world > 1 else [flag, 0]
+        if flags[1]:
+            import torch.distributed as distributed
+
+            offered: list[Any] = [None] * self.world
+            distributed.all_gather_object(offered, sorted(sums))
+            self.names += sorted(set().union(*offered) - set(self.names))
+        if not self.names:
+            return {}, flags[0]
+        zero = torch.zeros((), device=self.device)
+        top = torch.stack([sums.get(name, zero).to(self.device) for name in self.names])
+        below = torch.tensor([counts.get(name, 0) for name in self.names], dtype=top.dtype)
+        both = torch.stack([top, below.to(self.device)])
+        if self.world > 1:
+            import torch.distributed as distributed
+
+            distributed.all_reduce(both)
+        top_values, counted = both.tolist()
+        means = {n: t / c for n, t, c in zip(self.names, top_values, counted, strict=True) if c}
+        return means, flags[0]
+
+    def _largest(self, flag: int, new: bool) -> list[int]:
+        import torch.distributed as distributed
+
+        both = torch.tensor([flag, int(new)], device=self.device)
+        distributed.all_reduce(both, op=distributed.ReduceOp.MAX)
+        return [int(value) for value in both.tolist()]
+
+
+def finite(values: Mapping[str, float]) -> bool:
+    """Whether the loss is a number."""
+    return math.isfinite(values.get("loss", math.nan))
+
+
+def groups_to(groups: Sequence[Group], device: torch.device) -> list[Group]:
+    """The groups with their tensors on a device."""
+    return [
+        g._replace(tensors={k: v.to(device, non_blocking=True) for k, v in g.tensors.items()})
+        for g in groups
+    ]
+
+
+def groups_of(batch: Batch) -> list[Group]:
+    """A loader's batch as groups."""
+    return [Group(g.proxy, g.tensors, g.rows, g.total, g.volumes) for g in batch.groups]
+
+
+def cut(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+    """The groups of a step in parts of equally many rows, for accumulation."""
+    if parts == 1:
+        return [list(groups)]
+    ordered: dict[str, list[int]] = {}
+    for group in groups:
+        ordered.setdefault(group.proxy, []).extend(group.rows)
+    part_of = {
+        (proxy, row): place * parts // len(rows)
+        for proxy, rows in ordered.items()
+        for place, row in enumerate(sorted(rows))
+    }
+    found: list[list[Group]] = [[] for _ in range(parts)]
+    for group in groups:
+        for part in range(parts):
+            own = [i for i, row in enumerate(group.rows) if part_of[group.proxy, row] == part]
+            if own:
+                tensors = {key: value[own] for key, value in group.tensors.items()}
+                rows = tuple(group.rows[i] for i in own)
+                volumes = tuple(group.volumes[i] for i in own)
+                found[part].append(Group(group.proxy, tensors, rows, group.total, volumes))
+    return found

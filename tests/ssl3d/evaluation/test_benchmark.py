@@ -1,0 +1,126 @@
+"""Result records: complete, exact on the way to disk and back, refused when they are something else."""
+
+import json
+import math
+
+import pytest
+
+from ssl3d import plugins
+from ssl3d.benchmark import Benchmark, Contestant
+from ssl3d.errors import DataError, UsageError
+from ssl3d.evaluation.records import Result, find_result, read_result, validate_result, write_result
+
+
+def a_result(**changed):
+    values = {
+        "task": "linear-probe/classes",
+        "version": 1,
+        "dataset": ["phantoms"],
+        "data_digest": "d" * 16,
+        "split": {"train": {"subjects": 3}},
+        "split_digest": "s" * 16,
+        "fraction": 1.0,
+        "repeat": 0,
+        "seed": 0,
+        "contestant": Contestant("runs/sorting-1", "encoder", "c" * 16).described(),
+        "settings": {"target": "classes"},
+        "main": "auc",
+        "scores": {"auc": 0.8, "accuracy": 2 / 3},
+        "intervals": {"auc": (0.7, 0.9)},
+        "predictions": [{"dataset": "phantoms", "subject": "p1", "target": "1", "probability": [0.1, 0.9]}],
+    }
+    return Result(**{**values, **changed})
+
+
+def test_record_round_trip(tmp_path):
+    result = a_result()
+    path = write_result(result, tmp_path / "new")
+    assert read_result(path) == result
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["scores"]["auc"] == 0.8 and content["intervals"]["auc"] == [0.7, 0.9]
+    assert content["key"] == result.key and content["versions"]["python"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
+
+
+def test_undefined_scores_survive_as_null(tmp_path):
+    path = write_result(
+        a_result(scores={"auc": math.nan}, intervals={"auc": (math.nan, math.nan)}), tmp_path
+    )
+    assert "NaN" not in path.read_text(encoding="utf-8")
+    assert math.isnan(read_result(path).scores["auc"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fraction": 0.5},
+        {"repeat": 1},
+        {"version": 2},
+        {"split_digest": "x"},
+        {"settings": {"target": "real"}},
+    ],
+)
+def test_whatever_decides_the_score_is_in_the_key(change):
+    assert a_result(**change).key != a_result().key
+
+
+def test_the_key_ignores_what_was_measured():
+    assert a_result(scores={"auc": 0.1}, compute={"probe_seconds": 3}).key == a_result().key
+
+
+def test_a_finished_record_is_found_and_a_damaged_one_is_not(tmp_path):
+    path = write_result(a_result(), tmp_path)
+    assert find_result(a_result(scores={}), tmp_path).scores["auc"] == 0.8
+    assert find_result(a_result(seed=1), tmp_path) is None
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    assert find_result(a_result(), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"format": 99}, "record format 99, this ssl3d reads up to 1"),
+        ({"main": "dice"}, "main score 'dice' is not among the scores"),
+        ({"intervals": {"auc": [0.9, 0.1]}}, r"interval of auc is \[0.9, 0.1\]"),
+        ({"intervals": {"dice": [0.1, 0.9]}}, "interval of dice without a score"),
+        ({"predictions": [{"target": 1}]}, "a prediction without dataset and subject"),
+        ({"contestant": {"name": "x"}}, "lacks name, kind or digest"),
+        ({"scores": []}, "'scores' is a list"),
+    ],
+)
+def test_damaged_records_are_refused_in_one_line(tmp_path, damage, message):
+    path = write_result(a_result(), tmp_path)
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **damage}), encoding="utf-8"
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        read_result(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(DataError, match="no 'key'"):
+        validate_result({"format": 1}, "here")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match="cannot write"):
+        write_result(a_result(), tmp_path / "file" / "deeper")
+
+
+def test_an_unknown_kind_of_contestant_is_refused():
+    with pytest.raises(ValueError, match="kind: 'winner'"):
+        Contestant("x", "winner", "d")
+
+
+@pytest.mark.parametrize("name", plugins.names(plugins.BENCHMARKS))
+def test_every_benchmark_says_what_it_is(name):
+    benchmark = plugins.load(plugins.BENCHMARKS, name)
+    assert issubclass(benchmark, Benchmark) and not benchmark.__abstractmethods__
+    assert benchmark.name == name
+    assert isinstance(benchmark.version, int) and benchmark.version >= 1
+    assert len(benchmark.description) > 20 and "\n" not in benchmark.description
+    assert "arXiv" in benchmark.reference or "doi" in benchmark.reference
+    assert benchmark.mains and all(benchmark.mains.values())
+    assert benchmark.Config.__dataclass_fields__ and benchmark.__doc__
