@@ -50,10 +50,10 @@ demo: $(VENV)/.ready
 	$(BIN)/ssl3d linear-probe demo/run $(firstword $(subst --steps,,$(DEMO_SIZE))) $(word 2,$(DEMO_SIZE)) --target masks --out demo/results --overwrite
 
 speed: $(VENV)/.ready
-	$(BIN)/python benchmarks/speed_data.py
-	$(BIN)/python benchmarks/speed_encoder.py
-	$(BIN)/python benchmarks/speed_views.py
-	$(BIN)/python benchmarks/speed_proxies.py --data $(or $(wildcard $(DATA)/hippocampus),phantoms:64)
+	$(BIN)/python benchmarks/scripts/speed_data.py
+	$(BIN)/python benchmarks/scripts/speed_encoder.py
+	$(BIN)/python benchmarks/scripts/speed_views.py
+	$(BIN)/python benchmarks/scripts/speed_proxies.py --data $(or $(wildcard $(DATA)/hippocampus),phantoms:64)
 	$(BIN)/ssl3d pretrain --proxy simclr --data $(or $(wildcard $(DATA)/hippocampus),phantoms) --steps 20 --eval-every -1 --out demo/speed --overwrite
 
 clean:

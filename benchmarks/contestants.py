@@ -26,9 +26,9 @@ from ssl3d.api import (
     leak_flags,
     pooled_by,
 )
-from ssl3d_benchmarks.linear_probe_features import digest_of
-from ssl3d_benchmarks.shape_features import TRIVIAL, VERSION
+from ssl3d_benchmarks.features import digest_of
 from ssl3d_benchmarks.task import counts
+from ssl3d_benchmarks.trivial_rows import TRIVIAL, VERSION
 
 if TYPE_CHECKING:
     from ssl3d.api import Benchmark, Collection, Encoder
@@ -295,7 +295,7 @@ def _batches(train: Collection, window: Sequence[int], device: str) -> Iterator[
     """Batches of equal training volumes (or their central windows); at most 256 volumes, spread evenly."""
     import torch
 
-    from ssl3d_benchmarks.linear_probe_features import BATCH_VOXELS
+    from ssl3d_benchmarks.features import BATCH_VOXELS
 
     step = max(1, len(train) // RECALIBRATION_VOLUMES)
     chosen = train.select(np.arange(0, len(train), step)[:RECALIBRATION_VOLUMES])

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from ssl3d.evaluation.records import KINDS
 from ssl3d.evaluation.statistics.intervals import RESAMPLES, interval
 from ssl3d.evaluation.statistics.metrics import Array, Statistic
@@ -132,6 +134,18 @@ class Benchmark(ABC):
     def task(self) -> str:
         """Name of the task, as records have it: the benchmark's name and the kind of target."""
         return f"{self.name}/{self.target}"
+
+    @property
+    def task_version(self) -> int:
+        """Version of all that decides the scores, as records keep it."""
+        return self.version
+
+    def value(self, predictions: Sequence[Mapping[str, Any]]) -> float:
+        """Return the main score alone, without resampling; NaN of no predictions."""
+        if not predictions:
+            return float("nan")
+        clusters, found = self.score_functions(predictions)
+        return float(found[self.main](np.ones((1, len(clusters))))[0])
 
     @abstractmethod
     def score(

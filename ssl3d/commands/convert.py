@@ -2,16 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssl3d.convert.config import ConvertedConfig
+from ssl3d.errors import UsageError
+
+if TYPE_CHECKING:
+    from ssl3d.encoder import Encoder
 
 summary = "make a 2D network or another toolkit's checkpoint an encoder, with a report"
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions(ConvertedConfig):
+    """Makes a 2D network with its weights, or another toolkit's checkpoint, an encoder, and tells how.
+
+    Attributes:
+        network: A 2D network: torchvision's (resnet18, densenet121, mobilenet_v2, efficientnet_b0, ...),
+            timm's as timm/NAME, or efficientnet_lite0. Or a file of weights of MedicalNet, Models Genesis,
+            nnssl, nnU-Net, MONAI, torchvision, timm, lightly or Lightning (.pth, .pt, .ckpt, .safetensors),
+            with options after it as in resnet_18.pth:stem_stride=1. Or, with --to, a run or an encoder.
+        out: The folder for the encoder, which pretrain --init, linear-probe and embed take; with --to
+            nnunet, a folder or a .pth for nnU-Net.
+        weights: The 2D network's weights: a file (.pth, .safetensors), or the name of one of torchvision's
+            versions, as IMAGENET1K_V2. By default they are fetched from torchvision or timm.
+        layout: How a file of weights names them: medicalnet, monai, genesis, resenc, torchvision, densenet,
+            mobilenet, timm-mobilenet or sequential. By default it is found.
+        prefix: Which of several networks in a file, by what its names begin with, as teacher.backbone.
+        labels_seen: Whether a file's weights learned from labels of medical volumes, where you know better
+            than what is known of its layout.
+        to: nnunet writes a run's resenc encoder as nnU-Net's fine-tuning reads it.
+        patch: With --to nnunet, the crop size D H W that it recommends downstream.
+        allow_partial: Take the weights that match, however few.
+        overwrite: Replace an encoder that is there.
+    """
+
+    network: str = dataclasses.field(metadata={"positional": True})
+    out: Path = dataclasses.field(kw_only=True)
+    weights: str | None = None
+    layout: str | None = None
+    prefix: str | None = None
+    labels_seen: bool | None = None
+    to: Literal["nnunet"] | None = None
+    patch: tuple[int, int, int] = (160, 160, 160)
+    allow_partial: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks what is for 2D networks; the encoder that a file belongs to checks its own options."""
+        if self.to is None and not self.reads_file():
+            super().__post_init__()
+
+    def reads_file(self) -> bool:
+        """Whether `network` is another toolkit's file."""
+        from ssl3d.specs import is_foreign
+
+        return is_foreign(self.network) or self.layout is not None
+
+
 def main(argv: Sequence[str]) -> int:
-    """Converts, tells what became what, saves an encoder folder."""
+    """Convert, tell what became what, and save an encoder folder."""
     from ssl3d.config import parse
-    from ssl3d.convert.command import ConvertOptions, run
 
     parsed = parse("ssl3d convert", ConvertOptions, argv)
     run(parsed.options, parsed.given)
     return 0
+
+
+def run(options: ConvertOptions, given: Collection[str] = ()) -> None:
+    """Converts, reports, saves.
+
+    Args:
+        options: Of the command.
+        given: Names of those that the user gave.
+
+    Raises:
+        UsageError: The network is unknown or cannot be converted, or there is something at --out.
+        CheckpointError: The weights are not to be had, or not the network's.
+    """
+    if options.to is not None:
+        _export(options)
+        return
+    for name in {"patch"} & set(given):
+        raise UsageError(f"--{name}: belongs to --to nnunet")
+    if options.out.exists() and not (options.overwrite and (options.out / "encoder.json").is_file()):
+        raise UsageError(f"--out {options.out}: exists (--overwrite replaces an encoder)")
+    if options.reads_file():
+        _foreign(options, given)
+        return
+    for name in {"prefix", "labels_seen"} & set(given):
+        raise UsageError(
+            f"--{name.replace('_', '-')}: belongs to a file of weights, not to {options.network}"
+        )
+    config = ConvertedConfig(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(ConvertedConfig)}
+    )
+    from ssl3d.convert.named import save, with_weights
+
+    encoder = with_weights(config, options.weights, options.allow_partial)
+    print(encoder.report)
+    print()
+    print(encoder.match)
+    _print_maps(encoder)
+    print(f"encoder in {save(encoder, options.out)}")
+
+
+def _foreign(options: ConvertOptions, given: Collection[str]) -> None:
+    """A file of another toolkit."""
+    from ssl3d.convert.foreign import load_foreign, save_foreign
+    from ssl3d.specs import fields_of, file_and_words
+
+    if options.weights is not None:
+        raise UsageError(f"--weights: {options.network} is a file of weights itself")
+    file, words = file_and_words(options.network)
+    fields: dict[str, Any] = fields_of(words)
+    shared = {field.name for field in dataclasses.fields(ConvertedConfig)} - {"network"}
+    fields = {name: getattr(options, name) for name in shared & set(given)} | fields
+    own: dict[str, Any] = {"allow_partial": options.allow_partial}
+    for name in ("layout", "prefix", "network", "labels_seen", "allow_partial"):
+        if name != "network" and name in given:
+            own[name] = getattr(options, name)
+        if name in fields:
+            own[name] = fields.pop(name)
+    found = load_foreign(file, fields, **own)
+    print(found)
+    _print_maps(found.encoder)
+    print(f"encoder in {save_foreign(found, options.out)}")
+
+
+def _export(options: ConvertOptions) -> None:
+    """One of ours for nnU-Net."""
+    from ssl3d.convert.nnunet import CHECKPOINT, PLAN, export_nnunet
+    from ssl3d.specs import IMAGENET, SCRATCH, encoder_from
+
+    if options.network.startswith((SCRATCH, IMAGENET)):
+        raise UsageError(f"--to {options.to}: {options.network} is no trained encoder")
+    file = options.out if options.out.suffix == ".pth" else options.out / CHECKPOINT
+    for place in (file, file.parent / PLAN):
+        if place.exists() and not options.overwrite:
+            raise UsageError(f"--out {options.out}: {place} exists (--overwrite replaces it)")
+    encoder = encoder_from(options.network)
+    written = export_nnunet(encoder, options.out, options.patch)
+    numbers = sum(parameter.numel() for parameter in encoder.parameters())
+    print(f"{options.network}: {numbers:,} numbers as encoder.* of nnU-Net's ResidualEncoderUNet")
+    print(f"checkpoint in {written}, plan in {written.parent / PLAN}")
+
+
+def _print_maps(encoder: Encoder) -> None:
+    print("\nmap  channels  stride (D, H, W)")
+    for n, (channels, stride) in enumerate(zip(encoder.channels, encoder.strides, strict=True)):
+        print(f"{n:<3}  {channels:>8}  {' x '.join(map(str, stride))}")

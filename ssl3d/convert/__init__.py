@@ -1,6 +1,5 @@
 """2D networks made 3D: `to_3d`, and encoders from them."""
 
-from ssl3d.convert.network import Converted, to_3d
-from ssl3d.convert.report import Entry, Report
+import lazy_loader
 
-__all__ = ["Converted", "Entry", "Report", "to_3d"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

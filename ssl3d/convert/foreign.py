@@ -276,7 +276,8 @@ def _converted(
 ) -> Foreign:
     """A 2D network of torchvision or timm, by the conversion of `ssl3d.convert.encoder`."""
     from ssl3d.convert import networks
-    from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+    from ssl3d.convert.config import ConvertedConfig
+    from ssl3d.convert.encoder import ConvertedEncoder
 
     where = f"{file.path} as {network}"
     config = from_dict(ConvertedConfig, {**triples(ConvertedConfig, options), "network": network}, where)

@@ -31,7 +31,6 @@ from ssl3d.convert.folding import (
 )
 from ssl3d.encoders.convolutions import conv2d, conv3d
 
-KINDS = ("acs", "soft-acs", "i3d", "2.5d", "p3d")
 Pads = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Layer = TypeVar("Layer", bound=nn.Module)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.config import from_dict, to_dict
 from ssl3d.convert import networks
-from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+from ssl3d.convert.config import ConvertedConfig
+from ssl3d.convert.encoder import ConvertedEncoder
 from ssl3d.convert.weights import fetch, fetch_hub, read_state
 from ssl3d.errors import CheckpointError, UsageError
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ssl3d.convert import folding, layers, maps
+from ssl3d.convert.config import CONVOLUTIONS
 from ssl3d.convert.maps import Maps, find_maps
 from ssl3d.convert.report import Entry, Report
 from ssl3d.errors import UsageError
 
-KINDS = layers.KINDS
 _CONVOLUTIONS: dict[str, type[layers.Convolution]] = {
     "acs": layers.ACS, "soft-acs": layers.SoftACS, "i3d": layers.Inflated, "2.5d": layers.Flat,
     "p3d": layers.Pseudo3D,
@@ -96,8 +96,8 @@ def to_3d(
             named.
         ValueError: An argument is unknown.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; choose {', '.join(KINDS)}")
+    if kind not in CONVOLUTIONS:
+        raise ValueError(f"kind is {kind!r}; choose {', '.join(CONVOLUTIONS)}")
     if axis not in ("D", "H", "W") or depth_padding not in ("zeros", "replicate"):
         raise ValueError(
             f"axis is D, H or W and depth_padding zeros or replicate, not {axis!r}, {depth_padding!r}"

@@ -313,7 +313,7 @@ class ResNet(Encoder):
 def faster_channels_last(config: ResNetConfig, device: torch.device | str) -> bool:
     """Whether a ResNet trains faster with the channels last in memory.
 
-    Measured by benchmarks/speed_encoder.py on an AVX-512 processor: flat kernels, and three thin
+    Measured by benchmarks/scripts/speed_encoder.py on an AVX-512 processor: flat kernels, and three thin
     convolutions above all, gain about a sixth; full kernels are as fast or faster with channels first.
     """
     kind = torch.device(device).type

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl3d.amounts import duration, size
 from ssl3d.errors import DataError, TrainingError
 from ssl3d.rng import seed_of
 from ssl3d.training.device import peak_memory
-from ssl3d.training.monitor import Log, Monitor, duration, size
+from ssl3d.training.monitor import Log, Monitor
 from ssl3d.training.online import BATCHES, held_out, look
 from ssl3d.training.optim import lr_at
 from ssl3d.training.options import PretrainOptions

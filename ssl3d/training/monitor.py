@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ssl3d.amounts import duration
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -193,23 +195,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if path.exists()
         else []
     )
-
-
-def duration(seconds: float) -> str:
-    """As in 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as in 1.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _tag(name: str) -> str:

@@ -11,34 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ssl3d.data.scans.found import MODALITIES
+
 KINDS = ("ct", "mr", "unit", "none")
 CT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 
 _CLIP = (0.5, 99.5)  # percentiles of the foreground
 _LOWEST_HU = -5000.0  # air is -1000; what surrounds a scanner's circle is -1024 to -3024, or far below
-_MODALITIES = {
-    "CT": "ct",
-    "MR": "mr",
-    "PT": "mr",
-    "NM": "mr",
-    **dict.fromkeys(("CR", "DX", "MG", "XA", "RF", "US", "XC", "OP", "SM", "ES"), "unit"),
-}
-
-
-def modality_code(name: str) -> str:
-    """A DICOM modality code for the words that data sets use ("MRI", "T1", "CT scan"); "" if unclear."""
-    word = name.strip().upper()
-    if word in _MODALITIES:
-        return word
-    if word.startswith("CT"):
-        return "CT"
-    if word.startswith(("MR", "T1", "T2", "FLAIR", "ADC", "DWI", "PD", "BOLD", "LGE")):
-        return "MR"
-    if word.startswith(("PET", "PT")):
-        return "PT"
-    if any(part in word for part in ("X-RAY", "XRAY", "RADIOGRAPH")):
-        return "DX"
-    return "US" if word.startswith("ULTRASOUND") else ""
 
 
 def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
@@ -55,8 +34,8 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
         (about -1000), as interpolated CT has them; the rest is "mr". One value far below air, as is set
         where a scanner's circle ends, counts for nothing.
     """
-    if modality in _MODALITIES:
-        return _MODALITIES[modality]
+    if modality in MODALITIES:
+        return MODALITIES[modality]
     if eight_bit:
         return "unit"
     sample = voxels.reshape(-1)[:: max(1, voxels.size // 1_000_000)]

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ssl3d.amounts import count_of
 from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
-from ssl3d.data.preparation.progress import count_of
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.read import suffix_of
 from ssl3d.errors import DataError

@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
+from ssl3d.amounts import count_of, duration, size
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import keys, pool
 from ssl3d.data.preparation.parts import (
@@ -33,7 +34,7 @@ from ssl3d.data.preparation.parts import (
     write_rejected,
 )
 from ssl3d.data.preparation.process import Recipe, Task, process, spacing_of_scan, start_worker
-from ssl3d.data.preparation.progress import Progress, bytes_of, count_of, duration_of
+from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.preparation.remarks import remarks
 from ssl3d.data.scans.find import find, in_part
 from ssl3d.data.scans.found import Found, Scan, Wanted
@@ -262,7 +263,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     volumes, subjects = store_counts(out)
     say(
         f"{out}: {count_of(volumes, 'volume')} of {count_of(subjects, 'subject')}, {len(rejected)} rejected"
-        f"{_where(out, rejected)}, {bytes_of(out.stat().st_size)}, {duration_of(seconds)}"
+        f"{_where(out, rejected)}, {size(out.stat().st_size)}, {duration(seconds)}"
     )
     for line in remarks(out) + mask_lines(odd_masks(out)):
         say(line)
@@ -506,8 +507,8 @@ def _estimate(
     warning = " (NOT ENOUGH)" if 2 * disk > free else ""
     return (
         f"{count_of(len(missing), 'scan')} with {count_of(workers, 'worker')}: about "
-        f"{duration_of(seconds * factor)}; {bytes_of(disk)} of disk, twice that while it is made, "
-        f"{bytes_of(free)} are free{warning}"
+        f"{duration(seconds * factor)}; {size(disk)} of disk, twice that while it is made, "
+        f"{size(free)} are free{warning}"
     )
 
 

@@ -1,8 +1,10 @@
-"""What a long job says: a bar on the terminal, numbers in words."""
+"""The bar that a long job shows on the terminal."""
 
 from __future__ import annotations
 
 import sys
+
+from ssl3d.amounts import duration
 
 
 class Progress:
@@ -19,7 +21,7 @@ class Progress:
             return
         self.last = seconds
         filled = round(30 * done / self.total)
-        left = duration_of(seconds / done * (self.total - done))
+        left = duration(seconds / done * (self.total - done))
         bar = "#" * filled + "." * (30 - filled)
         print(f"\r[{bar}] {done}/{self.total}  {left} left \x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -27,26 +29,3 @@ class Progress:
         """Takes it off the terminal."""
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def count_of(number: int, what: str) -> str:
-    """Such as "2 scans"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def bytes_of(size: float) -> str:
-    """Such as "1.5 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def duration_of(seconds: float) -> str:
-    """Such as "3 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

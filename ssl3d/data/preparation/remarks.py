@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.preparation.progress import count_of
+from ssl3d.amounts import count_of
 
 _BATCH = 4096  # records read at a time
 _NAMED = 3

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data.preparation.normalize import modality_code
-from ssl3d.data.preparation.progress import count_of
+from ssl3d.amounts import count_of
 from ssl3d.data.scans.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
 from ssl3d.data.scans.dataset_json import _bare, _json
 from ssl3d.data.scans.dicom import dicom_tags, is_dicom
 from ssl3d.data.scans.folders import dataset_name, in_class_folders, missing, walk
-from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
 from ssl3d.data.scans.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.scans.series import from_dicom, nameless_patients
 from ssl3d.data.scans.subjects import relative, split_of, subjects_of

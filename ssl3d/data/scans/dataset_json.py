@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data.preparation.normalize import modality_code
-from ssl3d.data.preparation.progress import count_of
+from ssl3d.amounts import count_of
 from ssl3d.data.scans.folders import dataset_name, missing, walk
-from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
 from ssl3d.data.scans.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
 from ssl3d.data.scans.subjects import person_of, relative, subjects_of
 from ssl3d.errors import DataError

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.preparation.progress import count_of
+from ssl3d.amounts import count_of
 from ssl3d.data.scans.csv_lists import from_csv, with_listing
 from ssl3d.data.scans.dataset_json import from_dataset_json, from_nnunet
 from ssl3d.data.scans.dicom import is_dicom

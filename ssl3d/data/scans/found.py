@@ -92,3 +92,28 @@ class Wanted:
     colour: str = "grey"
     box_readers: str = "merge"
     label: str = ""
+
+
+MODALITIES = {
+    "CT": "ct",
+    "MR": "mr",
+    "PT": "mr",
+    "NM": "mr",
+    **dict.fromkeys(("CR", "DX", "MG", "XA", "RF", "US", "XC", "OP", "SM", "ES"), "unit"),
+}
+
+
+def modality_code(name: str) -> str:
+    """A DICOM modality code for the words that data sets use ("MRI", "T1", "CT scan"); "" if unclear."""
+    word = name.strip().upper()
+    if word in MODALITIES:
+        return word
+    if word.startswith("CT"):
+        return "CT"
+    if word.startswith(("MR", "T1", "T2", "FLAIR", "ADC", "DWI", "PD", "BOLD", "LGE")):
+        return "MR"
+    if word.startswith(("PET", "PT")):
+        return "PT"
+    if any(part in word for part in ("X-RAY", "XRAY", "RADIOGRAPH")):
+        return "DX"
+    return "US" if word.startswith("ULTRASOUND") else ""

@@ -15,7 +15,8 @@ from torch.nn import functional
 from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.cli import main
 from ssl3d.convert import networks
-from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+from ssl3d.convert.config import ConvertedConfig
+from ssl3d.convert.encoder import ConvertedEncoder
 from ssl3d.convert.network import feature_network
 from ssl3d.convert.weights import read_state
 from ssl3d.encoders.masking import only_visible

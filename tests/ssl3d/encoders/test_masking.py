@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ssl3d.api import can_mask, only_visible, visible_at
-from ssl3d.convert.encoder import ConvertedConfig, ConvertedEncoder
+from ssl3d.convert.config import ConvertedConfig
+from ssl3d.convert.encoder import ConvertedEncoder
 from ssl3d.encoders.resnet import ResNet10
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl3d.data.preparation.normalize import decide, foreground, modality_code, normalize
+from ssl3d.data.preparation.normalize import decide, foreground, normalize
+from ssl3d.data.scans.found import modality_code
 
 RNG = np.random.default_rng(0)
 

@@ -1,0 +1,159 @@
+"""Frozen features of whole volumes: equal input for every contestant, in batches, cached on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl3d.api import AggregatedEncoder, cache_folder
+from ssl3d_benchmarks.trivial_rows import trivial_features
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ssl3d.api import Collection, Contestant, Encoder
+
+Array = NDArray[Any]
+
+VERSION = 1
+"""Part of the cache's keys: raised when the same encoder gives other features."""
+
+BATCH_VOXELS = 2**20
+"""Voxels of one batch of equal volumes; bounds the memory of the forward pass."""
+
+
+def embeddings(
+    contestant: Contestant,
+    data: Collection,
+    window: tuple[int, int, int],
+    precision: str,
+    mask_classes: tuple[int, ...],
+    report: Callable[[int, int], None] | None = None,
+) -> Array:
+    """Features of every volume, (N, n) float32, from the cache where they are in it.
+
+    A volume that the window holds goes through the encoder whole, together with others of its shape; a
+    larger one window by window, the embeddings averaged.
+
+    Args:
+        contestant: An encoder, or a trivial row (`details["features"]`).
+        data: The volumes.
+        window: Largest input along (D, H, W), the same for every contestant.
+        precision: `32` or `bf16`.
+        mask_classes: What the trivial rows measure.
+        report: Called with (done, total).
+    """
+    settings = (VERSION, contestant.digest, data.digest(), window, precision, mask_classes)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:24]
+    path = cache_folder() / "features" / f"{key}.npy"
+    cached = _load(path, len(data))
+    if cached is not None:
+        return cached
+    rows: list[Array | None] = [None] * len(data)
+    done = 0
+    if contestant.encoder is None:
+        for position, volume in enumerate(data):
+            rows[position] = trivial_features(contestant.details["features"], volume, mask_classes)
+            done += 1
+            if report:
+                report(done, len(data))
+    else:
+        for positions, features in _encoded(contestant.encoder, data, window, precision):
+            for position, row in zip(positions, features, strict=True):
+                rows[position] = row
+            done += len(positions)
+            if report:
+                report(done, len(data))
+    found = np.stack([row for row in rows if row is not None]).astype(np.float32)
+    _save(path, found)
+    return found
+
+
+def _encoded(
+    encoder: Encoder, data: Collection, window: tuple[int, int, int], precision: str
+) -> Iterator[tuple[list[int], Array]]:
+    import torch
+
+    device = next(iter(encoder.parameters())).device
+    shapes = [tuple(int(n) for n in shape) for shape in data.shapes]
+    with torch.inference_mode(), autocast(device, precision):
+        for shape in sorted(set(shapes)):
+            same = [position for position, own in enumerate(shapes) if own == shape]
+            # An aggregator takes slices out of a volume of any depth, and windows in plane itself.
+            whole = isinstance(encoder, AggregatedEncoder)
+            if not whole and any(n > w for n, w in zip(shape[1:], window, strict=True)):
+                from ssl3d.api import embed_volume
+
+                for position in same:
+                    image = data[position].read().to(device)
+                    one = embed_volume(
+                        encoder, image, window, autocast=torch.bfloat16 if precision == "bf16" else None
+                    )
+                    yield [position], one.float().cpu().numpy()[None]
+                continue
+            size = max(1, BATCH_VOXELS // int(np.prod(shape)))
+            for start in range(0, len(same), size):
+                chosen = same[start : start + size]
+                batch = torch.stack([data[position].read() for position in chosen]).to(device)
+                yield chosen, encoder.embed(batch).float().cpu().numpy()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The precision of the frozen forward pass."""
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def digest_of(encoder: Encoder) -> str:
+    """Hash of an encoder's class, configuration, weights and buffers."""
+    digest = hashlib.sha256(f"{type(encoder).__name__} {_written(encoder.config)}".encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+LATER = ("shortcut", "dilated", "high_resolution")
+"""Options that encoders got after the first records: at their defaults, they leave digests as they were."""
+
+
+def _written(config: Any) -> str:
+    """A configuration's `repr`, without later options that are at their defaults."""
+    shown = [
+        f"{one.name}={getattr(config, one.name)!r}"
+        for one in dataclasses.fields(config)
+        if one.name not in LATER or getattr(config, one.name) != one.default
+    ]
+    return f"{type(config).__qualname__}({', '.join(shown)})"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def _load(path: Path, rows: int) -> Array | None:
+    try:
+        found: Array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or cut short: computed again
+        return None
+    return found if found.ndim == 2 and len(found) == rows else None
+
+
+def _save(path: Path, features: Array) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.save(file, features)
+        os.replace(partial, path)
+    except OSError:  # a cache that cannot be written costs time, not results
+        partial.unlink(missing_ok=True)

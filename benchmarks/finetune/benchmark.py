@@ -1,0 +1,67 @@
+"""Fine-tuning as a benchmark like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ssl3d.api import Benchmark, Scores
+from ssl3d_benchmarks.finetune.options import FinetuneOptions
+from ssl3d_benchmarks.finetune.protocol import Array, FinetuneTask
+
+if TYPE_CHECKING:
+    from ssl3d.api import Collection, Contestant, statistics
+
+
+class Finetune(Benchmark):
+    """Fine-tuning as a benchmark: an encoder trained on a downstream task, scored by the task.
+
+    Made with a `FinetuneTask`; `ssl3d finetune` says how contestants are trained.
+    """
+
+    Config: ClassVar[type] = FinetuneOptions
+    name = "finetune"
+    version = 1
+    description = "an encoder trained further on classes, masks or boxes, and from scratch"
+    reference = (
+        "learning rates of their own for the scratch arm: Chen, Ma, Zheng: Med3D, arXiv 1904.00625; "
+        "equal effort: He, Girshick, Dollar: Rethinking ImageNet Pre-training, ICCV 2019, arXiv 1811.08883"
+    )
+    mains: ClassVar[Mapping[str, str]] = {
+        "classes": "auc", "ordinal": "spearman", "real": "r2", "masks": "dice", "boxes": "cpm"
+    }  # fmt: skip
+
+    def __init__(self, work: FinetuneTask) -> None:
+        """Takes the task, its data known."""
+        super().__init__(work.config)
+        self.work = work
+        self.target = work.target
+
+    @property
+    def main(self) -> str:
+        """The score that ranks contestants and chooses steps."""
+        return self.work.mains[self.target]
+
+    @property
+    def task(self) -> str:
+        """`finetune-NAME/TARGET`."""
+        return f"{self.name}-{self.work.name}/{self.target}"
+
+    @property
+    def task_version(self) -> int:
+        """Return the version of frame and task together: either changes the scores."""
+        return 100 * self.version + self.work.version
+
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """The task's."""
+        return self.work.score_functions(predictions)
+
+    def score(
+        self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> Scores:
+        """Trains a copy of the contestant's encoder by the task's recipe, and scores it on `test`."""
+        from ssl3d_benchmarks.finetune.recipe import score_by_recipe
+
+        return score_by_recipe(self, self.work, contestant, train, val, test, seed)

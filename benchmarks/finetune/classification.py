@@ -1,0 +1,423 @@
+"""Fine-tuning on classes, ordered integers or real values: a linear head on the pooled features."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssl3d.api import AggregatedEncoder, Contestant, DataError, draw_crop, embed_volume
+from ssl3d_benchmarks.features import BATCH_VOXELS
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask
+from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
+from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
+from ssl3d_benchmarks.task import (
+    CSV_HELP,
+    check_numbers,
+    class_names,
+    kind_of_labels,
+    known_label,
+    mask_values,
+)
+from ssl3d_benchmarks.trivial_rows import TRIVIAL, VERSION
+
+if TYPE_CHECKING:
+    from ssl3d.api import BatchRng, Collection, Encoder, Volume, statistics
+
+Array = NDArray[Any]
+
+_MEDMNIST: dict[str, Any] = {
+    "batch_size": 32,
+    "lr": 1e-3,
+    "lr_scratch": 1e-3,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "schedule": "milestones",
+    "gamma": 0.1,
+    "warmup": 0.0,
+    "layer_decay": 1.0,
+    "clip": 0.0,
+    "keep": "best",
+    "classification.scale": "medmnist",
+}
+
+
+@dataclass(frozen=True)
+class ClassificationConfig:
+    """How a volume is classified.
+
+    Attributes:
+        target: What is learned: classes, ordinal (ordered integers), real, or auto: by what the labels are.
+        crop: Largest input of the encoder along D H W. A larger volume gives crops with foreground in
+            training, and is the mean over windows that cover it when it is predicted.
+        pad: Surround smaller volumes by their lowest value, to the largest volume or the crop, in training
+            and prediction. Without it volumes of each shape go through the encoder apart, and batch norm
+            sees them apart: of scans that all have shapes of their own, one at a time.
+        dropout: Before the last layer.
+        label_smoothing: Of the classes.
+        class_weights: balanced weighs classes by the inverse of their frequency in the training part.
+        flip: Probability of mirroring along each axis, in training.
+        shift: Largest shift along each axis as a share of its length, filled up with the edge.
+        contrast: Largest change of the intensity's scale, as a share, and of its mean, in standard
+            deviations of the crop.
+        scale: Of the intensities; random multiplies by a number from 0 to 1 in training and by one half
+            after it; medmnist does so for AdrenalMNIST3D and VesselMNIST3D (known by the names of the data
+            sets), as MedMNIST's code does, and for no other.
+    """
+
+    target: Literal["auto", "classes", "ordinal", "real"] = "auto"
+    crop: tuple[int, int, int] = (96, 96, 96)
+    pad: bool = False
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    flip: float = 0.0
+    shift: float = 0.0
+    contrast: float = 0.0
+    scale: Literal["none", "random", "medmnist"] = "none"
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if len(self.crop) != 3 or min(self.crop) < 1:
+            raise ValueError(f"crop: {list(self.crop)}; three sizes from 1")
+        for name, below in (("dropout", 1.0), ("label_smoothing", 1.0), ("shift", 0.5), ("contrast", 1.0)):
+            if not 0 <= getattr(self, name) < below:
+                raise ValueError(f"{name}: {getattr(self, name)}; from 0 to below {below:g}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip: {self.flip}; a probability")
+
+
+class Classifier(nn.Module):
+    """An encoder, its pooled features, dropout and a linear layer.
+
+    Attributes:
+        weights: Of the classes in the loss (K,).
+        centre: Mean of the training values; 0 for classes.
+        spread: Their standard deviation; 1 for classes.
+
+    Args:
+        encoder: Pools as it does itself: the mean over its deepest map, or its aggregator.
+        outputs: Classes, or 1 for values.
+        dropout: Before the last layer.
+    """
+
+    weights: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, encoder: Encoder, outputs: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.embed_dim, outputs)
+        self.register_buffer("weights", torch.ones(outputs))
+        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("spread", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, or standardised values (B, outputs) of (B, C, D, H, W)."""
+        return self.read(self.embed(x))
+
+    def read(self, embeddings: Tensor) -> Tensor:
+        """The head on embeddings (B, F)."""
+        return self.head(self.dropout(embeddings))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings (B, F), with gradients."""
+        if not isinstance(self.encoder, AggregatedEncoder):
+            embeddings: Tensor = self.encoder.embed(x)
+            return embeddings
+        return self.encoder.pooled(x)
+
+
+class Classification(FinetuneTask):
+    """Classes, ordered integers or real values of volumes and images.
+
+    Scores are those of the linear probe: AUC and accuracy as MedMNIST's evaluator has them, balanced
+    accuracy; Spearman's correlation, mean absolute error and R2 of values. Classes are learned with cross
+    entropy, values, standardised on the training part, with the squared error.
+    """
+
+    Config = ClassificationConfig
+    name = "classification"
+    version = 1
+    description = "a linear head on the pooled features: classes, ordinal or real targets"
+    reference = (
+        "preset medmnist: Yang et al.: MedMNIST v2, Sci Data 2023, arXiv 2110.14795, and its published "
+        "training code for 3D"
+    )
+    mains: ClassVar[Mapping[str, str]] = {"classes": "auc", "ordinal": "spearman", "real": "r2"}
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 3e-4,
+        "lr_scratch": 1e-3,
+        "weight_decay": 0.01,
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "medmnist": {
+            **_MEDMNIST,
+            "epochs": 100,
+            "milestones": (0.5, 0.75),
+            "eval_at": tuple(k / 100 for k in range(1, 101)),
+        },
+        "medmnist-short": {
+            **_MEDMNIST,
+            "epochs": 30,
+            "milestones": (15 / 30, 22 / 30),
+            "eval_at": tuple(k / 30 for k in range(1, 31)),
+        },
+    }
+    trivial = TRIVIAL
+
+    config: ClassificationConfig
+
+    def __init__(self, config: ClassificationConfig, data: Collection) -> None:
+        """Finds the kind of target and the classes."""
+        self.config = config
+        self.target = _target(config, data)
+        names = {str(name).lower() for name in data.datasets}
+        shapes = all(name.startswith(("adrenalmnist", "vesselmnist")) for name in names)
+        most = np.max([shape[1:] for shape in data.shapes], axis=0)
+        # An axis of all volumes that has one voxel stays so: they are images.
+        self._least = np.minimum(most, config.crop) if config.pad else np.ones(3, dtype=int)
+        self.dimmed = config.scale == "random" or (config.scale == "medmnist" and shapes)
+        if self.target != "classes":
+            check_numbers(data.labels, self.target)
+        self.classes = class_names(data) if self.target == "classes" else ()
+        # Of every volume, or the trivial rows would measure different things.
+        measured = mask_values(data)[1:] if data.has_mask.all() else ()
+        self._probe = LinearProbe(
+            LinearProbeConfig(target=self.target, classes=self.classes, mask_classes=measured)
+        )
+
+    @classmethod
+    def known(cls, config: ClassificationConfig, data: Collection) -> NDArray[np.bool_]:
+        """Volumes that have a label."""
+        _target(config, data)
+        return np.array([known_label(label) for label in data.labels], dtype=bool)
+
+    def strata(self, data: Collection) -> Array | None:
+        """The classes."""
+        if self.target == "real":
+            return None
+        return np.array([str(label) for label in data.labels])
+
+    def settings(self) -> dict[str, Any]:
+        """Its options, the target and the classes resolved."""
+        given = dataclasses.asdict(self.config)
+        if not given["pad"]:  # so that records from before there was such an option are found
+            del given["pad"]
+        return {
+            **given,
+            "target": self.target,
+            "classes": list(self.classes),
+            "scale": "random" if self.dimmed else "none",
+        }
+
+    def model(self, encoder: Encoder, train: Collection) -> Classifier:
+        """The encoder with a linear head."""
+        return Classifier(encoder, max(len(self.classes), 1), self.config.dropout)
+
+    def start(self, model: nn.Module, train: Collection) -> None:
+        """Class weights, or mean and spread of the values, of the training subjects."""
+        assert isinstance(model, Classifier)
+        targets = self._probe.targets(train)
+        if self.target != "classes":
+            model.centre.fill_(float(targets.mean()))
+            model.spread.fill_(max(float(targets.std()), 1e-6))
+        elif self.config.class_weights == "balanced":
+            counts = np.bincount(targets, minlength=len(self.classes))
+            weights = len(targets) / (np.maximum(counts, 1) * len(self.classes))
+            model.weights.copy_(torch.as_tensor(weights, dtype=torch.float32))
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The volume, or a crop with foreground of what the crop does not hold; and its target."""
+        shape = volume.shape[1:]
+        if self._fits(shape):
+            image = volume.read()
+        else:
+            size = [min(n, most) for n, most in zip(shape, self.config.crop, strict=True)]
+            image = volume.read(draw_crop(volume, size, rng), size)
+        image = self._padded(image)
+        if self.target == "classes":
+            target = torch.tensor(self.classes.index(str(volume.label)))
+        else:
+            target = torch.tensor(float(volume.label), dtype=torch.float32)  # type: ignore[arg-type]
+        return {"image": image, "target": target}
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy, or the squared error of standardised values."""
+        assert isinstance(model, Classifier)
+        found = model(self._augment(batch["image"], rng)).float()
+        target = batch["target"]
+        if self.target != "classes":
+            standard = (target - model.centre) / model.spread
+            error = F.mse_loss(found[:, 0], standard)
+            return error, {"mse": error.detach()}
+        loss = F.cross_entropy(
+            found, target, weight=model.weights, label_smoothing=self.config.label_smoothing
+        )
+        return loss, {"accuracy": (found.detach().argmax(1) == target).float().mean()}
+
+    def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
+        """The target, and the classes' probabilities or the value."""
+        assert isinstance(model, Classifier)
+        device = next(model.parameters()).device
+        image = self._dimmed(self._padded(volume.read()).to(device))
+        if self._fits(image.shape[1:]):
+            found = model(image[None])
+        elif isinstance(model.encoder, AggregatedEncoder):
+            found = model.read(model.encoder.embed(image[None]))
+        else:
+            amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+            found = model.read(embed_volume(model.encoder, image, self.config.crop, autocast=amp)[None])
+        return self._row(model, found, [volume.label])[0]
+
+    def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
+        """As `predict`, volumes of a shape in batches."""
+        assert isinstance(model, Classifier)
+        device = next(model.parameters()).device
+        rows: list[dict[str, Any] | None] = [None] * len(data)
+        shapes = [(shape[0], *np.maximum(shape[1:], self._least).tolist()) for shape in data.shapes]
+        labels = data.labels
+        for shape in sorted(set(shapes)):
+            same = [position for position, own in enumerate(shapes) if own == shape]
+            if not self._fits(shape[1:]):
+                for position in same:
+                    rows[position] = self.predict(model, data[position])
+                continue
+            size = max(1, BATCH_VOXELS // int(np.prod(shape)))
+            for start in range(0, len(same), size):
+                chosen = same[start : start + size]
+                batch = torch.stack([self._padded(data[position].read()) for position in chosen]).to(device)
+                found = self._row(model, model(self._dimmed(batch)), [labels[k] for k in chosen])
+                for position, row in zip(chosen, found, strict=True):
+                    rows[position] = row
+        return [row for row in rows if row is not None]
+
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """Those of the linear probe."""
+        return self._probe.score_functions(predictions)
+
+    def predict_trivial(
+        self, name: str, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> list[dict[str, Any]]:
+        """A linear model on hand-made features, as the linear probe has it; val is not used."""
+        probe = LinearProbe(self._probe.config)
+        measured = self._probe.config.mask_classes if name != "pooled voxels" else ()
+        row = Contestant(
+            name, "trivial", f"{name} v{VERSION}",
+            details={"features": name, "mask_classes": list(measured)},
+        )  # fmt: skip
+        return probe.score(row, train, val, test, seed).predictions
+
+    def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
+        """Adds a line to `predictions.csv`: who, the target, and each class's probability or the value."""
+        row = self.predict(model, volume)
+        path = folder / "predictions.csv"
+        said = row["probability"] if self.classes else [row["prediction"]]
+        names = [f"probability of {name}" for name in self.classes] or ["prediction"]
+        begun = path.exists()
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if not begun:
+                writer.writerow(["dataset", "subject", "id", "target", *names])
+            writer.writerow([volume.dataset, volume.subject, volume.id, row["target"], *said])
+        return path
+
+    # Within ---------------------------------------------------------------------------------------
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        return all(n <= most for n, most in zip(shape, self.config.crop, strict=True))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(C, D, H, W) in the middle of its channels' lowest values, of `_least` voxels along each axis."""
+        lacking = np.maximum(self._least - x.shape[1:], 0)
+        if not lacking.any():
+            return x
+        before = lacking // 2
+        full = x.amin(dim=(1, 2, 3), keepdim=True).repeat(1, *(np.array(x.shape[1:]) + lacking).tolist())
+        place = [slice(a, a + n) for a, n in zip(before.tolist(), x.shape[1:], strict=True)]
+        full[:, place[0], place[1], place[2]] = x
+        return full
+
+    def _dimmed(self, x: Tensor) -> Tensor:
+        return x * 0.5 if self.dimmed else x
+
+    def _augment(self, x: Tensor, rng: BatchRng) -> Tensor:
+        config = self.config
+        wide = (slice(None), *[None] * 4)
+        if config.flip:
+            chosen = rng.chance(config.flip, 3)
+            for axis in range(3):
+                if x.shape[axis + 2] > 1:
+                    x = torch.where(chosen[:, axis][wide], x.flip(axis + 2), x)
+        if config.shift:
+            x = shifted(x, rng.uniform(3, low=-config.shift, high=config.shift))
+        if config.contrast:
+            gain = rng.uniform(low=1 - config.contrast, high=1 + config.contrast)[wide]
+            raised = rng.uniform(low=-config.contrast, high=config.contrast)[wide]
+            mean = x.mean(dim=(2, 3, 4), keepdim=True)
+            x = (x - mean) * gain + mean + raised * x.std(dim=(2, 3, 4), keepdim=True)
+        if self.dimmed:
+            x = x * rng.uniform()[wide]
+        return x
+
+    def _row(self, model: Classifier, found: Tensor, labels: Sequence[Any]) -> list[dict[str, Any]]:
+        found = found.double().cpu()
+        if self.target != "classes":
+            values = (found[:, 0] * model.spread.double().cpu() + model.centre.double().cpu()).tolist()
+            return [
+                {"target": float(label), "prediction": value}
+                for label, value in zip(labels, values, strict=True)
+            ]
+        probability = found.softmax(dim=1).tolist()
+        return [
+            {"target": str(label), "probability": row}
+            for label, row in zip(labels, probability, strict=True)
+        ]
+
+
+def shifted(x: Tensor, shares: Tensor) -> Tensor:
+    """Moves each example by whole voxels, the edge repeated.
+
+    Args:
+        x: (B, C, D, H, W).
+        shares: Of each axis' length, (B, 3).
+    """
+    for axis in range(3):
+        length = x.shape[axis + 2]
+        if length == 1:
+            continue
+        moved = (shares[:, axis] * length).round().long()
+        index = (torch.arange(length, device=x.device)[None] - moved[:, None]).clamp(0, length - 1)
+        view = [len(x), 1, 1, 1, 1]
+        view[axis + 2] = length
+        x = x.gather(axis + 2, index.view(view).expand_as(x))
+    return x
+
+
+def _target(config: ClassificationConfig, data: Collection) -> str:
+    """classes, ordinal or real."""
+    asked = config.target
+    where = ", ".join(sorted(set(data.datasets))) or "the data"
+    labels = [label for label in data.labels if known_label(label)]
+    if not labels:
+        raise DataError(
+            f"{where}: none of the {len(data)} volumes has a label, which classification needs; {CSV_HELP}"
+        )
+    return kind_of_labels(labels, where) if asked == "auto" else asked

@@ -1,0 +1,1 @@
+"""Fine-tuning for detection: boxes around objects."""

@@ -1,0 +1,564 @@
+"""Fine-tuning for detection: boxes of objects in volumes and images; FROC and average precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl3d.api import (
+    AnchorPlan,
+    BoxViews3d,
+    DataError,
+    Detections,
+    DetectionScores,
+    RetinaNet3d,
+    RetinaNet3dConfig,
+    Truths,
+    TwoStage3dConfig,
+    TwoStageConfig,
+    TwoStageDetector2d,
+    TwoStageDetector3d,
+    around_mask,
+    box_iou,
+    draw_boxed3d,
+    fit_shapes,
+    move_boxed3d,
+    nms,
+    numpy_rng,
+    plan_anchors,
+    statistics,
+    weighted_clusters,
+    window_starts,
+)
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ssl3d.api import BatchRng, Collection, Encoder, Volume
+
+Array = NDArray[Any]
+Triple = tuple[int, int, int]
+
+RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
+OVERLAPS = (0.1, 0.2, 0.3, 0.4, 0.5)
+USUAL = 50
+"""Boxes per volume of the row without a network."""
+
+
+@dataclass
+class DetectionConfig(BoxViews3d):
+    """Options of detection. Those of augmentation act on image and boxes alike.
+
+    Attributes:
+        model: retinanet (one stage, MONAI's parts), faster-rcnn (two stages), both for volumes and
+            images; faster-rcnn-2d (two stages, torchvision's parts) for images.
+        boxes: Where boxes come from: stored with the data (COCO, CSV or MONAI JSON lists when it was
+            prepared, phantoms), or the connected components of the masks.
+        one_class: Count all objects as one class.
+        min_voxels: Smallest component of a mask that is an object, voxels.
+        patch: Voxels D H W of training crops and prediction windows; no larger than the largest volume.
+        scored_crop: Height and width of the part of each image that is predicted and scored, at a place
+            that follows from the image's name; 0 0 for all of it. For data whose objects lie in the
+            middle of every image.
+        channels: Width of the pyramid and of the heads on it.
+        anchors: Anchor shapes per place (in 3D), found from the training boxes.
+        cells: Cells of its level that an object spans per axis, about (in 3D).
+        overlap: Share of a prediction window that the next one covers too.
+        windows: Windows predicted at a time.
+        merge: What becomes of boxes that several windows have of one object: nms (the best stays) or
+            clusters (their weighted mean, as nnDetection has it).
+        merge_iou: Overlap above which two boxes of a class are of one object.
+        least_score: Least score of a box that is kept.
+        detections: Most boxes of a volume.
+        froc_iou: Least overlap with an object to have found it, in the FROC scores.
+    """
+
+    model: Literal["retinanet", "faster-rcnn", "faster-rcnn-2d"] = "retinanet"
+    boxes: Literal["stored", "masks"] = "stored"
+    one_class: bool = False
+    min_voxels: int = 8
+    patch: tuple[int, int, int] = (48, 48, 48)
+    scored_crop: tuple[int, int] = (0, 0)
+    channels: int = 64
+    anchors: int = 3
+    cells: float = 2.0
+    overlap: float = 0.5
+    windows: int = 4
+    merge: Literal["nms", "clusters"] = "nms"
+    merge_iou: float = 0.2
+    least_score: float = 0.01
+    detections: int = 100
+    froc_iou: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        for name, known in (
+            ("model", ("retinanet", "faster-rcnn", "faster-rcnn-2d")),
+            ("boxes", ("stored", "masks")),
+            ("merge", ("nms", "clusters")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
+        if len(self.patch) != 3 or min(self.patch) < 1:
+            raise ValueError(f"patch needs three sizes D H W of at least 1, not {self.patch}")
+        if len(self.scored_crop) != 2 or (min(self.scored_crop) < 1 and tuple(self.scored_crop) != (0, 0)):
+            raise ValueError(f"scored_crop needs a height and a width, or 0 0, not {self.scored_crop}")
+        for name in ("min_voxels", "channels", "anchors", "windows", "detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("merge_iou", "froc_iou"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, not {getattr(self, name):g}")
+        if self.cells <= 0:
+            raise ValueError(f"cells must be positive, not {self.cells:g}")
+        for name in ("overlap", "least_score"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name):g}")
+
+
+class Objects(NamedTuple):
+    """The truth of one volume.
+
+    Attributes:
+        boxes: (n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels.
+        labels: (n,) int64, class indices.
+    """
+
+    boxes: Array
+    labels: Array
+
+
+class Found(NamedTuple):
+    """What is predicted in one volume, or in the part of it that is scored.
+
+    Attributes:
+        boxes: (n, 6), in voxels of the volume, the surest first.
+        scores: (n,).
+        labels: (n,), class indices.
+    """
+
+    boxes: Array
+    scores: Array
+    labels: Array
+
+
+class Detection(FinetuneTask):
+    """Detection of objects: a box, a class and a score for each.
+
+    Crops, most of them with an object, augmented with their boxes; prediction by overlapping windows whose
+    boxes are merged. The main score, `cpm`, is the mean sensitivity at 1/8 to 8 false positives per scan
+    (an overlap of .1 is a hit); `ap_0.1` to `ap_0.5` are average precisions over all points, means over
+    classes. A scan is a volume or an image.
+
+    The trivial row *usual places* knows where objects lie in the training volumes, and nothing else.
+    """
+
+    Config = DetectionConfig
+    name = "detection"
+    version = 1
+    description = "boxes of objects; sensitivity at 1/8 to 8 false positives per scan, average precision"
+    reference = (
+        "Baumgartner et al.: nnDetection, MICCAI 2021, arXiv 2106.00817; Lin et al.: RetinaNet, ICCV 2017; "
+        "Ren et al.: Faster R-CNN, NeurIPS 2015; Setio et al.: LUNA16, MedIA 2017 (FROC)"
+    )
+    mains: ClassVar[Mapping[str, str]] = {"boxes": "cpm"}
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "steps": 1500,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "lr_scratch": 1e-3,
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+        "clip": 10.0,
+        "eval_at": (0.25, 0.5, 0.75, 1.0),
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "nodule-slices": {
+            "batch_size": 8,
+            "detection.model": "faster-rcnn-2d",
+            "detection.patch": (1, 96, 96),
+            "detection.scored_crop": (96, 96),
+            "detection.axes": (1, 2),
+        },
+        "tumours-from-masks": {
+            "detection.boxes": "masks",
+            "detection.one_class": True,
+            "detection.min_voxels": 50,
+        },
+    }
+    trivial: ClassVar[tuple[str, ...]] = ("usual places",)
+
+    config: DetectionConfig
+
+    def __init__(self, config: DetectionConfig, data: Collection) -> None:
+        """Finds the objects of every volume and plans the anchors' levels.
+
+        Raises:
+            DataError: No volume has an object, or the model takes images only.
+        """
+        self.config, self.target = config, "boxes"
+        found = {volume.index: _objects(config, volume) for volume in data}
+        values = sorted({int(value) for one in found.values() for value in one.labels})
+        if not values:
+            raise DataError(
+                f"the {len(data)} volumes hold no object: none of their boxes lists has an entry"
+                if config.boxes == "stored"
+                else f"the masks of the {len(data)} volumes hold no component of {config.min_voxels} voxels"
+            )
+        depths = np.asarray(data.shapes)[:, 1]
+        self.flat = bool((depths == 1).all())
+        if config.model == "faster-rcnn-2d" and not self.flat:
+            raise DataError(
+                f"--detection.model faster-rcnn-2d takes images, and {int((depths > 1).sum())} of "
+                f"{len(data)} volumes have several slices; use retinanet or faster-rcnn"
+            )
+        self.values = (0,) if config.one_class else tuple(values)
+        self.classes = ("object",) if config.one_class else _class_names(data, values)
+        index = {value: n for n, value in enumerate(values)}
+        self.objects: dict[int, Objects] = {}
+        for number, one in found.items():
+            kinds = [0 if config.one_class else index[int(value)] for value in one.labels]
+            self.objects[number] = Objects(one.boxes, np.array(kinds, np.int64))
+        largest = np.asarray(data.shapes)[:, 1:].max(axis=0)
+        d, h, w = (
+            min(side, -(-int(limit) // 8) * 8) for side, limit in zip(config.patch, largest, strict=True)
+        )
+        self.patch: Triple = (1 if self.flat else d, h, w)
+
+    def _boxes_of(self, data: Collection) -> Array:
+        parts = [self.objects[volume.index].boxes for volume in data]
+        return np.concatenate([np.zeros((0, 6), np.float32), *parts])
+
+    @classmethod
+    def known(cls, config: DetectionConfig, data: Collection) -> NDArray[np.bool_]:
+        """Which volumes somebody looked for objects in, though there may be none."""
+        found = np.asarray(data.has_mask if config.boxes == "masks" else data.has_boxes, dtype=bool)
+        if not found.any():
+            other = data.has_mask if config.boxes == "stored" else data.has_boxes
+            hint = (
+                "; --detection.boxes " + ("masks" if config.boxes == "stored" else "stored")
+                if other.any()
+                else "; prepare them with a COCO, CSV or MONAI JSON list of boxes beside them"
+            )
+            what = "mask" if config.boxes == "masks" else "list of boxes"
+            raise DataError(f"none of the {len(data)} volumes has a {what}{hint}")
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """The options, resolved."""
+        return {
+            **dataclasses.asdict(self.config),
+            "patch": list(self.patch),
+            "classes": list(self.classes),
+            "values": list(self.values),
+        }
+
+    # Training -------------------------------------------------------------------------------------
+
+    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+        """The detector over the encoder's maps; its levels follow from the training subjects' boxes."""
+        c = self.config
+        boxes = self._boxes_of(train)
+        if not len(boxes):
+            raise DataError(
+                f"none of the {len(train)} training volumes has an object: nothing to find anchors for"
+            )
+        if c.model == "faster-rcnn-2d":
+            return TwoStageDetector2d(encoder, self._config_2d(encoder, boxes))
+        plan = plan_anchors(boxes, encoder, c.anchors, c.cells)
+        common = {
+            "classes": len(self.classes),
+            "channels": c.channels,
+            "score": c.least_score,
+            "detections": c.detections,
+        }
+        if c.model == "retinanet":
+            return RetinaNet3d(encoder, plan, RetinaNet3dConfig(**common))  # type: ignore[arg-type]
+        return TwoStageDetector3d(encoder, plan, TwoStage3dConfig(**common))  # type: ignore[arg-type]
+
+    def _config_2d(self, encoder: Encoder, boxes: Array) -> TwoStageConfig:
+        """Levels and anchors that reach down to the smaller of the training boxes."""
+        c = self.config
+        sides = np.sqrt((boxes[:, 4] - boxes[:, 1]) * (boxes[:, 5] - boxes[:, 2]))
+        small = float(np.quantile(sides, 0.2))
+        strides = sorted({stride[1] for stride in encoder.strides})
+        first = max([stride for stride in strides if stride <= max(small / 3, strides[0])])
+        return TwoStageConfig(
+            classes=len(self.classes),
+            channels=c.channels,
+            hidden=4 * c.channels,
+            min_stride=first,
+            anchor_scale=max(small / first, 1.0),
+            norm_groups=8,
+            score=c.least_score,
+            detections=c.detections,
+            proposals=(500, 300),
+            roi_samples=128,
+        )
+
+    def start(self, model: nn.Module, train: Collection) -> None:
+        """Anchors of the sizes that the boxes of the training subjects have."""
+        if isinstance(model, RetinaNet3d | TwoStageDetector3d):
+            plan: AnchorPlan = model.plan
+            shapes = fit_shapes(self._boxes_of(train), plan, self.config.cells)
+            model.shapes.copy_(shapes.to(model.shapes.device))
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """A crop `image` (C, d, h, w) with the margin of its augmentation, and the boxes in it."""
+        boxes, labels = self.objects[volume.index]
+        return draw_boxed3d(self.config, volume, boxes, labels, self._size(volume), rng)
+
+    def _size(self, volume: Volume) -> Triple:
+        return (1 if volume.shape[1] == 1 else self.patch[0], self.patch[1], self.patch[2])
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the detector's losses on augmented crops; and each of them."""
+        size = (1 if batch["image"].shape[2] == 1 else self.patch[0], self.patch[1], self.patch[2])
+        moved = move_boxed3d(self.config, batch, size, rng)
+        boxes = moved.boxes
+        if isinstance(model, TwoStageDetector2d):
+            boxes = [own[:, [1, 2, 4, 5]] for own in boxes]
+        losses = model.losses(moved.images, boxes, moved.labels, rng)  # type: ignore[operator]
+        total = torch.stack(list(losses.values())).sum()
+        return total, {name: value.detach() for name, value in losses.items()}
+
+    # Prediction -----------------------------------------------------------------------------------
+
+    def region(self, volume: Volume) -> tuple[Triple, Triple]:
+        """Start and size of the part of a volume that is scored."""
+        _, depth, height, width = volume.shape
+        if tuple(self.config.scored_crop) == (0, 0):
+            return (0, 0, 0), (depth, height, width)
+        rng = numpy_rng("detection crop", volume.dataset, volume.id)
+        h, w = (min(n, m) for n, m in zip(self.config.scored_crop, (height, width), strict=True))
+        start = (0, int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)))
+        return start, (depth, h, w)
+
+    def truth(self, volume: Volume) -> Objects:
+        """The objects in the scored part; those less than `visible` of which lies in it are no objects."""
+        boxes, labels = self.objects[volume.index]
+        start, size = self.region(volume)
+        low, high = np.array(start * 2), np.add(start, size)
+        cut = np.concatenate(
+            [np.clip(boxes[:, :3], low[:3], high), np.clip(boxes[:, 3:], low[:3], high)], axis=1
+        )
+        share = _volumes(cut) / np.maximum(_volumes(boxes), 1e-6)
+        kept = share >= self.config.visible
+        return Objects(cut[kept], labels[kept])
+
+    def detect(self, model: nn.Module, volume: Volume) -> Found:
+        """Boxes of the scored part, window by window."""
+        c = self.config
+        start, size = self.region(volume)
+        device = next(model.parameters()).device
+        window = tuple(min(p, n) for p, n in zip(self._size(volume), size, strict=True))
+        image = volume.read(start, size)
+        ways = [window_starts(n, p, c.overlap) for n, p in zip(size, window, strict=True)]
+        places = list(itertools.product(*ways))
+        boxes, scores, labels, seen = [], [], [], []
+        for first in range(0, len(places), c.windows):
+            some = places[first : first + c.windows]
+            crops = [image[:, d : d + window[0], h : h + window[1], w : w + window[2]] for d, h, w in some]
+            for place, one in zip(some, model.detect(torch.stack(crops).to(device)), strict=True):  # type: ignore[operator]
+                own = one.boxes.float().cpu()
+                if own.shape[1] == 4:
+                    low, high = own.new_zeros(len(own), 1), own.new_ones(len(own), 1)
+                    own = torch.cat([low, own[:, :2], high, own[:, 2:]], dim=1)
+                own = own + own.new_tensor(place * 2)
+                kept = torch.ones(len(own), dtype=torch.bool)
+                if c.merge == "nms":
+                    kept = _in_core(own, place, ways, window)
+                boxes.append(own[kept])
+                scores.append(one.scores.float().cpu()[kept])
+                labels.append(one.labels.cpu()[kept])
+                seen.append(_covering(own[kept], ways, window))
+        joined, sure, kinds = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        if c.merge == "nms":
+            kept = nms(joined, sure, c.merge_iou, kinds, c.detections)
+            joined, sure, kinds = joined[kept], sure[kept], kinds[kept]
+        else:
+            joined, sure, heads = weighted_clusters(joined, sure, c.merge_iou, kinds, torch.cat(seen))
+            joined, sure, kinds = joined[: c.detections], sure[: c.detections], kinds[heads][: c.detections]
+        moved = joined + joined.new_tensor(start * 2)
+        return Found(moved.numpy().astype(np.float64), sure.numpy().astype(np.float64), kinds.numpy())
+
+    def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
+        """Boxes, scores and classes found, and the truth, in voxels of the volume."""
+        return self._row(self.detect(model, volume), self.truth(volume))
+
+    def _row(self, found: Found, truth: Objects) -> dict[str, Any]:
+        return {
+            "boxes": np.round(found.boxes, 2).tolist(),
+            "scores": [float(f"{score:.5g}") for score in found.scores],
+            "labels": found.labels.tolist(),
+            "truth": np.round(truth.boxes.astype(np.float64), 2).tolist(),
+            "truth_labels": truth.labels.tolist(),
+        }
+
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """`cpm`, `froc_0.125` to `froc_8`, `ap_0.1` to `ap_0.5`, and `ap_0.1` of each class of several."""
+        clusters = np.array([f"{row['dataset']}/{row['subject']}" for row in predictions])
+        by_overlap = {
+            iou: scores_of(predictions, iou, self.config.detections)
+            for iou in sorted({*OVERLAPS, self.config.froc_iou})
+        }
+        froc = by_overlap[self.config.froc_iou]
+        found: dict[str, statistics.Statistic] = {"cpm": lambda weights: froc.froc(weights).cpm}
+        for column, rate in enumerate(RATES):
+            found[f"froc_{rate:g}"] = _sensitivity(froc, column)
+        for iou in OVERLAPS:
+            found[f"ap_{iou:g}"] = _precision(by_overlap[iou])
+        if len(self.classes) > 1:
+            lowest = by_overlap[OVERLAPS[0]]
+            for kind in lowest.classes:
+                found[f"ap_{OVERLAPS[0]:g}_{self.classes[kind]}"] = _class_precision(lowest, kind)
+        return clusters, found
+
+    def predict_trivial(
+        self, name: str, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> list[dict[str, Any]]:
+        """The boxes of the training volumes at their places, stretched; the surer the more agree."""
+        if name != "usual places":
+            raise NotImplementedError(name)
+        places, kinds = [], []
+        for volume in train:
+            truth, (start, size) = self.truth(volume), self.region(volume)
+            places.append((truth.boxes - np.array(start * 2)) / np.array(size * 2))
+            kinds.append(truth.labels)
+        relative, labels = np.concatenate(places), np.concatenate(kinds)
+        alike = (box_iou(relative, relative) * (labels[:, None] == labels[None])).sum(axis=1)
+        boxes, scores = torch.from_numpy(relative), torch.from_numpy(alike / max(len(train), 1))
+        kept = nms(boxes, scores, self.config.merge_iou, torch.from_numpy(labels), USUAL).numpy()
+        rows = []
+        for volume in test:
+            start, size = self.region(volume)
+            here = relative[kept] * np.array(size * 2) + np.array(start * 2)
+            row = self._row(Found(here, scores.numpy()[kept], labels[kept]), self.truth(volume))
+            rows.append({"dataset": volume.dataset, "subject": volume.subject, "id": volume.id, **row})
+        return rows
+
+    def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
+        """Writes the boxes in the scanner's mm as JSON, and as CSV beside it."""
+        from ssl3d_benchmarks.finetune.detection.files import write_boxes
+
+        found = self.detect(model, volume)
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_boxes(folder / f"{file_name(volume)}.json", volume, *found, self.classes)
+
+    def picture(self, model: nn.Module, data: Collection) -> Any:
+        """The slices with the largest objects of some volumes, truth and detections; the FROC curve."""
+        from ssl3d_benchmarks.finetune.detection.pictures import detection_picture
+
+        of_subject: dict[str, Volume] = {}
+        for volume in data:
+            if len(self.truth(volume).boxes):
+                of_subject.setdefault(f"{volume.dataset}/{volume.subject}", volume)
+        shown = (list(of_subject.values()) or list(data))[:4]
+        rows = [self.predict(model, volume) for volume in data]
+        found = [self.detect(model, volume) for volume in shown]
+        return detection_picture(
+            shown,
+            [self.truth(volume).boxes for volume in shown],
+            found,
+            scores_of(rows, self.config.froc_iou, self.config.detections),
+        )
+
+
+def scores_of(predictions: Sequence[Mapping[str, Any]], iou: float, limit: int | None) -> DetectionScores:
+    """The detections of rows matched to their truths."""
+    return DetectionScores(
+        [Detections(row["boxes"], row["scores"], row["labels"]) for row in predictions],
+        [Truths(row["truth"], row["truth_labels"]) for row in predictions],
+        iou,
+        limit,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _objects(config: DetectionConfig, volume: Volume) -> Objects:
+    """Boxes and values of a volume, as the data has them."""
+    if config.boxes == "stored":
+        boxes, labels = volume.boxes, volume.box_labels
+        if boxes is None or labels is None:
+            raise DataError(f"{volume.dataset}/{volume.id}: nobody looked for boxes in it")
+        solid = (boxes[:, 3:] > boxes[:, :3]).all(axis=1)
+        return Objects(boxes[solid], labels[solid])
+    mask = volume.read_mask().numpy()
+    if config.one_class:
+        mask = (mask > 0).astype(mask.dtype)
+    boxes, labels = around_mask(mask, config.min_voxels)
+    return Objects(boxes, labels)
+
+
+def _class_names(data: Collection, values: Sequence[int]) -> tuple[str, ...]:
+    """Names of box labels where the stores know them."""
+    known: dict[str, str] = {}
+    for settings in data.settings:
+        for names in (settings.get("box_labels") or {}).values():
+            known |= {str(key): str(name) for key, name in names.items()}
+    if len(values) == 1 and str(values[0]) not in known:
+        return ("object",)
+    return tuple(known.get(str(value), str(value)) for value in values)
+
+
+def _in_core(
+    boxes: Tensor, place: Sequence[int], ways: Sequence[list[int]], window: Sequence[int]
+) -> Tensor:
+    """Whether a window is the one that sees a box best: cores meet in the middle of the overlaps.
+
+    Two voxels wider than that, so that no object is lost between two windows that place it differently.
+    """
+    middle = (boxes[:, :3] + boxes[:, 3:]) / 2
+    kept = torch.ones(len(boxes), dtype=torch.bool)
+    for axis, (starts, length) in enumerate(zip(ways, window, strict=True)):
+        at = starts.index(place[axis])
+        if at > 0:
+            kept &= middle[:, axis] >= (starts[at] + starts[at - 1] + length) / 2 - 2
+        if at + 1 < len(starts):
+            kept &= middle[:, axis] <= (starts[at + 1] + starts[at] + length) / 2 + 2
+    return kept
+
+
+def _covering(boxes: Tensor, ways: Sequence[list[int]], window: Sequence[int]) -> Tensor:
+    """How many windows hold the middle of each box, (n,)."""
+    middle = (boxes[:, :3] + boxes[:, 3:]) / 2
+    count = torch.ones(len(boxes))
+    for axis, (starts, length) in enumerate(zip(ways, window, strict=True)):
+        first = torch.tensor(starts, dtype=torch.float32)
+        at = middle[:, axis, None]
+        count *= ((at >= first) & (at < first + length)).sum(dim=1).clamp_min(1)
+    return count
+
+
+def _volumes(boxes: Array) -> Array:
+    found: Array = np.clip(boxes[:, 3:] - boxes[:, :3], 0, None).prod(axis=1)
+    return found
+
+
+def _sensitivity(scores: DetectionScores, column: int) -> statistics.Statistic:
+    return lambda weights: scores.froc(weights).sensitivities[:, column]
+
+
+def _precision(scores: DetectionScores) -> statistics.Statistic:
+    return lambda weights: scores.average_precision(weights).mean
+
+
+def _class_precision(scores: DetectionScores, kind: int) -> statistics.Statistic:
+    return lambda weights: scores.average_precision(weights).classes[kind]

@@ -1,0 +1,88 @@
+"""Recipes of fine-tuning: what a task proposes, below what was asked for."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssl3d.api import Benchmark, Contestant, Scores, UsageError
+from ssl3d_benchmarks.finetune.job import score_fold
+from ssl3d_benchmarks.finetune.options import FinetuneOptions
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
+from ssl3d_benchmarks.finetune.train import TrainingPlan
+from ssl3d_benchmarks.task import Fold
+
+if TYPE_CHECKING:
+    from ssl3d.api import Collection
+
+
+def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[FinetuneOptions, Any]:
+    """The options with the task's recipe and the preset below what was asked for.
+
+    Args:
+        options: As given.
+        config: The task's own options.
+        asked: Names of the options that were given, those of the task as TASK.FIELD.
+
+    Raises:
+        UsageError: The preset is unknown, or there is no learning rate or no number of steps.
+    """
+    kind = task_class(options.task)
+    below: dict[str, Any] = dict(kind.recipe)
+    if options.preset:
+        if options.preset not in kind.presets:
+            known = ", ".join(kind.presets) or "none"
+            raise UsageError(f"--preset {options.preset}: {options.task} has {known}")
+        below |= kind.presets[options.preset]
+        lasting = {"steps", "epochs"} & set(kind.presets[options.preset])
+        for name in {"steps", "epochs"} - lasting if lasting else ():
+            below.pop(name, None)
+    if options.steps and options.epochs:
+        raise UsageError(f"--steps {options.steps} and --epochs {options.epochs}: give one of them")
+    if options.steps or options.epochs:
+        below = {key: value for key, value in below.items() if key not in ("steps", "epochs")}
+    if "lr" in asked:
+        below.pop("lr_scratch", None)  # it was chosen beside another learning rate
+    own = {key: value for key, value in below.items() if "." not in key and key not in asked}
+    options = replace(options, **own)
+    own = {key: value for key, value in below.items() if "." in key and key not in asked}
+    inner = {key.partition(".")[2]: value for key, value in own.items()}
+    if options.tune and "lr_scratch" in asked:
+        raise UsageError("--lr-scratch beside --tune: give --tune-scratch, as many as --tune")
+    if options.lr is None and not options.tune:
+        raise UsageError(f"--lr: {options.task} has no learning rate of its own; give --lr or --tune")
+    if not options.steps and not options.epochs:
+        raise UsageError(f"--steps: {options.task} has no length of its own; give --steps or --epochs")
+    return options, replace(config, **inner)
+
+
+def score_by_recipe(
+    benchmark: Benchmark,
+    learned: FinetuneTask,
+    contestant: Contestant,
+    train_data: Collection,
+    val: Collection,
+    test: Collection,
+    seed: int,
+) -> Scores:
+    """A contestant trained by the task's recipe: the whole protocol in one call, without records."""
+    if contestant.encoder is None:
+        rows = learned.predict_trivial(contestant.name, train_data, val, test, seed)
+        return benchmark.summarise(rows)
+    options, _ = resolve(FinetuneOptions(("given",), task=learned.name), learned.config, set())
+    encoder = contestant.encoder
+    device = next(encoder.parameters()).device
+    plan = TrainingPlan(benchmark, learned, train_data, val, options, seed, device, contestant.name)
+    everything = np.ones(len(test), dtype=bool)
+    rate = options.lr_scratch if contestant.kind == "untrained" and options.lr_scratch else options.lr
+    assert rate is not None
+    began = time.perf_counter()
+    fold = Fold(~everything, ~everything, everything)
+    part = score_fold(plan, lambda: copy.deepcopy(encoder), (rate,), test, fold)
+    scores = benchmark.summarise(part["predictions"])
+    scores.details, scores.seconds = part["details"], time.perf_counter() - began
+    return scores

@@ -1,0 +1,1 @@
+"""Fine-tuning for segmentation: every voxel gets a class."""

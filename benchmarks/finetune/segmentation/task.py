@@ -1,0 +1,578 @@
+"""Fine-tuning for segmentation: patches in, windows out; sparse annotation, slices, coarse to fine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl3d.api import (
+    CoarseToFine,
+    DataError,
+    SegmentationNetwork,
+    Views,
+    augment_labelled,
+    dice_ce_loss,
+    expanded,
+    find_region,
+    mask_scores,
+    predict_windows,
+    save_segmentation,
+    segmentation_head,
+    shrunk,
+    shrunk_mask,
+    statistics,
+    view_margin,
+)
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name
+from ssl3d_benchmarks.finetune.segmentation.data import (
+    Annotation,
+    annotate,
+    class_indices,
+    class_table,
+    mask_values,
+    place_patch,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ssl3d.api import BatchRng, Collection, Encoder, Volume
+
+Array = NDArray[Any]
+Triple = tuple[int, int, int]
+
+IGNORE = -1
+MEASURES = ("dice", "hd95", "surface_dice")
+KEPT_BYTES = 500_000_000
+"""Of shrunk volumes, which the coarse stage sees, kept in memory by each process."""
+ATLAS = (48, 48, 48)
+"""Cells of the average mask."""
+
+
+@dataclass
+class SegmentationConfig(Views):
+    """Options of segmentation. Those of augmentation act on image and mask alike.
+
+    Attributes:
+        head: unet (U-shaped, with a skip of the input at full resolution), med3d (transposed
+            convolutions on the deepest map), denseaspp (dilated ones) or linear (1x1x1, for frozen
+            encoders).
+        width: Channels of the head at half resolution; 32 gives med3d its 256 and 128 channels.
+        head_norm: batch, group or instance; group learns several times slower.
+        deep_supervision: Whether the coarser steps of the unet head are trained too; the finer ones then
+            add to what these find.
+        patch: Voxels D H W of training crops and prediction windows; no larger than the largest volume.
+        slicewise: Segment slice by slice with the encoder as a 2D network (crops of depth 1).
+        oversample: Share of the crops that are put on a voxel of a class, each class as likely.
+        axes: Axes 0 to 2 (D H W) along which crops are turned, rotated, stretched and shifted.
+        flip_axes: Axes along which crops are mirrored, with probability `flip`, and predictions with
+            `mirror`. Not those across which classes are told apart by their place (anterior and
+            posterior hippocampus along H: mirrored there, its Dice was .3 after 120 steps, else .8).
+        classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
+        ignore: Mask value of voxels that nobody annotated; -1 if there is none.
+        sparse_slices: Annotated slices per volume, chosen along D once per volume; 0 for all. Training
+            and the choice of what is kept see these alone; test subjects are scored on all slices.
+        sparse_choice: random (among the slices with objects) or equidistant; a smaller number's slices
+            are among a larger one's.
+        sparse_seed: Chooses the slices, together with the volume's name.
+        batch_dice: Soft Dice over the batch, or the mean over its crops.
+        dice_background: Whether background counts in the soft Dice.
+        ce_weight: Of the cross-entropy in the loss.
+        dice_weight: Of the soft Dice in the loss.
+        overlap: Share of a prediction window that the next one covers too.
+        windows: Windows predicted at a time.
+        mirror: Predict copies mirrored along `flip_axes` too and average: 8 times the work for three.
+        tolerance: Of the surface Dice, mm; 0 for 1 mm, or the largest voxel side where that is more.
+        stages: 2: a coarse network finds the region in the shrunk volume, and the fine one segments it.
+        coarse: Voxels D H W to which volumes are shrunk for the coarse stage.
+        margin: Share of the region's sides added on each side when predicting; up to twice as much,
+            drawn, when training.
+    """
+
+    head: Literal["unet", "med3d", "denseaspp", "linear"] = "unet"
+    width: int = 32
+    head_norm: Literal["batch", "group", "instance"] = "instance"
+    deep_supervision: bool = True
+    patch: tuple[int, int, int] = (48, 48, 48)
+    slicewise: bool = False
+    oversample: float = 1 / 3
+    axes: tuple[int, ...] = (0, 1, 2)
+    flip_axes: tuple[int, ...] = (2,)
+    classes: tuple[int, ...] = ()
+    ignore: int = -1
+    sparse_slices: int = 0
+    sparse_choice: Literal["random", "equidistant"] = "random"
+    sparse_seed: int = 0
+    batch_dice: bool = True
+    dice_background: bool = False
+    ce_weight: float = 1.0
+    dice_weight: float = 1.0
+    overlap: float = 0.5
+    windows: int = 4
+    mirror: bool = False
+    tolerance: float = 0.0
+    stages: Literal[1, 2] = 1
+    coarse: tuple[int, int, int] = (32, 32, 32)
+    margin: float = 0.15
+    chance: float = 0.3
+    rotate: float = 20.0
+    scale: float = 0.25
+    contrast: float = 0.2
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that cannot be used."""
+        super().__post_init__()
+        for name in ("patch", "coarse"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} needs three sizes D H W of at least 1, not {getattr(self, name)}")
+        for name in ("width", "windows"):
+            if getattr(self, name) < (2 if name == "width" else 1):
+                raise ValueError(f"{name} is too small: {getattr(self, name)}")
+        if not 0 <= self.oversample <= 1:
+            raise ValueError(f"oversample is a share, 0 to 1, not {self.oversample:g}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap must be at least 0 and below 1, not {self.overlap:g}")
+        for name in ("axes", "flip_axes"):
+            if any(axis not in (0, 1, 2) for axis in getattr(self, name)):
+                raise ValueError(f"{name} are 0, 1 and 2 for D, H and W, not {getattr(self, name)}")
+        for name in ("sparse_slices", "ce_weight", "dice_weight", "tolerance", "margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name):g}")
+        if self.ce_weight + self.dice_weight == 0:
+            raise ValueError("ce_weight and dice_weight are both 0: there is no loss")
+        if self.classes and (self.classes[0] != 0 or len(set(self.classes)) < 2 or min(self.classes) < 0):
+            raise ValueError(f"classes begin with 0, the background, and name another: not {self.classes}")
+        if self.ignore in self.classes:
+            raise ValueError(f"ignore: {self.ignore} is one of the classes {self.classes} too")
+        if self.torchio:
+            raise ValueError("torchio: its transforms do not move masks here; use the other augmentations")
+        if self.slicewise and self.stages == 2:
+            raise ValueError("slicewise: a coarse stage finds regions of volumes, not of slices")
+
+
+class Segmentation(FinetuneTask):
+    """Segmentation of volumes from masks: every voxel gets a class.
+
+    Crops, a third of them on objects, augmented with their masks; cross-entropy and soft Dice;
+    prediction by overlapping windows. Scores are means over a subject's volumes, per class and over
+    classes: Dice, the 95th percentile of the surface distance in mm, surface Dice. See
+    `ssl3d.segmentation.metrics` for empty masks. They are taken on the stored grid.
+
+    The trivial row *average mask* is what the training masks say of a voxel's relative place alone.
+    """
+
+    Config = SegmentationConfig
+    name = "segmentation"
+    version = 2
+    description = "every voxel gets a class; Dice, HD95 and surface Dice per class and subject"
+    reference = (
+        "Isensee et al.: nnU-Net, Nature Methods 2021 (patches, oversampling, windows); "
+        "Chen, Ma, Zheng: Med3D, arXiv 1904.00625 (decoder, coarse to fine); "
+        "Nikolov et al., arXiv 1809.04430 (surface Dice)"
+    )
+    mains: ClassVar[Mapping[str, str]] = {"masks": "dice"}
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "steps": 3000,
+        "batch_size": 4,
+        "lr": 2e-3,
+        "lr_scratch": 4e-3,
+        "optimizer": "adamw",
+        "warmup": 0.05,
+        "clip": 5.0,
+        "precision": "bf16",
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "low-label": {"steps": 500, "batch_size": 4},
+        "med3d-lung": {
+            "lr": 1e-3,
+            "lr_scratch": 1e-2,
+            "optimizer": "adam",
+            "weight_decay": 0.0,
+            "segmentation.head": "med3d",
+        },
+        "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
+    }
+    trivial: ClassVar[tuple[str, ...]] = ("average mask",)
+
+    config: SegmentationConfig
+
+    def __init__(self, config: SegmentationConfig, data: Collection) -> None:
+        """Reads every mask once: its classes, its slices and where its objects are."""
+        self.config, self.target = config, "masks"
+        values = config.classes or mask_values(data, config.ignore, tell=True)
+        if config.classes:
+            _check_classes(config, data)
+        self.values: tuple[int, ...] = tuple(int(value) for value in values)
+        self.names = tuple(str(value) for value in self.values)
+        self._table = class_table(self.values, config.ignore)
+        if config.sparse_slices or np.asarray(data.shapes)[:, 1].min() == 1:
+            self.version = (
+                3  # chosen on annotated slices alone; contours of images, where areas were scored
+            )
+        self.patch = _patch(config, data)
+        self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
+        self._slices = {
+            f"{volume.dataset}/{volume.id}": found.tolist()
+            for volume in data
+            if (found := self.annotations[volume.index].slices) is not None
+        }
+        self._shrunk: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _annotate(self, volume: Volume) -> Annotation:
+        c = self.config
+        return annotate(volume, self._table, c.sparse_slices, c.sparse_choice, c.sparse_seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shrunk volumes are made again where they are needed."""
+        return {**self.__dict__, "_shrunk": {}}
+
+    @classmethod
+    def known(cls, config: SegmentationConfig, data: Collection) -> NDArray[np.bool_]:
+        """Which volumes have a mask."""
+        found = np.asarray(data.has_mask, dtype=bool)
+        if not found.any():
+            raise DataError(
+                f"none of the {len(data)} volumes has a mask; give masks in a column `mask` of a CSV, "
+                "by `ssl3d prepare --masks seg` (label maps beside their scans, seg in their names), or "
+                "as a folder in MSD or nnU-Net layout"
+            )
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """The options, resolved; the annotated slices of each volume where there are few."""
+        found = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
+        if self._slices:
+            found["annotated"] = self._slices
+        return found
+
+    def annotated_slices(self, volume: Volume) -> Array:
+        """The slices along D on which a volume is annotated for training."""
+        slices = self.annotations[volume.index].slices
+        return np.arange(volume.shape[1]) if slices is None else slices
+
+    # Training -------------------------------------------------------------------------------------
+
+    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+        """Encoder and head; a coarse stage before them if there are two."""
+        c = self.config
+        head = segmentation_head(
+            c.head, encoder, len(self.values), c.width, c.head_norm, c.deep_supervision
+        )
+        return CoarseToFine(encoder, head) if c.stages == 2 else SegmentationNetwork(encoder, head)
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """A crop `image` (C, d, h, w) with the margin that its augmentation needs, and its `target`.
+
+        Targets are class indices, `IGNORE` outside the volume and on slices that are not annotated.
+        """
+        annotation = self.annotations[volume.index]
+        size = _fit(self.patch, volume)
+        region = None
+        found: dict[str, Tensor] = {}
+        if self.config.stages == 2:
+            image, target = self._coarse(volume)
+            found = {"coarse_image": image, "coarse_target": target}
+            if annotation.box is not None:
+                by = rng.uniform(0, 2 * self.config.margin, 3)
+                region = expanded(annotation.box, by.tolist(), volume.shape[1:], (1, 1, 1))
+        start = place_patch(volume.shape[1:], size, annotation, self.config.oversample, rng, region)
+        margin = view_margin(self.config, size, self.config.axes)
+        begin = [s - m for s, m in zip(start, margin, strict=True)]
+        extent = [n + 2 * m for n, m in zip(size, margin, strict=True)]
+        found["image"] = volume.read(begin, extent)
+        found["target"] = torch.from_numpy(self._target(volume, begin, extent))
+        found["spacing"] = torch.tensor(volume.spacing, dtype=torch.float32)
+        return found
+
+    def _target(self, volume: Volume, start: Sequence[int], size: Sequence[int]) -> Array:
+        """Class indices of a crop, int16."""
+        target = class_indices(self._table, volume.read_mask(start, size).numpy())
+        for axis, (begin, length, limit) in enumerate(zip(start, size, volume.shape[1:], strict=True)):
+            inside = np.arange(begin, begin + length)
+            outside = (inside < 0) | (inside >= limit)
+            slices = self.annotations[volume.index].slices
+            if axis == 0 and slices is not None:
+                outside |= ~np.isin(inside, slices)
+            target[(slice(None),) * axis + (outside,)] = IGNORE
+        return target
+
+    def _coarse(self, volume: Volume) -> tuple[Tensor, Tensor]:
+        """The whole volume and its target (0, 1, IGNORE), shrunk; read once by each process."""
+        if volume.index in self._shrunk:
+            return self._shrunk[volume.index]
+        size = self.config.coarse
+        image = shrunk(volume.read(), size)
+        target = torch.from_numpy(self._target(volume, (0, 0, 0), volume.shape[1:]))
+        coarse = torch.where(shrunk_mask(target != IGNORE, size), 0, IGNORE).to(torch.int16)
+        coarse[shrunk_mask(target > 0, size)] = 1
+        if len(self._shrunk) * (image.nbytes + coarse.nbytes) < KEPT_BYTES:
+            self._shrunk[volume.index] = (image, coarse)
+        return image, coarse
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy and soft Dice of augmented crops; that of the coarse stage added."""
+        depth = 1 if batch["image"].shape[2] == 1 else self.patch[0]
+        size = (depth, *self.patch[1:])
+        total, values = self._one_loss(model, batch["image"], batch["target"], rng, size, batch["spacing"])
+        if self.config.stages == 2:
+            image, target = batch["coarse_image"], batch["coarse_target"]
+            assert isinstance(model, CoarseToFine)
+            coarse, parts = self._one_loss(model.coarse, image, target, rng, self.config.coarse, None)
+            total = total + coarse
+            values |= {f"coarse_{name}": value for name, value in parts.items()}
+        return total, values
+
+    def _one_loss(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        target: Tensor,
+        rng: BatchRng,
+        size: Sequence[int],
+        spacing: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        # `axes` of the views would mirror along all that may be moved.
+        views = dataclasses.replace(c, flip=0.0)
+        x, moved = augment_labelled(views, image, target, rng, size, spacing, c.axes)
+        x, truth = _mirrored(x, moved.long(), rng.chance(c.flip, 3), c.flip_axes)
+        logits = model(x)
+        shares = [0.5**n for n in range(len(logits))]
+        weights = (c.ce_weight, c.dice_weight)
+        total, values = image.new_zeros(()), dict[str, Tensor]()
+        for n, one in enumerate(logits):
+            loss, parts = dice_ce_loss(one, truth, c.batch_dice, c.dice_background, weights)
+            total = total + shares[n] / sum(shares) * loss
+            values = values or dict(parts)
+        values["dice"] = _batch_dice(logits[0].detach(), truth)
+        return total, values
+
+    # Prediction -----------------------------------------------------------------------------------
+
+    def labels(self, model: nn.Module, volume: Volume) -> Array:
+        """Predicted class indices of a volume, (D, H, W) int16, on the stored grid."""
+        found, _ = self._labels(model, volume)
+        return found
+
+    def _labels(self, model: nn.Module, volume: Volume) -> tuple[Array, tuple[int, ...] | None]:
+        """And the region that the coarse stage found."""
+        c, shape = self.config, volume.shape[1:]
+        device = next(model.parameters()).device
+        size = _fit(self.patch, volume)
+        region: tuple[int, ...] | None = None
+        box: tuple[int, ...] = (0, 0, 0, *shape)
+        if c.stages == 2:
+            assert isinstance(model, CoarseToFine)
+            box = region = find_region(model.coarse, volume.read().to(device), c.coarse, c.margin, size)
+        start, extent = _padded(box, size)
+        found = predict_windows(
+            lambda x: model(x)[0].float().softmax(dim=1),
+            volume.read(start, extent),
+            size,
+            c.overlap,
+            c.windows,
+            c.flip_axes if c.mirror else (),
+            device,
+        )
+        labels = np.zeros(shape, np.int16)
+        here = tuple(
+            slice(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, extent, shape, strict=True)
+        )
+        there = tuple(slice(cut.start - s, cut.stop - s) for cut, s in zip(here, start, strict=True))
+        labels[here] = found.argmax(dim=0)[there].cpu().numpy()
+        return labels, region
+
+    def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
+        """Dice, HD95 and surface Dice by class; voxels predicted and true."""
+        labels, region = self._labels(model, volume)
+        row = self._scored(labels, volume)
+        if region is not None:
+            row["region"] = list(region)
+        return row
+
+    def predict_for_choosing(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
+        """Scores on the annotated slices alone: who draws few has no others to choose a step on."""
+        return [
+            self._scored(self.labels(model, volume), volume, self.annotations[volume.index].slices)
+            for volume in data
+        ]
+
+    def _scored(self, labels: Array, volume: Volume, slices: Array | None = None) -> dict[str, Any]:
+        truth = class_indices(self._table, volume.read_mask().numpy())
+        if slices is not None:
+            labels, truth = labels[slices], truth[slices]
+        labels = np.where(truth == IGNORE, IGNORE, labels)
+        row: dict[str, Any] = {measure: {} for measure in (*MEASURES, "voxels")}
+        for k, name in enumerate(self.names):
+            if k == 0:
+                continue
+            one, other = labels == k, truth == k
+            scores = mask_scores(one, other, volume.spacing, self.config.tolerance or None)
+            for measure in MEASURES:
+                row[measure][name] = getattr(scores, measure)
+            row["voxels"][name] = [int(one.sum()), int(other.sum())]
+        return row
+
+    def score_functions(
+        self, predictions: Sequence[Mapping[str, Any]]
+    ) -> tuple[Array, dict[str, statistics.Statistic]]:
+        """`dice`, `hd95` (mm, lower is better) and `surface_dice`: mean over classes, and by class.
+
+        The clusters are subjects; several volumes of one count as their mean.
+        """
+        found: dict[str, statistics.Statistic] = {}
+        clusters: Array = np.zeros(0)
+        for measure in MEASURES:
+            clusters, table = _by_subject(predictions, measure, self.names[1:])
+            found[measure] = _over_classes(table)
+            if table.shape[1] > 1:
+                for column, name in enumerate(self.names[1:]):
+                    found[f"{measure}_{name}"] = _of_class(table, column)
+        return clusters, found
+
+    def predict_trivial(
+        self, name: str, train: Collection, val: Collection, test: Collection, seed: int
+    ) -> list[dict[str, Any]]:
+        """The average of the annotated training masks, each stretched to the volume."""
+        if name != "average mask":
+            raise NotImplementedError(name)
+        counts = torch.zeros(len(self.values), *ATLAS)
+        for volume in train:
+            target = torch.from_numpy(self._target(volume, (0, 0, 0), volume.shape[1:])).long()
+            known = (target != IGNORE).float()
+            one_hot = torch.nn.functional.one_hot(target.clamp(min=0), len(self.values)).movedim(-1, 0)
+            counts += shrunk(one_hot * known, ATLAS)
+        share = counts / counts.sum(dim=0, keepdim=True).clamp(min=1e-6)
+        share[0] += (counts.sum(dim=0) == 0).float()  # where nobody annotated anything
+        rows = []
+        for volume in test:
+            here = torch.nn.functional.interpolate(share[None], volume.shape[1:], mode="trilinear")[0]
+            row = self._scored(here.argmax(dim=0).numpy(), volume)
+            row |= {"dataset": volume.dataset, "subject": volume.subject, "id": volume.id}
+            rows.append(row)
+        return rows
+
+    def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
+        """Writes mask values as NIfTI on the scan's own grid.
+
+        Where the record does not know that grid, the file is on the store's, and says so in its name:
+        `..._stored_grid.nii.gz`.
+        """
+        values = np.array(self.values)[self.labels(model, volume)]
+        name = file_name(volume)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.nii.gz"
+        if not save_segmentation(volume.record, values, path):
+            path = path.replace(folder / f"{name}_stored_grid.nii.gz")
+        return path
+
+    def picture(self, model: nn.Module, data: Collection) -> Any:
+        """The slices with the largest objects of some volumes: image, truth, prediction."""
+        from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
+
+        shown = data[:4]
+        predicted = [self.labels(model, volume) for volume in shown]
+        truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
+        return segmentation_picture(list(shown), truth, predicted, self.names)
+
+
+def _check_classes(config: SegmentationConfig, data: Collection) -> None:
+    """Raises a DataError for a class that no mask has."""
+    there = mask_values(data, config.ignore)
+    absent = sorted(set(config.classes) - set(there))
+    if absent:
+        raise DataError(
+            f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
+            f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
+        )
+
+
+def _patch(config: SegmentationConfig, data: Collection) -> Triple:
+    """The patch, no larger than the largest volume along any axis, up to the next multiple of 8."""
+    largest = np.asarray(data.shapes)[:, 1:].max(axis=0)
+    d, h, w = (
+        min(side, -(-int(limit) // 8) * 8) for side, limit in zip(config.patch, largest, strict=True)
+    )
+    return (1 if config.slicewise or int(largest[0]) == 1 else d, h, w)
+
+
+def _fit(patch: Triple, volume: Volume) -> Triple:
+    """An image gives crops of depth 1."""
+    return (1 if volume.shape[1] == 1 else patch[0], patch[1], patch[2])
+
+
+def _padded(box: Sequence[int], size: Triple) -> tuple[list[int], list[int]]:
+    """Start and size of what is read for a box: a box smaller than the crop lies in its middle."""
+    start, extent = [], []
+    for axis in range(3):
+        length = box[axis + 3] - box[axis]
+        short = max(size[axis] - length, 0)
+        start.append(box[axis] - short // 2)
+        extent.append(length + short)
+    return start, extent
+
+
+def _mirrored(x: Tensor, target: Tensor, chosen: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Images (B, C, D, H, W) and targets (B, D, H, W), along those `axes` that are `chosen` (B, 3)."""
+    for axis in axes:
+        flags = chosen[:, axis].view(-1, 1, 1, 1)
+        x = torch.where(flags.unsqueeze(1), x.flip(axis + 2), x)
+        target = torch.where(flags, target.flip(axis + 1), target)
+    return x, target
+
+
+def _batch_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean Dice over the classes that the batch has, for the log."""
+    known = target != IGNORE
+    best, predicted = logits[:, 0], torch.zeros_like(target)
+    for k in range(1, logits.shape[1]):  # argmax over a strided axis takes a tenth of a step on the CPU
+        predicted = torch.where(logits[:, k] > best, k, predicted)
+        best = torch.maximum(best, logits[:, k])
+    values = []
+    for k in range(1, logits.shape[1]):
+        one, other = (predicted == k) & known, target == k
+        size = one.sum() + other.sum()
+        values.append(torch.where(other.any(), 2 * (one & other).sum() / size.clamp(min=1), torch.nan))
+    return torch.stack(values).nanmean().nan_to_num(0.0)
+
+
+def _by_subject(
+    predictions: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]
+) -> tuple[Array, Array]:
+    """Subjects (S,), and the mean over the volumes of each, by class (S, K), NaN where undefined."""
+    people: dict[str, list[list[float]]] = {}
+    for row in predictions:
+        values = [row[measure][name] for name in names]
+        person = people.setdefault(f"{row['dataset']}\t{row['subject']}", [])
+        person.append([np.nan if value is None else float(value) for value in values])
+    table = np.full((len(people), len(names)), np.nan)
+    for number, volumes in enumerate(people.values()):
+        for column, found in enumerate(np.array(volumes).T):
+            if np.isfinite(found).any():
+                table[number, column] = np.nanmean(found)
+    return np.array(list(people)), table
+
+
+def _of_class(table: Array, column: int) -> Callable[[Array], Array]:
+    return lambda weights: statistics.mean(table[:, column], weights)
+
+
+def _over_classes(table: Array) -> Callable[[Array], Array]:
+    def value(weights: Array) -> Array:
+        each = np.stack([statistics.mean(table[:, k], weights) for k in range(table.shape[1])])
+        known = np.isfinite(each)
+        total = np.where(known, each, 0).sum(axis=0)
+        return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+
+    return value

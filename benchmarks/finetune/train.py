@@ -1,0 +1,581 @@
+"""One training: a model on one subset, scored on validation subjects as it goes, resumed when killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssl3d.api import (
+    AggregatedEncoder,
+    BatchRng,
+    Loader,
+    TrainingError,
+    UsageError,
+    duration,
+    lone_values,
+    memory_format,
+    peak_memory,
+    seed_of,
+    to_memory_format,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ssl3d.api import Benchmark, Collection, Encoder, Volume
+    from ssl3d_benchmarks.finetune.options import FinetuneOptions
+    from ssl3d_benchmarks.finetune.protocol import FinetuneTask
+
+FORMAT = 1
+TOLD_EVERY = 30.0
+"""Seconds between lines about a training that goes on."""
+
+
+@dataclass
+class Trial:
+    """A training with one learning rate, as far as it has come.
+
+    Attributes:
+        lr: Peak learning rate.
+        total: Steps of the whole.
+        step: Steps done.
+        curve: Per scoring: step, score on the validation subjects (None where there are none), mean
+            training loss since the scoring before.
+        best: The scoring whose weights are kept: step and score.
+        weights: Those weights (the model's state), on the CPU.
+        seconds: Spent on steps, reading included.
+        waited: Of these, on reading.
+        scoring: Seconds spent on validation.
+        flops: Of one step.
+    """
+
+    lr: float
+    total: int
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    waited: float = 0.0
+    scoring: float = 0.0
+    flops: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        """The validation score of the weights kept; NaN without validation subjects."""
+        found = self.best.get("score")
+        return math.nan if found is None else float(found)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training needs beside the model.
+
+    Attributes:
+        benchmark: Scores.
+        train: Volumes to train on.
+        val: Volumes to choose the step on; may be empty.
+        options: Of the frame.
+        seed: Everything random follows from it.
+        device: Where it runs.
+        name: Of the job, for messages.
+        folder: For checkpoints; None for none.
+        say: Told what a person should know.
+    """
+
+    benchmark: Benchmark
+    learned: FinetuneTask
+    train: Collection
+    val: Collection
+    options: FinetuneOptions
+    seed: int
+    device: torch.device
+    name: str
+    folder: Path | None = None
+    say: Callable[[str], None] = print
+
+    @property
+    def batch_size(self) -> int:
+        """Volumes per step: no more than there are."""
+        return min(self.options.batch_size, len(self.train))
+
+    @property
+    def total(self) -> int:
+        """Steps."""
+        return self.options.steps or self.options.epochs * -(-len(self.train) // self.batch_size)
+
+
+class Diverged(TrainingError):
+    """The loss is no longer a number.
+
+    Attributes:
+        trial: As far as it came.
+    """
+
+    def __init__(self, message: str, trial: Trial):
+        super().__init__(message)
+        self.trial = trial
+
+
+def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[nn.Module, Trial]:
+    """Trains with one learning rate; the model comes back with the weights kept.
+
+    Args:
+        plan: See there.
+        make: Gives the encoder to start from, always the same.
+        lr: Peak learning rate.
+
+    Raises:
+        Diverged: The loss is no longer a number; the message names the volumes of the batch.
+        TrainingError: A batch norm sees a single number per channel.
+    """
+    options = plan.options
+    work = plan.learned
+    model = build(work, make(), plan.train, plan.seed, plan.device)
+    frozen = freeze(model, options.freeze, options.freeze_norm)
+    optimizer = optimizer_of(model, options)
+    trial = Trial(lr, plan.total)
+    path = None if plan.folder is None else plan.folder / f"lr-{lr:g}.pt"
+    if path is not None:
+        _resume(path, trial, model, optimizer, plan)
+    if trial.step < trial.total or not trial.curve:
+        _run(plan, model, frozen, optimizer, trial, path)
+    if trial.weights:
+        model.load_state_dict(trial.weights)
+    return model.eval(), trial
+
+
+def build(
+    work: FinetuneTask, encoder: Encoder, data: Collection, seed: int, device: torch.device
+) -> nn.Module:
+    """The model around an encoder; new weights follow from the seed, whatever drew numbers before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "head"))
+        model = work.model(encoder, data)
+    work.start(model, data)
+    model.to(device)
+    layout = memory_format(_inner(encoder), device)
+    if layout is not torch.contiguous_format:
+        to_memory_format(model, layout)
+    return model
+
+
+def _inner(encoder: Encoder) -> Encoder:
+    found: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder
+    return found
+
+
+def _run(
+    plan: TrainingPlan,
+    model: nn.Module,
+    frozen: Sequence[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    trial: Trial,
+    path: Path | None,
+) -> None:
+    options, device = plan.options, plan.device
+    points = scoring_steps(options.eval_at, trial.total)
+    workers = options.workers if options.workers >= 0 else (4 if device.type == "cuda" else 0)
+    loader = Loader(
+        plan.train,
+        {"finetune": (_Drawing, plan.learned)},  # type: ignore[dict-item]
+        plan.batch_size,
+        seed=seed_of(plan.seed, "order"),
+        workers=workers,
+        start_step=trial.step,
+        steps=trial.total,
+        balance=False,
+        on_set_aside=lambda name, reason: plan.say(f"{plan.name}: set aside: {name}: {reason}"),
+    )
+    if trial.step == 0 and 0 in points and not trial.curve:
+        _score(plan, model, trial)
+    set_training(model, frozen)
+    saved = began = time.perf_counter()
+    going = _Going(plan, trial)
+    for batch in loader:
+        trial.waited += batch.waited
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * rate(trial.step, trial.total, trial.lr, options)
+        torch.manual_seed(seed_of(plan.seed, "step", trial.step))  # dropout takes no generator
+        optimizer.zero_grad(set_to_none=True)
+        value, trial.flops = _step(plan, model, batch.to(device).groups, trial)
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{plan.name}: the loss is {value} at step {trial.step + 1} of {trial.total}, learning "
+                f"rate {trial.lr:g}; volumes: {', '.join(batch.volume_ids)}",
+                trial,
+            )
+        if options.clip:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], options.clip)
+        optimizer.step()
+        trial.step += 1
+        trial.losses.append(value)
+        now = time.perf_counter()
+        trial.seconds += now - began
+        if trial.step in points:
+            _score(plan, model, trial)
+            set_training(model, frozen)
+        if path is not None and (
+            trial.step == trial.total or time.perf_counter() - saved >= options.checkpoint_seconds
+        ):
+            _save(path, trial, model, optimizer)
+            saved = time.perf_counter()
+        going.step(value, now - began)
+        began = time.perf_counter()
+
+
+class _Going:
+    """Says on stderr how far a training is, where it takes long; nothing of it is recorded."""
+
+    def __init__(self, plan: TrainingPlan, trial: Trial):
+        self._plan, self._trial, self._first = plan, trial, trial.step
+        self._began = self._told = time.perf_counter()
+        self._losses: list[float] = []
+        self._seconds = 0.0
+
+    def step(self, loss: float, seconds: float) -> None:
+        """After each step: a line, if the last is long ago and there are steps to come."""
+        self._losses.append(loss)
+        self._seconds += seconds
+        now, trial = time.perf_counter(), self._trial
+        if now - self._told < TOLD_EVERY or trial.step >= trial.total:
+            return
+        # All that went by, scoring too: of that there is more to come as well.
+        left = (now - self._began) / (trial.step - self._first) * (trial.total - trial.step)
+        count = len(self._losses)
+        print(
+            f"{self._plan.name}, lr {trial.lr:g}: step {trial.step}/{trial.total}, loss "
+            f"{sum(self._losses) / count:.4g}, {self._seconds / count:.3g} s a step, {duration(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._told, self._losses, self._seconds = now, [], 0.0
+
+
+LONE_HELP = "--freeze-norm or, of volumes of several shapes, --classification.pad true"
+
+
+def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:
+    """Loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    count = sum(len(group.rows) for group in groups)
+    total = 0.0
+    counter = None if trial.flops else FlopCounterMode(display=False)
+    with counter or contextlib.nullcontext():
+        for group in groups:
+            # The same numbers for a row, whichever group it is in.
+            rng = BatchRng(seed_of(plan.seed, "views", trial.step), group.rows, group.total, plan.device)
+            lone = lone_values(plan.name, len(group.rows), LONE_HELP)
+            with autocast(plan.device, plan.options.precision), lone:
+                loss, _ = plan.learned.loss(model, group.tensors, rng)
+            part = loss.float() * (len(group.rows) / count)
+            part.backward()
+            total += float(part.detach())
+    return total, trial.flops or float(counter.get_total_flops() if counter else 0)
+
+
+def predict(
+    plan: TrainingPlan, model: nn.Module, data: Collection, choosing: bool = False
+) -> list[dict[str, Any]]:
+    """Predictions of volumes, each with who it is; `choosing` sees no more labels than training."""
+    model.eval()
+    work = plan.learned
+    with torch.inference_mode(), autocast(plan.device, plan.options.precision):
+        rows = (work.predict_for_choosing if choosing else work.predict_all)(model, data)
+    about = zip(data.datasets, data.subjects, data.ids, strict=True)
+    return [
+        {"dataset": str(dataset), "subject": str(subject), "id": str(name), **row}
+        for (dataset, subject, name), row in zip(about, rows, strict=True)
+    ]
+
+
+def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
+    began = time.perf_counter()
+    value = math.nan
+    if len(plan.val):
+        value = plan.benchmark.value(predict(plan, model, plan.val, choosing=True))
+    recent = trial.losses
+    trial.curve.append(
+        {
+            "step": trial.step,
+            "score": value if math.isfinite(value) else None,
+            "loss": sum(recent) / len(recent) if recent else None,
+        }
+    )
+    trial.losses = []
+    # Of equal scores the later: it has been trained more. A score that is none is no reason to stay.
+    before = trial.best.get("score")
+    better = before is None or (math.isfinite(value) and value >= before)
+    if plan.options.keep == "last":
+        better = trial.step == trial.total
+    if better:
+        trial.best = {"step": trial.step, "score": trial.curve[-1]["score"]}
+        trial.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    trial.scoring += time.perf_counter() - began
+
+
+class _Drawing:
+    """Lets the toolkit's loader draw for a task, in place of a proxy."""
+
+    @staticmethod
+    def draw(work: FinetuneTask, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One training example."""
+        return work.draw(volume, rng)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The precision of forward passes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def scoring_steps(points: Sequence[float], total: int) -> set[int]:
+    """Shares of the steps (at most 1) or steps, as steps; the last one is always among them.
+
+    >>> sorted(scoring_steps((0.001, 0.5, 7), 10))
+    [1, 5, 7, 10]
+    """
+    found = {total}
+    for point in points:
+        if point == 0:
+            found.add(0)
+        elif point <= 1:
+            found.add(max(1, round(point * total)))
+        elif point <= total:
+            found.add(int(point))
+    return found
+
+
+def rate(step: int, total: int, peak: float, options: FinetuneOptions) -> float:
+    """Learning rate of a step (from 0): linear warm-up, then as the schedule falls."""
+    rising = round(options.warmup * total)
+    if step < rising:
+        return peak * (step + 1) / rising
+    done = (step - rising) / max(total - rising, 1)
+    if options.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if options.schedule == "poly":
+        return peak * (1 - done) ** 0.9
+    if options.schedule == "milestones":
+        passed = sum(step >= round(share * total) for share in options.milestones)
+        return float(peak * options.gamma**passed)
+    return peak
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+def stages_of(encoder: Encoder) -> dict[str, int]:
+    """Stage of every parameter of an encoder, by name: the first feature map that depends on it.
+
+    Found by differentiating each map, so it holds for any encoder. What no map depends on (an
+    aggregator) counts as beyond the last stage.
+    """
+    inner = _inner(encoder)
+    prefix = "encoder." if inner is not encoder else ""
+    count = len(inner.strides)
+    found = {name: count for name, _ in encoder.named_parameters()}
+    named = [(prefix + name, parameter) for name, parameter in inner.named_parameters()]
+    modes = [(part, part.training) for part in inner.modules()]
+    wanted = [parameter.requires_grad for _, parameter in named]
+    device = named[0][1].device
+    # A volume, whatever the depth of the data: of an image some kernels see nothing. Two cells of the
+    # deepest map: of one, instance norm makes nothing.
+    size = [max(step, 8) * cells for step, cells in zip(inner.strides[-1], (1, 1, 2), strict=True)]
+    inner.eval()
+    try:
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            x = torch.zeros(1, inner.config.in_channels, *size, device=device)
+            maps = inner(x)
+            for stage in reversed(range(count)):
+                reached = torch.autograd.grad(
+                    maps[stage].sum(), [p for _, p in named], allow_unused=True, retain_graph=True
+                )
+                for (name, _), gradient in zip(named, reached, strict=True):
+                    if gradient is not None:
+                        found[name] = stage
+    finally:
+        for (_, parameter), needed in zip(named, wanted, strict=True):
+            parameter.requires_grad_(needed)
+        for part, training in modes:
+            part.training = training
+    return found
+
+
+def check_freeze(encoder: Encoder, asked: str) -> None:
+    """Raises a UsageError where an encoder has fewer stages than shall be frozen."""
+    count = len(_inner(encoder).strides)
+    if asked.isdigit() and int(asked) > count:
+        raise UsageError(f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all")
+
+
+def encoders_of(model: nn.Module) -> list[Encoder]:
+    """The model's `encoder`, and that of every other stage: a coarse one begins with a copy."""
+    found: list[Encoder] = []
+    above: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "encoder" and not any(name.startswith(one) for one in above):
+            above.append(f"{name}.")  # an aggregator's encoder is part of it
+            found.append(module)
+    return found
+
+
+def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
+    """Stops parameters of the encoders from training; gives the modules that stay in evaluation mode.
+
+    Args:
+        model: With its `encoder`, and others of that name in it.
+        asked: none, all, or the first so many stages.
+        norms: Whether the encoder's batch norms stay as they are too.
+    """
+    return [module for encoder in encoders_of(model) for module in _freeze(encoder, asked, norms)]
+
+
+def _freeze(encoder: Encoder, asked: str, norms: bool) -> list[nn.Module]:
+    if asked == "all":
+        encoder.requires_grad_(False)
+        return [encoder]
+    calm: list[nn.Module] = []
+    if asked != "none":
+        stages = stages_of(encoder)
+        for name, parameter in encoder.named_parameters():
+            if stages[name] < int(asked):
+                parameter.requires_grad_(False)
+        for module in encoder.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                calm.append(module)
+    if norms:
+        for module in encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+                calm.append(module)
+    return calm
+
+
+def set_training(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Training mode for all but what is frozen: its norm statistics stay too."""
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay.
+
+    The head has the full learning rate (`scale` 1), the encoder's last stage `layer_decay` of it, each
+    stage before it `layer_decay` of the next. Biases, norms and other vectors are not decayed.
+    """
+    place: dict[int, int] = {}
+    for encoder in encoders_of(model):
+        count = len(_inner(encoder).strides)
+        stages = stages_of(encoder) if layer_decay < 1 else {}
+        place |= {id(p): count - stages.get(name, count) for name, p in encoder.named_parameters()}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** place.get(id(parameter), 0)
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else weight_decay
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "names": [], "scale": scale, "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def optimizer_of(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
+    """The optimizer; learning rates are set at every step."""
+    groups: list[dict[str, Any]] = [
+        {key: value for key, value in group.items() if key != "names"}
+        for group in parameter_groups(model, options.layer_decay, options.weight_decay)
+    ]
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0)
+    if options.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=0.0)
+    nesterov = options.momentum > 0
+    return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, nesterov=nesterov)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Whole or not at all: written beside, flushed, renamed."""
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    state = {
+        "format": FORMAT,
+        "trial": {key: getattr(trial, key) for key in Trial.__dataclass_fields__},
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _resume(
+    path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan
+) -> None:
+    """Takes up a checkpoint, if there is one and it can be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        plan.say(f"{plan.name}: {path} cannot be read; starting at step 0")
+        return
+    if state.get("format") != FORMAT or state["trial"]["total"] != trial.total:
+        plan.say(f"{plan.name}: {path} is of another training; starting at step 0")
+        return
+    if state["threads"] != torch.get_num_threads():
+        plan.say(
+            f"{plan.name}: begun with {state['threads']} threads, goes on with {torch.get_num_threads()}: "
+            "sums may differ in their last bits"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for key, value in state["trial"].items():
+        setattr(trial, key, value)
+    if trial.step < trial.total:
+        plan.say(f"{plan.name}: goes on at step {trial.step} of {trial.total}")
+
+
+def memory_peak(device: torch.device) -> int:
+    """Bytes at the peak: of this job on a CUDA device, of the whole process so far on a CPU."""
+    return peak_memory(device)

@@ -1,0 +1,38 @@
+"""`ssl3d leaderboard`: run a suite of contestants on tasks, and report what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl3d.api import UsageError, parse
+
+summary = "run contestants on a suite of tasks, and report which is better and how surely"
+
+USAGE = """usage: ssl3d leaderboard {run,report} [options]
+
+  run SUITE --out RESULTS      do the jobs of a suite: pretraining, scores; stops anywhere, goes on again
+  report RESULTS --out DIR     one HTML page, Markdown and CSV of the records in a folder
+
+`ssl3d leaderboard run --help` and `ssl3d leaderboard report --help` tell their options.
+"""
+
+REPORT_EPILOG = """Rows that cannot be compared (task version, split, data or preprocessing) are refused by
+name. Contestants whose pretraining saw test subjects are shown and not ranked. Nothing is trained."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    word, rest = argv[0], list(argv[1:])
+    if word == "report":
+        from ssl3d_benchmarks.leaderboard.report.output import ReportOptions, report
+
+        report(parse("ssl3d leaderboard report", ReportOptions, rest, epilog=REPORT_EPILOG).options)
+        return 0
+    if word == "run":
+        from ssl3d_benchmarks.leaderboard.suite.run import RunOptions, run
+
+        return run(parse("ssl3d leaderboard run", RunOptions, rest).options)
+    raise UsageError(f"ssl3d leaderboard: {word!r} is none of run, report")

@@ -1,0 +1,1 @@
+"""Reports: records read, compared, and written as pages, Markdown and CSV."""

@@ -1,0 +1,117 @@
+"""What the rows of a leaderboard are called: as short as tells them apart."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssl3d_benchmarks.leaderboard.report.board import Arm
+    from ssl3d_benchmarks.leaderboard.report.records import Table
+
+
+def label(arms: Sequence[Arm], table: Table) -> None:
+    """Gives every arm the shortest name that no other has."""
+    facets: list[Callable[[Arm], str]] = [
+        _method,
+        lambda arm: _at(arm),
+        lambda arm: _relation(arm, table),
+        lambda arm: "norm recalibrated" if arm.first.recalibrated else "",
+        learning_rates,
+        lambda arm: str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:"),
+        lambda arm: str(arm.first.result.contestant.get("pool") or ""),
+        lambda arm: _words_of(arm, "init"),
+        lambda arm: _words_of(arm, "batch_size"),
+        lambda arm: _words_of(arm, "lr"),
+        lambda arm: _words_of(arm, "optimizer"),
+        lambda arm: arm.first.stem,
+        lambda arm: str(arm.first.result.contestant["name"]).partition(",")[0],
+        lambda arm: str(arm.first.result.contestant["digest"])[:8],
+    ]
+    names = [[facets[0](arm)] for arm in arms]
+    for facet in facets[1:]:
+        counts = Counter(map(tuple, names))
+        crowded = [k for k, name in enumerate(names) if counts[tuple(name)] > 1]
+        groups: dict[tuple[str, ...], set[str]] = {}
+        for k in crowded:
+            groups.setdefault(tuple(names[k]), set()).add(facet(arms[k]))
+        said = {}
+        for k in crowded:
+            words = facet(arms[k])
+            if len(groups[tuple(names[k])]) > 1 and words and words not in names[k]:
+                said[k] = words
+        for k, words in said.items():
+            names[k].append(words)
+    for arm, name in zip(arms, names, strict=True):
+        arm.label = ", ".join(name)
+
+
+def _method(arm: Arm) -> str:
+    who = arm.first
+    if who.kind == "pretrained":
+        words = " + ".join(who.proxies) or who.stem
+        init = str((who.pretraining.get("init") or {}).get("from", ""))
+        return f"{words} after ImageNet" if init.startswith("imagenet:") else words
+    if who.kind == "imagenet":
+        name = str(who.result.contestant["name"])
+        if not name.startswith("imagenet:"):
+            return who.stem  # a name that somebody chose
+        return "ImageNet " + re.sub(r":weights=[^:]*", "", name.removeprefix("imagenet:"))
+    if who.kind == "scratch":
+        return scratch_words(who.result.task)
+    return str(who.result.contestant["name"])
+
+
+def _at(arm: Arm) -> str:
+    return "" if arm.first.share is None else f"at {arm.first.share} %"
+
+
+def _relation(arm: Arm, table: Table) -> str:
+    if arm.kind != "pretrained":
+        return ""
+    names = set(_trained_on(arm))
+    if not names:
+        return ""
+    if names == set(table.dataset):
+        return "own data"
+    return "on " + " + ".join(sorted(names))
+
+
+def learning_rates(arm: Arm) -> str:
+    """Those that were tried, in words; empty where a protocol has none."""
+    rates = arm.first.rates
+    return f"learning rate {' '.join(f'{rate:g}' for rate in rates)}" if rates else ""
+
+
+def _words_of(arm: Arm, what: str) -> str:
+    """A part of the recipe of pretraining in words; empty where the records do not say."""
+    recipe: Mapping[str, Any] = max((one.recipe for one in arm.records()), key=len)
+    found = recipe.get(what)
+    if not found:
+        return ""
+    if what == "init":
+        return f"after {found['from']}"
+    return {"batch_size": "batch ", "lr": "rate "}.get(what, "") + str(found)
+
+
+def _trained_on(arm: Arm) -> list[str]:
+    return list((arm.first.pretraining.get("data") or {}).get("datasets") or ())
+
+
+def across(arm: Arm, table: Table | None) -> str:
+    """What it is called over tasks; without a table, so that it holds on any."""
+    group = str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:")
+    names = sorted(set(_trained_on(arm))) if arm.kind == "pretrained" else []
+    on = "on " + " + ".join(names) if names else ""
+    words = [_method(arm), on if table is None else _relation(arm, table)]
+    words += [group] if arm.kind in ("pretrained", "scratch") else []
+    words += ["norm recalibrated"] if arm.first.recalibrated else []
+    words += [str(arm.first.result.contestant.get("pool") or "")]
+    return ", ".join(word for word in words if word)
+
+
+def scratch_words(task: str) -> str:
+    """What the rows without pretraining are called: fine-tuned ones have been trained."""
+    return "from scratch" if task.startswith("finetune") else "untrained"

@@ -1,0 +1,1 @@
+"""Suites: what a leaderboard run consists of, planned as jobs and run by any number of workers."""

@@ -1,0 +1,1 @@
+"""Where along the body unseen volumes lie, by a sorting run."""

@@ -1,0 +1,21 @@
+"""`ssl3d localize`: where along the body unseen volumes and partial scans lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl3d.api import parse
+from ssl3d_benchmarks.localize.options import LocalizeOptions
+
+summary = "place unseen volumes and partial crops along the body with a sorting run, and measure the error"
+
+EPILOG = "The common axis is in mm, 0 in the middle of the average reference volume. No labels are used."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
+    options = parse("ssl3d localize", LocalizeOptions, argv, epilog=EPILOG).options
+    from ssl3d_benchmarks.localize.run import localize
+
+    localize(options)
+    return 0

@@ -1,0 +1,956 @@
+"""A leaderboard's report: known ranks, refused rows, leaks, and a page that loads nothing."""
+
+import csv
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import friedmanchisquare
+
+from ssl3d.api import DataError, Result, UsageError, statistics, write_result
+from ssl3d.cli import main
+from ssl3d_benchmarks.leaderboard.report.answer import answer
+from ssl3d_benchmarks.leaderboard.report.output import read_report
+from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
+
+PEOPLE = 30
+CLASSES = ("0", "1")
+BASE = np.clip(np.random.default_rng(0).normal(0.6, 0.08, PEOPLE), 0, 1)
+
+
+def record(name, kind="encoder", gain=0.0, seed=0, weights_seed=None, dataset="set", **changes):
+    """A record whose Dice is the same people's, a little better or worse."""
+    rng = np.random.default_rng([*name.encode(), seed])
+    dice = np.clip(BASE + gain + 0.01 * rng.normal(size=PEOPLE), 0, 1)
+    flags = {"seen_test_subjects": 0, "seen_test_volumes": 0, "saw_labels": False, "ranked": True}
+    encoder = kind == "encoder" and not name.startswith("imagenet:")
+    pretraining = {}
+    if encoder:
+        pretraining = {
+            "proxies": {name.split("/")[1].split("-")[0]: {}},
+            "steps": changes.pop("steps", 100),
+            "compute": {
+                "flops_per_step": 10**9,
+                "flops_between_epochs": 0,
+                "seconds": 60,
+                "peak_memory": 10**9,
+            },
+            "data": {"volumes": changes.pop("volumes", 50), "datasets": [dataset], "digest": "d"},
+        }
+    contestant = {
+        "name": name, "kind": kind, "digest": f"{name}-{weights_seed}",
+        "group": "" if kind == "trivial" else "scratch:resnet18",
+        "source": name, "architecture": {"name": "resnet18"}, "pretraining": pretraining,
+        "norm_recalibrated": False, "weights_seed": weights_seed,
+    }  # fmt: skip
+    values = {
+        "task": "linear-probe/masks", "version": 1, "dataset": [dataset],
+        "data_digest": f"data of {dataset}",
+        "split": {"how": "house split", "train": {"subjects": 60, "of_subjects": 60, "volumes": 60},
+                  "test": {"subjects": PEOPLE, "volumes": PEOPLE}},
+        "split_digest": "split", "fraction": 1.0, "repeat": 0, "seed": seed, "contestant": contestant,
+        "settings": {"target": "masks", "classes": list(CLASSES), "fractions": "all"}, "main": "dice",
+        "scores": {"dice": float(dice.mean()), "dice_1": float(dice.mean())},
+        "intervals": {}, "predictions": [
+            {"dataset": dataset, "subject": f"s{k}", "id": f"v{k}", "dice": {"1": float(value)}}
+            for k, value in enumerate(dice)
+        ],
+        "flags": flags | changes.pop("flags", {}),
+    }  # fmt: skip
+    return Result(**{**values, **changes})
+
+
+def usual(dataset="set"):
+    """A table with everything that has to be there."""
+    rows = [
+        record("runs/alpha-0", gain=0.10, dataset=dataset),
+        record("runs/beta-0", gain=0.05, dataset=dataset),
+        record("runs/beta-1", gain=0.05, dataset=dataset),
+        record("runs/gamma-0", gain=-0.05, dataset=dataset),
+        record("imagenet:mobilenet_v2:acs", gain=0.02, dataset=dataset),
+        record("intensities and position", "trivial", gain=-0.2, dataset=dataset),
+    ]
+    return rows + [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, dataset=dataset)
+        for k in range(5)
+    ]
+
+
+def write(folder, rows):
+    for row in rows:
+        write_result(row, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    write(root / "first", usual())
+    write(root / "other", [record("runs/delta-0", gain=0.3, split_digest="another")])
+    write(root / "old", [record("runs/epsilon-0", gain=0.3, version=0)])
+    write(root / "prepared", [record("runs/zeta-0", gain=0.3, data_digest="other")])
+    write(root / "leaky", [
+        record("runs/leak-0", gain=0.25, flags={"seen_test_subjects": 3, "ranked": False}),
+        record("runs/voxels-0", gain=0.25, flags={"seen_test_volumes": 2}),
+        record("runs/med3d-0", gain=0.2, flags={"saw_labels": True}),
+    ])  # fmt: skip
+    (root / "broken.json").write_text('{"task": "linear-probe/masks", "contestant": ', encoding="utf-8")
+    (root / "speed.json").write_text('{"milliseconds": 3}', encoding="utf-8")
+    edited = record("runs/edited-0", gain=0.0)
+    edited.scores["dice"] = 0.99
+    write(root / "edited", [edited])
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return read_report([folder], resamples=400)
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    published = tmp_path_factory.mktemp("published") / "p.yaml"
+    published.write_text(
+        "source: Someone 2020\nfamily: segmentation\nscores:\n  set:\n    Their net: {dice: 0.999}\n",
+        encoding="utf-8",
+    )
+    out = tmp_path_factory.mktemp("report")
+    words = ["leaderboard", "report", str(folder), "--out", str(out), "--resamples", "400"]
+    assert main([*words, "--published", str(published)]) == 0
+    return out
+
+
+def arms(report):
+    return {arm.label: arm for arm in report.boards[0].arms}
+
+
+def test_ranks_are_those_of_the_scores(report):
+    assert [arm.label for arm in report.boards[0].ranked()] == [
+        "alpha", "beta", "ImageNet mobilenet_v2:acs", "untrained", "gamma",
+    ]  # fmt: skip
+    found = arms(report)
+    assert found["alpha"].rank_interval == (1, 1) and found["alpha"].first_share == 1
+    assert found["beta"].seeds == 2 and found["untrained"].seeds == 5
+    assert found["intensities and position"].rank is None
+
+
+def test_differences_are_found_and_corrected(report):
+    found = arms(report)
+    assert found["alpha"].gain.value == pytest.approx(0.10, abs=0.01)
+    assert found["alpha"].gain.low < 0.10 < found["alpha"].gain.high or found["alpha"].gain.error < 0.004
+    assert found["alpha"].p_holm < 0.001 and found["gamma"].p_holm < 0.001 and found["gamma"].gain.value < 0
+    assert found["alpha"].over_imagenet.value == pytest.approx(0.08, abs=0.01)
+    assert all(arm.p_holm >= arm.gain.p for arm in found.values() if arm.p_holm is not None)
+    assert report.boards[0].detectable < 0.03
+
+
+def test_what_cannot_be_compared_is_refused_by_name(report):
+    why = {(one.where.split("/")[0], one.who): one.why for one in report.records.refused}
+    assert "another split" in why["other", "runs/delta-0"]
+    assert "task version 0, the table has 1" in why["old", "runs/epsilon-0"]
+    assert "preprocessing differ" in why["prepared", "runs/zeta-0"]
+    assert "edited" in why["edited", "runs/edited-0"] and "it says 0.9900" in why["edited", "runs/edited-0"]
+    assert "not readable" in why["broken.json", ""]
+    assert len(why) == 5  # the JSON of something else is no record, and nothing to complain of
+
+
+def test_leaks_are_shown_and_not_ranked_and_labels_apart(report):
+    found = arms(report)
+    assert found["leak"].rank is None and "saw 3 test subjects" in found["leak"].why_unranked
+    assert found["voxels"].rank is None and "saw 2 test volumes" in found["voxels"].why_unranked
+    assert found["med3d"].rank == 1 and found["med3d"].section == "labels"
+    assert found["alpha"].rank == 1 and found["alpha"].section == "main"
+    assert found["leak"].gain is not None and found["leak"].p_holm is None  # shown, not tested
+    assert "leak" not in " ".join(answer(report.boards))
+
+
+def test_the_answer_in_words(report):
+    text = " ".join(answer(report.boards))
+    assert "Segmentation (linear-probe): yes on 1 of 1 tables" in text and "nothing to find" not in text
+    assert "With nothing to find, up to 0.15 of 3 would." in " ".join(answer(report.boards * 3))
+    assert re.search(r"alpha \+0\.\d+|med3d \+0\.\d+", text)
+    assert "made it worse on set" in text and "gamma" in text
+    assert "ahead beyond chance on 1 of 1" in text
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close, and collects what is loaded."""
+
+    VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.images, self.rows, self.ids = [], [], [], [], []
+        self.cell = None
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [attrs[key] for key in ("src", "srcset", "data", "action") if key in attrs]
+        if tag in ("link", "use", "iframe", "object") or (tag == "a" and not attrs["href"].startswith("#")):
+            self.loaded.append(attrs.get("href", tag))
+        if tag == "img":
+            self.images.append(attrs.get("alt"))
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.cell = True
+        if tag == "small":  # what stands below a name
+            self.cell = None
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_is_whole_and_loads_nothing(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert all(one.startswith("data:image/") for one in page.loaded)
+    assert all(page.images) and len(set(page.ids)) == len(page.ids)
+    assert "http" not in re.sub(r"data:image/[^\"]*", "", text).replace("http-equiv", "")
+    assert "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+    assert text.count("<caption>") == text.count("<table")
+
+
+def test_page_markdown_and_csv_agree(made):
+    page = Page()
+    page.feed((made / "index.html").read_text(encoding="utf-8"))
+    cells = {row[0]: row for row in page.rows if len(row) > 5}
+    markdown = (made / "report.md").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((made / "scores.csv").open(encoding="utf-8")))
+    ours = [row for row in rows if row["kind"] != "published"]
+    assert len(ours) == 9
+    for row in ours:
+        name, score = row["contestant"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
+        assert cells[name][2].startswith(score)
+        line = next(line for line in markdown.splitlines() if f"| {name} |" in line and score in line)
+        rank = cells[name][1]
+        assert line.startswith(f"| {rank} |") and rank.split(" ")[0].strip(",") in (
+            "-", "not", row["rank"].removesuffix(".0"),
+        )  # fmt: skip
+
+
+def test_published_numbers_are_marked_and_neither_ranked_nor_tested(made):
+    rows = list(csv.DictReader((made / "scores.csv").open(encoding="utf-8")))
+    theirs = next(row for row in rows if row["contestant"] == "Their net")
+    assert theirs["kind"] == "published" and theirs["rank"] == theirs["gain_p"] == theirs["low"] == ""
+    assert "published: Someone 2020" in theirs["unranked"]
+    line = next(
+        x for x in (made / "report.md").read_text(encoding="utf-8").splitlines() if "Their net" in x
+    )
+    assert line.startswith("| published | Their net | 0.999 |")
+
+
+def test_medmnist_numbers_stand_beside_its_records(tmp_path):
+    from ssl3d_benchmarks.leaderboard.report.output import PUBLISHED
+    from ssl3d_benchmarks.leaderboard.report.records import read_records
+
+    rng = np.random.default_rng(0)
+    target = np.arange(20) % 2
+    shares = np.clip(0.5 + 0.2 * (2 * target - 1) + 0.1 * rng.normal(size=20), 0.01, 0.99)
+    predictions = [
+        {"dataset": "adrenalmnist3d", "subject": f"s{k}", "id": f"v{k}", "target": str(y),
+         "probability": [float(1 - p), float(p)]}
+        for k, (y, p) in enumerate(zip(target, shares, strict=True))
+    ]  # fmt: skip
+    pairs = [(p > q) + 0.5 * (p == q) for p in shares[target == 1] for q in shares[target == 0]]
+    row = record("runs/a-0", dataset="adrenalmnist3d", task="linear-probe/classes", main="auc",
+                 scores={"auc": float(np.mean(pairs))}, predictions=predictions,
+                 settings={"target": "classes", "classes": ["0", "1"]})  # fmt: skip
+    write(tmp_path, [row])
+    (table,) = read_records([tmp_path], [PUBLISHED / "medmnist3d.yaml"]).tables
+    assert table.family == "classification" and not read_records([tmp_path]).refused
+    assert {one["name"]: one["auc"] for one in table.published}["ResNet-18, ACS"] == 0.839
+
+
+def test_a_table_without_scratch_and_trivial_rows_says_so(tmp_path):
+    out = tmp_path / "out"
+    write(tmp_path / "r", [record("runs/alpha-0", gain=0.1), record("runs/beta-0")])
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert "there is no untrained row" in text and "there is no trivial row" in text
+    assert "No untrained or from-scratch row" in text and "nothing can be said on set" in text
+    assert "**there is no untrained row" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_bad_untrained_twin_is_no_straw_man(tmp_path):
+    again = [
+        record(f"scratch:resnet18, seed {k}, norm recalibrated", "untrained", gain=-0.3, weights_seed=k)
+        for k in range(5)
+    ]
+    for row in again:
+        row.contestant["norm_recalibrated"] = True
+    tuned = record("runs/alpha-0, norm recalibrated", gain=-0.1)
+    tuned.contestant["norm_recalibrated"] = True
+    found = arms(read_report([write(tmp_path, [*usual(), *again, tuned])], resamples=200))
+    assert found["alpha, norm recalibrated"].gain.value == pytest.approx(-0.1, abs=0.02)
+
+
+def test_encoders_on_the_way_are_a_curve_and_no_rows(tmp_path):
+    way = [record(f"runs/alpha-0/encoder-at-{share}", gain=0.05, steps=share) for share in (25, 50)]
+    board = read_report([write(tmp_path, [*usual(), *way])], resamples=200).boards[0]
+    assert len(board.on_the_way) == 2 and "alpha" in {arm.label for arm in board.ranked()}
+    assert [arm.first.flops() for arm in sorted(board.on_the_way, key=lambda a: a.first.share)] == [
+        25e9,
+        50e9,
+    ]
+    from ssl3d_benchmarks.leaderboard.report.page import page
+
+    assert "at 0, 25, 50 and 100 % of the budget" in page("x", [board], [], [], [])
+
+
+def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
+    rows = usual()
+    for fraction in (0.5, 0.1):
+        for repeat in range(3):
+            for name, kind, gain in (
+                ("runs/alpha-0", "encoder", 0.1),
+                ("scratch:resnet18, seed 0", "untrained", 0),
+            ):
+                row = record(
+                    name, kind, gain - 0.2 * (1 - fraction), weights_seed=0 if kind != "encoder" else None
+                )
+                row.fraction, row.repeat = fraction, repeat
+                row.split = {**row.split, "train": {"subjects": int(60 * fraction), "of_subjects": 60}}
+                row.settings = {**row.settings, "fractions": f"{fraction} of the training subjects, nested"}
+                rows.append(row)
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    assert [board.fraction for board in made.boards] == [1.0, 0.5, 0.1]
+    assert made.boards[1].arms[0].subsets == 3
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "Few labels and many" in page
+    assert "6 of 60 training subjects" in page
+    assert re.search(r"Segmentation with few labels \(linear-probe\): [^.]*set, (30|6) of 60", page)
+
+
+def on_subsets(name, kind, gain, luck, **changes):
+    """A contestant's records on subsets of half the training subjects, some of them better ones."""
+    for repeat, lucky in enumerate(luck):
+        row = record(name, kind, gain + lucky, seed=repeat, **changes)
+        row.fraction, row.repeat, row.seed = 0.5, repeat, 0
+        row.settings = {**row.settings, "fractions": "0.5 of the training subjects, nested"}
+        yield row
+
+
+def test_a_subset_that_is_hard_for_all_changes_no_rank(tmp_path):
+    luck = (0.0, 0.06, -0.06)
+    rows = [
+        *on_subsets("runs/alpha-0", "encoder", 0.02, luck),
+        *on_subsets("scratch:resnet18, seed 0", "untrained", 0.0, luck, weights_seed=0),
+    ]
+    board = read_report([write(tmp_path, rows)], resamples=400).boards[0]
+    alpha, untrained = board.arms
+    assert alpha.interval.low < untrained.interval.value  # each for itself is uncertain
+    assert alpha.gain.p < 0.05
+    assert alpha.first_share > 0.98 and untrained.rank_interval == (2, 2)
+
+
+def test_two_subsets_do_not_tell_what_could_be_detected(tmp_path):
+    rows = [
+        *on_subsets("runs/alpha-0", "encoder", 0.02, (0.0, 0.1)),
+        *on_subsets("scratch:resnet18, seed 0", "untrained", 0.0, (0.0, 0.0), weights_seed=0),
+    ]
+    assert main(["leaderboard", "report", str(write(tmp_path / "r", rows)), "--out", str(tmp_path)]) == 0
+    board = read_report([tmp_path / "r"], resamples=400).boards[0]
+    assert board.detectable is None
+    assert any("No smallest detectable difference" in note for note in board.notes)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.split(" | ") for line in lines]
+    header = next(row for row in cells if "smallest detectable" in row)
+    row = next(row for row in cells if "alpha" in row)
+    assert row[header.index("smallest detectable")].strip() == ""
+
+
+def test_one_seed_against_several_takes_their_variance(report):
+    found = arms(report)
+    assert found["alpha"].gain.borrowed and not found["beta"].gain.borrowed
+    assert any("is taken to vary as much as those" in note for note in report.boards[0].notes)
+
+
+def test_numbers_of_annotated_slices_have_tables_of_their_own_and_a_curve(tmp_path):
+    rows = []
+    for count in (0, 1, 2):
+        for row in usual():
+            row.settings = {**row.settings, "task": {"sparse_slices": count, "annotated": {"a": [count]}}}
+            rows.append(row)
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    assert [board.table.slices for board in made.boards] == [0, 1, 2]
+    assert [board.table.number for board in made.boards] == [0, 0, 0]
+    assert made.boards[1].table.title.endswith(", 1 annotated slice a volume")
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count(">annotated slices of each training volume<") == 1
+    ticks = re.findall(r'y="[\d.]+" text-anchor="middle">(\w+)</text>', page)
+    assert [tick for tick in ticks if tick in ("1", "2", "4", "5", "all")][-3:] == ["1", "2", "all"]
+    assert "2 annotated slices a volume" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_ranks_over_six_tasks_have_a_critical_difference(tmp_path):
+    rows = [row for k in range(6) for row in usual(f"set{k}")]
+    made = read_report([write(tmp_path, rows)], resamples=200)
+    (overall,) = made.overall
+    assert len(overall.boards) == 6 and overall.methods[0].startswith("alpha")
+    np.testing.assert_allclose(overall.average, [1, 2, 3, 4, 5])
+    assert overall.changes < 0.1 and overall.tau > 0.95 and overall.first_share[0] == 1
+    assert overall.above[0, 1:].min() == 1 and overall.critical is not None
+    five = read_report(
+        [write(tmp_path / "five", [row for k in range(5) for row in usual(f"set{k}")])], resamples=200
+    )
+    assert five.overall[0].critical is None
+
+
+def test_friedman_and_nemenyi_are_the_textbooks():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 12)) + np.arange(4)[:, None]
+    order = np.argsort(-scores.mean(axis=1))
+    from ssl3d_benchmarks.leaderboard.report.statistics import ranks_of
+
+    found = critical_difference(ranks_of(scores[order]))
+    assert found.p == pytest.approx(friedmanchisquare(*scores).pvalue)
+    # Demšar 2006, table 5: q = 2.569 for four classifiers.
+    assert found.difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 12)), abs=0.002)
+
+
+def test_the_same_record_twice_counts_once(tmp_path):
+    write(tmp_path / "a", usual())
+    write(tmp_path / "b", usual()[:2])
+    made = read_report([tmp_path], resamples=200)
+    assert not made.records.refused and len(made.records.tables[0].rows) == len(usual())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", "nowhere"], "nowhere: no such folder of records"),
+        (["report", "."], "no record of a benchmark"),
+        (["report"], "results"),
+        (["report", ".", "--resamples", "7"], "at least 100"),
+        (
+            ["report", ".", "--published", "nobody"],
+            "--published nobody: no such file, and none of medmnist3d",
+        ),
+        (["repot"], "'repot' is none of run, report"),
+    ],
+)
+def test_bad_input_is_one_line(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["leaderboard", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_a_wrong_file_of_published_numbers_is_told(folder, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("scores: 3\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"p\.yaml: published numbers need source"):
+        read_report([folder], [str(path)])
+
+
+def test_out_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "f").write_text("x", encoding="utf-8")
+    assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path / "f")]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])
+def test_help_imports_no_torch(words):
+    code = (
+        "import sys\nfrom ssl3d.cli import main\n"
+        f"try:\n    main(['leaderboard', *{words!r}])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "report" in done.stdout
+
+
+def test_a_record_of_other_content_is_not_read(tmp_path):
+    from ssl3d.api import read_result
+
+    (tmp_path / "x.json").write_text(json.dumps({"task": 1, "contestant": 2}), encoding="utf-8")
+    with pytest.raises(DataError):
+        read_result(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="no record of a benchmark"):
+        read_report([tmp_path])
+
+
+# Who is who ---------------------------------------------------------------------------------------
+
+
+def trained(row, digest="", **pretraining):
+    """A record with more said of its pretraining."""
+    row.contestant["pretraining"].update(pretraining)
+    row.contestant["digest"] = digest or row.contestant["digest"]
+    return row
+
+
+def on(data, rows):
+    """Encoders that were all trained on one data set."""
+    return [
+        trained(row, data={"volumes": 50, "datasets": [data], "digest": data})
+        if row.contestant["pretraining"]
+        else row
+        for row in rows
+    ]
+
+
+def test_an_encoder_is_one_method_whatever_it_was_trained_on(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and not overall.left_out and not overall.tasks_left_out
+    assert "alpha, on set0" in overall.methods
+
+
+def test_own_data_stands_where_every_task_has_its_own_encoder(tmp_path):
+    rows = []
+    for k in range(3):
+        rows += on(
+            f"set{k}", [trained(row, f"{row.contestant['digest']} of {k}") for row in usual(f"set{k}")]
+        )
+    # Another encoder of that proxy, on one task alone: it stands for none of the others.
+    rows += on("set7", [trained(record("runs/alpha-0", gain=0.2, dataset="set1"), "other")])
+    (overall,) = read_report([write(tmp_path, rows)], resamples=100).overall
+    assert "alpha, own data" in overall.methods and len(overall.methods) == 5
+    assert overall.left_out == ["alpha, on set7, resnet18 (on 1 of 3)"]
+
+
+def test_a_task_of_few_contestants_is_left_out_by_name_and_not_the_contestants(tmp_path):
+    rows = [row for k in range(3) for row in on("set0", usual(f"set{k}"))]
+    rows += on("set0", [record("runs/alpha-0", gain=0.1, dataset="tiny")])
+    out = tmp_path / "out"
+    (overall,) = read_report([write(tmp_path / "r", rows)], resamples=100).overall
+    assert len(overall.methods) == 5 and overall.tasks_left_out == ["tiny: linear-probe, masks"]
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "share are there: tiny: linear-probe, masks." in (out / name).read_text(encoding="utf-8")
+
+
+def test_it_is_said_why_there_are_no_ranks_over_tasks(tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = on("a", [record("runs/alpha-0", dataset="a"), record("runs/beta-0", dataset="a")])
+    rows += on("b", [record("runs/gamma-0", dataset="b"), record("runs/delta-0", dataset="b")])
+    write(tmp_path / "r", rows)
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    words = "No ranks over tasks for segmentation (linear-probe): no two of the 2 tasks"
+    assert words in capsys.readouterr().out
+    assert words in (out / "index.html").read_text(encoding="utf-8")
+    assert words in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_other_contestants_are_no_seeds_of_one(tmp_path):
+    rows = [
+        trained(
+            record(f"runs/simclr-{size}-{seed}", gain=0.1), f"{size} {seed}", batch_size=size, seed=seed
+        )
+        for size in (16, 32)
+        for seed in (0, 1)
+    ]
+    for row in rows:  # named by their batch size alone, as `NAME=ENCODER` can be
+        row.contestant["name"] = row.contestant["name"].rpartition("-")[0]
+    rows += [
+        trained(record(f"runs/swav-{k}", gain=0.1), batch_size=8, seed=0, lr=lr)
+        for k, lr in enumerate((0.1, 0.2))
+    ]
+    rows += [trained(record(f"runs/mae-{seed}", gain=0.1), batch_size=8, seed=seed) for seed in (3, 4)]
+    # What the number means is not recorded; the seed it is not.
+    rows += [trained(record(f"runs/byol-{crop}", gain=0.1), batch_size=8, seed=0) for crop in (24, 48)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr, batch 16"].seeds == 2 and found["simclr, batch 32"].seeds == 2
+    assert found["swav, rate 0.1"].seeds == 1 and found["swav, rate 0.2"].seeds == 1
+    assert found["mae"].seeds == 2 and found["beta"].seeds == 2
+    assert found["byol, byol-24"].seeds == found["byol, byol-48"].seeds == 1
+
+
+def test_another_beginning_is_another_contestant_and_every_seed_may_have_its_own(tmp_path):
+    rows = [
+        trained(record(f"runs/simclr-{seed}"), f"{start} {seed}", batch_size=8, seed=seed,
+                init=start and {"from": f"{start}-{seed}/encoder", "steps": 7})
+        for start in ("", "runs/mae")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2 and found["simclr, after mae"].seeds == 2
+
+
+def test_a_record_too_old_to_tell_its_recipe_is_a_seed_of_those_that_do(tmp_path):
+    rows = [record("runs/simclr-0"), trained(record("runs/simclr-1"), batch_size=8, lr=0.1, seed=1)]
+    found = arms(read_report([write(tmp_path, [*usual(), *rows])], resamples=100))
+    assert found["simclr"].seeds == 2
+    less = trained(record("runs/simclr-2"), batch_size=8, seed=2)
+    less.contestant["pretraining"]["data"]["chosen_by"] = "subject"  # which no record of before says
+    found = arms(read_report([write(tmp_path, [less])], resamples=100))
+    assert found["simclr"].seeds == 3
+    other = trained(record("runs/simclr-3"), batch_size=8, seed=3, lr=0.5)  # now it may be of either
+    found = arms(read_report([write(tmp_path, [other])], resamples=100))
+    assert sorted(arm.seeds for name, arm in found.items() if name.startswith("simclr")) == [1, 1, 1, 1]
+
+
+def test_what_a_checkpoint_says_of_its_beginning_and_recipe_is_in_the_record(tmp_path):
+    from ssl3d.api import encoder_from
+    from ssl3d_benchmarks.contestants import Entry, described
+
+    encoder = encoder_from("scratch:resnet10:width=4", seed=0)
+    said = {"init": {"from": "imagenet:mobilenet_v2:acs", "steps": None}, "batch_size": 16, "lr": 0.002}
+    encoder.metadata |= {"steps": 100, "proxies": {"simclr": {}}, **said, "optimizer": "sgd", "seed": 7}
+    own = described(Entry("runs/x-0", "encoder", "scratch:resnet18", None, "x"), encoder, {}).described()
+    assert own["pretraining"].items() >= {**said, "optimizer": "sgd", "seed": 7}.items()
+    row = record("runs/simclr-0")
+    row.contestant["pretraining"] |= own["pretraining"]
+    assert "simclr after ImageNet" in arms(read_report([write(tmp_path, [*usual(), row])], resamples=100))
+
+
+def test_a_trivial_row_of_a_newer_version_refuses_no_network(tmp_path):
+    rows = usual()
+    rows[5].version = 2
+    made = read_report([write(tmp_path, rows)], resamples=100)
+    assert len(made.boards[0].ranked()) == 5
+    (refused,) = made.records.refused
+    assert refused.who == "intensities and position" and "version 2, the table has 1" in refused.why
+
+
+# What must not be credited ------------------------------------------------------------------------
+
+
+def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
+    plain = usual()
+    for row in plain:
+        if row.contestant["kind"] == "encoder" and row.contestant["pretraining"]:
+            like = record("runs/gamma-0", gain=0.001)  # not told from untrained: its p is not 0
+            row.predictions, row.scores = like.predictions, like.scores
+    before = arms(read_report([write(tmp_path / "a", plain)], resamples=200))
+    labelled = record("runs/med3d-0", gain=0.2, flags={"saw_labels": True})
+    weak = record("runs/weak-0", gain=0.001, flags={"saw_labels": True})
+    made = read_report([write(tmp_path / "b", [*plain, labelled, weak])], resamples=200)
+    found = arms(made)
+    lines = answer(made.boards)
+    assert re.fullmatch(
+        r"Segmentation \(linear-probe\): no gain is shown on set, which could show 0\.\d+\.", lines[0]
+    )
+    assert "ahead beyond chance on 0 of 1 tables" in " ".join(lines)
+    head = "Segmentation (linear-probe), pretrained with labels, ranked apart: an encoder"
+    assert lines[-1].startswith(head)
+    assert "beyond chance on 1 of 1 tables (set (med3d))" in lines[-1]
+    assert {k: v.p_holm for k, v in before.items()} == {
+        k: v.p_holm for k, v in found.items() if v.section == "main"
+    }  # a family of tests of their own
+
+
+def test_the_answer_says_where_nothing_is_known_of_what_could_be_shown(tmp_path):
+    rows = [record(f"runs/alpha-{k}", gain=0.02 * k) for k in range(2)]
+    rows += [record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k) for k in range(2)]
+    board = read_report([write(tmp_path, rows)], resamples=200).boards[0]
+    assert board.detectable is None
+    words = " Subjects, seeds or subsets are too few to say what could be shown {}."
+    assert answer([board])[0].endswith("on set." + words.format("there"))
+    known = read_report([write(tmp_path / "b", usual())], resamples=200).boards[0]
+    for arm in known.arms:
+        arm.p_holm = None  # nothing is shown
+    (line,) = [line for line in answer([board, known]) if "no gain" in line]
+    assert line.endswith(words.format("where no number stands")) and ", which could show 0." in line
+
+
+def test_the_answer_says_where_no_network_is_needed(tmp_path):
+    rows = [row for row in usual() if row.contestant["kind"] != "trivial"]
+    easy = record("shape features", "trivial", gain=0.15)
+    (board,) = read_report([write(tmp_path / "a", [*rows, easy])], resamples=200).boards
+    line = answer([board])[-1]
+    assert re.match(
+        r"A row without a network is ahead of every network on 1 of 1 tables: "
+        r"set \(shape features 0\.7\d+, the best network 0\.\d+\)\. ",
+        line,
+    )
+    (board,) = read_report([write(tmp_path / "b", usual())], resamples=200).boards
+    assert not any("without a network" in line for line in answer([board]))
+    assert re.search(r"alpha \+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]", answer([board])[0])
+
+
+def finetuned(name, kind="encoder", rates=(0.001,), **changes):
+    """A record of fine-tuning, with a curve over steps."""
+    row = record(name, kind, weights_seed=0 if kind == "untrained" else None, **changes)
+    row.task = "finetune-segmentation/masks"
+    row.settings = {"task": {"classes": [0, 1]}, "training": {"steps": 3}, "rates": list(rates)}
+    if kind == "trivial":
+        row.settings |= {"training": {}, "rates": []}
+    for one in row.predictions:
+        one |= {"hd95": {"1": 1.0}, "surface_dice": {"1": 0.5}}
+    row.compute = {"details": [{"curve": [{"step": k, "score": 0.1 * k} for k in (1, 2, 3)]}]}
+    return row
+
+
+def test_unequal_tuning_is_said_loudly(tmp_path):
+    def made(folder, rates):
+        rows = [finetuned("runs/alpha-0", rates=rates), finetuned("scratch:resnet18", "untrained")]
+        return read_report([write(folder, [*rows, finetuned("average mask", "trivial")])], resamples=100)
+
+    words = "learning rates tried: 6 for alpha; 1 for from scratch"
+    assert any(words in line for line in made(tmp_path / "a", [1, 2, 3, 4, 5, 6]).boards[0].missing)
+    assert made(tmp_path / "b", [0.002]).boards[0].missing == []  # as many, though another
+    out = tmp_path / "out"
+    main(["leaderboard", "report", str(tmp_path / "a"), "--out", str(out), "--resamples", "100"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count(words) == 1 and "Unequal tuning: set: finetune-segmentation, masks." in page
+
+
+def test_what_saw_test_subjects_is_in_no_curve_and_no_picture(tmp_path):
+    from PIL import Image
+
+    leak = {"seen_test_subjects": 3, "ranked": False}
+    rows = [
+        finetuned("scratch:resnet18", "untrained"),
+        finetuned("average mask", "trivial"),
+        trained(finetuned("runs/leak-0", gain=0.3, flags=leak), data={"volumes": 500, "datasets": ["x"]}),
+        trained(finetuned("runs/alpha-0", gain=0.1), data={"volumes": 50, "datasets": ["x"]}),
+        trained(finetuned("runs/beta-0", gain=0.0, steps=900), data={"volumes": 5, "datasets": ["x"]}),
+    ]
+    folder = write(tmp_path, rows)
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(folder / f"{row.filename[:10]}-masks-{row.key[:8]}.png")
+    from ssl3d_benchmarks.leaderboard.report import page as page
+
+    (board,) = read_report([folder], resamples=100).boards
+    for chart in (page._steps, page._compute, page._data):
+        assert "alpha" in chart(board) and "leak" not in chart(board)
+    pictures = page._pictures(board)
+    assert 'alt="alpha: predictions' in pictures and 'alt="from scratch: predictions' in pictures
+    assert "leak" not in pictures and "leak" in page._forest(board)
+
+
+def test_detection_is_compared_with_from_scratch(tmp_path):
+    import dataclasses
+
+    rows = [finetuned("runs/alpha-0", gain=0.2), finetuned("scratch:resnet18", "untrained")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    board.table = dataclasses.replace(board.table, task="finetune-detection/boxes")
+    text = " ".join(answer([board]))
+    assert "Detection (finetune-detection): yes on 1" in text and "same network from scratch beyond" in text
+    assert "untrained" not in text
+
+
+# How it looks -------------------------------------------------------------------------------------
+
+
+def test_encoders_pretrained_with_labels_have_a_table_of_their_own(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page, own = text.split("<h3>Pretrained with labels: ranked among themselves</h3>")
+    assert "med3d" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
+    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "med3d"
+    assert "1 (1–1), with labels" in own
+
+
+def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
+    rows = [
+        record("runs/seen-0", flags={"saw_labels": True, "seen_test_subjects": 2, "ranked": False}),
+        record("runs/dark-0", flags={"saw_labels": True, "seen_test_volumes": None}),
+        trained(record("runs/known-0", flags={"saw_labels": True, "seen_test_volumes": None})),
+    ]
+    rows[2].contestant["identities_seen"] = 12
+    made = read_report([write(tmp_path, [*usual(), *rows])], resamples=100)
+    found = arms(made)
+    assert found["seen"].rank is None and found["seen"].section == "main"
+    assert found["seen"].why_unranked == "pretraining saw 2 test subjects, and learned from labels"
+    assert any("Whether dark learned from labels of test" in note for note in made.boards[0].notes)
+
+
+def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'data-v="leak">leak<small>NOT RANKED: pretraining saw 3 test subjects', text)
+    assert re.search(r'data-v="beta">beta<small>2 seeds</small>', text)
+    assert ">notes<" not in text and text.count("Published: Someone 2020") == 1
+
+
+def test_cells_sort_by_numbers_or_words_and_what_has_neither_is_last():
+    from ssl3d_benchmarks.leaderboard.report.page import SCRIPT, _table
+
+    cells = [("1 seed", "1 seed"), ("-", None), (".5", 0.5), ("–", float("nan"))]
+    page = _table("c", ["name", "about", "rank", "x", "y"], [("", "row", cells)])
+    assert re.findall(r'<td[^>]* data-v="([^"]*)"', page) == ["1 seed", "", "0.5", ""]
+    assert "if(x===''||y==='')return (x==='')-(y==='')" in SCRIPT
+
+
+def test_ranks_between_two_places_are_not_rounded(report):
+    from ssl3d_benchmarks.leaderboard.report.text import rank_text
+
+    arm = arms(report)["alpha"]
+    before = arm.rank, arm.rank_interval
+    arm.rank, arm.rank_interval = 26.5, (25.5, 26.5)
+    assert rank_text(arm) == "26.5 (25.5–26.5)"
+    arm.rank, arm.rank_interval = before
+
+
+def test_tables_of_one_title_say_what_differs(tmp_path):
+    rows = []
+    for steps, width in ((3, 16), (500, 32)):
+        for row in (finetuned("runs/alpha-0"), finetuned("scratch:resnet18", "untrained")):
+            row.settings = {**row.settings, "training": {"steps": steps, "lots": [1, 2], "same": 7}}
+            row.contestant["group"] = f"scratch:resnet18:width={width}"
+            rows.append(row)
+    out = tmp_path / "out"
+    tables = read_report([write(tmp_path / "r", rows)], resamples=100).records.tables
+    assert sorted(table.differs for table in tables) == [
+        "network resnet18:width=16, steps 3", "network resnet18:width=32, steps 500",
+    ]  # fmt: skip
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    for name in ("index.html", "report.md"):
+        assert "Here: network resnet18:width=16, steps 3." in (out / name).read_text(encoding="utf-8")
+
+
+def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
+    from ssl3d_benchmarks.leaderboard.report.charts import critical
+
+    names = [f"a method of a long name, {k}" for k in range(7)]
+    picture = critical(names, [1.2, 2, 3, 4, 5, 6, 6.8], 2.5, [(0, 2)], "t")
+    stems = [float(x) for found in re.findall(r'"stem" points="([^"]*)"', picture)
+             for x in re.findall(r"([\d.]+),", found)]  # fmt: skip
+    left, right = (
+        [float(x) for x in re.findall(rf'class="name" x="([\d.]+)"[^>]*"{side}"', picture)]
+        for side in ("end", "start")
+    )
+    assert len(left) == 4 and len(right) == 3
+    assert max(left) < min(stems) and min(right) > max(stems)
+    assert min(left) > 6 * len(names[0])  # they fit
+
+
+def test_an_axis_of_few_amounts_has_their_ticks_and_room_for_its_name():
+    from ssl3d_benchmarks.leaderboard.report.charts import Line, lines
+
+    points = [(x, y, y, y) for x, y in ((4, 0.8125), (8, 0.815), (16, 0.8175))]
+    picture = lines([Line("a", points)], "people", "dice", "t", log=True, called={16: "all"})
+    below = re.findall(r'y="[\d.]+" text-anchor="middle">([\w.]+)</text>', picture)
+    assert below == ["4", "8", "all", "people"]
+    ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([\d.]+)</text>', picture)
+    assert max(len(words) for _, words in ticks) >= 5
+    assert all(
+        float(x) - 7 * len(words) > 13 + 4 for x, words in ticks
+    )  # the name's place, half its height
+
+
+def test_trivial_rows_that_lack_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, kind in (("runs/a-0", "encoder"), ("volume only", "trivial"), ("pooled voxels", "trivial")):
+        shares = rng.uniform(0.01, 0.99, 20)
+        predictions = [
+            {"dataset": "set", "subject": f"s{k}", "id": f"v{k}", "target": str(k % 2),
+             "probability": [float(1 - p), float(p)]}
+            for k, p in enumerate(shares)
+        ]  # fmt: skip
+        auc = float(np.mean([p > q for p in shares[1::2] for q in shares[::2]]))
+        settings = {"target": "classes", "classes": ["0", "1"]}
+        rows.append(record(name, kind, task="linear-probe/classes", main="auc", scores={"auc": auc},
+                           predictions=predictions, settings=settings))  # fmt: skip
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert any("no trivial row of shape features:" in line for line in board.missing)
+
+
+def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_path):
+    from ssl3d_benchmarks.leaderboard.report.text import cells, told
+
+    old = record("runs/old-0")
+    old.contestant["pretraining"]["compute"] = {"flops_per_step": 10**9}
+    rows = [row for row in [*usual(), old] if not row.contestant["name"].startswith("imagenet:")]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert "No ImageNet conversion to compare with." in told(board)
+    found = arms(read_report([tmp_path], resamples=100))
+    assert cells(board, found["old"])[9:11] == ["–", "–"] and cells(board, found["alpha"])[9] == "60 s"
+    assert any("not known (–) for 1 of 4 encoders" in note for note in board.notes)
+
+
+def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
+    """One pretraining may be as lucky as an untrained seed: .04 over five of ± .04 is no finding."""
+    from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
+    from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
+    from ssl3d_benchmarks.linear_probe.table import format_table
+    from ssl3d_benchmarks.table import Row
+
+    luck = (-0.05, -0.03, 0.0, 0.03, 0.05)
+    results = [record("runs/alpha-0", gain=0.04)] + [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, gain=luck[k]) for k in range(5)
+    ]
+    for one in results:
+        one.intervals["dice"] = (0.5, 0.7)
+    rows = [Row(one.contestant["kind"], one.contestant["group"], one) for one in results]
+    probe = LinearProbe(LinearProbeConfig(target="masks", classes=CLASSES))
+    shown = format_table(rows, probe, "house split")
+    cells = next(line for line in shown.splitlines() if line.startswith("runs/alpha-0")).replace("+", "")
+    value, low, high = map(float, re.findall(r"(-?\.?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]", cells)[-1])
+    assert value == pytest.approx(0.04, abs=0.01) and low < 0 < high
+    assert "one pretraining is taken to vary as much as the untrained seeds do" in shown
+    board = read_report([write(tmp_path, results)], ()).boards[0]
+    gain = next(arm for arm in board.arms if arm.kind == "pretrained").gain
+    assert (value, low, high) == pytest.approx((gain.value, gain.low, gain.high), abs=0.002)
+    told = float(re.search(r"minimum detectable difference in dice: (\S+) ", shown)[1])
+    assert told == pytest.approx(gain.detectable, abs=0.005)
+
+
+def test_a_printed_table_pairs_the_same_subsets_alone():
+    """Where jobs failed: scores on an easy subset were taken for a seed's, or paired with a hard one's."""
+    from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
+    from ssl3d_benchmarks.table import Row, difference_of, make_line
+
+    probe = LinearProbe(LinearProbe.Config(target="masks", classes=CLASSES))
+    easy = (0.1, -0.2, 0.0)
+
+    def line(name, *done):
+        rows = [
+            Row("encoder", "g", record(name, gain=easy[repeat], seed=seed, repeat=repeat, fraction=0.25))
+            for seed, repeat in done
+        ]
+        return make_line(rows, probe)
+
+    seeds = line("runs/a-0", (0, 0), (0, 1), (1, 1), (1, 2), (2, 0), (2, 1))
+    assert seeds.subsets == [0, 1] and seeds.runs.each.shape == (2, 2)
+    assert (seeds.runs.each[:, 0] - seeds.runs.each[:, 1] > 0.2).all()
+    one, other = line("runs/a-0", (0, 0), (0, 2)), line("runs/b-0", (0, 0), (0, 1))
+    unpaired = difference_of(one, other).error
+    assert unpaired > 1.5 * difference_of(other, line("runs/a-0", (0, 0), (0, 1))).error
+    assert unpaired == pytest.approx(statistics.paired_difference(one.runs, other.runs, False).error)
+
+
+def test_one_seed_at_two_learning_rates_is_two_contestants(tmp_path):
+    """The name of its file decided which of them stood for the seed, for every seed anew."""
+    settings = {"target": "masks", "classes": list(CLASSES), "fractions": "all"}
+    for dataset in ("set", "other"):
+        rows = []
+        for rate, gain in ((0.1, 0.0), (0.01, 0.15)):
+            given = {"settings": {**settings, "rates": [rate]}, "dataset": dataset}
+            rows += [
+                record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, gain=gain, **given)
+                for k in range(5)
+            ]
+            rows.append(record("runs/alpha-0", gain=0.1 - gain, **given))
+        write(tmp_path, rows)
+    report = read_report([tmp_path], resamples=100)
+    for board in report.boards:
+        values = {arm.label: arm.interval.value for arm in board.arms}
+        assert sorted(values) == [
+            f"{name}, learning rate {rate}" for name in ("alpha", "untrained") for rate in ("0.01", "0.1")
+        ]
+        assert values["untrained, learning rate 0.01"] - values["untrained, learning rate 0.1"] > 0.1
+        gains = [arm.gain.value for arm in board.of_kind("pretrained")]
+        assert max(gains) < 0  # over the better of the two from scratch
+    (overall,) = report.overall
+    assert len(set(overall.methods)) == 4 and not overall.left_out
