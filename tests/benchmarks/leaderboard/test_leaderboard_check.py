@@ -123,7 +123,7 @@ def test_where_no_data_is_nothing_is_done_and_said(tmp_path, capsys):
 
 def test_a_package_may_bring_a_protocol_with_its_command(tmp_path, monkeypatch):
     (tmp_path / "lent_protocol.py").write_text(
-        "from ssl3d_benchmarks.knn.command import Options, main\n", encoding="utf-8"
+        "from ssl3d_benchmarks.knn.command import KNNOptions as Options, main\n", encoding="utf-8"
     )
     info = tmp_path / "lent_protocol-1.0.dist-info"
     info.mkdir()
