@@ -1,4 +1,4 @@
-"""Runs that the code of before began and stopped go on under today's, and end where they would have ended."""
+"""Runs that were stopped under the code of before go on under today's, and end as they would have ended."""
 
 import shutil
 
@@ -8,9 +8,9 @@ RUNS = ["sorting", "several", "deepcluster_v2", "intra_inter"]
 
 
 def same_end(found, expected, made, same_machine):
-    """The bytes of before on the machine of before; elsewhere the numbers: other kernels round otherwise."""
+    """The bytes of before on its machine; elsewhere the numbers, as other kernels round otherwise."""
     assert found["steps"] == expected["steps"] == made.STEPS
-    made.close(found["numbers"], expected["numbers"], rel=1e-3, abs=1e-3)
+    made.close(found["numbers"], expected["numbers"], rel=5e-3, abs=1e-3)
     if same_machine:
         assert found["encoder.safetensors"] == expected["encoder.safetensors"]
         assert found["last"] == expected["last"]
