@@ -1,0 +1,65 @@
+"""Records of before are read, found again instead of being made anew, and made again they say the same."""
+
+import json
+import shutil
+
+import pytest
+
+RESULTS = ["linear-probe", "linear-probe-masks", "knn", "classification", "segmentation", "detection"]
+
+
+def contents(folder):
+    """Every record with its bytes and the time it was written."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_record_is_read_whole(name, place):
+    from ssl3d.api import read_result
+
+    paths = sorted((place / "results" / name).glob("*.json"))
+    assert paths
+    for path in paths:
+        raw, read = json.loads(path.read_text(encoding="utf-8")), read_result(path)
+        for field in ("scores", "intervals", "predictions", "contestant", "compute"):
+            assert json.loads(json.dumps(getattr(read, field))) == raw[field], f"{path.name}: {field}"
+        assert read.key.startswith(path.stem.rpartition("-")[2])
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_has_a_record_is_not_done_again(name, place, made, same_machine):
+    folder = place / "results" / name
+    before = contents(folder)
+    made.ssl3d(made.RESULTS[name], "--out", folder)
+    after = contents(folder)
+    assert before.items() <= after.items()
+    # Untrained weights differ in their last bits where other kernels draw them: they are others' rows.
+    assert all(new.startswith("scratch") and not same_machine for new in set(after) - set(before))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_made_again_a_record_has_its_name_and_numbers(name, place, made, same_machine):
+    made.ssl3d(made.RESULTS[name], "--out", "again")
+
+    def found(folder):
+        told = made.records(folder)
+        if same_machine:
+            return told
+        for one in told.values():
+            folds = one["details"] if isinstance(one["details"], list) else [one["details"]]
+            for fold in filter(None, folds):
+                fold.pop("weights", None)  # a digest
+        return {key.rpartition("-")[0] if key.startswith("scratch") else key: told[key] for key in told}
+
+    made.close(found(place / "again"), found(place / "results" / name))
+
+
+def test_a_sorting_run_of_before_places_volumes_where_it_did(place, made):
+    made.ssl3d("pretrain --resume stopped/sorting")
+    shutil.move(place / "stopped", place / "whole")
+    made.ssl3d(f"localize whole/sorting {made.LOCALIZE} --out again")
+    now, before = (
+        json.loads((folder / "localize.json").read_text(encoding="utf-8"))
+        for folder in (place / "again", place / "results" / "localize")
+    )
+    made.close(now, before, rel=1e-3, abs=1e-2)
