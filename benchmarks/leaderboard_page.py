@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ssl3d.api import unpacked_place
 from ssl3d_benchmarks import leaderboard_charts as charts
 from ssl3d_benchmarks import leaderboard_text as text
 from ssl3d_benchmarks.leaderboard_answer import answer
@@ -526,7 +527,7 @@ def _pictures(board: Board) -> str:
 
 
 def _beside(path: Path, key: str) -> list[Path]:
-    return sorted(found for found in path.parent.glob(f"*{key[:8]}*.png"))
+    return sorted(unpacked_place(path).parent.glob(f"*{key[:8]}*.png"))
 
 
 def _inline(path: Path) -> str | None:

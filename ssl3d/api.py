@@ -136,6 +136,10 @@ if TYPE_CHECKING:
     from ssl3d.plugin_files import code_digest as code_digest
     from ssl3d.proxy import Proxy as Proxy
     from ssl3d.proxy import StepOutput as StepOutput
+    from ssl3d.record_archive import pack_records as pack_records
+    from ssl3d.record_archive import record_bytes as record_bytes
+    from ssl3d.record_archive import record_files as record_files
+    from ssl3d.record_archive import unpacked_place as unpacked_place
     from ssl3d.rng import BatchRng as BatchRng
     from ssl3d.rng import numpy_rng as numpy_rng
     from ssl3d.rng import one_group as one_group
@@ -378,6 +382,10 @@ _HOME = {
     "word_places": "words",
     "write_part": "data.store",
     "write_result": "benchmark",
+    "pack_records": "record_archive",
+    "record_bytes": "record_archive",
+    "record_files": "record_archive",
+    "unpacked_place": "record_archive",
 }
 
 
