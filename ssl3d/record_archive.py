@@ -47,7 +47,7 @@ def record_files(folder: Path, endings: tuple[str, ...] = (".json",)) -> list[Pa
         UsageError: There is no such folder or archive.
     """
     if not folder.is_dir() and _archive_of(folder) != folder:
-        raise UsageError(f"{folder}: no such folder, or archive ({SUFFIX}), of records")
+        raise UsageError(f"{folder}: no such folder of records, or archive ({SUFFIX}) of them")
     there = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     found: dict[Path, Path] = {}
     for path in there:
