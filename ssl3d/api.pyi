@@ -213,6 +213,18 @@ from .errors import (
 )
 from .evaluation import statistics as statistics
 from .evaluation.leaks import leak_flags as leak_flags
+from .evaluation.record_archive import (
+    pack_records as pack_records,
+)
+from .evaluation.record_archive import (
+    record_bytes as record_bytes,
+)
+from .evaluation.record_archive import (
+    record_files as record_files,
+)
+from .evaluation.record_archive import (
+    unpacked_place as unpacked_place,
+)
 from .evaluation.records import (
     Result as Result,
 )

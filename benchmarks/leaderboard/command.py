@@ -8,16 +8,21 @@ from ssl3d.api import UsageError, parse
 
 summary = "run contestants on a suite of tasks, and report which is better and how surely"
 
-USAGE = """usage: ssl3d leaderboard {run,report} [options]
+USAGE = """usage: ssl3d leaderboard {run,report,pack} [options]
 
   run SUITE --out RESULTS      do the jobs of a suite: pretraining, scores; stops anywhere, goes on again
-  report RESULTS --out DIR     one HTML page, Markdown and CSV of the records in a folder
+  report RESULTS --out DIR     one HTML page, Markdown and CSV of the records in a folder or an archive
+  pack RESULTS                 one archive of the records in a folder, which is read as the folder is
 
-`ssl3d leaderboard run --help` and `ssl3d leaderboard report --help` tell their options.
+`ssl3d leaderboard run --help`, `report --help` and `pack --help` tell their options.
 """
 
 REPORT_EPILOG = """Rows that cannot be compared (task version, split, data or preprocessing) are refused by
 name. Contestants whose pretraining saw test subjects are shown and not ranked. Nothing is trained."""
+
+PACK_EPILOG = """`ssl3d leaderboard report` and `run` read the archive as they read the folder, and
+`tar xJf` unpacks it. Records that are made later lie beside it as files, until
+the folder is packed again."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,8 +36,13 @@ def main(argv: Sequence[str]) -> int:
 
         report(parse("ssl3d leaderboard report", ReportOptions, rest, epilog=REPORT_EPILOG).options)
         return 0
+    if word == "pack":
+        from ssl3d_benchmarks.leaderboard.archive import PackOptions, pack
+
+        pack(parse("ssl3d leaderboard pack", PackOptions, rest, epilog=PACK_EPILOG).options)
+        return 0
     if word == "run":
         from ssl3d_benchmarks.leaderboard.suite.run import RunOptions, run
 
         return run(parse("ssl3d leaderboard run", RunOptions, rest).options)
-    raise UsageError(f"ssl3d leaderboard: {word!r} is none of run, report")
+    raise UsageError(f"ssl3d leaderboard: {word!r} is none of run, report, pack")

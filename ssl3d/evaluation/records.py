@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d.errors import DataError, Ssl3dError, UsageError
+from ssl3d.evaluation.record_archive import find_record, record_bytes
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -140,16 +141,23 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def read_result(path: Path) -> Result:
-    """Reads a record.
+    """Reads a record, a file or one in an archive, such as `records.tar.xz/cardiac/simclr-0-1a2b3c4d.json`.
 
     Raises:
-        DataError: The file is not a record, or one of a newer format.
+        DataError: The file is not a record, or one of a newer format; or the archive is damaged.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(record_bytes(Path(path)).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
-    validate_result(content, str(path))
+    try:
+        return _result_from(content, str(path))
+    except (TypeError, ValueError) as error:  # a word where a number belongs
+        raise DataError(f"{path}: not a result record: {error}") from error
+
+
+def _result_from(content: Any, where: str) -> Result:
+    validate_result(content, where)
     values = {key: value for key, value in content.items() if key not in ("format", "key")}
     values["scores"] = {k: math.nan if v is None else float(v) for k, v in values["scores"].items()}
     values["intervals"] = {
@@ -161,9 +169,15 @@ def read_result(path: Path) -> Result:
 
 
 def find_result(result: Result, folder: Path) -> Result | None:
-    """The record of the same key in the folder, if it was scored before and can be read."""
-    path = folder / result.filename
-    if not path.is_file():
+    """The record of the same key, if it was scored before and can be read.
+
+    It is a file of the folder, or lies in the `records.tar.xz` of the folder or of the one above it.
+
+    Raises:
+        DataError: That archive is damaged.
+    """
+    path = find_record(result.filename, folder)
+    if path is None:
         return None
     try:
         found = read_result(path)

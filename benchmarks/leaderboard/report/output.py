@@ -1,4 +1,4 @@
-"""From a folder of records to a page, Markdown and CSV."""
+"""From a folder or an archive of records to a page, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class ReportOptions:
     """Makes a report of records: one HTML page that needs nothing else, Markdown and CSV.
 
     Attributes:
-        results: Folders of records, as benchmarks write them; everything below is read.
+        results: Folders of records, as benchmarks write them, or archives of `ssl3d leaderboard pack`;
+            everything below is read.
         out: Folder for index.html, report.md and scores.csv.
         title: Of the page.
         published: Published numbers to show beside, never ranked: names of those that come with ssl3d

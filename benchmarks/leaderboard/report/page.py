@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ssl3d.api import unpacked_place
 from ssl3d_benchmarks.leaderboard.report import charts as charts
 from ssl3d_benchmarks.leaderboard.report import text as text
 from ssl3d_benchmarks.leaderboard.report.answer import answer
@@ -527,7 +528,7 @@ def _pictures(board: Board) -> str:
 
 
 def _beside(path: Path, key: str) -> list[Path]:
-    return sorted(found for found in path.parent.glob(f"*{key[:8]}*.png"))
+    return sorted(unpacked_place(path).parent.glob(f"*{key[:8]}*.png"))
 
 
 def _inline(path: Path) -> str | None:

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import Result, Ssl3dError, UsageError, read_result, statistics
+from ssl3d.api import (
+    DataError,
+    Result,
+    Ssl3dError,
+    UsageError,
+    read_result,
+    record_bytes,
+    record_files,
+    statistics,
+)
 
 Array = NDArray[Any]
 
@@ -32,7 +41,6 @@ FAMILIES = {
 }
 """Kind of target -> the tasks it is averaged with; all others are classification."""
 ON_THE_WAY = re.compile(r"[/\\][A-Za-z]\w*-at-(\d+)")
-SKIPPED = ("partial", ".jobs", "work")
 APART = ("fractions", "rates", "training", "preset", "seed", "annotated")
 RECIPE = ("batch_size", "optimizer", "lr", "init")
 """What of a pretraining tells contestants apart; old records say nothing of it."""
@@ -298,25 +306,21 @@ class Records:
 
 
 def read_records(folders: Sequence[Path], published: Sequence[Path] = ()) -> Records:
-    """Reads all records below some folders.
+    """Reads all records below some folders, or in archives of them.
 
     Raises:
-        UsageError: A folder is missing, or holds no record; a file of published numbers cannot be read.
+        UsageError: A folder or an archive is missing, or holds no record; a file of published numbers
+            cannot be read.
     """
     refused: list[Refused] = []
     found: list[Read] = []
     seen: dict[str, Read] = {}
     files = 0
     for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder of records")
-        for path in sorted(folder.rglob("*.json")):
-            below = path.relative_to(folder)
-            if any(part.startswith(".") or part in SKIPPED for part in below.parts[:-1]):
-                continue
+        for path in record_files(folder):
             files += 1
-            where = below.as_posix() if len(folders) == 1 else path.as_posix()
-            _read_one(path, where, found, seen, refused)
+            below = path.relative_to(folder) if len(folders) == 1 and path != folder else path
+            _read_one(path, below.as_posix(), found, seen, refused)
     if not found:
         told = f" ({refused[0].where}: {refused[0].why})" if refused else ""
         raise UsageError(f"{' '.join(map(str, folders))}: no record of a benchmark{told}")
@@ -392,8 +396,11 @@ def _read_one(
     path: Path, where: str, found: list[Read], seen: dict[str, Read], refused: list[Refused]
 ) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        content = json.loads(record_bytes(path).decode("utf-8"))
+    except DataError as error:  # a damaged archive
+        refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
+        return
+    except (OSError, ValueError, RecursionError) as error:
         refused.append(Refused(where, "", f"not readable: {' '.join(str(error).split())}"))
         return
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):

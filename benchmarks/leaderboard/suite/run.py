@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError
+from ssl3d.api import UsageError, record_files, unpacked_place
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard.suite.check import check
 from ssl3d_benchmarks.leaderboard.suite.plan import Job, Places, SuitePlan
@@ -101,7 +101,7 @@ def run(options: RunOptions) -> int:
     if options.slurm:
         return submit(options)
     status = Runner(plan, options.out / ".jobs", options.launch, options.verbose).run()
-    records = (path for path in options.out.glob("*/*.json") if not path.parent.name.startswith("."))
+    records = (unpacked_place(path).parent.parent == options.out for path in record_files(options.out))
     if status < 128 and options.report and any(records):
         from ssl3d_benchmarks.leaderboard.report.output import ReportOptions, report
 
