@@ -1,4 +1,4 @@
-"""TODO."""
+"""Options of `ssl3d finetune`."""
 
 from __future__ import annotations
 

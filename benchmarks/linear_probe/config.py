@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a linear probe is told: target, classes, window, precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Contestants of a frozen-encoder protocol: encoders, untrained ones of the same kind, trivial rows."""
 
 from __future__ import annotations
 

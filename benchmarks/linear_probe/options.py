@@ -1,4 +1,4 @@
-"""TODO."""
+"""Options of `ssl3d linear-probe`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The common body axis: profiles of slice scores, and where a volume lies on it."""
 
 from __future__ import annotations
 

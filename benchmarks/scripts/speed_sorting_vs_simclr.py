@@ -1,7 +1,8 @@
 """SortingLoss against SimCLR on slices: step time, peak memory, and with --train-steps the quality.
 
 python benchmarks/scripts/speed_sorting_vs_simclr.py [--data phantoms:32] [--volumes 8]
-    [--slices 8] [--crop 64] [--encoder scratch:resnet18:acs:width=32] [--steps 8] [--rounds 3] [--train-steps 0] [--out DIR]
+    [--slices 8] [--crop 64] [--encoder scratch:resnet18:acs:width=32]
+    [--steps 8] [--rounds 3] [--train-steps 0] [--out DIR]
 
 The paper (arXiv:2203.09372) claims that sorting is 2x faster and needs 1.5x less memory than SimCLR on a
 par in quality. What "the same" means decides, so SimCLR is measured twice: on the same slices, of which it

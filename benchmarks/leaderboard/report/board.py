@@ -1,4 +1,4 @@
-"""TODO."""
+"""Boards: a table of records at one fraction of the labels, and the arms on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The jobs of a suite: what is prepared, pretrained and scored, where, by which command."""
 
 from __future__ import annotations
 
