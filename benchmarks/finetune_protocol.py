@@ -262,6 +262,18 @@ def task_class(name: str) -> type[FinetuneTask]:
     return found
 
 
+def patch_within(patch: Sequence[int], data: Collection) -> tuple[int, int, int]:
+    """Return the patch (D, H, W), voxels, no larger than the largest volume along any axis.
+
+    The limit is that volume's side, up to the next multiple of 8 where it is more than one voxel: of images
+    alone the patch has depth 1. What an image among volumes gives, `fit_size` says.
+    """
+    largest = np.asarray(data.shapes)[:, 1:].max(axis=0).tolist()
+    limits = [1 if side == 1 else -(-side // 8) * 8 for side in largest]
+    d, h, w = (min(side, limit) for side, limit in zip(patch, limits, strict=True))
+    return (d, h, w)
+
+
 def file_name(volume: Volume) -> str:
     """Of a volume's prediction, without suffix: data set and id, another for every volume.
 

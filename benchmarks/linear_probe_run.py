@@ -243,7 +243,7 @@ def _record(
     fraction = job.fraction
     subset = "all" if fraction == 1 else f"{fraction:g} of the training subjects, nested"
     settings = {**dataclasses.asdict(task.config), "fractions": subset}
-    return record(contestant, benchmark, benchmark.version, task, job, options.seed, settings)
+    return record(contestant, benchmark, benchmark.task_version, task, job, options.seed, settings)
 
 
 def _progress(name: str) -> Callable[[int, int], None] | None:

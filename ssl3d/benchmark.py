@@ -144,6 +144,11 @@ class Benchmark(ABC):
         """Name of the task, as records have it: the benchmark's name and the kind of target."""
         return f"{self.name}/{self.target}"
 
+    @property
+    def task_version(self) -> int:
+        """Return the version that records have: the class's, or a later one where options ask for it."""
+        return self.version
+
     @abstractmethod
     def score(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
