@@ -199,6 +199,7 @@ class Detection(FinetuneTask):
         },
     }
     trivial: ClassVar[tuple[str, ...]] = ("usual places",)
+    floors: ClassVar[Mapping[str, str | float]] = {"boxes": "usual places"}
 
     config: DetectionConfig
 

@@ -53,6 +53,8 @@ class FinetuneTask(ABC):
         presets: Name -> as `recipe`, for `--preset`; a key of the form `NAME.field` sets an option of
             the task's own.
         trivial: Names of the rows without a network that belong beside its results.
+        floors: Kind of target -> what a network that learned its task is above: a row named in `trivial`,
+            or the score of guessing. Below it, tables and reports say so loudly.
         target: Kind of target, a key of `mains`; set by `__init__`.
     """
 
@@ -65,6 +67,7 @@ class FinetuneTask(ABC):
     recipe: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trivial: ClassVar[tuple[str, ...]] = ()
+    floors: ClassVar[Mapping[str, str | float]] = {}
 
     config: Any
     target: str

@@ -203,6 +203,7 @@ class Segmentation(FinetuneTask):
         "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
     }
     trivial: ClassVar[tuple[str, ...]] = ("average mask",)
+    floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
 

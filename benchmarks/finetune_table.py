@@ -4,23 +4,82 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.api import statistics
+from ssl3d.api import statistics, write_result
 from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
 from ssl3d_benchmarks.task import leak_help
+from ssl3d_benchmarks.unlearned import floor_words, unlearned
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
     from ssl3d_benchmarks.finetune_protocol import Finetune
 
 
-def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:
+@dataclass(frozen=True)
+class Block:
+    """The rows of a table that stand together: of one fraction and one number of annotated slices.
+
+    Attributes:
+        rows: The records.
+        lines: The contestants.
+        warnings: Contestants that are not shown to have learned their task, and the sentence that says so.
+        unchecked: Why nothing can be said of that; empty where it can.
+    """
+
+    rows: list[Row]
+    lines: list[Line]
+    warnings: list[tuple[Line, str]]
+    unchecked: str = ""
+
+
+def blocks_of(rows: Sequence[Row], benchmark: Finetune) -> list[Block]:
+    """Return the blocks of a table, each contestant's score resampled once."""
+    return [_block_of(same, benchmark) for same in _blocks(rows)]
+
+
+def _block_of(rows: list[Row], benchmark: Finetune) -> Block:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
+    lines = [make_line(group, benchmark) for group in by_name.values()]
+    networks = [line for line in lines if line.first.kind != "trivial"]
+    floor = benchmark.work.floors.get(benchmark.target)
+    if floor is None or not networks:
+        return Block(rows, lines, [])
+    runs: statistics.Runs | float | None
+    if isinstance(floor, str):
+        runs = next((line.runs for line in lines if line.name == floor), None)
+    else:
+        runs = floor
+    if runs is None:
+        unchecked = f"whether the networks learned their task is not checked: there is no row {floor!r}"
+        return Block(rows, lines, [], unchecked)
+    told = [
+        (line, unlearned(line.name, line.runs, runs, floor_words(floor), benchmark.main))
+        for line in networks
+    ]
+    return Block(rows, lines, [(line, words) for line, words in told if words])
+
+
+def note_warnings(blocks: Sequence[Block], folder: Path) -> None:
+    """Write into the records of a table whether their network learned its task (`flags["warnings"]`)."""
+    for block in blocks:
+        words = {id(row): [text] for line, text in block.warnings for row in line.rows}
+        for row in block.rows:
+            before, now = row.result.flags.get("warnings", []), words.get(id(row), [])
+            if before != now:
+                row.result.flags["warnings"] = now
+                write_result(row.result, folder)
+
+
+def format_table(blocks: Sequence[Block], benchmark: Finetune, how: str) -> str:
     """The table as text, one block per fraction and number of annotated slices, with its notes."""
-    return "\n\n".join(_block(same, benchmark, how) for same in _blocks(rows))
+    return "\n\n".join(_block(block, benchmark, how) for block in blocks)
 
 
 def annotated_slices(result: Result) -> int:
@@ -37,11 +96,8 @@ def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
     return [[row for row in rows if key(row) == one] for one in sorted({key(row) for row in rows})]
 
 
-def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
-    lines = [make_line(group, benchmark) for group in by_name.values()]
+def _block(block: Block, benchmark: Finetune, how: str) -> str:
+    rows, lines = block.rows, block.lines
     scratch = {line.first.group: line for line in lines if line.first.kind == "untrained"}
     result = rows[0].result
     others = [name for name in result.scores if name != benchmark.main][:4]
@@ -92,6 +148,9 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
         text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
+    text += [f"WARNING: {words}" for _, words in block.warnings]
+    if block.unchecked:
+        text.append(block.unchecked)
     return "\n".join(text)
 
 
