@@ -203,7 +203,7 @@ def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Options)
         )
 
         blocks = blocks_of(outcome.rows, benchmark)
-        note_warnings(blocks, options.out)
+        note_warnings(outcome.rows, benchmark, options.out)
         text = format_table(blocks, benchmark, task.how)
         print(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")

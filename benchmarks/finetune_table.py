@@ -27,13 +27,13 @@ class Block:
     Attributes:
         rows: The records.
         lines: The contestants.
-        warnings: Contestants that are not shown to have learned their task, and the sentence that says so.
+        warnings: A sentence for every network that is not shown to have learned its task.
         unchecked: Why nothing can be said of that; empty where it can.
     """
 
     rows: list[Row]
     lines: list[Line]
-    warnings: list[tuple[Line, str]]
+    warnings: list[str]
     unchecked: str = ""
 
 
@@ -47,33 +47,46 @@ def _block_of(rows: list[Row], benchmark: Finetune) -> Block:
     for row in rows:
         by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
     lines = [make_line(group, benchmark) for group in by_name.values()]
-    networks = [line for line in lines if line.first.kind != "trivial"]
     floor = benchmark.work.floors.get(benchmark.target)
-    if floor is None or not networks:
+    if floor is None or all(line.first.kind == "trivial" for line in lines):
         return Block(rows, lines, [])
-    runs: statistics.Runs | float | None
-    if isinstance(floor, str):
-        runs = next((line.runs for line in lines if line.name == floor), None)
-    else:
-        runs = floor
-    if runs is None:
+    if isinstance(floor, str) and all(line.name != floor for line in lines):
         unchecked = f"whether the networks learned their task is not checked: there is no row {floor!r}"
         return Block(rows, lines, [], unchecked)
-    told = [
-        (line, unlearned(line.name, line.runs, runs, floor_words(floor), benchmark.main))
-        for line in networks
-    ]
-    return Block(rows, lines, [(line, words) for line, words in told if words])
+    return Block(rows, lines, _warnings(lines, floor, benchmark.main))
 
 
-def note_warnings(blocks: Sequence[Block], folder: Path) -> None:
-    """Write into the records of a table whether their network learned its task (`flags["warnings"]`)."""
-    for block in blocks:
-        words = {id(row): [text] for line, text in block.warnings for row in line.rows}
-        for row in block.rows:
-            before, now = row.result.flags.get("warnings", []), words.get(id(row), [])
-            if before != now:
-                row.result.flags["warnings"] = now
+def _warnings(lines: Sequence[Line], floor: str | float, main: str) -> list[str]:
+    """Return a sentence for every network that is not clearly above the floor, which is among the lines."""
+    runs = floor if isinstance(floor, float) else next(one.runs for one in lines if one.name == floor)
+    networks = [line for line in lines if line.first.kind != "trivial"]
+    told = [unlearned(line.name, line.runs, runs, floor_words(floor), main) for line in networks]
+    return [words for words in told if words]
+
+
+def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> None:
+    """Write into every record whether its network learned its task (`flags["warnings"]`).
+
+    From the record alone, and the row without a network on its subset: other seeds and subsets change
+    nothing, and where that row is missing the record stays as it is.
+    """
+    floor = benchmark.work.floors.get(benchmark.target)
+    if floor is None:
+        return
+    for same in _blocks(rows):
+        lines = {
+            row.result.repeat: make_line([row], benchmark)
+            for row in same
+            if row.result.contestant["name"] == floor
+        }
+        for row in same:
+            beside = lines.get(row.result.repeat)
+            if row.kind == "trivial" or (isinstance(floor, str) and beside is None):
+                continue
+            found = [make_line([row], benchmark), *([beside] if beside else [])]
+            words, flags = _warnings(found, floor, benchmark.main), row.result.flags
+            if flags.get("warnings", []) != words:
+                flags["warnings"] = words
                 write_result(row.result, folder)
 
 
@@ -148,7 +161,7 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
         text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
-    text += [f"WARNING: {words}" for _, words in block.warnings]
+    text += [f"WARNING: {words}" for words in block.warnings]
     if block.unchecked:
         text.append(block.unchecked)
     return "\n".join(text)

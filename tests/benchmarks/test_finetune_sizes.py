@@ -287,20 +287,21 @@ def test_crops_of_depth_1_learn_what_a_single_voxel_does_not_tell(way, tmp_path)
 
 
 @pytest.mark.slow
-def test_slicewise_learns_the_hippocampus_as_3d_crops_do(tmp_path):
-    root = Path(os.environ.get("SSL3D_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not (root / "hippocampus").is_dir():
-        pytest.skip("no ../shared/data/hippocampus")
-    assert (
-        main(["prepare", str(root / "hippocampus"), "--out", str(tmp_path / "h.h5"), "--workers", "1"]) == 0
-    )
-    data = open_data([tmp_path / "h.h5"])
-    train, test = data[:24], data[24:36]
-    # As many voxels a step, and the same network.
-    whole, average = learned(train, test, {"patch": (32, 48, 32)}, batch=1, steps=120)
-    slices, _ = learned(train, test, {"slicewise": True, "patch": (1, 48, 32)}, batch=32, steps=120)
-    assert whole > average and slices > average, (slices, whole, average)
-    assert slices > whole - 0.02, (slices, whole)
+def test_slicewise_learns_the_heart_at_least_as_3d_crops_do(tmp_path):
+    """In half of the time that 3D crops take: 160 steps of 8 slices, 80 steps of 8 x 64 x 64 voxels."""
+    root = Path(os.environ.get("SSL3D_DATA") or Path(__file__).parents[3] / "shared" / "data") / "cardiac"
+    if not root.is_dir():
+        pytest.skip("no ../shared/data/cardiac")
+    scans = sorted((root / "imagesTr").glob("*_frame01.nii.gz"))[:26]
+    lines = ["path,mask", *(f"{scan},{root / 'labelsTr' / scan.name}" for scan in scans)]
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    store, spacing = str(tmp_path / "store.h5"), ["--spacing", "10", "3", "3"]
+    assert main(["prepare", str(tmp_path / "list.csv"), "--out", store, "--workers", "1", *spacing]) == 0
+    data = open_data([store])
+    train, test, plane = data[:18], data[18:], {"axes": (1, 2)}
+    slices, average = learned(train, test, {"slicewise": True, "patch": (1, 64, 64), **plane}, 8, 160)
+    whole, _ = learned(train, test, {"patch": (8, 64, 64), **plane}, 1, 80)
+    assert slices > average + 0.25 and slices >= whole, (slices, whole, average)
 
 
 def learned(train, test, options, batch, steps):
