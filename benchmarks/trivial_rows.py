@@ -67,8 +67,10 @@ def pooled_voxels(image: Tensor) -> Array:
     """Means over a grid of at most 7 x 7 x 7 boxes, per channel; (C x cells,)."""
     import torch.nn.functional as F
 
+    from ssl3d.api import fit_size
+
     # One length for every volume, whatever its shape (an image has depth 1).
-    size = (1 if image.shape[1] == 1 else _POOLED, _POOLED, _POOLED)
+    size = fit_size(image, (_POOLED, _POOLED, _POOLED))
     return F.adaptive_avg_pool3d(image[None], size).numpy().ravel().astype(np.float64)
 
 

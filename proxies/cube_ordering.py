@@ -25,6 +25,7 @@ from ssl3d.api import (
     Views,
     augment,
     draw_crop,
+    fit_size,
     foreground_shares,
     permutation_set,
     projection_head,
@@ -488,14 +489,12 @@ def _layout(
         DataError: Less than a third of a cube, or an image and a grid that is cut along D only.
     """
     _, *sides = volume.shape
-    grid, cube = _grid(config, sides[0] == 1), list(config.cube)
-    if sides[0] == 1:
-        cube[0] = 1
-        if math.prod(grid) < 2:
-            raise DataError(
-                f"{volume.id}: an image is not cut along D, which leaves one cube of grid {config.grid}; "
-                "ask for several along H or W"
-            )
+    grid, cube = _grid(config, sides[0] == 1), list(fit_size(volume, config.cube))
+    if sides[0] == 1 and math.prod(grid) < 2:
+        raise DataError(
+            f"{volume.id}: an image is not cut along D, which leaves one cube of grid {config.grid}; "
+            "ask for several along H or W"
+        )
     gaps, extent = [], []
     for axis in range(3):
         millimetres = math.ceil(config.gap_mm / volume.spacing[axis] - 1e-6)

@@ -206,7 +206,7 @@ class Med3D(Proxy):
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Segments the crops, each with the branch of its data set."""
         config, crop, mask = self.config, batch["crop"], batch["mask"]
-        size = (1 if crop.shape[2] == 1 else config.crop[0], *config.crop[1:])
+        size = fit_size(crop, config.crop)
         if self.training:
             x, labels = augment_labelled(config, crop, mask, rng, size, batch["spacing"])
         else:

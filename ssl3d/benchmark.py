@@ -137,7 +137,7 @@ class Benchmark(ABC):
 
     @property
     def task_version(self) -> int:
-        """Version of all that decides the scores, as records keep it."""
+        """Return the version that records have: the class's, or a later one where options ask for it."""
         return self.version
 
     def value(self, predictions: Sequence[Mapping[str, Any]]) -> float:

@@ -52,6 +52,8 @@ class FinetuneTask(ABC):
         presets: Name -> as `recipe`, for `--preset`; a key of the form `NAME.field` sets an option of
             the task's own.
         trivial: Names of the rows without a network that belong beside its results.
+        floors: Kind of target -> what a network that learned its task is above: a row named in `trivial`,
+            or the score of guessing. Below it, tables and reports say so loudly.
         target: Kind of target, a key of `mains`; set by `__init__`.
     """
 
@@ -64,6 +66,7 @@ class FinetuneTask(ABC):
     recipe: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trivial: ClassVar[tuple[str, ...]] = ()
+    floors: ClassVar[Mapping[str, str | float]] = {}
 
     config: Any
     target: str
@@ -198,6 +201,18 @@ def task_class(name: str) -> type[FinetuneTask]:
     module, _, kind = TASKS[name].partition(":")
     found: type[FinetuneTask] = getattr(importlib.import_module(module), kind)
     return found
+
+
+def patch_within(patch: Sequence[int], data: Collection) -> tuple[int, int, int]:
+    """Return the patch (D, H, W), voxels, no larger than the largest volume along any axis.
+
+    The limit is that volume's side, up to the next multiple of 8 where it is more than one voxel: of images
+    alone the patch has depth 1. What an image among volumes gives, `fit_size` says.
+    """
+    largest = np.asarray(data.shapes)[:, 1:].max(axis=0).tolist()
+    limits = [1 if side == 1 else -(-side // 8) * 8 for side in largest]
+    d, h, w = (min(side, limit) for side, limit in zip(patch, limits, strict=True))
+    return (d, h, w)
 
 
 def file_name(volume: Volume) -> str:

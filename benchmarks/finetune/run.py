@@ -151,9 +151,17 @@ def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[],
 
 def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: FinetuneOptions) -> None:
     if outcome.rows:
-        from ssl3d_benchmarks.finetune.table import draw_curves, draw_slices, format_table
+        from ssl3d_benchmarks.finetune.table import (
+            blocks_of,
+            draw_curves,
+            draw_slices,
+            format_table,
+            note_warnings,
+        )
 
-        text = format_table(outcome.rows, benchmark, task.how)
+        blocks = blocks_of(outcome.rows, benchmark)
+        note_warnings(outcome.rows, benchmark, options.out)
+        text = format_table(blocks, benchmark, task.how)
         print(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         pictures = draw_curves(outcome.rows, benchmark, options.out)

@@ -4,23 +4,95 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.api import statistics
+from ssl3d.api import statistics, write_result
 from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
 from ssl3d_benchmarks.task import leak_help
+from ssl3d_benchmarks.unlearned import floor_words, unlearned
 
 if TYPE_CHECKING:
     from ssl3d.api import Result
     from ssl3d_benchmarks.finetune.benchmark import Finetune
 
 
-def format_table(rows: Sequence[Row], benchmark: Finetune, how: str) -> str:
+@dataclass(frozen=True)
+class Block:
+    """The rows of a table that stand together: of one fraction and one number of annotated slices.
+
+    Attributes:
+        rows: The records.
+        lines: The contestants.
+        warnings: A sentence for every network that is not shown to have learned its task.
+        unchecked: Why nothing can be said of that; empty where it can.
+    """
+
+    rows: list[Row]
+    lines: list[Line]
+    warnings: list[str]
+    unchecked: str = ""
+
+
+def blocks_of(rows: Sequence[Row], benchmark: Finetune) -> list[Block]:
+    """Return the blocks of a table, each contestant's score resampled once."""
+    return [_block_of(same, benchmark) for same in _blocks(rows)]
+
+
+def _block_of(rows: list[Row], benchmark: Finetune) -> Block:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
+    lines = [make_line(group, benchmark) for group in by_name.values()]
+    floor = benchmark.work.floors.get(benchmark.target)
+    if floor is None or all(line.first.kind == "trivial" for line in lines):
+        return Block(rows, lines, [])
+    if isinstance(floor, str) and all(line.name != floor for line in lines):
+        unchecked = f"whether the networks learned their task is not checked: there is no row {floor!r}"
+        return Block(rows, lines, [], unchecked)
+    return Block(rows, lines, _warnings(lines, floor, benchmark.main))
+
+
+def _warnings(lines: Sequence[Line], floor: str | float, main: str) -> list[str]:
+    """Return a sentence for every network that is not clearly above the floor, which is among the lines."""
+    runs = floor if isinstance(floor, float) else next(one.runs for one in lines if one.name == floor)
+    networks = [line for line in lines if line.first.kind != "trivial"]
+    told = [unlearned(line.name, line.runs, runs, floor_words(floor), main) for line in networks]
+    return [words for words in told if words]
+
+
+def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> None:
+    """Write into every record whether its network learned its task (`flags["warnings"]`).
+
+    From the record alone, and the row without a network on its subset: other seeds and subsets change
+    nothing, and where that row is missing the record stays as it is.
+    """
+    floor = benchmark.work.floors.get(benchmark.target)
+    if floor is None:
+        return
+    for same in _blocks(rows):
+        lines = {
+            row.result.repeat: make_line([row], benchmark)
+            for row in same
+            if row.result.contestant["name"] == floor
+        }
+        for row in same:
+            beside = lines.get(row.result.repeat)
+            if row.kind == "trivial" or (isinstance(floor, str) and beside is None):
+                continue
+            found = [make_line([row], benchmark), *([beside] if beside else [])]
+            words, flags = _warnings(found, floor, benchmark.main), row.result.flags
+            if flags.get("warnings", []) != words:
+                flags["warnings"] = words
+                write_result(row.result, folder)
+
+
+def format_table(blocks: Sequence[Block], benchmark: Finetune, how: str) -> str:
     """The table as text, one block per fraction and number of annotated slices, with its notes."""
-    return "\n\n".join(_block(same, benchmark, how) for same in _blocks(rows))
+    return "\n\n".join(_block(block, benchmark, how) for block in blocks)
 
 
 def annotated_slices(result: Result) -> int:
@@ -37,11 +109,8 @@ def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
     return [[row for row in rows if key(row) == one] for one in sorted({key(row) for row in rows})]
 
 
-def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
-    lines = [make_line(group, benchmark) for group in by_name.values()]
+def _block(block: Block, benchmark: Finetune, how: str) -> str:
+    rows, lines = block.rows, block.lines
     scratch = {line.first.group: line for line in lines if line.first.kind == "untrained"}
     result = rows[0].result
     others = [name for name in result.scores if name != benchmark.main][:4]
@@ -92,6 +161,9 @@ def _block(rows: list[Row], benchmark: Finetune, how: str) -> str:
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
         text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
+    text += [f"WARNING: {words}" for words in block.warnings]
+    if block.unchecked:
+        text.append(block.unchecked)
     return "\n".join(text)
 
 

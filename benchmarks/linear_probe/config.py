@@ -18,7 +18,8 @@ class LinearProbeConfig:
         classes: Names of the classes in the order of the probabilities; mask values for masks.
         pool_subject: What several volumes of a subject become: one row each (none), the mean of their
             features, or their features side by side (concat).
-        window: Largest input of the encoder along D H W; a larger volume is taken window by window.
+        window: Largest input of the encoder along D H W; a larger volume is taken window by window, with a
+            depth of 1 every slice as an image.
         precision: Of the frozen encoder, 32 or bf16.
         mask_classes: Mask values that the trivial rows of a class task measure; empty: thresholded voxels.
         samples: Voxels per training volume of the dense probe.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl3d.api import DataError, numpy_rng, upsample
+from ssl3d.api import DataError, UsageError, numpy_rng, upsample
 from ssl3d_benchmarks.features import autocast
 from ssl3d_benchmarks.trivial_rows import intensity_maps
 
@@ -44,16 +44,24 @@ RIM = 3
 
 
 def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list[Tensor]:
-    """Feature maps of a whole volume, each (channels, ceil(D / stride), ...), window by window if large.
+    """Return the feature maps of a volume, (channels, ceil(D / stride), ...), window by window if large.
 
     Windows begin at multiples of the deepest stride, so that their maps lie on one grid; each gives its
-    core, the quarter window round it being there for context only.
+    core, the quarter window round it being there for context only, where the window is three strides wide.
+    A window of depth 1 is an image: slices are encoded on their own, and no map strides along D
+    (`strides_of`).
 
     Args:
         encoder: In evaluation mode.
         image: (C, D, H, W).
-        window: Largest input along D, H, W.
+        window: Largest input along D, H, W; none is larger.
+
+    Raises:
+        UsageError: The window is smaller than the deepest stride.
     """
+    if window[0] == 1 and image.shape[1] > 1:
+        slices = [feature_maps(encoder, one.unsqueeze(1), window) for one in image.unbind(1)]
+        return [torch.cat(maps, dim=1) for maps in zip(*slices, strict=True)]
     deepest = [max(stride[axis] for stride in encoder.strides) for axis in range(3)]
     tiles = [_tiles(n, w, s) for n, w, s in zip(image.shape[1:], window, deepest, strict=True)]
     if all(len(axis) == 1 for axis in tiles):
@@ -75,12 +83,24 @@ def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list
     return found
 
 
+def strides_of(encoder: Encoder, window: Sequence[int]) -> list[Triple]:
+    """Return the strides (D, H, W) of the maps that `feature_maps` makes; slices are not strided over."""
+    return [(1 if window[0] == 1 else d, h, w) for d, h, w in encoder.strides]
+
+
 def _tiles(length: int, window: int, stride: int) -> list[tuple[int, int, int, int]]:
     """Along one axis: core begin and end, and begin and end of what is read."""
     if length <= window:
         return [(0, length, 0, length)]
-    core = max(window // 2 // stride, 1) * stride
-    rim = max(window // 4 // stride, 1) * stride
+    if window < stride:
+        raise UsageError(
+            f"--window: {window} voxels of a volume of {length}, but the encoder strides by {stride}: take "
+            f"{stride} or more (1 along D for slices, each on its own)"
+        )
+    core, rim = window // stride * stride, 0
+    if window >= 3 * stride:
+        core = max(window // 2 // stride, 1) * stride
+        rim = max(window // 4 // stride, 1) * stride
     return [
         (begin, min(begin + core, length), max(begin - rim, 0), min(begin + core + rim, length))
         for begin in range(0, length, core)
@@ -152,7 +172,7 @@ class DenseFeatures:
         self.encoder, self.config, self.report = contestant.encoder, config, report
         self.strides: list[Triple] = [(1, 1, 1)]
         if self.encoder is not None:
-            self.strides = [tuple(stride) for stride in self.encoder.strides]  # type: ignore[misc]
+            self.strides = strides_of(self.encoder, config.window)
         self.values = torch.tensor([int(name) for name in config.classes])
         self.total = len(data)
         self._samples: dict[int, Samples] = {}

@@ -27,7 +27,8 @@ class LinearProbeOptions:
         pool: How a volume becomes one embedding: the mean over its feature maps, or the aggregator over
             its slices that intra_inter trained with the encoder.
         pool_subject: Several volumes of a subject: a row each (none), their mean, or side by side (concat).
-        window: Largest input of the encoder along D H W; larger volumes are taken window by window.
+        window: Largest input of the encoder along D H W; larger volumes are taken window by window. A depth
+            of 1 takes every slice as an image.
         precision: Of the frozen encoder, 32 or bf16.
         device: auto, cpu, cuda or mps.
         samples: Voxels per training volume, dense probe.

@@ -127,7 +127,9 @@ def grid_anchors(strides: Sequence[Triple], shapes: Tensor, size: Sequence[int])
 def level_of(boxes: Tensor, strides: Sequence[Triple], cells: float) -> Tensor:
     """Level of each box (n,): that of which it spans about `cells` cells per axis, as in `plan_anchors`."""
     sides = (boxes[:, 3:] - boxes[:, :3]).clamp_min(1e-3)
-    spans = torch.log2(sides[:, None] / (cells * sides.new_tensor(strides)[None]))
+    # As `_misfit`: the depth of boxes in images says nothing of the level.
+    first = 0 if bool((sides[:, 0] > 1).any()) else 1
+    spans = torch.log2(sides[:, None, first:] / (cells * sides.new_tensor(strides)[None, :, first:]))
     return spans.mean(dim=2).abs().argmin(dim=1)
 
 

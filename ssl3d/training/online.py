@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl3d.encoders.inference import evaluating
 from ssl3d.errors import DataError
 from ssl3d.training.trainee import Group, Reducer, groups_to
+from ssl3d.views.crops import fit_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def spread(data: Collection, most: int) -> list[Volume]:
 def centre_crops(volume: Volume, patch: Sequence[int], slices: int = 8) -> Tensor:
     """A crop (1, C, D, H, W) from the middle of the foreground, or evenly spread slices (S, C, 1, H, W)."""
     low, high = volume.foreground_box()
-    extent = [1 if volume.shape[1] == 1 else patch[0], patch[1], patch[2]]
+    extent = fit_size(volume, patch)
     start = [(a + b - n) // 2 for a, b, n in zip(low, high, extent, strict=True)]
     if patch[0] > 1 or volume.shape[1] == 1:
         return volume.read(start, extent)[None]

@@ -20,10 +20,26 @@ _TRIES = 16  # candidates per round of rejection
 _ROUNDS = 4
 
 
-def fit_size(volume: Volume, size: Sequence[int]) -> Triple:
-    """The crop size (D, H, W) for a volume: an image (D = 1) gives crops of depth 1, never padded ones."""
+def fit_size(image: Volume | Tensor, size: Sequence[int]) -> Triple:
+    """Return the size (D, H, W) of crops of a volume, or of a batch of its crops: an image keeps depth 1.
+
+    Only the depth follows the image: along H and W a crop has the size asked for, and what an image lacks
+    there is padded. No margin is read along a depth of 1 (`view_margin`), so a batch of crops of images has
+    depth 1 as its volumes have, and `draw` and `forward` agree on the size.
+
+    Args:
+        image: A volume (C, D, H, W), or a tensor whose last three axes are D, H and W.
+        size: Size asked for, (D, H, W), voxels.
+
+    Example:
+        >>> import torch
+        >>> fit_size(torch.zeros(4, 1, 1, 200, 200), (16, 96, 96))
+        (1, 96, 96)
+        >>> fit_size(torch.zeros(4, 1, 30, 200, 200), (16, 96, 96))
+        (16, 96, 96)
+    """
     depth, height, width = size
-    return (1 if volume.shape[1] == 1 else depth, height, width)
+    return (1 if image.shape[-3] == 1 else depth, height, width)
 
 
 def draw_crop(

@@ -139,7 +139,7 @@ def augment_pairs(config: PairViews, batch: dict[str, Tensor], rng: BatchRng) ->
     """Augments both views of every pair of `draw_pairs`, each on its own: (B x K, 2, C, d, h, w)."""
     x = torch.stack([batch["a"], batch["b"]], dim=2)
     examples, count = x.shape[:2]
-    axes, size = _result(config, depth=int(x.shape[4]))
+    axes, size = _result(config, x)
     spacing = batch["spacing"].repeat_interleave(2 * count, 0)
     # Filling the layout that convolutions like is left to the encoder; rows are views, then pairs.
     x = augment(config, x.flatten(0, 2), ViewRng(rng, 2 * count), size, spacing, axes)
@@ -233,13 +233,12 @@ def pair_picture(views: Tensor, projected: Tensor) -> Figure:
     return figure
 
 
-def _result(config: PairViews, depth: int) -> tuple[tuple[int, ...], Triple]:
-    """Axes along which views may move, and the size of a view, from the depth that was read."""
+def _result(config: PairViews, x: Tensor) -> tuple[tuple[int, ...], Triple]:
+    """Return the axes along which views may move, and the size of a view, from what was read."""
+    depth = int(x.shape[-3])
     if config.views == "slices":
         return (1, 2), (depth, *config.plane)
-    if depth == 1:
-        return (1, 2), (1, config.crop[1], config.crop[2])
-    return (0, 1, 2), config.crop
+    return (1, 2) if depth == 1 else (0, 1, 2), fit_size(x, config.crop)
 
 
 def _crops(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[tuple[Tensor, Tensor]]:

@@ -31,6 +31,7 @@ from ssl3d.api import (
     box_iou,
     draw_boxed3d,
     fit_shapes,
+    fit_size,
     move_boxed3d,
     nms,
     numpy_rng,
@@ -39,7 +40,7 @@ from ssl3d.api import (
     weighted_clusters,
     window_starts,
 )
-from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -198,6 +199,7 @@ class Detection(FinetuneTask):
         },
     }
     trivial: ClassVar[tuple[str, ...]] = ("usual places",)
+    floors: ClassVar[Mapping[str, str | float]] = {"boxes": "usual places"}
 
     config: DetectionConfig
 
@@ -230,11 +232,28 @@ class Detection(FinetuneTask):
         for number, one in found.items():
             kinds = [0 if config.one_class else index[int(value)] for value in one.labels]
             self.objects[number] = Objects(one.boxes, np.array(kinds, np.int64))
-        largest = np.asarray(data.shapes)[:, 1:].max(axis=0)
-        d, h, w = (
-            min(side, -(-int(limit) // 8) * 8) for side, limit in zip(config.patch, largest, strict=True)
-        )
-        self.patch: Triple = (1 if self.flat else d, h, w)
+        self.patch: Triple = patch_within(config.patch, data)
+        if config.model == "faster-rcnn" and ((depths == 1).any() or self.patch[0] == 1):
+            self.version = 2  # the level that a box of an image is read from followed from its depth too
+        self._check_patch(data)
+
+    def _check_patch(self, data: Collection) -> None:
+        """Raises a DataError where no crop holds enough of any object for it to be asked for."""
+        c = self.config
+        shares = []
+        for volume in data:
+            size = np.array(fit_size(volume, self.patch))
+            room = size * np.where(size > 1, 1 + c.zoom, 1.0)  # of the volume, at the smallest zoom
+            boxes = self.objects[volume.index].boxes
+            sides = boxes[:, 3:] - boxes[:, :3]
+            shares.append((np.minimum(sides, room) / sides).prod(axis=1))
+        seen = np.concatenate(shares)
+        if seen.max() < c.visible:
+            raise DataError(
+                f"--detection.patch {' '.join(map(str, self.patch))}: a crop holds {seen.max():.0%} of an "
+                f"object at most, and one counts from {c.visible:.0%} on: none of {len(seen)} objects "
+                "would be learned; take a larger patch, or a smaller --detection.visible"
+            )
 
     def _boxes_of(self, data: Collection) -> Array:
         parts = [self.objects[volume.index].boxes for volume in data]
@@ -317,17 +336,13 @@ class Detection(FinetuneTask):
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """A crop `image` (C, d, h, w) with the margin of its augmentation, and the boxes in it."""
         boxes, labels = self.objects[volume.index]
-        return draw_boxed3d(self.config, volume, boxes, labels, self._size(volume), rng)
-
-    def _size(self, volume: Volume) -> Triple:
-        return (1 if volume.shape[1] == 1 else self.patch[0], self.patch[1], self.patch[2])
+        return draw_boxed3d(self.config, volume, boxes, labels, fit_size(volume, self.patch), rng)
 
     def loss(
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the detector's losses on augmented crops; and each of them."""
-        size = (1 if batch["image"].shape[2] == 1 else self.patch[0], self.patch[1], self.patch[2])
-        moved = move_boxed3d(self.config, batch, size, rng)
+        moved = move_boxed3d(self.config, batch, fit_size(batch["image"], self.patch), rng)
         boxes = moved.boxes
         if isinstance(model, TwoStageDetector2d):
             boxes = [own[:, [1, 2, 4, 5]] for own in boxes]
@@ -364,7 +379,7 @@ class Detection(FinetuneTask):
         c = self.config
         start, size = self.region(volume)
         device = next(model.parameters()).device
-        window = tuple(min(p, n) for p, n in zip(self._size(volume), size, strict=True))
+        window = tuple(min(p, n) for p, n in zip(fit_size(volume, self.patch), size, strict=True))
         image = volume.read(start, size)
         ways = [window_starts(n, p, c.overlap) for n, p in zip(size, window, strict=True)]
         places = list(itertools.product(*ways))

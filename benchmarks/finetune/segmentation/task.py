@@ -22,6 +22,7 @@ from ssl3d.api import (
     dice_ce_loss,
     expanded,
     find_region,
+    fit_size,
     mask_scores,
     predict_windows,
     save_segmentation,
@@ -31,7 +32,7 @@ from ssl3d.api import (
     statistics,
     view_margin,
 )
-from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
 from ssl3d_benchmarks.finetune.segmentation.data import (
     Annotation,
     annotate,
@@ -202,6 +203,7 @@ class Segmentation(FinetuneTask):
         "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
     }
     trivial: ClassVar[tuple[str, ...]] = ("average mask",)
+    floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
 
@@ -214,11 +216,13 @@ class Segmentation(FinetuneTask):
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
         self._table = class_table(self.values, config.ignore)
-        if config.sparse_slices or np.asarray(data.shapes)[:, 1].min() == 1:
-            self.version = (
-                3  # chosen on annotated slices alone; contours of images, where areas were scored
-            )
-        self.patch = _patch(config, data)
+        self.patch = patch_within((1, *config.patch[1:]) if config.slicewise else config.patch, data)
+        images = bool((np.asarray(data.shapes)[:, 1] == 1).any())
+        if config.sparse_slices:
+            self.version = 3  # the step is chosen on annotated slices alone
+        if images or self.patch[0] == 1:
+            # Crops of depth 1 were single voxels; of images, areas were scored instead of contours.
+            self.version = 4
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._slices = {
             f"{volume.dataset}/{volume.id}": found.tolist()
@@ -275,7 +279,7 @@ class Segmentation(FinetuneTask):
         Targets are class indices, `IGNORE` outside the volume and on slices that are not annotated.
         """
         annotation = self.annotations[volume.index]
-        size = _fit(self.patch, volume)
+        size = fit_size(volume, self.patch)
         region = None
         found: dict[str, Tensor] = {}
         if self.config.stages == 2:
@@ -309,7 +313,7 @@ class Segmentation(FinetuneTask):
         """The whole volume and its target (0, 1, IGNORE), shrunk; read once by each process."""
         if volume.index in self._shrunk:
             return self._shrunk[volume.index]
-        size = self.config.coarse
+        size = fit_size(volume, self.config.coarse)
         image = shrunk(volume.read(), size)
         target = torch.from_numpy(self._target(volume, (0, 0, 0), volume.shape[1:]))
         coarse = torch.where(shrunk_mask(target != IGNORE, size), 0, IGNORE).to(torch.int16)
@@ -322,9 +326,8 @@ class Segmentation(FinetuneTask):
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy and soft Dice of augmented crops; that of the coarse stage added."""
-        depth = 1 if batch["image"].shape[2] == 1 else self.patch[0]
-        size = (depth, *self.patch[1:])
-        total, values = self._one_loss(model, batch["image"], batch["target"], rng, size, batch["spacing"])
+        image, target, spacing = batch["image"], batch["target"], batch["spacing"]
+        total, values = self._one_loss(model, image, target, rng, self.patch, spacing)
         if self.config.stages == 2:
             image, target = batch["coarse_image"], batch["coarse_target"]
             assert isinstance(model, CoarseToFine)
@@ -342,7 +345,7 @@ class Segmentation(FinetuneTask):
         size: Sequence[int],
         spacing: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        c = self.config
+        c, size = self.config, fit_size(image, size)
         # `axes` of the views would mirror along all that may be moved.
         views = dataclasses.replace(c, flip=0.0)
         x, moved = augment_labelled(views, image, target, rng, size, spacing, c.axes)
@@ -369,12 +372,13 @@ class Segmentation(FinetuneTask):
         """And the region that the coarse stage found."""
         c, shape = self.config, volume.shape[1:]
         device = next(model.parameters()).device
-        size = _fit(self.patch, volume)
+        size = fit_size(volume, self.patch)
         region: tuple[int, ...] | None = None
         box: tuple[int, ...] = (0, 0, 0, *shape)
         if c.stages == 2:
             assert isinstance(model, CoarseToFine)
-            box = region = find_region(model.coarse, volume.read().to(device), c.coarse, c.margin, size)
+            whole = volume.read().to(device)
+            box = region = find_region(model.coarse, whole, fit_size(whole, c.coarse), c.margin, size)
         start, extent = _padded(box, size)
         found = predict_windows(
             lambda x: model(x)[0].float().softmax(dim=1),
@@ -496,20 +500,6 @@ def _check_classes(config: SegmentationConfig, data: Collection) -> None:
             f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
             f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
         )
-
-
-def _patch(config: SegmentationConfig, data: Collection) -> Triple:
-    """The patch, no larger than the largest volume along any axis, up to the next multiple of 8."""
-    largest = np.asarray(data.shapes)[:, 1:].max(axis=0)
-    d, h, w = (
-        min(side, -(-int(limit) // 8) * 8) for side, limit in zip(config.patch, largest, strict=True)
-    )
-    return (1 if config.slicewise or int(largest[0]) == 1 else d, h, w)
-
-
-def _fit(patch: Triple, volume: Volume) -> Triple:
-    """An image gives crops of depth 1."""
-    return (1 if volume.shape[1] == 1 else patch[0], patch[1], patch[2])
 
 
 def _padded(box: Sequence[int], size: Triple) -> tuple[list[int], list[int]]:

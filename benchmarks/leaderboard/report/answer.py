@@ -13,7 +13,7 @@ from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet
 
 def answer(boards: Sequence[Board]) -> list[str]:
     """Whether pretraining pays on these data, from the numbers, in sentences."""
-    lines = []
+    lines = _not_learned(boards)
     tried = [board for board in boards if board.of_kind("pretrained")]
     groups: dict[tuple[str, str, bool], list[Board]] = {}
     for board in tried:
@@ -24,7 +24,24 @@ def answer(boards: Sequence[Board]) -> list[str]:
     for about, members in sorted(groups.items()):
         lines += _gains_with_labels(*about, members)
     lines += _without_networks(tried)
-    return lines or ["There is no pretrained encoder in these records."]
+    return lines if tried else [*lines, "There is no pretrained encoder in these records."]
+
+
+def _not_learned(boards: Sequence[Board]) -> list[str]:
+    """Return where trained networks are not shown to have learned their task: before all that they say."""
+    told = [
+        f"{_where(board)} ({len(board.unlearned)} of {len(board.arms) - len(board.of_kind('trivial'))})"
+        for board in boards
+        if board.unlearned
+    ]
+    tables = sum(board.table.task.startswith("finetune-") for board in boards)
+    if not told:
+        return []
+    return [
+        f"WARNING: on {len(told)} of {tables} tables of fine-tuning, networks are not clearly above what "
+        f"needs no training, and nothing can be concluded from them: {'; '.join(told)}. The recipe or the "
+        "data is at fault, or the test set is too small to tell."
+    ]
 
 
 def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:

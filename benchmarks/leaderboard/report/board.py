@@ -85,6 +85,7 @@ class Board:
         detectable: Smallest true difference from scratch that the test set shows with power .8, the median
             over the contestants; None where there is nothing to compare, or too few seeds or subsets.
         missing: Rows that have to be there and are not, in words.
+        unlearned: Sentences about every network that is not shown to have learned its task (fine-tuning).
         notes: What was left out, in words.
     """
 
@@ -94,6 +95,7 @@ class Board:
     on_the_way: list[Arm]
     detectable: float | None = None
     missing: list[str] = field(default_factory=list)
+    unlearned: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -286,7 +286,9 @@ def _overall(one: Overall) -> str:
 def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
     parts = [f'<section><h2 id="{board.slug}">{escape(text.heading(board))}</h2>']
     parts.append(f"<p>{escape(text.told(board))}</p>")
-    parts += [f'<p class="loud" role="note">{escape(line)}</p>' for line in board.missing]
+    parts += [
+        f'<p class="loud" role="note">{escape(line)}</p>' for line in [*board.unlearned, *board.missing]
+    ]
     parts.append(_scores(board, "main"))
     parts += [f"<p><small>{escape(note)}</small></p>" for note in text.about_published(board)]
     if board.of_section("labels"):

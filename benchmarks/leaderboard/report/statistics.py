@@ -15,6 +15,7 @@ from ssl3d_benchmarks.leaderboard.report.names import label, scratch_words
 from ssl3d_benchmarks.leaderboard.report.records import Read, Table, contestants_of, score_functions
 from ssl3d_benchmarks.table import same_subsets
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
+from ssl3d_benchmarks.unlearned import floor_words, unlearned
 
 Array = NDArray[Any]
 
@@ -41,6 +42,7 @@ def boards_of(table: Table, resamples: int = statistics.RESAMPLES) -> list[Board
         _rank(board)
         board.arms.sort(key=lambda arm: -arm.interval.value if np.isfinite(arm.interval.value) else np.inf)
         _missing(board)
+        board.unlearned = _unlearned(board)
         boards.append(board)
     return boards
 
@@ -268,6 +270,26 @@ def _missing(board: Board) -> None:
             f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is "
             f"undefined; those are left out."
         )
+
+
+def _unlearned(board: Board) -> list[str]:
+    """Return a sentence for each trained network that is not clearly above what needs no training."""
+    protocol, _, target = board.table.task.partition("/")
+    work = protocol.partition("finetune-")[2]
+    if not work:  # probes train no network
+        return []
+    from ssl3d_benchmarks.finetune.protocol import task_class
+
+    floor = task_class(work).floors.get(target)
+    level: statistics.Runs | float | None = floor if isinstance(floor, float) else None
+    for arm in board.of_kind("trivial"):
+        if arm.first.result.contestant["name"] == floor:
+            level = arm.runs
+    if floor is None or level is None:
+        return []
+    networks = [arm for arm in board.arms if arm.kind != "trivial"]
+    told = [unlearned(arm.label, arm.runs, level, floor_words(floor), board.table.main) for arm in networks]
+    return [words for words in told if words]
 
 
 def _knows_nothing(arm: Arm) -> bool:

@@ -98,8 +98,9 @@ def markdown_text(
     lines += [line for words in no_overall(boards) for line in ("", words)]
     for board in boards:
         lines += ["", f"## {heading(board)}", ""]
-        lines += [f"**{note}**" for note in board.missing]
-        if board.missing:
+        loud = [*board.unlearned, *board.missing]
+        lines += [f"**{note}**" for note in loud]
+        if loud:
             lines.append("")
         lines += ["| " + " | ".join(headers(board)) + " |", "|" + "---|" * len(headers(board))]
         for arm in [*board.of_section("main"), *board.of_section("labels")]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl3d.api import Contestant, DataError, Encoder, encoder_from, open_data, upsample
+from ssl3d.api import Contestant, DataError, Encoder, UsageError, encoder_from, open_data, upsample
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d_benchmarks import trivial_rows as shapes
@@ -198,6 +198,40 @@ def test_windowed_maps_are_those_of_the_whole_volume():
     assert [m.shape for m in whole] == [m.shape for m in tiled]
     assert max(shallow[:3]) < 1e-4  # the deepest maps see further than the rim
     assert shallow[4] < whole[4].abs().max()
+
+
+@pytest.mark.parametrize("stride", [2, 1], ids=["stem stride 2", "stem stride 1"])
+def test_no_window_is_exceeded_and_slices_are_seen_on_their_own(stride):
+    encoder = encoder_from(f"scratch:resnet10:acs:width=16:stem_stride={stride}", seed=0)
+    deepest, seen = encoder.strides[-1][0], []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    image = torch.randn(1, 40, 70, 36)
+    with torch.no_grad():
+        for window in ((32, 32, 32), (16, 48, 20), (33, 64, 200), (1, 200, 200), (1, 32, 32)):
+            maps = dense.feature_maps(encoder, image, window)
+            assert all(n <= w for size in seen for n, w in zip(size, window, strict=True)), window
+            seen.clear()
+            for one, step in zip(maps, dense.strides_of(encoder, window), strict=True):
+                assert one.shape[1:] == tuple(
+                    -(-n // s) for n, s in zip(image.shape[1:], step, strict=True)
+                )
+        with pytest.raises(UsageError, match=f"--window: {deepest - 1} voxels of a volume of 40"):
+            dense.feature_maps(encoder, image, (deepest - 1, 200, 200))
+        other = image.clone()
+        other[:, 8:] = 0
+        before, after = (dense.feature_maps(encoder, x, (1, 200, 200)) for x in (image, other))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, 7], b[:, 7]) and not torch.equal(a[:, 8], b[:, 8])
+
+
+def test_windows_that_were_exceeded_are_another_version():
+    def version(**options):
+        return LinearProbe(LinearProbeConfig(classes=("0", "1"), **options)).task_version
+
+    assert version(target="masks") == version(target="classes", window=(1, 64, 64)) == 1
+    assert (
+        version(target="masks", window=(1, 192, 192)) == version(target="masks", window=(64, 64, 64)) == 2
+    )
 
 
 def test_sampled_voxels_stand_for_the_whole_volume():

@@ -122,6 +122,9 @@ def test_refitted_shapes_keep_the_levels():
 def test_a_box_is_pooled_from_the_level_it_fits():
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 0, 16, 16, 16]])
     assert level_of(boxes, ((2, 2, 2), (8, 8, 8)), 2.0).tolist() == [0, 1]
+    # In images the depth of a box says nothing: a box of 16 pixels is of the level of stride 8.
+    flat = torch.tensor([[0, 0, 0, 1, 4, 4], [0, 0, 0, 1, 16, 16.0]])
+    assert level_of(flat, ((2, 2, 2), (8, 8, 8)), 2.0).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

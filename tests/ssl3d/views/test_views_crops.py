@@ -170,6 +170,9 @@ def test_neighbours_stay_within_the_distance():
 def test_images_give_crops_of_depth_one():
     assert fit_size(Fake(np.ones((1, 30, 30), bool)), (32, 16, 16)) == (1, 16, 16)
     assert fit_size(Fake(np.ones((2, 30, 30), bool)), (32, 16, 16)) == (32, 16, 16)
+    for batch in (torch.zeros(4, 2, 1, 30, 30), torch.zeros(4, 1, 30, 30)):  # images, and their masks
+        assert fit_size(batch, (32, 16, 16)) == (1, 16, 16)
+    assert fit_size(torch.zeros(1, 1, 2, 30, 30), (32, 16, 16)) == (32, 16, 16)
 
 
 def test_slabs_and_triples_are_laid_flat_alike():

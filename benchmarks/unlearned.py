@@ -1,0 +1,51 @@
+"""Whether a trained network is above what needs no training: a broken recipe must not pass for a result."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ssl3d.api import statistics
+
+LEAST = 0.01
+"""Gain over the floor that counts as one."""
+
+
+def unlearned(
+    name: str, runs: statistics.Runs, floor: statistics.Runs | float, floor_name: str, main: str
+) -> str:
+    """Return a sentence where a network is not clearly above its floor, else an empty one.
+
+    Args:
+        name: Name of the network's row.
+        runs: Its main score over subjects, seeds and subsets.
+        floor: That of a row without a network, on the same subsets; or the score of guessing.
+        floor_name: Name of that row, or what guessing is.
+        main: Name of the score, higher being better.
+    """
+    if isinstance(floor, float):
+        own = statistics.nested_interval(runs)
+        value, low, high, level = own.value - floor, own.low - floor, own.high - floor, floor
+    else:
+        # A row without a network is the same for every seed: nothing of it is luck of a seed.
+        seeds = len(runs.each)
+        floor = floor._replace(each=floor.each[:1].repeat(seeds, 0), drawn=floor.drawn[:1].repeat(seeds, 0))
+        gain = statistics.paired_difference(runs, floor, runs.each.shape == floor.each.shape)
+        value, low, high, level = gain.value, gain.low, gain.high, floor.value
+    if value >= LEAST and not low <= 0:  # one test subject has no interval
+        return ""
+    words = f"{name} ended at {main} {runs.value:.3f}"
+    if not value >= LEAST:
+        return (
+            f"{words}, no better than {floor_name} ({level:.3f}): it has not learned its task; the recipe "
+            "or the data is at fault, and no conclusion can be drawn"
+        )
+    between = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else f"{value:+.3f}"
+    return (
+        f"{words}, not clearly above {floor_name} ({level:.3f}; {between}): it is not shown to have "
+        "learned its task, and no conclusion can be drawn"
+    )
+
+
+def floor_words(floor: str | float) -> str:
+    """Return what a floor is called in a sentence."""
+    return floor if isinstance(floor, str) else "guessing"
