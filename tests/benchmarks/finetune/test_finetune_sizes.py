@@ -13,10 +13,10 @@ from ssl3d.cli import main
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
-from ssl3d_benchmarks.finetune.segmentation import task as finetune_segmentation
+from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig
 from ssl3d_benchmarks.finetune.detection.task import Detection, DetectionConfig
-from ssl3d_benchmarks.finetune.benchmark import Finetune
+from ssl3d_benchmarks.finetune.segmentation import task as finetune_segmentation
 from ssl3d_benchmarks.finetune.segmentation.task import Segmentation, SegmentationConfig
 
 VOLUME, IMAGE = (10, 28, 28), (1, 28, 28)
