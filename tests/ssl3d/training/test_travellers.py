@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl3d.checkpoint.encoders import encoders, load_encoder, save_encoder
+from ssl3d.checkpoint import travellers
+from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.checkpoint.travellers import load_traveller
 from ssl3d.errors import CheckpointError, PluginError
 from ssl3d.specs import encoder_from
@@ -52,7 +53,7 @@ class PoolOf(Pool):
 def listed(monkeypatch):
     places = {"pool": f"{__name__}:Pool", "pool_of": f"{__name__}:PoolOf"}
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Pool.__module__])
-    monkeypatch.setattr(encoders, "TRAVELLERS", places)
+    monkeypatch.setattr(travellers, "TRAVELLERS", places)
 
 
 def saved(folder, module, name="aggregator"):
