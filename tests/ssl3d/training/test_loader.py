@@ -388,7 +388,7 @@ SCRIPT = textwrap.dedent(
     """
     import os, signal, sys, time, torch
     from ssl3d.training.loader import Loader
-    from ssl3d.data.store.collection import open_data
+    from ssl3d.data.open import open_data
 
     class Draw:
         @classmethod
