@@ -19,6 +19,7 @@ from ssl3d.api import (
     Result,
     SliceAggregator,
     UsageError,
+    encoder_digest,
     encoder_from,
     fitting,
     hashes_complete,
@@ -26,7 +27,6 @@ from ssl3d.api import (
     leak_flags,
     pooled_by,
 )
-from ssl3d_benchmarks.features import digest_of
 from ssl3d_benchmarks.task import counts
 from ssl3d_benchmarks.trivial_rows import TRIVIAL, VERSION
 
@@ -170,7 +170,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
 
 def pooling_digest(encoder: Encoder) -> str:
     """The digest by which records and caches know an encoder; with an aggregator, of its pooling too."""
-    digest = digest_of(encoder)
+    digest = encoder_digest(encoder)
     if not isinstance(encoder, AggregatedEncoder):
         return digest
     return hashlib.sha256(f"{digest} aggregator v{encoder.version}".encode()).hexdigest()[:16]
@@ -258,21 +258,6 @@ def pooled(pool: str) -> str:
 def pool_details(pool: str) -> dict[str, str]:
     """What a record says of its pooling, its version with it; nothing where it is the mean."""
     return {} if pool == "mean" else {"pool": f"{pool} v{AggregatedEncoder.version}"}
-
-
-def device_of(asked: str) -> str:
-    """cpu, cuda or mps.
-
-    Raises:
-        UsageError: cuda is asked for and not there.
-    """
-    import torch
-
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; use cpu")
-    if asked != "auto":
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 RECALIBRATION_VOLUMES = 256

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import AggregatedEncoder, cache_folder
+from ssl3d.api import (
+    AggregatedEncoder,
+    autocast,
+    cache_folder,
+    whole_file,
+)
 from ssl3d_benchmarks.trivial_rows import trivial_features
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ssl3d.api import Collection, Contestant, Encoder
 
 Array = NDArray[Any]
@@ -106,40 +107,6 @@ def _encoded(
                 yield chosen, encoder.embed(batch).float().cpu().numpy()
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """The precision of the frozen forward pass."""
-    import torch
-
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def digest_of(encoder: Encoder) -> str:
-    """Hash of an encoder's class, configuration, weights and buffers."""
-    digest = hashlib.sha256(f"{type(encoder).__name__} {_written(encoder.config)}".encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
-LATER = ("shortcut", "dilated", "high_resolution")
-"""Options that encoders got after the first records: at their defaults, they leave digests as they were."""
-
-
-def _written(config: Any) -> str:
-    """A configuration's `repr`, without later options that are at their defaults."""
-    shown = [
-        f"{one.name}={getattr(config, one.name)!r}"
-        for one in dataclasses.fields(config)
-        if one.name not in LATER or getattr(config, one.name) != one.default
-    ]
-    return f"{type(config).__qualname__}({', '.join(shown)})"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
-
-
 def _load(path: Path, rows: int) -> Array | None:
     try:
         found: Array = np.load(path, allow_pickle=False)
@@ -149,11 +116,6 @@ def _load(path: Path, rows: int) -> Array | None:
 
 
 def _save(path: Path, features: Array) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.save(file, features)
-        os.replace(partial, path)
-    except OSError:  # a cache that cannot be written costs time, not results
-        partial.unlink(missing_ok=True)
+    # A cache that cannot be written costs time, not results.
+    with contextlib.suppress(OSError), whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, features)

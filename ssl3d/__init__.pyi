@@ -1,3 +1,7 @@
+from . import api as api
+from . import convert as convert
+from . import evaluation as evaluation
+from . import testing as testing
 from .checkpoint.encoders import load_encoder as load_encoder
 from .checkpoint.proxies import load_proxies as load_proxies
 from .specs import encoder_from as encoder_from

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ssl3d import plugins
-from ssl3d.checkpoint.card import WEIGHTS, _encoder_folder, read_card
+from ssl3d.checkpoint.card import WEIGHTS, encoder_folder, read_card
 from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.encoder import Encoder
@@ -105,7 +105,7 @@ def _place_and_words(text: str) -> tuple[str, list[str]]:
 
 def _whole(changes: dict[str, Any], place: str) -> dict[str, Any]:
     """Changes to a saved encoder, single numbers as triples where its options are."""
-    name = str(read_card(_encoder_folder(Path(place)))["architecture"])
+    name = str(read_card(encoder_folder(Path(place)))["architecture"])
     try:
         return triples(plugins.load(plugins.ENCODERS, name).Config, changes)
     except PluginError:

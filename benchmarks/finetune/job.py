@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
 import shutil
 import time
@@ -18,7 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl3d.api import Benchmark, Result, UsageError, find_result, write_result
+from ssl3d.api import (
+    Benchmark,
+    Result,
+    UsageError,
+    autocast,
+    find_result,
+    peak_memory,
+    write_result,
+    write_whole,
+)
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
@@ -27,8 +35,6 @@ from ssl3d_benchmarks.finetune.train import (
     Diverged,
     TrainingPlan,
     Trial,
-    autocast,
-    memory_peak,
     predict,
     train,
     weights_digest,
@@ -261,7 +267,7 @@ def score_fold(
             "reading_seconds": sum(trial.waited for trial in trials),
             "validation_seconds": sum(trial.scoring for trial in trials),
             "test_seconds": seconds,
-            "peak_memory_bytes": memory_peak(plan.device),
+            "peak_memory_bytes": peak_memory(plan.device),
             "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else plan.device.type,
             "threads": torch.get_num_threads(),
         },
@@ -349,11 +355,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(f".partial{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(content))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -16,6 +16,7 @@ from ssl3d.api import (
     Result,
     Ssl3dError,
     UsageError,
+    device_of,
     encoder_from,
     open_data_for,
 )
@@ -23,7 +24,6 @@ from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import (
     Entry,
     check_channels,
-    device_of,
     fitting_all,
     given,
     named,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import pickle
 import sys
 import time
@@ -24,12 +23,14 @@ from ssl3d.api import (
     Loader,
     TrainingError,
     UsageError,
+    autocast,
     duration,
     lone_values,
     memory_format,
-    peak_memory,
     seed_of,
+    tensor_bytes,
     to_memory_format,
+    whole_file,
 )
 
 if TYPE_CHECKING:
@@ -338,11 +339,6 @@ class _Drawing:
         return work.draw(volume, rng)
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """The precision of forward passes."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
 def scoring_steps(points: Sequence[float], total: int) -> set[int]:
     """Shares of the steps (at most 1) or steps, as steps; the last one is always among them.
 
@@ -520,7 +516,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -528,8 +524,11 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Whole or not at all: written beside, flushed, renamed."""
-    partial = path.with_suffix(f".partial{os.getpid()}")
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
     state = {
         "format": FORMAT,
         "trial": {key: getattr(trial, key) for key in Trial.__dataclass_fields__},
@@ -538,14 +537,9 @@ def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opt
         "threads": torch.get_num_threads(),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path, sync=True) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -574,8 +568,3 @@ def _resume(
         setattr(trial, key, value)
     if trial.step < trial.total:
         plan.say(f"{plan.name}: goes on at step {trial.step} of {trial.total}")
-
-
-def memory_peak(device: torch.device) -> int:
-    """Bytes at the peak: of this job on a CUDA device, of the whole process so far on a CPU."""
-    return peak_memory(device)

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl3d.api import DataError, UsageError, numpy_rng, upsample
-from ssl3d_benchmarks.features import autocast
+from ssl3d.api import DataError, UsageError, autocast, numpy_rng, upsample
 from ssl3d_benchmarks.trivial_rows import intensity_maps
 
 if TYPE_CHECKING:

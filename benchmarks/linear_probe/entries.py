@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ssl3d.api import Contestant
+from ssl3d.api import (
+    Contestant,
+    device_of,
+)
 from ssl3d_benchmarks.contestants import (
     Entry,
     described,
-    device_of,
     given,
     pool_details,
     recalibrate,

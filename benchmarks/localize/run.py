@@ -13,6 +13,7 @@ import numpy as np
 from ssl3d.api import (
     DataError,
     UsageError,
+    device_of,
     house_split,
     identity_hash,
     load_proxies,
@@ -215,8 +216,6 @@ def localize(options: LocalizeOptions) -> None:
 
 
 def _scoring_proxy(options: LocalizeOptions) -> tuple[str, Any]:
-    import torch
-
     proxies = load_proxies(options.run)
     able: dict[str, Proxy] = {name: proxy for name, proxy in proxies.items() if hasattr(proxy, "profile")}
     if options.proxy and options.proxy not in able:
@@ -229,14 +228,7 @@ def _scoring_proxy(options: LocalizeOptions) -> tuple[str, Any]:
             "with --proxy sorting"
         )
     name = options.proxy or next(iter(able))
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise UsageError(f"--device {device}: this machine has none")
-    return name, able[name].to(device).eval()
+    return name, able[name].to(device_of(options.device)).eval()
 
 
 def _choose(options: LocalizeOptions, proxy: Any) -> tuple[Collection, Collection, str]:

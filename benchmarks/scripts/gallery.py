@@ -71,7 +71,7 @@ def look(name: str, proxy: Proxy, people: Collection) -> dict[str, Any]:
     import torch
 
     batch = next(iter(Loader(people, {name: (type(proxy), proxy.config)}, SHOWN, seed=0, steps=1)))
-    rngs = [one_group(0, len(group)) for group in batch.groups]
+    rngs = [one_group(0, len(group.rows)) for group in batch.groups]
     with torch.no_grad():
         if proxy.mixed:
             out = proxy([group.tensors for group in batch.groups], rngs)

@@ -66,7 +66,7 @@ def from_store(paths: Sequence[Path], size: int, workers: int) -> Iterator[int]:
     collection = open_data(paths)
     # An endless stream of single crops, as the training loop gets them.
     for batch in Loader(collection, {"crop": (Crop, (size,) * 3)}, BATCH, workers=workers):
-        yield sum(map(len, batch.groups))
+        yield sum(len(group.rows) for group in batch.groups)
 
 
 def from_files(paths: Sequence[Path], size: int, workers: int) -> Iterator[int]:

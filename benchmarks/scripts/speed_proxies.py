@@ -146,9 +146,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
             if proxy.mixed:
                 return proxy([group.tensors for group in groups], rngs).loss
-            total = sum(map(len, groups))
+            total = sum(len(group.rows) for group in groups)
             pairs = zip(groups, rngs, strict=True)
-            return sum(proxy(group.tensors, rng).loss * (len(group) / total) for group, rng in pairs)
+            return sum(proxy(group.tensors, rng).loss * (len(group.rows) / total) for group, rng in pairs)
 
     # How many voxels a volume costs: of two, without a gradient.
     voxels = 0

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ssl3d.checkpoint.snapshot import check_format
 from ssl3d.errors import CheckpointError
 
 CARD = "encoder.json"
+WEIGHTS = "encoder.safetensors"
+
+FORMAT = 1
+"""Format of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
+
+
+PACKAGES = (
+    "ssl3d", "torch", "torchvision", "lightly", "pytorch-lightning", "numpy", "scipy", "scikit-learn"
+)  # fmt: skip
+"""Packages whose versions encoders and records keep."""
+
+
+def check_format(number: Any, where: str) -> None:
+    """Refuse what is of a newer format, or of none.
+
+    Raises:
+        CheckpointError: The format is unknown; the message begins with `where`.
+    """
+    if not isinstance(number, int):
+        raise CheckpointError(f"{where}: not a file of ssl3d (format {number!r})")
+    if number > FORMAT:
+        raise CheckpointError(
+            f"{where}: written by a newer ssl3d "
+            f"(format {number}, this one reads up to {FORMAT}); update ssl3d"
+        )
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -35,23 +60,35 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of Python and of the packages that numbers depend on."""
     import platform
 
     found = {"python": platform.python_version()}
-    for name in ("ssl3d", "torch", "torchvision", "lightly", "pytorch-lightning", "numpy"):
+    for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Convert what JSON does not know: arrays to lists, anything else to its text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
 
 
-def _encoder_folder(path: Path) -> Path:
+def plugin_record(about: Mapping[str, Any], name: str) -> Any:
+    """Return what a card says of the origin of a plugin; None for one that was installed."""
+    records = about.get("plugins")
+    return records.get(name) if isinstance(records, Mapping) else None
+
+
+def encoder_folder(path: Path) -> Path:
+    """Find the folder of an encoder in a run, in the folder itself, or beside one of its two files.
+
+    Raises:
+        CheckpointError: There is none; the message says what there is.
+    """
     if (path / CARD).is_file():
         return path
     if (path / "encoder" / CARD).is_file():
@@ -63,6 +100,3 @@ def _encoder_folder(path: Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path}: not a run or an encoder (no {CARD} in it or in its encoder/)")
     raise CheckpointError(f"{path}: no such run or encoder (for an untrained one: scratch:resnet18)")
-
-
-WEIGHTS = "encoder.safetensors"

@@ -8,26 +8,29 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ssl3d import plugins
-from ssl3d.checkpoint.card import CARD, WEIGHTS, _encoder_folder, _plain, read_card, versions
-from ssl3d.checkpoint.snapshot import FORMAT, sync_folder
+from ssl3d.checkpoint.card import (
+    CARD,
+    FORMAT,
+    WEIGHTS,
+    encoder_folder,
+    plain_value,
+    plugin_record,
+    read_card,
+    versions,
+)
 from ssl3d.checkpoint.travellers import traveller_class, travellers_of
 from ssl3d.checkpoint.volumes_seen import HASHES, hashes_apart, hashes_together
-from ssl3d.checkpoint.weights import _load_strictly, _read_weights, _tensors_of, _write
+from ssl3d.checkpoint.weights import load_strictly, read_weights, safetensors_of
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
-
-if TYPE_CHECKING:
-    pass
-
-
-# Encoders -----------------------------------------------------------------------------------------
+from ssl3d.files import sync_folder, write_whole
 
 
 def save_encoder(
@@ -52,8 +55,8 @@ def save_encoder(
         TrainingError: The disk is full or the folder cannot be written.
     """
     folder = Path(folder)
-    weights = _tensors_of(encoder)
-    others = {name: _tensors_of(module) for name, module in (travellers or {}).items()}
+    weights = safetensors_of(encoder)
+    others = {name: safetensors_of(module) for name, module in (travellers or {}).items()}
     cards = {
         name: {
             "class": traveller_class(name, module),
@@ -75,17 +78,16 @@ def save_encoder(
         "versions": versions(),
     }
     apart = hashes_apart(card)
-    text = json.dumps(card, indent=1, default=_plain) + "\n"
+    text = json.dumps(card, indent=1, default=plain_value) + "\n"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(temporary / WEIGHTS, weights)
+        write_whole(temporary / WEIGHTS, weights, sync=True)
         for name, content in others.items():
-            _write(temporary / f"{name}.safetensors", content)
+            write_whole(temporary / f"{name}.safetensors", content, sync=True)
         if apart is not None:
-            _write(temporary / HASHES, apart)
-        _write(temporary / CARD, text.encode())
+            write_whole(temporary / HASHES, apart, sync=True)
+        write_whole(temporary / CARD, text, sync=True)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
@@ -116,11 +118,11 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         CheckpointError: There is no encoder, or it is truncated, of a newer format or something else.
         UsageError: A change is no option of this encoder, or would need other weights.
     """
-    folder = _encoder_folder(Path(path))
+    folder = encoder_folder(Path(path))
     card = read_card(folder)
     name = str(card["architecture"])
     try:
-        kind = plugins.load_recorded(plugins.ENCODERS, name, _plugin_record(card, name))
+        kind = plugins.load_recorded(plugins.ENCODERS, name, plugin_record(card, name))
     except PluginError as error:
         raise CheckpointError(f"{folder / CARD}: {error}") from error
     try:
@@ -131,9 +133,9 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         config = from_dict(kind.Config, {**to_dict(config), **changes}, f"{folder} as {name}")
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = kind(config)
-    state = _read_weights(folder / WEIGHTS, card)
+    state = read_weights(folder / WEIGHTS, card)
     try:
-        _load_strictly(encoder, state, str(folder / WEIGHTS), name)
+        load_strictly(encoder, state, str(folder / WEIGHTS), name)
     except CheckpointError as error:
         if not changes:
             raise
@@ -151,28 +153,16 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     return encoder.eval()
 
 
-def _plugin_record(about: Mapping[str, Any], name: str) -> Any:
-    """What a card says of where a plugin came from that was not installed, None for one that was."""
-    records = about.get("plugins")
-    return records.get(name) if isinstance(records, Mapping) else None
-
-
 def _after_colon(error: Exception) -> str:
     return str(error).partition(": ")[2] or str(error)
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, default=_plain).replace(" ", "").strip('"')
+    return json.dumps(value, default=plain_value).replace(" ", "").strip('"')
 
 
 def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
     """Raises a CheckpointError where weights beside a card are missing, cut short or others."""
-    _read_weights(Path(folder) / WEIGHTS, card)
+    read_weights(Path(folder) / WEIGHTS, card)
     for name, one in travellers_of(card).items():
-        _read_weights(Path(folder) / f"{name}.safetensors", one)
-
-
-# Runs ---------------------------------------------------------------------------------------------
-
-
-# What both record ---------------------------------------------------------------------------------
+        read_weights(Path(folder) / f"{name}.safetensors", one)

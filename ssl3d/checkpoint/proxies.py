@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssl3d import plugins
-from ssl3d.checkpoint.card import CARD, read_card
-from ssl3d.checkpoint.encoders import _plugin_record
+from ssl3d.checkpoint.card import CARD, plugin_record, read_card
 from ssl3d.checkpoint.outline import Outline
 from ssl3d.checkpoint.snapshot import config_of, load_checkpoint
-from ssl3d.checkpoint.weights import _load_strictly
+from ssl3d.checkpoint.weights import load_strictly
 from ssl3d.config import from_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError
@@ -43,7 +42,7 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
 
     def load(group: str, name: str) -> Any:
         try:
-            return plugins.load_recorded(group, name, _plugin_record(about, name))
+            return plugins.load_recorded(group, name, plugin_record(about, name))
         except PluginError as error:
             raise CheckpointError(f"{run}: {error}") from error
 
@@ -62,7 +61,7 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
             prefix = f"proxies.{name}."
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             where = f"{run}, proxy {name}" + ("" if sized is not None else " (without its data)")
-            _load_strictly(proxy, own, where, name)
+            load_strictly(proxy, own, where, name)
             proxies[name] = proxy.eval()
     card = run / "encoder" / CARD
     encoder.metadata = read_card(card.parent) if card.is_file() else {"config": config}

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from ssl3d.checkpoint.card import check_format
 from ssl3d.errors import CheckpointError, TrainingError
-
-FORMAT = 1
-"""Of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
+from ssl3d.files import sync_folder
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -118,34 +117,9 @@ def step_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
-def check_format(found: Any, where: str) -> None:
-    """Refuses what is of a newer format, or of none.
-
-    Raises:
-        CheckpointError: With `where` in front.
-    """
-    if not isinstance(found, int):
-        raise CheckpointError(f"{where}: not a file of ssl3d (format {found!r})")
-    if found > FORMAT:
-        raise CheckpointError(
-            f"{where}: written by a newer ssl3d "
-            f"(format {found}, this one reads up to {FORMAT}); update ssl3d"
-        )
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; not every system can open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def config_of(run: str | Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl3d.checkpoint.card import CARD, _encoder_folder, read_card
-from ssl3d.checkpoint.weights import _load_strictly, _read_weights
+from ssl3d.checkpoint.card import CARD, encoder_folder, read_card
+from ssl3d.checkpoint.weights import load_strictly, read_weights
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, UsageError
 
@@ -56,7 +56,7 @@ def load_traveller(path: str | Path, name: str) -> nn.Module:
     Raises:
         CheckpointError: None of that name travelled, or its file is damaged.
     """
-    folder = _encoder_folder(Path(path))
+    folder = encoder_folder(Path(path))
     cards = travellers_of(read_card(folder))
     if name not in cards:
         there = f"it has {', '.join(cards)}" if cards else "it has none"
@@ -66,7 +66,7 @@ def load_traveller(path: str | Path, name: str) -> nn.Module:
         raise CheckpointError(
             f"{where}: class {card.get('class')!r} is not one of {', '.join(TRAVELLERS)}; update ssl3d"
         )
-    state = _read_weights(folder / f"{name}.safetensors", card)
+    state = read_weights(folder / f"{name}.safetensors", card)
     module_name, _, class_name = TRAVELLERS[card["class"]].partition(":")
     kind = getattr(importlib.import_module(module_name), class_name)
     try:
@@ -75,7 +75,7 @@ def load_traveller(path: str | Path, name: str) -> nn.Module:
         raise CheckpointError(str(error)) from error
     with torch.random.fork_rng(devices=[]):
         module = make_traveller(kind, config)
-    _load_strictly(module, state, str(folder / f"{name}.safetensors"), card["class"])
+    load_strictly(module, state, str(folder / f"{name}.safetensors"), card["class"])
     return module.eval()
 
 

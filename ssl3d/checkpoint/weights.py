@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ssl3d.checkpoint.card import CARD
+from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError
 
 
-def _tensors_of(module: nn.Module) -> bytes:
+def safetensors_of(module: nn.Module) -> bytes:
+    """Return the weights and buffers of a module as the content of a safetensors file."""
     from safetensors.torch import save
 
     # Contiguous copies: the memory format is not part of the weights, and tied tensors are refused. Of
@@ -36,7 +38,12 @@ def tensor_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return found
 
 
-def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Read a file of weights whose digest a card keeps as `sha256`.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or not the one that the card was written for.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -57,7 +64,18 @@ def _read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor
     return state
 
 
-def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:
+def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:
+    """Load weights into a module, all of them and no others.
+
+    Args:
+        module: Module to fill.
+        state: Weights and buffers by name; of tied tensors one name is enough.
+        where: Beginning of the message of an error.
+        name: Name of the architecture, for the message.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
     own = module.state_dict()
     for key, first in tensor_names(own).items():
         if key not in state and first in state:
@@ -77,8 +95,38 @@ def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: 
     module.load_state_dict(dict(state))
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor's values, in the order of its axes, whatever its memory format."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, shapes and types."""
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+LATER = ("shortcut", "dilated", "high_resolution")
+"""Options that encoders got after the first records: at their defaults, they leave digests as they were."""
+
+
+def encoder_digest(encoder: Encoder) -> str:
+    """Return a hash of an encoder's class, configuration, weights and buffers, by which records know it."""
+    digest = hashlib.sha256(f"{type(encoder).__name__} {_written(encoder.config)}".encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _written(config: Any) -> str:
+    """Return the `repr` of a configuration, without later options that are at their defaults."""
+    shown = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in LATER or getattr(config, field.name) != field.default
+    ]
+    return f"{type(config).__qualname__}({', '.join(shown)})"

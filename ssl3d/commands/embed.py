@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ssl3d.errors import DataError, UsageError
+from ssl3d.files import whole_file
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -104,24 +105,20 @@ def embed_collection(
 
     from ssl3d.encoders.inference import dense_features, embed_volume
     from ssl3d.heads.aggregator import AggregatedEncoder
+    from ssl3d.training.device import device_of
 
     if options.out.exists() and not options.overwrite:
         raise UsageError(f"--out {options.out}: exists; --overwrite replaces it")
     _check(encoder, data, say)
-    cuda = options.accelerator == "cuda" or (options.accelerator == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UsageError("--accelerator cuda: torch sees no such device here")
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(device_of(options.accelerator, "--accelerator"))
     encoder = encoder.to(device).eval()
     patch = patch_of(encoder, options.patch)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     windows = options.overlap, options.batch_size
     found: list[np.ndarray] = []
     kept: list[int] = []
-    temporary = options.out.with_name(f".{options.out.name}.tmp")
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
+        with whole_file(options.out) as temporary, h5py.File(temporary, "w") as file:
             for position, volume in enumerate(data):
                 try:
                     voxels = volume.read().to(device)
@@ -144,11 +141,8 @@ def embed_collection(
             if not kept:
                 raise DataError(f"none of the {len(data)} volumes could be embedded")
             _write(file, np.stack(found), data.select(kept), encoder, options, patch)
-        temporary.replace(options.out)
     except OSError as error:
         raise DataError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(kept)
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ssl3d import plugins
 from ssl3d.checkpoint.encoders import save_encoder
-from ssl3d.checkpoint.weights import tensor_names
+from ssl3d.checkpoint.weights import (
+    state_digest,
+    tensor_names,
+)
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.convert.foreign_files import WeightsFile, read_file
 from ssl3d.convert.foreign_layouts import LAYOUTS, UNREADABLE, Layout, Recipe, Source, State
@@ -315,8 +318,6 @@ def _card(
     prefix: str,
     notes: list[str],
 ) -> dict[str, Any]:
-    from ssl3d.convert.named import digest
-
     source = recipe.source
     return {
         "architecture": recipe.architecture,
@@ -336,7 +337,7 @@ def _card(
             "labels": source.labels,
         },
         "preprocessing": [{"options": source.prepare, "of": source.title}] if source.prepare else [],
-        "sha256": digest(encoder.state_dict()),
+        "sha256": state_digest(encoder.state_dict()),
         "steps": 0,  # of ours
         "identities": [],
         "labels_seen": source.labels_seen,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.checkpoint.encoders import save_encoder
+from ssl3d.checkpoint.weights import state_digest
 from ssl3d.config import from_dict, to_dict
 from ssl3d.convert import networks
 from ssl3d.convert.config import ConvertedConfig
@@ -71,24 +70,15 @@ def with_weights(
         "config": to_dict(config),
         "imagenet": asked or f"{PREFIX}{config.network}:{config.kind}",
         "weights": {
-            "file": Path(where).name, "sha256": digest(state), "matched": encoder.match.matched,
+            "file": Path(where).name, "sha256": state_digest(state), "matched": encoder.match.matched,
             "total": encoder.match.total,
         },
-        "sha256": digest(encoder.state_dict()),
+        "sha256": state_digest(encoder.state_dict()),
         "steps": 0,
         "identities": [],
         "labels_seen": False,  # of volumes: those of photographs are no leak
     }  # fmt: skip
     return encoder
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, names and all."""
-    found = hashlib.sha256()
-    for key, value in state.items():
-        found.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _state(network: str, weights: str | None) -> tuple[dict[str, Tensor], str]:

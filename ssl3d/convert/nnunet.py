@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ssl3d.checkpoint.card import versions
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.resenc import ResEnc
 from ssl3d.errors import TrainingError, UsageError
+from ssl3d.files import whole_file, write_whole
 
 CHECKPOINT = "checkpoint_final.pth"
 PLAN = "adaptation_plan.json"
@@ -146,13 +146,10 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PAT
         "citations": [str(one) for one in citations.values()] if isinstance(citations, Mapping) else [],
         "ssl3d": {"sha256": card.get("sha256"), "versions": versions()},
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        temporary.replace(file)
-        (file.parent / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        with whole_file(file) as temporary:
+            torch.save(content, temporary)
+        write_whole(file.parent / PLAN, json.dumps(plan, indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # torch's writer has no error number for a full disk
-        temporary.unlink(missing_ok=True)
         raise TrainingError(f"{file}: cannot be written ({str(error)[:100]})") from error
     return file

@@ -6,7 +6,6 @@ once, and every other tool reads it: `tar tJf records.tar.xz` lists it, `tar xJf
 
 from __future__ import annotations
 
-import contextlib
 import io
 import lzma
 import os
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ssl3d.errors import DataError, UsageError
+from ssl3d.files import whole_file
 
 ARCHIVE = "records.tar.xz"
 """Name of the archive that stands for the records of a folder."""
@@ -115,7 +115,7 @@ def pack_records(folder: Path, remove: bool = False) -> tuple[Path, int]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of records")
     paths = {unpacked_place(path): path for path in record_files(folder, PACKED)}
-    archive, partial = folder / ARCHIVE, folder / f".{ARCHIVE}.{os.getpid()}"
+    archive = folder / ARCHIVE
     try:
         contents = {
             place.relative_to(folder).as_posix(): record_bytes(path) for place, path in paths.items()
@@ -127,17 +127,14 @@ def pack_records(folder: Path, remove: bool = False) -> tuple[Path, int]:
             raise DataError(
                 f"{folder}: {len(data)} bytes, an archive holds {UNPACKED}: pack its folders apart"
             )
-        partial.write_bytes(lzma.compress(data))
-        if _members(partial, partial.stat().st_mtime_ns, partial.stat().st_size) != contents:
-            raise DataError(f"{partial}: reads back otherwise than it was written")
-        os.replace(partial, archive)
+        with whole_file(archive) as partial:
+            partial.write_bytes(lzma.compress(data))
+            if _members(partial, partial.stat().st_mtime_ns, partial.stat().st_size) != contents:
+                raise DataError(f"{partial}: reads back otherwise than it was written")
         if remove:
             _remove(folder, contents)
     except OSError as error:
         raise UsageError(f"cannot pack {folder}: {error.strerror}: {error.filename}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return archive, len(contents)
 
 

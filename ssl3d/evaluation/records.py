@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.checkpoint.card import versions
 from ssl3d.errors import DataError, Ssl3dError, UsageError
 from ssl3d.evaluation.record_archive import find_record, record_bytes
+from ssl3d.files import write_whole
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -93,7 +90,7 @@ class Result:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
     compute: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     flags: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,14 +115,9 @@ def write_result(result: Result, folder: Path) -> Path:
     content = {"format": FORMAT, "key": result.key, **asdict(result)}
     validate_result(content, result.filename)
     path = folder / result.filename
-    partial = path.with_suffix(f".partial{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(_text(_finite(content)), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, _text(_finite(content)))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     return path
 
@@ -228,17 +220,6 @@ def split_digest(collection: Collection, parts: Sequence[str]) -> str:
         )
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("ssl3d", "torch", "numpy", "scipy", "scikit-learn"):
-        try:
-            found[package] = installed_version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _finite(value: Any) -> Any:

@@ -80,7 +80,7 @@ def check_proxy(
         PluginError: There is no such plugin, or it does not import.
     """
     cls = proxy if isinstance(proxy, type) else plugins.find(plugins.PROXIES, str(proxy))[1]
-    with _global_state_kept():
+    with global_state_kept():
         _check_class(cls)
         config = cls.Config() if config is None else config
         _check_config(cls, config)
@@ -557,7 +557,8 @@ def _seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _global_state_kept() -> Iterator[None]:
+def global_state_kept() -> Iterator[None]:
+    """Keep the global random states of torch, numpy and Python as they were, whatever happens inside."""
     state = _global_state()
     try:
         yield

@@ -24,9 +24,10 @@ from ssl3d import plugins
 from ssl3d.encoder import Encoder
 from ssl3d.proxy import Proxy
 from ssl3d.rng import seed_of
-from ssl3d.testing.proxies import _global_state_kept
+from ssl3d.testing.proxies import global_state_kept
+from ssl3d.training.batch import Group
 from ssl3d.training.loop import reseed
-from ssl3d.training.trainee import Group, Trainee, groups_of
+from ssl3d.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -102,7 +103,7 @@ def check_ranks(
         PluginError: There is no such plugin, or it does not import.
     """
     cls = proxy if isinstance(proxy, type) else plugins.find(plugins.PROXIES, str(proxy))[1]
-    with _global_state_kept(), tempfile.TemporaryDirectory(prefix="ssl3d-ranks-") as folder:
+    with global_state_kept(), tempfile.TemporaryDirectory(prefix="ssl3d-ranks-") as folder:
         config = cls.Config() if config is None else config
         data = _phantoms() if data is None else data
         torch.manual_seed(seed_of("check_ranks"))
@@ -146,7 +147,7 @@ def _draw(
         epoch = [
             [group.tensors for group in batch.groups] for batch in loader.once("proxy", key=("epoch", 0))
         ]
-    return groups_of(next(iter(loader))), epoch
+    return next(iter(loader)).groups, epoch
 
 
 def _cases(groups: list[Group], mixed: bool) -> list[_Case]:
@@ -182,15 +183,7 @@ def _cases(groups: list[Group], mixed: bool) -> list[_Case]:
 
 def _rows(group: Group, rows: set[int]) -> Group | None:
     own = [i for i, row in enumerate(group.rows) if row in rows]
-    if not own:
-        return None
-    return Group(
-        group.proxy,
-        {key: value[own] for key, value in group.tensors.items()},
-        tuple(group.rows[i] for i in own),
-        group.total,
-        tuple(group.volumes[i] for i in own),
-    )
+    return group.take(own) if own else None
 
 
 def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any]) -> _Found:

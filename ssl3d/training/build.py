@@ -19,11 +19,12 @@ from ssl3d.errors import PluginError, UsageError
 from ssl3d.rng import seed_of
 from ssl3d.specs import encoder_from, fitting
 from ssl3d.training.balance import build_balance
+from ssl3d.training.batch import Group
 from ssl3d.training.device import accelerator_of, default_workers
 from ssl3d.training.monitor import Log
 from ssl3d.training.online import BATCHES
-from ssl3d.training.options import Plan, PretrainOptions
-from ssl3d.training.trainee import Group, Trainee, groups_of
+from ssl3d.training.options import PretrainOptions, PretrainPlan
+from ssl3d.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -46,7 +47,7 @@ def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
     }
 
 
-def channels(plan: Plan, data: Collection) -> Any:
+def channels(plan: PretrainPlan, data: Collection) -> Any:
     """The encoder's options, with as many input channels as the proxies feed it.
 
     As many as the data has, unless a proxy says otherwise (`Proxy.in_channels`).
@@ -70,35 +71,38 @@ def channels(plan: Plan, data: Collection) -> Any:
     raise UsageError(f"--{plan.encoder_name}.in-channels is {config.in_channels}, {why} channels")
 
 
-def build_encoder(plan: Plan, resuming: bool) -> Encoder:
-    """The encoder to begin with: new weights of the run's seed, or those of --init.
+def build_encoder(plan: PretrainPlan, config: Any, initial: Encoder | None) -> Encoder:
+    """Return the encoder to begin with: that of --init, or one with new weights of the run's seed.
 
     Args:
-        plan: Of the run.
-        resuming: Whether a checkpoint's weights will follow.
+        plan: PretrainPlan of the run.
+        config: Options of a new encoder, with as many channels as the proxies feed it.
+        initial: Encoder of --init; None where there is none, or a checkpoint's weights will follow.
 
     Raises:
         UsageError: --init is of another architecture than --encoder, or takes other channels.
     """
     options = plan.options
-    if options.init is None or resuming:  # a checkpoint has the weights; --init may be gone
+    if initial is None or options.init is None:
         torch.manual_seed(seed_of(options.seed, "encoder"))
-        encoder: Encoder = plan.encoder(plan.encoder_config)
+        encoder: Encoder = plan.encoder(config)
         return encoder
-    encoder = encoder_from(fitting(options.init, plan.encoder_config.in_channels), options.seed)
-    name = plugins.name_of(plugins.ENCODERS, type(encoder))
+    words = fitting(options.init, config.in_channels)
+    if words != options.init:  # its channels are free, and the data say now how many
+        initial = encoder_from(words, options.seed)
+    name = plugins.name_of(plugins.ENCODERS, type(initial))
     if "encoder" in plan.given and name != options.encoder:
         raise UsageError(f"--encoder {options.encoder}: --init {options.init} is a {name}")
-    if encoder.config.in_channels != plan.encoder_config.in_channels:
+    if initial.config.in_channels != config.in_channels:
         raise UsageError(
-            f"--init {options.init}: takes {encoder.config.in_channels} channels, the volumes have "
-            f"{plan.encoder_config.in_channels}"
+            f"--init {options.init}: takes {initial.config.in_channels} channels, the volumes have "
+            f"{config.in_channels}"
         )
-    return encoder
+    return initial
 
 
 def build_trainee(
-    plan: Plan, encoder: Encoder, data: Collection, known: Mapping[str, Tensor] | None = None
+    plan: PretrainPlan, encoder: Encoder, data: Collection, known: Mapping[str, Tensor] | None = None
 ) -> Trainee:
     """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed.
 
@@ -140,7 +144,7 @@ def _with_found(data: Collection, known: Mapping[str, Tensor], proxy: str) -> Co
     return data
 
 
-def encoder_with(plan: Plan, state: dict[str, Tensor], prefix: str = "encoder.") -> Encoder:
+def encoder_with(plan: PretrainPlan, state: dict[str, Tensor], prefix: str = "encoder.") -> Encoder:
     """An encoder of the plan's architecture with the weights of a prefix in a trainee's state."""
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = plan.encoder(plan.encoder_config)
@@ -221,7 +225,7 @@ def travellers_with(
     return made
 
 
-def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log) -> Loader:
+def loader_of(data: Collection, plan: PretrainPlan, fabric: Fabric, begin: int, log: Log) -> Loader:
     """Batches from a step on, of this rank."""
     from ssl3d.training.loader import Loader
 
@@ -240,7 +244,7 @@ def loader_of(data: Collection, plan: Plan, fabric: Fabric, begin: int, log: Log
     )
 
 
-def holdout_batches(data: Collection, plan: Plan, fabric: Fabric, log: Log) -> list[list[Group]]:
+def holdout_batches(data: Collection, plan: PretrainPlan, fabric: Fabric, log: Log) -> list[list[Group]]:
     """The same examples of the held-out subjects at every look, this rank's rows."""
     from ssl3d.training.loader import Loader
 
@@ -253,12 +257,12 @@ def holdout_batches(data: Collection, plan: Plan, fabric: Fabric, log: Log) -> l
         data, plan.proxies, size, seed=0, rank=fabric.global_rank, world=world, steps=count, pin=False,
         on_set_aside=lambda name, reason: log.warn(f"set aside: {name}: {reason}"),
     )  # fmt: skip
-    return [groups_of(batch) for batch in loader]
+    return [batch.groups for batch in loader]
 
 
 @dataclass
-class Once:
-    """What `Proxy.start_epoch` gets: lists of groups on the device, every volume once."""
+class EpochBatches:
+    """Batches for `Proxy.start_epoch`: lists of groups on the device, every volume once."""
 
     loader: Loader
     proxy: str

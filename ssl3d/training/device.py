@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,18 +73,66 @@ def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
             raise UsageError(f"--devices {devices}: {' '.join(str(error).split())}") from error
 
 
-def accelerator_of(options: PretrainOptions) -> str:
-    """cpu, cuda or mps.
+def launch(options: PretrainOptions, precision: str) -> Fabric:
+    """Start what makes a run of several processes, and return its Fabric.
 
     Raises:
-        UsageError: The one asked for is not there.
+        UsageError: The devices are not there, or the batch size cannot be shared out among them.
+    """
+    fabric = make_fabric(options, precision)
+    if fabric.world_size > 1 or fabric.strategy.launcher is not None:
+        fabric.launch()
+    if options.batch_size % (options.accumulate * fabric.world_size):
+        raise UsageError(
+            f"--batch-size {options.batch_size}: must be a multiple of --accumulate {options.accumulate} "
+            f"times {fabric.world_size} processes"
+        )
+    return fabric
+
+
+def device_words(fabric: Fabric, options: PretrainOptions) -> str:
+    """Return where a run computes, in words, as in `cpu, 2 threads, precision 32, contiguous`."""
+    if fabric.device.type == "cuda":
+        where = torch.cuda.get_device_name(fabric.device)
+    else:
+        where = f"{fabric.device.type}, {options.threads} threads"
+    ranks = f"{fabric.world_size} processes on " if fabric.world_size > 1 else ""
+    return f"{ranks}{where}, precision {options.precision}, {options.memory_format}"
+
+
+def device_of(choice: str, flag: str = "--device", auto: Sequence[str] = ("cuda", "cpu")) -> str:
+    """Return the kind of device that a choice means here: cpu, cuda or mps.
+
+    Args:
+        choice: One of auto, cpu, cuda and mps.
+        flag: Option of the command line that holds the choice, for the message.
+        auto: Kinds that auto tries, the best first.
+
+    Raises:
+        UsageError: The device that was chosen is not there.
+
+    Example:
+        >>> device_of("cpu")
+        'cpu'
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if options.accelerator == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[options.accelerator]:
-        raise UsageError(f"--accelerator {options.accelerator}: torch sees no such device here")
-    return options.accelerator
+    if choice == "auto":
+        return next(name for name in auto if there[name])
+    if not there.get(choice):
+        known = [name for name, found in there.items() if found]
+        raise UsageError(
+            f"{flag} {choice}: torch sees no such device here; use auto or {' or '.join(known)}"
+        )
+    return choice
+
+
+def accelerator_of(options: PretrainOptions) -> str:
+    """Return the accelerator of a run: cpu, cuda or mps.
+
+    Raises:
+        UsageError: The accelerator that was chosen is not there.
+    """
+    return device_of(options.accelerator, "--accelerator", ("cuda", "mps", "cpu"))
 
 
 def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:
@@ -169,6 +218,11 @@ def apply_layout(module: nn.Module, encoder: Any, device: torch.device, choice: 
     if choice == "channels_last":
         to_memory_format(module, torch.channels_last_3d)
     return choice
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of forward passes in a precision: bfloat16 for bf16, else the weights' own."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def peak_memory(device: torch.device) -> int:

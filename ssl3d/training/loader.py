@@ -7,8 +7,8 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -23,6 +23,7 @@ from ssl3d.data.store.collection import Collection
 from ssl3d.errors import DataError, PluginError, Ssl3dError, UsageError
 from ssl3d.proxy import Proxy
 from ssl3d.rng import numpy_rng
+from ssl3d.training.batch import Batch, Group
 from ssl3d.training.preempt import ONCE
 from ssl3d.training.stream import Stream
 
@@ -30,70 +31,6 @@ _RESERVED = ("index", "subject", "dataset")
 _PATIENCE = 256  # volumes tried for one place before giving up
 
 Proxies = Mapping[str, tuple[type[Proxy], Any]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Examples of one proxy with equal keys and shapes, stacked.
-
-    Attributes:
-        proxy: Name.
-        tensors: What `draw` gave, first axis B, and `index`, `subject`, `dataset`, each (B,) int64.
-        rows: Position of each of the B examples in the global batch.
-        total: Examples in the global batch, over all groups and ranks.
-        volumes: Name of each example's volume, data set/id.
-        signature: Keys, shapes and types; groups are in the order of proxies, then of signatures.
-    """
-
-    proxy: str
-    tensors: dict[str, Tensor]
-    rows: tuple[int, ...]
-    total: int
-    volumes: tuple[str, ...]
-    signature: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to(self, device: torch.device | str) -> Group:
-        """On a device; does not wait for the copy where the memory is pinned."""
-        return replace(self, tensors={k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
-
-    def pin_memory(self) -> Group:
-        """In page-locked memory; called by torch's DataLoader."""
-        return replace(self, tensors={k: v.pin_memory() for k, v in self.tensors.items()})
-
-
-@dataclass
-class Batch:
-    """One step's examples of this rank.
-
-    Attributes:
-        step: Number of the step.
-        groups: In the same order on every rank.
-        waited: Seconds that the training loop waited for it.
-        failures: Volumes that could not be drawn, and why.
-        error: Why it could not be drawn: no volume can be, or what a proxy says of its options.
-    """
-
-    step: int
-    groups: list[Group]
-    waited: float = 0.0
-    failures: dict[str, str] = field(default_factory=dict)
-    error: Ssl3dError | None = None
-
-    @property
-    def volume_ids(self) -> list[str]:
-        """Names of the volumes in it, data set/id, each once."""
-        return list(dict.fromkeys(name for group in self.groups for name in group.volumes))
-
-    def to(self, device: torch.device | str) -> Batch:
-        """On a device."""
-        return replace(self, groups=[group.to(device) for group in self.groups])
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory; called by torch's DataLoader."""
-        return replace(self, groups=[group.pin_memory() for group in self.groups])
 
 
 class Loader:
@@ -161,7 +98,7 @@ class Loader:
         """Steps in which as many examples are drawn as there are volumes."""
         return -(-len(self.collection) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Steps `start_step`, `start_step + 1`, ...; workers end when the iterator does."""
         steps = (
             itertools.count(self.start_step) if self.steps is None else range(self.start_step, self.steps)
@@ -190,7 +127,7 @@ class Loader:
         chosen = self.proxies if proxy is None else {proxy: self.proxies[proxy]}
         return Once(self, chosen, key, limit, shard)
 
-    def _run(self, drawing: _Drawing, steps: Iterable[int]) -> Iterator[Batch]:
+    def _run(self, drawing: _Drawing, steps: Iterable[int]) -> Generator[Batch, None, None]:
         ending = RawValue("b", 0)
         # A program that fails asks its workers once to end, and waits: they must know it from a preemption.
         at_end = Finalize(None, setattr, (ending, "value", 1), exitpriority=0)
@@ -259,7 +196,7 @@ class Once:
         drawing = _Drawing(loader.collection, self._proxies, self._plan, (loader.seed, self._key))
         drawn = 0
         for batch in loader._run(drawing, range(len(self))):
-            drawn += sum(map(len, batch.groups))
+            drawn += sum(len(group.rows) for group in batch.groups)
             yield batch
         if not drawn and self._plan.world == 1:
             name, reason = next(iter(loader.set_aside.items()), ("", "nothing was drawn"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl3d.amounts import duration, size
 from ssl3d.errors import DataError, TrainingError
 from ssl3d.rng import seed_of
+from ssl3d.training.batch import Batch, Group, cut
 from ssl3d.training.device import peak_memory
 from ssl3d.training.monitor import Log, Monitor
 from ssl3d.training.online import BATCHES, held_out, look
@@ -24,12 +25,10 @@ from ssl3d.training.optim import lr_at
 from ssl3d.training.options import PretrainOptions
 from ssl3d.training.preempt import Preemption
 from ssl3d.training.selection import Selection
-from ssl3d.training.trainee import Group, Reducer, Sums, Trainee, cut, finite, groups_of, groups_to
+from ssl3d.training.trainee import Reducer, Sums, Trainee, finite
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-    from ssl3d.training.loader import Batch
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Feed:
         batches: Endless.
     """
 
-    batches: Iterator[Batch]
+    batches: Generator[Batch, None, None]
     _ahead: list[Batch] = field(default_factory=list)
 
     def peek(self) -> Batch:
@@ -52,9 +51,13 @@ class Feed:
     def next(self) -> tuple[list[Group], float]:
         """The next batch's groups, and the seconds it was waited for."""
         if self._ahead:
-            return groups_of(self._ahead.pop()), 0.0
+            return self._ahead.pop().groups, 0.0
         batch = next(self.batches)
-        return groups_of(batch), batch.waited
+        return batch.groups, batch.waited
+
+    def close(self) -> None:
+        """End the workers that draw."""
+        self.batches.close()
 
 
 @dataclass
@@ -73,11 +76,10 @@ class Loop:
         steps_per_epoch: Of the training data.
         once: Every volume once, for `Proxy.start_epoch`: of a proxy, in an epoch.
         log: For lines.
-        monitor: On rank 0.
         save: Writes a checkpoint of so many steps.
         export: Writes the encoder into a folder of the run, after so many steps.
-        patch: Largest crop seen.
-        flops_between: Spent between epochs so far (clustering), on all ranks.
+        flops_between: FLOPs spent between epochs so far (clustering), on all ranks.
+        monitor: Monitor of the steps, on rank 0 alone.
     """
 
     fabric: Fabric
@@ -91,11 +93,10 @@ class Loop:
     steps_per_epoch: float
     once: Callable[[str, int], Any]
     log: Log
-    monitor: Monitor | None
     save: Callable[[int], None]
     export: Callable[[str, int], None]
-    patch: list[int]
     flops_between: int = 0
+    monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
         """Prepares the means over ranks."""
@@ -155,7 +156,7 @@ class Loop:
         sums: list[Sums] = []
         batch, waited = self.feed.next()
         for part, cuts in enumerate(cut(batch, options.accumulate)):
-            groups = groups_to(cuts, self.fabric.device)
+            groups = [group.to(self.fabric.device) for group in cuts]
             last = part == options.accumulate - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last and world > 1):
                 loss, told = self.module("loss", groups, step)
@@ -196,7 +197,7 @@ class Loop:
                 self._examined = self._draw_holdout()
             if self._examined:
                 found, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
-        patch = self.patch if all(self.patch) else [1, 1, 1]
+        patch = self.trainee.patch if all(self.trainee.patch) else [1, 1, 1]
         found |= look(self.module, self.selection.train, self.selection.queries, patch, self.fabric.device)
         return found, pictures
 
@@ -277,8 +278,8 @@ class Loop:
     def _trial(self) -> tuple[float, int]:
         """Seconds and FLOPs of a part of a step: forward and backward of a copy, on the first data."""
         copied = copy.deepcopy(self.trainee)
-        first = cut(groups_of(self.feed.peek()), self.options.accumulate)[0]
-        groups = groups_to(first, self.fabric.device)
+        first = cut(self.feed.peek().groups, self.options.accumulate)[0]
+        groups = [group.to(self.fabric.device) for group in first]
         seconds = 0.0
         counter = FlopCounterMode(display=False)
         balance = copied.balance

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ssl3d.amounts import duration
+from ssl3d.files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,10 +141,8 @@ class Monitor:
         folder = self.folder / "pictures"
         for name, draw in figures.items():
             figure = draw()
-            folder.mkdir(exist_ok=True)
-            temporary = folder / f".{name}.png.tmp"
-            figure.savefig(temporary, format="png", dpi=100)
-            temporary.replace(folder / f"{name}-{step:08d}.png")
+            with whole_file(folder / f"{name}-{step:08d}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=100)
             self._events.add_figure(f"{name}/picture", figure, step)
 
     def _line(self, record: Mapping[str, Any]) -> str:
@@ -182,9 +180,7 @@ def trim(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if int(json.loads(line)["step"]) <= step:
                 kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

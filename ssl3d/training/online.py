@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ssl3d.encoders.inference import evaluating
 from ssl3d.errors import DataError
-from ssl3d.training.trainee import Group, Reducer, groups_to
+from ssl3d.training.batch import Group
+from ssl3d.training.trainee import Reducer
 from ssl3d.views.crops import fit_size
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def held_out(
     pictures: dict[str, Callable[[], Figure]] = {}
     with evaluating(module), torch.no_grad():
         for number, groups in enumerate(batches):
-            _, sums = module("loss", groups_to(groups, device), f"holdout {number}")
+            moved = [group.to(device) for group in groups]
+            _, sums = module("loss", moved, f"holdout {number}")
             parts.append(sums.values)
             for name, draw in sums.pictures.items():
                 pictures.setdefault(name, draw)

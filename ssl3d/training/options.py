@@ -155,7 +155,7 @@ class PretrainOptions:
 
 
 @dataclass
-class Plan:
+class PretrainPlan:
     """A run, ready to start: every value decided that does not depend on the machine.
 
     Attributes:
@@ -177,6 +177,21 @@ class Plan:
         """As registered."""
         return plugins.name_of(plugins.ENCODERS, self.encoder)
 
+    @property
+    def mains(self) -> list[str]:
+        """The metric of each proxy to show, as in sorting/kendall_tau."""
+        return [f"{name}/{kind.main}" for name, (kind, _) in self.proxies.items()]
+
+    def decided(self, encoder: Any, **options: Any) -> PretrainPlan:
+        """Return the plan with the encoder that was built, and options that machine and data decide."""
+        name = plugins.name_of(plugins.ENCODERS, type(encoder))
+        return dataclasses.replace(
+            self,
+            options=dataclasses.replace(self.options, encoder=name, **options),
+            encoder=type(encoder),
+            encoder_config=encoder.config,
+        )
+
     def as_config(self) -> dict[str, Any]:
         """What `config.yaml` holds; `--config` reads it back."""
         own = {k: v for k, v in config.to_dict(self.options).items() if k not in NOT_RECORDED}
@@ -197,7 +212,7 @@ class Request(NamedTuple):
         print_only: Whether only the configuration is to be printed.
     """
 
-    plan: Plan | None
+    plan: PretrainPlan | None
     options: PretrainOptions
     given: set[str]
     print_only: bool
@@ -240,7 +255,7 @@ def make_plan(
     proxies: Mapping[str, tuple[Any, Any]],
     encoder: Any,
     encoder_config: Any,
-) -> Plan:
+) -> PretrainPlan:
     """Fills in what the proxies recommend where the user said nothing; the first proxy named decides.
 
     Raises:
@@ -263,10 +278,12 @@ def make_plan(
         options = dataclasses.replace(options, **chosen)
     except ValueError as error:
         raise UsageError(f"{PROG}: {error} (recommended by the proxy: {chosen})") from error
-    return Plan(options, dict(proxies), encoder, encoder_config, set(given))
+    return PretrainPlan(options, dict(proxies), encoder, encoder_config, set(given))
 
 
-def plan_from(values: Mapping[str, Any], where: str, classes: Mapping[str, Any] | None = None) -> Plan:
+def plan_from(
+    values: Mapping[str, Any], where: str, classes: Mapping[str, Any] | None = None
+) -> PretrainPlan:
     """A plan from plain values: a run's `config.yaml`, or keyword arguments from Python.
 
     Args:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ssl3d import plugins
-from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.volumes_seen import hashes_complete, hashes_in, pack_hashes
 from ssl3d.config import to_dict
 from ssl3d.data.identity import identity_hash
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
 from ssl3d.evaluation.leaks import volume_hashes
-from ssl3d.specs import encoder_from
+from ssl3d.files import write_whole
 from ssl3d.training.monitor import Log
-from ssl3d.training.options import Plan, PretrainOptions
+from ssl3d.training.options import PretrainOptions, PretrainPlan
 from ssl3d.training.preempt import requeued
 from ssl3d.training.selection import BY_TARGET
-from ssl3d.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,7 +30,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOB = "slurm-job"
 
 
-def settle(fabric: Fabric, plan: Plan, folder: Path | None) -> Path:
+def settle(fabric: Fabric, plan: PretrainPlan, folder: Path | None) -> Path:
     """The run's folder, made by rank 0 and known to all.
 
     Raises:
@@ -50,7 +45,7 @@ def settle(fabric: Fabric, plan: Plan, folder: Path | None) -> Path:
     return Path(told[0])
 
 
-def _new_folder(plan: Plan) -> tuple[Path, str]:
+def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
     out = plan.options.out
     if out is None:
         name, number = "-".join(plan.proxies), 1
@@ -79,147 +74,26 @@ def _new_folder(plan: Plan) -> tuple[Path, str]:
     return out, ""
 
 
-def write_config(folder: Path, plan: Plan) -> None:
+def write_config(folder: Path, plan: PretrainPlan) -> None:
     """Writes `config.yaml`, which `--config` and `--resume` read."""
     import yaml
 
-    temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(plan.as_config(), sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
+    write_whole(folder / "config.yaml", yaml.safe_dump(plan.as_config(), sort_keys=False))
     if os.environ.get("SLURM_JOB_ID"):
         (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n", encoding="utf-8")
 
 
-def save_state(
-    fabric: Fabric,
-    plan: Plan,
-    module: Any,
-    trainee: Trainee,
-    optimizer: Any,
-    folder: Path,
-    done: int,
-    about: dict[str, Any],
-) -> None:
-    """Writes a checkpoint of so many steps; called on every rank."""
-    spec = {
-        "encoder": plan.encoder_name,
-        "encoder_config": to_dict(plan.encoder_config),
-        "proxies": {name: to_dict(config) for name, (_, config) in plan.proxies.items()},
-    }
-    state: dict[str, Any] = {
-        "format": snapshot.FORMAT, "step": done, "steps": plan.options.steps, "patch": list(trainee.patch),
-        "about": about, "world": fabric.world_size, "device": fabric.device.type, "spec": spec,
-        "outline": trainee.outline,
-        "precision": fabric.strategy.precision.state_dict(), "ranks": _own_buffers(fabric, trainee),
-    }  # fmt: skip
-    if sharded(fabric):
-        whole = folder / ".sharded.tmp"
-        fabric.save(whole, state | {"module": module, "optimizer": optimizer})
-        if fabric.is_global_zero:
-            snapshot.save_checkpoint(folder, done, lambda path: os.replace(whole, path))
-    elif fabric.is_global_zero:
-        state |= {"module": trainee.state_dict(), "optimizer": optimizer.state_dict()}
-        snapshot.save_checkpoint(folder, done, lambda path: _torch_save(state, path))
-    fabric.barrier()
+def metadata(
+    plan: PretrainPlan, data: Collection, digest: str, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what `encoder.json` says of a run beside architecture and steps.
 
-
-def _own_buffers(fabric: Fabric, trainee: Trainee) -> list[dict[str, Tensor]]:
-    """Each rank's buffers that are not the same on all ranks: statistics of batch norm, queues, banks.
-
-    Called on every rank; only rank 0 is given them. Rank 0's own are in the state of the module.
+    Args:
+        plan: PretrainPlan of the run, everything decided.
+        data: Volumes to train on.
+        digest: Digest of those volumes.
+        before: Card of the encoder that --init starts from; None where the run starts from new weights.
     """
-    if fabric.world_size == 1:
-        return []
-    import torch.distributed as dist
-
-    own = _persistent_buffers(trainee)
-    offered: list[Any] = [None] * fabric.world_size
-    dist.all_gather_object(offered, {name: _digest(value) for name, value in own.items()})
-    differ = [name for name in own if len({digests.get(name) for digests in offered}) > 1]
-    if not differ:
-        return []
-    mine: dict[str, Tensor] = {}
-    if not fabric.is_global_zero:
-        mine = {name: own[name].detach().cpu() for name in differ}
-    gathered: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
-    dist.gather_object(mine, gathered, dst=0)
-    return gathered or []
-
-
-def _persistent_buffers(trainee: Trainee) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by their names there, wrapped or not."""
-    found = {}
-    for prefix, module in trainee.named_modules():
-        for name, value in module._buffers.items():
-            if value is not None and name not in module._non_persistent_buffers_set:
-                place = f"{prefix}.{name}" if prefix else name
-                for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-                    place = place.replace(wrapper, "")
-                found[place] = value
-    return found
-
-
-def _digest(value: Tensor) -> str:
-    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(value.shape)} {hashlib.sha256(content.tobytes()).hexdigest()}"
-
-
-def _torch_save(state: dict[str, Any], path: Path) -> None:
-    # Through a file of Python's: a full disk is an OSError then, though torch hides it behind another.
-    try:
-        with path.open("wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from error
-
-
-def restore(fabric: Fabric, module: Any, trainee: Trainee, optimizer: Any, found: dict[str, Any]) -> None:
-    """Gives the optimizer, the scaler of 16 bit, and each rank its own buffers, the state of a checkpoint.
-
-    With another number of ranks, all keep rank 0's buffers.
-    """
-    ranks = found.get("ranks") or []
-    if len(ranks) == fabric.world_size:
-        own = _persistent_buffers(trainee)
-        with torch.no_grad():
-            for name, value in ranks[fabric.global_rank].items():
-                own[name].copy_(value)
-    if sharded(fabric):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        inner = module._forward_module
-        state = FullyShardedDataParallel.optim_state_dict_to_load(
-            inner, optimizer.optimizer, found["optimizer"]
-        )
-        optimizer.optimizer.load_state_dict(state)
-    else:
-        optimizer.load_state_dict(found["optimizer"])
-    fabric.strategy.precision.load_state_dict(found["precision"])
-
-
-def full_state(fabric: Fabric, module: Any, trainee: Trainee) -> dict[str, Tensor]:
-    """All weights and buffers, on rank 0; gathered where they are sharded."""
-    if sharded(fabric):
-        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-
-        inner = module._forward_module
-        whole = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
-        with FullyShardedDataParallel.state_dict_type(inner, StateDictType.FULL_STATE_DICT, whole):
-            gathered: dict[str, Tensor] = inner.state_dict()
-        return gathered
-    return trainee.state_dict()
-
-
-def sharded(fabric: Fabric) -> bool:
-    """Whether each rank holds a part of the weights (FSDP)."""
-    return type(fabric.strategy).__name__ == "FSDPStrategy"
-
-
-def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
-    """What `encoder.json` says beside architecture and steps."""
     import numpy as np
 
     identities = {identity_hash(*person) for person in data.identities()}
@@ -227,8 +101,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     volumes, unread = frozenset[str]().union(*own), sum(not one for one in own)
     labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
-    if plan.options.init is not None:
-        before = encoder_from(plan.options.init, plan.options.seed).metadata
+    if before is not None:
         identities |= set(before.get("identities", []))
         volumes |= hashes_in(before) or frozenset()
         unread += not hashes_complete(before)
@@ -261,7 +134,7 @@ def metadata(plan: Plan, data: Collection, digest: str) -> dict[str, Any]:
     }
 
 
-def _sources(plan: Plan) -> dict[str, dict[str, str]]:
+def _sources(plan: PretrainPlan) -> dict[str, dict[str, str]]:
     """Where the plugins came from that are not installed, and the hash of their files."""
     classes = {name: (plugins.PROXIES, kind) for name, (kind, _) in plan.proxies.items()}
     classes[plan.encoder_name] = plugins.ENCODERS, plan.encoder
@@ -269,7 +142,7 @@ def _sources(plan: Plan) -> dict[str, dict[str, str]]:
     return {name: source for name, source in found.items() if source is not None}
 
 
-def check_code(found: dict[str, Any], plan: Plan, folder: Path) -> None:
+def check_code(found: dict[str, Any], plan: PretrainPlan, folder: Path) -> None:
     """Checks that plugins in files compute what they computed when the run began.
 
     Raises:
@@ -316,7 +189,7 @@ def check_same(
             )
 
 
-def requeued_run(plan: Plan) -> Path | None:
+def requeued_run(plan: PretrainPlan) -> Path | None:
     """The run that this SLURM job was at before it was put back into the queue, if any."""
     if not requeued():
         return None

@@ -29,13 +29,13 @@ class Selection:
         train: What the proxies learn from.
         holdout: Other people's volumes, for the proxies' metrics; may be empty.
         queries: Labelled volumes for the online kNN score, of nobody in `train`; may be empty.
-        told: Lines for the user.
+        notes: Lines for the user on what was chosen.
     """
 
     train: Collection
     holdout: Collection
     queries: Collection
-    told: list[str]
+    notes: list[str]
 
 
 def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -> Selection:
@@ -66,7 +66,7 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
     unit = data.subject_codes if by in (BY_SUBJECT, BY_TARGET) else codes
     labelled = np.isin(unit, unit[known])
     used = ~labelled | (split == "train") if subjects == "train" else np.ones(count, dtype=bool)
-    told = []
+    notes = []
     for code in np.unique(codes):
         own = codes == code
         chosen = own & used
@@ -76,19 +76,19 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         if why == "labelled in part" and subjects == "train":
             what = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))
-        told.append(
+        notes.append(
             f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
         )
-    told += _namesakes(data, used)
+    notes += _namesakes(data, used)
     held = _held_out(data, used, share)
     train = used & ~held
     if not train.any():
         raise DataError(f"no volume is left to train on, of {count} (--subjects all uses every split)")
     if held.any():
         people = len(np.unique(data.subject_codes[held]))
-        told.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
+        notes.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
     queries = classes & ((split == "val") & ~used | held)
-    return Selection(data.select(train), data.select(held), data.select(queries), told)
+    return Selection(data.select(train), data.select(held), data.select(queries), notes)
 
 
 def _namesakes(data: Collection, used: np.ndarray) -> list[str]:

@@ -15,29 +15,10 @@ from ssl3d.errors import TrainingError
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, seed_of
 from ssl3d.training.balance import Balance, last_shared
+from ssl3d.training.batch import Group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ssl3d.training.loader import Batch
-
-
-class Group(NamedTuple):
-    """Stacked examples of one proxy, equal in names and shapes; a tuple, as Fabric takes apart no more.
-
-    Attributes:
-        proxy: Whose they are.
-        tensors: First axis B.
-        rows: Position of each in the global batch of the step.
-        total: Examples in that batch, over all ranks and parts.
-        volumes: Names, data set/id.
-    """
-
-    proxy: str
-    tensors: dict[str, Tensor]
-    rows: tuple[int, ...]
-    total: int
-    volumes: tuple[str, ...]
 
 
 class Sums(NamedTuple):
@@ -280,40 +261,3 @@ class Reducer:
 def finite(values: Mapping[str, float]) -> bool:
     """Whether the loss is a number."""
     return math.isfinite(values.get("loss", math.nan))
-
-
-def groups_to(groups: Sequence[Group], device: torch.device) -> list[Group]:
-    """The groups with their tensors on a device."""
-    return [
-        g._replace(tensors={k: v.to(device, non_blocking=True) for k, v in g.tensors.items()})
-        for g in groups
-    ]
-
-
-def groups_of(batch: Batch) -> list[Group]:
-    """A loader's batch as groups."""
-    return [Group(g.proxy, g.tensors, g.rows, g.total, g.volumes) for g in batch.groups]
-
-
-def cut(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """The groups of a step in parts of equally many rows, for accumulation."""
-    if parts == 1:
-        return [list(groups)]
-    ordered: dict[str, list[int]] = {}
-    for group in groups:
-        ordered.setdefault(group.proxy, []).extend(group.rows)
-    part_of = {
-        (proxy, row): place * parts // len(rows)
-        for proxy, rows in ordered.items()
-        for place, row in enumerate(sorted(rows))
-    }
-    found: list[list[Group]] = [[] for _ in range(parts)]
-    for group in groups:
-        for part in range(parts):
-            own = [i for i, row in enumerate(group.rows) if part_of[group.proxy, row] == part]
-            if own:
-                tensors = {key: value[own] for key, value in group.tensors.items()}
-                rows = tuple(group.rows[i] for i in own)
-                volumes = tuple(group.volumes[i] for i in own)
-                found[part].append(Group(group.proxy, tensors, rows, group.total, volumes))
-    return found

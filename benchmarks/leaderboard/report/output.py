@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssl3d.api import UsageError
+from ssl3d.api import (
+    UsageError,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ssl3d_benchmarks.leaderboard.report.board import Board
@@ -107,12 +108,9 @@ def report(options: ReportOptions) -> Report:
         "scores.csv": csv_text(made.boards),
     }
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             # Workers that end together write the same report: none may be read half written.
-            partial = options.out / f".{name}.{socket.gethostname()}.{os.getpid()}"
-            partial.write_text(content, encoding="utf-8", newline="\n")
-            os.replace(partial, options.out / name)
+            write_whole(options.out / name, content)
     except OSError as error:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
     for line in [*answer(made.boards), *no_overall(made.boards)]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,10 @@ from typing import Any
 
 import yaml
 
-from ssl3d.api import code_digest
+from ssl3d.api import (
+    code_digest,
+    write_whole,
+)
 
 NOTES = ".made"
 """Folder of the notes, beside what they are about."""
@@ -90,11 +92,7 @@ class Made:
         Raises:
             OSError: It cannot be written.
         """
-        path = _note(self.path)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-        partial.write_text(yaml.safe_dump(self.now(), sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(_note(self.path), yaml.safe_dump(self.now(), sort_keys=False))
 
     def difference(self) -> str:
         """Why what is there is not what would be made now; empty if it is, or if nobody knows."""

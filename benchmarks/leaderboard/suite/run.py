@@ -19,7 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError, record_files, unpacked_place
+from ssl3d.api import (
+    UsageError,
+    record_files,
+    unpacked_place,
+    write_whole,
+)
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard.suite.check import check
 from ssl3d_benchmarks.leaderboard.suite.plan import Job, Places, SuitePlan
@@ -373,9 +378,7 @@ class Runner:
 
     def _write(self, job: Job, mark: dict[str, Any]) -> None:
         path = self._path(job.name, "json")
-        partial = path.with_suffix(f".partial{os.getpid()}")
-        partial.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(mark, indent=1) + "\n")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

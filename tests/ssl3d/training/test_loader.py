@@ -122,7 +122,9 @@ def test_groups_have_one_shape_and_are_ordered_alike(data):
     orders = set()
     for batch in load(data, steps=12):
         for group in batch.groups:
-            assert group.tensors["crop"].shape[0] == len(group) == len(group.volumes) and group.total == 6
+            assert (
+                group.tensors["crop"].shape[0] == len(group.rows) == len(group.volumes) and group.total == 6
+            )
             assert list(group.rows) == sorted(group.rows)
         assert sorted(row for group in batch.groups for row in group.rows) == list(range(6))
         assert sorted(batch.volume_ids) == sorted({v for g in batch.groups for v in g.volumes})
@@ -386,7 +388,7 @@ SCRIPT = textwrap.dedent(
     """
     import os, signal, sys, time, torch
     from ssl3d.training.loader import Loader
-    from ssl3d.data.store.collection import open_data
+    from ssl3d.data.open import open_data
 
     class Draw:
         @classmethod

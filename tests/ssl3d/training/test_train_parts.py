@@ -15,11 +15,12 @@ from torch import nn
 from ssl3d.encoders.inference import evaluating
 from ssl3d.errors import UsageError
 from ssl3d.training import device
+from ssl3d.training.batch import Group, cut
 from ssl3d.training.online import knn_accuracy, spread_of
 from ssl3d.training.optim import build_optimizer, lr_at, without_decay
 from ssl3d.training.options import PretrainOptions
 from ssl3d.training.selection import select
-from ssl3d.training.trainee import Group, Reducer, cut
+from ssl3d.training.trainee import Reducer
 
 
 def test_the_rate_rises_then_falls_as_a_cosine():
@@ -144,7 +145,7 @@ def test_labelled_data_keep_their_test_subjects_out(data):
     assert not people(chosen.queries) & people(chosen.train)
     assert not people(chosen.queries) & people(data.select(split == "test"))
     assert len(people(chosen.holdout)) == round(0.1 * len(allowed))
-    assert any("train split" in line for line in chosen.told)
+    assert any("train split" in line for line in chosen.notes)
 
 
 def test_all_subjects_on_request_and_no_holdout(data):
@@ -191,7 +192,7 @@ def test_subjects_without_a_label_are_all_used(tmp_path):
     assert people(chosen.train) == people(mixed.select(~known | (split == "train")))
     kept = int((known & (split == "train")).sum())
     assert 0 < kept < 8 and (split[~known] != "train").any()
-    assert chosen.told[:2] == [
+    assert chosen.notes[:2] == [
         f"mixed (labelled in part): {kept} of the train split + 16 unlabelled, {kept + 16} of 24 volumes, "
         f"{kept + 16} subjects",
         "plain (unlabelled): all, 3 of 3 volumes, 3 subjects",
@@ -205,13 +206,13 @@ def test_namesakes_of_test_subjects_in_another_data_set_are_told(tmp_path):
     parts = ["test", "test", "test", "val", *["train"] * 4]
     scans = [("lab", f"p{i}", 0.5, part, False, False) for i, part in enumerate(parts)]
     others = [("unl", f"p{i}", None, "", False, False) for i in range(2, 12)]
-    (line,) = select(small_store(tmp_path / "s.h5", scans + others), "train", 0.0).told[2:]
+    (line,) = select(small_store(tmp_path / "s.h5", scans + others), "train", 0.0).notes[2:]
     assert line.startswith("kept for validation and test, but a subject of that name in another data set")
     assert ": p2, p3; if" in line and "--dataset NAME" in line
     one = [("lab", *row[1:]) for row in others]
-    assert len(select(small_store(tmp_path / "one.h5", scans + one), "train", 0.0).told) == 1
+    assert len(select(small_store(tmp_path / "one.h5", scans + one), "train", 0.0).notes) == 1
     other = [("unl", f"q{i}", *row[2:]) for i, row in enumerate(others)]
-    assert len(select(small_store(tmp_path / "two.h5", scans + other), "train", 0.0).told) == 2
+    assert len(select(small_store(tmp_path / "two.h5", scans + other), "train", 0.0).notes) == 2
 
 
 @pytest.mark.parametrize("mark", ["label", "mask", "boxes", "split"])

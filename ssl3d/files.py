@@ -1,0 +1,68 @@
+"""Files that appear whole or not at all: written beside their place, flushed, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of a file when the block ends, or is removed if it fails.
+
+    Folders that are missing are made.
+
+    Args:
+        path: Place of the file; one that is there is replaced.
+        sync: Whether the file must last through a power cut from here on.
+
+    Raises:
+        OSError: The file cannot be written; the caller knows what to say.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if sync:
+            sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes, sync: bool = False) -> None:
+    """Write a file so that nobody ever reads it half written.
+
+    Args:
+        path: Place of the file; one that is there is replaced, and folders that are missing are made.
+        content: Bytes, or a text that is written as UTF-8.
+        sync: Whether the file must last through a power cut from here on.
+
+    Raises:
+        OSError: The file cannot be written; the caller knows what to say.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp(), "notes", "first.txt")
+        >>> write_whole(place, "whole")
+        >>> place.read_text(), [path.name for path in place.parent.iterdir()]
+        ('whole', ['first.txt'])
+    """
+    with whole_file(path, sync) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; not every system can open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
