@@ -199,7 +199,7 @@ def save_nifti(record: Record, start: Sequence[int], array: np.ndarray, path: st
     path = Path(path)
     if array.ndim not in (3, 4):
         raise DataError(f"{path}: an array of shape {array.shape}; expected (d, h, w) or (C, d, h, w)")
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.removesuffix(".gz").endswith(nibabel.Nifti1Image.valid_exts):
         raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
     data = array.astype(np.uint8) if array.dtype == bool else array
     if data.dtype == np.int64:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl3d.data.scans.read import LISTS, STORES, format_by_suffix, suffix_of
 from ssl3d.data.store.collection import Collection
 from ssl3d.data.store.volume import Store as Store
 from ssl3d.encoder import Encoder
@@ -43,7 +44,7 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
         found, is_store = _sort_out(Path(text))
         if is_store:
             stores += found
-        elif Path(text).is_dir() or Path(text).suffix in (".npz", ".csv"):
+        elif Path(text).is_dir() or _holds_many(Path(text)):
             stores.append(_prepared([Path(text)], prepare_options))
         else:
             scans.append(Path(text))
@@ -58,22 +59,6 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
     return Collection([Store(path) for path in stores])
 
 
-_SCANS = (
-    ".nii",
-    ".nii.gz",
-    ".nrrd",
-    ".nhdr",
-    ".mha",
-    ".mhd",
-    ".dcm",
-    ".npz",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".ima",
-)
-
-
 def _sort_out(path: Path) -> tuple[list[Path], bool]:
     """The stores behind a path and True, or what to prepare and False."""
     if not path.exists():
@@ -81,7 +66,7 @@ def _sort_out(path: Path) -> tuple[list[Path], bool]:
     if path.is_file():
         with path.open("rb") as file:
             signed = file.read(8) == b"\x89HDF\r\n\x1a\n"
-        return [path], signed or path.suffix.lower() in (".h5", ".hdf5")
+        return [path], signed or suffix_of(path) in STORES
     if path.name.endswith(".partial"):
         raise DataError(f"{path}: an unfinished store; let `ssl3d prepare` finish it")
     stores, scan = [], None
@@ -95,13 +80,19 @@ def _sort_out(path: Path) -> tuple[list[Path], bool]:
         for name in sorted(files):
             if name.startswith("."):
                 continue
-            if name.lower().endswith((".h5", ".hdf5")):
+            if suffix_of(Path(name)) in STORES:
                 stores.append(Path(folder) / name)
-            elif scan is None and name.lower().endswith(_SCANS):
+            elif scan is None and format_by_suffix(Path(name)) is not None:
                 scan = Path(folder) / name
     if stores and scan is not None:
         raise DataError(f"{path}: holds stores ({stores[0].name}) and scans ({scan.name}); give them apart")
     return (stores, True) if stores else ([path], False)
+
+
+def _holds_many(path: Path) -> bool:
+    """Tell whether a file holds or lists many volumes, and so makes a store by itself."""
+    form = format_by_suffix(path)
+    return suffix_of(path) in LISTS or (form is not None and form.kind == "rows")
 
 
 def holds_scans(paths: Sequence[str | Path]) -> bool:

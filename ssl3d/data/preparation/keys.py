@@ -14,8 +14,8 @@ from typing import Any
 from ssl3d.data.preparation.parts import stamp, with_voxels
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.boxes import list_files
-from ssl3d.data.scans.folders import IGNORED, walk
-from ssl3d.data.scans.read import suffix_of
+from ssl3d.data.scans.folders import walk
+from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of
 from ssl3d.errors import DataError
 
 FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
@@ -37,7 +37,7 @@ def state_of(root: Path) -> list[list[Any]]:
         files = _of_folder(root)
     elif root.name == "dataset.json":
         files = _of_folder(root.parent)
-    elif suffix_of(root) in (".csv", ".tsv"):
+    elif suffix_of(root) in LISTS:
         content = root.read_bytes()
         first = [[str(root), len(content), hashlib.sha256(content).hexdigest()]]
         files = _of_list(root)
@@ -50,7 +50,7 @@ def state_of(root: Path) -> list[list[Any]]:
 def _of_folder(root: Path) -> Iterator[Path]:
     read = {*root.glob("*.csv"), *list_files(root), root / "dataset.json"} - {root / "rejected.csv"}
     for path in walk(root):
-        if suffix_of(path) not in IGNORED or path in read:
+        if suffix_of(path) not in NO_SCANS or path in read:
             yield path
     # What lists name may lie outside.
     if (root / "dataset.json").is_file():

@@ -18,11 +18,10 @@ import numpy as np
 from ssl3d.amounts import count_of
 from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.scans.found import Scan
-from ssl3d.data.scans.read import suffix_of
+from ssl3d.data.scans.read import is_detached
 from ssl3d.errors import DataError
 
 _BATCH = 4096  # records read at once
-_HEADERS = (".mhd", ".nhdr")  # their voxels are in another file
 _VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
@@ -39,7 +38,7 @@ def stamp(path: Path) -> tuple[int, int]:
 def with_voxels(path: Path) -> Iterator[Path]:
     """The file, and the one that holds its voxels, where that is another."""
     yield path
-    if suffix_of(path) in _HEADERS and path.is_file():
+    if is_detached(path) and path.is_file():
         with open(path, "rb") as file:
             match = _VOXELS.search(file.read(1 << 16))
         if match:

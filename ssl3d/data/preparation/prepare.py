@@ -38,6 +38,7 @@ from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.preparation.remarks import remarks
 from ssl3d.data.scans.find import find, in_part
 from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.read import STORES
 from ssl3d.errors import DataError
 
 _SAMPLE = 4  # scans timed before the estimate
@@ -110,7 +111,7 @@ class PrepareOptions:
         self.channels = tuple(self.channels)
         if not self.sources:
             raise ValueError("sources: name at least one folder or file")
-        if not self.out.endswith((".h5", ".hdf5")):
+        if not self.out.endswith(STORES):
             raise ValueError(f"out is {self.out!r}; expected a name that ends in .h5")
         if isinstance(self.spacing, str):
             if self.spacing not in ("keep", "median"):

@@ -23,17 +23,17 @@ Label = int | float | str | None
 
 
 def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
-    """A MedMNIST file: `train_images`, `train_labels` and so on; 2D and 3D; every row is a volume.
+    """List the volumes of a MedMNIST file, 2D or 3D, with `train_images`, `train_labels` and so on.
 
-    Also a flat layout of the same kind: `images`, or `masks_packed` (`np.packbits` of `shape`), one row
-    per volume, with `patient`, `malignancy` or `labels` and `split` of the same length. Where `nodule` says
-    which nodule a slice with a mask shows, the columns may have a value per nodule, and the mask's
-    components are its boxes.
+    Every row is a volume. There is a flat layout of the same kind too: `images`, or `masks_packed`
+    (`np.packbits` of `shape`), one row per volume, with `patient`, `malignancy` or `labels` and `split` of
+    the same length. Where `nodule` says which nodule a slice with a mask shows, the columns may have a
+    value per nodule, and the mask's components are its boxes.
 
     Raises:
-        DataError: A word of `split` is unknown.
+        DataError: `split` holds an unknown word.
     """
-    found = Found()
+    contents = Found()
     source = relative(path, root)
     # adrenalmnist3d_64 holds the same people as adrenalmnist3d.
     dataset = wanted.dataset or re.sub(r"_(64|128|224)$", "", stem_of(path))
@@ -41,20 +41,20 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
         shapes = {name: header[0] for name, header in array_headers(path).items()}
         splits = [split for split in _SPLITS if f"{split}_images" in shapes]
         for split in splits:
-            _split_arrays(path, source, dataset, shapes, split, found)
+            _split_arrays(path, source, dataset, shapes, split, contents)
         if not splits:
-            _flat_arrays(path, source, dataset, shapes, found)
+            _flat_arrays(path, source, dataset, shapes, contents)
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        found.rejected.append(
+        contents.rejected.append(
             (source, "empty file" if path.stat().st_size == 0 else f"unreadable: {error}")
         )
-    return found
+    return contents
 
 
 def _split_arrays(
-    path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], split: str, found: Found
+    path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], split: str, contents: Found
 ) -> None:
-    """The rows of one split of a MedMNIST file."""
+    """Add the rows of one split of a MedMNIST file."""
     name = f"{split}_labels"
     try:
         count = _count(shapes, f"{split}_images")
@@ -63,10 +63,10 @@ def _split_arrays(
             with np.load(path, allow_pickle=False) as archive:
                 labels = _labels(_per_row(archive[name], count, name))
     except DataError as error:
-        found.rejected.append((source, str(error)))
+        contents.rejected.append((source, str(error)))
         return
     for index, label in enumerate(labels):
-        found.scans.append(
+        contents.scans.append(
             Scan(
                 id=f"{stem_of(path)}/{split}-{index:05d}",
                 dataset=dataset,
@@ -82,10 +82,10 @@ def _split_arrays(
 
 
 def _count(shapes: dict[str, tuple[int, ...]], member: str) -> int:
-    """How many volumes an array holds.
+    """Return the number of volumes that an array holds.
 
     Raises:
-        DataError: It has no rows, being a single value.
+        DataError: The array has no rows, being a single value.
     """
     if not shapes[member]:
         raise DataError(f"{member} is a single value; expected one row per volume")
@@ -93,16 +93,16 @@ def _count(shapes: dict[str, tuple[int, ...]], member: str) -> int:
 
 
 def _per_row(values: np.ndarray, count: int, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-    """A column with one value (or row of values) per volume, text as text.
+    """Return a column with one value (or row of values) per volume, text as text.
 
     Args:
         values: Column as stored.
-        count: Volumes.
-        name: Of the column, for messages.
+        count: Number of volumes.
+        name: Name of the column in messages.
         rows: (count,), nodule of each volume: a column with one value per nodule is spread over them.
 
     Raises:
-        DataError: It has another length.
+        DataError: The column has another length.
     """
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8", "replace")
@@ -116,12 +116,12 @@ def _per_row(values: np.ndarray, count: int, name: str, rows: np.ndarray | None 
 
 
 def _labels(values: np.ndarray) -> list[Label]:
-    """A label per row, all of one type: real if any is a fraction.
+    """Return a label per row, all of one type: real if any is a fraction.
 
     Of several columns of 0 and 1 (several findings at once) the set is the class.
 
     Raises:
-        DataError: They are neither text nor finite numbers, or several that are not 0 and 1.
+        DataError: Labels are neither text nor finite numbers, or several per row that are not 0 and 1.
     """
     rows = values.reshape(len(values), math.prod(values.shape[1:]))
     if rows.shape[1] == 0:
@@ -142,16 +142,16 @@ def _labels(values: np.ndarray) -> list[Label]:
 
 
 def _flat_arrays(
-    path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], found: Found
+    path: Path, source: str, dataset: str, shapes: dict[str, tuple[int, ...]], contents: Found
 ) -> None:
-    """The rows of the flat layout.
+    """Add the rows of the flat layout.
 
     Raises:
-        DataError: A word of `split` is unknown.
+        DataError: `split` holds an unknown word.
     """
     member = next((name for name in ("images", PACKED) if name in shapes), None)
     if member is None or (member == PACKED and "shape" not in shapes):
-        found.rejected.append(
+        contents.rejected.append(
             (
                 source,
                 f"arrays {', '.join(sorted(shapes)) or 'none'}; expected MedMNIST's train_images and so on",
@@ -172,17 +172,17 @@ def _flat_arrays(
         subjects, values, words = columns
         labels: list[Label] = [None] * count if values is None else _labels(values)
     except DataError as error:
-        found.rejected.append((source, str(error)))
+        contents.rejected.append((source, str(error)))
         return
     splits = [""] * count if words is None else _split_words(path, words)
     shown = member == "images" and PACKED in shapes and "nodule" in shapes
     if shown:
-        found.box_names[dataset] = {"1": "nodule"}
+        contents.box_names[dataset] = {"1": "nodule"}
     counts: Counter[str] = Counter()
     for index in range(count):
         subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
         counts[subject] += 1
-        found.scans.append(
+        contents.scans.append(
             Scan(
                 id=f"{stem_of(path)}/{subject}"
                 + (f"-{counts[subject]:03d}" if subjects is not None else ""),
@@ -200,10 +200,10 @@ def _flat_arrays(
 
 
 def _split_words(path: Path, words: np.ndarray) -> list[str]:
-    """The splits that the words of a column name.
+    """Translate the words of a column into splits.
 
     Raises:
-        DataError: One names none, as in a CSV.
+        DataError: A word names no split.
     """
     splits = []
     for index, word in enumerate(map(str, words.tolist())):
@@ -215,7 +215,7 @@ def _split_words(path: Path, words: np.ndarray) -> list[str]:
 
 
 def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of every array of an .npz, without reading them."""
+    """Read the shape and type of every array of an archive, and no values."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
@@ -234,7 +234,15 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool
 
 
 class RowReader:
-    """Reads the rows of an .npz array in rising order, one at a time: memory of a row, not of the file."""
+    """Reader of an array's rows in rising order, one at a time: memory of a row, not of the file.
+
+    Args:
+        path: Archive of arrays.
+        member: Name of the array.
+
+    Raises:
+        DataError: The array is in Fortran order.
+    """
 
     def __init__(self, path: Path, member: str):
         self._archive = zipfile.ZipFile(path)
@@ -259,13 +267,13 @@ class RowReader:
         return data
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the array and its archive."""
         self._file.close()
         self._archive.close()
 
 
 class Rows:
-    """Rows of any number of .npz arrays, asked for in rising order per array.
+    """Rows of any number of arrays in archives, asked for in rising order per array.
 
     A mask array of packed bits beside `images` gives the rows their masks.
     """
@@ -277,7 +285,7 @@ class Rows:
         self._packed: dict[Path, bool] = {}
 
     def of(self, path: Path, member: str, index: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-        """The voxels of a row, its mask if there is one, and the SHA-256 of the file.
+        """Read the voxels of a row, its mask if there is one, and the SHA-256 of the file.
 
         Raises:
             DataError: The file is cut short or damaged.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ssl3d.data.scans.read import without_suffix
 from ssl3d.data.scans.tables import NotText, read_table
 from ssl3d.errors import DataError
 
@@ -53,12 +54,12 @@ _SPECK = 4  # voxels; a smaller component of a mask has no box
 
 @dataclasses.dataclass
 class Boxes:
-    """What one file says.
+    """What one file says of boxes.
 
     Attributes:
-        images: Per picture, by the name the file has for it.
-        names: Class -> name.
-        left_out: What was not taken, and how often.
+        images: Boxes of each picture, by the name that the file has for it.
+        names: Class -> name of the kind of object.
+        left_out: Reason -> number of boxes that were not taken for it.
         world: Whether the boxes are x y z width height depth class in mm (RAS+), x y z the centre, and not
             corners in pixels.
     """
@@ -69,35 +70,36 @@ class Boxes:
     world: bool = False
 
 
-def with_boxes(found: Found, root: Path, readers: str = "merge") -> Found:
-    """Adds the boxes that files beside the pictures tell of: COCO's JSON, CSV lists as VinDr-CXR's.
+def with_boxes(contents: Found, root: Path, readers: str = "merge") -> Found:
+    """Add the boxes that files beside the pictures tell of: COCO's JSON, CSV lists as VinDr-CXR's.
 
-    And in mm, beside volumes: MONAI's JSON lists of detection, CSV lists as LUNA16's `annotations.csv`.
+    Boxes in mm beside volumes are read from MONAI's JSON lists of detection, and from CSV lists as LUNA16's
+    `annotations.csv`.
 
-    Looked for in `root` and `root/annotations`. A picture is known by its path or the end of it, or by its
-    name without ending. Pictures that no file names have no boxes (None); those that a file names and
+    The files are in `root` or in `root/annotations`. A picture is known by its path or the end of it, or by
+    its name without ending. Pictures that no file names have no boxes (None); those that a file names and
     knows nothing of have zero boxes.
 
     Args:
-        found: Scans, changed in place.
-        root: Folder.
+        contents: Scans, changed in place.
+        root: Folder of the scans.
         readers: Whether boxes of several readers are `merge`d, or all are `keep`t.
 
     Raises:
         DataError: A file is damaged, or names a class that it does not list.
     """
     for path in list_files(root):
-        add_boxes(found, path, readers)
-    return found
+        add_boxes(contents, path, readers)
+    return contents
 
 
-def add_boxes(found: Found, path: Path, readers: str = "merge") -> None:
-    """Adds the boxes that one file tells of; nothing if it is no list of boxes.
+def add_boxes(contents: Found, path: Path, readers: str = "merge") -> None:
+    """Add the boxes that one file tells of; nothing if it is no list of boxes.
 
     Args:
-        found: Scans, changed in place.
-        path: JSON or CSV.
-        readers: As in `with_boxes`.
+        contents: Scans, changed in place.
+        path: JSON or CSV file.
+        readers: Whether boxes of several readers are `merge`d, or all are `keep`t.
 
     Raises:
         DataError: The file is damaged, or names a class that it does not list.
@@ -105,47 +107,47 @@ def add_boxes(found: Found, path: Path, readers: str = "merge") -> None:
     try:
         said = _said(path, readers)
     except NotText as error:
-        found.notes.append(f"{error}; not used")
+        contents.notes.append(f"{error}; not used")
         return
     if said is None:
         return
     by_end = _by_end(said.images)
     matched = 0
-    for i, scan in enumerate(found.scans):
+    for i, scan in enumerate(contents.scans):
         name = _named(scan.source, by_end)
         if name is None or scan.member is not None:
             continue
         own = tuple(said.images[name])
         if said.world:
-            found.scans[i] = dataclasses.replace(scan, world_boxes=own)
+            contents.scans[i] = dataclasses.replace(scan, world_boxes=own)
         else:
-            found.scans[i] = dataclasses.replace(scan, boxes=own)
-        found.box_names.setdefault(scan.dataset, {}).update(
+            contents.scans[i] = dataclasses.replace(scan, boxes=own)
+        contents.box_names.setdefault(scan.dataset, {}).update(
             {str(number): text for number, text in said.names.items()}
         )
         matched += 1
     left = "".join(f"; {count} left out: {why}" for why, count in sorted(said.left_out.items()))
-    what = "scans" if said.world else "pictures"
-    found.notes.append(f"{path.name}: boxes of {matched} of {len(found.scans)} {what}{left}")
+    kind = "scans" if said.world else "pictures"
+    contents.notes.append(f"{path.name}: boxes of {matched} of {len(contents.scans)} {kind}{left}")
 
 
 def lists_boxes(path: Path) -> bool:
-    """Whether a CSV has the columns of boxes, and so a line per box and no line per scan.
+    """Tell whether a CSV has the columns of boxes, and so a line per box and no line per scan.
 
     Raises:
-        NotText: It cannot be read.
+        NotText: The file cannot be read.
     """
     return (
         _table(path, _COLUMNS, _CORNERS) is not None or _table(path, _IN_MM, _CENTRE_AND_SIZE) is not None
     )
 
 
-def unread_boxes(found: Found, source: Path) -> list[str]:
-    """A line for each file beside a list that tells of boxes of its scans: a list is read alone.
+def unread_boxes(contents: Found, source: Path) -> list[str]:
+    """Write a line for each file that tells of boxes beside a list, as a list is read alone.
 
     Args:
-        found: What the list holds.
-        source: The list.
+        contents: Scans of the list.
+        source: File of the list.
     """
     notes = []
     for path in list_files(source.parent):
@@ -156,7 +158,7 @@ def unread_boxes(found: Found, source: Path) -> list[str]:
         except DataError:  # of no use, and nobody asked for it
             continue
         by_end = _by_end(said.images) if said else {}
-        if any(_named(scan.source, by_end) is not None for scan in found.scans):
+        if any(_named(scan.source, by_end) is not None for scan in contents.scans):
             notes.append(
                 f"{path.name}: tells of boxes, which were not read, as {source.name} is the source; give "
                 f"the folder ({source.parent}) as the source to have both"
@@ -165,7 +167,7 @@ def unread_boxes(found: Found, source: Path) -> list[str]:
 
 
 def _said(path: Path, readers: str) -> Boxes | None:
-    """What a file says of boxes; None if nothing."""
+    """Read what a file says of boxes; None if nothing."""
     if path.suffix.lower() == ".json":
         content = _content(path)
         return from_coco(path, content) or from_monai(path, content)
@@ -173,7 +175,7 @@ def _said(path: Path, readers: str) -> Boxes | None:
 
 
 def from_coco(path: Path, content: Any) -> Boxes | None:
-    """The boxes of a COCO JSON; None if it is none. Crowds are left out.
+    """Read the boxes of a COCO JSON, without crowds; None if the content is of another form.
 
     Raises:
         DataError: An entry lacks what it must have, or names a class that is not listed.
@@ -207,12 +209,12 @@ def from_coco(path: Path, content: Any) -> Boxes | None:
 
 
 def from_monai(path: Path, content: Any) -> Boxes | None:
-    """The boxes of a MONAI detection list, in mm; None if it is none.
+    """Read the boxes of a MONAI detection list, in mm; None if the content is of another form.
 
-    As MONAI's LUNA16 tutorial has it: lists of scans (`training`, `validation`, `test`), each with an
-    `image`, `box` [[x, y, z, w, h, d], ...], centre and size in mm, and `label` [0, ...]. Coordinates are
-    ITK's (LPS+), as LUNA16's are, unless the file says `"space": "RAS"`. A scan in two of the lists must
-    say the same in both.
+    The form is that of MONAI's LUNA16 tutorial: lists of scans (`training`, `validation`, `test`), each
+    with an `image`, `box` [[x, y, z, w, h, d], ...], centre and size in mm, and `label` [0, ...].
+    Coordinates are ITK's (LPS+), as LUNA16's are, unless the file says `"space": "RAS"`. A scan in two of
+    the lists must say the same in both.
 
     Raises:
         DataError: An entry is not of that form, or contradicts another.
@@ -256,13 +258,17 @@ def from_monai(path: Path, content: Any) -> Boxes | None:
 
 
 def from_world(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Boxes in voxels, (n, 6), of those in mm.
+    """Convert boxes in mm into boxes in voxels, (n, 6).
 
-    On axes that are not the scanner's, the smallest box along the voxel axes that holds the given one.
+    On axes that are not the scanner's, a box becomes the smallest along the voxel axes that holds it.
 
     Args:
         boxes: (n, 6): centre x y z and size along them, RAS+ mm.
         affine: 4 x 4, voxel (d, h, w) to RAS+ mm, of the voxels' middles.
+
+    Example:
+        >>> from_world(np.array([[10.0, 20.0, 30.0, 4.0, 2.0, 6.0]]), np.eye(4)[[2, 1, 0, 3]]).tolist()
+        [[27.5, 19.5, 8.5, 33.5, 21.5, 12.5]]
     """
     half = boxes[:, 3:] / 2
     signs = np.array(list(itertools.product((-1, 1), repeat=3)))
@@ -273,14 +279,14 @@ def from_world(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def from_table(path: Path, readers: str = "merge") -> Boxes | None:
-    """The boxes of a CSV with a line per box, as of VinDr-CXR; None if it lists none.
+    """Read the boxes of a CSV with a line per box, as of VinDr-CXR; None if it lists none.
 
-    Columns image_id (or path), x_min, y_min, x_max, y_max in pixels, and, if you like, class_name,
+    Its columns are image_id (or path), x_min, y_min, x_max, y_max in pixels, and, if you like, class_name,
     class_id, rad_id. A line without corners ("No finding") says that somebody looked. Boxes of one class
     by several readers that overlap by half become their mean (`merge`), or all are kept (`keep`).
 
     Raises:
-        DataError: A corner is no number, one class has two names, or the corners are of a volume's boxes.
+        DataError: A corner is no number, a class has two names, or the corners are those of volumes.
     """
     table = _table(path, _COLUMNS, _CORNERS)
     if table is None:
@@ -317,15 +323,15 @@ def from_table(path: Path, readers: str = "merge") -> Boxes | None:
 
 
 def from_world_table(path: Path) -> Boxes | None:
-    """The boxes of a CSV with a line per box in mm; None if it lists none.
+    """Read the boxes of a CSV with a line per box in mm; None if it lists none.
 
-    Columns path (or image, id, seriesuid), x_mm, y_mm, z_mm (the centre, RAS+), w_mm, h_mm, d_mm (the size
-    along x, y and z) and, if you like, class_name and class_id: as predictions are written. Or as LUNA16's
-    `annotations.csv`: seriesuid, coordX, coordY, coordZ (ITK's LPS+) and diameter_mm. A line without
-    numbers says that somebody looked and found nothing.
+    Its columns are path (or image, id, seriesuid), x_mm, y_mm, z_mm (the centre, RAS+), w_mm, h_mm, d_mm
+    (the size along x, y and z) and, if you like, class_name and class_id: as predictions are written. Or
+    they are those of LUNA16's `annotations.csv`: seriesuid, coordX, coordY, coordZ (ITK's LPS+) and
+    diameter_mm. A line without numbers says that somebody looked and found nothing.
 
     Raises:
-        DataError: A coordinate is no number, or one class has two names.
+        DataError: A coordinate is no number, or a class has two names.
     """
     table = _table(path, _IN_MM, _CENTRE_AND_SIZE)
     if table is None:
@@ -337,13 +343,13 @@ def from_world_table(path: Path) -> Boxes | None:
     said.names = {number: name for name, number in numbers.items() if name.lower() not in _NOTHING}
     for line, row in lines:
         own = said.images.setdefault(row[columns["image"]].strip(), [])
-        told = [row[columns[name]].strip() for name in _CENTRE_AND_SIZE[1:]]
-        if not any(told):
+        cells = [row[columns[name]].strip() for name in _CENTRE_AND_SIZE[1:]]
+        if not any(cells):
             continue
         try:
-            x, y, z, *size = map(float, told)
+            x, y, z, *size = map(float, cells)
         except ValueError as error:
-            raise DataError(f"{path}, line {line}: {', '.join(told)} are not numbers") from error
+            raise DataError(f"{path}, line {line}: {', '.join(cells)} are not numbers") from error
         if not np.isfinite([x, y, z, *size]).all():
             said.left_out["not finite"] += 1
         elif min(size) <= 0:
@@ -355,19 +361,19 @@ def from_world_table(path: Path) -> Boxes | None:
 
 
 def merged(drawn: Sequence[tuple[str, Box]], overlap: float = 0.5) -> list[Box]:
-    """Boxes by several readers as one each: the mean of those of a class that overlap.
+    """Merge boxes by several readers into their mean, where boxes of one class overlap.
 
     Args:
-        drawn: (reader, box); no two boxes of one reader become one.
+        drawn: (reader, box) of each box; no two boxes of one reader become one.
         overlap: Least intersection over union with the mean so far.
     """
     groups: list[list[tuple[str, Box]]] = []
     for reader, box in drawn:
         best, most = None, overlap
         for group in groups:
-            if group[0][1][6] != box[6] or any(one == reader for one, _ in group):
+            if group[0][1][6] != box[6] or any(other == reader for other, _ in group):
                 continue
-            shared = _iou(_mean([other for _, other in group]), box)
+            shared = _iou(_mean([member for _, member in group]), box)
             if shared >= most:
                 best, most = group, shared
         if best is None:
@@ -378,12 +384,21 @@ def merged(drawn: Sequence[tuple[str, Box]], overlap: float = 0.5) -> list[Box]:
 
 
 def around_mask(mask: np.ndarray, least: int = _SPECK) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes around the connected components of each value of a mask (D, H, W), corners touching.
+    """Draw boxes around the connected components of each value of a mask; corners that touch connect.
 
-    Specks of under `least` voxels have none.
+    Args:
+        mask: (D, H, W), whole numbers from 0.
+        least: Smallest number of voxels of a component that gets a box.
 
     Returns:
         (n, 6) float32, z1 y1 x1 z2 y2 x2, the upper corner exclusive, and their values (n,).
+
+    Example:
+        >>> mask = np.zeros((4, 6, 6), int)
+        >>> mask[1:3, 2:4, 2:5] = 7
+        >>> boxes, values = around_mask(mask)
+        >>> boxes.tolist(), values.tolist()
+        ([[1.0, 2.0, 2.0, 3.0, 4.0, 5.0]], [7])
     """
     from scipy import ndimage
 
@@ -399,7 +414,7 @@ def around_mask(mask: np.ndarray, least: int = _SPECK) -> tuple[np.ndarray, np.n
 
 
 def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 6) cut to a volume (D, H, W), and which of them lie in it by a voxel or more a side."""
+    """Cut boxes (n, 6) to a volume (D, H, W), and tell which lie in it by a voxel or more a side."""
     limit = np.array([*shape, *shape], np.float32)
     cut = np.clip(boxes, 0, limit)
     return cut, ((cut[:, 3:] - cut[:, :3]) >= np.minimum(1, boxes[:, 3:] - boxes[:, :3]) - 1e-3).all(1) & (
@@ -411,7 +426,7 @@ def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndar
 
 
 def list_files(root: Path) -> Iterator[Path]:
-    """Files that may list boxes, in a stable order."""
+    """Yield the files that may list boxes, in a stable order."""
     for folder in (root, root / "annotations"):
         if folder.is_dir():
             yield from sorted(folder.glob("*instances*.json"))
@@ -422,10 +437,10 @@ def list_files(root: Path) -> Iterator[Path]:
 
 
 def _content(path: Path) -> Any:
-    """A JSON file.
+    """Read the content of a JSON file.
 
     Raises:
-        DataError: It is none.
+        DataError: The file cannot be read, or is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -443,7 +458,7 @@ def _add(
     picture: Mapping[str, Any],
     reason: str = "",
 ) -> None:
-    """Keeps a box (x1, y1, x2, y2), or counts why it is of no use."""
+    """Keep a box (x1, y1, x2, y2), or count why it is of no use."""
     x1, y1, x2, y2 = corners
     if not reason and not np.isfinite(corners).all():
         reason = "not finite"
@@ -463,7 +478,7 @@ def _add(
 def _table(
     path: Path, known: Mapping[str, Sequence[str]], needed: Sequence[str]
 ) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]] | None:
-    """Numbered rows and the header's word for each column known; None where a needed one is not there."""
+    """Read the rows and the header's word for each known column; None where a needed one is not there."""
     table = read_table(path)
     columns = table.columns(known)
     return (table.rows, columns) if set(needed) <= columns.keys() else None
@@ -472,7 +487,7 @@ def _table(
 def _numbers(
     path: Path, lines: Sequence[tuple[int, dict[str, str]]], columns: Mapping[str, str]
 ) -> dict[str, int]:
-    """Class -> number: as the file says, else in the order of the names, from 1."""
+    """Number the classes as the file does, else in the order of their names, from 1."""
     kinds = {row[columns["class"]].strip() if "class" in columns else "" for _, row in lines}
     if "number" not in columns:
         return {kind: n for n, kind in enumerate(sorted(kinds - {""}), 1)} | {"": 0}
@@ -492,34 +507,26 @@ def _numbers(
 
 
 def _by_end(images: Mapping[str, Any]) -> dict[str, str | None]:
-    """Every end of a picture's path, and its name without ending -> its name in the file; None: several."""
+    """Map each end of a picture's path, with and without suffix, to its name in the file; None: several."""
     ends: dict[str, str | None] = {}
     for name in images:
         parts = name.replace("\\", "/").strip("/").split("/")
         for n in range(len(parts)):
             end = "/".join(parts[n:])
-            for key in {end, _bare(end)}:
+            for key in {end, without_suffix(end)}:
                 ends[key] = name if ends.get(key, name) == name else None
     return ends
 
 
 def _named(source: str, by_end: Mapping[str, str | None]) -> str | None:
-    """What a file calls a picture; None if it does not name it, or two of its names might mean it."""
+    """Find the name that a file has for a picture; None if none, or two of its names might mean it."""
     parts = source.split("/")
     for n in range(len(parts)):
         end = "/".join(parts[n:])
-        for key in (end, _bare(end)):
+        for key in (end, without_suffix(end)):
             if key in by_end:
                 return by_end[key]
     return None
-
-
-def _bare(name: str) -> str:
-    """Without the ending, if there is one."""
-    if name.lower().endswith(".nii.gz"):
-        return name[:-7]
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + (last.rsplit(".", 1)[0] if "." in last else last)
 
 
 def _mean(boxes: Sequence[Box]) -> Box:

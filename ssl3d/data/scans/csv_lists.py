@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ import numpy as np
 
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
-from ssl3d.data.scans.dataset_json import _bare, _json
-from ssl3d.data.scans.dicom import dicom_tags, is_dicom
+from ssl3d.data.scans.dataset_json import read_json_object
+from ssl3d.data.scans.dicom import dicom_tags
 from ssl3d.data.scans.folders import dataset_name, in_class_folders, missing, walk
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
-from ssl3d.data.scans.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.read import (
+    is_picture,
+    is_slice,
+    is_whole,
+    stem_of,
+    suffix_of,
+    without_suffix,
+)
 from ssl3d.data.scans.series import from_dicom, nameless_patients
 from ssl3d.data.scans.subjects import relative, split_of, subjects_of
 from ssl3d.data.scans.tables import NotText, Table, read_table, read_text
@@ -42,14 +49,10 @@ _COLUMNS = {
 }
 
 
-# dataset.json -------------------------------------------------------------------------------------
-
-
-# CSV ----------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class _Row:
+    """A line of a list, with what its columns say of a scan."""
+
     line: int
     path: Path
     name: str
@@ -60,45 +63,48 @@ class _Row:
 
 
 def from_csv(path: Path, wanted: Wanted) -> Found:
-    """The scans that a CSV lists, with what its columns say about them.
+    """Read the scans that a CSV lists, with what its columns say about them.
 
     A list of boxes (a line per box) says nothing of labels: those are the boxes' own.
     """
-    found = Found()
+    contents = Found()
     table, columns = _table(path, wanted.label)
     root = _folder_of(path, table, columns)
-    described = _json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
+    described = read_json_object(root / "dataset.json") if (root / "dataset.json").is_file() else {}
     wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
     dataset = dataset_name(root, wanted)
     modality = _modality(described)
     if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
-        found.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
+        contents.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
     of_boxes = lists_boxes(path)
     seen: set[Path] = set()
-    found.notes += _unused(path, of_boxes, wanted.label)
+    contents.notes += _unused(path, of_boxes, wanted.label)
     nameless: list[int] = []  # scans whose row names no subject
-    for row in _rows(path, found, of_boxes, wanted.label):
+    for row in _rows(path, contents, of_boxes, wanted.label):
         if row.path in seen:
             if not of_boxes:
-                found.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
+                contents.rejected.append((row.name, f"listed twice (line {row.line} of {path.name})"))
             continue
         seen.add(row.path)
-        scan = _listed_scan_of(row, root, dataset, modality, found, wanted)
+        scan = _listed_scan(row, root, modality, contents, dataclasses.replace(wanted, dataset=dataset))
         if scan is not None:
             if not row.subject:
-                nameless.append(len(found.scans))
-            found.scans.append(_with_row(scan, row))
+                nameless.append(len(contents.scans))
+            contents.scans.append(_with_row(scan, row))
     if nameless:
-        found.notes.append(_name_subjects(found, nameless, root, path, "subject" in columns, wanted))
+        why = "no subject in " + count_of(len(nameless), "line")
+        why = why if "subject" in columns else "no column subject"
+        natural = wanted.colour == "rgb"
+        contents.notes.append(f"{path.name}: {why}: {_name_subjects(contents, nameless, root, natural)}")
     if of_boxes:
-        add_boxes(found, path, wanted.box_readers)
-    return found
+        add_boxes(contents, path, wanted.box_readers)
+    return contents
 
 
 def _folder_of(path: Path, table: Table, columns: dict[str, str]) -> Path:
-    """The folder that a list's paths are relative to: its own; of a link, that of the file where it leads.
+    """Return the folder that a list's paths are relative to: its own, or that of the file it links to.
 
-    The latter only where nothing named is beside the link.
+    The latter only where nothing that the list names is beside the link.
     """
     if not path.is_symlink():
         return path.parent
@@ -109,37 +115,36 @@ def _folder_of(path: Path, table: Table, columns: dict[str, str]) -> Path:
     return beside if any((beside / name).exists() for name in names) else path.parent
 
 
-def _name_subjects(
-    found: Found, nameless: Sequence[int], root: Path, path: Path, has_column: bool, wanted: Wanted
-) -> str:
-    """Gives the scans (by position) whose row names no subject one, as in a folder; a line that says so.
+def _name_subjects(contents: Found, nameless: Sequence[int], root: Path, natural: bool) -> str:
+    """Name subjects as in a folder for the scans (by position) without one; say from what.
 
-    DICOM's have theirs, by the PatientID. Natural pictures (rgb) are each their own.
+    Subjects of DICOM are named by the PatientID. Natural pictures are each a subject of their own.
     """
-    plain = [i for i in nameless if not _is_dicom_file(found.scans[i].files[0][0])]
-    files = [Path(os.path.abspath(found.scans[i].files[0][0])) for i in plain]  # less `..`
+    plain = [i for i in nameless if not is_slice(contents.scans[i].files[0][0])]
+    files = [Path(os.path.abspath(contents.scans[i].files[0][0])) for i in plain]  # less `..`
     common = _common(files, Path(os.path.abspath(root)))
     whose = subjects_of(files, common, in_class_folders(files, common))
     for i, file in zip(plain, files, strict=True):
-        natural = wanted.colour == "rgb" and suffix_of(file) in PICTURES
-        subject = _bare(relative(file, common)) if natural else whose[file]
-        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
-    headers = {i: dicom_tags(found.scans[i].files[0][0]) for i in sorted({*nameless} - {*plain})}
-    blank = {i: (tag["study"], found.scans[i].files[0]) for i, tag in headers.items() if not tag["patient"]}
+        own = natural and is_picture(file)
+        subject = without_suffix(relative(file, common)) if own else whose[file]
+        contents.scans[i] = dataclasses.replace(contents.scans[i], subject=subject)
+    headers = {i: dicom_tags(contents.scans[i].files[0][0]) for i in sorted({*nameless} - {*plain})}
+    blank = {
+        i: (tag["study"], contents.scans[i].files[0]) for i, tag in headers.items() if not tag["patient"]
+    }
     for i, subject in nameless_patients(blank, root).items():  # not each line by itself, as they were read
-        found.scans[i] = dataclasses.replace(found.scans[i], subject=subject)
-    of = ["the names of files and folders"] if plain else []
+        contents.scans[i] = dataclasses.replace(contents.scans[i], subject=subject)
+    origins = ["the names of files and folders"] if plain else []
     if len(blank) < len(headers):
-        of.append("DICOM's PatientID")
+        origins.append("DICOM's PatientID")
     if blank:
-        of.append("the folders of DICOM studies, as their PatientID is blank")
-    why = f"no subject in {count_of(len(nameless), 'line')}" if has_column else "no column subject"
-    count = count_of(len({found.scans[i].subject for i in nameless}), "subject")
-    return f"{path.name}: {why}: {count} taken from {' and '.join(of)}"
+        origins.append("the folders of DICOM studies, as their PatientID is blank")
+    count = count_of(len({contents.scans[i].subject for i in nameless}), "subject")
+    return f"{count} taken from {' and '.join(origins)}"
 
 
 def _common(files: Sequence[Path], root: Path) -> Path:
-    """Where paths are told from: the list's folder, or where some lie elsewhere one that holds them all."""
+    """Return the list's folder, or where some files lie elsewhere a folder that holds them all."""
     if all(file.is_relative_to(root) for file in files):
         return root
     common = Path(os.path.commonpath([file.parent for file in files]))
@@ -152,34 +157,33 @@ def _modality(described: dict[str, Any]) -> str:
     return modality_code(str(values[0])) if len(values) == 1 else ""
 
 
-def _listed_scan_of(
-    row: _Row, root: Path, dataset: str, modality: str, found: Found, wanted: Wanted
-) -> Scan | None:
-    """The scan that a row names, without what else the row says; None if refused."""
-    wanted = dataclasses.replace(wanted, dataset=dataset)
+def _listed_scan(row: _Row, root: Path, modality: str, contents: Found, wanted: Wanted) -> Scan | None:
+    """Make the scan that a row names, without what else the row says; None if refused."""
     if row.path.is_dir():
-        files = [file for file in walk(row.path) if is_dicom(file)]
+        files = [file for file in walk(row.path) if is_slice(file)]
         by_folder: dict[Path, list[Path]] = defaultdict(list)
         for file in files:
             by_folder[file.parent].append(file)
         series = from_dicom(by_folder, root, wanted)
-        found.rejected += series.rejected
+        contents.rejected += series.rejected
         if len(series.scans) != 1:
-            found.rejected.append((row.name, _which_series(series.scans, row.path)))
+            contents.rejected.append((row.name, _which_series(series.scans, row.path)))
             return None
         return series.scans[0]
-    if _is_dicom_file(row.path):
+    if is_slice(row.path):
         series = from_dicom({row.path.parent: [row.path]}, root, wanted)
-        found.rejected += series.rejected
+        contents.rejected += series.rejected
         if not series.scans and not series.rejected:
-            found.rejected.append((row.name, "DICOM, but not a scan (a segmentation, a plan or a report)"))
+            contents.rejected.append(
+                (row.name, "DICOM, but not a scan (a segmentation, a plan or a report)")
+            )
         return series.scans[0] if series.scans else None
-    if suffix_of(row.path) not in (*NIFTI, *ITK, *PICTURES):
-        found.rejected.append((row.name, "not a known format"))
+    if not is_whole(row.path):
+        contents.rejected.append((row.name, "not a known format"))
         return None
     return Scan(
-        id=f"{dataset}/{_bare(relative(row.path, root))}",
-        dataset=dataset,
+        id=f"{wanted.dataset}/{without_suffix(relative(row.path, root))}",
+        dataset=wanted.dataset,
         subject=stem_of(row.path),
         source=relative(row.path, root),
         files=((row.path,),),
@@ -188,13 +192,8 @@ def _listed_scan_of(
     )
 
 
-def _is_dicom_file(path: Path) -> bool:
-    """Whether it is DICOM, and no other format that is known by its ending."""
-    return suffix_of(path) not in (*NIFTI, *ITK, *PICTURES) and is_dicom(path)
-
-
 def _which_series(scans: Sequence[Scan], folder: Path) -> str:
-    """Why a row that names a folder is of no use, and what to list instead."""
+    """Say why a row that names a folder is of no use, and what to list instead."""
     if not scans:
         return "a folder without a DICOM series; a line names one file, or the folder of one series"
     first = [scan.files[0][0] for scan in scans]
@@ -224,10 +223,10 @@ def _with_row(scan: Scan, row: _Row) -> Scan:
 
 
 def named_in(path: Path) -> Iterator[Path]:
-    """The files and folders that a CSV names, scans and masks, whether they exist or not.
+    """Yield the files and folders that a CSV names, scans and masks, whether they exist or not.
 
     Raises:
-        DataError: It cannot be used.
+        DataError: The list cannot be used.
     """
     table, columns = _table(path)
     folder = _folder_of(path, table, columns)
@@ -237,63 +236,70 @@ def named_in(path: Path) -> Iterator[Path]:
                 yield folder / named
 
 
-def with_listing(found: Found, root: Path, label: str = "") -> Found:
-    """Adds what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them.
+def with_listing(contents: Found, root: Path, label: str = "") -> Found:
+    """Add what one CSV beside the scans (`labels.csv`, `patients.csv`) says about them.
 
     A list of boxes is asked for subjects, splits and masks where there is no other; never for labels, as
     its labels are those of the boxes.
     """
-    listings: list[Path] = []
-    of_boxes: list[Path] = []
-    series = _series_folders(found.scans, root)
-    for path in sorted(root.glob("*.csv")):
-        try:
-            mine = _column(path, "path")
-            boxes = lists_boxes(path)
-        except NotText as error:
-            found.notes.append(f"{error}; not used")
-            continue
-        except DataError:
-            continue
-        if (
-            mine is not None
-            and path.name != "rejected.csv"
-            and any((root / name).is_file() or (root / name).resolve() in series for name in mine[:50])
-        ):
-            if not boxes:
-                listings.append(path)
-            elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
-                of_boxes.append(path)
+    series = _series_folders(contents.scans, root)
+    listings, of_boxes = _listings(contents, root, series)
     boxes = not listings
     listings = listings or of_boxes
     if len(listings) > 1:
         names = ", ".join(path.name for path in listings)
-        found.notes.append(
+        contents.notes.append(
             f"{root}: several lists ({names}); none was used, give the one you mean as the source"
         )
     elif listings:
         rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes, label)}
         named = {i: rows[folder] for folder, i in series.items() if folder in rows}
         matched = 0
-        for i, scan in enumerate(found.scans):
+        for i, scan in enumerate(contents.scans):
             row = None
             if scan.files[0] and scan.member is None:
                 row = rows.get(scan.files[0][0].resolve()) or named.get(i)
             if row is not None:
-                found.scans[i] = _with_row(scan, row)
+                contents.scans[i] = _with_row(scan, row)
                 matched += 1
-        found.notes.append(
-            f"{listings[0].name}: what it says was added to {matched} of {len(found.scans)} scans"
+        contents.notes.append(
+            f"{listings[0].name}: what it says was added to {matched} of {len(contents.scans)} scans"
         )
-        found.notes += _unused(listings[0], boxes, label)
-    return found
+        contents.notes += _unused(listings[0], boxes, label)
+    return contents
+
+
+def _listings(contents: Found, root: Path, series: Container[Path]) -> tuple[list[Path], list[Path]]:
+    """Find the lists of scans in a folder, and the lists of boxes that say more of scans than boxes."""
+    listings: list[Path] = []
+    of_boxes: list[Path] = []
+    for path in sorted(root.glob("*.csv")):
+        try:
+            names = _column(path, "path")
+            boxes = lists_boxes(path)
+        except NotText as error:
+            contents.notes.append(f"{error}; not used")
+            continue
+        except DataError:
+            continue
+        if (
+            names is None
+            or path.name == "rejected.csv"
+            or not any((root / name).is_file() or (root / name).resolve() in series for name in names[:50])
+        ):
+            continue
+        if not boxes:
+            listings.append(path)
+        elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
+            of_boxes.append(path)
+    return listings, of_boxes
 
 
 def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
-    """The folders that hold one DICOM series and no more, and its position: a list may name those."""
+    """Find the folders that hold one DICOM series and no more, with its position; a list may name them."""
     inside: dict[Path, set[int]] = defaultdict(set)
     for i, scan in enumerate(scans):
-        if len(scan.files) == 1 and scan.files[0] and _is_dicom_file(scan.files[0][0]):
+        if len(scan.files) == 1 and scan.files[0] and is_slice(scan.files[0][0]):
             for parent in {folder.resolve() for folder in {path.parent for path in scan.files[0]}}:
                 for folder in (parent, *parent.parents):
                     if folder != root.resolve():
@@ -301,8 +307,8 @@ def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
     return {folder: next(iter(held)) for folder, held in inside.items() if len(held) == 1}
 
 
-def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator[_Row]:
-    """The lines of a list whose files are there; the others are rejected. One of boxes has no labels."""
+def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Iterator[_Row]:
+    """Yield the lines of a list whose files are there, without boxes' labels; reject the other lines."""
     table, columns = _table(path, label)
     folder = _folder_of(path, table, columns)
     if of_boxes:
@@ -313,15 +319,15 @@ def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator
         values = {name: (row[column] or "").strip() for name, column in columns.items()}
         name = values["path"]
         if not name:
-            found.rejected.append((f"{path.name}:{line}", "no path in this line"))
+            contents.rejected.append((f"{path.name}:{line}", "no path in this line"))
             continue
         target, mask = folder / name, values.get("mask", "")
         if not target.exists():
             why = missing(target) if target.is_symlink() else "no such file"
-            found.rejected.append((name, f"line {line} of {path.name}: {why}"))
+            contents.rejected.append((name, f"line {line} of {path.name}: {why}"))
             continue
         if mask and not (folder / mask).exists():
-            found.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
+            contents.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
             continue
         split = split_of(values.get("split", ""))
         if split is None:
@@ -341,7 +347,7 @@ def _rows(path: Path, found: Found, of_boxes: bool, label: str = "") -> Iterator
 
 
 def _table(path: Path, label: str = "") -> tuple[Table, dict[str, str]]:
-    """A list, and the header's word for each column known; `label` names that of the labels."""
+    """Read a list, and the header's word for each known column; `label` names the column of labels."""
     table = read_table(path)
     columns = table.columns(_COLUMNS)
     if label:
@@ -359,11 +365,11 @@ def _table(path: Path, label: str = "") -> tuple[Table, dict[str, str]]:
 
 
 def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
-    """What of a list is not used: a column's name may be misspelt, and then its labels are missed.
+    """Say what of a list is not used: a column's name may be misspelt, and then its labels are missed.
 
     Args:
-        path: Of the list.
-        of_boxes: Whether it is one of boxes, whose columns are read elsewhere.
+        path: File of the list.
+        of_boxes: Whether it lists boxes, whose columns are read elsewhere.
         label: Name of the column of labels, if it is none of the usual ones.
     """
     table, columns = _table(path, label)
@@ -389,7 +395,7 @@ def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
 
 
 def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
-    """Labels that are masks, taken for none, or words among numbers, which make all of a list words."""
+    """Note labels that are masks, taken for none, or words among numbers, which make all of them words."""
     notes = []
     given = [row[columns["label"]].strip() for _, row in table.rows]
     folder = _folder_of(path, table, columns)
@@ -416,9 +422,10 @@ def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
 
 
 def _labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
-    """The labels as written; with a point where the whole column has numbers with a decimal comma.
+    """Return the labels as written, with a point where the whole column has numbers with a decimal comma.
 
-    A comma is one only where cells are not delimited by commas: there it may be a set of classes ("1,2").
+    A comma is a decimal one only where cells are not delimited by commas: there it may be a set of classes
+    ("1,2").
     """
     if "label" not in columns:
         return []
@@ -438,13 +445,13 @@ def _column(path: Path, name: str) -> list[str] | None:
 
 
 def _known(label: str) -> str:
-    """A label as written, or nothing where tables write that there is none."""
+    """Return a label as written, or nothing where tables write that there is none."""
     label = (label or "").strip()
     return "" if label.lower() in ("nan", "na", "n/a", "null") else label
 
 
 def _label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
-    """The type of a column: int if all labels are whole numbers, float if all are numbers, else str.
+    """Choose the type of a column: int if all labels are whole numbers, float if all are numbers, else str.
 
     0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps.
     """

@@ -15,33 +15,33 @@ import numpy as np
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.folders import dataset_name, missing, walk
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
-from ssl3d.data.scans.read import ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.read import is_whole, stem_of, suffix_of, without_suffix
 from ssl3d.data.scans.subjects import person_of, relative, subjects_of
 from ssl3d.errors import DataError
 
 
 def from_dataset_json(root: Path, wanted: Wanted) -> Found:
-    """A Medical Segmentation Decathlon or nnU-Net folder: `imagesTr`, `labelsTr`, `imagesTs`."""
-    described = _json(root / "dataset.json")
+    """List the scans of a folder of the Medical Segmentation Decathlon or nnU-Net, or of MONAI's lists."""
+    described = read_json_object(root / "dataset.json")
     channels = described.get("channel_names") or described.get("modality") or {}
     if not isinstance(channels, dict):
         channels = dict(enumerate(channels if isinstance(channels, list) else [channels]))
     names = _channel_names(channels)
     named = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
     if any(isinstance(entry, dict) for _, entry in _entries(described)):
-        found = _from_listed(root, named, described, names)
+        contents = _from_listed(root, named, described, names)
     else:
-        found = from_nnunet(root, named, names)
+        contents = from_nnunet(root, named, names)
     labels = described.get("labels") or {}
     if isinstance(labels, dict):
         numbered = all(str(key).isdigit() for key in labels)
         pairs = labels.items() if numbered else ((v, k) for k, v in labels.items())
-        found.label_names[dataset_name(root, named)] = {str(value): str(name) for value, name in pairs}
-    return found
+        contents.label_names[dataset_name(root, named)] = {str(value): str(name) for value, name in pairs}
+    return contents
 
 
 def _channel_names(channels: dict[Any, Any]) -> tuple[str, ...]:
-    """The channels in their order: by number -> name, or name -> number, or as they are written."""
+    """Put the channels in their order: by number -> name, or name -> number, or as they are written."""
     if all(str(key).isdigit() for key in channels):
         return tuple(str(channels[key]) for key in sorted(channels, key=int))
     if all(isinstance(value, int) for value in channels.values()):
@@ -50,7 +50,7 @@ def _channel_names(channels: dict[Any, Any]) -> tuple[str, ...]:
 
 
 def _entries(described: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(split, entry) of all that a `dataset.json` lists; no splits without a validation part."""
+    """Yield (split, entry) of all that a `dataset.json` lists; no splits without a validation part."""
     own = bool(described.get("validation"))
     for part, split in (("training", "train"), ("validation", "val"), ("test", "test")):
         listed = described.get(part)
@@ -59,49 +59,55 @@ def _entries(described: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _from_listed(root: Path, wanted: Wanted, described: dict[str, Any], names: tuple[str, ...]) -> Found:
-    found = Found()
+    contents = Found()
     dataset = dataset_name(root, wanted)
     boxes = 0
     for split, entry in _entries(described):
-        told = entry if isinstance(entry, dict) else {"image": entry}
-        images = told.get("image")
+        fields = entry if isinstance(entry, dict) else {"image": entry}
+        images = fields.get("image")
         images = images if isinstance(images, list) else [images]
         if not images or not all(isinstance(image, str) and image for image in images):
-            found.rejected.append((str(entry)[:80], "listed in dataset.json without the name of an image"))
+            contents.rejected.append(
+                (str(entry)[:80], "listed in dataset.json without the name of an image")
+            )
             continue
-        boxes += "box" in told
+        boxes += "box" in fields
         try:
             files = _listed_images(root, images, names)
-            mask, label = (None, None) if "box" in told else _listed_label(root, told.get("label"))
-            case = stem_of(Path(images[0]))
-            found.scans.append(_listed_scan(dataset, case, root, files, mask, names, label, split))
+            mask, label = (None, None) if "box" in fields else _listed_label(root, fields.get("label"))
+            scan = _listed_scan(
+                dataset=dataset,
+                case=stem_of(Path(images[0])),
+                root=root,
+                files=files,
+                mask=mask,
+                names=names,
+                label=label,
+                split=split,
+            )
+            contents.scans.append(scan)
         except DataError as error:
-            found.rejected.append((str(images[0]), str(error)))
-    first = [scan.files[0][0] for scan in found.scans]
+            contents.rejected.append((str(images[0]), str(error)))
+    first = [scan.files[0][0] for scan in contents.scans]
     if len({stem_of(path) for path in first}) < len(first):  # p1/t1, p2/t1
         whose = subjects_of(first, root)
-        found.scans = [
-            dataclasses.replace(scan, id=f"{dataset}/{_bare(scan.source)}", subject=whose[path])
-            for scan, path in zip(found.scans, first, strict=True)
+        contents.scans = [
+            dataclasses.replace(scan, id=f"{dataset}/{without_suffix(scan.source)}", subject=whose[path])
+            for scan, path in zip(contents.scans, first, strict=True)
         ]
     if boxes:
-        found.notes.append(
+        contents.notes.append(
             f"dataset.json: boxes of {count_of(boxes, 'scan')} not read: boxes are read from files named "
             "dataset_0.json and so on"
         )
-    return found
-
-
-def _bare(source: str) -> str:
-    """A path without the ending."""
-    return source.removesuffix(Path(source).name) + stem_of(Path(source))
+    return contents
 
 
 def _listed_file(root: Path, name: str, whose: str) -> Path:
-    """A file that dataset.json lists.
+    """Find a file that dataset.json lists.
 
     Raises:
-        DataError: It is not there.
+        DataError: The file is not there.
     """
     path = root / name
     if path.is_file():
@@ -112,10 +118,10 @@ def _listed_file(root: Path, name: str, whose: str) -> Path:
 
 
 def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | None]:
-    """The mask, or the class or value, that an entry's `label` tells of.
+    """Return the mask, or the class or value, that an entry's `label` tells of.
 
     Raises:
-        DataError: It is a file that is not there, or none of these.
+        DataError: `label` is a file that is not there, or none of these.
     """
     if label is None or label == "":
         return None, None
@@ -127,12 +133,12 @@ def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | No
 
 
 def _listed_images(root: Path, images: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """The files of an entry: as listed, or the channels of a case of which the name alone is listed.
+    """Find the files of an entry: as listed, or the channels of a case whose name alone is listed.
 
     So does nnU-Net's first version: la_003.nii.gz stands for la_003_0000.nii.gz, la_003_0001.nii.gz.
 
     Raises:
-        DataError: One is not there.
+        DataError: A file is not there.
     """
     first = root / images[0]
     if len(images) == 1 and not first.exists():
@@ -153,6 +159,7 @@ def _listed_images(root: Path, images: Sequence[str], names: Sequence[str]) -> l
 
 
 def _listed_scan(
+    *,
     dataset: str,
     case: str,
     root: Path,
@@ -162,7 +169,7 @@ def _listed_scan(
     label: int | float | None,
     split: str,
 ) -> Scan:
-    """One entry of a dataset.json: a file, with its channels in it or one, or a file per channel.
+    """Make a scan of an entry of dataset.json: one file with all channels, or a file per channel.
 
     Raises:
         DataError: There are more or fewer files than channels named.
@@ -188,8 +195,8 @@ def _listed_scan(
 
 
 def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Found:
-    """`imagesTr/CASE_0000.nii.gz` with one file per channel, `labelsTr/CASE.nii.gz`."""
-    found = Found()
+    """List the cases of `imagesTr/CASE_0000.nii.gz`, a file per channel, with `labelsTr/CASE.nii.gz`."""
+    contents = Found()
     dataset = dataset_name(root, wanted)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         if not (root / images).is_dir():
@@ -200,14 +207,14 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
             maps = {stem_of(path): path for path in walk(root / labels, dead=dead)}
         cases: dict[str, dict[int, Path]] = defaultdict(dict)
         for path in walk(root / images, dead=dead):
-            if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+            if not is_whole(path):
                 continue
             channel = re.fullmatch(r"(.+)_(\d{4})", stem_of(path))
             if channel:
                 cases[channel[1]][int(channel[2])] = path
             else:
                 cases[stem_of(path)][0] = path
-        found.rejected += [(relative(path, root), missing(path)) for path in dead]
+        contents.rejected += [(relative(path, root), missing(path)) for path in dead]
         count = max([len(names), *(max(case) + 1 for case in cases.values())], default=0)
         channels = names or (("image",) if count == 1 else tuple(f"channel{i}" for i in range(count)))
         if len(channels) < count:
@@ -215,7 +222,7 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
         for case, members in cases.items():
             first = members[min(members)]
             alone = len(members) == 1 and len(channels) > 1 and not re.search(r"_\d{4}$", stem_of(first))
-            found.scans.append(
+            contents.scans.append(
                 Scan(
                     id=f"{dataset}/{case}",
                     dataset=dataset,
@@ -231,10 +238,15 @@ def from_nnunet(root: Path, wanted: Wanted, names: tuple[str, ...] = ()) -> Foun
                     named=True,
                 )
             )
-    return found
+    return contents
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        DataError: The file cannot be read, is no JSON, or holds no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -247,12 +259,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def named_in_json(path: Path) -> Iterator[Path]:
-    """The scans and masks that a `dataset.json` lists, whether they exist or not.
+    """Yield the scans and masks that a `dataset.json` lists, whether they exist or not.
 
     Raises:
-        DataError: It is no JSON.
+        DataError: The file is no JSON.
     """
-    for _, entry in _entries(_json(path)):
+    for _, entry in _entries(read_json_object(path)):
         for value in entry.values() if isinstance(entry, dict) else [entry]:
             for name in value if isinstance(value, list) else [value]:
                 if isinstance(name, str):

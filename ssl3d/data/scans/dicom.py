@@ -11,7 +11,6 @@ import numpy as np
 from ssl3d.data.scans.itk import information
 from ssl3d.errors import DataError
 
-DICOM = (".dcm", ".dicom", ".ima")
 RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
 FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no slices of a volume
 _TAGS = {
@@ -45,12 +44,12 @@ class Slice:
     """Where a slice lies, and what tells it from others at the same place.
 
     Attributes:
-        name: For messages.
-        position: Middle of its first pixel, (x, y, z) in mm, DICOM's world (LPS).
+        name: Name of the slice in messages.
+        position: Middle of the first pixel, (x, y, z) in mm, DICOM's world (LPS).
         axes: Directions along a row and along a column, (6,).
         spacing: mm between rows, and between columns; () where the header has none.
-        phase: Which echo and which time: the same for all slices of a frame.
-        key: What else puts the slices at one place in order.
+        phase: Numbers of the echo and of the time: the same for all slices of a frame.
+        key: Further numbers that put the slices at one place in order.
     """
 
     name: str
@@ -62,13 +61,13 @@ class Slice:
 
 
 def dicom_tags(path: Path) -> dict[str, str]:
-    """Modality, patient, series, geometry and order of a DICOM file's header; "" where absent.
+    """Read modality, patient, series, geometry and order from a DICOM file's header; "" where absent.
 
     "series" tells what belongs together, so it is "" too for a file that is whole in itself: one of many
     frames, and a view or film of a series of radiographs or ultrasound.
 
     Raises:
-        DataError: It is not readable as DICOM.
+        DataError: The file is not readable as DICOM.
     """
     try:
         reader = information(path, "GDCMImageIO")
@@ -82,14 +81,12 @@ def dicom_tags(path: Path) -> dict[str, str]:
 
 
 def frame_count(tag: dict[str, str]) -> int:
-    """Frames in a file, 1 where its header does not tell."""
+    """Return the number of frames in a file, 1 where its header does not tell."""
     return int(tag["frames"]) if tag["frames"].isdecimal() else 1
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file calls itself DICOM, by its ending or its first bytes."""
-    if path.suffix.lower() in DICOM:
-        return True
+def has_dicom_preamble(path: Path) -> bool:
+    """Tell whether a file calls itself DICOM by its first bytes."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -98,10 +95,10 @@ def is_dicom(path: Path) -> bool:
 
 
 def slices_of(tags: dict[Path, dict[str, str]]) -> list[Slice]:
-    """The slices of a series, a file each, from their headers.
+    """Return the slices of a series, a file each, from their headers.
 
     Raises:
-        DataError: One has no place, holds several frames, or is of another size than the first.
+        DataError: A slice has no place, holds several frames, or is of another size than the first.
     """
     first = next(iter(tags.values()))
     slices = []
@@ -128,13 +125,13 @@ def slices_of(tags: dict[Path, dict[str, str]]) -> list[Slice]:
 
 
 def in_order(slices: Sequence[Slice]) -> tuple[list[int], np.ndarray]:
-    """Slices along their normal, those at one place by phase and key.
+    """Sort slices along their normal, those at one place by phase and key.
 
     Returns:
-        Their indices in that order, and the number of the place of each in that order, from 0.
+        The indices of the slices in that order, and the number of the place of each, from 0.
 
     Raises:
-        DataError: Their orientations or pixel spacings differ.
+        DataError: The orientations or pixel spacings differ.
     """
     first = slices[0]
     normal = np.cross(first.axes[:3], first.axes[3:])
@@ -147,7 +144,7 @@ def in_order(slices: Sequence[Slice]) -> tuple[list[int], np.ndarray]:
                 f"slices of several pixel spacings in one series: {_sides(first)}, "
                 f"but {other.name} {_sides(other)}"
             )
-    along = [float(np.dot(normal, one.position)) for one in slices]
+    along = [float(np.dot(normal, part.position)) for part in slices]
     order = sorted(range(len(slices)), key=along.__getitem__)
     place = np.cumsum(np.diff([along[i] for i in order], prepend=along[order[0]]) > _SAME_PLACE)
     rank = dict(zip(order, place.tolist(), strict=True))
@@ -155,22 +152,22 @@ def in_order(slices: Sequence[Slice]) -> tuple[list[int], np.ndarray]:
 
 
 def stack_affine(ordered: Sequence[Slice], place: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """The affine of a stack that steps evenly from its first slice to its last.
+    """Compute the affine of a stack that steps evenly from its first slice to its last.
 
     The steps need not be along the normal: those of a tilted gantry are not.
 
     Args:
-        ordered: The slices in order.
-        place: The number of the place of each, as from `in_order`.
-        plane: (3, 2) mm: from a pixel to the next along a row, and along a column; RAS+ world.
+        ordered: Slices in order.
+        place: Number of the place of each slice, from `in_order`.
+        plane: Steps of (3, 2) mm from a pixel to the next along a row and along a column; RAS+ world.
 
     Returns:
         4 x 4, (i, j, place) to RAS+ mm; 1 mm along the normal where there is one place only.
 
     Raises:
-        DataError: Slices are missing, or one does not lie where even steps put it.
+        DataError: Slices are missing, or a slice does not lie where even steps put it.
     """
-    positions = np.array([one.position for one in ordered]) * (-1, -1, 1)  # LPS to RAS
+    positions = np.array([part.position for part in ordered]) * (-1, -1, 1)  # LPS to RAS
     affine = np.eye(4)
     affine[:3, :2] = plane
     affine[:3, 3] = positions[0]
@@ -188,16 +185,16 @@ def stack_affine(ordered: Sequence[Slice], place: np.ndarray, plane: np.ndarray)
     worst, axis = np.unravel_index(share.argmax(), share.shape)
     if share[worst, axis] > 1:
         mm = float(np.linalg.norm(affine[:3, :3] @ off[worst]))
-        what, most = ("slice", _MOST_SLICES) if axis == 2 else ("pixel", _MOST_PIXELS)
+        unit, most = ("slice", _MOST_SLICES) if axis == 2 else ("pixel", _MOST_PIXELS)
         raise DataError(
             f"slices do not lie evenly: {ordered[worst].name} is {mm:.3g} mm from its place in an even "
-            f"stack ({abs(off[worst, axis]):.2f} of a {what}, at most {most:g})"
+            f"stack ({abs(off[worst, axis]):.2f} of a {unit}, at most {most:g})"
         )
     return affine
 
 
 def check_frames(ordered: Sequence[Slice], place: np.ndarray) -> int:
-    """How many frames (phases, echoes) a stack has: slices at every place.
+    """Return the number of frames (phases, echoes) of a stack: that of the slices at every place.
 
     Raises:
         DataError: Some places have more than others, or a frame would hold slices of several phases.
@@ -208,17 +205,17 @@ def check_frames(ordered: Sequence[Slice], place: np.ndarray) -> int:
             f"slice positions occur {counts.min()} to {counts.max()} times: frames are incomplete"
         )
     count = int(counts[0])
-    for at, one in enumerate(ordered):
-        if count > 1 and one.phase != ordered[at % count].phase:
+    for at, part in enumerate(ordered):
+        if count > 1 and part.phase != ordered[at % count].phase:
             raise DataError(
-                f"frames are mixed: {one.name} is of another echo or time than {ordered[at % count].name}, "
-                "which would be of the same frame"
+                f"frames are mixed: {part.name} is of another echo or time than "
+                f"{ordered[at % count].name}, which would be of the same frame"
             )
     return count
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a header's text, () where one is none."""
+    """Parse the numbers of a header's text; () where a part of it is no number."""
     try:
         return tuple(float(value) for value in text.split("\\") if value.strip())
     except ValueError:
@@ -232,19 +229,19 @@ def _number(text: str) -> float:
     return next(iter(numbers(text)), 0.0)
 
 
-def _placing(text: str, count: int, what: str, path: Path) -> tuple[float, ...]:
+def _placing(text: str, count: int, field: str, path: Path) -> tuple[float, ...]:
     values = numbers(text)
     if len(values) != count:
-        raise DataError(f"slice {path.name} has no {what}: the series cannot be put in order")
+        raise DataError(f"slice {path.name} has no {field}: the series cannot be put in order")
     return values
 
 
-def _sides(one: Slice) -> str:
-    return " x ".join(f"{side:.4g}" for side in one.spacing) + " mm" if one.spacing else "none"
+def _sides(part: Slice) -> str:
+    return " x ".join(f"{side:.4g}" for side in part.spacing) + " mm" if part.spacing else "none"
 
 
 def _check_gaps(places: np.ndarray) -> None:
-    """Of places in mm along the normal, in order."""
+    """Refuse a stack with gaps, given its places in mm along the normal, in order."""
     gaps = np.diff(places)
     if gaps.max() > 1.5 * gaps.min():
         at = places[int(gaps.argmax())]

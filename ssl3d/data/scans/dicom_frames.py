@@ -17,11 +17,11 @@ _SLICE_VECTOR = 0x00540080
 
 @dataclasses.dataclass
 class Frames:
-    """What the header tells of a file's frames, in the file's order.
+    """What the header of a file tells of its frames, in the file's order.
 
     Attributes:
-        slices: Where each lies; empty where the header does not tell it of all.
-        rescale: (slope, intercept) of each, (1, 0) where the header has none.
+        slices: Place of each frame; empty where the header does not tell it of all.
+        rescale: (slope, intercept) of each frame, (1, 0) where the header has none.
         stacked: Whether the frames say that they are the slices of one even stack (nuclear medicine).
     """
 
@@ -31,7 +31,7 @@ class Frames:
 
 
 def read_frames(path: Path) -> Frames:
-    """Reads what the functional groups of a multi-frame file tell of its frames.
+    """Read what the functional groups of a multi-frame file tell of its frames.
 
     Raises:
         ValueError: The header is damaged.
@@ -52,37 +52,37 @@ def read_frames(path: Path) -> Frames:
         return Frames([], [], False)
     except (EOFError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"its header is damaged: {error}") from error
-    return Frames([one for one in slices if one] if all(slices) else [], rescale, stacked)
+    return Frames([place for place in slices if place] if all(slices) else [], rescale, stacked)
 
 
 def _slice(index: int, group: Dataset, shared: Dataset | None) -> Slice | None:
-    position = _told(group, shared, "PlanePositionSequence", "ImagePositionPatient")
-    axes = _told(group, shared, "PlaneOrientationSequence", "ImageOrientationPatient")
+    position = _numbers(group, shared, "PlanePositionSequence", "ImagePositionPatient")
+    axes = _numbers(group, shared, "PlaneOrientationSequence", "ImageOrientationPatient")
     if len(position) != 3 or len(axes) != 6:
         return None
     return Slice(
         f"frame {index}",
         position,
         axes,
-        _told(group, shared, "PixelMeasuresSequence", "PixelSpacing"),
-        phase=_told(group, shared, "FrameContentSequence", "TemporalPositionIndex"),
-        key=_told(group, shared, "FrameContentSequence", "DimensionIndexValues"),
+        _numbers(group, shared, "PixelMeasuresSequence", "PixelSpacing"),
+        phase=_numbers(group, shared, "FrameContentSequence", "TemporalPositionIndex"),
+        key=_numbers(group, shared, "FrameContentSequence", "DimensionIndexValues"),
     )
 
 
 def _rescale(group: Dataset, shared: Dataset | None) -> tuple[float, float]:
     slope, intercept = (
-        _told(group, shared, "PixelValueTransformationSequence", name)
+        _numbers(group, shared, "PixelValueTransformationSequence", name)
         for name in ("RescaleSlope", "RescaleIntercept")
     )
     return (slope[0] if slope else 1.0), (intercept[0] if intercept else 0.0)
 
 
-def _told(group: Dataset, shared: Dataset | None, sequence: str, name: str) -> tuple[float, ...]:
-    """Numbers of the frame's own group, else of the one that all frames share; none in neither."""
+def _numbers(group: Dataset, shared: Dataset | None, sequence: str, name: str) -> tuple[float, ...]:
+    """Read numbers from the frame's own group, else from the group that all frames share."""
     for place in (group, shared):
         for item in (place.get(sequence) or ()) if place is not None else ():
-            found: Any = item.get(name)
-            if found is not None and found != "":
-                return tuple(map(float, found if hasattr(found, "__iter__") else (found,)))
+            value: Any = item.get(name)
+            if value is not None and value != "":
+                return tuple(map(float, value if hasattr(value, "__iter__") else (value,)))
     return ()

@@ -1,4 +1,4 @@
-"""What is in the folders and files given: which are scans, whose, with which labels and masks.
+"""Finds which of the files and folders given are scans, whose, and with which labels and masks.
 
 Nothing but names, small lists (`dataset.json`, CSV) and DICOM headers is read here.
 """
@@ -16,145 +16,169 @@ from typing import Any
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.csv_lists import from_csv, with_listing
 from ssl3d.data.scans.dataset_json import from_dataset_json, from_nnunet
-from ssl3d.data.scans.dicom import is_dicom
 from ssl3d.data.scans.folders import (
-    _LABEL_FOLDER,
-    _LABEL_NAME,
-    IGNORED,
-    _class_folders,
-    _one_person_each,
-    _some,
+    LABEL_FOLDER,
+    LABEL_NAME,
     bare,
+    class_folders,
     dataset_name,
+    first_few,
     in_class_folders,
     label_note,
     looks_like_label,
     missing,
+    one_person_each,
     tokens,
     walk,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
-from ssl3d.data.scans.read import ARRAYS, FORMATS, ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.read import (
+    KNOWN_FORMATS,
+    LISTS,
+    NO_SCANS,
+    STORES,
+    format_of,
+    is_picture,
+    is_slice,
+    is_whole,
+    stem_of,
+    suffix_of,
+    without_suffix,
+)
 from ssl3d.data.scans.subjects import relative, subjects_by_name, subjects_of
 from ssl3d.errors import DataError
 
+_LOOKED_FOR = f"looked for {KNOWN_FORMATS}, dataset.json and CSV lists"
 _HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
-    """Finds the scans in folders and files.
+    """Find the scans in folders and files.
+
+    Args:
+        sources: Folders, scans and lists.
+        wanted: Options that decide what is taken.
 
     Raises:
         DataError: A source does not exist, holds nothing known, or is a list that cannot be used; or no
             file's name has the part that tells masks.
     """
-    found = Found()
+    contents = Found()
     for source in map(Path, sources):
-        here = _find_one(source, wanted)
+        here = _find_in_folder(source, wanted) if source.is_dir() else _find_file(source, wanted)
         if not here.scans and not here.rejected and not here.notes:
-            raise DataError(f"{source}: no scans found; looked for {FORMATS}, dataset.json and CSV lists")
-        found.scans += here.scans
-        found.rejected += here.rejected
-        found.notes += here.notes
-        found.label_names.update(here.label_names)
+            raise DataError(f"{source}: no scans found; {_LOOKED_FOR}")
+        contents.scans += here.scans
+        contents.rejected += here.rejected
+        contents.notes += here.notes
+        contents.label_names.update(here.label_names)
         for dataset, names in here.box_names.items():
-            found.box_names.setdefault(dataset, {}).update(names)
-    if wanted.label and all(scan.label is None for scan in found.scans):
+            contents.box_names.setdefault(dataset, {}).update(names)
+    if wanted.label and all(scan.label is None for scan in contents.scans):
         raise DataError(
             f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
             f"{wanted.label} says them, beside the scans or as the source"
         )
-    if wanted.masks and found.scans and not any(s.mask or s.member for s in found.scans):
-        found.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    found = _distinct(found)
-    found.notes += _in_two_splits(found.scans)
-    return found
+    if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
+        contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
+    contents = _distinct(contents)
+    contents.notes += _in_two_splits(contents.scans)
+    return contents
 
 
 def in_part(name: str, index: int, count: int) -> bool:
-    """Whether shard `index` of `count` (from 1) holds this name; the same everywhere and always."""
+    """Tell whether shard `index` of `count` (from 1) holds this name, the same everywhere and always."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count == index - 1
 
 
 def _in_two_splits(scans: Sequence[Scan]) -> list[str]:
-    """The line that says whose scans are in several splits."""
+    """Write the line that says whose scans are in several splits."""
     splits: dict[tuple[str, str], set[str]] = defaultdict(set)
     for scan in scans:
         splits[scan.dataset, scan.subject] |= {scan.split} - {""}
-    several = [f"{subject} ({', '.join(sorted(found))})"
-               for (_, subject), found in splits.items() if len(found) > 1]  # fmt: skip
+    several = [f"{subject} ({', '.join(sorted(own))})"
+               for (_, subject), own in splits.items() if len(own) > 1]  # fmt: skip
     if not several:
         return []
     return [
-        f"{count_of(len(several), 'subject')} with scans in several splits: {_some(several)}; the house "
-        "split puts all scans of a subject into the one furthest from training"
+        f"{count_of(len(several), 'subject')} with scans in several splits: {first_few(several)}; the "
+        "house split puts all scans of a subject into the one furthest from training"
     ]
 
 
-def _find_one(source: Path, wanted: Wanted) -> Found:
-    from ssl3d.data.scans import arrays
-    from ssl3d.data.scans.boxes import unread_boxes, with_boxes
+def _find_file(source: Path, wanted: Wanted) -> Found:
+    """Find what one file is or lists.
+
+    Raises:
+        DataError: The file does not exist, or is neither a scan nor a list of scans.
+    """
+    from ssl3d.data.scans.arrays import from_arrays
+    from ssl3d.data.scans.boxes import unread_boxes
 
     if not source.exists():
         raise DataError(f"{source}: {missing(source)}")
-    if source.is_file():
-        source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
-        if suffix_of(source) in (".csv", ".tsv") or source.name == "dataset.json":
-            if source.name == "dataset.json":
-                listed = from_dataset_json(source.parent, wanted)
-            else:
-                listed = from_csv(source, wanted)
-            listed.notes += unread_boxes(listed, source)
-            return listed
-        if suffix_of(source) in ARRAYS:
-            return arrays.from_arrays(source, wanted, source.parent)
-        if suffix_of(source) in (".h5", ".hdf5"):
-            raise DataError(f"{source}: a store is prepared already; give it to --data")
-        if suffix_of(source) not in (*NIFTI, *ITK, *PICTURES) and not is_dicom(source):
-            raise DataError(
-                f"{source}: not a known format; looked for {FORMATS}, dataset.json and CSV lists"
-            )
-        return _from_files([source], source.parent, wanted, named=True)
+    source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
+    in_json = source.name == "dataset.json"
+    if in_json or suffix_of(source) in LISTS:
+        listed = from_dataset_json(source.parent, wanted) if in_json else from_csv(source, wanted)
+        listed.notes += unread_boxes(listed, source)
+        return listed
+    if suffix_of(source) in STORES:
+        raise DataError(f"{source}: a store is prepared already; give it to --data")
+    form = format_of(source)
+    if form is None:
+        raise DataError(f"{source}: not a known format; {_LOOKED_FOR}")
+    if form.kind == "rows":
+        return from_arrays(source, wanted, source.parent)
+    return _from_files([source], source.parent, wanted, named=True)
+
+
+def _find_in_folder(source: Path, wanted: Wanted) -> Found:
+    """Find the scans of a folder, with what lists beside them say."""
+    from ssl3d.data.scans.boxes import with_boxes
+
     listed = from_dataset_json(source, wanted) if (source / "dataset.json").is_file() else Found()
     if listed.scans or listed.rejected:  # else such a file is something else's
-        found = listed
+        contents = listed
     elif _is_channelled(source):
-        found = from_nnunet(source, wanted)
+        contents = from_nnunet(source, wanted)
     else:
-        found = from_folder(source, wanted)
-    return with_boxes(with_listing(found, source, wanted.label), source, wanted.box_readers)
+        contents = from_folder(source, wanted)
+    return with_boxes(with_listing(contents, source, wanted.label), source, wanted.box_readers)
 
 
 def from_folder(root: Path, wanted: Wanted) -> Found:
-    """Scans of a folder tree without a list: BIDS, DICOM series, class folders, or just files."""
+    """Find the scans of a folder tree without a list: BIDS, DICOM series, class folders, or just files."""
     from ssl3d.data.scans.arrays import from_arrays
     from ssl3d.data.scans.series import from_dicom
 
-    found, files = Found(), []
+    contents, files = Found(), []
     bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
     dicom: dict[Path, list[Path]] = defaultdict(list)
     dead: list[Path] = []
     for path in walk(root, skip=_HEADERLESS if bids else frozenset(), dead=dead):
-        ending = suffix_of(path)
-        if ending in ARRAYS:
-            arrays = from_arrays(path, wanted, root)
-            found.scans += arrays.scans
-            found.rejected += arrays.rejected
-        elif ending in (*NIFTI, *ITK, *PICTURES):
-            files.append(path)
-        elif path.name.upper() == "DICOMDIR" or ending in IGNORED:
+        if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS:
             continue
-        elif is_dicom(path):
+        form = format_of(path)
+        if form is None:
+            continue
+        if form.kind == "rows":
+            arrays = from_arrays(path, wanted, root)
+            contents.scans += arrays.scans
+            contents.rejected += arrays.rejected
+        elif form.kind == "slice":
             dicom[path.parent].append(path)
-    found.rejected += [(relative(path, root), missing(path)) for path in dead]
+        else:
+            files.append(path)
+    contents.rejected += [(relative(path, root), missing(path)) for path in dead]
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
-        found.scans += part.scans
-        found.rejected += part.rejected
-        found.notes += part.notes
-    return found
+        contents.scans += part.scans
+        contents.rejected += part.rejected
+        contents.notes += part.notes
+    return contents
 
 
 # Plain files --------------------------------------------------------------------------------------
@@ -163,35 +187,35 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
 def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) -> Found:
     from ssl3d.data.scans.series import from_channels, from_dicom
 
-    found = Found()
+    contents = Found()
     if wanted.channels and not named:
         return from_channels(files, root, wanted)
     scans: list[Path] = []
     maps: list[Path] = []
     for path in files:
         like_mask = bool(wanted.masks) and bare(wanted.masks) in tokens(path)
-        natural = wanted.colour == "rgb" and suffix_of(path) in PICTURES  # `mask` may be its class
+        natural = wanted.colour == "rgb" and is_picture(path)  # `mask` may be its class
         named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
         label = like_mask or named_so
         (maps if label else scans).append(path)
     masks = _beside(scans, maps, wanted.masks, root) if wanted.masks else {}
     unused = [relative(path, root) for path in maps if path not in masks.values()]
     if unused:
-        found.notes.append(label_note(unused))
+        contents.notes.append(label_note(unused))
     dataset = dataset_name(root, wanted)
     subjects = subjects_of(scans, root, in_class_folders(scans, root))
-    classes = _class_folders(scans, root, natural=wanted.colour == "rgb")
+    classes = class_folders(scans, root, natural=wanted.colour == "rgb")
     if wanted.colour == "rgb":  # n01440764/10026.JPEG: the folder is no person
-        subjects |= {path: relative(path, root).removesuffix(path.name) + stem_of(path) for path in classes}
-    found.notes += _one_person_each(classes, subjects)
+        subjects |= {path: without_suffix(relative(path, root)) for path in classes}
+    contents.notes += one_person_each(classes, subjects)
     for path in scans:
         group, split = classes.get(path, (None, ""))
-        if is_dicom(path) and suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
-            found.scans += from_dicom({path.parent: [path]}, root, wanted).scans
+        if is_slice(path):
+            contents.scans += from_dicom({path.parent: [path]}, root, wanted).scans
             continue
-        found.scans.append(
+        contents.scans.append(
             Scan(
-                id=f"{dataset}/{relative(path, root).removesuffix(path.name) + stem_of(path)}",
+                id=f"{dataset}/{without_suffix(relative(path, root))}",
                 dataset=dataset,
                 subject=subjects[path],
                 source=relative(path, root),
@@ -199,29 +223,29 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
                 mask=masks.get(path),
                 label=group,
                 split=split,
-                named=named or suffix_of(path) in PICTURES or wanted.take_labels,
+                named=named or is_picture(path) or wanted.take_labels,
             )
         )
-    return found
+    return contents
 
 
 def _no_masks(roots: Sequence[Path], part: str) -> str:
-    """The line that says why no scan has a mask, where files have the part in their names.
+    """Write the line that says why no scan has a mask, where files have the part in their names.
 
     Raises:
-        DataError: None has.
+        DataError: No file has the part in its name.
     """
     like: Counter[str] = Counter()
     matching = 0
     for root in roots:
         for path in walk(root) if root.is_dir() else ():
-            if suffix_of(path) not in (*NIFTI, *ITK, *PICTURES):
+            if not is_whole(path):
                 continue
             words = tokens(path)
             matching += bare(part) in words
-            named = [word for word in words if _LABEL_NAME.search(word)]
+            named = [word for word in words if LABEL_NAME.search(word)]
             parents = relative(path.parent, root).split("/")
-            named = named or [f"{folder}/" for folder in parents if _LABEL_FOLDER.fullmatch(folder)]
+            named = named or [f"{folder}/" for folder in parents if LABEL_FOLDER.fullmatch(folder)]
             like.update(set(named))
     if matching:
         return f"--masks {part}: {matching} files have it in their names, and none is one scan's alone"
@@ -236,7 +260,7 @@ def _no_masks(roots: Sequence[Path], part: str) -> str:
 
 
 def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) -> dict[Path, Path]:
-    """Scan -> label map of the same folder, by name.
+    """Match each scan with a label map of the same folder, by name.
 
     The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
     names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
@@ -247,22 +271,21 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
     here: dict[Path, list[Path]] = {}
     for path in scans:
         here.setdefault(path.parent, []).append(path)
-    whose = subjects_by_name(
-        scans, root
-    )  # and not by folders: a map of one frame is not that of the others
-    found: dict[Path, list[Path]] = {}
+    # Not by folders: a map of one frame is not that of the others.
+    whose = subjects_by_name(scans, root)
+    matching: dict[Path, list[Path]] = {}
     for path, others in rest.items():
         like = [scan for scan in here.get(path.parent, ()) if set(others) <= set(tokens(scan))]
         if like and len({whose[scan] for scan in like}) == 1:
             for scan in like:
-                found.setdefault(scan, []).append(path)
+                matching.setdefault(scan, []).append(path)
     masks: dict[Path, Path] = {}
     for path in scans:
         exact = by_name.get((path.parent, tuple(tokens(path))))
         if exact is not None:
             masks[path] = exact
-        elif len(found.get(path, ())) == 1:
-            masks[path] = found[path][0]
+        elif len(matching.get(path, ())) == 1:
+            masks[path] = matching[path][0]
     return masks
 
 
@@ -270,9 +293,9 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
 
 
 def _is_channelled(root: Path) -> bool:
-    """Whether the four digits at the ends of names are nnU-Net's channels, which begin at 0000.
+    """Tell whether the four digits at the ends of names are nnU-Net's channels, which begin at 0000.
 
-    Those of AMOS (amos_0001, amos_0004) are people, and so are those that the label maps have too.
+    Digits of AMOS (amos_0001, amos_0004) are people, and so are digits that the label maps have too.
     """
     images, labels = ({stem_of(path) for path in walk(root / name)} if (root / name).is_dir() else set()
                       for name in ("imagesTr", "labelsTr"))  # fmt: skip
@@ -280,12 +303,12 @@ def _is_channelled(root: Path) -> bool:
     return any(stem.endswith("_0000") for stem in numbered) and not numbered & labels
 
 
-def _distinct(found: Found) -> Found:
-    """Drops what was found twice, and makes ids unique where different roots agree."""
+def _distinct(contents: Found) -> Found:
+    """Drop what was found twice, and make ids unique where different roots agree."""
     seen: set[Any] = set()
     scans: list[Scan] = []
     ids: Counter[str] = Counter()
-    for scan in found.scans:
+    for scan in contents.scans:
         key = (tuple(path.resolve() for group in scan.files for path in group), scan.member)
         if key in seen:
             continue
@@ -294,6 +317,6 @@ def _distinct(found: Found) -> Found:
         if ids[scan.id] > 1:
             scan = dataclasses.replace(scan, id=f"{scan.id}~{ids[scan.id]}")
         scans.append(scan)
-    found.scans = scans
-    found.notes = list(dict.fromkeys(found.notes))
-    return found
+    contents.scans = scans
+    contents.notes = list(dict.fromkeys(contents.notes))
+    return contents

@@ -7,36 +7,31 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ssl3d.data.scans.dicom import DICOM
 from ssl3d.data.scans.found import Wanted
-from ssl3d.data.scans.read import ARRAYS, ITK, NIFTI, PICTURES, stem_of, suffix_of
+from ssl3d.data.scans.read import format_by_suffix, is_picture, stem_of, suffix_of
 from ssl3d.data.scans.subjects import relative, split_of
 
-_LABEL_NAME = re.compile(
+LABEL_NAME = re.compile(
     r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|labels?|labelmaps?"
     r"|roi|rois|gt|dseg|aseg|annotation|annotations)\d*(?:$|[_\-. ])",
     re.IGNORECASE,
 )
 
-_LABEL_FOLDER = re.compile(
+LABEL_FOLDER = re.compile(
     r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val?)?", re.IGNORECASE
-)
-
-IGNORED = frozenset(
-    (".json", ".csv", ".tsv", ".txt", ".md", ".h5", ".pdf", ".xml", ".xlsx", ".yaml", ".yml")
 )
 
 
 def walk(root: Path, skip: Iterable[str] = (), dead: list[Path] | None = None) -> Iterator[Path]:
-    """Files below a folder in a stable order, without hidden ones and what the toolkit itself writes.
+    """Yield the files below a folder in a stable order, without hidden ones and the toolkit's own.
 
-    That is the parts of stores being made, and the folders of runs and of results, whose pictures and
-    predictions are no scans. Links are followed, but not into a folder that they lie in.
+    The toolkit's own are the parts of stores being made, and the folders of runs and of results, whose
+    pictures and predictions are no scans. Links are followed, but not into a folder that they lie in.
 
     Args:
         root: Folder.
         skip: Names of folders in it that are left out.
-        dead: Gets the links that lead nowhere and whose names may be those of scans.
+        dead: List to which links are added that lead nowhere and whose names may be those of scans.
     """
     real = root.resolve()
     yield from _walk(root, {real, *real.parents}, set(skip), [] if dead is None else dead)
@@ -57,20 +52,19 @@ def _walk(folder: Path, above: set[Path], skipped: set[str], dead: list[Path]) -
 
 
 def _may_be_a_scan(path: Path) -> bool:
-    """Whether a name is one of a scan; DICOM's have no ending, or a number."""
-    ending = suffix_of(path)
-    return ending in (*NIFTI, *ITK, *PICTURES, *ARRAYS, *DICOM) or not re.search("[a-z]", ending)
+    """Tell whether a name may be that of a scan; many of DICOM's have no suffix, or a number."""
+    return format_by_suffix(path) is not None or not re.search("[a-z]", suffix_of(path))
 
 
 def missing(path: Path) -> str:
-    """Why there is nothing at a path."""
+    """Say why there is nothing at a path."""
     if path.is_symlink():
         return "a link to a file that is not here (get the data first: datalad get, git annex get)"
     return "no such file or folder"
 
 
 def _written_here(folder: Path) -> bool:
-    """Whether it is a run, or a folder of results, of this toolkit."""
+    """Tell whether a folder is a run, or a folder of results, of this toolkit."""
     if (folder / "config.yaml").is_file():
         return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
     if (folder / "table.txt").is_file():
@@ -79,7 +73,7 @@ def _written_here(folder: Path) -> bool:
 
 
 def dataset_name(root: Path, wanted: Wanted) -> str:
-    """`--dataset`, else the folder's name (of `imagesTr`, `images`, `data`: the folder's above)."""
+    """Return `--dataset`, else the folder's name (for `imagesTr`, `images`, `data`: the parent's)."""
     if wanted.dataset:
         return wanted.dataset
     root = root.resolve()
@@ -88,44 +82,44 @@ def dataset_name(root: Path, wanted: Wanted) -> str:
 
 
 def looks_like_label(path: Path, root: Path) -> bool:
-    """Whether a file's name, or that of a folder between it and the root, says label map."""
-    if _LABEL_NAME.search(stem_of(path)):
+    """Tell whether the name of a file, or of a folder between it and the root, says label map."""
+    if LABEL_NAME.search(stem_of(path)):
         return True
     parents = relative(path.parent, root).split("/")
-    return any(_LABEL_FOLDER.fullmatch(part) for part in parents)
+    return any(LABEL_FOLDER.fullmatch(part) for part in parents)
 
 
 def label_note(names: Sequence[str]) -> str:
-    """The line that says which files were taken for label maps."""
+    """Write the line that says which files were taken for label maps."""
     return (
-        f"not taken for scans, they look like label maps: {_some(names)} (--take-labels takes them, "
+        f"not taken for scans, they look like label maps: {first_few(names)} (--take-labels takes them, "
         "--masks PART or a CSV with a column `mask` keeps them as masks)"
     )
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first five of these, and how many more there are."""
+def first_few(names: Sequence[str]) -> str:
+    """List the first five names, and say how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def tokens(path: Path) -> list[str]:
-    """The parts of a file's name between _, -, . and blanks, in lower case."""
+    """Split a file's name at _, -, . and blanks into parts in lower case."""
     return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
 
 
 def bare(part: str) -> str:
-    """A part of file names as `tokens` has it: `_lesion` is `lesion`."""
+    """Strip a part of file names as `tokens` does: `_lesion` is `lesion`."""
     return part.strip("_-. ").lower()
 
 
-def _class_folders(
+def class_folders(
     paths: Sequence[Path], root: Path, natural: bool = False
 ) -> dict[Path, tuple[str | None, str]]:
-    """Pictures in folders named by their class, possibly below train, val and test.
+    """Find the class and split of pictures in folders named by their class, perhaps below train, val, test.
 
     Folders with one picture each are taken for classes only where the pictures are natural.
     """
-    pictures = [path for path in paths if suffix_of(path) in PICTURES]
+    pictures = [path for path in paths if is_picture(path)]
     if not pictures or len(pictures) < len(paths):
         return {}
     placed = {}
@@ -142,13 +136,13 @@ def _class_folders(
 
 
 def in_class_folders(paths: Sequence[Path], root: Path) -> set[Path]:
-    """The pictures in folders of classes whose names are no person's: those of people have numbers."""
-    folders = _class_folders(paths, root)
+    """Select the pictures in folders of classes whose names are no person's, which have numbers."""
+    folders = class_folders(paths, root)
     return {path for path, (label, _) in folders.items() if label and not re.search(r"\d", label)}
 
 
-def _one_person_each(classes: dict[Path, tuple[str | None, str]], subjects: dict[Path, str]) -> list[str]:
-    """The line that says that every class is taken for one person, if so: no split has room for that."""
+def one_person_each(classes: dict[Path, tuple[str | None, str]], subjects: dict[Path, str]) -> list[str]:
+    """Write the line that says, if so, that every class is taken for one person, which cannot be split."""
     whose: dict[str, set[str]] = defaultdict(set)
     for path, (label, _) in classes.items():
         if label is not None:
@@ -156,6 +150,7 @@ def _one_person_each(classes: dict[Path, tuple[str | None, str]], subjects: dict
     if len(whose) < 2 or any(len(people) > 1 for people in whose.values()):
         return []
     return [
-        f"pictures in folders named {_some(sorted(whose))}: each is taken for a class, and for one person, "
-        "as names repeat from folder to folder; a CSV with path, subject and label says what is meant"
+        f"pictures in folders named {first_few(sorted(whose))}: each is taken for a class, and for one "
+        "person, as names repeat from folder to folder; a CSV with path, subject and label says what is "
+        "meant"
     ]

@@ -11,19 +11,19 @@ class Scan:
     """One volume to be made, or several if its file holds frames.
 
     Attributes:
-        id: Unique among the scans found.
-        dataset: Data set.
-        subject: Subject within the data set.
+        id: Name that is unique among the scans of all sources.
+        dataset: Name of the data set.
+        subject: Name of the subject within the data set.
         source: Path relative to the root given.
-        files: Per channel, the files to read: one, the slices of a DICOM series, or none if missing.
+        files: Files to read, per channel: one, the slices of a DICOM series, or none if missing.
         channels: Names of the channels; one name for a file whose own channels are not known yet.
         frames_are_channels: Whether a fourth axis holds these channels.
         mask: Label map, if there is one.
-        label: Class or value.
+        label: Class or value of the volume.
         split: "", "train", "val" or "test".
-        modality: As a list beside the data says; "" where none does.
+        modality: Modality that a list beside the data tells; "" where none does.
         named: Whether a list or the user named this file: then it is a scan, whatever its values.
-        member: Array of an .npz and the row in it.
+        member: Array of an archive and the row in it.
         boxes: (z1, y1, x1, z2, y2, x2, class) each, in pixels; None where nobody drew any.
         world_boxes: (x, y, z, w, h, d, class) each, centre and size in RAS+ mm; None where nobody drew any.
         mask_boxes: Whether the components of the mask are the boxes; an empty mask then says nothing.
@@ -48,20 +48,20 @@ class Scan:
 
     @property
     def all_files(self) -> list[Path]:
-        """Every file that decides what this scan becomes."""
+        """Files that decide what this scan becomes."""
         return [path for group in self.files for path in group] + ([self.mask] if self.mask else [])
 
 
 @dataclasses.dataclass
 class Found:
-    """What the sources hold.
+    """What a search of the sources found in them.
 
     Attributes:
-        scans: In a stable order.
-        rejected: (path relative to its root, reason): listed or named, but of no use.
-        notes: What the user should know, by name.
-        label_names: Per data set, mask value -> structure.
-        box_names: Per data set, box label -> kind of object.
+        scans: Scans in a stable order.
+        rejected: (path relative to its root, reason) of what is listed or named, but of no use.
+        notes: Lines that the user should read.
+        label_names: Mask value -> structure, per data set.
+        box_names: Box label -> kind of object, per data set.
     """
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
@@ -81,7 +81,7 @@ class Wanted:
         masks: File-name part of the label maps that belong to the scans beside them; "" takes none.
         take_labels: Whether label-like files are scans.
         colour: grey, or rgb: pictures are then natural images, in folders named by their class.
-        box_readers: What becomes of one object's boxes by several readers: merge, or keep.
+        box_readers: Fate of one object's boxes by several readers: merge, or keep.
         label: Column of lists that holds the labels; "" for the usual ones.
     """
 
@@ -104,7 +104,7 @@ MODALITIES = {
 
 
 def modality_code(name: str) -> str:
-    """A DICOM modality code for the words that data sets use ("MRI", "T1", "CT scan"); "" if unclear."""
+    """Find the DICOM modality code for a data set's word ("MRI", "T1", "CT scan"); "" if unclear."""
     word = name.strip().upper()
     if word in MODALITIES:
         return word

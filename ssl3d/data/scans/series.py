@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.data.scans.dicom import dicom_tags
-from ssl3d.data.scans.folders import bare, dataset_name, label_note, looks_like_label
+from ssl3d.data.scans.folders import bare, dataset_name, first_few, label_note, looks_like_label
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import stem_of
 from ssl3d.data.scans.subjects import is_group, person_of, relative, telling
@@ -18,11 +18,11 @@ from ssl3d.errors import DataError
 
 
 def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> Found:
-    """A patient's series, told apart by SeriesInstanceUID wherever files lie; subject: the PatientID.
+    """Group DICOM files into series by SeriesInstanceUID, wherever they lie; the subject is the PatientID.
 
     Where that is blank, as some remove it, all series of a study are one subject.
     """
-    found = Found()
+    contents = Found()
     dataset = dataset_name(root, wanted)
     series: dict[tuple[str, str], list[Path]] = defaultdict(list)
     tags: dict[tuple[str, str], dict[str, str]] = {}
@@ -30,7 +30,7 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
         try:
             tag = dicom_tags(path)
         except DataError as error:
-            found.rejected.append((relative(path, root), _damage(path, error)))
+            contents.rejected.append((relative(path, root), _damage(path, error)))
             continue
         key = tag["patient"], tag["series"] or str(path)
         series[key].append(path)
@@ -41,13 +41,13 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
     for key, members in series.items():
         tag = tags[key]
         if tag["modality"] in ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO"):
-            found.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
+            contents.notes.append(f"{relative(members[0], root)}: DICOM {tag['modality']}, not a scan")
             continue
         place = relative(Path(os.path.commonpath([path.parent for path in members])), root)
         where = place if place != "." else ""
         alone = len(members) == 1
         name = stem_of(members[0]) if alone else tag["series"]
-        found.scans.append(
+        contents.scans.append(
             Scan(
                 id="/".join(part for part in (dataset, where, name) if part),
                 dataset=dataset,
@@ -58,14 +58,14 @@ def from_dicom(folders: dict[Path, list[Path]], root: Path, wanted: Wanted) -> F
                 named=True,
             )
         )
-    return found
+    return contents
 
 
 def nameless_patients(series: Mapping[Any, tuple[str, Sequence[Path]]], root: Path) -> dict[Any, str]:
-    """The subjects of series that name no patient: those of one study are one's, by the folder they share.
+    """Name the subjects of series without a PatientID: those of one study are one's, by their folder.
 
     Args:
-        series: By any key: StudyInstanceUID and files.
+        series: (StudyInstanceUID, files) of each series, by any key.
         root: Folder above them.
     """
     studies: dict[str, list[Any]] = defaultdict(list)
@@ -96,8 +96,8 @@ def _damage(path: Path, error: DataError) -> str:
 
 
 def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
-    """Sequences of one subject as channels: files whose paths agree but for the channel's name."""
-    found = Found()
+    """Make sequences of one subject channels: files whose paths agree but for the channel's name."""
+    contents = Found()
     names = [bare(channel) for channel in wanted.channels]
     groups: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
     masks: dict[tuple[str, ...], Path] = {}
@@ -116,28 +116,27 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
         if not channel:
             others.append(relative(path, root))
         elif len(channel) > 1:
-            found.rejected.append(
+            contents.rejected.append(
                 (relative(path, root), f"its name says {' and '.join(channel)}: which channel?")
             )
         else:
             key = _group(parts, cut, names)
             if channel[0] in groups[key]:
                 other = relative(groups[key][channel[0]], root)
-                found.rejected.append(
+                contents.rejected.append(
                     (relative(path, root), f"{other} is {channel[0]} of the same subject too")
                 )
             else:
                 groups[key][channel[0]] = path
     if labels:
-        found.notes.append(label_note(labels))
+        contents.notes.append(label_note(labels))
     if others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        found.notes.append(f"no channel of {' '.join(wanted.channels)} in the name: {shown}")
+        contents.notes.append(f"no channel of {' '.join(wanted.channels)} in the name: {first_few(others)}")
     dataset = dataset_name(root, wanted)
     subjects = _subjects(groups)
     for key, members in sorted(groups.items()):
         first = next(members[name] for name in names if name in members)
-        found.scans.append(
+        contents.scans.append(
             Scan(
                 id=f"{dataset}/{'/'.join(key) or stem_of(first)}",
                 dataset=dataset,
@@ -149,11 +148,11 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
                 named=True,
             )
         )
-    return found
+    return contents
 
 
 def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
-    """What the channels of one subject have in common: (sub, ses) in BIDS, else the rest of the path."""
+    """Return what a subject's channels have in common: (sub, ses) in BIDS, else the rest of the path."""
     bids = [part for part in parts[:-1] if re.match(r"(sub|ses)-", part)]
     if any(part.startswith("sub-") for part in bids):
         return tuple(bids)
@@ -162,12 +161,12 @@ def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[s
 
 
 def _subjects(keys: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Whose each group of files is; "" where its key is empty.
+    """Find the subject of each group of files; "" where its key is empty.
 
-    BIDS `sub-*`; else a part of the key, names of visits, sequences, sites and the like left aside, and
-    visits at its end. Of
-    several parts it is the first (patient1/week1); but where that names few, with more below each than
-    there are of them (utrecht/57, utrecht/58, singapore/51), the last, lest a hospital be one person.
+    The subject is BIDS `sub-*`; else a part of the key, without names of visits, sequences, sites and the
+    like, and without visits at its end. Of several parts it is the first (patient1/week1); but where that
+    names few, with more below each than there are of them (utrecht/57, utrecht/58, singapore/51), it is
+    the last, lest a hospital be one person.
     """
     parts = {key: _who(key) for key in keys}
     while len({who[0] for who in parts.values() if who}) == 1 < len(set(parts.values())) and all(
@@ -180,7 +179,7 @@ def _subjects(keys: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def _who(key: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of a key that may be a person's name."""
+    """Select the parts of a key that may be a person's name."""
     bids = tuple(part for part in key if part.startswith("sub-"))[:1]
     said = tuple(part for part in telling(key) if not is_group(part))
     return bids or said or key[-1:]

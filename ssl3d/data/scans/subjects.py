@@ -1,4 +1,4 @@
-"""Whose a scan is, from the names of its file and folders, as far as they tell."""
+"""Finds whose a scan is from the names of its file and folders, as far as they tell."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ _SPLIT_NAMES = {
 
 
 def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()) -> dict[Path, str]:
-    """Whose each scan is: a person's own folder, if it is in one, else what its name says.
+    """Find the subject of each scan: the person's own folder, if it is in one, else what its name says.
 
     By name it is BIDS `sub-*`; else the file's name less the sequence, visit and frame at its end; where
     names repeat, the folders, less those of visits and sequences.
 
     Args:
-        paths: Of the scans.
+        paths: Files of the scans.
         root: Folder above them.
-        classes: Those that lie in the folder of a class, whose name is nobody's.
+        classes: Files that lie in the folder of a class, whose name is nobody's.
     """
-    found = subjects_by_name(paths, root, classes) | _own_folders(paths, root)
+    subjects = subjects_by_name(paths, root, classes) | _own_folders(paths, root)
     dates = _dated(paths, root)
     whose = {}
-    for path, name in found.items():
+    for path, name in subjects.items():
         above, _, last = name.rpartition("/")
         who = above if above and last in dates else name
         bids = who.startswith("sub-")
@@ -64,18 +64,22 @@ def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()
 
 
 def person_of(name: str, sequences: bool = True) -> str:
-    """A name less the visits, frames and dates at its end: p of p_ses-2 and p_frame01, p1 of p1_20190702.
+    """Cut visits, frames and dates off a name's end: p of p_ses-2 and p_frame01, p1 of p1_20190702.
 
     Args:
-        name: Of a file, or of folders.
-        sequences: Whether to leave out sequences too (p_flair). Folders images_ct and images_mr are nobody.
+        name: Name of a file, or of folders.
+        sequences: Whether to cut sequences off too (p_flair). Folders images_ct and images_mr are nobody.
+
+    Example:
+        >>> person_of("case7_ses-2"), person_of("case7_flair"), person_of("case7_20190702")
+        ('case7', 'case7', 'case7')
     """
     known = _KNOWN.search(name)
     if known:
         return name[: known.end()]
     ends = f"{_SEQUENCE.pattern}|{_MOMENT}" if sequences else _MOMENT
     cuts = [rf"(.+?)[_\-. ]+(?:{ends})", rf"(.*\d.*?)[_\-. ]+{_DATE}"]  # scan_20190702 is nobody's
-    while cut := next(filter(None, (re.fullmatch(one, name, re.IGNORECASE) for one in cuts)), None):
+    while cut := next(filter(None, (re.fullmatch(cut, name, re.IGNORECASE) for cut in cuts)), None):
         if _SEQUENCE.fullmatch(cut[1]) or is_group(cut[1]):  # scan_visit2, site2_baseline: nothing of who
             break
         name = cut[1]
@@ -83,29 +87,29 @@ def person_of(name: str, sequences: bool = True) -> str:
 
 
 def _dated(paths: Sequence[Path], root: Path) -> set[str]:
-    """Names of folders that are dates of visits, as of patient1/2019-07-02/t1.
+    """Find the names of folders that are dates of visits, as of patient1/2019-07-02/t1.
 
-    Not where the folders above are few, with more dates below each than there are of them: a hospital is no
-    person.
+    There are none where the folders above are few, with more dates below each than there are of them: a
+    hospital is no person.
     """
-    found = {
+    visits = {
         (folders[:depth], folders[depth])
         for folders in {tuple(relative(path.parent, root).split("/")) for path in paths}
         for depth in range(1, len(folders))
         if re.fullmatch(_DATE, folders[depth]) and not is_group(folders[depth - 1])
     }
-    above = {parent for parent, _ in found}
-    return {date for _, date in found} if len(found) <= len(above) ** 2 and len(above) > 1 else set()
+    above = {parent for parent, _ in visits}
+    return {date for _, date in visits} if len(visits) <= len(above) ** 2 and len(above) > 1 else set()
 
 
 def _own_folders(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """The subjects of scans in folders that are one person's, as of patient001/patient001_frame01.
+    """Find the subjects of scans in folders that are one person's, as of patient001/patient001_frame01.
 
-    One person as two may be in train and in test; but liver/liver_1, site1/site1_001 and lung2/lung2_001 to
-    lung2_400 are people. So a folder is one person's where a scan in it is named after it, another such
-    folder lies beside it, they hold few scans (on average ten at most, or no more than there are such
-    folders), its name has a digit and is not that of a sequence, split, visit or group, and its scans do
-    not go on with a person's number (a1/a1_patient3).
+    One person taken for two may be in train and in test; but liver/liver_1, site1/site1_001 and
+    lung2/lung2_001 to lung2_400 are people. So a folder is one person's where a scan in it is named after
+    it, another such folder lies beside it, they hold few scans (on average ten at most, or no more than
+    there are such folders), its name has a digit and is not that of a sequence, split, visit or group, and
+    its scans do not go on with a person's number (a1/a1_patient3).
     """
     inside: dict[tuple[str, ...], list[Path]] = defaultdict(list)
     beside: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
@@ -138,7 +142,7 @@ def _may_be_a_person(folder: str) -> bool:
 
 
 def _named_after(stem: str, folder: str) -> bool:
-    """Whether a name is the folder's, or the folder's and more that is not a person's number."""
+    """Tell whether a name is the folder's, or the folder's and more that is not a person's number."""
     head, rest = stem[: len(folder)], stem[len(folder) :]  # not by a pattern: each would be compiled anew
     if head.lower() != folder.lower() or re.match("[A-Za-z0-9]", rest):
         return False
@@ -146,19 +150,19 @@ def _named_after(stem: str, folder: str) -> bool:
 
 
 def is_group(part: str) -> bool:
-    """Whether a folder's name is that of many people's: a split, a site, all images."""
+    """Tell whether a folder's name is that of many people's: a split, a site, all images."""
     return bool(_GROUP.fullmatch(part)) or split_of(part) is not None
 
 
 def telling(folders: Sequence[str]) -> list[str]:
-    """The folders that may say who was scanned, and not when or how."""
+    """Select the folders that may say who was scanned, and not when or how."""
     return [part for part in folders if not (_VISIT.fullmatch(part) or _SEQUENCE.fullmatch(part))]
 
 
 def subjects_by_name(paths: Sequence[Path], root: Path, classes: Container[Path] = ()) -> dict[Path, str]:
-    """Whose each scan is by its name, whatever person its folder may be of; see `subjects_of`.
+    """Find the subject of each scan by its name alone, whoever's its folder may be; see `subjects_of`.
 
-    Visits and frames are left in it.
+    Visits and frames are left in the name.
     """
     stems = Counter(stem_of(path) for path in paths)
     subjects = {}
@@ -184,7 +188,7 @@ def subjects_by_name(paths: Sequence[Path], root: Path, classes: Container[Path]
 
 
 def _less_sequence(path: Path) -> str:
-    """Of p_flair and p_t1, p: one person in two subjects would leak from one split into another."""
+    """Cut the sequence off a name: p_flair and p_t1 as two subjects would leak from split to split."""
     who = re.fullmatch(r"(.+?)[_\-. ]+([^_\-. ]+)", stem_of(path))
     return who[1] if who and _SEQUENCE.fullmatch(who[2]) else stem_of(path)
 
@@ -194,12 +198,12 @@ def _class_like(parts: Sequence[str]) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """A split's canonical name; None if it is no split."""
+    """Return a split's canonical name; None if the name is no split's."""
     return _SPLIT_NAMES.get(name.strip().lower())
 
 
 def relative(path: Path, root: Path) -> str:
-    """A path relative to the root given, POSIX; as it is if it lies elsewhere."""
+    """Return a path relative to the root, POSIX; as it is where it lies elsewhere."""
     try:
         return path.relative_to(root).as_posix()
     except ValueError:

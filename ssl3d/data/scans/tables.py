@@ -16,12 +16,12 @@ class NotText(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A CSV.
+    """The header and rows of a CSV.
 
     Attributes:
         header: Column in lower case -> the word in the file.
-        rows: Numbered by their line.
-        overfull: Rows with more cells than the header, where those hold anything.
+        rows: (line in the file, cells by column) of each row.
+        overfull: Number of rows with more cells than the header, where those hold anything.
     """
 
     header: dict[str, str]
@@ -29,7 +29,7 @@ class Table:
     overfull: int = 0
 
     def columns(self, known: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """The header's word for each column known; the first of its names counts."""
+        """Return the header's word for each known column; the first of its names counts."""
         return {
             name: next(self.header[alias] for alias in aliases if alias in self.header)
             for name, aliases in known.items()
@@ -38,10 +38,10 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a CSV that is delimited by commas, semicolons or tabs.
+    """Read a CSV that is delimited by commas, semicolons or tabs.
 
     Raises:
-        NotText: It cannot be read, or is no text.
+        NotText: The file cannot be read, or is no text.
     """
     text = read_text(path)
     head = text.split("\n", 1)[0]
@@ -59,10 +59,10 @@ def read_table(path: Path) -> Table:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8; else UTF-16 with its mark, or what Excel writes in the West, cp1252.
+    """Read text in UTF-8, in UTF-16 with its mark, or in cp1252, which Excel writes in the West.
 
     Raises:
-        NotText: It cannot be read, or is none of these.
+        NotText: The file cannot be read, or is in none of these.
     """
     try:
         content = path.read_bytes()

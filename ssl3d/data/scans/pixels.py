@@ -1,0 +1,88 @@
+"""Voxels of a scan as its file holds them, in canonical order and with their place in the patient."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ssl3d.data import geometry
+from ssl3d.data.geometry import CANONICAL, Triple
+from ssl3d.errors import DataError
+
+
+@dataclasses.dataclass
+class Pixels:
+    """A scan as read, in canonical order, its values untouched.
+
+    Attributes:
+        voxels: (F, D, H, W), F frames or channels, in the source's type.
+        affine: (d, h, w) to patient mm.
+        orientation: "SAR" or "unknown".
+        original_shape: Shape of the source's array.
+        original_affine: (i, j, k) of the source to RAS+ mm; None where the format has none.
+        modality: DICOM code, "" where the format has none.
+        eight_bit: Whether the source held unsigned bytes.
+        colours: Whether the F axis is red, green, blue.
+        notes: Changes made to the source, for the record. "copies": slices met twice and left out.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    orientation: str
+    original_shape: tuple[int, ...]
+    original_affine: np.ndarray | None = None
+    modality: str = ""
+    eight_bit: bool = False
+    colours: bool = False
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def spacing(self) -> Triple:
+        """Voxel sides along (D, H, W), mm."""
+        return geometry.spacing_of(self.affine)
+
+
+def placed_pixels(
+    voxels: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], colours: bool = False
+) -> Pixels:
+    """Turn voxels whose place in the patient is known into canonical order.
+
+    Args:
+        voxels: (F, K, J, I).
+        affine: 4 x 4, (i, j, k) to RAS+ mm.
+        shape: Shape of the source's array.
+        colours: Whether F is red, green, blue.
+
+    Raises:
+        DataError: The affine places no volume.
+    """
+    geometry.check_affine(affine)
+    canonical, moved = geometry.to_canonical(np.moveaxis(voxels, (1, 2, 3), (3, 2, 1)), affine)
+    return Pixels(canonical, moved, CANONICAL, shape, affine, "", voxels.dtype == np.uint8, colours)
+
+
+def canonical_spacing(affine: np.ndarray) -> Triple:
+    """Return the voxel sides along (D, H, W) in mm of a volume whose header has this affine.
+
+    Raises:
+        DataError: The affine places no volume.
+    """
+    geometry.check_affine(affine)
+    return geometry.spacing_of(geometry.to_canonical(np.empty((1, 1, 1)), affine)[1])
+
+
+def check_size(shape: Sequence[int], max_voxels: int | None) -> None:
+    """Refuse a scan of no voxels, or of more than `max_voxels`.
+
+    Raises:
+        DataError: The scan is empty or too large.
+    """
+    count = math.prod(shape)
+    if count == 0:
+        raise DataError(f"empty: shape {tuple(shape)}")
+    if max_voxels is not None and count > max_voxels:
+        raise DataError(f"{count:,} voxels {tuple(shape)}, more than --max-voxels {max_voxels:,}")
