@@ -20,11 +20,9 @@ LEFT = set(
     benchmarks/finetune
     benchmarks/finetune/detection
     benchmarks/finetune/segmentation
-    benchmarks/knn
     benchmarks/leaderboard
     benchmarks/leaderboard/report
     benchmarks/leaderboard/suite
-    benchmarks/linear_probe
     benchmarks/localize
     benchmarks/scripts
     proxies
