@@ -22,5 +22,5 @@ def score(
     from ssl3d_benchmarks.knn.protocol import KNN
     from ssl3d_benchmarks.linear_probe.run import run
 
-    asked: Any = KNNOptions(words_of(encoder), words_of(data), out=Path(out), **options)
-    return [row.result for row in run(asked, KNN)]
+    given = KNNOptions(words_of(encoder), words_of(data), out=Path(out), **options)
+    return [row.result for row in run(given, KNN)]

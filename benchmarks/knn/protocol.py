@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import DataError
-from ssl3d_benchmarks.linear_probe.config import POOLING
+from ssl3d_benchmarks.knn.config import KNNConfig
 from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Contestant
 
 Array = NDArray[Any]
-
-TARGETS = ("classes", "ordinal", "real")
-WEIGHTS = ("similarity", "even")
-
-
-@dataclass(frozen=True)
-class KNNConfig:
-    """Which neighbours count, and how much.
-
-    Attributes:
-        target: classes, ordinal or real.
-        classes: Names of the classes in the order of the probabilities.
-        pool_subject: What several volumes of a subject become: one row each (none), the mean of their
-            features, or their features side by side (concat).
-        window: Largest input of the encoder along D H W; a larger volume is taken window by window.
-        precision: Of the frozen encoder, 32 or bf16.
-        mask_classes: Mask values that the trivial rows measure; empty: thresholded voxels.
-        neighbours: How many training rows are looked at, at most as many as there are.
-        temperature: A neighbour of cosine similarity s counts exp(s / temperature).
-        weights: similarity as above, or even.
-    """
-
-    target: str = "classes"
-    classes: tuple[str, ...] = ()
-    pool_subject: str = "none"
-    window: tuple[int, int, int] = (128, 256, 256)
-    precision: str = "32"
-    mask_classes: tuple[int, ...] = ()
-    neighbours: int = 20
-    temperature: float = 0.07
-    weights: str = "similarity"
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        for name, allowed in (
-            ("target", TARGETS),
-            ("pool_subject", POOLING),
-            ("precision", ("32", "bf16")),
-            ("weights", WEIGHTS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        if len(self.window) != 3 or min(self.window) < 1:
-            raise ValueError(f"window: expected three sizes from 1, got {self.window}")
-        if self.target == "classes" and len(set(self.classes)) < 2:
-            raise ValueError(f"classes: needs two, got {list(self.classes)}")
-        if self.neighbours < 1:
-            raise ValueError(f"neighbours: {self.neighbours}; at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}; must be above 0")
 
 
 class KNN(LinearProbe):
@@ -113,8 +62,8 @@ class KNN(LinearProbe):
                 row["target"] = config.classes[int(target)]
                 row["probability"] = [float(value) for value in shares]
         else:
-            found = neighbours_mean(x, y[:, None], x_test, count, temperature)[:, 0]
-            for row, target, value in zip(about, y_test, found, strict=True):
+            predicted = neighbours_mean(x, y[:, None], x_test, count, temperature)[:, 0]
+            for row, target, value in zip(about, y_test, predicted, strict=True):
                 row["target"], row["prediction"] = float(target), float(value)
         return about, details
 
@@ -122,17 +71,22 @@ class KNN(LinearProbe):
 def neighbours_mean(
     x: Array, values: Array, new: Array, count: int, temperature: float | None = 0.07
 ) -> Array:
-    """Weighted mean of the values of the nearest rows by cosine; of equally near ones, the first.
+    """Average the values of the nearest rows by cosine; of equally near rows, the first count.
 
     Args:
         x: Features of the bank (n, f).
-        values: Of its rows (n, v).
+        values: Values of the rows of the bank (n, v).
         new: Features of queries (m, f).
-        count: Rows that count, at most n.
-        temperature: Of the weights exp(similarity / temperature); None for equal weights.
+        count: Number of rows that count, at most n.
+        temperature: Temperature of the weights exp(similarity / temperature); None for equal weights.
 
     Returns:
-        (m, v).
+        Weighted means (m, v).
+
+    Example:
+        >>> bank, query = np.array([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]), np.array([[1.0, 0.0]])
+        >>> neighbours_mean(bank, np.array([[4.0], [2.0], [9.0]]), query, count=2, temperature=None)
+        array([[3.]])
     """
     count = min(count, len(x))
     similarity = _unit(new) @ _unit(x).T

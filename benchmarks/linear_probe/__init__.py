@@ -19,8 +19,8 @@ def score(
     Args:
         encoder: Runs, encoder folders, `scratch:...` or `imagenet:...`.
         data: Stores, scans or phantoms[:N].
-        out: Folder of the records.
-        options: Of the command, with underscores, as in `target="masks", untrained=3`.
+        out: Folder for the records, the table and the pictures.
+        options: Options of the command, with underscores, as in `target="masks", untrained=3`.
 
     Returns:
         The records, in the order of the table.

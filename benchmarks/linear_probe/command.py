@@ -11,12 +11,12 @@ summary = (
     "score frozen encoders: linear probe of classes, values or masks, beside untrained and trivial rows"
 )
 
-EPILOG = """Which probe: by what the data has (class labels, real values, else masks), or as --target says.
+EPILOG = """The data (class labels, real values, else masks) or --target decide the kind of probe.
 Records are reused: the same contestant on the same split with the same options is not scored again."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command."""
+    """Run the command `ssl3d linear-probe`."""
     options = parse("ssl3d linear-probe", LinearProbeOptions, argv, epilog=EPILOG).options
     from ssl3d_benchmarks.linear_probe.run import run
 

@@ -1,29 +1,52 @@
-"""What a linear probe is told: target, classes, window, precision."""
+"""Resolved options of the protocols on frozen encoders, as a record keeps them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 TARGETS = ("classes", "ordinal", "real", "masks")
 
 POOLING = ("none", "mean", "concat")
 
+PRECISIONS = ("32", "bf16")
+
+
+def check_choices(options: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Check that the named fields hold one of their allowed values.
+
+    Raises:
+        ValueError: A field holds another value.
+    """
+    for name, allowed in choices.items():
+        if getattr(options, name) not in allowed:
+            raise ValueError(f"{name}: {getattr(options, name)!r} is none of {', '.join(allowed)}")
+
+
+def check_window(window: Sequence[int]) -> None:
+    """Check that a window has three sizes of at least 1.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if len(window) != 3 or min(window) < 1:
+        raise ValueError(f"window: {list(window)} must be three sizes (D H W) of at least 1")
+
 
 @dataclass(frozen=True)
-class LinearProbeConfig:
-    """What is probed, and how.
+class FrozenEncoderConfig:
+    """Resolved options that the protocols on frozen encoders share.
 
     Attributes:
-        target: classes, ordinal, real or masks.
+        target: Kind of target to predict: classes, ordinal, real or masks.
         classes: Names of the classes in the order of the probabilities; mask values for masks.
-        pool_subject: What several volumes of a subject become: one row each (none), the mean of their
+        pool_subject: Treatment of several volumes of a subject: one row each (none), the mean of their
             features, or their features side by side (concat).
         window: Largest input of the encoder along D H W; a larger volume is taken window by window, with a
             depth of 1 every slice as an image.
-        precision: Of the frozen encoder, 32 or bf16.
-        mask_classes: Mask values that the trivial rows of a class task measure; empty: thresholded voxels.
-        samples: Voxels per training volume of the dense probe.
-        iterations: Of L-BFGS, dense probe.
+        precision: Numerical precision of the frozen encoder, 32 or bf16.
+        mask_classes: Mask values that the trivial rows measure; empty: thresholded voxels.
     """
 
     target: str = "classes"
@@ -32,21 +55,38 @@ class LinearProbeConfig:
     window: tuple[int, int, int] = (128, 256, 256)
     precision: str = "32"
     mask_classes: tuple[int, ...] = ()
+
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "target": TARGETS,
+        "pool_subject": POOLING,
+        "precision": PRECISIONS,
+    }
+
+    def __post_init__(self) -> None:
+        """Check the value of every field."""
+        check_choices(self, self.choices)
+        check_window(self.window)
+        if self.target in ("classes", "masks") and len(set(self.classes)) < 2:
+            raise ValueError(f"classes: a target of {self.target} needs two, got {list(self.classes)}")
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig(FrozenEncoderConfig):
+    """Resolved options of a linear probe.
+
+    Attributes:
+        samples: Number of voxels that the dense probe draws from each training volume.
+        iterations: Number of L-BFGS iterations of the dense probe.
+    """
+
     samples: int = 1024
     iterations: int = 60
 
     def __post_init__(self) -> None:
-        """Checks every field."""
-        for name, allowed in (
-            ("target", TARGETS),
-            ("pool_subject", POOLING),
-            ("precision", ("32", "bf16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        if len(self.window) != 3 or min(self.window) < 1:
-            raise ValueError(f"window: expected three sizes from 1, got {self.window}")
-        if self.target in ("classes", "masks") and len(set(self.classes)) < 2:
-            raise ValueError(f"classes: a {self.target} probe needs two, got {list(self.classes)}")
+        """Check the value of every field."""
+        super().__post_init__()
         if self.samples < 16 or self.iterations < 1:
-            raise ValueError("samples must be at least 16 and iterations at least 1")
+            raise ValueError(
+                f"samples must be at least 16 and iterations at least 1, got {self.samples} and "
+                f"{self.iterations}"
+            )

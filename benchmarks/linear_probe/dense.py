@@ -33,8 +33,8 @@ STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 USUAL = 1e-2
 """L2 where there are no validation subjects."""
 KEPT_BYTES = 10**9
-"""Of sampled features, and of test maps, kept in memory per contestant; beyond it fewer samples are drawn
-per volume, and maps are computed anew."""
+"""Most bytes of sampled features, and of test maps, that are kept in memory for a contestant; beyond it
+fewer voxels are drawn from each volume, and maps are computed anew."""
 RIM = 3
 """Voxels round the objects that make a stratum of their own: the hard part of the background."""
 
@@ -43,7 +43,7 @@ RIM = 3
 
 
 def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list[Tensor]:
-    """Return the feature maps of a volume, (channels, ceil(D / stride), ...), window by window if large.
+    """Compute the feature maps of a whole volume, window by window if it is large.
 
     Windows begin at multiples of the deepest stride, so that their maps lie on one grid; each gives its
     core, the quarter window round it being there for context only, where the window is three strides wide.
@@ -51,9 +51,9 @@ def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list
     (`strides_of`).
 
     Args:
-        encoder: In evaluation mode.
-        image: (C, D, H, W).
-        window: Largest input along D, H, W; none is larger.
+        encoder: Encoder in evaluation mode.
+        image: Volume of intensities (C, D, H, W).
+        window: Largest input along D, H, W.
 
     Raises:
         UsageError: The window is smaller than the deepest stride.
@@ -65,21 +65,21 @@ def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list
     tiles = [_tiles(n, w, s) for n, w, s in zip(image.shape[1:], window, deepest, strict=True)]
     if all(len(axis) == 1 for axis in tiles):
         return [m[0].float() for m in encoder(image[None])]
-    found = [
+    whole_maps = [
         image.new_zeros(c, *(-(-n // s) for n, s in zip(image.shape[1:], stride, strict=True)))
         for c, stride in zip(encoder.channels, encoder.strides, strict=True)
     ]
     for tile in itertools.product(*tiles):
         cut = (slice(None), *(slice(first, last) for _, _, first, last in tile))
-        for out, one, stride in zip(found, encoder(image[cut][None]), encoder.strides, strict=True):
+        for out, map_, stride in zip(whole_maps, encoder(image[cut][None]), encoder.strides, strict=True):
             to: tuple[slice, ...] = (slice(None),)
             take: tuple[slice, ...] = (slice(None),)
             for (begin, end, first, _), s in zip(tile, stride, strict=True):
                 low, high = begin // s, -(-end // s)
                 to += (slice(low, high),)
                 take += (slice(low - first // s, high - first // s),)
-            out[to] = one[0][take].float()
-    return found
+            out[to] = map_[0][take].float()
+    return whole_maps
 
 
 def strides_of(encoder: Encoder, window: Sequence[int]) -> list[Triple]:
@@ -88,7 +88,7 @@ def strides_of(encoder: Encoder, window: Sequence[int]) -> list[Triple]:
 
 
 def _tiles(length: int, window: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """Along one axis: core begin and end, and begin and end of what is read."""
+    """Return, along one axis, the begin and end of each core and of what is read for it."""
     if length <= window:
         return [(0, length, 0, length)]
     if window < stride:
@@ -107,7 +107,7 @@ def _tiles(length: int, window: int, stride: int) -> list[tuple[int, int, int, i
 
 
 def _neighbours(positions: Tensor, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells below and above voxel positions along an axis, and the share of the upper one.
+    """Return the cells below and above voxel positions along an axis, and the share of the upper one.
 
     As `ssl3d.api.upsample` has it: cell i of a map lies on voxel i x stride.
     """
@@ -117,18 +117,18 @@ def _neighbours(positions: Tensor, stride: int, size: int) -> tuple[Tensor, Tens
 
 
 def at_voxels(map_: Tensor, stride: Triple, points: Tensor) -> Tensor:
-    """What `ssl3d.api.upsample` makes of the map (C, d, h, w), at voxels (n, 3) only; (n, C)."""
+    """Interpolate the map (C, d, h, w) at voxels (n, 3) only, as `ssl3d.api.upsample` does; (n, C)."""
     axes = [_neighbours(points[:, a], stride[a], map_.shape[1 + a]) for a in range(3)]
     rows = map_.flatten(1).T
-    found = rows.new_zeros(len(points), rows.shape[1])
+    values = rows.new_zeros(len(points), rows.shape[1])
     for corner in itertools.product((0, 1), repeat=3):
         weight = torch.ones(len(points), device=map_.device)
         index = torch.zeros(len(points), dtype=torch.long, device=map_.device)
         for (low, high, share), upper, size in zip(axes, corner, map_.shape[1:], strict=True):
             weight = weight * (share if upper else 1 - share)
             index = index * size + (high if upper else low)
-        found += weight[:, None] * rows[index]
-    return found
+        values += weight[:, None] * rows[index]
+    return values
 
 
 # Features of one contestant -----------------------------------------------------------------------
@@ -136,10 +136,10 @@ def at_voxels(map_: Tensor, stride: Triple, points: Tensor) -> Tensor:
 
 @dataclass
 class Samples:
-    """Voxels of one volume.
+    """Sampled voxels of one volume.
 
     Attributes:
-        features: (n, F).
+        features: Features of the voxels (n, F).
         labels: Class indices (n,).
         weights: Share of the volume that each voxel stands for (n,), sum 1.
     """
@@ -150,15 +150,15 @@ class Samples:
 
 
 class DenseFeatures:
-    """Sampled voxels and whole maps of one contestant's volumes, made when asked for and kept.
+    """Sampled voxels and whole maps of one contestant's volumes, computed on demand and kept.
 
     Kept in memory only: an encoder pass over a volume takes less time than reading its maps from disk.
 
     Args:
-        contestant: An encoder, or the trivial row of intensities.
-        data: All volumes that will be asked for.
-        config: Of the benchmark.
-        report: Called with (done, total) as volumes are encoded.
+        contestant: Contestant with an encoder, or the trivial row of intensities.
+        data: Collection of all volumes that will be asked for.
+        config: Resolved options of the benchmark.
+        report: Function called with (done, total) as volumes are encoded.
     """
 
     def __init__(
@@ -180,32 +180,32 @@ class DenseFeatures:
         self._seen: set[int] = set()
 
     def maps(self, volume: Volume) -> list[Tensor]:
-        """Feature maps of a volume."""
+        """Return the feature maps of a volume."""
         if volume.index in self._maps:
             return self._maps[volume.index]
         with torch.inference_mode():
             if self.encoder is None:
-                found = [intensity_maps(volume.read())]
+                maps = [intensity_maps(volume.read())]
             else:
                 device = next(iter(self.encoder.parameters())).device
                 with autocast(device, self.config.precision):
-                    found = feature_maps(self.encoder, volume.read().to(device), self.config.window)
+                    maps = feature_maps(self.encoder, volume.read().to(device), self.config.window)
         self._seen.add(volume.index)
         if self.report is not None and len(self._seen) <= self.total:
             self.report(len(self._seen), self.total)
-        return found
+        return maps
 
     def keep(self, volume: Volume) -> list[Tensor]:
-        """Feature maps of a test volume, which several subsets of the training data will ask for again."""
-        found = self.maps(volume)
-        size = sum(m.numel() * m.element_size() for m in found)
+        """Return the feature maps of a test volume, kept for the next subsets of the training data."""
+        maps = self.maps(volume)
+        size = sum(m.numel() * m.element_size() for m in maps)
         if volume.index not in self._maps and size <= self._free:
-            self._maps[volume.index] = found
+            self._maps[volume.index] = maps
             self._free -= size
-        return found
+        return maps
 
     def samples(self, volume: Volume) -> Samples:
-        """The volume's training voxels: the same for every contestant."""
+        """Return the training voxels of the volume, the same for every contestant."""
         if volume.index not in self._samples:
             maps = self.maps(volume)
             channels = sum(m.shape[0] for m in maps)
@@ -224,12 +224,12 @@ class DenseFeatures:
         return self._samples[volume.index]
 
     def labels(self, volume: Volume) -> Array:
-        """Class indices (D, H, W)."""
+        """Return the class index of every voxel (D, H, W)."""
         return np.searchsorted(self.values.numpy(), volume.read_mask().numpy())
 
 
 def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Array]:
-    """Voxels (n, 3), as many of each class, of the rim and of the rest, and each one's share (n,).
+    """Draw voxels (n, 3), as many of each class, of the rim and of the rest, with their shares (n,).
 
     With these weights a loss over the sample estimates, without bias, the loss over the whole volume;
     small classes and the hard background at their border are seen as often as the easy rest.
@@ -257,18 +257,18 @@ def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Arra
 
 @dataclass
 class Head:
-    """The 1 x 1 x 1 convolution on raw (not standardised) maps.
+    """A 1 x 1 x 1 convolution on raw (not standardised) maps.
 
     Attributes:
-        weight: (K, F).
-        bias: (K,).
+        weight: Weight of each channel for each class (K, F).
+        bias: Bias of each class (K,).
     """
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, maps: Sequence[Tensor], strides: Sequence[Triple], shape: Sequence[int]) -> Tensor:
-        """(K, *shape): convolved at each map's resolution, up-sampled, added."""
+        """Compute the logits (K, *shape): convolve each map at its resolution, up-sample and add."""
         total = self.bias[:, None, None, None].expand(-1, *shape)
         first = 0
         for map_, stride in zip(maps, strides, strict=True):
@@ -281,13 +281,13 @@ class Head:
 def fit_head(
     train: Sequence[Samples], val: Sequence[Samples], classes: int, iterations: int
 ) -> tuple[Head, float, float | None]:
-    """Cross-entropy plus soft Dice over the sampled voxels, L-BFGS from zero, L2 by the validation Dice.
+    """Fit a head to sampled voxels by cross-entropy and soft Dice, and choose L2 by the validation Dice.
 
     Args:
-        train: One per volume.
-        val: Likewise; may be empty.
-        classes: K.
-        iterations: Of L-BFGS, in all.
+        train: Samples of each training volume.
+        val: Samples of each validation volume; may be empty.
+        classes: Number of classes K.
+        iterations: Number of L-BFGS iterations over all strengths of L2 together.
 
     Returns:
         The head, its L2, and its Dice on the validation samples (None without).
@@ -340,15 +340,15 @@ def fit_head(
 
 
 def sampled_dice(head: Head, samples: Sequence[Samples], classes: int) -> float:
-    """Mean foreground Dice of volumes, estimated from their weighted voxels."""
+    """Estimate the mean foreground Dice of volumes from their weighted voxels."""
     values = []
-    for one in samples:
-        predicted = (one.features @ head.weight.T + head.bias).argmax(dim=1)
+    for sampled in samples:
+        predicted = (sampled.features @ head.weight.T + head.bias).argmax(dim=1)
         for k in range(1, classes):
-            truth, found = one.labels == k, predicted == k
-            size = float((one.weights * (truth.float() + found.float())).sum())
+            truth, hit = sampled.labels == k, predicted == k
+            size = float((sampled.weights * (truth.float() + hit.float())).sum())
             if truth.any():
-                values.append(2 * float((one.weights * (truth & found)).sum()) / size)
+                values.append(2 * float((sampled.weights * (truth & hit)).sum()) / size)
     return float(np.mean(values)) if values else 0.0
 
 
@@ -360,7 +360,7 @@ def fit_dense(
     config: LinearProbeConfig,
     seed: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Fits on `train`, chooses L2 on `val`, gives the Dice of every class and test volume.
+    """Fit on `train`, choose L2 on `val`, and return the Dice of every class and test volume.
 
     Raises:
         DataError: The training masks hold no object.
@@ -389,7 +389,7 @@ def fit_dense(
 def predict_masks(
     dense: DenseFeatures, train: Collection, val: Collection, shown: Collection, config: Any, seed: int
 ) -> list[Array]:
-    """Predicted class indices (D, H, W) of some volumes, by a head fitted as for the scores."""
+    """Predict the class indices (D, H, W) of some volumes by a head fitted as for the scores."""
     head, _, _ = _head(dense, train, val, config)
     return [_predict(dense, head, volume, dense.maps(volume)) for volume in shown]
 
@@ -398,7 +398,7 @@ def _head(
     dense: DenseFeatures, train: Collection, val: Collection, config: LinearProbeConfig
 ) -> tuple[Head, float, float | None]:
     samples = [dense.samples(volume) for volume in train]
-    if not any(bool((one.labels > 0).any()) for one in samples):
+    if not any(bool((sampled.labels > 0).any()) for sampled in samples):
         raise DataError(f"the masks of all {len(train)} training volumes are empty")
     checked = [dense.samples(volume) for volume in val]
     return fit_head(samples, checked, len(config.classes), config.iterations)
@@ -411,13 +411,18 @@ def _predict(dense: DenseFeatures, head: Head, volume: Volume, maps: Sequence[Te
 
 
 def dice(predicted: Array, truth: Array) -> float | None:
-    """2 |A and B| / (|A| + |B|) of two masks; None where both are empty: neither right nor wrong."""
+    """Compute the Dice of two masks, 2 |A and B| / (|A| + |B|); None where both are empty.
+
+    Example:
+        >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+        0.6666666666666666
+    """
     size = int(predicted.sum()) + int(truth.sum())
     return None if size == 0 else 2 * int((predicted & truth).sum()) / size
 
 
 def subject_dice(predictions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Array, Array]:
-    """Subjects (S,), and the mean Dice over the volumes of each, by class (S, K), NaN where undefined."""
+    """Return the subjects (S,) and their mean Dice over volumes by class (S, K), NaN where undefined."""
     people: dict[str, list[list[float]]] = {}
     for row in predictions:
         values = [row["dice"][name] for name in names]
@@ -432,13 +437,13 @@ def subject_dice(predictions: Sequence[Mapping[str, Any]], names: Sequence[str])
 
 
 def _joined(samples: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = torch.cat([one.features for one in samples])
-    y = torch.cat([one.labels for one in samples])
-    w = torch.cat([one.weights for one in samples])
-    sizes = torch.tensor([len(one.labels) for one in samples])
+    x = torch.cat([sampled.features for sampled in samples])
+    y = torch.cat([sampled.labels for sampled in samples])
+    w = torch.cat([sampled.weights for sampled in samples])
+    sizes = torch.tensor([len(sampled.labels) for sampled in samples])
     return x, y, w, torch.repeat_interleave(torch.arange(len(samples)), sizes).to(x.device)
 
 
 def _per_volume(rows: Tensor, volume: Tensor, volumes: int) -> Tensor:
-    """Sums of rows (n, K) over the volume each belongs to (volumes, K)."""
+    """Sum rows (n, K) over the volume that each belongs to (volumes, K)."""
     return rows.new_zeros(volumes, rows.shape[1]).index_add(0, volume, rows)

@@ -22,11 +22,11 @@ from ssl3d_benchmarks.contestants import (
 from ssl3d_benchmarks.task import Fold, Task
 
 if TYPE_CHECKING:
-    from ssl3d_benchmarks.linear_probe.options import LinearProbeOptions
+    from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
 
 
-def contestants(options: LinearProbeOptions) -> list[Entry]:
-    """The encoders, the untrained ones of every architecture among them, the trivial rows.
+def contestants(options: FrozenEncoderOptions) -> list[Entry]:
+    """List the encoders, the untrained ones of each architecture, and the trivial rows.
 
     Raises:
         CheckpointError: An encoder cannot be loaded.
@@ -48,8 +48,8 @@ def contestants(options: LinearProbeOptions) -> list[Entry]:
     return trained + [entry for rows in beside.values() for entry in rows] + trivial_entries()
 
 
-def build(entry: Entry, task: Task, fold: Fold, options: LinearProbeOptions) -> Contestant:
-    """The contestant itself, its norm statistics taken from this fold's training volumes if asked for."""
+def build(entry: Entry, task: Task, fold: Fold, options: FrozenEncoderOptions) -> Contestant:
+    """Build the contestant, with norm statistics of this fold's training volumes if asked for."""
     if entry.make is None:
         return trivial_contestant(entry, task.config.mask_classes if entry.name != "pooled voxels" else ())
     encoder = entry.make()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from ssl3d_benchmarks.contestants import Entry
-    from ssl3d_benchmarks.linear_probe.options import LinearProbeOptions
+    from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
     from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
     from ssl3d_benchmarks.table import Row
     from ssl3d_benchmarks.task import Task
@@ -28,9 +28,9 @@ def draw(
     benchmark: LinearProbe,
     task: Task,
     entries: Sequence[Entry],
-    options: LinearProbeOptions,
+    options: FrozenEncoderOptions,
 ) -> list[Path]:
-    """One picture per encoder given (of untrained ones, the first seed), where its record is not older."""
+    """Draw a picture of each encoder given (or of the first untrained one) and return the paths."""
     chosen = [entry for entry in entries if entry.kind == "encoder"]
     chosen = chosen or [entry for entry in entries if entry.kind == "untrained"][:1]
     paths = []
@@ -46,7 +46,7 @@ def draw(
 
 
 def _draw(
-    entry: Entry, benchmark: LinearProbe, task: Task, options: LinearProbeOptions, path: Path
+    entry: Entry, benchmark: LinearProbe, task: Task, options: FrozenEncoderOptions, path: Path
 ) -> None:
     from ssl3d_benchmarks.linear_probe.entries import build
 
@@ -71,7 +71,7 @@ def _draw(
 
 
 def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
-    """The test rows on the first two principal axes of the training features, coloured by target."""
+    """Plot the test rows on the first two principal axes of the training features, coloured by target."""
     from matplotlib.figure import Figure
 
     x, _ = benchmark.features_and_targets(train)
@@ -98,7 +98,7 @@ def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
 
 
 def masks_figure(volumes: Any, masks: Sequence[Array], classes: int) -> Any:
-    """Per volume the slice with most truth: image, true mask, predicted mask."""
+    """Show, for each volume, the slice with most truth: image, true mask, predicted mask."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 

@@ -34,7 +34,7 @@ class LinearProbe(Benchmark):
     *classes*: embeddings, standardised, multinomial logistic regression; AUC and accuracy as MedMNIST's
     evaluator has them, balanced accuracy. *ordinal*, *real*: ridge regression; Spearman's correlation,
     mean absolute error, R2. L2 is chosen by repeated, stratified cross-validation over the subjects of
-    train. *masks*: a 1 x 1 x 1 convolution on the up-sampled feature maps (`linear_probe_dense`); Dice.
+    train. *masks*: a 1 x 1 x 1 convolution on the up-sampled feature maps (see `dense`); Dice.
     """
 
     Config: ClassVar[type] = LinearProbeConfig
@@ -55,7 +55,7 @@ class LinearProbe(Benchmark):
     config: LinearProbeConfig
 
     def __init__(self, config: LinearProbeConfig):
-        """Takes the resolved options."""
+        """Keep the resolved options."""
         super().__init__(config)
         self.target = config.target
         self.report: Callable[[int, int], None] | None = None
@@ -69,7 +69,7 @@ class LinearProbe(Benchmark):
         return 2 if self.target == "masks" and min(self.config.window) < 96 else self.version
 
     def prepare(self, contestant: Contestant, data: Collection) -> None:
-        """Features of all the data, once per contestant; those of the one before are let go."""
+        """Compute the features of all the data for a contestant, and let those of the one before go."""
         config = self.config
         if self.target == "masks":
             from ssl3d_benchmarks.linear_probe.dense import DenseFeatures
@@ -86,7 +86,7 @@ class LinearProbe(Benchmark):
     def score(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
     ) -> Scores:
-        """Fits on `train`, predicts `test`; `val` chooses the dense probe's L2 and nothing else."""
+        """Fit on `train` and predict `test`; `val` chooses the dense probe's L2 and nothing else."""
         began = time.perf_counter()
         if self.target == "masks":
             from ssl3d_benchmarks.linear_probe.dense import fit_dense
@@ -129,7 +129,7 @@ class LinearProbe(Benchmark):
     def _standardised(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection
     ) -> tuple[Array, Array, Array, Array, Array, Array, Array, list[dict[str, Any]]]:
-        """Features, standardised on train, and targets: of train (and subjects), val, test (and who)."""
+        """Return standardised features and targets of train (and subjects), val and test (and who)."""
         if self._ready is None or self._ready[0] != contestant.digest:
             everything = train.select(np.arange(len(train)))
             everything.rows = np.concatenate([train.rows, val.rows, test.rows])
@@ -143,7 +143,7 @@ class LinearProbe(Benchmark):
         return x, y, subjects, x_val, y_val, x_test, y_test, about
 
     def _rows(self, part: Collection) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Features (n, f) float64, targets (n,), subject codes (n,), and who they are; after pooling."""
+        """Return features (n, f), targets (n,), subject codes (n,) and identities, after pooling."""
         assert self._ready is not None
         features = [self._ready[1][int(index)] for index in part.rows]
         x = np.stack(features).astype(np.float64) if features else np.zeros((0, 1))
@@ -158,13 +158,13 @@ class LinearProbe(Benchmark):
         pooled, kept = [], []
         for person in np.unique(people):
             mine = sorted(np.flatnonzero(people == person), key=lambda i: about[i]["id"])
-            one = x[mine]
-            pooled.append(one.mean(axis=0) if self.config.pool_subject == "mean" else one.ravel())
+            own = x[mine]
+            pooled.append(own.mean(axis=0) if self.config.pool_subject == "mean" else own.ravel())
             kept.append(mine[0])
         return np.stack(pooled), targets[kept], people[kept], [about[i] for i in kept]
 
     def features_and_targets(self, part: Collection) -> tuple[Array, Array]:
-        """Features (n, f) and targets (n,) of prepared data, pooled over subjects if so configured."""
+        """Return features (n, f) and targets (n,) of prepared data, pooled over subjects if configured."""
         x, y, _, _ = self._rows(part)
         return x, y
 
@@ -176,7 +176,7 @@ class LinearProbe(Benchmark):
         return self._dense[1]
 
     def targets(self, data: Collection) -> Array:
-        """Class indices, or values, of the volumes (N,)."""
+        """Return the class indices, or the values, of the volumes (N,)."""
         if self.target == "classes":
             number = {name: k for k, name in enumerate(self.config.classes)}
             return np.array([number[str(label)] for label in data.labels], dtype=np.int64)
@@ -185,7 +185,7 @@ class LinearProbe(Benchmark):
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """The scores of this kind of target, as functions of resampling weights."""
+        """Return the scores of this kind of target as functions of resampling weights."""
         if self.target == "masks":
             return self._dice_statistics(predictions)
         clusters = np.array([f"{row['dataset']}\t{row['subject']}" for row in predictions])
@@ -202,31 +202,31 @@ class LinearProbe(Benchmark):
             }
         truth = np.array([row["target"] for row in predictions], dtype=np.float64)
         value = np.array([row["prediction"] for row in predictions], dtype=np.float64)
-        found: dict[str, statistics.Statistic] = {
+        functions: dict[str, statistics.Statistic] = {
             "spearman": lambda w: statistics.spearman(truth, value, w),
             "mae": lambda w: statistics.mean(np.abs(truth - value), w),
         }
         if self.target == "real":
-            found["r2"] = lambda w: statistics.r_squared(truth, value, w)
-        return clusters, found
+            functions["r2"] = lambda w: statistics.r_squared(truth, value, w)
+        return clusters, functions
 
     def _dice_statistics(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """Dice of each foreground class and their mean, after the mean over a subject's volumes."""
+        """Return the Dice of each class and their mean, over subjects, as functions of weights."""
         from ssl3d_benchmarks.linear_probe.dense import subject_dice
 
         clusters, table = subject_dice(predictions, self.config.classes[1:])
 
-        def one(column: int) -> statistics.Statistic:
+        def mean_of_column(column: int) -> statistics.Statistic:
             return lambda w: statistics.mean(table[:, column], w)
 
         def over_classes(weights: Array) -> Array:
             each = np.stack([statistics.mean(table[:, k], weights) for k in range(table.shape[1])])
             return np.nanmean(each, axis=0) if np.isfinite(each).any() else np.full(len(weights), np.nan)
 
-        found = {f"dice_{name}": one(k) for k, name in enumerate(self.config.classes[1:])}
-        return clusters, {"dice": over_classes, **found}
+        by_class = {f"dice_{name}": mean_of_column(k) for k, name in enumerate(self.config.classes[1:])}
+        return clusters, {"dice": over_classes, **by_class}
 
 
 # Fits ---------------------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ class LinearProbe(Benchmark):
 def fit_classifier(
     x: Array, y: Array, subjects: Array, classes: int, seed: int
 ) -> tuple[Callable[[Array], Array], float]:
-    """Multinomial logistic regression (scikit-learn, L-BFGS), L2 of least cross-validated log loss.
+    """Fit a multinomial logistic regression, with the L2 of least cross-validated log loss.
 
     Args:
         x: Standardised features (n, f).
         y: Class indices (n,).
-        subjects: Rows of one subject stay in one fold (n,).
-        classes: Their number; one that train lacks gets probability 0.
-        seed: Of the folds.
+        subjects: Subject code of each row, whose rows stay in one fold (n,).
+        classes: Number of classes; one that the training part lacks gets probability 0.
+        seed: Seed of the folds.
 
     Returns:
         Features to probabilities (m, classes), and the L2 strength.
@@ -270,7 +270,7 @@ def fit_classifier(
 
 
 def fit_ridge(x: Array, y: Array, subjects: Array, seed: int) -> tuple[Callable[[Array], Array], float]:
-    """Ridge regression (scikit-learn), L2 of least cross-validated squared error.
+    """Fit a ridge regression, with the L2 of least cross-validated squared error.
 
     Raises:
         DataError: Train has one value only.
@@ -292,7 +292,7 @@ def fit_ridge(x: Array, y: Array, subjects: Array, seed: int) -> tuple[Callable[
 
 
 def _folds(subjects: Array, y: Array | None, seed: int) -> list[Array]:
-    """Masks of the rows to fit on, of every fold of every round; none for fewer than four subjects."""
+    """Return a mask of the rows to fit on per fold and round; none for fewer than four subjects."""
     people = np.unique(subjects)
     if len(people) < 4:
         return []
@@ -307,7 +307,7 @@ def _folds(subjects: Array, y: Array | None, seed: int) -> list[Array]:
 
 
 def _compact(x: Array) -> tuple[Array, Array]:
-    """The rows in a basis of their own span, and the turn into it: the same solution, found faster."""
+    """Rotate the rows into a basis of their own span, where the same solution is found faster."""
     if x.shape[0] >= x.shape[1]:
         return x, np.eye(x.shape[1])
     _, singular, right = np.linalg.svd(x, full_matrices=False)
@@ -318,7 +318,7 @@ def _compact(x: Array) -> tuple[Array, Array]:
 
 
 def _logistic_path(x: Array, y: Array, strengths: Sequence[float]) -> Any:
-    """Models of falling L2; each starts where the one before ended."""
+    """Yield models of falling L2; each starts where the one before ended."""
     import copy
     import warnings
 
@@ -340,7 +340,7 @@ def _logistic_path(x: Array, y: Array, strengths: Sequence[float]) -> Any:
 
 
 def _spread(model: Any, x: Array, classes: int) -> Array:
-    """Probabilities with a column for every class, those the model has not seen at 0."""
+    """Predict probabilities with a column for every class, those the model has not seen at 0."""
     probability = np.zeros((len(x), classes))
     probability[:, model.classes_] = model.predict_proba(x) if len(x) else 0.0
     return probability

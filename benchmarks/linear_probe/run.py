@@ -54,14 +54,14 @@ from ssl3d_benchmarks.task import (
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
 
 if TYPE_CHECKING:
-    from ssl3d_benchmarks.linear_probe.options import LinearProbeOptions
+    from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
 
 Array = NDArray[Any]
 
 
-def run(options: LinearProbeOptions, protocol: type[LinearProbe] = LinearProbe) -> list[Row]:
-    """Scores every contestant, writes records, table and pictures, prints the table."""
-    contestants(options)  # a wrong path is said before anything is read
+def run(options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe) -> list[Row]:
+    """Score every contestant, write records, table and pictures, and print the table."""
+    contestants(options)  # a wrong path is reported before anything is read
     specs = [named(spec)[1] for spec in options.encoder]
     trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
     task = make_task(open_data_for(trained, options.data), options, protocol)
@@ -87,9 +87,9 @@ def run(options: LinearProbeOptions, protocol: type[LinearProbe] = LinearProbe) 
 
 
 def make_task(
-    data: Collection, options: LinearProbeOptions, protocol: type[LinearProbe] = LinearProbe
+    data: Collection, options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe
 ) -> Task:
-    """Finds the target, leaves out what has none, splits.
+    """Find the target, leave out the volumes that have none, and split the rest.
 
     Raises:
         DataError: There is nothing to predict, one class only, or too few subjects.
@@ -116,14 +116,14 @@ def make_task(
         "pool_subject": options.pool_subject if target != "masks" else "none",
         "mask_classes": mask_values(chosen)[1:] if target != "masks" and chosen.has_mask.all() else (),
     }
-    fields = {one.name for one in dataclasses.fields(protocol.Config)}
+    fields = {field.name for field in dataclasses.fields(protocol.Config)}
     own = {name: getattr(options, name) for name in fields if hasattr(options, name)}
     config = protocol.Config(**{**own, **resolved})
     if target in ("ordinal", "real"):
         check_numbers(labels[known], target)
     if (~known).any():
         say(f"{int((~known).sum())} of {len(data)} volumes have no {target} target and are left out")
-    strata = np.array([str(one) for one in chosen.labels]) if target in ("classes", "ordinal") else None
+    strata = np.array([str(label) for label in chosen.labels]) if target in ("classes", "ordinal") else None
     if options.pool_subject == "concat" and target != "masks":
         counts = np.unique(chosen.subject_codes, return_counts=True)[1]
         if counts.min() != counts.max():
@@ -143,8 +143,10 @@ def _none(data: Collection) -> tuple[str, ...]:
 # Scoring ------------------------------------------------------------------------------------------
 
 
-def score_entry(entry: Entry, benchmark: LinearProbe, task: Task, options: LinearProbeOptions) -> list[Row]:
-    """Records of one contestant on every fraction and repeat, read where they are there already."""
+def score_entry(
+    entry: Entry, benchmark: LinearProbe, task: Task, options: FrozenEncoderOptions
+) -> list[Row]:
+    """Score one contestant on every fraction and repeat, or read the records that exist already."""
     if benchmark.target == "masks" and entry.make is None:
         if entry.name != TRIVIAL[0]:
             return []
@@ -158,13 +160,13 @@ def score_entry(entry: Entry, benchmark: LinearProbe, task: Task, options: Linea
         built += [build(entry, task, fold, options) for fold in task.folds[1:]]
     contestant = built[0]
     if several:
-        joined = hashlib.sha256("".join(one.digest for one in built).encode()).hexdigest()[:16]
-        contestant = replace(built[0], digest=joined)
+        joined = "".join(of_fold.digest for of_fold in built)
+        contestant = replace(built[0], digest=hashlib.sha256(joined.encode()).hexdigest()[:16])
     results = [_record(contestant, benchmark, task, job, options) for job in subsets]
-    found = [None if options.overwrite else find_result(result, options.out) for result in results]
-    if all(found):
-        say(f"{entry.name}: {len(found)} record{'s' * (len(found) > 1)} found in {options.out}")
-        return [Row(entry.kind, entry.group, result) for result in found if result]
+    records = [None if options.overwrite else find_result(result, options.out) for result in results]
+    if all(records):
+        say(f"{entry.name}: {len(records)} record{'s' * (len(records) > 1)} found in {options.out}")
+        return [Row(entry.kind, entry.group, result) for result in records if result]
     began = time.perf_counter()
     parts: list[list[Scores]] = [[] for _ in subsets]
     for number, fold in enumerate(task.folds):
@@ -173,13 +175,13 @@ def score_entry(entry: Entry, benchmark: LinearProbe, task: Task, options: Linea
         if number == 0 or several:
             benchmark.prepare(own, task.data)
         for position, job in enumerate(subsets):
-            if found[position]:
+            if records[position]:
                 continue
             train, val = job.subsets[number]
             fit, choose, test = (task.data.select(np.flatnonzero(rows)) for rows in (train, val, fold.test))
             parts[position].append(benchmark.score(own, fit, choose, test, options.seed))
     for position, result in enumerate(results):
-        if found[position]:
+        if records[position]:
             continue
         merged = benchmark.summarise([row for part in parts[position] for row in part.predictions])
         result.scores, result.intervals = merged.scores, merged.intervals
@@ -188,14 +190,14 @@ def score_entry(entry: Entry, benchmark: LinearProbe, task: Task, options: Linea
         result.compute["details"] = details[0] if len(details) == 1 else details
         result.compute["probe_seconds"] = round(sum(part.seconds for part in parts[position]), 3)
         write_result(result, options.out)
-        found[position] = result
+        records[position] = result
     say(f"{entry.name}: {benchmark.main} {results[0].scores[benchmark.main]:.3f}"
         f" ({time.perf_counter() - began:.0f} s)")  # fmt: skip
-    return [Row(entry.kind, entry.group, result) for result in found if result]
+    return [Row(entry.kind, entry.group, result) for result in records if result]
 
 
 def _record(
-    contestant: Contestant, benchmark: LinearProbe, task: Task, job: Job, options: LinearProbeOptions
+    contestant: Contestant, benchmark: LinearProbe, task: Task, job: Job, options: FrozenEncoderOptions
 ) -> Result:
     fraction = job.fraction
     subset = "all" if fraction == 1 else f"{fraction:g} of the training subjects, nested"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def format_table(rows: Sequence[Row], benchmark: Benchmark, how: str) -> str:
-    """The table as text, one block per fraction, with its notes."""
+    """Format the table as text, one block per fraction, with its notes."""
     fractions = sorted({row.result.fraction for row in rows}, reverse=True)
     blocks = [_block([row for row in rows if row.result.fraction == f], benchmark, how) for f in fractions]
     return "\n\n".join(blocks)
@@ -26,11 +26,11 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
-    made = [make_line(group, benchmark) for group in by_name.values()]
+    lines = [make_line(group, benchmark) for group in by_name.values()]
     result = rows[0].result
     others = [name for name in result.scores if name != benchmark.main]
     untrained: dict[tuple[str, bool], list[Line]] = {}
-    for line in made:
+    for line in lines:
         if line.first.kind == "untrained":
             untrained.setdefault((line.first.group, line.first.recalibrated), []).append(line)
     reference = {
@@ -38,18 +38,18 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         for about, seeds in untrained.items()
     }
     table = [["contestant", f"{benchmark.main} [95 %]", *others, "over untrained [95 %]", ""]]
-    found: list[statistics.Difference] = []
-    for line in made:
+    differences: list[statistics.Difference] = []
+    for line in lines:
         if line.first.kind == "untrained":
             continue
         beside = reference.get((line.first.group, line.first.recalibrated))
         difference = ""
         if beside is not None and line.first.kind == "encoder":
             gain = difference_of(line, beside)
-            found.append(gain)
+            differences.append(gain)
             difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
         table.append([line.name, _main(line), *_others(line, others), difference, _notes(line)])
-    at = 1 + sum(line.first.kind == "encoder" for line in made)
+    at = 1 + sum(line.first.kind == "encoder" for line in lines)
     inserted = []
     for (group, again), seeds in untrained.items():
         values = [line.runs.value for line in seeds]
@@ -62,22 +62,22 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
             seed = line.first.result.contestant["weights_seed"]
             inserted.append([f"  seed {seed}", _main(line), *_others(line, others), "", _notes(line)])
     table[at:at] = inserted
-    if not found:  # no encoder over untrained ones: any two rows
-        pairs = [(a, b) for k, a in enumerate(made) for b in made[k + 1 :]]
-        found = [difference_of(a, b) for a, b in pairs]
+    if not differences:  # no encoder over untrained ones: any two rows
+        pairs = [(a, b) for k, a in enumerate(lines) for b in lines[k + 1 :]]
+        differences = [difference_of(a, b) for a, b in pairs]
     tested = result.split["test"]
     train = result.split["train"]
-    repeats = max(len(line.rows) for line in made)
+    repeats = max(len(line.rows) for line in lines)
     subset = "" if result.fraction == 1 else f" ({result.fraction:g}), mean of {repeats} nested subsets"
     head = (
         f"{result.task} v{result.version} on {', '.join(result.dataset)}: {train['subjects']} of "
         f"{train['of_subjects']} training subjects{subset}; test {tested['subjects']} subjects, "
         f"{tested['volumes']} volumes; {how}"
     )
-    text = [head, *aligned(table), *detectable(found, benchmark.main)]
+    text = [head, *aligned(table), *detectable(differences, benchmark.main)]
     luck = (
         "; one pretraining is taken to vary as much as the untrained seeds do"
-        if any(one.borrowed for one in found)
+        if any(gain.borrowed for gain in differences)
         else ""
     )
     text.append(f"intervals: 95 %, over test subjects and repeats; differences are paired{luck}")
@@ -90,9 +90,9 @@ def _main(line: Line) -> str:
     if len(line.rows) == 1:
         low, high = line.first.result.intervals[line.first.result.main]
         return f"{number(line.runs.value)} [{number(low)}, {number(high)}]"
-    found = statistics.nested_interval(line.runs)
+    interval = statistics.nested_interval(line.runs)
     spread = np.std([row.result.scores[row.result.main] for row in line.rows], ddof=1)
-    return f"{number(found.value)} [{number(found.low)}, {number(found.high)}] ± {spread:.3f}"
+    return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}] ± {spread:.3f}"
 
 
 def _others(line: Line, names: Sequence[str]) -> list[str]:

@@ -15,24 +15,24 @@ class ConvertedConfig:
     """Options of a converted 2D network.
 
     Attributes:
-        network: A 2D network: torchvision's (resnet18, densenet121, mobilenet_v2, efficientnet_b0, ...),
-            timm's as timm/NAME, or efficientnet_lite0.
-        kind: What its convolutions become: acs (a third of the kernels in each plane), soft-acs (all in
-            all planes, mixed by what is learned), i3d (inflated to full 3D kernels), 2.5d (every slice
-            by itself), p3d (2D kernels, then depth kernels that begin as the identity); or triplanar: the
-            2D network itself on the slices of all three planes, the maps side by side.
-        in_channels: Channels of the volumes.
-        stem: How they enter a network for RGB images: sum (the kernels of R, G and B added up, so that a
-            volume is a grey picture), rgb (one channel repeated, or three as they are), slices-as-rgb
-            (the slice below, the slice itself and the one above are R, G and B).
-        strides: Along D H W of every place where the network strides, from the image on; a pool whose
-            stride becomes 1 is left out. Empty: the network's own, on all axes. A ResNet has five such
-            places: its first convolution, its pool, and stages 2 to 4.
+        network: Name of a 2D network: torchvision's (resnet18, densenet121, mobilenet_v2, efficientnet_b0,
+            ...), timm's as timm/NAME, or efficientnet_lite0.
+        kind: Kind of conversion. The 2D convolutions become acs (a third of the kernels in each plane),
+            soft-acs (all in all planes, with a learned mixture), i3d (inflated to full 3D kernels), 2.5d
+            (every slice by itself) or p3d (2D kernels, then depth kernels that begin as the identity);
+            triplanar runs the 2D network itself on the slices of all three planes and lays the maps side
+            by side.
+        in_channels: Number of channels of the volumes.
+        stem: Way in which volumes enter a network for RGB images: sum (the kernels of R, G and B added up,
+            so that a volume is a grey picture), rgb (one channel repeated, or three as they are),
+            slices-as-rgb (the slice below, the slice itself and the one above are R, G and B).
+        strides: Strides along D H W of every place where the network strides, from the image on; a pool
+            whose stride becomes 1 is left out. Empty: the network's own, on all axes. A ResNet has five
+            such places: its first convolution, its pool, and stages 2 to 4.
         resize: Whole factors by which volumes are enlarged (trilinearly) along D H W before they enter;
             maps that would be finer than the volume are not given out. An image keeps its depth of 1.
-        axis: With i3d, the axis D, H or W that kernels are inflated along.
-        depth_padding: zeros, or replicate: how convolutions continue the volume beyond its first and
-            last slice.
+        axis: Axis D, H or W along which i3d inflates the kernels.
+        depth_padding: Continuation of the volume beyond its first and last slice: zeros, or replicate.
         allow: Names of layers without a counterpart in 3D that may work on every slice by itself.
     """
 
@@ -47,7 +47,7 @@ class ConvertedConfig:
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check the value of every field."""
         for field, choices in (
             ("kind", KINDS),
             ("stem", STEMS),

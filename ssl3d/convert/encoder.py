@@ -38,7 +38,7 @@ class ConvertedEncoder(Encoder):
 
     Attributes:
         network: The converted network, with the 2D network's parameter names.
-        match: How much of it came from a file, where it did.
+        match: Counts of the numbers that came from a file of weights; None without one.
     """
 
     Config = ConvertedConfig
@@ -57,14 +57,14 @@ class ConvertedEncoder(Encoder):
         where: str = "",
         least: float = 1.0,
     ):
-        """Builds the network, and loads it where weights are given.
+        """Build the network, and load weights where they are given.
 
         Args:
-            config: Options.
+            config: Options of the converted network.
             state: Weights of the 2D network, for RGB images, from `read_state`; those of its head are
                 not needed. None: its own random weights.
-            where: Their file, for messages.
-            least: Share of the numbers that must match.
+            where: Name of the file of weights, for messages.
+            least: Least share of the numbers that must match.
 
         Raises:
             UsageError: The network is unknown or cannot be an encoder.
@@ -92,7 +92,7 @@ class ConvertedEncoder(Encoder):
             allow=config.allow, channels=entering,
         )  # fmt: skip
         self.network.report.kind = config.kind
-        steps = config.strides or tuple((one.factor,) * 3 for one in maps.reductions)
+        steps = config.strides or tuple((reduction.factor,) * 3 for reduction in maps.reductions)
         strides = maps.with_strides(steps)
         self.kept = tuple(
             n
@@ -111,12 +111,12 @@ class ConvertedEncoder(Encoder):
 
     @property
     def report(self) -> Report:
-        """Of the conversion."""
+        """Report of the conversion, layer by layer."""
         report: Report = self.network.report
         return report
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute the feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
@@ -133,7 +133,7 @@ class ConvertedEncoder(Encoder):
         return [torch.cat(maps, 1) for maps in zip(*planes, strict=True)]
 
     def prefers_channels_last(self, device: torch.device | str) -> bool:
-        """Always: slices are folded into the batch, which costs a copy otherwise."""
+        """Return True: slices are folded into the batch, which costs a copy otherwise."""
         return True
 
     def _of(self, x: Tensor) -> list[Tensor]:
@@ -141,7 +141,7 @@ class ConvertedEncoder(Encoder):
         return [maps[n] for n in self.kept]
 
     def _entering(self, x: Tensor, axis: int) -> Tensor:
-        """The network's input, for slices that follow one another along an axis."""
+        """Prepare the network's input for slices that follow one another along an axis."""
         if self.config.stem == "rgb":
             return x.expand(-1, 3, -1, -1, -1)
         if self.config.stem == "sum":
@@ -154,16 +154,16 @@ class ConvertedEncoder(Encoder):
         return torch.stack(neighbours, 2).flatten(1, 2)
 
     def _plane(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Maps of the slices across an axis, brought to the same places along it."""
+        """Compute the maps of the slices across an axis, brought to the same places along it."""
         slices = self._entering(x, axis).movedim(axis, 1)
-        found = []
+        placed = []
         maps = self._of(slices.flatten(0, 1).unsqueeze(2))
         for map_, stride in zip(maps, self._inner, strict=True):
             volume = map_.squeeze(2).unflatten(0, slices.shape[:2]).movedim(1, axis)
             cell = [1, 1, 1]
             cell[axis - 2] = stride[axis - 2]
-            found.append(average_pool(volume, (cell[0], cell[1], cell[2]), False))
-        return found
+            placed.append(average_pool(volume, (cell[0], cell[1], cell[2]), False))
+        return placed
 
 
 def _divided(stride: Triple, factors: Triple) -> Triple:

@@ -24,24 +24,24 @@ Size = int | tuple[int, ...]
 
 
 def fold(x: Tensor) -> Tensor:
-    """(B, C, D, H, W) to (B D, C, H, W)."""
+    """Fold (B, C, D, H, W) to (B D, C, H, W)."""
     return x.movedim(2, 1).flatten(0, 1)
 
 
 def unfold(x: Tensor, batch: int) -> Tensor:
-    """(B D, C, H, W) to (B, C, D, H, W)."""
+    """Unfold (B D, C, H, W) to (B, C, D, H, W)."""
     return x.unflatten(0, (batch, -1)).movedim(1, 2)
 
 
 def enter(x: Tensor) -> Tensor:
-    """The network's input, folded, with the channels last in memory."""
+    """Fold the network's input, with the channels last in memory."""
     if x.ndim != 5:
         raise ValueError(f"the network takes (B, C, D, H, W), got {tuple(x.shape)}")
     return fold(x.contiguous(memory_format=torch.channels_last_3d))
 
 
 def leave(x: Any, batch: int) -> Any:
-    """What a forward pass returns, maps unfolded.
+    """Unfold the maps that a forward pass returns.
 
     Raises:
         RuntimeError: Slices were flattened into features; each would have an answer of its own.
@@ -65,7 +65,7 @@ def leave(x: Any, batch: int) -> Any:
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number for (H, W), or the two given."""
+    """Return one number for both H and W, or the two given."""
     if isinstance(value, int):
         return (value, value)
     height, width = value
@@ -73,14 +73,14 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def along_depth(value: Sequence[int]) -> int:
-    """What holds for depth where height and width have values: the smaller."""
+    """Return what holds for depth where height and width have values: the smaller."""
     return min(value)
 
 
 def output_size(
     n: int, kernel: int, stride: int, pads: tuple[int, int], dilation: int, ceil: bool = False
 ) -> int:
-    """How long an axis is after a convolution or pool; 0 or less where nothing is left."""
+    """Return the length of an axis after a convolution or pool; 0 or less where nothing is left."""
     free = n + sum(pads) - dilation * (kernel - 1) - 1
     if free < 0:
         return 0
@@ -106,7 +106,7 @@ def max_pool(
     image: bool,
     cells: Cells | tuple[int, ...] | None = None,
 ) -> Tensor:
-    """`F.max_pool2d`, over depth too."""
+    """Apply `F.max_pool2d` over depth too."""
     if return_indices:
         raise ValueError("max-pooling with indices has no counterpart here")
     if cells is not None:
@@ -137,7 +137,7 @@ def avg_pool(
     image: bool,
     cells: Cells | tuple[int, ...] | None = None,
 ) -> Tensor:
-    """`F.avg_pool2d`, over depth too."""
+    """Apply `F.avg_pool2d` over depth too."""
     if divisor_override is not None:
         raise ValueError("average pooling with divisor_override has no counterpart here")
     if cells is not None:
@@ -190,7 +190,7 @@ def lp_pool(
     batch: int,
     image: bool,
 ) -> Tensor:
-    """`F.lp_pool2d`, over depth too."""
+    """Apply `F.lp_pool2d` over depth too."""
     if image:
         return F.lp_pool2d(x, norm_type, kernel_size, stride, ceil_mode)  # type: ignore[arg-type]
     whole = unfold(x, batch)
@@ -199,7 +199,7 @@ def lp_pool(
 
 
 def adaptive_avg_pool(x: Tensor, output_size: Any, *, batch: int, image: bool) -> Tensor:
-    """`F.adaptive_avg_pool2d`; a fixed size leaves one slice, None leaves the depth."""
+    """Apply `F.adaptive_avg_pool2d`; a fixed size leaves one slice, None leaves the depth."""
     if image:
         return F.adaptive_avg_pool2d(x, output_size)
     return fold(F.adaptive_avg_pool3d(unfold(x, batch), _adaptive_size(output_size)))
@@ -208,7 +208,7 @@ def adaptive_avg_pool(x: Tensor, output_size: Any, *, batch: int, image: bool) -
 def adaptive_max_pool(
     x: Tensor, output_size: Any, return_indices: bool = False, *, batch: int, image: bool
 ) -> Tensor:
-    """`F.adaptive_max_pool2d`; a fixed size leaves one slice, None leaves the depth."""
+    """Apply `F.adaptive_max_pool2d`; a fixed size leaves one slice, None leaves the depth."""
     if return_indices:
         raise ValueError("max-pooling with indices has no counterpart here")
     if image:
@@ -229,19 +229,19 @@ def interpolate(
     image: bool,
     like: Tensor | None = None,
 ) -> Tensor:
-    """`F.interpolate` along three axes.
+    """Apply `F.interpolate` along three axes.
 
     Args:
-        x: Folded.
-        size: For H and W. The depth is that of `like`; without it, depth is scaled as height is.
-        scale_factor: For all three axes, or for H and W, and then the first holds for depth.
-        mode: Of 2D interpolation.
-        align_corners: As in torch.
-        recompute_scale_factor: As in torch.
-        antialias: Must be off.
-        batch: Of the call.
-        image: Of the call.
-        like: Folded; whose height and width `size` are.
+        x: Folded maps (B D, C, H, W).
+        size: Size along H and W. The depth is that of `like`; without it, depth is scaled as height is.
+        scale_factor: Factor of all three axes, or factors of H and W, of which the first holds for depth.
+        mode: Mode of the 2D interpolation.
+        align_corners: Same meaning as in torch.
+        recompute_scale_factor: Same meaning as in torch.
+        antialias: Antialiasing, which must be off.
+        batch: Number of volumes B of the call.
+        image: Whether the network's input has depth 1.
+        like: Folded maps whose height and width `size` are.
     """
     if image:
         return F.interpolate(x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
@@ -276,7 +276,7 @@ def pad(
     batch: int,
     image: bool,
 ) -> Tensor:
-    """`F.pad` of height and width, and of depth as of height; of channels or width alone as it is."""
+    """Pad height and width, and depth as height, by `F.pad`; pad channels or width alone as it is."""
     if image or len(pad) != 4:
         return F.pad(x, pad, mode, value)
     return fold(pad_volume(unfold(x, batch), (*pad, pad[2], pad[3]), mode, value))
@@ -285,7 +285,7 @@ def pad(
 def pad_volume(
     x: Tensor, pads: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
-    """`F.pad` of (B, C, D, H, W); a depth too thin to be reflected or wrapped is continued instead."""
+    """Pad (B, C, D, H, W) by `F.pad`; continue a depth too thin to be reflected or wrapped."""
     if not any(pads):
         return x
     deep = max(pads[4:6])
@@ -305,7 +305,7 @@ def reduce_space(
     batch: int,
     image: bool,
 ) -> Tensor:
-    """Torch's mean, sum or amax: over depth too, where it is over height and width."""
+    """Apply torch's mean, sum or amax, over depth too where it is over height and width."""
     reduce: Callable[..., Tensor] = getattr(torch, reduction)
     y = reduce(x) if dim is None else reduce(x, dim, keepdim=keepdim)
     if dim is None or image or y.shape[0] == batch:
@@ -318,19 +318,19 @@ def reduce_space(
 
 
 def matched(*given: Any, operation: str, batch: int, **options: Any) -> Tensor:
-    """A function of torch on tensors of which some have all slices, and some one per volume, pooled."""
+    """Apply a function of torch to tensors of which some have all slices, and some one per volume."""
     result: Tensor = getattr(torch, operation)(*match(given, batch), **options)
     return result
 
 
 def joined(tensors: Sequence[Tensor], *args: Any, operation: str, batch: int, **options: Any) -> Tensor:
-    """`torch.cat` or `torch.stack` of such tensors."""
+    """Apply `torch.cat` or `torch.stack` to tensors with all slices or one per volume."""
     result: Tensor = getattr(torch, operation)(match(tensors, batch), *args, **options)
     return result
 
 
 def match(given: Sequence[Any], batch: int) -> list[Any]:
-    """Brings tensors of one slice per volume to as many slices as the others have."""
+    """Repeat tensors of one slice per volume to as many slices as the others have."""
     # Weights (C, 1, 1) that broadcast have fewer axes than the maps.
     axes = max((t.ndim for t in given if isinstance(t, Tensor)), default=0)
     maps = [isinstance(t, Tensor) and t.ndim == axes >= 2 for t in given]
@@ -347,25 +347,25 @@ def _repeat(x: Tensor, depth: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cells:
-    """What turns a strided layer into one that gives ceil(n / stride) voxels along an axis of n.
+    """Settings that make a strided layer give ceil(n / stride) voxels along an axis of n.
 
     As an `Encoder` promises. Where n is a multiple of the stride, and the layer gave n / stride voxels
     before, nothing changes; else a last cell is added that is partly empty.
 
     Attributes:
-        steps: The stride along D, H, W, in place of the layer's own.
+        steps: Stride along D, H, W, in place of the layer's own.
     """
 
     steps: Triple | None = None
 
     def strides(self, own: Triple) -> Triple:
-        """The stride along D, H, W of a layer with a stride of its own."""
+        """Return the stride along D, H, W of a layer with a stride of its own."""
         return own if self.steps is None else self.steps
 
     def pads(
         self, n: int, kernel: int, step: int, own: int, dilation: int, pads: tuple[int, int]
     ) -> tuple[int, int]:
-        """Padding of one axis of a convolution, before and behind.
+        """Return the padding of one axis of a convolution, before and behind.
 
         Where the stride became smaller, the kernel stays where it was relative to the middle of a cell.
         """
@@ -377,7 +377,7 @@ class Cells:
     def window(
         self, shape: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, image: bool
     ) -> tuple[Triple, Triple, Triple, Triple, Triple]:
-        """Kernel, stride, padding, dilation, and voxels to add behind, of a pool over (B, C, D, H, W).
+        """Return kernel, stride, padding, dilation and voxels to add behind, of a pool over a volume.
 
         An axis whose stride became 1 is not pooled along at all.
         """
@@ -401,14 +401,14 @@ class Cells:
 
 
 def _cells(given: Cells | tuple[int, ...]) -> Cells:
-    """Of plain numbers: a stride, or none for the layer's own."""
+    """Build cells from plain numbers: a stride, or none for the layer's own."""
     if isinstance(given, Cells):
         return given
     return Cells((given[0], given[1], given[2]) if given else None)
 
 
 def _missing(n: int, kernel: int, step: int, dilation: int, pads: tuple[int, int]) -> int:
-    """Voxels to add behind an axis for ceil(n / step) outputs."""
+    """Count the voxels to add behind an axis for ceil(n / step) outputs."""
     return max(0, (-(-n // step) - 1) * step + dilation * (kernel - 1) + 1 - n - sum(pads))
 
 
@@ -420,7 +420,7 @@ def _adaptive_size(given: Any) -> Any:
 def _window(
     depth: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> tuple[Triple, Triple, Triple, Triple]:
-    """Kernel, stride, padding and dilation along D, H, W; flat where the depth would not last."""
+    """Return kernel, stride, padding and dilation along D, H, W; flat where the depth would not last."""
     kernel, dilations, pads = pair(kernel_size), pair(dilation), pair(padding)
     steps = kernel if stride is None or stride == [] else pair(stride)
     k, s, p, d = (along_depth(v) for v in (kernel, steps, pads, dilations))
@@ -430,6 +430,6 @@ def _window(
 
 
 def same_pads(n: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Padding of TensorFlow's `SAME`: ceil(n / stride) outputs, the odd voxel behind."""
+    """Return the padding of TensorFlow's `SAME`: ceil(n / stride) outputs, the odd voxel behind."""
     total = max((math.ceil(n / stride) - 1) * stride + dilation * (kernel - 1) + 1 - n, 0)
     return (total // 2, total - total // 2)

@@ -31,14 +31,14 @@ _OPTIONS = ("layout", "prefix", "network", "allow_partial", "labels_seen")
 
 @dataclass
 class Foreign:
-    """An encoder made of a foreign file, and how.
+    """Encoder made of a foreign file, and how it was made.
 
     Attributes:
-        encoder: In evaluation mode, with its card as `metadata`.
-        match: What came from the file.
-        layout: Name of the layout.
-        prefix: That the keys had in the file.
-        notes: What a person should know, one line each.
+        encoder: Encoder in evaluation mode, with its card as `metadata`.
+        match: Counts of the numbers that came from the file.
+        layout: Name of the layout of the keys.
+        prefix: Prefix that the keys had in the file.
+        notes: Notes that a person should know, one line each.
     """
 
     encoder: Encoder
@@ -63,14 +63,14 @@ class Foreign:
 
 
 def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
-    """The encoder that `FILE[:kind][:field=value...]` means, in evaluation mode.
+    """Build the encoder that `FILE[:kind][:field=value...]` means, in evaluation mode.
 
     Args:
-        spec: As given, for messages.
-        file: Of weights.
-        fields: What follows it: fields of the encoder's options that the weights leave open (strides,
-            `in_channels`, of 2D weights `kind`); `layout`, `prefix`, `network`, `allow_partial` and
-            `labels_seen` as in `load_foreign`.
+        spec: Text of the request, for messages.
+        file: Path of the file of weights.
+        fields: Fields that follow the file: fields of the encoder's options that the weights leave open
+            (strides, `in_channels`, of 2D weights `kind`); `layout`, `prefix`, `network`, `allow_partial`
+            and `labels_seen` as in `load_foreign`.
 
     Raises:
         UsageError: There is no such layout or option.
@@ -96,7 +96,7 @@ def load_foreign(
     allow_partial: bool = False,
     labels_seen: bool | None = None,
 ) -> Foreign:
-    """An encoder with the weights of another toolkit's checkpoint.
+    """Build an encoder with the weights of another toolkit's checkpoint.
 
     Every number of the encoder must come from the file, and the file must have nothing more inside the
     encoder's modules; heads and decoders beside it are left out. 2D kernels go as they are into `acs`,
@@ -105,13 +105,14 @@ def load_foreign(
     same grey picture gave in every channel.
 
     Args:
-        path: What torch.save wrote (.pth, .pt, .ckpt) or safetensors.
-        options: Of the encoder, above those that the weights decide.
-        layout: One of `LAYOUTS`; None to find it.
-        prefix: Of the encoder's keys, where the file holds several; None to choose.
-        network: torchvision's or timm's (timm/NAME) 2D network, for a `converted` encoder of it.
-        allow_partial: Take what matches, however little.
-        labels_seen: Whether they learned from labels of volumes, where that is known better than here.
+        path: File that torch.save wrote (.pth, .pt, .ckpt), or safetensors.
+        options: Options of the encoder, above those that the weights decide.
+        layout: Name of one of `LAYOUTS`; None to find it.
+        prefix: Prefix of the encoder's keys, where the file holds several; None to choose.
+        network: Name of a 2D network of torchvision or timm (timm/NAME), for a `converted` encoder of it.
+        allow_partial: Whether to take what matches, however little.
+        labels_seen: Whether the weights learned from labels of volumes, where that is known better than
+            here.
 
     Raises:
         UsageError: There is no such layout, network or option.
@@ -119,37 +120,37 @@ def load_foreign(
     """
     file = read_file(path)
     if network is not None:
-        found = _converted(file, network, dict(options or {}), prefix, allow_partial)
+        foreign = _converted(file, network, dict(options or {}), prefix, allow_partial)
     else:
         chosen, start, others = _detect(file, layout, prefix)
         recipe = chosen.recipe(_under(file.tensors, start), file)
-        found = _built(file, recipe, chosen.name, start, dict(options or {}), allow_partial)
+        foreign = _built(file, recipe, chosen.name, start, dict(options or {}), allow_partial)
         if others:
-            found.notes.append(f"also in the file: {', '.join(others)} (prefix=... takes another)")
+            foreign.notes.append(f"also in the file: {', '.join(others)} (prefix=... takes another)")
     if labels_seen is not None:
-        found.encoder.metadata["labels_seen"] = labels_seen
-        found.encoder.metadata["foreign"]["labels"] = "as the user says"
-    return found
+        foreign.encoder.metadata["labels_seen"] = labels_seen
+        foreign.encoder.metadata["foreign"]["labels"] = "as the user says"
+    return foreign
 
 
-def save_foreign(found: Foreign, folder: Path) -> Path:
-    """Writes it as an encoder folder.
+def save_foreign(foreign: Foreign, folder: Path) -> Path:
+    """Write the encoder of a foreign file as an encoder folder.
 
     Raises:
         TrainingError: The disk is full or the folder cannot be written.
     """
     own = ("architecture", "config", "sha256")  # `save_encoder` says these itself
-    about = {key: value for key, value in found.encoder.metadata.items() if key not in own}
-    return save_encoder(found.encoder, folder, about)
+    about = {key: value for key, value in foreign.encoder.metadata.items() if key not in own}
+    return save_encoder(foreign.encoder, folder, about)
 
 
 # Which network it is ------------------------------------------------------------------------------
 
 
 def _prefixes(tensors: Mapping[str, Tensor], anchor: str) -> list[str]:
-    """What stands before a key in a file, the likeliest encoder first."""
-    found = [key[: -len(anchor)] for key in tensors if key == anchor or key.endswith(f".{anchor}")]
-    return sorted(found, key=lambda prefix: (_rank(prefix), prefix.count("."), prefix))
+    """Return the prefixes of a key in a file, the likeliest encoder first."""
+    prefixes = [key[: -len(anchor)] for key in tensors if key == anchor or key.endswith(f".{anchor}")]
+    return sorted(prefixes, key=lambda prefix: (_rank(prefix), prefix.count("."), prefix))
 
 
 def _rank(prefix: str) -> int:
@@ -162,14 +163,17 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
 
 
 def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[Layout, str, list[str]]:
-    """The layout, the prefix, and prefixes of the same network elsewhere in the file."""
-    if layout is not None and layout not in [one.name for one in LAYOUTS]:
-        raise UsageError(f"layout {layout!r} is none of {', '.join(one.name for one in LAYOUTS)}")
-    for one in LAYOUTS:
-        if layout not in (None, one.name):
+    """Find the layout, the prefix, and prefixes of the same network elsewhere in the file."""
+    names = [candidate.name for candidate in LAYOUTS]
+    if layout is not None and layout not in names:
+        raise UsageError(f"layout {layout!r} is none of {', '.join(names)}")
+    for candidate in LAYOUTS:
+        if layout not in (None, candidate.name):
             continue
-        starts = _prefixes(file.tensors, one.anchor)
-        fitting = [start for start in starts if layout is not None or one.fits(_under(file.tensors, start))]
+        starts = _prefixes(file.tensors, candidate.anchor)
+        fitting = [
+            start for start in starts if layout is not None or candidate.fits(_under(file.tensors, start))
+        ]
         if prefix is not None:
             named = [
                 start for start in fitting if start.removesuffix(".").endswith(prefix.removesuffix("."))
@@ -177,27 +181,29 @@ def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[
             if fitting and not named:
                 there = ", ".join(map(repr, fitting))
                 raise CheckpointError(
-                    f"{file.path}: no {one.name} weights under prefix {prefix!r} (has {there})"
+                    f"{file.path}: no {candidate.name} weights under prefix {prefix!r} (has {there})"
                 )
             fitting = named
         if fitting:
             alike = [start for start in fitting[1:] if not start.endswith(f".{fitting[0]}decoder.encoder.")]
-            return one, fitting[0], [repr(start) for start in alike if not _again(start, fitting[0])]
+            return candidate, fitting[0], [repr(start) for start in alike if not _again(start, fitting[0])]
     first = sorted({key.rpartition(".")[0].partition(".")[0] for key in file.tensors})
     begin = ", ".join(list(file.tensors)[:3])
     known = next((whose for part, whose in UNREADABLE if any(part in key for key in file.tensors)), "")
-    what = f"these are weights of {known}" if known else f"its names begin {begin} ({len(first)} modules)"
+    contents = (
+        f"these are weights of {known}" if known else f"its names begin {begin} ({len(first)} modules)"
+    )
     if layout is not None:
-        anchor = next(one.anchor for one in LAYOUTS if one.name == layout)
-        raise CheckpointError(f"{file.path}: not of layout {layout}, which has {anchor}; {what}")
+        anchor = next(candidate.anchor for candidate in LAYOUTS if candidate.name == layout)
+        raise CheckpointError(f"{file.path}: not of layout {layout}, which has {anchor}; {contents}")
     raise CheckpointError(
-        f"{file.path}: no network that ssl3d knows ({', '.join(one.name for one in LAYOUTS)}): {what}; "
+        f"{file.path}: no network that ssl3d knows ({', '.join(names)}): {contents}; "
         "network=NAME makes an encoder of torchvision's or timm's 2D network of that name"
     )
 
 
 def _again(prefix: str, taken: str) -> bool:
-    """Whether a prefix is a second name of what was taken: nnU-Net's decoders hold their encoder."""
+    """Check whether a prefix is a second name of what was taken: nnU-Net's decoders hold their encoder."""
     return prefix == re.sub(r"encoder\.$", "decoder.encoder.", taken)
 
 
@@ -243,12 +249,12 @@ def _built(
 
 
 def _of_depth(key: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether a key is a depth kernel of p3d that 2D weights do not have."""
+    """Check whether a key is a depth kernel of p3d that 2D weights do not have."""
     return key.endswith("depth_weight") and key not in state
 
 
 def _fit_stem(state: State, own: Mapping[str, Tensor], stem: str) -> list[str]:
-    """Brings the first convolution to the encoder's channels, as `networks.replace_stem` does."""
+    """Bring the first convolution to the encoder's channels, as `networks.replace_stem` does."""
     if stem not in state or stem not in own or state[stem].ndim < 4:
         return []
     theirs, ours = state[stem].shape[1], own[stem].shape[1]
@@ -261,7 +267,7 @@ def _fit_stem(state: State, own: Mapping[str, Tensor], stem: str) -> list[str]:
 
 
 def _inflate(state: State, own: Mapping[str, Tensor]) -> list[str]:
-    """Repeats 2D kernels along the depth and divides them by its length, where the encoder's are 3D."""
+    """Repeat 2D kernels along the depth, divided by its length, where the encoder's are 3D."""
     flat = [key for key in own if key in state and own[key].ndim == 5 and state[key].ndim == 4]
     for key in flat:
         depth = own[key].shape[2]
@@ -277,7 +283,7 @@ def _inflate(state: State, own: Mapping[str, Tensor]) -> list[str]:
 def _converted(
     file: WeightsFile, network: str, options: dict[str, Any], prefix: str | None, partial: bool
 ) -> Foreign:
-    """A 2D network of torchvision or timm, by the conversion of `ssl3d.convert.encoder`."""
+    """Convert a 2D network of torchvision or timm by `ssl3d.convert.encoder`."""
     from ssl3d.convert import networks
     from ssl3d.convert.config import ConvertedConfig
     from ssl3d.convert.encoder import ConvertedEncoder

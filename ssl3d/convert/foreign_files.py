@@ -21,21 +21,20 @@ from ssl3d.errors import CheckpointError
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
 # What wrappers put between a module's name and its parameters' names: torch.compile, FSDP, checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# torchvision's DenseNets were saved with the names of an older one.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file of weights holds.
+    """Contents of a file of weights.
 
     Attributes:
-        path: Of the file.
-        sha256: Of its bytes.
-        size: In bytes.
-        tensors: By their whole path in the file, as in `state_dict.module.conv1.weight`; what wrappers of
-            torch add inside a name is left out, and so is the state of optimizers.
-        contents: The file as it is; of safetensors, its metadata.
+        path: Path of the file.
+        sha256: SHA-256 of the bytes of the file.
+        size: Size of the file in bytes.
+        tensors: Tensors by their whole path in the file, as in `state_dict.module.conv1.weight`; what
+            wrappers of torch add inside a name is left out, and so is the state of optimizers.
+        contents: Contents of the file as they are, with the metadata of safetensors.
     """
 
     path: Path
@@ -46,7 +45,7 @@ class WeightsFile:
 
 
 def read_file(path: str | Path) -> WeightsFile:
-    """Reads what torch.save wrote, or safetensors, whatever the name says.
+    """Read what torch.save wrote, or safetensors, whatever the name says.
 
     Numbers of numpy and `argparse.Namespace` are read beside tensors and plain values; nothing else is.
 
@@ -79,7 +78,7 @@ def read_file(path: str | Path) -> WeightsFile:
 
 
 def check_head(path: Path, head: bytes, size: int) -> None:
-    """Says what a file is that is no file of weights and can be told by how it begins."""
+    """Refuse a file whose first bytes show that it holds no weights, and say what it is."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         raise CheckpointError(f"{path}: is empty ({size} bytes)")
@@ -98,10 +97,11 @@ def check_head(path: Path, head: bytes, size: int) -> None:
 
 def _safetensors(path: Path, size: int) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     try:
+        contents: dict[str, Any] = load_file(path)  # in the order of the file, which digests depend on
         with safe_open(path, "pt") as file:
-            contents: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             contents["__metadata__"] = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes: {error})") from error
@@ -128,9 +128,9 @@ def _torch(path: Path, size: int) -> Any:
             ) from error
         code = re.search(r"(?:GLOBAL|global|class) ([\w.]*\w)(?: |$)", reason)
         if re.search("Unsupported (?:global|class)|Can only|Trying to", reason, re.I):
-            what = f" ({code[1]})" if code else ""
+            name = f" ({code[1]})" if code else ""
             raise CheckpointError(
-                f"{path}: holds Python objects{what} beside tensors, and ssl3d runs no code of files: if "
+                f"{path}: holds Python objects{name} beside tensors, and ssl3d runs no code of files: if "
                 "you trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
                 "['state_dict'], 'weights.pth')"
             ) from error
@@ -143,13 +143,23 @@ def _tensors(contents: Mapping[Any, Any], path: str = "", depth: int = 0) -> Ite
     for key, value in contents.items():
         name = f"{path}{key}"
         if isinstance(value, Tensor):
-            yield _OLD_DENSENET.sub(r"\1\2", _WRAPPERS.sub("", name)), value
+            yield current_key(_WRAPPERS.sub("", name)), value
         elif isinstance(value, Mapping) and depth < 5 and not _NOT_WEIGHTS.search(str(key)):
             yield from _tensors(value, f"{name}.", depth + 1)
 
 
+def current_key(key: str) -> str:
+    """Rename a key of torchvision's DenseNets, which were saved with the names of an older version.
+
+    Example:
+        >>> current_key("features.denseblock1.denselayer2.norm.1.weight")
+        'features.denseblock1.denselayer2.norm1.weight'
+    """
+    return _OLD_DENSENET.sub(r"\1\2", key)
+
+
 def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
-    """What nnssl or nnU-Net says of the network beside its weights, and where it says so.
+    """Return what nnssl or nnU-Net says of the network beside its weights, and where it says so.
 
     nnssl's adaptation plan in the checkpoint, or `adaptation_plan.json` in the file's folder or the one
     above; else the `architecture` of nnU-Net's plans, in the checkpoint or in `plans.json`. Both come out
@@ -158,21 +168,21 @@ def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
     Raises:
         CheckpointError: A file of a plan is not JSON.
     """
-    found: Any = file.contents.get("nnssl_adaptation_plan")
+    plan: Any = file.contents.get("nnssl_adaptation_plan")
     where = "in the checkpoint"
     folders = (file.path.parent, file.path.parent.parent)
     for place in (folder / "adaptation_plan.json" for folder in folders):
-        if found is None and place.is_file():
-            found, where = _json(place), str(place)
-    if isinstance(found, Mapping) and isinstance(found.get("architecture_plans"), Mapping):
-        return {**found["architecture_plans"], "plan": dict(found)}, where
+        if plan is None and place.is_file():
+            plan, where = _json(place), str(place)
+    if isinstance(plan, Mapping) and isinstance(plan.get("architecture_plans"), Mapping):
+        return {**plan["architecture_plans"], "plan": dict(plan)}, where
     start = file.contents.get("init_args")
     start = start if isinstance(start, Mapping) else {}
-    found, where = start.get("plans"), "in the checkpoint"
+    plan, where = start.get("plans"), "in the checkpoint"
     for place in (folder / "plans.json" for folder in folders):
-        if found is None and place.is_file():
-            found, where = _json(place), str(place)
-    configurations = found.get("configurations") if isinstance(found, Mapping) else None
+        if plan is None and place.is_file():
+            plan, where = _json(place), str(place)
+    configurations = plan.get("configurations") if isinstance(plan, Mapping) else None
     if not isinstance(configurations, Mapping):
         return None, ""
     chosen = configurations.get(start.get("configuration") or "3d_fullres")

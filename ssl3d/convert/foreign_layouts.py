@@ -17,15 +17,15 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from, and what follows for who uses them.
+    """Origin of weights, and what follows from it for whoever uses them.
 
     Attributes:
-        title: In a word.
-        citation: To cite.
-        expects: What the volumes looked like that they learned from, for a person.
-        prepare: The same as options of `ssl3d prepare`, as near as they come.
+        title: Short name of the source.
+        citation: Citation of the paper.
+        expects: Description, for a person, of the volumes that the weights learned from.
+        prepare: Options of `ssl3d prepare` that come nearest to that preparation.
         labels_seen: Whether they learned from labels of medical volumes.
-        labels: Which labels.
+        labels: Description of those labels.
     """
 
     title: str
@@ -38,15 +38,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An encoder of ours that foreign weights belong to.
+    """Architecture and options of our encoder that foreign weights belong to.
 
     Attributes:
-        architecture: Its registered name.
+        architecture: Registered name of the encoder.
         config: Options that the weights decide, or their toolkit.
-        state: The weights by our names, those of heads and decoders by their own.
-        source: Where they come from.
-        notes: What could not be known from the file.
-        stem: The convolution that reads the volume.
+        state: Weights by our names, those of heads and decoders by their own.
+        source: Origin of the weights.
+        notes: Notes on what could not be known from the file.
+        stem: Key of the convolution that reads the volume.
     """
 
     architecture: str
@@ -59,18 +59,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name weights.
+    """Naming of weights that a family of files shares.
 
     Attributes:
-        name: For `--layout`.
-        what: Which files have it.
-        anchor: A key that every such network has; what stands before it in a file is its prefix.
-        fits: Whether tensors without their prefix are such a network.
-        recipe: Our encoder for them.
+        name: Name for `--layout`.
+        files: Description of the files that have it.
+        anchor: Key that every such network has; what stands before it in a file is its prefix.
+        fits: Function that tells whether tensors without their prefix are such a network.
+        recipe: Function that returns our encoder for them.
     """
 
     name: str
-    what: str
+    files: str
     anchor: str
     fits: Callable[[Mapping[str, Tensor]], bool]
     recipe: Callable[[State, WeightsFile], Recipe]
@@ -95,18 +95,18 @@ def _axes(state: Mapping[str, Tensor], key: str) -> int:
 
 
 def _blocks(state: Mapping[str, Tensor], pattern: str) -> dict[int, int]:
-    """How many blocks each stage has, by the two numbers that a pattern finds in keys."""
-    found: dict[int, int] = {}
+    """Count the blocks of each stage by the two numbers that a pattern finds in keys."""
+    counts: dict[int, int] = {}
     for key in state:
         match = re.match(pattern, key)
         if match:
             stage, block = int(match[1]), int(match[2])
-            found[stage] = max(found.get(stage, 0), block + 1)
-    return found
+            counts[stage] = max(counts.get(stage, 0), block + 1)
+    return counts
 
 
 def _resnet(state: Mapping[str, Tensor], where: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of the ResNet whose weights these are."""
+    """Return the name and options of the ResNet whose weights these are."""
     counts = _blocks(state, r"layer(\d)\.(\d+)\.conv1\.weight$")
     blocks = tuple(counts.get(stage, 0) for stage in range(1, 5))
     deep = "layer1.0.conv3.weight" in state
@@ -152,7 +152,7 @@ _MONAI = Source(
 
 
 def _monai(state: State, file: WeightsFile) -> Recipe:
-    """A bias of a shortcut's convolution goes into the norm after it, which has nothing else to do."""
+    """Move the bias of a shortcut's convolution into the norm after it, which has nothing else to do."""
     name, options = _resnet(state, str(file.path))
     state = dict(state)
     for key in [key for key in state if key.endswith("downsample.0.bias")]:
@@ -181,7 +181,7 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 
 
 def _sequential(state: State, file: WeightsFile) -> Recipe:
-    """`nn.Sequential(*list(resnet.children())[:-1])`: numbers instead of names."""
+    """Name the numbered children of `nn.Sequential(*list(resnet.children())[:-1])` as a ResNet does."""
     named = {}
     for key, value in state.items():
         first, _, rest = key.partition(".")
@@ -236,7 +236,7 @@ _TIMM_PARTS = {  # of a block, by timm's name: torchvision's inside `conv`
 
 
 def _timm_mobilenet(state: State, file: WeightsFile) -> Recipe:
-    """The same network by torchvision's names."""
+    """Rename timm's keys to torchvision's names of the same network."""
     if any(".se." in key for key in state) or "blocks.6.0.conv_pwl.weight" not in state:
         raise CheckpointError(
             f"{file.path}: timm's names of a network with inverted residuals that is no MobileNetV2; "
@@ -283,7 +283,7 @@ _RESENC = "stem.convs.0.conv.weight"
 
 
 def _resenc(state: State, file: WeightsFile) -> Recipe:
-    """nnU-Net's residual encoder: sizes from the weights, strides from the plans."""
+    """Read nnU-Net's residual encoder: sizes from the weights, strides from the plans."""
     where = str(file.path)
     counts = _blocks(state, r"stages\.(\d+)\.blocks\.(\d+)\.conv1\.conv\.weight$")
     if not counts or sorted(counts) != list(range(len(counts))):
@@ -296,7 +296,7 @@ def _resenc(state: State, file: WeightsFile) -> Recipe:
         raise CheckpointError(
             f"{where}: a residual encoder of nnU-Net, but in 2D or with bottleneck blocks"
         )
-    widths, kernels = [len(one) for one in firsts], [tuple(one.shape[2:]) for one in firsts]
+    widths, kernels = [len(weight) for weight in firsts], [tuple(weight.shape[2:]) for weight in firsts]
     ruled = [min(widths[0] * 2**n, max(widths)) for n in range(len(widths))]
     if widths != ruled or len(state[_RESENC]) != widths[0]:
         raise CheckpointError(
@@ -315,7 +315,9 @@ def _resenc(state: State, file: WeightsFile) -> Recipe:
     arch = (plan or {}).get("arch_kwargs")
     strides = arch.get("strides") if isinstance(arch, Mapping) else None
     if isinstance(strides, list | tuple) and len(strides) == len(widths):
-        options["strides"] = [[one] * 3 if isinstance(one, int) else list(one) for one in strides]
+        options["strides"] = [
+            [stride] * 3 if isinstance(stride, int) else list(stride) for stride in strides
+        ]
         notes = (f"strides from the plans {place}",)
     elif plan is not None and plan.get("arch_class_name") in ("ResEncL", "NoSkipResEncL"):
         notes = (f"strides of {plan['arch_class_name']}, as the plans {place} say",)

@@ -36,24 +36,24 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Folded:
-    """What converted layers share: called in a network with folded slices, on their own with volumes."""
+    """Mixin of the converted layers: called on folded slices in a network, on volumes by themselves."""
 
     def forward(self, x: Tensor, batch: int | None = None, image: bool = False) -> Tensor:
-        """Folded (B D, C, H, W) with `batch` B; or a volume (B, C, D, H, W) by itself."""
+        """Apply the layer to folded (B D, C, H, W) with `batch` B, or to a volume (B, C, D, H, W)."""
         if batch is not None:
             return self.on_slices(x, batch, image)
         return unfold(self.on_slices(fold(x), len(x), x.shape[2] == 1), len(x))
 
     @abstractmethod
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """The layer."""
+        """Apply the layer to folded slices (B D, C, H, W)."""
 
 
 def remade(cls: type[Layer], layer: nn.Module) -> Layer:
-    """A layer of another class with a copy of everything this one has."""
-    made = cls.__new__(cls)
-    made.__dict__.update(copy.deepcopy(layer.__dict__))
-    return made
+    """Copy a layer, with everything it has, into another class."""
+    copied = cls.__new__(cls)
+    copied.__dict__.update(copy.deepcopy(layer.__dict__))
+    return copied
 
 
 # Convolutions -------------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ class Convolution(Folded, nn.Conv2d):
     a volume is so thin that nothing would be left, kernels keep their middle along depth, stride 1.
 
     Attributes:
-        like_tensorflow: Pads as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
-        depth_padding: zeros, or replicate: depth continues beyond its ends.
+        like_tensorflow: Whether to pad as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
+        depth_padding: Continuation of depth beyond its ends: zeros, or replicate.
         cells: Other strides and sizes than the 2D layer's, as encoders have them.
     """
 
@@ -77,28 +77,28 @@ class Convolution(Folded, nn.Conv2d):
 
     @classmethod
     def of(cls, layer: nn.Conv2d, depth_padding: str, **options: Any) -> Convolution:
-        """A converted copy."""
-        made = remade(cls, layer)
-        made.like_tensorflow = is_same(layer)
-        made.depth_padding = depth_padding  # type: ignore[assignment]
-        made.begin(**options)
-        return made
+        """Return a converted copy of a 2D layer."""
+        converted = remade(cls, layer)
+        converted.like_tensorflow = is_same(layer)
+        converted.depth_padding = depth_padding  # type: ignore[assignment]
+        converted.begin(**options)
+        return converted
 
     def begin(self) -> None:
-        """Makes parameters of its own out of the 2D ones."""
+        """Make parameters of its own out of the 2D ones."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Apply the convolution to folded slices (B D, C, H, W)."""
         if image:
             return self.on_image(x)
         return fold(self.on_volume(unfold(x, batch)))
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The 2D network's convolution."""
+        """Apply the 2D network's own convolution."""
         return self.on_plane(x, self.weight)
 
     def on_plane(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A 2D kernel on an image."""
+        """Apply a 2D kernel to an image (B, C, H, W)."""
         _, height, width = self._pads((1, *x.shape[2:]))
         return padded_conv2d(
             x, weight, self.bias, self._strides()[1:], pair(self.dilation), (height, width), self.groups,
@@ -106,7 +106,7 @@ class Convolution(Folded, nn.Conv2d):
         )  # fmt: skip
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) to (B, C', D', H', W')."""
+        """Convolve (B, C, D, H, W) to (B, C', D', H', W')."""
         dilation, stride = pair(self.dilation), self._strides()
         k, s, d = along_depth(self.kernel_size), stride[0], along_depth(dilation)
         pads = self._pads(x.shape[2:])
@@ -123,7 +123,7 @@ class Convolution(Folded, nn.Conv2d):
 
     @abstractmethod
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """The convolution itself; `shrunk`: kernels are to keep their middle along depth."""
+        """Convolve a padded volume; where it is `shrunk`, kernels keep their middle along depth."""
 
     def _strides(self) -> Triple:
         height, width = pair(self.stride)
@@ -131,7 +131,7 @@ class Convolution(Folded, nn.Conv2d):
         return own if self.cells is None else self.cells.strides(own)
 
     def _pads(self, sizes: Sequence[int]) -> Pads:
-        """Before and behind, along D, H, W."""
+        """Return the padding before and behind, along D, H, W."""
         (high, wide), (down, right), (over, across) = (
             self.kernel_size, pair(self.stride), pair(self.dilation)
         )  # fmt: skip
@@ -165,7 +165,7 @@ class Flat(Convolution):
     """2.5D: the 2D kernel on every slice, with the stride on all three axes."""
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """As the class says."""
+        """Apply the 2D kernel to every slice."""
         k = 1 if shrunk else along_depth(self.kernel_size)
         return planar(x, self.weight, self.bias, 0, k, stride, dilation, pads, self.groups)
 
@@ -174,11 +174,11 @@ class ACS(Convolution):
     """Axial-coronal-sagittal (Yang et al., arXiv:1911.10477): a third of the kernels in each plane."""
 
     def begin(self) -> None:
-        """Kernels of unequal sides fit all planes only where they keep the size of every axis."""
+        """Check that kernels of unequal sides keep the size of every axis, as all planes need."""
         _check_square(self)
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """As the class says."""
+        """Apply a third of the kernels in each plane."""
         if self.kernel_size == (1, 1):
             return planar(x, self.weight, self.bias, 0, 1, stride, dilation, pads, self.groups)
         parts = []
@@ -230,21 +230,21 @@ class SoftACS(ACS):
     plane_logits: nn.Parameter
 
     def begin(self) -> None:
-        """Adds the mixture."""
+        """Add the mixture of the planes."""
         super().begin()
         if self.kernel_size == (1, 1):
             return
         self.plane_logits = nn.Parameter(self.weight.new_zeros(self.out_channels, 3))
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The 2D network's convolution; the mixture has no part in it, but a gradient (of 0) for DDP."""
+        """Apply the 2D network's convolution; the mixture only gets a gradient of 0, for DDP."""
         y = super().on_image(x)
         if self.kernel_size == (1, 1) or not (self.training and torch.is_grad_enabled()):
             return y
         return y + 0 * self.plane_logits.sum().to(y.dtype)
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """As the class says."""
+        """Apply every kernel in all planes and mix the results."""
         if self.kernel_size == (1, 1):
             return super().convolve(x, stride, dilation, pads, shrunk)
         share = self.plane_logits.softmax(1)
@@ -265,18 +265,18 @@ class Inflated(Convolution):
     """
 
     def begin(self, axis: int = 0) -> None:
-        """Inflates along D (0), H (1) or W (2) the kernel that lies in the other two axes."""
+        """Inflate the 2D kernel along D (0), H (1) or W (2); it lies in the other two axes."""
         _check_square(self, needed=axis != 0)
         count = along_depth(self.kernel_size)
         copies = [self.weight.detach().unsqueeze(2 + axis)] * count
         self.weight = nn.Parameter(torch.cat(copies, 2 + axis) / count)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The kernel's middle."""
+        """Apply the kernel's middle along depth."""
         return self.on_plane(x, self.weight[:, :, self.weight.shape[2] // 2])
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """As the class says."""
+        """Apply the inflated kernels to the volume."""
         middle = self.weight.shape[2] // 2
         weight = self.weight[:, :, middle : middle + 1] if shrunk else self.weight
         return _padded_conv3d(x, weight, self.bias, stride, dilation, pads, self.groups)
@@ -291,7 +291,7 @@ class Pseudo3D(Convolution):
     depth_weight: nn.Parameter
 
     def begin(self) -> None:
-        """Adds the depth kernel, with the groups of the 2D one where its channels divide so."""
+        """Add the depth kernel, with the groups of the 2D one where its channels divide so."""
         k = along_depth(self.kernel_size)
         if k > 1:
             weight = self.weight.new_zeros(self.out_channels, self.out_channels // self.groups, k)
@@ -299,7 +299,7 @@ class Pseudo3D(Convolution):
             self.depth_weight = nn.Parameter(weight)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The depth kernel's middle."""
+        """Apply the 2D kernel, then the depth kernel's middle."""
         x = super().on_image(x)
         if along_depth(self.kernel_size) == 1:
             return x
@@ -307,7 +307,7 @@ class Pseudo3D(Convolution):
         return F.conv2d(x, self.depth_weight[:, :, (k - 1) // 2, None, None], groups=self.groups)
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
-        """As the class says."""
+        """Apply the 2D kernel, then the depth kernel."""
         k = along_depth(self.kernel_size)
         if shrunk or k == 1:
             return planar(
@@ -324,21 +324,21 @@ def planar(
     x: Tensor, weight: Tensor, bias: Tensor | None, plane: int, flat: int, stride: Triple,
     dilation: Triple, pads: Pads, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """A 2D kernel in one plane of a volume.
+    """Apply a 2D kernel in one plane of a volume.
 
     Across the plane it behaves as the middle of a kernel of `flat` voxels: output i reads voxel
     i s - p + d (K - 1) / 2, and nothing but zeros where that lies outside.
 
     Args:
-        x: (B, C, D, H, W).
-        weight: (Cout, Cin/g, K, K).
-        bias: (Cout,).
-        plane: The axis it is flat along: 0 (D, axial), 1 (H) or 2 (W).
+        x: Volumes (B, C, D, H, W).
+        weight: Kernels (Cout, Cin/g, K, K).
+        bias: Bias of the outputs (Cout,).
+        plane: Axis that the kernel is flat along: 0 (D, axial), 1 (H) or 2 (W).
         flat: Size, along that axis, of the kernel that it stands for.
-        stride: Along D, H, W.
-        dilation: Along D, H, W.
-        pads: Before and behind, along D, H, W.
-        groups: Of the convolution.
+        stride: Stride along D, H, W.
+        dilation: Dilation along D, H, W.
+        pads: Padding before and behind, along D, H, W.
+        groups: Number of groups of the convolution.
     """
     n, s, d = x.shape[2 + plane], stride[plane], dilation[plane]
     before, behind = pads[plane]
@@ -375,7 +375,7 @@ def padded_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], dilation: tuple[int, int],
     pads: tuple[tuple[int, int], tuple[int, int]], groups: int, mode: str = "zeros",
 ) -> Tensor:  # fmt: skip
-    """A 2D convolution with padding of its own on each side."""
+    """Apply a 2D convolution with padding of its own on each side."""
     (top, bottom), (left, right) = pads
     height, width = top, left
     if mode != "zeros" or top != bottom or left != right:
@@ -385,7 +385,7 @@ def padded_conv2d(
 
 
 def thirds(channels: int) -> list[tuple[int, int]]:
-    """Output channels of the axial, coronal and sagittal kernels; what is left over goes to the first."""
+    """Divide output channels into axial, coronal and sagittal ones; what is left over goes to the first."""
     size, rest = divmod(channels, 3)
     ends = [size + (rest > 0), 2 * size + (rest > 0) + (rest > 1), channels]
     return list(zip([0, *ends], ends, strict=False))
@@ -412,19 +412,19 @@ def _square_padding(layer: nn.Conv2d) -> bool:
 
 
 def is_same(layer: nn.Module) -> bool:
-    """Whether it pads as TensorFlow does (timm's classes, told by their names)."""
+    """Check whether a layer pads as TensorFlow does (timm's classes, recognised by their names)."""
     return type(layer).__name__ in ("Conv2dSame", "MaxPool2dSame", "AvgPool2dSame")
 
 
 class Transposed(Folded, nn.ConvTranspose2d):  # type: ignore[misc]
-    """A transposed convolution: a depth as much longer as the height, each plane kept.
+    """A transposed convolution over volumes, which lengthens depth as height and keeps each plane.
 
     Across depth the kernel is repeated and scaled by stride / kernel, so that a volume constant along
     depth stays so away from its ends; with kernel = stride every slice is repeated. Of one kind, for all.
     """
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Apply the layer to folded slices."""
         if image:
             return nn.ConvTranspose2d.forward(self, x)
         kernel, stride, pads = self.kernel_size, pair(self.stride), pair(self.padding)  # type: ignore[arg-type]
@@ -453,7 +453,7 @@ class MaxPool(Folded, nn.MaxPool2d):
     cells: Cells | None = None
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pool folded slices, over depth too."""
         padding = self.padding
         if getattr(self, "like_tensorflow", False):
             x, padding = _pad_like_tensorflow(self, x, -torch.inf, batch, image), 0
@@ -476,7 +476,7 @@ class AvgPool(Folded, nn.AvgPool2d):
     cells: Cells | None = None
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pool folded slices, over depth too."""
         padding = self.padding
         if getattr(self, "like_tensorflow", False):
             x, padding = _pad_like_tensorflow(self, x, 0.0, batch, image), 0
@@ -504,7 +504,7 @@ class LPPool(Folded, nn.LPPool2d):
     """Power-average pooling over depth too."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pool folded slices, over depth too."""
         return lp_pool(
             x, self.norm_type, self.kernel_size, self.stride, self.ceil_mode, batch=batch, image=image
         )
@@ -514,7 +514,7 @@ class AdaptiveAvgPool(Folded, nn.AdaptiveAvgPool2d):
     """Adaptive average pooling, to one slice."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pool folded slices to one slice."""
         return adaptive_avg_pool(x, self.output_size, batch=batch, image=image)
 
 
@@ -522,7 +522,7 @@ class AdaptiveMaxPool(Folded, nn.AdaptiveMaxPool2d):
     """Adaptive max-pooling, to one slice."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pool folded slices to one slice."""
         return adaptive_max_pool(x, self.output_size, self.return_indices, batch=batch, image=image)
 
 
@@ -530,7 +530,7 @@ class Upsample(Folded, nn.Upsample):
     """Up-sampling of depth too."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Upsample folded slices, along depth too."""
         return interpolate(
             x, self.size, self.scale_factor, self.mode, self.align_corners, self.recompute_scale_factor,
             batch=batch, image=image,
@@ -541,7 +541,7 @@ class Pad(Folded, nn.Module):
     """Padding of depth as of height.
 
     Args:
-        layer: A 2D padding module.
+        layer: 2D padding module of torch.
     """
 
     def __init__(self, layer: nn.Module):
@@ -553,7 +553,7 @@ class Pad(Folded, nn.Module):
         self.value = getattr(layer, "value", 0.0) if self.mode == "constant" else None
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Pad folded slices, along depth too."""
         return pad(x, self.pads, self.mode, self.value, batch=batch, image=image)
 
 
@@ -561,7 +561,7 @@ class GroupNorm(Folded, nn.GroupNorm):
     """Group norm over depth too."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Normalise folded slices over whole volumes."""
         return fold(nn.GroupNorm.forward(self, unfold(x, batch)))
 
 
@@ -569,7 +569,7 @@ class InstanceNorm(Folded, nn.InstanceNorm3d):
     """Instance norm over depth too."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Normalise folded slices over whole volumes."""
         return fold(nn.InstanceNorm3d.forward(self, unfold(x, batch)))
 
 
@@ -577,15 +577,15 @@ class Dropout(Folded, nn.Dropout3d):
     """Dropout of whole channels of a volume."""
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Drop whole channels of volumes."""
         return fold(nn.Dropout3d.forward(self, unfold(x, batch)))
 
 
 class PerSample(Folded, nn.Module):
-    """A layer that drops samples (stochastic depth): a volume with all its slices, or none of it.
+    """Layer that drops samples (stochastic depth): a volume with all its slices, or none of it.
 
     Args:
-        layer: On tensors of any number of axes.
+        layer: Layer that takes tensors of any number of axes.
     """
 
     def __init__(self, layer: nn.Module):
@@ -593,5 +593,5 @@ class PerSample(Folded, nn.Module):
         self.layer = layer
 
     def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
-        """As the class says."""
+        """Apply the layer to whole volumes."""
         return fold(self.layer(unfold(x, batch)))

@@ -16,10 +16,10 @@ _STAGES = (
 
 
 class Conv2dSame(nn.Conv2d):
-    """Pads as TensorFlow's SAME does, by the image's size; `to_3d` knows it by this name, timm's."""
+    """Convolution padded as TensorFlow's SAME, by the image's size; `to_3d` knows it by timm's name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride))."""
+        """Convolve (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride))."""
         height, width = (
             same_pads(x.shape[2 + n], self.kernel_size[n], self.stride[n], self.dilation[n]) for n in (0, 1)
         )
@@ -27,7 +27,7 @@ class Conv2dSame(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """An inverted residual."""
+    """Inverted residual block of EfficientNet-Lite."""
 
     def __init__(self, channels: int, out: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.widens, self.residual = expansion > 1, stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, out, ...)."""
+        """Transform (B, channels, H, W) to (B, out, ...)."""
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.widens else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
@@ -70,7 +70,7 @@ class EfficientNetLite0(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classes (B, num_classes) of (B, 3, H, W)."""
+        """Score the classes (B, num_classes) of (B, 3, H, W)."""
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = block(x)

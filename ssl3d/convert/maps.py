@@ -23,9 +23,9 @@ class Reduction:
     """A place where the network strides: one layer, or several side by side.
 
     Attributes:
-        before: Stride of the map that enters, in total.
-        after: Of what leaves.
-        nodes: The strided layers and calls.
+        before: Total stride of the map that enters.
+        after: Total stride of the map that leaves.
+        nodes: Strided layers and calls of the graph.
     """
 
     before: int
@@ -34,7 +34,7 @@ class Reduction:
 
     @property
     def factor(self) -> int:
-        """The stride itself."""
+        """Stride of this place alone."""
         return self.after // self.before
 
 
@@ -43,10 +43,10 @@ class Maps:
     """Feature maps of a network, shallow to deep.
 
     Attributes:
-        nodes: That give them: the last before each of the network's strides, and the deepest.
-        channels: Of each.
-        reductions: All strides of the network, in order.
-        strides: Of each map, in total, in 2D.
+        nodes: Nodes that give the maps: the last before each of the network's strides, and the deepest.
+        channels: Number of channels of each map.
+        reductions: Strides of the network, in order.
+        strides: Total stride of each map, in 2D.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -55,28 +55,28 @@ class Maps:
     strides: tuple[int, ...]
 
     def with_strides(self, steps: Sequence[Triple]) -> tuple[Triple, ...]:
-        """Strides of the maps along D, H, W, where the reductions have these strides."""
-        found = []
+        """Return the strides of the maps along D, H, W, where the reductions have these strides."""
+        totals = []
         for stride in self.strides:
             total = (1, 1, 1)
             for reduction, step in zip(self.reductions, steps, strict=True):
                 if reduction.after <= stride:
                     total = (total[0] * step[0], total[1] * step[1], total[2] * step[2])
-            found.append(total)
-        return tuple(found)
+            totals.append(total)
+        return tuple(totals)
 
 
 def find_maps(net: nn.Module, graph: fx.Graph, channels: int = 3) -> Maps:
-    """Finds the last map at each stride, by what a probe of 256 x 320 becomes on its way.
+    """Find the last map at each stride, by what a probe of 256 x 320 becomes on its way.
 
     A map is what enters the outermost module that holds one of the network's strides and no other: as in
     timm's `feature_info`, a block's narrow output and not the wide inside of the next. The deepest is the
     last before space is pooled away.
 
     Args:
-        net: 2D, in the mode in which it was traced; left alone.
-        graph: Of its forward pass.
-        channels: That it takes.
+        net: 2D network in the mode in which it was traced; left alone.
+        graph: Graph of its forward pass.
+        channels: Number of channels that it takes.
 
     Raises:
         UsageError: It has no maps of which the sizes are the input's over a whole number.
@@ -88,23 +88,23 @@ def find_maps(net: nn.Module, graph: fx.Graph, channels: int = 3) -> Maps:
     deepest = max((r for node, r in ratios.items() if not _in_head(node)), default=1)
     if deepest == 1:
         raise UsageError(f"{name}: found no feature map of a size that is the image's over a whole number")
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
     for reduction in reductions:
         entering = _entering(reduction, reductions, graph, ratios)
         if entering is not None and entering is not image:
-            found.append(entering)
+            nodes.append(entering)
     last = [node for node, r in ratios.items() if r == deepest and not _in_head(node)][-1]
-    found.append(last)
+    nodes.append(last)
     return Maps(
-        tuple(found),
-        tuple(int(node.meta["channels"]) for node in found),
+        tuple(nodes),
+        tuple(int(node.meta["channels"]) for node in nodes),
         tuple(reductions),
-        tuple(ratios[node] for node in found),
+        tuple(ratios[node] for node in nodes),
     )
 
 
 def cut(graph: fx.Graph, maps: Maps) -> None:
-    """Has a graph return the maps and nothing else, and erases what they do not need."""
+    """Make a graph return the maps and nothing else, and erase what they do not need."""
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (list(maps.nodes),)
     for node in reversed(list(graph.nodes)):
@@ -113,7 +113,7 @@ def cut(graph: fx.Graph, maps: Maps) -> None:
 
 
 def prune(net: nn.Module, graphs: Sequence[fx.Graph]) -> None:
-    """Takes out of a network the modules and parameters that none of its graphs uses."""
+    """Remove the modules and parameters of a network that none of its graphs uses."""
     used = {str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")}
     for name, module in list(net.named_modules()):
         if any(name == target or name.startswith(target + ".") for target in used):
@@ -133,7 +133,7 @@ def prune(net: nn.Module, graphs: Sequence[fx.Graph]) -> None:
 
 
 def _ratios(net: nn.Module, graph: fx.Graph, channels: int) -> dict[fx.Node, int]:
-    """Stride of every node that is a map."""
+    """Measure the stride of every node that is a map."""
     height, width = _PROBE
     modes = [module.training for module in net.modules()]
     shadow = copy.deepcopy(net).to("meta")
@@ -147,26 +147,26 @@ def _ratios(net: nn.Module, graph: fx.Graph, channels: int) -> dict[fx.Node, int
         raise UsageError(
             f"{type(net).__name__} does not take images (B, {channels}, {height}, {width}): {reason}"
         ) from error
-    found = {}
+    ratios = {}
     for node in graph.nodes:
         shape = probe.shapes.get(node, ())
         if len(shape) != 4 or not (shape[2] and shape[3]):
             continue
         if height % shape[2] == 0 and width % shape[3] == 0 and height // shape[2] == width // shape[3]:
-            found[node] = height // shape[2]
+            ratios[node] = height // shape[2]
             node.meta["channels"] = shape[1]
-    return found
+    return ratios
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps what shape every node's tensor has."""
+    """Interpreter that runs a graph and keeps the shape of every node's tensor."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """As the class says."""
+        """Run a node and keep the shape of its tensor."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
@@ -181,34 +181,36 @@ def _reductions(graph: fx.Graph, ratios: dict[fx.Node, int], name: str) -> list[
         if node in ratios and 0 < before < ratios[node] and not _in_head(node):
             nodes.setdefault(before, []).append(node)
             after.setdefault(before, set()).add(ratios[node])
-    reached, found = 1, []
+    reached, reductions = 1, []
     for before in sorted(nodes):
         if before != reached or len(after[before]) != 1:
             raise UsageError(f"{name}: its strides do not follow one upon the other, as an encoder's must")
         reached = after[before].pop()
-        found.append(Reduction(before, reached, tuple(nodes[before])))
-    return found
+        reductions.append(Reduction(before, reached, tuple(nodes[before])))
+    return reductions
 
 
 def _entering(
     reduction: Reduction, reductions: list[Reduction], graph: fx.Graph, ratios: dict[fx.Node, int]
 ) -> fx.Node | None:
-    """The map that enters the outermost module with this stride and no other."""
-    others = {path for one in reductions if one is not reduction for n in one.nodes for path in _inside(n)}
+    """Return the map that enters the outermost module with this stride and no other."""
+    others = {
+        path for other in reductions if other is not reduction for n in other.nodes for path in _inside(n)
+    }
     first = reduction.nodes[0]
     place = next((path for path in _inside(first) if path not in others), None)
     within = {first} if place is None else {node for node in graph.nodes if place in _inside(node)}
-    found = None
+    entering = None
     for node in graph.nodes:
         if node in within or ratios.get(node) != reduction.before:
             continue
         if any(user in within for user in node.users):
-            found = node
-    return found
+            entering = node
+    return entering
 
 
 def _inside(node: fx.Node) -> list[str]:
-    """Names of the modules that a node is in, outermost first."""
+    """Return the names of the modules that a node is in, outermost first."""
     return list(node.meta.get("nn_module_stack") or {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ssl3d.config import from_dict, to_dict
 from ssl3d.convert import networks
 from ssl3d.convert.config import ConvertedConfig
 from ssl3d.convert.encoder import ConvertedEncoder
+from ssl3d.convert.foreign_files import current_key
 from ssl3d.convert.weights import fetch, fetch_hub, read_state
 from ssl3d.errors import CheckpointError, UsageError
 
@@ -22,12 +22,12 @@ PREFIX = "imagenet:"
 
 
 def from_spec(spec: str, fields: dict[str, Any]) -> ConvertedEncoder:
-    """The encoder that `imagenet:NETWORK[:KIND][:field=value...]` means, in evaluation mode.
+    """Build the encoder that `imagenet:NETWORK[:KIND][:field=value...]` means, in evaluation mode.
 
     Args:
-        spec: As given, for messages.
-        fields: What follows `imagenet:`, `network` among it: fields of `ConvertedConfig`; `weights`, a
-            file or the name of one of torchvision's versions; `allow_partial`.
+        spec: Text of the request, for messages.
+        fields: Fields that follow `imagenet:`, `network` among them: fields of `ConvertedConfig`;
+            `weights`, a file or the name of one of torchvision's versions; `allow_partial`.
 
     Raises:
         UsageError: There is no such network or option.
@@ -45,14 +45,14 @@ def from_spec(spec: str, fields: dict[str, Any]) -> ConvertedEncoder:
 def with_weights(
     config: ConvertedConfig, weights: str | None = None, allow_partial: bool = False, asked: str = ""
 ) -> ConvertedEncoder:
-    """A converted network with weights of a file, or of torchvision or timm.
+    """Build a converted network with weights of a file, or of torchvision or timm.
 
     Args:
-        config: The network.
-        weights: A file; or the name of one of torchvision's versions, as IMAGENET1K_V2; None for the
-            first published.
-        allow_partial: Take what matches, however little.
-        asked: What the user wrote, for `metadata`.
+        config: Options of the network.
+        weights: Path of a file, or the name of one of torchvision's versions, as IMAGENET1K_V2; None for
+            the first published.
+        allow_partial: Whether to take what matches, however little.
+        asked: Text of the user's request, for `metadata`.
 
     Raises:
         UsageError: There is no such network.
@@ -82,7 +82,7 @@ def with_weights(
 
 
 def _state(network: str, weights: str | None) -> tuple[dict[str, Tensor], str]:
-    """Weights, and where they came from."""
+    """Return weights, and where they came from."""
     if weights is not None and (not weights.isidentifier() or Path(weights).exists()):
         return read_state(weights), weights
     source = networks.source_of(network, weights)
@@ -100,15 +100,14 @@ def _state(network: str, weights: str | None) -> tuple[dict[str, Tensor], str]:
 
 
 def _renamed(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of today: torchvision's DenseNets were saved with those of an older one."""
+    """Rename keys of torchvision's DenseNets, which were saved with those of an older version."""
     if not network.startswith("densenet"):
         return state
-    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
-    return {old.sub(r"\1\2", key): value for key, value in state.items()}
+    return {current_key(key): value for key, value in state.items()}
 
 
 def save(encoder: ConvertedEncoder, folder: Path, **more: Any) -> Path:
-    """Writes a converted network as an encoder folder.
+    """Write a converted network as an encoder folder.
 
     Raises:
         TrainingError: The disk is full or the folder cannot be written.

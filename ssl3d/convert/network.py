@@ -72,20 +72,20 @@ def to_3d(
     depth_padding: str = "zeros",
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """A 2D network as a 3D one: (B, C, H, W) becomes (B, C, D, H, W), in what it takes and what it returns.
+    """Convert a 2D network to 3D: (B, C, H, W) becomes (B, C, D, H, W), in what it takes and returns.
 
     The network's forward pass is traced (torch.fx), so that pools, interpolation and means that are
     written as function calls are converted like layers. On an input of depth 1, `acs`, `soft-acs`, `2.5d`
     and `p3d` compute what the 2D network computes. Kinds `acs` and `2.5d` have its very state dict.
 
     Args:
-        module: Any 2D convolutional network, left as it is: torchvision's, timm's, your own.
-        kind: What convolutions become: `acs` (a third of the kernels in each plane, arXiv:1911.10477),
-            `soft-acs` (all in all planes, mixed by a learned softmax), `i3d` (inflated,
+        module: 2D convolutional network, left as it is: torchvision's, timm's, your own.
+        kind: Kind of the 3D convolutions: `acs` (a third of the kernels in each plane, arXiv:1911.10477),
+            `soft-acs` (all in all planes, with a learned softmax mixture), `i3d` (inflated,
             arXiv:1705.07750), `2.5d` (every slice by itself), `p3d` (2D kernels, then depth kernels that
             begin as the identity, arXiv:1711.10305).
-        axis: With `i3d`, the axis D, H or W that kernels are inflated along.
-        depth_padding: zeros, or replicate, of convolutions: depth goes on beyond its ends.
+        axis: Axis D, H or W along which `i3d` inflates the kernels.
+        depth_padding: Continuation of depth beyond its ends in convolutions: zeros, or replicate.
         allow: Names, as the error gives them, of what has no counterpart and may work slice by slice.
 
     Returns:
@@ -119,20 +119,20 @@ def feature_network(
     allow: Collection[str] = (),
     channels: int = 3,
 ) -> tuple[Converted, Maps]:
-    """A 2D network as a 3D one that returns its feature maps, shallow to deep, and stops there.
+    """Convert a 2D network to a 3D one that returns its feature maps, shallow to deep, and stops there.
 
     What comes after the deepest map is taken out, parameters and all. A map of a stride s has ceil(n / s)
     voxels along an axis of n; where sizes are multiples of the stride it is the 2D network's.
 
     Args:
-        module: As for `to_3d`.
-        kind: As for `to_3d`.
-        strides: Along D, H, W of each place where the network strides, in order, in place of its own; a
-            pool whose stride becomes 1 is left out. Empty: its own, on all three axes.
-        axis: As for `to_3d`.
-        depth_padding: As for `to_3d`.
-        allow: As for `to_3d`.
-        channels: That it takes.
+        module: 2D network, as in `to_3d`.
+        kind: Kind of the 3D convolutions, as in `to_3d`.
+        strides: Strides along D, H, W of each place where the network strides, in order, in place of its
+            own; a pool whose stride becomes 1 is left out. Empty: its own, on all three axes.
+        axis: Axis of inflation, as in `to_3d`.
+        depth_padding: Continuation of depth, as in `to_3d`.
+        allow: Names of what may work slice by slice, as in `to_3d`.
+        channels: Number of channels that it takes.
 
     Returns:
         The network, and where its maps were found.
@@ -144,16 +144,16 @@ def feature_network(
     swap.report.before = sum(p.numel() for p in module.parameters())
     swap.maps_of = lambda net, graph: find_maps(net, graph, channels)
     swap.strides = strides
-    made = swap.network(module)
-    assert swap.found is not None
-    return made, swap.found
+    converted = swap.network(module)
+    assert swap.maps is not None
+    return converted, swap.maps
 
 
 class Converted(nn.Module):
-    """A converted network.
+    """Converted network with the 2D network's parameter names.
 
     Attributes:
-        report: What became what.
+        report: Report of what became what.
     """
 
     report: Report
@@ -165,14 +165,14 @@ class Converted(nn.Module):
             {k: v for k, v in net.__dict__.items() if k.startswith("_") or k == "training"}
         )
         self.report = report
-        self._source = {mode: one.src for mode, one in code.items()}
-        self._names = {mode: dict(one.globals) for mode, one in code.items()}
+        self._source = {mode: compiled.src for mode, compiled in code.items()}
+        self._names = {mode: dict(compiled.globals) for mode, compiled in code.items()}
         self._arguments, self._fixed = list(inspect.signature(net.forward).parameters), _switches(net)
         self._compiled: dict[bool, Callable[..., Any]] = {}
         self._build()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the 2D network takes and returns, with depth: (B, C, D, H, W)."""
+        """Return what the 2D network returns, with depth: (B, C, D, H, W)."""
         for name, value in zip(self._arguments, args, strict=False):
             if name in self._fixed:
                 kwargs[name] = value
@@ -194,7 +194,7 @@ class Converted(nn.Module):
             self._compiled[mode] = names["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Modules by name and no compiled functions: what pickle and deepcopy can take."""
+        """Replace modules by their names and drop compiled functions: what pickle and deepcopy can take."""
         state = self.__dict__.copy()
         state["_compiled"] = {}
         state["_names"] = {
@@ -207,7 +207,7 @@ class Converted(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Compiles again."""
+        """Restore the state and compile again."""
         super().__setstate__(state)
         self._names = {
             mode: {
@@ -219,7 +219,7 @@ class Converted(nn.Module):
 
 
 class _Named:
-    """A Python module, by its name."""
+    """Stand-in for a Python module, by its name."""
 
     def __init__(self, name: str):
         self.name = name
@@ -229,10 +229,10 @@ class _Named:
 
 
 class Tracer(fx.Tracer):
-    """Sees into everything but torch's own layers, and what follows train and eval by itself."""
+    """Tracer that sees into everything but torch's own layers and what follows train and eval by itself."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
+        """Tell whether a module is one node of the graph."""
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d):
             return True
         if type(m).__name__ in _SAMPLEWISE or hasattr(m, "on_slices"):
@@ -241,7 +241,7 @@ class Tracer(fx.Tracer):
 
 
 class _Swap:
-    """One conversion."""
+    """State of one conversion of a network."""
 
     def __init__(self, kind: str, axis: str, depth_padding: str, allow: set[str], report: Report):
         self.kind, self.axis, self.depth_padding = kind, axis, depth_padding
@@ -250,20 +250,20 @@ class _Swap:
         # Of networks that return their feature maps; see `feature_network`.
         self.maps_of: Callable[[nn.Module, fx.Graph], Maps] | None = None
         self.strides: Sequence[folding.Triple] = ()
-        self.found: Maps | None = None
+        self.maps: Maps | None = None
         self.cells: dict[str, folding.Cells] = {}
 
     def alone(self, layer: nn.Module) -> nn.Module:
-        """A network that is one layer."""
-        made = self._layer("", layer)
+        """Convert a network that is one layer."""
+        converted = self._layer("", layer)
         self._check()
-        assert made is not None
-        self._count(made)
-        made.report = self.report  # type: ignore[assignment]
-        return made
+        assert converted is not None
+        self._count(converted)
+        converted.report = self.report  # type: ignore[assignment]
+        return converted
 
     def network(self, module: nn.Module) -> Converted:
-        """Anything else."""
+        """Convert a network of several layers."""
         net = copy.deepcopy(module)
         graphs = {mode: self._trace(net, mode) for mode in (True, False)}
         if self.maps_of is not None:
@@ -280,15 +280,15 @@ class _Swap:
             for node in graph.nodes
             if node.op == "call_module"
         }
-        made: set[str] = set()
+        swapped: set[str] = set()
         for name, layer in list(net.named_modules()):
             new = self._layer(name, layer) if name in used else None
             if new is not None:
-                made.add(name)
+                swapped.add(name)
                 parent, _, last = name.rpartition(".")
                 setattr(net.get_submodule(parent), last, new.train(layer.training))
         for graph in graphs.values():
-            self._rewrite(graph, made)
+            self._rewrite(graph, swapped)
         self._check()
         converted = Converted(net, {m: g.python_code("self") for m, g in graphs.items()}, self.report)
         self._count(converted)
@@ -319,21 +319,21 @@ class _Swap:
                 module.training = modes[name]
 
     def _cut(self, net: nn.Module, graph: fx.Graph) -> None:
-        """Has a graph return its maps, with the strides that are wanted."""
+        """Make a graph return its maps, with the strides that are wanted."""
         assert self.maps_of is not None
-        found = self.maps_of(net, graph)
-        if self.found is not None and (found.channels, found.strides) != (
-            self.found.channels, self.found.strides
+        new_maps = self.maps_of(net, graph)
+        if self.maps is not None and (new_maps.channels, new_maps.strides) != (
+            self.maps.channels, self.maps.strides
         ):  # fmt: skip
             raise UsageError(f"{type(net).__name__}: in training it has other feature maps than afterwards")
-        self.found = found
-        if self.strides and len(self.strides) != len(found.reductions):
-            places = ", ".join(one.nodes[0].name for one in found.reductions)
+        self.maps = new_maps
+        if self.strides and len(self.strides) != len(new_maps.reductions):
+            places = ", ".join(reduction.nodes[0].name for reduction in new_maps.reductions)
             raise UsageError(
                 f"strides: {len(self.strides)} given, but {type(net).__name__} strides in "
-                f"{len(found.reductions)} places ({places})"
+                f"{len(new_maps.reductions)} places ({places})"
             )
-        for reduction, step in zip(found.reductions, self.strides, strict=False):
+        for reduction, step in zip(new_maps.reductions, self.strides, strict=False):
             if tuple(step) == (reduction.factor,) * 3:
                 continue
             for node in reduction.nodes:
@@ -346,7 +346,7 @@ class _Swap:
                     )
                 key = str(node.target) if module is not None else node.name
                 self.cells[key] = folding.Cells((step[0], step[1], step[2]))
-        for node in found.nodes:
+        for node in new_maps.nodes:
             # What is returned must not be changed afterwards, as activations in place would.
             for user in node.users:
                 module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
@@ -354,10 +354,10 @@ class _Swap:
                     setattr(module, "inplace", False)  # noqa: B010
                 if "inplace" in user.kwargs:
                     user.kwargs = {**user.kwargs, "inplace": False}
-        maps.cut(graph, found)
+        maps.cut(graph, new_maps)
 
     def _layer(self, name: str, layer: nn.Module) -> nn.Module | None:
-        """The counterpart of a layer, or None where it needs none or has none."""
+        """Return the counterpart of a layer, or None where it needs none or has none."""
         before = type(layer).__name__
         new: nn.Module | None = None
         try:
@@ -395,28 +395,28 @@ class _Swap:
         self.report.entries.append(Entry(name, before, _told(new), own, kept))
         return new
 
-    def _refuse(self, name: str, what: str) -> None:
+    def _refuse(self, name: str, reason: str) -> None:
         if name in self.allow:
-            if (name, what) not in self.report.slicewise:
-                self.report.slicewise.append((name, what))
+            if (name, reason) not in self.report.slicewise:
+                self.report.slicewise.append((name, reason))
         else:
-            self.refused[name] = what
+            self.refused[name] = reason
 
     def _check(self) -> None:
         if self.refused:
-            told = "; ".join(f"{name} ({what})" for name, what in self.refused.items())
+            refused = "; ".join(f"{name} ({reason})" for name, reason in self.refused.items())
             names = ", ".join(map(repr, self.refused))
             raise UsageError(
-                f"to_3d: no 3D counterpart of {told}; allow=({names},) lets them work slice by slice"
+                f"to_3d: no 3D counterpart of {refused}; allow=({names},) lets them work slice by slice"
             )
 
-    def _count(self, made: nn.Module) -> None:
-        self.report.parameters = sum(p.numel() for p in made.parameters())
+    def _count(self, converted: nn.Module) -> None:
+        self.report.parameters = sum(p.numel() for p in converted.parameters())
 
     # The forward pass --------------------------------------------------------------------------------
 
-    def _rewrite(self, graph: fx.Graph, made: set[str]) -> None:
-        """Folds the input, tells layers and functions the batch, unfolds what is returned."""
+    def _rewrite(self, graph: fx.Graph, swapped: set[str]) -> None:
+        """Fold the input, pass the batch to layers and functions, and unfold what is returned."""
         inputs = [node for node in graph.nodes if node.op == "placeholder" and not _is_constant(node)]
         if not inputs:
             raise UsageError("to_3d: the network's forward takes no tensor")
@@ -443,7 +443,7 @@ class _Swap:
                 with graph.inserting_before(node):
                     left = graph.call_function(folding.leave, (node.args[0], batch))
                 node.args = (left,)
-            elif node.op == "call_module" and str(node.target) in made:
+            elif node.op == "call_module" and str(node.target) in swapped:
                 node.args = (*node.args, batch, image)
             elif node.op == "call_function":
                 self._function(node, batch, image)
@@ -508,7 +508,7 @@ def _told(layer: nn.Module) -> str:
 
 
 def _switches(net: nn.Module) -> dict[str, Any]:
-    """Arguments of the forward pass that decide what is done: tracing fixes them at their defaults."""
+    """Return the defaults of the forward pass's switches, which tracing fixes."""
     return {
         name: parameter.default
         for name, parameter in inspect.signature(net.forward).parameters.items()
@@ -522,12 +522,12 @@ def _argument(node: fx.Node) -> str:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a placeholder is a number with a default, not a tensor."""
+    """Check whether a placeholder is a number with a default, not a tensor."""
     return bool(node.args)
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Whether a calculation is of sizes, not of tensors: something it starts from is a shape."""
+    """Check whether a calculation is of sizes, not of tensors: something it starts from is a shape."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
     if node.target is getattr:
@@ -538,7 +538,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _whose_size(size: Any) -> fx.Node | None:
-    """The tensor whose height and width a size is, where the forward pass says so."""
+    """Return the tensor whose height and width a size is, where the forward pass says so."""
     while isinstance(size, list | tuple) and size:
         size = size[0]
     while isinstance(size, fx.Node) and size.op in ("call_function", "call_method"):
@@ -554,7 +554,7 @@ def _whose_size(size: Any) -> fx.Node | None:
 
 
 def _dims(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """x.mean(2, 3) as x.mean((2, 3))."""
+    """Rewrite the arguments of x.mean(2, 3) as those of x.mean((2, 3))."""
     if len(args) > 2 and all(isinstance(arg, int) and not isinstance(arg, bool) for arg in args[1:]):
         return (args[0], tuple(args[1:]))
     return args

@@ -17,12 +17,12 @@ LITE = "efficientnet_lite0"
 
 @dataclass(frozen=True)
 class Source:
-    """Weights of a network.
+    """Place of the weights of a network.
 
     Attributes:
-        url: To fetch.
-        file: Its name there, and in torch's folder of checkpoints.
-        hub: The repository on the Hugging Face hub, instead of a URL.
+        url: URL to fetch the weights from.
+        file: File name there, and in torch's folder of checkpoints.
+        hub: Repository on the Hugging Face hub, instead of a URL.
     """
 
     url: str = ""
@@ -31,10 +31,11 @@ class Source:
 
 
 def network_2d(name: str) -> nn.Module:
-    """The 2D network of a name, untrained, for RGB images.
+    """Build the untrained 2D network of a name, for RGB images.
 
     Args:
-        name: torchvision's classifiers (`resnet18`), timm's (`timm/resnet18d`), `efficientnet_lite0`.
+        name: Name of a classifier of torchvision (`resnet18`) or timm (`timm/resnet18d`), or
+            `efficientnet_lite0`.
 
     Raises:
         UsageError: There is no such network, or it needs timm, which is missing.
@@ -44,8 +45,8 @@ def network_2d(name: str) -> nn.Module:
 
         return EfficientNetLite0()
     if name.startswith(TIMM):
-        made: nn.Module = _timm(name).create_model(name.removeprefix(TIMM), pretrained=False)
-        return made
+        timm_network: nn.Module = _timm(name).create_model(name.removeprefix(TIMM), pretrained=False)
+        return timm_network
     from torchvision import models
 
     _check_torchvision(name)
@@ -56,12 +57,12 @@ def network_2d(name: str) -> nn.Module:
 
 
 def source_of(name: str, version: str | None = None) -> Source | None:
-    """Where the ImageNet weights of a network are; None if nobody gives them by name.
+    """Find the ImageNet weights of a network; None if nobody gives them by name.
 
     Args:
-        name: Of the network.
-        version: torchvision's name of one of several, such as IMAGENET1K_V2; the first by default, which
-            all published comparisons use.
+        name: Name of the network.
+        version: Name that torchvision gives one of several, such as IMAGENET1K_V2; the first by default,
+            which all published comparisons use.
 
     Raises:
         UsageError: There are no weights of that version.
@@ -80,7 +81,7 @@ def source_of(name: str, version: str | None = None) -> Source | None:
         return None
     chosen = members[0]
     if version is not None:
-        named = {one.name: one for one in members}
+        named = {member.name: member for member in members}
         if version not in named:
             raise UsageError(f"{name}: weights {version!r} are no file, nor one of {', '.join(named)}")
         chosen = named[version]
@@ -88,38 +89,38 @@ def source_of(name: str, version: str | None = None) -> Source | None:
 
 
 def stems_of(net: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that read the image: one, or several side by side.
+    """Find the convolutions that read the image: one, or several side by side.
 
     Raises:
         UsageError: The image goes elsewhere first, or not as three channels.
     """
     graph = Tracer().trace(net)
     ahead = [node for node in graph.nodes if node.op == "placeholder"][:1]
-    found: dict[str, nn.Conv2d] = {}
+    stems: dict[str, nn.Conv2d] = {}
     seen = set(ahead)
     while ahead:
         for user in ahead.pop().users:
             module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
             if isinstance(module, nn.Conv2d):
-                found[str(user.target)] = module
+                stems[str(user.target)] = module
             elif user not in seen:
                 seen.add(user)
                 ahead.append(user)
-    wrong = [name for name, conv in found.items() if conv.in_channels != 3 or conv.groups != 1]
-    if wrong or not found:
-        told = f": {wrong[0]} reads {found[wrong[0]].in_channels} channels" if wrong else ""
-        raise UsageError(f"{type(net).__name__} does not begin with a convolution of RGB images{told}")
-    return list(found.values())
+    wrong = [name for name, conv in stems.items() if conv.in_channels != 3 or conv.groups != 1]
+    if wrong or not stems:
+        detail = f": {wrong[0]} reads {stems[wrong[0]].in_channels} channels" if wrong else ""
+        raise UsageError(f"{type(net).__name__} does not begin with a convolution of RGB images{detail}")
+    return list(stems.values())
 
 
 def replace_stem(net: nn.Module, channels: int) -> None:
-    """Has a network read as many channels as given: RGB kernels summed, shared out among the channels.
+    """Make a network read as many channels as given: its RGB kernels are summed and shared out.
 
     A picture, the same in all channels, gives what it gave the 2D network; three channels change nothing.
 
     Args:
-        net: With a stem that reads three channels; changed in place.
-        channels: To read.
+        net: Network with a stem that reads three channels; changed in place.
+        channels: Number of channels to read.
     """
     for stem in stems_of(net) if channels != 3 else ():
         weight = stem.weight.detach().sum(1, keepdim=True) / channels
@@ -128,21 +129,21 @@ def replace_stem(net: nn.Module, channels: int) -> None:
 
 
 def tripled_stem(net: nn.Module, groups: int) -> None:
-    """Has a network read each of several channels as an RGB image, with its kernels, over their number."""
+    """Make a network read each of several channels as an RGB image, by its kernels over their number."""
     for stem in stems_of(net) if groups > 1 else ():
         stem.weight = nn.Parameter(stem.weight.detach().repeat(1, groups, 1, 1) / groups)
         stem.in_channels = 3 * groups
 
 
 def keep_the_signal(net: nn.Module) -> None:
-    """Gives untrained grouped kernels the variance that keeps the signal's.
+    """Give untrained grouped kernels the variance that keeps the signal's.
 
     torchvision's MobileNets and EfficientNets begin with depth-wise kernels that are smaller by the root of
     the number of channels (torch counts the outputs of all groups): untrained, with the norms' statistics
     of the beginning, nothing of the volume would be left in the deepest map (5e-11 of its variation).
 
     Args:
-        net: Untrained; kernels of that variance are changed in place.
+        net: Untrained network; kernels of that variance are changed in place.
     """
     for module in net.modules():
         if not isinstance(module, nn.Conv2d) or module.groups == 1:
@@ -155,7 +156,7 @@ def keep_the_signal(net: nn.Module) -> None:
 def _check_torchvision(name: str) -> None:
     from torchvision import models
 
-    known = [str(one) for one in models.list_models(module=models)]
+    known = [str(model) for model in models.list_models(module=models)]
     if name not in known:
         close = difflib.get_close_matches(name, [*known, LITE], n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -173,6 +174,6 @@ def _timm(name: str) -> Any:
     plain = name.removeprefix(TIMM).partition(".")[0]
     if not timm.is_model(plain):
         close = difflib.get_close_matches(plain, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(TIMM + one for one in close)}?" if close else ""
+        hint = f"; did you mean {' or '.join(TIMM + match for match in close)}?" if close else ""
         raise UsageError(f"network {name!r} is not one of timm's{hint}")
     return timm

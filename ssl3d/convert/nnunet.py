@@ -21,7 +21,7 @@ _PATCH = (160, 160, 160)  # what nnssl recommends downstream
 
 
 def architecture(encoder: ResEnc) -> dict[str, Any]:
-    """The options of `ResidualEncoderUNet` of dynamic-network-architectures that this encoder is half of.
+    """Return the options of the `ResidualEncoderUNet` that this encoder is one half of.
 
     Raises:
         UsageError: nnU-Net has no such network.
@@ -38,8 +38,8 @@ def architecture(encoder: ResEnc) -> dict[str, Any]:
         "n_stages": count,
         "features_per_stage": list(encoder.channels),
         "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [list(one) for one in config.kernels or ((3, 3, 3),) * count],
-        "strides": [list(one) for one in config.strides or ((1, 1, 1), *((2, 2, 2),) * (count - 1))],
+        "kernel_sizes": [list(triple) for triple in config.kernels or ((3, 3, 3),) * count],
+        "strides": [list(triple) for triple in config.strides or ((1, 1, 1), *((2, 2, 2),) * (count - 1))],
         "n_blocks_per_stage": blocks,
         "n_conv_per_stage_decoder": [1] * (count - 1),
         "conv_bias": config.conv_bias,
@@ -53,10 +53,10 @@ def architecture(encoder: ResEnc) -> dict[str, Any]:
 
 
 def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = _PATCH) -> dict[str, Any]:
-    """What nnU-Net's fine-tuning reads beside the weights: architecture, spacing, where the encoder is.
+    """Build the plan that nnU-Net's fine-tuning reads beside the weights.
 
     Args:
-        encoder: With its card as `metadata`.
+        encoder: Encoder with its card as `metadata`.
         patch: Recommended size of training crops downstream, along D, H, W.
 
     Raises:
@@ -65,7 +65,7 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = _PATCH) -> dict[str,
     kwargs = architecture(encoder)
     reached = encoder.strides[-1]
     if any(size % step for size, step in zip(patch, reached, strict=True)):
-        wanted, steps = (" x ".join(map(str, one)) for one in (patch, reached))
+        wanted, steps = (" x ".join(map(str, triple)) for triple in (patch, reached))
         raise UsageError(f"patch {wanted}: nnU-Net needs multiples of the total stride, {steps}")
     card: Mapping[str, Any] = getattr(encoder, "metadata", {})
     spacing = [float(side) for side in card.get("spacing") or (1.0, 1.0, 1.0)]
@@ -112,14 +112,14 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = _PATCH) -> dict[str,
 
 
 def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PATCH) -> Path:
-    """Writes `checkpoint_final.pth` with the plan inside, and `adaptation_plan.json` beside it.
+    """Write `checkpoint_final.pth` with the plan inside, and `adaptation_plan.json` beside it.
 
     nnU-Net's fine-tuning of nnssl's checkpoints reads both; `network_weights` are those of the encoder of
     a `ResidualEncoderUNet`, both names of every tensor, and no decoder.
 
     Args:
-        encoder: A `resenc` of kind 3d with instance norm.
-        out: A folder, or the checkpoint's own name, ending in .pth.
+        encoder: Encoder `resenc` of kind 3d with instance norm.
+        out: Folder, or the checkpoint's own name, ending in .pth.
         patch: Recommended size of training crops downstream, along D, H, W.
 
     Returns:
@@ -143,7 +143,9 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PAT
         "trainer_name": "ssl3d",
         "init_args": {},
         "current_epoch": 0,
-        "citations": [str(one) for one in citations.values()] if isinstance(citations, Mapping) else [],
+        "citations": [str(citation) for citation in citations.values()]
+        if isinstance(citations, Mapping)
+        else [],
         "ssl3d": {"sha256": card.get("sha256"), "versions": versions()},
     }
     try:

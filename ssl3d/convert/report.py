@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer or function call.
+    """One layer or function call of a conversion.
 
     Attributes:
-        name: Of the module in the network, or of the call in its forward pass.
-        before: What it was.
-        after: What it became.
-        parameters: Numbers it has now.
-        kept: How many of those are the 2D network's own, or copies of them.
+        name: Name of the module in the network, or of the call in its forward pass.
+        before: Layer or function of the 2D network.
+        after: Layer or function that it became.
+        parameters: Count of its parameters now.
+        kept: Count of those that are the 2D network's own, or copies of them.
     """
 
     name: str
@@ -26,14 +26,14 @@ class Entry:
 
 @dataclass
 class Report:
-    """Of one conversion; `print` shows it as a table.
+    """Report of one conversion; `print` shows it as a table.
 
     Attributes:
-        kind: Of the convolutions.
-        entries: What was converted.
-        slicewise: Name and kind of what works on every slice by itself because it was allowed to.
-        parameters: Of the network now.
-        before: Of the 2D network.
+        kind: Kind of the 3D convolutions.
+        entries: Layers and calls that were converted.
+        slicewise: Names and kinds of what works on every slice by itself because that was allowed.
+        parameters: Count of the network's parameters now.
+        before: Count of the 2D network's parameters.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Report:
             for e in self.entries
         ]
         lines += [
-            f"{name:{width}}  {what:{wide}}  slice by slice (allowed)" for name, what in self.slicewise
+            f"{name:{width}}  {reason:{wide}}  slice by slice (allowed)" for name, reason in self.slicewise
         ]
         return "\n".join(
             [*lines, f"{self.kind}: {self.before:,} parameters before, {self.parameters:,} after"]

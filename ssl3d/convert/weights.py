@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl3d.convert.foreign_files import check_head
+from ssl3d.convert.foreign_files import read_file
 from ssl3d.errors import CheckpointError
 
 _INSIDE = ("state_dict", "model_state_dict", "model", "network_weights", "net")
@@ -23,13 +23,13 @@ _PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 
 @dataclass
 class Match:
-    """How much of a network came out of a file.
+    """Counts of the numbers of a network that came out of a file.
 
     Attributes:
-        modules: By name of a top-level module: numbers matched, and all.
+        modules: Numbers matched and numbers in all, by the name of a top-level module.
         missing: Parameters and statistics that the file lacks.
         unused: Keys of the file that the network has no place for.
-        mismatched: Key, shape in the file, shape in the network.
+        mismatched: Keys with their shape in the file and their shape in the network.
     """
 
     modules: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class Match:
 
     @property
     def matched(self) -> int:
-        """Numbers that came from the file."""
+        """Count of the numbers that came from the file."""
         return sum(matched for matched, _ in self.modules.values())
 
     @property
     def total(self) -> int:
-        """Numbers of the network: parameters and running statistics."""
+        """Count of the network's numbers: parameters and running statistics."""
         return sum(total for _, total in self.modules.values())
 
     @property
     def share(self) -> float:
-        """The one over the other."""
+        """Share of the network's numbers that came from the file."""
         return self.matched / max(1, self.total)
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Match:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name: safetensors, or what torch.save wrote, without running its code.
+    """Read the tensors of a file of weights by name, without running its code.
 
     A dictionary inside, as Lightning and many others keep it, is opened; prefixes that all keys share
     (`module.`) are taken off.
@@ -74,44 +74,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: There is no such file, it is cut short, or it holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with path.open("rb") as file:
-        check_head(path, file.read(512), path.stat().st_size)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, safetensors: each has its own idea of a damaged file
-        reason = " ".join(str(error).split())
-        if "weights_only" in reason or "Unsupported" in reason:
-            found_out = re.search(r"GLOBAL ([\w.]+)", reason)
-            what = f" ({found_out[1]})" if found_out else ""
-            raise CheckpointError(
-                f"{path}: holds Python objects{what} beside tensors, or is damaged; ssl3d runs no code of "
-                "files: save its state dict alone with torch.save"
-            ) from error
-        raise CheckpointError(
-            f"{path}: truncated, or no weights ({path.stat().st_size} bytes: {reason[:120]})"
-        ) from error
-    for key in _INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a state dict")
-    state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    contents = read_file(path).contents
+    inside = (contents[key] for key in _INSIDE if isinstance(contents.get(key), Mapping))
+    weights = next(inside, contents)
+    state = {str(key): value for key, value in weights.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{path}: holds no tensors")
     return without_prefix(state)
 
 
 def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the prefixes that wrappers add, where all of them have it."""
+    """Remove the prefixes that wrappers add, where all keys have them."""
     state = dict(state)
     while True:
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
@@ -121,7 +94,7 @@ def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fetch(url: str) -> dict[str, Tensor]:
-    """The weights behind a URL, kept in torch's own folder, their hash checked.
+    """Fetch the weights behind a URL into torch's own folder, with their hash checked.
 
     Raises:
         CheckpointError: They are not there and cannot be fetched; the message says what to put where.
@@ -145,7 +118,7 @@ def fetch(url: str) -> dict[str, Tensor]:
 
 
 def fetch_hub(repository: str, network: str) -> tuple[dict[str, Tensor], str]:
-    """The weights of a repository on the Hugging Face hub, kept in its own cache, and their file.
+    """Fetch the weights of a repository on the Hugging Face hub into its own cache; return their file too.
 
     Raises:
         CheckpointError: They are not there and cannot be fetched; the message says what to put where.
@@ -180,14 +153,14 @@ def load_matching(
     keys: set[str] | None = None,
     least: float = 1.0,
 ) -> Match:
-    """Loads what has the same name and shape, and counts it.
+    """Load the tensors that have the same name and shape, and count them.
 
     Args:
-        net: Changed in place.
-        state: From `read_state`.
-        where: The file, for messages.
-        keys: Of the network that matter, all by default.
-        least: Share of the numbers that must match.
+        net: Network, changed in place.
+        state: Tensors from `read_state`.
+        where: Name of the file, for messages.
+        keys: Keys of the network that matter; all by default.
+        least: Least share of the numbers that must match.
 
     Raises:
         CheckpointError: Nothing matches, or less than `least`; or a number is not finite.
@@ -226,26 +199,26 @@ def load_matching(
 
 
 def _group(key: str) -> str:
-    """Its top-level module, and the number inside a list of them."""
+    """Return the top-level module of a key, with the number inside a list of them."""
     parts = key.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else parts[0]
 
 
 def _lacking(match: Match) -> str:
-    told = f"{match.matched:,} of {match.total:,} numbers match"
+    text = f"{match.matched:,} of {match.total:,} numbers match"
     if match.mismatched:
         key, theirs, ours = match.mismatched[0]
-        told += f"; {key} has shape {theirs}, needed is {ours}{_and_more(match.mismatched)}"
+        text += f"; {key} has shape {theirs}, needed is {ours}{_and_more(match.mismatched)}"
     if match.missing:
-        told += f"; {len(match.missing)} names are missing ({_some(match.missing)})"
+        text += f"; {len(match.missing)} names are missing ({_some(match.missing)})"
     if match.unused and match.missing:
-        told += f"; it has {_some(match.unused)}"
-    return told + "; --allow-partial (or allow_partial=true) takes what there is"
+        text += f"; it has {_some(match.unused)}"
+    return text + "; --allow-partial (or allow_partial=true) takes what there is"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _and_more(found: list[Any]) -> str:
-    return f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
+def _and_more(mismatched: list[Any]) -> str:
+    return f" (and {len(mismatched) - 1} more such)" if len(mismatched) > 1 else ""

@@ -21,18 +21,18 @@ _RARE = 0.02  # share of the boxes below which a level is not worth its cost
 
 @dataclass(frozen=True)
 class AnchorPlan:
-    """Where anchors lie and what they look like.
+    """Levels at which anchors lie, and the shapes of the anchors.
 
     Attributes:
-        strides: Of the levels along (D, H, W), fine to coarse.
-        shapes: Per level the sides (D, H, W) of its anchors in voxels, as many at every level.
+        strides: Strides of the levels along (D, H, W), fine to coarse.
+        shapes: Sides (D, H, W) in voxels of the anchors of each level, as many at every level.
     """
 
     strides: tuple[Triple, ...]
     shapes: tuple[tuple[Shape, ...], ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for levels without anchors, or with different numbers of them."""
+        """Check that all levels have anchors, and as many."""
         if not self.strides or len(self.strides) != len(self.shapes):
             raise ValueError(f"{len(self.strides)} levels with shapes for {len(self.shapes)}")
         if len({len(level) for level in self.shapes}) != 1 or not self.shapes[0]:
@@ -40,14 +40,14 @@ class AnchorPlan:
 
     @property
     def count(self) -> int:
-        """Anchors in one place."""
+        """Number of anchors in one place."""
         return len(self.shapes[0])
 
 
 def plan_anchors(
     boxes: ArrayLike, encoder: Encoder, count: int = 3, cells: float = 2.0, finest: int = 2
 ) -> AnchorPlan:
-    """Levels and anchor shapes for an encoder's maps, from the boxes that are to be learned.
+    """Choose levels and anchor shapes for an encoder's maps from the boxes that are to be learned.
 
     A box belongs to the level of which it spans about `cells` cells per axis. Levels that have no boxes
     worth speaking of are left out. The shapes of a level are the means of `count` clusters of its boxes'
@@ -55,10 +55,10 @@ def plan_anchors(
     of an octave from each other. So anisotropic spacing and flat objects need no setting.
 
     Args:
-        boxes: (n, 6), in voxels, of the training data alone.
-        encoder: Only its `strides` are read.
-        count: Anchor shapes per level.
-        cells: See above. Fewer: coarser levels, less work, coarser boxes.
+        boxes: Boxes (n, 6) of the training data alone, in voxels.
+        encoder: Encoder of which only `strides` are read.
+        count: Number of anchor shapes per level.
+        cells: Cells that a box spans in its level. Fewer: coarser levels, less work, coarser boxes.
         finest: Least stride of a level along any axis that has a larger one in the encoder's first map;
             levels finer than that map are made by interpolation.
 
@@ -83,12 +83,12 @@ def plan_anchors(
 
 
 def fit_shapes(boxes: ArrayLike, plan: AnchorPlan, cells: float = 2.0) -> Tensor:
-    """Anchor shapes of a plan's levels for other boxes, (levels, count, 3); its own where there are none.
+    """Fit the anchor shapes of a plan's levels to other boxes; a level without boxes keeps its own.
 
     Args:
-        boxes: (n, 6), of the training data alone.
-        plan: Whose levels stay.
-        cells: As of `plan_anchors`.
+        boxes: Boxes (n, 6) of the training data alone, in voxels.
+        plan: Plan whose levels stay.
+        cells: Cells that a box spans in its level, as in `plan_anchors`.
     """
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
     sides = corners[:, 3:] - corners[:, :3]
@@ -102,17 +102,17 @@ def fit_shapes(boxes: ArrayLike, plan: AnchorPlan, cells: float = 2.0) -> Tensor
 
 
 def grid_anchors(strides: Sequence[Triple], shapes: Tensor, size: Sequence[int]) -> list[Tensor]:
-    """The anchors of every level for an input of `size` (D, H, W), (d h w count, 6) float32 each.
+    """Lay the anchors of every level over an input of `size` (D, H, W), (d h w count, 6) float32 each.
 
     Voxel i of a map of stride s lies on voxel i x s of the input: its anchors are centred on i x s + .5.
     In the order of (d, h, w, shape).
 
     Args:
-        strides: Of the levels.
+        strides: Strides of the levels along (D, H, W).
         shapes: Sides of the anchors (levels, count, 3), voxels.
-        size: Of the input.
+        size: Size of the input (D, H, W).
     """
-    found = []
+    anchors = []
     for stride, sides in zip(strides, shapes, strict=True):
         axes = [
             torch.arange(-(-n // s), dtype=torch.float32, device=shapes.device) * s + 0.5
@@ -120,12 +120,12 @@ def grid_anchors(strides: Sequence[Triple], shapes: Tensor, size: Sequence[int])
         ]
         centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 1, 3)
         half = sides.float()[None] / 2
-        found.append(torch.cat([centres - half, centres + half], dim=2).reshape(-1, 6))
-    return found
+        anchors.append(torch.cat([centres - half, centres + half], dim=2).reshape(-1, 6))
+    return anchors
 
 
 def level_of(boxes: Tensor, strides: Sequence[Triple], cells: float) -> Tensor:
-    """Level of each box (n,): that of which it spans about `cells` cells per axis, as in `plan_anchors`."""
+    """Choose the level (n,) of which each box spans about `cells` cells per axis, as in `plan_anchors`."""
     sides = (boxes[:, 3:] - boxes[:, :3]).clamp_min(1e-3)
     # As `_misfit`: the depth of boxes in images says nothing of the level.
     first = 0 if bool((sides[:, 0] > 1).any()) else 1
@@ -134,7 +134,7 @@ def level_of(boxes: Tensor, strides: Sequence[Triple], cells: float) -> Tensor:
 
 
 def _candidates(strides: Sequence[Triple], finest: int) -> list[Triple]:
-    """Strides a level may have, fine to coarse: those of the maps, and of steps finer than the first."""
+    """List the strides a level may have, fine to coarse: those of the maps, and finer steps."""
     deepest = strides[-1]
     known = {s for s in strides if all(a <= b for a, b in zip(s, deepest, strict=True))}
     first = min(known)
@@ -144,16 +144,16 @@ def _candidates(strides: Sequence[Triple], finest: int) -> list[Triple]:
 
 
 def _misfit(sides: np.ndarray, strides: Sequence[Triple], cells: float) -> np.ndarray:
-    """How many octaves a level is too fine or too coarse for a box, (boxes, levels)."""
+    """Measure how many octaves each level is too fine or too coarse for a box, (boxes, levels)."""
     # In images every box is one voxel deep and says nothing of the depth.
     axes = [axis for axis in range(3) if axis or (sides[:, 0] > 1).any()]
     steps = np.array(strides, dtype=np.float64)[None][..., axes]
-    found: np.ndarray = np.abs(np.log2(sides[:, None, axes] / (cells * steps)).mean(axis=2))
-    return found
+    octaves: np.ndarray = np.abs(np.log2(sides[:, None, axes] / (cells * steps)).mean(axis=2))
+    return octaves
 
 
 def _shapes(sides: np.ndarray, count: int) -> tuple[Shape, ...]:
-    """Means of `count` clusters of (n, 3) sides, small to large."""
+    """Return the means of `count` clusters of (n, 3) sides, small to large."""
     logs = np.log(sides)
     order = np.argsort(logs.sum(axis=1), kind="stable")
     picks = order[((np.arange(count) + 0.5) / count * len(order)).astype(int)]

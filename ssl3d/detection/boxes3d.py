@@ -17,7 +17,7 @@ _BLOCK = 16_000_000  # overlaps in memory at a time
 
 
 def box_overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of every pair of (n, 2d) and (m, 2d); (n, m)."""
+    """Compute the intersection over union of every pair of (n, 2d) and (m, 2d); (n, m)."""
     half = a.shape[1] // 2
     low = torch.maximum(a[:, None, :half], b[None, :, :half])
     high = torch.minimum(a[:, None, half:], b[None, :, half:])
@@ -26,21 +26,21 @@ def box_overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_volume(boxes: Tensor) -> Tensor:
-    """Voxels in each box, (n,)."""
+    """Count the voxels in each box, (n,)."""
     half = boxes.shape[1] // 2
     return (boxes[:, half:] - boxes[:, :half]).prod(dim=1)
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """Offsets of boxes from their anchors: (tz, ty, tx, td, th, tw) of each pair, (n, 2d).
+    """Encode boxes as offsets from their anchors: (tz, ty, tx, td, th, tw) of each pair, (n, 2d).
 
     tz = (z - za) / da of the centres, td = log(d / da) of the sides, as Faster R-CNN has them in 2D (Ren
     et al., arXiv 1506.01497) and every 3D detector since.
 
     Args:
-        boxes: (n, 2d).
-        anchors: (n, 2d), row by row those of the boxes.
-        weights: What each of the 2d offsets is multiplied by; 1 if None.
+        boxes: Boxes (n, 2d).
+        anchors: Anchors of the boxes (n, 2d), row by row.
+        weights: Factors of the 2d offsets; 1 if None.
     """
     centre, side = _centred(boxes)
     base, base_side = _centred(anchors)
@@ -49,7 +49,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] | None = Non
 
 
 def decode(offsets: Tensor, anchors: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """The boxes at `offsets` from their anchors, (n, 2d): the inverse of `encode`.
+    """Decode the boxes at `offsets` from their anchors, (n, 2d): the inverse of `encode`.
 
     A side is at most 1000 / 16 times its anchor's.
     """
@@ -64,7 +64,7 @@ def decode(offsets: Tensor, anchors: Tensor, weights: Sequence[float] | None = N
 
 
 def clip(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes cut at the borders of a volume of `size` voxels."""
+    """Cut boxes at the borders of a volume of `size` voxels."""
     end = boxes.new_tensor([*size, *size])
     return torch.minimum(boxes.clamp_min(0), end)
 
@@ -72,17 +72,17 @@ def clip(boxes: Tensor, size: Sequence[int]) -> Tensor:
 def nms(
     boxes: Tensor, scores: Tensor, overlap: float, groups: Tensor | None = None, most: int | None = None
 ) -> Tensor:
-    """Greedy non-maximum suppression, exact, for boxes of any dimension.
+    """Select boxes by greedy non-maximum suppression, exact, in any dimension.
 
     In order of falling score (ties in the order given), a box stays unless it overlaps one that stays by
     more than `overlap`.
 
     Args:
-        boxes: (n, 2d).
-        scores: (n,).
+        boxes: Boxes (n, 2d).
+        scores: Scores of the boxes (n,).
         overlap: Intersection over union above which the worse of two goes.
-        groups: (n,), class or level: boxes of different groups never touch each other.
-        most: Boxes to keep at most.
+        groups: Class or level of each box (n,); boxes of different groups never touch each other.
+        most: Largest number of boxes to keep.
 
     Returns:
         Indices of what stays, (k,), the best first.
@@ -117,7 +117,7 @@ def weighted_clusters(
     groups: Tensor | None = None,
     expected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted box clustering: boxes that `nms` would drop are averaged instead.
+    """Average the boxes that `nms` would drop, by weighted box clustering.
 
     Jaeger et al.: Retina U-Net, ML4H 2019, arXiv 1811.08661. Each cluster is one box that stays and all
     that overlap it by more than `overlap`; its coordinates are the mean of theirs with weights score x
@@ -125,11 +125,11 @@ def weighted_clusters(
     than looked at the place.
 
     Args:
-        boxes: (n, 2d), of all windows.
-        scores: (n,).
-        overlap: As of `nms`.
-        groups: (n,), or None.
-        expected: How many windows looked at each box's centre, (n,); None: as many as found it.
+        boxes: Boxes (n, 2d) of all windows.
+        scores: Scores of the boxes (n,).
+        overlap: Intersection over union above which a box joins a cluster, as in `nms`.
+        groups: Class or level of each box (n,), or None.
+        expected: Number of windows that looked at each box's centre (n,); None: as many as found it.
 
     Returns:
         Boxes (k, 2d), scores (k,), falling, and for each cluster the index of its best box, (k,).
@@ -152,9 +152,9 @@ def weighted_clusters(
         heads.append(head)
     if not heads:
         return boxes, scores, torch.zeros(0, dtype=torch.long, device=boxes.device)
-    found = torch.stack(values)
-    order = found.argsort(descending=True, stable=True)
-    return torch.stack(merged)[order], found[order], torch.tensor(heads, device=boxes.device)[order]
+    means = torch.stack(values)
+    order = means.argsort(descending=True, stable=True)
+    return torch.stack(merged)[order], means[order], torch.tensor(heads, device=boxes.device)[order]
 
 
 def _centred(boxes: Tensor) -> tuple[Tensor, Tensor]:

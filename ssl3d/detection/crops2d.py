@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class BoxViews:
-    """Options of crops with boxes.
+    """Options of image crops with boxes.
 
     Attributes:
-        crop: Height and width of the crops, pixels; images that are smaller are filled up.
-        slab: Slices around the one whose boxes are asked for, in volumes; images (D = 1) give one.
+        crop: Height and width of the crops in pixels; images that are smaller are filled up.
+        slab: Number of slices around the one whose boxes are asked for, in volumes; images (D = 1) give
+            one.
         span: Least and largest part of an image that a crop spans, in longer sides of the image, which is
             scaled to the crop; 0 0 takes the pixels as they are.
         around: Probability that a crop holds a box, or the middle of a larger one (and a slab a slice of
             it), where there is any; else it lies anywhere.
         visible: Share of a box that must lie in the crop for it to be asked for.
-        least: Shortest side of a box that is asked for, pixels of the crop.
-        most: Boxes asked for in one crop, at most; of more, as many at random.
+        least: Shortest side, in pixels of the crop, of a box that is asked for.
+        most: Largest number of boxes asked for in one crop; of more, as many at random.
         flip: Probabilities of mirroring along H and W.
-        scale: Largest zoom, less 1: 0.2 is 1/1.2 to 1.2.
+        scale: Largest zoom s, less 1; log zoom ~ U(-log(1 + s), log(1 + s)).
         intensity: Probability of each of gamma, contrast and noise.
     """
 
@@ -51,7 +52,7 @@ class BoxViews:
     intensity: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         if len(self.crop) != 2 or min(self.crop) < 1:
             raise ValueError(f"crop needs 2 sizes of at least 1, not {self.crop}")
         for name in ("slab", "most"):
@@ -78,12 +79,12 @@ class BoxViews:
 
 
 class Boxed(NamedTuple):
-    """Images with boxes.
+    """Batch of images with boxes.
 
     Attributes:
-        images: (B, C, D, H, W).
-        boxes: (B, M, 4), y1 x1 y2 x2 in pixels.
-        there: (B, M), bool: which of the M are boxes.
+        images: Images (B, C, D, H, W).
+        boxes: Boxes (B, M, 4), y1 x1 y2 x2 in pixels.
+        there: Mask (B, M), bool, of those of the M that are boxes.
     """
 
     images: Tensor
@@ -92,7 +93,7 @@ class Boxed(NamedTuple):
 
 
 def draw_boxed(config: BoxViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Draws a crop, with its margin, and the boxes that touch it.
+    """Draw a crop, with its margin, and the boxes that touch it.
 
     Returns:
         `crop` (C, slab, h, w), float32; `boxes` (most, 4), y1 x1 y2 x2, zeros where there is none; `count`,
@@ -150,7 +151,7 @@ def draw_boxed(config: BoxViews, volume: Volume, rng: np.random.Generator) -> di
 
 @torch.no_grad()
 def move_boxed(config: BoxViews, batch: dict[str, Tensor], rng: BatchRng, training: bool) -> Boxed:
-    """The crops of a batch as the encoder sees them: the margin cut off, and while training augmented.
+    """Cut the margin off the crops of a batch, augment them while training, and move their boxes.
 
     A zoom about the middle, log-uniform in [1/(1 + scale), 1 + scale], mirroring along H and W, then gamma,
     contrast and noise. Boxes go where the pixels go; those of which less than `visible` is left, or less
@@ -177,13 +178,13 @@ def move_boxed(config: BoxViews, batch: dict[str, Tensor], rng: BatchRng, traini
 
 
 def zoom_boxed(x: Tensor, boxes: Tensor, zoom: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The middle (H, W) of each image after a zoom about it, and its boxes.
+    """Zoom each image about its middle (H, W), with its boxes.
 
     Args:
-        x: (B, C, D, h, w), with margins.
-        boxes: (B, M, 4), y1 x1 y2 x2 in pixels of x; they may lie outside.
-        zoom: (B,), above 1 enlarges.
-        size: (H, W) of the result.
+        x: Images (B, C, D, h, w) with margins.
+        boxes: Boxes (B, M, 4), y1 x1 y2 x2 in pixels of x; they may lie outside.
+        zoom: Zoom of each image (B,); above 1 enlarges.
+        size: Size (H, W) of the result.
 
     Returns:
         (B, C, D, H, W) and (B, M, 4), not cut.
@@ -206,7 +207,7 @@ def zoom_boxed(x: Tensor, boxes: Tensor, zoom: Tensor, size: Sequence[int]) -> t
 
 
 def flip_boxed(x: Tensor, boxes: Tensor, chosen: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mirrors the `chosen` (B,) images along H (axis 0) or W (1), and their boxes (B, M, 4)."""
+    """Mirror the `chosen` (B,) images along H (axis 0) or W (1), and their boxes (B, M, 4)."""
     length = x.shape[3 + axis]
     turned = boxes.clone()
     turned[..., axis], turned[..., 2 + axis] = length - boxes[..., 2 + axis], length - boxes[..., axis]
@@ -215,7 +216,7 @@ def flip_boxed(x: Tensor, boxes: Tensor, chosen: Tensor, axis: int) -> tuple[Ten
 
 
 def cut_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes (..., 4), y1 x1 y2 x2, cut to an image (H, W)."""
+    """Cut boxes (..., 4), y1 x1 y2 x2, to an image (H, W)."""
     limit = torch.tensor([*size, *size], dtype=boxes.dtype, device=boxes.device)
     return torch.minimum(boxes.clamp_min(0), limit)
 
@@ -225,6 +226,6 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def _slices(box: np.ndarray, depth: int) -> tuple[int, int]:
-    """First slice of a box, and the end; at least one, within the volume."""
+    """Return the first slice of a box, and the end; at least one, within the volume."""
     first = min(max(math.ceil(float(box[0]) - 0.5), 0), depth - 1)
     return first, min(max(math.ceil(float(box[3]) - 0.5), first + 1), depth)

@@ -27,14 +27,14 @@ _LEAST = 1.0  # voxels; of an object that is cut at the border, what has a short
 
 @dataclass
 class BoxViews3d:
-    """Options of crops of volumes with boxes.
+    """Options of volume crops with boxes.
 
     Attributes:
         around: Probability that a crop holds an object, if there is any; else it lies anywhere.
         visible: Share of a box that must lie in the crop for it to be asked for.
-        most: Boxes asked for in one crop, at most; of more, as many at random.
+        most: Largest number of boxes asked for in one crop; of more, as many at random.
         axes: Axes 0 to 2 (D H W) along which crops are mirrored.
-        zoom: Largest zoom, less 1: 0.2 is 1/1.2 to 1.2.
+        zoom: Largest zoom z, less 1; log zoom ~ U(-log(1 + z), log(1 + z)).
         intensity: Probability of each of gamma, contrast and noise.
     """
 
@@ -46,7 +46,7 @@ class BoxViews3d:
     intensity: float = 0.3
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         for name in ("around", "intensity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name):g}")
@@ -60,18 +60,18 @@ class BoxViews3d:
             raise ValueError(f"zoom must lie in 0 to 1, not {self.zoom:g}")
 
     def margin(self, size: Sequence[int]) -> Triple:
-        """Voxels that are read around a crop, per side, so that a smaller zoom sees more of the volume."""
+        """Return the voxels read around a crop, per side, for smaller zooms that see more of the volume."""
         d, h, w = (math.ceil(n * self.zoom / 2) if n > 1 else 0 for n in size)
         return (d, h, w)
 
 
 class Boxed3d(NamedTuple):
-    """Volumes with boxes.
+    """Batch of volumes with boxes.
 
     Attributes:
-        images: (B, C, D, H, W).
-        boxes: Per volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels of the crop.
-        labels: Per volume (n,), int64.
+        images: Volumes (B, C, D, H, W).
+        boxes: Boxes of each volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels of the crop.
+        labels: Labels of each volume (n,), int64.
     """
 
     images: Tensor
@@ -87,19 +87,19 @@ def draw_boxed3d(
     size: Sequence[int],
     rng: np.random.Generator,
 ) -> dict[str, Tensor]:
-    """Draws a crop of `size`, with its margin, and the boxes that touch it.
+    """Draw a crop of `size`, with its margin, and the boxes that touch it.
 
     With probability `around` a box is drawn, and the crop from all those that hold it (its middle, if it
     is the larger), so that objects are not always in the middle. A smaller volume lies in the crop's
     middle.
 
     Args:
-        config: Of the crops.
-        volume: Where from.
-        boxes: Its boxes (n, 6).
-        labels: Their classes (n,), from 0.
-        size: Of the crop, (D, H, W).
-        rng: All randomness.
+        config: Options of the crops.
+        volume: Volume to draw from.
+        boxes: Boxes of the volume (n, 6).
+        labels: Classes of the boxes (n,), from 0.
+        size: Size of the crop (D, H, W).
+        rng: Generator of all randomness.
 
     Returns:
         `image` (C, d, h, w), float32, with the margin; `boxes` (most, 6), in its voxels, zeros where there
@@ -136,7 +136,7 @@ def draw_boxed3d(
 def move_boxed3d(
     config: BoxViews3d, batch: dict[str, Tensor], size: Sequence[int], rng: BatchRng, training: bool = True
 ) -> Boxed3d:
-    """The crops of a batch as the encoder sees them: the margin cut off, and while training augmented.
+    """Cut the margin off the crops of a batch, augment them while training, and move their boxes.
 
     A zoom about the middle (of an image in its plane), log-uniform in [1 / (1 + zoom), 1 + zoom],
     mirroring, then gamma, contrast and noise. Boxes go where the voxels go; those of which less than
@@ -170,13 +170,13 @@ def move_boxed3d(
 
 
 def zoom_boxed3d(x: Tensor, boxes: Tensor, zoom: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The middle (D, H, W) of each volume after a zoom about it, and its boxes.
+    """Zoom each volume about its middle (D, H, W), with its boxes.
 
     Args:
-        x: (B, C, d, h, w), with margins; of depth 1, it is zoomed in its plane.
-        boxes: (B, M, 6) in voxels of x; they may lie outside.
-        zoom: (B,), above 1 enlarges.
-        size: (D, H, W) of the result.
+        x: Volumes (B, C, d, h, w) with margins; those of depth 1 are zoomed in their plane.
+        boxes: Boxes (B, M, 6) in voxels of x; they may lie outside.
+        zoom: Zoom of each volume (B,); above 1 enlarges.
+        size: Size (D, H, W) of the result.
 
     Returns:
         (B, C, D, H, W) and (B, M, 6), not cut.
@@ -206,7 +206,7 @@ def zoom_boxed3d(x: Tensor, boxes: Tensor, zoom: Tensor, size: Sequence[int]) ->
 
 
 def flip_boxed3d(x: Tensor, boxes: Tensor, chosen: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mirrors the `chosen` (B,) volumes along an axis, 0 to 2 for D, H, W, and their boxes (B, M, 6)."""
+    """Mirror the `chosen` (B,) volumes and their boxes (B, M, 6) along axis 0, 1 or 2 (D, H, W)."""
     length = x.shape[2 + axis]
     turned = boxes.clone()
     turned[..., axis], turned[..., 3 + axis] = length - boxes[..., 3 + axis], length - boxes[..., axis]

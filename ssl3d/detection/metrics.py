@@ -3,8 +3,7 @@
 Boxes have any dimension d: (n, 2d), lower corner first, upper corner exclusive, such as y1 x1 y2 x2 or
 z1 y1 x1 z2 y2 x2. Detections are matched to the truths of their scan once; every score is then a few
 cumulative sums for each row of weights (R, N scans), as `ssl3d.evaluation.statistics` wants it, equal to
-the plain
-score of the resampled scans.
+the plain score of the resampled scans.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ FROC_AT = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 
 
 class Detections(NamedTuple):
-    """What was found in one scan.
+    """Boxes that were found in one scan.
 
     Attributes:
-        boxes: (n, 2d).
-        scores: (n,), higher means surer.
-        labels: (n,) integers; None: all of one class.
+        boxes: Boxes (n, 2d).
+        scores: Scores (n,); higher means surer.
+        labels: Labels (n,), integers; None: all of one class.
     """
 
     boxes: ArrayLike
@@ -36,11 +35,11 @@ class Detections(NamedTuple):
 
 
 class Truths(NamedTuple):
-    """What is in one scan.
+    """True boxes of one scan.
 
     Attributes:
-        boxes: (n, 2d), n may be 0.
-        labels: (n,) integers; None: all of one class.
+        boxes: Boxes (n, 2d); n may be 0.
+        labels: Labels (n,), integers; None: all of one class.
     """
 
     boxes: ArrayLike
@@ -51,8 +50,8 @@ class AveragePrecision(NamedTuple):
     """Average precision, one value per row of weights.
 
     Attributes:
-        mean: Over the classes that have a truth in the (resampled) scans; (R,), NaN without any.
-        classes: Per class (R,).
+        mean: Mean over the classes that have a truth in the (resampled) scans (R,); NaN without any.
+        classes: Average precision of each class (R,).
     """
 
     mean: Array
@@ -63,9 +62,9 @@ class Froc(NamedTuple):
     """Sensitivities at given rates of false positives, one row per row of weights.
 
     Attributes:
-        cpm: Their mean (the competition performance metric of LUNA16), (R,).
-        sensitivities: (R, number of rates).
-        at: The rates: false positives per scan.
+        cpm: Mean of the sensitivities (the competition performance metric of LUNA16), (R,).
+        sensitivities: Sensitivity at each rate (R, number of rates).
+        at: Rates of false positives per scan.
     """
 
     cpm: Array
@@ -74,7 +73,7 @@ class Froc(NamedTuple):
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
-    """Intersection over union of every pair, (n, m), for boxes (n, 2d) and (m, 2d).
+    """Compute the intersection over union of every pair, (n, m), for boxes (n, 2d) and (m, 2d).
 
     Raises:
         ValueError: The boxes are not of one dimension, or a corner lies on the wrong side of the other.
@@ -93,16 +92,16 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def match(boxes: ArrayLike, scores: ArrayLike, truths: ArrayLike, iou: float) -> NDArray[np.int64]:
-    """For each detection the truth it finds, or -1; (n,).
+    """Match each detection to the truth it finds, or to -1; (n,).
 
     As in COCO: in order of falling score (ties in the order given) each detection takes, of the truths
     still free, the one it overlaps most, if by `iou` at least. So a second detection of the same object
     is a false positive.
 
     Args:
-        boxes: (n, 2d).
-        scores: (n,).
-        truths: (m, 2d).
+        boxes: Detected boxes (n, 2d).
+        scores: Scores of the detections (n,).
+        truths: True boxes (m, 2d).
         iou: Least overlap, above 0 and at most 1.
 
     Raises:
@@ -117,27 +116,27 @@ def match(boxes: ArrayLike, scores: ArrayLike, truths: ArrayLike, iou: float) ->
         raise ValueError(f"{len(boxes)} boxes but {len(scores)} scores")
     if not np.isfinite(scores).all():
         raise ValueError("a score is not a finite number")
-    found = np.full(len(boxes), -1, dtype=np.int64)
+    matched = np.full(len(boxes), -1, dtype=np.int64)
     overlap = box_iou(boxes, truths)
     if not overlap.size:
-        return found
+        return matched
     for n in np.argsort(-scores, kind="stable"):
         best = int(overlap[n].argmax())
         # A hair below, so that an overlap of exactly the threshold counts whatever the rounding.
         if overlap[n, best] >= iou - 1e-9:
-            found[n] = best
+            matched[n] = best
             overlap[:, best] = -1.0
-    return found
+    return matched
 
 
 class DetectionScores:
     """Detections of N scans, matched once at one overlap; every score is a method of weights.
 
     Args:
-        detections: One per scan.
-        truths: One per scan, in the same order.
+        detections: Detections of each scan.
+        truths: Truths of each scan, in the same order.
         iou: Least overlap of a detection with the truth that it finds; only truths of its own class.
-        limit: Detections of a scan that count, the surest first (COCO: 100); None: all.
+        limit: Number of detections of a scan that count, the surest first (COCO: 100); None: all.
 
     Attributes:
         classes: The classes that have truths, rising.
@@ -158,9 +157,12 @@ class DetectionScores:
         self.scans = len(truths)
         scan, score, hit, label = [], [], [], []
         owners, kinds = [], []
-        for n, (found, there) in enumerate(zip(detections, truths, strict=True)):
-            boxes, scores = _as_boxes(found.boxes), np.asarray(found.scores, dtype=np.float64).reshape(-1)
-            labels = _labels(found.labels, len(boxes), f"detections of scan {n}")
+        for n, (detected, there) in enumerate(zip(detections, truths, strict=True)):
+            boxes, scores = (
+                _as_boxes(detected.boxes),
+                np.asarray(detected.scores, dtype=np.float64).reshape(-1),
+            )
+            labels = _labels(detected.labels, len(boxes), f"detections of scan {n}")
             real = _as_boxes(there.boxes)
             real_labels = _labels(there.labels, len(real), f"truths of scan {n}")
             if limit is not None and len(boxes) > limit:
@@ -189,7 +191,7 @@ class DetectionScores:
     def average_precision(
         self, weights: Array | None = None, points: int | None = None
     ) -> AveragePrecision:
-        """Area under the precision-recall curve of each class, and their mean.
+        """Integrate the precision-recall curve of each class, and average over the classes.
 
         Precision is made non-increasing in recall first (each value is the best at that recall or
         beyond). The area is exact, over all points, as PASCAL VOC has it since 2010; with `points` 101
@@ -197,7 +199,7 @@ class DetectionScores:
         Detections of equal score are one point of the curve, so their order does not matter.
 
         Args:
-            weights: (R, N); all ones, R = 1, if not given.
+            weights: Weights of the scans (R, N); all ones, R = 1, if not given.
             points: Number of recalls to read at, 2 or more; None: the exact area.
         """
         weights = self._weights(weights)
@@ -229,7 +231,7 @@ class DetectionScores:
         at: Sequence[float] = FROC_AT,
         interpolate: bool = False,
     ) -> Froc:
-        """Sensitivity at given numbers of false positives per scan, over all classes together.
+        """Measure the sensitivity at given numbers of false positives per scan, over all classes together.
 
         The sensitivity at a rate is the highest of an operating point (a threshold on the score) that
         does not exceed it. LUNA16's script and MONAI draw straight lines between the operating points:
@@ -237,9 +239,9 @@ class DetectionScores:
         detection of the same object is a false positive (LUNA16 leaves it out).
 
         Args:
-            weights: (R, N); all ones, R = 1, if not given.
-            at: Rates, each at least 0.
-            interpolate: Whether to draw straight lines.
+            weights: Weights of the scans (R, N); all ones, R = 1, if not given.
+            at: Rates of false positives per scan, each at least 0.
+            interpolate: Whether to draw straight lines between the operating points.
 
         Returns:
             Sensitivities and their mean, NaN where the (resampled) scans have no truth.
@@ -266,7 +268,7 @@ class DetectionScores:
         return Froc(sensitivities.mean(axis=1), sensitivities, tuple(float(rate) for rate in at))
 
     def froc_curve(self) -> tuple[Array, Array, Array]:
-        """False positives per scan, sensitivity and threshold of every operating point, to be drawn."""
+        """Return false positives per scan, sensitivity and threshold of every operating point."""
         ones = np.ones((1, self.scans))
         caught, wrong = self._cumulative(ones, np.ones(len(self._scan), bool))
         number = max(sum(float(count.sum()) for count in self._counts.values()), 1.0)
@@ -282,7 +284,7 @@ class DetectionScores:
         return weights
 
     def _cumulative(self, weights: Array, of: Array) -> tuple[Array, Array]:
-        """True and false positives at each distinct score, from the highest down; (R, scores) each."""
+        """Count true and false positives at each distinct score, from the highest down; (R, scores)."""
         scan, score, hit = self._scan[of], self._score[of], self._hit[of]
         if not len(scan):
             return np.zeros((len(weights), 0)), np.zeros((len(weights), 0))
@@ -313,7 +315,7 @@ def froc(
     weights: Array | None = None,
     interpolate: bool = False,
 ) -> Froc:
-    """Sensitivities at `at` false positives per scan and their mean; see `DetectionScores.froc`.
+    """Measure the sensitivities at `at` false positives per scan, and their mean.
 
     An overlap of .1 is nnDetection's: a small lesion is found when it is pointed at.
     """
@@ -341,12 +343,12 @@ def _volume(boxes: Array) -> Array:
     return (boxes[:, half:] - boxes[:, :half]).prod(axis=1)
 
 
-def _labels(labels: ArrayLike | None, count: int, what: str) -> Array:
+def _labels(labels: ArrayLike | None, count: int, owner: str) -> Array:
     if labels is None:
         return np.zeros(count, dtype=np.int64)
     array = np.asarray(labels, dtype=np.int64).reshape(-1)
     if len(array) != count:
-        raise ValueError(f"{what}: {count} boxes but {len(array)} labels")
+        raise ValueError(f"{owner}: {count} boxes but {len(array)} labels")
     return array
 
 
@@ -355,7 +357,7 @@ def _joined(parts: Sequence[Array], kind: type) -> Array:
 
 
 def _read_at(recall: Array, best: Array, recalls: Array) -> Array:
-    """Mean over `recalls` of the best precision at that recall or beyond, 0 where it is not reached."""
+    """Average the best precision at each of `recalls` or beyond, 0 where it is not reached."""
     total = np.zeros(len(recall))
     padded = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
     rows = np.arange(len(recall))

@@ -41,19 +41,19 @@ class Detection2dOptions(BoxViews):
     """Options of a proxy that learns to detect in 2D.
 
     Attributes:
-        fusion: What becomes of several slices before the pyramid: `learned` weights per channel, or the
-            `centre` slice.
-        channels: Of the feature pyramid.
+        fusion: Fusion of several slices before the pyramid: `learned` weights per channel, or the `centre`
+            slice.
+        channels: Number of channels of the feature pyramid.
         hidden: Width of the two layers of the box head.
-        min_stride: Maps of the encoder with a smaller stride are left out of the pyramid; its smallest
-            anchors are `anchor_scale` times the smallest stride that is left.
+        min_stride: Smallest stride of the encoder's maps that enter the pyramid; its smallest anchors are
+            `anchor_scale` times the smallest stride that is left.
         anchor_scale: Side of a square anchor, in strides of its level.
-        anchor_ratios: Height to width of the anchors.
-        proposals: Kept of an image while training, and in evaluation.
-        rpn_samples: Anchors per image in the loss.
-        roi_samples: Proposals per image in the loss.
-        score_training: Score the average precision of the training crops too, at every step; else of the
-            held-out ones only.
+        anchor_ratios: Ratios of height to width of the anchors.
+        proposals: Numbers of proposals kept of an image while training, and in evaluation.
+        rpn_samples: Number of anchors per image in the loss.
+        roi_samples: Number of proposals per image in the loss.
+        score_training: Whether to score the average precision of the training crops too, at every step;
+            else of the held-out ones only.
     """
 
     fusion: Literal["learned", "centre"] = "learned"
@@ -68,12 +68,12 @@ class Detection2dOptions(BoxViews):
     score_training: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         self.detector(1)
 
     def detector(self, classes: int) -> TwoStageConfig:
-        """The detector's options, for so many classes."""
+        """Return the detector's options for a number of classes."""
         return TwoStageConfig(
             classes=classes,
             depth=self.depth,
@@ -90,17 +90,17 @@ class Detection2dOptions(BoxViews):
 
     @property
     def depth(self) -> int:
-        """Slices that the detector fuses."""
+        """Number of slices that the detector fuses."""
         return self.slab
 
 
 class DetectionPass(NamedTuple):
-    """What one pass through the detector gives.
+    """Result of one pass through the detector.
 
     Attributes:
-        losses: (B,) each.
-        proposals: Per image (n, 4), x1 y1 x2 y2, the best first.
-        levels: That the second stage reads.
+        losses: Losses by name, (B,) each.
+        proposals: Proposals of each image (n, 4), x1 y1 x2 y2, the best first.
+        levels: Levels of the pyramid that the second stage reads.
         reads: Whether the second stage can read them yet.
     """
 
@@ -124,22 +124,22 @@ class DetectionProxy2d(Proxy):
     known: Tensor
 
     def __init__(self, config: Any, encoder: Encoder) -> None:
-        """The classes are not known yet; `setup` adds the detector."""
+        """Start without classes; `setup` finds them and adds the detector."""
         super().__init__(config, encoder)
         self.names: list[str] = []
         self.register_buffer("known", torch.zeros(0, 3, dtype=torch.int64))
 
     def setup(self, data: Collection) -> None:
-        """Finds the classes, and makes the detector.
+        """Find the classes, and build the detector.
 
         Raises:
             DataError: There is no box in all the data.
             UsageError: The encoder's strides do not serve.
         """
-        found = getattr(data, "found", None)  # of a checkpoint without its data
-        if found:
-            self.names = json.loads(bytes(found["classes"].tolist()))
-            self.known = found["known"].clone()
+        outline = getattr(data, "found", None)  # of a checkpoint without its data
+        if outline:
+            self.names = json.loads(bytes(outline["classes"].tolist()))
+            self.known = outline["known"].clone()
         else:
             self.names, self.known = _classes(data)
         try:
@@ -148,7 +148,7 @@ class DetectionProxy2d(Proxy):
             raise UsageError(f"{type(self).__name__}: {error}") from error
 
     def outline(self) -> Mapping[str, Tensor]:
-        """The classes' names in their order, and data set, label and class of every label."""
+        """Return the classes' names in their order, and data set, label and class of every label."""
         return {
             "classes": torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8),
             "known": self.known,
@@ -156,7 +156,7 @@ class DetectionProxy2d(Proxy):
 
     @classmethod
     def draw(cls, config: Any, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One crop with its boxes; see `draw_boxed`.
+        """Draw one crop with its boxes by `draw_boxed`.
 
         Raises:
             DataError: Nobody looked for boxes in the volume.
@@ -164,11 +164,11 @@ class DetectionProxy2d(Proxy):
         return draw_boxed(config, volume, rng)
 
     def shown(self, batch: dict[str, Tensor], rng: BatchRng) -> Boxed:
-        """What the encoder is given of a batch: moved, augmented while training, standardised."""
+        """Prepare a batch for the encoder: moved, augmented while training, standardised."""
         return move_boxed(self.config, batch, rng, self.training)
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Detects in the crops (B, C, D, h, w), and compares with their boxes."""
+        """Detect in the crops (B, C, D, h, w), and compare with their boxes."""
         seen = self.shown(batch, rng)
         kinds = self._classes_of(batch)
         there = seen.there & (kinds >= 0)
@@ -181,15 +181,15 @@ class DetectionProxy2d(Proxy):
         metrics = {name: value.detach().mean() for name, value in done.losses.items()}
         metrics["recall"] = recall([yxyx(boxes) for boxes in done.proposals], targets.boxes).to(loss.device)
         levels = {name: level.detach() for name, level in done.levels.items()}
-        found: list[Detection] | None = None
+        detections: list[Detection] | None = None
         if done.reads and (self.config.score_training or not self.training):
-            found = self.detector.read(levels, seen.images.shape[-2:], done.proposals)
-            score = _precision(found, targets)
+            detections = self.detector.read(levels, seen.images.shape[-2:], done.proposals)
+            score = _precision(detections, targets)
             if score is not None:
                 metrics["ap50"] = score.to(loss.device)
 
         def picture() -> Figure:
-            read = found
+            read = detections
             if read is None and done.reads:
                 read = self.detector.read(levels, seen.images.shape[-2:], done.proposals)
             return picture_of(seen.images, targets, read, self.names)
@@ -197,7 +197,7 @@ class DetectionProxy2d(Proxy):
         return StepOutput(loss, metrics, picture)
 
     def run(self, images: Tensor, targets: DetectionTargets, rng: BatchRng) -> DetectionPass:
-        """Both stages at once, on one encoder."""
+        """Run both stages at once, on one encoder."""
         detector, size = self.detector, images.shape[-2:]
         levels = detector.levels(self.encoder(images))
         first = detector.propose(levels, size, targets, rng)
@@ -205,7 +205,7 @@ class DetectionProxy2d(Proxy):
         return DetectionPass(losses, first.boxes, levels)
 
     def _classes_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """Class (B, M) of every label; -1 for one that the training data do not have."""
+        """Return the class (B, M) of every label; -1 for one that the training data do not have."""
         same = (batch["dataset"].view(-1, 1, 1) == self.known[:, 0]) & (
             batch["labels"].unsqueeze(2) == self.known[:, 1]
         )
@@ -217,16 +217,16 @@ class DetectionProxy2d(Proxy):
 def score_boxes(
     proxy: DetectionProxy2d, volumes: Collection, iou: float = 0.5, seed: int = 0, batch_size: int = 16
 ) -> AveragePrecision:
-    """Average precision of a trained proxy over one crop of every volume, the same crops at every call.
+    """Score a trained proxy's average precision over one crop of every volume, the same at every call.
 
     Crops lie anywhere (`around` is 0) and are not augmented; volumes without boxes known are left out.
 
     Args:
-        proxy: With its classes.
-        volumes: Of the data sets that it was trained on.
+        proxy: Trained proxy with its classes.
+        volumes: Volumes of the data sets that it was trained on.
         iou: Least overlap of a detection with the box that it finds.
-        seed: Of the crops.
-        batch_size: Crops at once.
+        seed: Seed of the crops.
+        batch_size: Number of crops at once.
 
     Raises:
         DataError: No volume has boxes known.
@@ -245,22 +245,22 @@ def score_boxes(
         raise DataError(f"none of the {len(volumes)} volumes has boxes, so there is nothing to score")
     was = proxy.training
     proxy.eval()
-    found: list[Detections] = []
+    detections: list[Detections] = []
     truths: list[Truths] = []
     for begin in range(0, len(examples), batch_size):
         some = examples[begin : begin + batch_size]
-        batch = {name: torch.stack([one[name] for one in some]).to(device) for name in some[0]}
+        batch = {name: torch.stack([example[name] for example in some]).to(device) for name in some[0]}
         seen = proxy.shown(batch, one_group(0, len(some), device))
         kinds = proxy._classes_of(batch)
-        found += [
-            Detections(one.boxes.cpu().numpy(), one.scores.cpu().numpy(), one.labels.cpu().numpy())
-            for one in proxy.detector.detect(seen.images)
+        detections += [
+            Detections(*(part.cpu().numpy() for part in detection))
+            for detection in proxy.detector.detect(seen.images)
         ]
         for boxes, labels, there in zip(seen.boxes, kinds, seen.there, strict=True):
             at = there & (labels >= 0)
             truths.append(Truths(boxes[at].cpu().numpy(), labels[at].cpu().numpy()))
     proxy.train(was)
-    return average_precision(found, truths, iou)
+    return average_precision(detections, truths, iou)
 
 
 def recall(proposals: Sequence[Tensor], truths: Sequence[Tensor], iou: float = 0.5) -> Tensor:
@@ -268,25 +268,26 @@ def recall(proposals: Sequence[Tensor], truths: Sequence[Tensor], iou: float = 0
 
     1 where there is nothing to find.
     """
-    found = total = 0
+    hit = total = 0
     for boxes, truth in zip(proposals, truths, strict=True):
         total += len(truth)
         if len(truth) and len(boxes):
             overlap = box_iou(boxes[:_BEST].detach().cpu().numpy(), truth.detach().cpu().numpy())
-            found += int((overlap.max(0) >= iou).sum())
-    return torch.tensor(found / total if total else 1.0)
+            hit += int((overlap.max(0) >= iou).sum())
+    return torch.tensor(hit / total if total else 1.0)
 
 
 def picture_of(
-    images: Tensor, targets: DetectionTargets, found: Sequence[Detection] | None, names: Sequence[str]
+    images: Tensor, targets: DetectionTargets, detections: Sequence[Detection] | None, names: Sequence[str]
 ) -> Figure:
-    """The first images: true boxes in green, what was found in red with its score.
+    """Draw the first images: true boxes in green, detections in red with their scores.
 
     Args:
-        images: (B, C, D, H, W); three slices, or channels, are shown as colours, else the middle slice.
-        targets: What is there.
-        found: What was found; None where there is nothing to find with yet.
-        names: Of the classes.
+        images: Images (B, C, D, H, W); three slices, or channels, are shown as colours, else the middle
+            slice.
+        targets: True boxes and labels.
+        detections: Detections of each image; None where there is nothing to detect with yet.
+        names: Names of the classes.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -317,21 +318,22 @@ def picture_of(
 
         for box, label in zip(targets.boxes[n], targets.labels[n].tolist(), strict=True):
             outline(box, "lime", names[label] if len(names) > 1 else "")
-        if found is not None:
-            one = found[n]
-            for box, score, label in zip(one.boxes, one.scores.tolist(), one.labels.tolist(), strict=True):
+        if detections is not None:
+            shown = detections[n]
+            own = (shown.boxes, shown.scores.tolist(), shown.labels.tolist())
+            for box, score, label in zip(*own, strict=True):
                 if score >= _SURE:
                     outline(box, "red", f"{names[label]} {score:.2f}" if len(names) > 1 else f"{score:.2f}")
     figure.suptitle("true boxes green, detections red", fontsize=8)
     return figure
 
 
-def _precision(found: Sequence[Detection], targets: DetectionTargets) -> Tensor | None:
-    """Average precision at .5 over a batch; None where there is nothing to find."""
+def _precision(detections: Sequence[Detection], targets: DetectionTargets) -> Tensor | None:
+    """Compute the average precision at 0.5 over a batch; None where there is nothing to find."""
     if not any(len(boxes) for boxes in targets.boxes):
         return None
     score = average_precision(
-        [Detections(*(part.detach().cpu().numpy() for part in one)) for one in found],
+        [Detections(*(part.detach().cpu().numpy() for part in detection)) for detection in detections],
         [
             Truths(boxes.cpu().numpy(), labels.cpu().numpy())
             for boxes, labels in zip(targets.boxes, targets.labels, strict=True)
@@ -342,7 +344,7 @@ def _precision(found: Sequence[Detection], targets: DetectionTargets) -> Tensor 
 
 
 def _classes(data: Collection) -> tuple[list[str], Tensor]:
-    """Names of the classes, and (data set, label, class) of every label of a box."""
+    """Return the names of the classes, and (data set, label, class) of every label of a box."""
     codes = getattr(data, "dataset_codes", None)
     named: dict[str, dict[str, str]] = {}
     for settings in getattr(data, "settings", ()):
@@ -353,9 +355,9 @@ def _classes(data: Collection) -> tuple[list[str], Tensor]:
     looked = 0
     for n, volume in enumerate(data):
         code = order.setdefault(volume.dataset, len(order)) if codes is None else int(codes[n])
-        found = volume.box_labels
-        looked += found is not None
-        for label in np.unique(found if found is not None else ()).astype(int).tolist():
+        box_labels = volume.box_labels
+        looked += box_labels is not None
+        for label in np.unique(box_labels if box_labels is not None else ()).astype(int).tolist():
             labels[code, label] = named.get(volume.dataset, {}).get(str(label), str(label))
     if not labels:
         many = f"{looked} of them were looked at and have none" if looked else "nobody looked for any"

@@ -23,13 +23,13 @@ class Conv3x3x3(nn.Conv3d):
         super().__init__(channels, out_channels, 3, padding=1, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, channels, D, H, W) to (B, out_channels, D, H, W)."""
+        """Convolve (B, channels, D, H, W) to (B, out_channels, D, H, W)."""
         y = conv3x3x3(input, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None, None]
 
 
 def conv_block(channels: int, out_channels: int) -> nn.Sequential:
-    """3 x 3 x 3 convolution, group norm, ReLU."""
+    """Build a block of a 3 x 3 x 3 convolution, a group norm and a ReLU."""
     return nn.Sequential(
         Conv3x3x3(channels, out_channels, bias=False),
         norm("group", out_channels, _GROUPS),
@@ -46,9 +46,9 @@ class Pyramid3d(nn.Module):
     finer than the encoder's first map are steps without a map to add.
 
     Args:
-        encoder: Only its `channels` and `strides` are read, it is not kept.
-        strides: Of the levels wanted, fine to coarse.
-        channels: Of every level.
+        encoder: Encoder of which only `channels` and `strides` are read; it is not kept.
+        strides: Strides of the levels wanted, fine to coarse.
+        channels: Number of channels of every level.
 
     Raises:
         ValueError: A level is coarser than the deepest map, or on no way down from it.
@@ -75,23 +75,23 @@ class Pyramid3d(nn.Module):
         self.out = nn.ModuleList(Conv3x3x3(channels, channels) for _ in strides)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
-        """Levels (B, channels, ceil(D / stride), ...), fine to coarse.
+        """Compute the levels (B, channels, ceil(D / stride), ...), fine to coarse.
 
         Args:
-            maps: What the encoder gave.
-            size: (D, H, W) of its input.
+            maps: Feature maps that the encoder gave.
+            size: Size (D, H, W) of the encoder's input.
         """
         reached, source = self._path[0]
         x = self.lateral[str(source)](maps[source if source is not None else -1])
-        found = {reached: x}
+        by_stride = {reached: x}
         for stride, source in self._path[1:]:
             sides = [-(-length // step) for length, step in zip(size, stride, strict=True)]
             x = upsample(x, sides, [a / b for a, b in zip(reached, stride, strict=True)])
             if source is not None:
                 x = x + self.lateral[str(source)](maps[source])
             reached = stride
-            found[stride] = x
-        return [out(found[stride]) for out, stride in zip(self.out, self.strides, strict=True)]
+            by_stride[stride] = x
+        return [out(by_stride[stride]) for out, stride in zip(self.out, self.strides, strict=True)]
 
 
 def _within(stride: Sequence[int], other: Sequence[int]) -> bool:

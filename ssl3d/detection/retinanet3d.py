@@ -27,19 +27,20 @@ class RetinaNet3dConfig:
     """Options of the one-stage detector; the defaults are nnDetection's, but for its width.
 
     Attributes:
-        classes: Kinds of objects.
-        channels: Of the pyramid and the heads (nnDetection: 128).
-        depth: Convolutions of each head before the last.
-        candidates: Anchors per level that are nearest to a box and compete for it (ATSS).
-        samples: Anchors per volume in the classification loss.
-        positive: Most of them that are a box's.
-        pool: Background anchors are drawn from the so many times as many with the highest scores.
+        classes: Number of kinds of objects.
+        channels: Number of channels of the pyramid and the heads (nnDetection: 128).
+        depth: Number of convolutions of each head before the last.
+        candidates: Number of anchors per level that are nearest to a box and compete for it (ATSS).
+        samples: Number of anchors per volume in the classification loss.
+        positive: Largest share of them that are a box's.
+        pool: Factor of the pool that background anchors are drawn from: so many times as many with the
+            highest scores.
         prior: Score of every anchor before training.
-        beta: Where smooth L1 turns linear.
+        beta: Difference at which smooth L1 turns linear.
         score: Least score of a detection.
         nms: Overlap above which the worse of two detections of a class goes.
-        top: Candidates per level before that.
-        detections: Most detections of a volume.
+        top: Number of candidates per level before that.
+        detections: Largest number of detections of a volume.
     """
 
     classes: int = 1
@@ -57,7 +58,7 @@ class RetinaNet3dConfig:
     detections: int = 100
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         for name in ("classes", "channels", "candidates", "samples", "pool", "top", "detections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -89,14 +90,14 @@ class RetinaNet3d(nn.Module):
     found from the data, and no segmentation branch.
 
     Attributes:
-        encoder: The one given.
-        plan: Levels, and the anchors to begin with.
-        shapes: Buffer: sides of the anchors in use, (levels, count, 3); set it from `fit_shapes`.
+        encoder: Encoder that was given.
+        plan: Plan of the levels, with the anchors to begin with.
+        shapes: Buffer of the sides of the anchors in use (levels, count, 3); set it from `fit_shapes`.
 
     Args:
-        encoder: Any.
-        plan: From `plan_anchors`.
-        config: Defaults if None.
+        encoder: Encoder of any kind.
+        plan: Plan from `plan_anchors`.
+        config: Options of the detector; the defaults if None.
 
     Raises:
         UsageError: MONAI is not installed.
@@ -128,13 +129,14 @@ class RetinaNet3d(nn.Module):
         labels: Sequence[Tensor],
         rng: BatchRng | None = None,
     ) -> dict[str, Tensor]:
-        """What training minimises: `class` and `box`, scalars.
+        """Compute what training minimises: `class` and `box`, scalars.
 
         Args:
-            images: (B, C, D, H, W).
-            boxes: Per volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels; n may be 0.
-            labels: Per volume (n,), from 0.
-            rng: Of the B volumes; decides which anchors are sampled. The global generator does without.
+            images: Volumes (B, C, D, H, W).
+            boxes: Boxes of each volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels; n may be 0.
+            labels: Labels of each volume (n,), from 0.
+            rng: Generators of the B volumes, which decide which anchors are sampled; None for torch's
+                global generator.
         """
         logits, offsets, sizes = self._outputs(images)
         anchors = torch.cat(grid_anchors(self.plan.strides, self.shapes, images.shape[2:]))
@@ -152,44 +154,44 @@ class RetinaNet3d(nn.Module):
                 with _drawn_with(None if seeds is None else int(seeds[n]), images.device):
                     score, goal = monai.get_cls_train_sample_per_image(logits[n], target, matched)
                 by_class.append(functional.binary_cross_entropy_with_logits(score, goal))
-                found, aim = monai.get_box_train_sample_per_image(offsets[n], target, anchors, matched)
-                if len(found):
-                    by_box.append(functional.smooth_l1_loss(found, aim, beta=self.config.beta))
+                predicted, aim = monai.get_box_train_sample_per_image(offsets[n], target, anchors, matched)
+                if len(predicted):
+                    by_box.append(functional.smooth_l1_loss(predicted, aim, beta=self.config.beta))
                 else:  # no box here, but every weight has a gradient on every rank
                     by_box.append(offsets[n].sum() * 0.0)
         return {"class": torch.stack(by_class).mean(), "box": torch.stack(by_box).mean()}
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detection]:
-        """Boxes (n, 6), scores and labels of each volume of (B, C, D, H, W)."""
+        """Detect boxes (n, 6), with scores and labels, in each volume of (B, C, D, H, W)."""
         logits, offsets, sizes = self._outputs(images)
         anchors = torch.cat(grid_anchors(self.plan.strides, self.shapes, images.shape[2:]))
         monai = self._monai
         places = [size // self.plan.count for size in sizes]
         with torch.autocast(images.device.type, enabled=False):
-            found = monai.postprocess_detections(
+            results = monai.postprocess_detections(
                 {monai.cls_key: logits, monai.box_reg_key: offsets},
                 [anchors] * len(images),
                 [list(images.shape[2:])] * len(images),
                 places,
             )
-        return [Detection(one["boxes"], one["labels_scores"], one["labels"]) for one in found]
+        return [Detection(result["boxes"], result["labels_scores"], result["labels"]) for result in results]
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        """Class logits (B, anchors, classes), offsets (B, anchors, 6), float32; anchors per level."""
+        """Compute class logits (B, anchors, classes), offsets (B, anchors, 6) and anchors per level."""
         levels = self.pyramid(self.encoder(images), images.shape[2:])
         logits = [_rows(self.classifier(level), self.plan.count) for level in levels]
         offsets = [_rows(self.regressor(level), self.plan.count) for level in levels]
-        return torch.cat(logits, dim=1), torch.cat(offsets, dim=1), [one.shape[1] for one in logits]
+        return torch.cat(logits, dim=1), torch.cat(offsets, dim=1), [level.shape[1] for level in logits]
 
 
 def own_best(matched: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Gives every box that has no anchor those that overlap it most.
+    """Give every box that has no anchor those that overlap it most.
 
     Args:
-        matched: The box of each anchor, negative for none (n,).
-        anchors: (n, 6).
-        boxes: (m, 6).
+        matched: Box of each anchor, negative for none (n,).
+        anchors: Anchors (n, 6).
+        boxes: Boxes (m, 6).
     """
     alone = [n for n in range(len(boxes)) if not (matched == n).any()]
     if alone:
@@ -202,13 +204,13 @@ def own_best(matched: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _rows(map_: Tensor, count: int) -> Tensor:
-    """(B, count x values, d, h, w) to (B, d h w count, values), float32."""
+    """Reorder (B, count x values, d, h, w) to (B, d h w count, values), float32."""
     parts = map_.float().unflatten(1, (count, -1))
     return parts.permute(0, 3, 4, 5, 1, 2).flatten(1, 4)
 
 
 def _monai_detector(config: RetinaNet3dConfig, count: int) -> Any:
-    """MONAI's detector for its parts: it has no weights, and its network is never run."""
+    """Build MONAI's detector for its parts: it has no weights, and its network is never run."""
     try:
         from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
         from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
@@ -239,7 +241,7 @@ def _monai_detector(config: RetinaNet3dConfig, count: int) -> Any:
 
 @contextmanager
 def _drawn_with(seed: int | None, device: torch.device) -> Iterator[None]:
-    """MONAI's sampler draws from torch's global generator, which has this seed meanwhile."""
+    """Seed torch's global generator, from which MONAI's sampler draws, for a while."""
     if seed is None:
         yield
         return

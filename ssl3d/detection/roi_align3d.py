@@ -19,7 +19,7 @@ def roi_align3d(
     samples: int | Sequence[int] = 2,
     centred: bool = False,
 ) -> Tensor:
-    """Features of boxes, each brought to one grid of `size` cells (He et al., Mask R-CNN, 2017).
+    """Bring the features of boxes to one grid of `size` cells each (He et al., Mask R-CNN, 2017).
 
     Each cell is the mean of `samples` values per axis, at the middles of equal parts of the cell, read
     between the voxels of the map by trilinear interpolation; nothing is rounded. Coordinate c of a box is
@@ -28,11 +28,11 @@ def roi_align3d(
     holds.
 
     Args:
-        map_: (B, C, D, H, W).
-        boxes: For each of the B volumes (n, 6), z1 y1 x1 z2 y2 x2 in voxels of the input; n may be 0.
-        size: Cells along (D, H, W), or one number for all.
-        stride: Of the map, along (D, H, W).
-        samples: Per cell along each axis.
+        map_: Feature maps (B, C, D, H, W).
+        boxes: Boxes of each of the B volumes (n, 6), z1 y1 x1 z2 y2 x2 in voxels of the input; n may be 0.
+        size: Number of cells along (D, H, W), or one number for all.
+        stride: Stride of the map along (D, H, W).
+        samples: Number of samples per cell along each axis.
         centred: Whether voxel i of the map lies on voxel i x stride of the input, its centre being
             i x stride + .5, as in the networks of this package: place (c - .5) / stride. The other rule is
             right for maps whose voxels are the means of blocks.
@@ -53,17 +53,17 @@ def roi_align3d(
         raise ValueError(f"size and samples must be at least 1, not {cells} and {parts}")
     # bfloat16 does not hold a coordinate beyond 256.
     map_ = map_.to(torch.promote_types(map_.dtype, torch.float32))
-    found = [
+    pooled = [
         _of_one(map_[n : n + 1], own.to(map_.dtype), cells, steps, parts, centred)
         for n, own in enumerate(boxes)
     ]
-    return torch.cat(found)
+    return torch.cat(pooled)
 
 
 def _of_one(
     map_: Tensor, boxes: Tensor, cells: list[int], steps: list[float], parts: list[int], centred: bool
 ) -> Tensor:
-    """(n, C, *cells) of one volume's boxes (n, 6)."""
+    """Pool the boxes (n, 6) of one volume to (n, C, *cells)."""
     channels, extent = map_.shape[1], map_.shape[2:]
     if not len(boxes):
         return map_.new_zeros(0, channels, *cells)

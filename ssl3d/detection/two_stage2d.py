@@ -23,33 +23,35 @@ class TwoStageConfig:
     """Options of the two-stage detector; the defaults are those of Faster R-CNN with FPN on COCO.
 
     Attributes:
-        classes: Kinds of objects, without the background.
-        depth: Slices of an input that is no image (D = 1 always works).
-        fusion: What becomes of the depth: `learned` weights per channel, or the `centre` slice.
-        channels: Of the pyramid.
-        min_stride: Maps of the encoder with a smaller stride are left out.
+        classes: Number of kinds of objects, without the background.
+        depth: Number of slices of an input that is no image (D = 1 always works).
+        fusion: Fusion of the depth: `learned` weights per channel, or the `centre` slice.
+        channels: Number of channels of the pyramid.
+        min_stride: Smallest stride of the encoder's maps that enter the pyramid.
         pool_level: Whether a level of twice the largest stride is added, for the largest objects.
-        norm_groups: Of the pyramid's group norm; lowered to what divides `channels`, 0 for no norm.
+        norm_groups: Number of groups of the pyramid's group norm; lowered to what divides `channels`, 0
+            for no norm.
         anchor_scale: Side of a square anchor, in strides of its level.
-        anchor_ratios: Height to width of the anchors.
+        anchor_ratios: Ratios of height to width of the anchors.
         hidden: Width of the two layers of the box head.
-        pool_size: Cells that a proposal is pooled to, along each side.
-        proposals: Kept of an image while training, and in evaluation; as many enter the suppression
-            from each level.
+        pool_size: Number of cells that a proposal is pooled to, along each side.
+        proposals: Numbers of proposals kept of an image while training, and in evaluation; as many enter
+            the suppression from each level.
         proposal_nms: Overlap above which the worse of two proposals goes.
-        rpn_iou: Anchors that overlap a box by the second at least are its own; those below the first for
-            all boxes are background.
-        rpn_samples: Anchors per image in the loss.
-        rpn_positive: Most of them that are a box's.
-        rpn_beta: Where smooth L1 turns linear, for anchors.
+        rpn_iou: Overlaps of an anchor with a box: by the second at least it is the box's own; below the
+            first for all boxes it is background.
+        rpn_samples: Number of anchors per image in the loss.
+        rpn_positive: Largest share of them that are a box's.
+        rpn_beta: Difference at which smooth L1 turns linear, for anchors.
         roi_iou: Least overlap of a proposal with a box to be its own.
-        roi_samples: Proposals per image in the loss.
-        roi_positive: Most of them that are a box's.
-        roi_beta: Where smooth L1 turns linear, for proposals.
-        box_stds: Of the offsets (x, y, width, height) of proposals, which are divided by them.
+        roi_samples: Number of proposals per image in the loss.
+        roi_positive: Largest share of them that are a box's.
+        roi_beta: Difference at which smooth L1 turns linear, for proposals.
+        box_stds: Standard deviations of the offsets (x, y, width, height) of proposals, which are divided
+            by them.
         score: Least score of a detection.
         nms: Overlap above which the worse of two detections of a class goes.
-        detections: Most detections of an image.
+        detections: Largest number of detections of an image.
     """
 
     classes: int = 1
@@ -79,7 +81,7 @@ class TwoStageConfig:
     detections: int = 100
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         counts = ("classes", "depth", "channels", "min_stride", "hidden", "pool_size")
         for name in (*counts, "rpn_samples", "roi_samples", "detections"):
             if getattr(self, name) < 1:
@@ -107,12 +109,12 @@ class TwoStageConfig:
 
 
 class Detection(NamedTuple):
-    """What was found in one image.
+    """Boxes that were found in one image.
 
     Attributes:
-        boxes: (n, 4), y1 x1 y2 x2 in pixels, upper corner exclusive.
-        scores: (n,), falling.
-        labels: (n,), int64, from 0.
+        boxes: Boxes (n, 4), y1 x1 y2 x2 in pixels, upper corner exclusive.
+        scores: Scores (n,), falling.
+        labels: Labels (n,), int64, from 0.
     """
 
     boxes: Tensor
@@ -121,11 +123,11 @@ class Detection(NamedTuple):
 
 
 class DetectionTargets(NamedTuple):
-    """What is there to be found in the B images of a batch.
+    """True boxes of the B images of a batch.
 
     Attributes:
-        boxes: Per image (n, 4), y1 x1 y2 x2; n may be 0.
-        labels: Per image (n,), int64, from 0.
+        boxes: Boxes of each image (n, 4), y1 x1 y2 x2; n may be 0.
+        labels: Labels of each image (n,), int64, from 0.
     """
 
     boxes: list[Tensor]
@@ -133,11 +135,11 @@ class DetectionTargets(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What the region proposal network gives.
+    """Result of the region proposal network.
 
     Attributes:
-        boxes: Per image (n, 4), x1 y1 x2 y2, the best first; without gradients.
-        losses: Per image: `rpn_class` and `rpn_box`, (B,) each; empty without targets.
+        boxes: Proposals of each image (n, 4), x1 y1 x2 y2, the best first; without gradients.
+        losses: Losses `rpn_class` and `rpn_box` of each image, (B,); empty without targets.
     """
 
     boxes: list[Tensor]
@@ -152,9 +154,9 @@ class DepthFusion(nn.Module):
     the slice in the middle. A map of depth 1 is that slice.
 
     Args:
-        channels: C.
-        depth: D.
-        how: `learned` or `centre`.
+        channels: Number of channels C.
+        depth: Number of slices D.
+        how: Kind of fusion, `learned` or `centre`.
     """
 
     def __init__(self, channels: int, depth: int, how: str = "learned") -> None:
@@ -164,7 +166,7 @@ class DepthFusion(nn.Module):
         self.weight = nn.Parameter(torch.full((channels, depth), 1 / depth)) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) to (B, C, H, W)."""
+        """Fuse (B, C, D, H, W) to (B, C, H, W)."""
         depth = x.shape[2]
         if depth == 1:
             return x.squeeze(2)
@@ -182,12 +184,12 @@ class Pyramid(nn.Module):
     joined to its encoder: see `PyramidOf`.
 
     Attributes:
-        strides: Of the levels, in pixels.
-        sources: Which of the encoder's maps the levels are made of.
+        strides: Strides of the levels, in pixels.
+        sources: Indices of the encoder's maps that the levels are made of.
 
     Args:
-        encoder: Only its `channels` and `strides` are read, it is not kept.
-        config: Of the detector.
+        encoder: Encoder of which only `channels` and `strides` are read; it is not kept.
+        config: Options of the detector.
 
     Raises:
         ValueError: The strides along H and W differ, or are below `min_stride` throughout.
@@ -229,7 +231,7 @@ class Pyramid(nn.Module):
         _carefully(self.fpn)
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Levels by name, fine to coarse; the last is `pool` where that was added."""
+        """Compute the levels by name, fine to coarse; the last is `pool` where that was added."""
         flat = {
             str(level): fuse(maps[n])
             for level, (n, fuse) in enumerate(zip(self.sources, self.fusion, strict=True))
@@ -241,11 +243,11 @@ class PyramidOf(nn.Module):
     """An encoder and its pyramid as a backbone of torchvision's detectors: (B, C, H, W) in, levels out.
 
     Attributes:
-        out_channels: Of every level.
+        out_channels: Number of channels of every level.
 
     Args:
-        encoder: Any.
-        pyramid: Made for it.
+        encoder: Encoder of any kind.
+        pyramid: Pyramid made for the encoder.
     """
 
     def __init__(self, encoder: Encoder, pyramid: Pyramid) -> None:
@@ -254,7 +256,7 @@ class PyramidOf(nn.Module):
         self.out_channels = pyramid.out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Levels of (B, C, H, W), which becomes (B, C, 1, H, W), or of (B, C, D, H, W)."""
+        """Compute the levels of (B, C, H, W), which becomes (B, C, 1, H, W), or of (B, C, D, H, W)."""
         maps = self.encoder(x.unsqueeze(2) if x.ndim == 4 else x)
         return cast("dict[str, Tensor]", self.pyramid(maps))
 
@@ -274,11 +276,11 @@ class TwoStageDetector2d(nn.Module):
     linear at 1, not at 1/9.
 
     Attributes:
-        encoder: The one given. Forward passes of parts (`propose`, `refine`) take its maps.
+        encoder: Encoder that was given. Forward passes of parts (`propose`, `refine`) take its maps.
 
     Args:
-        encoder: Any.
-        config: Defaults if None.
+        encoder: Encoder of any kind.
+        config: Options of the detector; the defaults if None.
 
     Raises:
         ValueError: The encoder's strides do not serve; see `Pyramid`.
@@ -326,24 +328,25 @@ class TwoStageDetector2d(nn.Module):
         labels: Sequence[Tensor],
         rng: BatchRng | None = None,
     ) -> dict[str, Tensor]:
-        """What training minimises: `rpn_class`, `rpn_box`, `roi_class`, `roi_box`, scalars.
+        """Compute what training minimises: `rpn_class`, `rpn_box`, `roi_class`, `roi_box`, scalars.
 
         Args:
-            images: (B, C, D, H, W).
-            boxes: Per image (n, 4), y1 x1 y2 x2 in pixels; n may be 0.
-            labels: Per image (n,), from 0.
-            rng: Of the B images; decides what is sampled. The global generator does without.
+            images: Images (B, C, D, H, W).
+            boxes: Boxes of each image (n, 4), y1 x1 y2 x2 in pixels; n may be 0.
+            labels: Labels of each image (n,), from 0.
+            rng: Generators of the B images, which decide what is sampled; None for torch's global
+                generator.
         """
         targets = DetectionTargets(list(boxes), list(labels))
         size = images.shape[-2:]
         levels = self.levels(self.encoder(images))
-        found = self.propose(levels, size, targets, rng)
-        both = found.losses | self.refine(levels, size, found.boxes, targets, rng)
+        first = self.propose(levels, size, targets, rng)
+        both = first.losses | self.refine(levels, size, first.boxes, targets, rng)
         return {name: loss.mean() for name, loss in both.items()}
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detection]:
-        """Boxes, scores and labels of each image of (B, C, D, H, W)."""
+        """Detect boxes, with scores and labels, in each image of (B, C, D, H, W)."""
         size = images.shape[-2:]
         levels = self.levels(self.encoder(images))
         return self.read(levels, size, self.propose(levels, size).boxes)
@@ -351,7 +354,7 @@ class TwoStageDetector2d(nn.Module):
     # Parts, for those who train them apart ---------------------------------------------------------
 
     def levels(self, maps: Sequence[Tensor], pyramid: Pyramid | None = None) -> dict[str, Tensor]:
-        """The pyramid's levels (B, channels, h, w), in single precision, of the encoder's maps."""
+        """Compute the pyramid's levels (B, channels, h, w) of the encoder's maps, in single precision."""
         levels = (pyramid or self.pyramid)(maps)
         return {name: level.float() for name, level in levels.items()}
 
@@ -362,13 +365,13 @@ class TwoStageDetector2d(nn.Module):
         targets: DetectionTargets | None = None,
         rng: BatchRng | None = None,
     ) -> Proposals:
-        """The first stage: which anchors hold something.
+        """Run the first stage, which finds the anchors that hold something.
 
         Args:
-            levels: Of `levels`.
-            size: (H, W) of the images.
-            targets: For the losses.
-            rng: Decides which anchors the losses are taken over.
+            levels: Levels of the pyramid, from `levels`.
+            size: Size (H, W) of the images.
+            targets: True boxes, for the losses.
+            rng: Generators that decide which anchors the losses are taken over.
         """
         from torchvision.models.detection.rpn import concat_box_prediction_layers
 
@@ -396,14 +399,14 @@ class TwoStageDetector2d(nn.Module):
         targets: DetectionTargets,
         rng: BatchRng | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of the second stage, `roi_class` and `roi_box`, (B,) each.
+        """Compute the losses of the second stage, `roi_class` and `roi_box`, (B,) each.
 
         Args:
-            levels: Of `levels`.
-            size: (H, W) of the images.
-            proposals: Per image (n, 4), x1 y1 x2 y2; the true boxes join them.
-            targets: What is there.
-            rng: Decides which proposals the losses are taken over.
+            levels: Levels of the pyramid, from `levels`.
+            size: Size (H, W) of the images.
+            proposals: Proposals of each image (n, 4), x1 y1 x2 y2; the true boxes join them.
+            targets: True boxes and labels.
+            rng: Generators that decide which proposals the losses are taken over.
         """
         config, roi = self.config, self.roi
         device = next(iter(levels.values())).device
@@ -413,7 +416,9 @@ class TwoStageDetector2d(nn.Module):
                 classes = [labels + 1 for labels in targets.labels]
                 both = roi.add_gt_proposals(list(proposals), truths)
                 owners, owned = roi.assign_targets_to_proposals(both, truths, classes)
-                keys = _keys(rng, len(both), config.proposals[0] + max(map(len, truths), default=0), device)
+                keys = sampling_keys(
+                    rng, len(both), config.proposals[0] + max(map(len, truths), default=0), device
+                )
                 chosen = [
                     sample(labels, keys[n, : len(labels)], config.roi_samples, config.roi_positive)
                     for n, labels in enumerate(owned)
@@ -444,15 +449,16 @@ class TwoStageDetector2d(nn.Module):
     def read(
         self, levels: dict[str, Tensor], size: Sequence[int], proposals: Sequence[Tensor]
     ) -> list[Detection]:
-        """What the second stage makes of proposals (n, 4), x1 y1 x2 y2, of each image."""
+        """Read detections off the proposals (n, 4), x1 y1 x2 y2, of each image by the second stage."""
         roi = self.roi
         with torch.autocast(next(iter(levels.values())).device.type, enabled=False):
             logits, offsets = self._second(levels, size, list(proposals))
-            found = roi.postprocess_detections(
+            results = roi.postprocess_detections(
                 logits, offsets, list(proposals), [(size[0], size[1])] * len(proposals)
             )
         return [
-            Detection(yxyx(boxes), scores, labels - 1) for boxes, scores, labels in zip(*found, strict=True)
+            Detection(yxyx(boxes), scores, labels - 1)
+            for boxes, scores, labels in zip(*results, strict=True)
         ]
 
     # ------------------------------------------------------------------------------------------------
@@ -460,14 +466,14 @@ class TwoStageDetector2d(nn.Module):
     def _second(
         self, levels: dict[str, Tensor], size: Sequence[int], proposals: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Class logits (N, classes + 1) and offsets (N, 4 (classes + 1)) of all proposals."""
+        """Compute class logits (N, classes + 1) and offsets (N, 4 (classes + 1)) of all proposals."""
         roi = self.roi
         pooled = roi.box_roi_pool(levels, proposals, [(size[0], size[1])] * len(proposals))
         logits, offsets = roi.box_predictor(roi.box_head(pooled))
         return logits, offsets
 
     def _anchors(self, maps: Sequence[Tensor]) -> Tensor:
-        """(N, 4), x1 y1 x2 y2, of one image; every level's at its stride."""
+        """Lay the anchors (N, 4), x1 y1 x2 y2, of one image; every level's at its stride."""
         generator: Any = self.rpn.anchor_generator
         generator.set_cell_anchors(maps[0].dtype, maps[0].device)
         strides = [[torch.tensor(stride, device=maps[0].device)] * 2 for stride in self.pyramid.strides]
@@ -485,7 +491,7 @@ class TwoStageDetector2d(nn.Module):
         with torch.no_grad():
             truths = [{"boxes": xyxy(boxes).float()} for boxes in targets.boxes]
             labels, matched = rpn.assign_targets_to_anchors([anchors] * images, truths)
-            keys = _keys(rng, images, len(anchors), anchors.device)
+            keys = sampling_keys(rng, images, len(anchors), anchors.device)
             chosen = [
                 sample(label, key, config.rpn_samples, config.rpn_positive)
                 for label, key in zip(labels, keys, strict=True)
@@ -507,15 +513,15 @@ class TwoStageDetector2d(nn.Module):
 
 
 def sample(labels: Tensor, keys: Tensor, count: int, positive: float) -> Tensor:
-    """Which of N candidates a loss is taken over: indices, rising.
+    """Choose the indices, rising, of those of N candidates that a loss is taken over.
 
     At most `count`: up to the share `positive` of those of an object, the rest background, those with the
     smallest keys of each kind. As torchvision's sampler, but for the order, which is given.
 
     Args:
-        labels: (N,): above 0 of an object, 0 background, below ignored.
-        keys: (N,), random.
-        count: Candidates wanted.
+        labels: Labels of the candidates (N,): above 0 an object, 0 background, below 0 ignored.
+        keys: Random keys of the candidates (N,).
+        count: Number of candidates wanted.
         positive: Largest share of them that is an object's.
     """
 
@@ -528,21 +534,22 @@ def sample(labels: Tensor, keys: Tensor, count: int, positive: float) -> Tensor:
 
 
 def xyxy(boxes: Tensor) -> Tensor:
-    """(n, 4) y1 x1 y2 x2 to torchvision's x1 y1 x2 y2."""
+    """Reorder boxes (n, 4) from y1 x1 y2 x2 to torchvision's x1 y1 x2 y2."""
     return boxes[:, [1, 0, 3, 2]]
 
 
 def yxyx(boxes: Tensor) -> Tensor:
-    """(n, 4) torchvision's x1 y1 x2 y2 to y1 x1 y2 x2."""
+    """Reorder boxes (n, 4) from torchvision's x1 y1 x2 y2 to y1 x1 y2 x2."""
     return boxes[:, [1, 0, 3, 2]]
 
 
-def _keys(rng: BatchRng | None, images: int, count: int, device: torch.device) -> Tensor:
+def sampling_keys(rng: BatchRng | None, images: int, count: int, device: torch.device) -> Tensor:
+    """Draw the random keys (images, count) by which `sample` chooses."""
     return torch.rand(images, count, device=device) if rng is None else rng.uniform(count)
 
 
 class _Levels:
-    """Which level a box is pooled from: the coarsest in which it has 14 cells a side, else the finest.
+    """Choice of the level a box is pooled from: the coarsest with 14 cells a side, else the finest.
 
     Equation 1 of the pyramid's paper, for any strides.
     """
@@ -551,7 +558,7 @@ class _Levels:
         self.strides = tuple(strides)
 
     def __call__(self, boxes: list[Tensor]) -> Tensor:
-        """(N,) of all boxes."""
+        """Return the level (N,) of all boxes."""
         joined = torch.cat(boxes)
         side = ((joined[:, 2] - joined[:, 0]) * (joined[:, 3] - joined[:, 1])).clamp_min(0).sqrt()
         steps = torch.tensor(self.strides[1:], device=joined.device, dtype=joined.dtype)
@@ -562,13 +569,13 @@ class _Conv2d(nn.Conv2d):
     """`nn.Conv2d` whose gradients are right on small padded maps in bfloat16; see `conv2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H', W')."""
+        """Convolve (B, C, H, W) to (B, C', H', W')."""
         stride, padding = cast("tuple[int, int]", self.stride), cast("tuple[int, int]", self.padding)
         return conv2d(input, self.weight, stride, padding, self.groups, self.bias)
 
 
 def _carefully(module: nn.Module) -> None:
-    """Puts `_Conv2d` in the place of torchvision's convolutions, with their weights."""
+    """Replace torchvision's convolutions by `_Conv2d`, with their weights."""
     for name, child in module.named_children():
         if type(child) is nn.Conv2d:
             kernel, stride = (

@@ -13,7 +13,7 @@ from ssl3d.detection.anchors3d import AnchorPlan, grid_anchors, level_of
 from ssl3d.detection.boxes3d import box_overlap, clip, decode, encode, nms
 from ssl3d.detection.pyramid3d import Conv3x3x3, Pyramid3d, conv_block
 from ssl3d.detection.roi_align3d import roi_align3d
-from ssl3d.detection.two_stage2d import Detection, sample
+from ssl3d.detection.two_stage2d import Detection, sample, sampling_keys
 from ssl3d.encoder import Encoder
 from ssl3d.rng import BatchRng
 
@@ -26,26 +26,27 @@ class TwoStage3dConfig:
     the overlap of two boxes that are off by the same share per axis is smaller with three axes.
 
     Attributes:
-        classes: Kinds of objects, without the background.
-        channels: Of the pyramid.
+        classes: Number of kinds of objects, without the background.
+        channels: Number of channels of the pyramid.
         hidden: Width of the two layers of the box head.
-        pool_size: Cells that a proposal is pooled to, along each axis.
-        proposals: Kept of a volume while training, and in evaluation (in 2D: 2000 and 1000).
-        candidates: Enter the suppression from each level.
+        pool_size: Number of cells that a proposal is pooled to, along each axis.
+        proposals: Numbers of proposals kept of a volume while training, and in evaluation (in 2D: 2000 and
+            1000).
+        candidates: Number of candidates that enter the suppression from each level.
         proposal_nms: Overlap above which the worse of two proposals goes.
-        rpn_iou: Anchors that overlap a box by the second at least, or more than all others, are its own;
-            those below the first for all boxes are background (in 2D: .3 and .7).
-        rpn_samples: Anchors per volume in the loss.
-        rpn_positive: Most of them that are a box's.
+        rpn_iou: Overlaps of an anchor with a box: by the second at least, or more than all others, it is
+            the box's own; below the first for all boxes it is background (in 2D: .3 and .7).
+        rpn_samples: Number of anchors per volume in the loss.
+        rpn_positive: Largest share of them that are a box's.
         roi_iou: Least overlap of a proposal with a box to be its own (in 2D: .5).
-        roi_samples: Proposals per volume in the loss (in 2D: 512).
-        roi_positive: Most of them that are a box's.
-        rpn_beta: Where smooth L1 turns linear, for anchors.
-        roi_beta: The same for proposals, whose offsets are larger by `box_weights`.
-        box_weights: What the offsets of proposals (place, side) are multiplied by.
+        roi_samples: Number of proposals per volume in the loss (in 2D: 512).
+        roi_positive: Largest share of them that are a box's.
+        rpn_beta: Difference at which smooth L1 turns linear, for anchors.
+        roi_beta: Difference at which it does for proposals, whose offsets are larger by `box_weights`.
+        box_weights: Factors of the offsets of proposals (place, side).
         score: Least score of a detection.
         nms: Overlap above which the worse of two detections of a class goes.
-        detections: Most detections of a volume.
+        detections: Largest number of detections of a volume.
     """
 
     classes: int = 1
@@ -69,7 +70,7 @@ class TwoStage3dConfig:
     detections: int = 100
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         counts = ("classes", "channels", "hidden", "pool_size", "candidates", "rpn_samples")
         for name in (*counts, "roi_samples", "detections"):
             if getattr(self, name) < 1:
@@ -104,14 +105,14 @@ class TwoStageDetector3d(nn.Module):
     over volumes, so that they do not depend on how a batch is shared out over ranks.
 
     Attributes:
-        encoder: The one given.
-        plan: Levels, and the anchors to begin with.
-        shapes: Buffer: sides of the anchors in use, (levels, count, 3); set it from `fit_shapes`.
+        encoder: Encoder that was given.
+        plan: Plan of the levels, with the anchors to begin with.
+        shapes: Buffer of the sides of the anchors in use (levels, count, 3); set it from `fit_shapes`.
 
     Args:
-        encoder: Any.
-        plan: From `plan_anchors`.
-        config: Defaults if None.
+        encoder: Encoder of any kind.
+        plan: Plan from `plan_anchors`.
+        config: Options of the detector; the defaults if None.
     """
 
     def __init__(self, encoder: Encoder, plan: AnchorPlan, config: TwoStage3dConfig | None = None) -> None:
@@ -150,21 +151,22 @@ class TwoStageDetector3d(nn.Module):
         labels: Sequence[Tensor],
         rng: BatchRng | None = None,
     ) -> dict[str, Tensor]:
-        """What training minimises: `rpn_class`, `rpn_box`, `roi_class`, `roi_box`, scalars.
+        """Compute what training minimises: `rpn_class`, `rpn_box`, `roi_class`, `roi_box`, scalars.
 
         Args:
-            images: (B, C, D, H, W).
-            boxes: Per volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels; n may be 0.
-            labels: Per volume (n,), from 0.
-            rng: Of the B volumes; decides what is sampled. The global generator does without.
+            images: Volumes (B, C, D, H, W).
+            boxes: Boxes of each volume (n, 6), z1 y1 x1 z2 y2 x2 in voxels; n may be 0.
+            labels: Labels of each volume (n,), from 0.
+            rng: Generators of the B volumes, which decide what is sampled; None for torch's global
+                generator.
         """
         config, size = self.config, images.shape[2:]
         levels = self.pyramid(self.encoder(images), size)
         rows = self._first(levels)
         anchors = grid_anchors(self.plan.strides, self.shapes, size)
-        own = [one.float() for one in boxes]
+        own = [box.float() for box in boxes]
         with torch.autocast(images.device.type, enabled=False):
-            found = self._rpn_losses(rows, torch.cat(anchors), own, rng)
+            first = self._rpn_losses(rows, torch.cat(anchors), own, rng)
             with torch.no_grad():
                 proposals = self._propose(rows, anchors, size, config.proposals[0])
                 chosen = self._assign(proposals, own, labels, rng)
@@ -182,11 +184,11 @@ class TwoStageDetector3d(nn.Module):
                 aim = encode(truth[at], place[at], self._weights)
                 loss = functional.smooth_l1_loss(taken, aim, beta=config.roi_beta, reduction="sum")
                 by_box.append(loss / total)
-        return found | {"roi_class": torch.stack(by_class).mean(), "roi_box": torch.stack(by_box).mean()}
+        return first | {"roi_class": torch.stack(by_class).mean(), "roi_box": torch.stack(by_box).mean()}
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detection]:
-        """Boxes (n, 6), scores and labels of each volume of (B, C, D, H, W)."""
+        """Detect boxes (n, 6), with scores and labels, in each volume of (B, C, D, H, W)."""
         config, size = self.config, images.shape[2:]
         levels = self.pyramid(self.encoder(images), size)
         rows = self._first(levels)
@@ -195,7 +197,7 @@ class TwoStageDetector3d(nn.Module):
             proposals = self._propose(rows, anchors, size, config.proposals[1])
             logits, offsets = self._second(levels, proposals)
             counts = [len(place) for place in proposals]
-            found = []
+            detections = []
             for score, offset, place in zip(
                 logits.softmax(dim=1).split(counts), offsets.split(counts), proposals, strict=True
             ):
@@ -206,8 +208,8 @@ class TwoStageDetector3d(nn.Module):
                 kept = torch.where((scores > config.score) & _has_extent(boxes))[0]
                 order = nms(boxes[kept], scores[kept], config.nms, kinds[kept], config.detections)
                 kept = kept[order]
-                found.append(Detection(boxes[kept], scores[kept], kinds[kept]))
-        return found
+                detections.append(Detection(boxes[kept], scores[kept], kinds[kept]))
+        return detections
 
     # ------------------------------------------------------------------------------------------------
 
@@ -217,14 +219,14 @@ class TwoStageDetector3d(nn.Module):
         return [place] * 3 + [side] * 3
 
     def _first(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Per level objectness (B, anchors) and offsets (B, anchors, 6), float32."""
-        found = []
+        """Compute, for each level, objectness (B, anchors) and offsets (B, anchors, 6), float32."""
+        outputs = []
         for level in levels:
             x = self.rpn(level)
             scores = self.objectness(x).float().permute(0, 2, 3, 4, 1).flatten(1)
             offsets = self.offsets(x).float().unflatten(1, (self.plan.count, 6))
-            found.append((scores, offsets.permute(0, 3, 4, 5, 1, 2).flatten(1, 4)))
-        return found
+            outputs.append((scores, offsets.permute(0, 3, 4, 5, 1, 2).flatten(1, 4)))
+        return outputs
 
     def _propose(
         self,
@@ -233,8 +235,8 @@ class TwoStageDetector3d(nn.Module):
         size: Sequence[int],
         most: int,
     ) -> list[Tensor]:
-        """Proposals of each volume (n, 6), the best first."""
-        config, found = self.config, []
+        """Propose boxes of each volume (n, 6), the best first."""
+        config, proposals = self.config, []
         for n in range(len(rows[0][0])):
             boxes, scores, groups = [], [], []
             for level, ((logits, offsets), base) in enumerate(zip(rows, anchors, strict=True)):
@@ -245,8 +247,8 @@ class TwoStageDetector3d(nn.Module):
             joined, ranked, level_of_each = torch.cat(boxes), torch.cat(scores), torch.cat(groups)
             solid = torch.where(_has_extent(joined))[0]
             joined, ranked, level_of_each = joined[solid], ranked[solid], level_of_each[solid]
-            found.append(joined[nms(joined, ranked, config.proposal_nms, level_of_each, most)])
-        return found
+            proposals.append(joined[nms(joined, ranked, config.proposal_nms, level_of_each, most)])
+        return proposals
 
     def _rpn_losses(
         self,
@@ -256,9 +258,9 @@ class TwoStageDetector3d(nn.Module):
         rng: BatchRng | None,
     ) -> dict[str, Tensor]:
         config = self.config
-        logits = torch.cat([one for one, _ in rows], dim=1)
-        offsets = torch.cat([one for _, one in rows], dim=1)
-        keys = _keys(rng, len(boxes), len(anchors), anchors.device)
+        logits = torch.cat([part for part, _ in rows], dim=1)
+        offsets = torch.cat([part for _, part in rows], dim=1)
+        keys = sampling_keys(rng, len(boxes), len(anchors), anchors.device)
         by_class, by_box = [], []
         for n, truths in enumerate(boxes):
             with torch.no_grad():
@@ -281,11 +283,11 @@ class TwoStageDetector3d(nn.Module):
         labels: Sequence[Tensor],
         rng: BatchRng | None,
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per volume the places (n, 6) that the second loss is taken over, their classes, their boxes."""
+        """Choose the places (n, 6) of each volume for the second loss, with their classes and boxes."""
         config = self.config
-        room = config.proposals[0] + max((len(one) for one in boxes), default=0)
-        keys = _keys(rng, len(boxes), room, proposals[0].device)
-        found = []
+        room = config.proposals[0] + max((len(truth) for truth in boxes), default=0)
+        keys = sampling_keys(rng, len(boxes), room, proposals[0].device)
+        chosen = []
         for n, (place, truths, kinds) in enumerate(zip(proposals, boxes, labels, strict=True)):
             place = torch.cat([place, truths])  # so that the second stage sees its boxes from the start
             goal = torch.zeros(len(place), dtype=torch.long, device=place.device)
@@ -295,11 +297,11 @@ class TwoStageDetector3d(nn.Module):
                 goal = torch.where(best >= config.roi_iou, kinds.long()[owner] + 1, goal)
                 owned = truths[owner]
             at = sample(goal, keys[n, : len(goal)], config.roi_samples, config.roi_positive)
-            found.append((place[at], goal[at], owned[at]))
-        return found
+            chosen.append((place[at], goal[at], owned[at]))
+        return chosen
 
     def _second(self, levels: Sequence[Tensor], places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits (N, classes + 1) and offsets (N, 6 classes) of all places, volume by volume."""
+        """Compute class logits (N, classes + 1) and offsets (N, 6 classes) of all places, by volume."""
         config = self.config
         joined = torch.cat(list(places))
         of_level = level_of(joined, self.plan.strides, config.pool_size * 0.6)
@@ -316,12 +318,13 @@ class TwoStageDetector3d(nn.Module):
 
 
 def match_anchors(anchors: Tensor, boxes: Tensor, iou: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Which box each anchor is trained on, as in Faster R-CNN.
+    """Match each anchor to the box that it is trained on, as in Faster R-CNN.
 
     Args:
-        anchors: (n, 6).
-        boxes: (m, 6); m may be 0.
-        iou: Below the first for all boxes: background. From the second on, or the best of a box: its own.
+        anchors: Anchors (n, 6).
+        boxes: Boxes (m, 6); m may be 0.
+        iou: Overlaps of an anchor with the boxes. Below the first for all boxes it is background; from the
+            second on, or as the best of a box, it is the box's own.
 
     Returns:
         Labels (n,), 1 a box's, 0 background, -1 neither; and the box, (n,).
@@ -344,7 +347,3 @@ def match_anchors(anchors: Tensor, boxes: Tensor, iou: tuple[float, float]) -> t
 
 def _has_extent(boxes: Tensor) -> Tensor:
     return (boxes[:, 3:] - boxes[:, :3] > 1e-2).all(dim=1)
-
-
-def _keys(rng: BatchRng | None, volumes: int, count: int, device: torch.device) -> Tensor:
-    return torch.rand(volumes, count, device=device) if rng is None else rng.uniform(count)
