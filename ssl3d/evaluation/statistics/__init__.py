@@ -26,9 +26,6 @@ from ssl3d.evaluation.statistics.differences import (
 from ssl3d.evaluation.statistics.differences import (
     paired_difference as paired_difference,
 )
-from ssl3d.evaluation.statistics.differences import (
-    permutation_test as permutation_test,
-)
 from ssl3d.evaluation.statistics.intervals import (
     LEVEL as LEVEL,
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ssl3d.evaluation.statistics.intervals import (
     LEVEL,
-    RESAMPLES,
     Part,
     Runs,
     _between,
@@ -19,39 +17,6 @@ from ssl3d.evaluation.statistics.intervals import (
 )
 from ssl3d.evaluation.statistics.metrics import Array
 from ssl3d.rng import numpy_rng
-
-
-def permutation_test(
-    metric: Callable[[Array], float],
-    a: ArrayLike,
-    b: ArrayLike,
-    clusters: ArrayLike,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> float:
-    """Two-sided p of "a and b score the same": the predictions of random subjects change sides.
-
-    Args:
-        metric: A contestant's predictions, (N, ...), to its score.
-        a: Predictions of one contestant, (N, ...).
-        b: Of the other, for the same rows. Give ranks where the metric is one of ranks (AUC) and the
-            two have different scales.
-        clusters: Rows of one cluster change sides together, (N,).
-        resamples: Number of permutations.
-        seed: Of the permutations.
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    _, codes = np.unique(np.asarray(clusters), return_inverse=True)
-    rng = numpy_rng("permutation", seed)
-    observed = abs(metric(a) - metric(b))
-    swaps = rng.integers(2, size=(resamples, int(codes.max()) + 1)).astype(bool)[:, codes.ravel()]
-    tail = (slice(None), *[None] * (a.ndim - 1))
-    extreme = 0
-    for swap in swaps:
-        mask = swap[tail]
-        difference = abs(metric(np.where(mask, b, a)) - metric(np.where(mask, a, b)))
-        extreme += bool(difference >= observed - 1e-12)
-    return (1 + extreme) / (1 + resamples)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
