@@ -55,6 +55,6 @@ napoleon_use_rtype = False
 
 def setup(app):
     """Writes the generated pages before Sphinx looks for sources, and links types in signatures."""
-    write_pages(DOCS)
+    write_pages(DOCS, DOCS.parent)
     app.connect("missing-reference", python_api.link_type)
     app.connect("autodoc-process-docstring", python_api.as_rst)

@@ -2,28 +2,40 @@
 
 from pathlib import Path
 
-from generate import commands, notebooks, plugins, python_api, repository, suites
+from generate import commands, notebooks, plugins, python_api, repository, speed, suites
 from generate.pages import Pages
 
-FOLDERS = (
+GENERATED = (
+    "_extra",
+    "explanation/proxies.md",
+    "explanation/results",
+    "explanation/speed-proxies.inc",
     "notebooks",
     "project",
-    "reference/commands",
-    "reference/proxies",
-    "reference/encoders",
     "reference/benchmarks",
-    "reference/suites",
+    "reference/commands",
+    "reference/encoders",
+    "reference/proxies",
     "reference/python",
-    "explanation/results",
-    "explanation/proxies.md",
-    "_extra",
+    "reference/suites",
 )
-"""What is written here, below `docs/`; git ignores it."""
+"""What is written here, files and folders below `docs/`; git ignores it."""
 
 
-def write_pages(docs: Path) -> None:
-    """Writes every generated page, and removes those that are no longer wanted."""
-    pages = Pages(docs)
-    for part in (commands, plugins, suites, python_api, repository, notebooks):
+def write_pages(docs: Path, root: Path) -> None:
+    """Writes every generated page, and removes those that are no longer wanted.
+
+    Args:
+        docs: Folder of the site's sources.
+        root: Root of the repository.
+    """
+    pages = Pages(docs, root)
+    for part in (commands, plugins, suites, python_api, repository, speed, notebooks):
         part.write(pages)
-    pages.finish(FOLDERS)
+    pages.finish(GENERATED)
+
+
+def is_generated(docs: Path, page: Path) -> bool:
+    """Return whether a file below `docs/` is one of those."""
+    name = page.relative_to(docs).as_posix()
+    return any(name == one or name.startswith(f"{one}/") for one in GENERATED)

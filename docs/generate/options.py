@@ -14,7 +14,6 @@ import jsonargparse
 from generate.pages import prose
 from ssl3d import plugins
 
-_BACKSLASH = "\\"
 _WORDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true or false"}
 
 
@@ -90,7 +89,7 @@ def option(flag: str, hint: Any, default: str, text: str) -> str:
     """Return one option as a MyST directive, to which pages may link."""
     shown = f"{flag} <{describe(hint)}>" if hint is not None else flag
     body = prose(text.strip() or "")
-    tail = f"\n\nDefault: `{default}`" if default else ""
+    tail = f" Default: `{default}`." if default else ""
     return f"```{{option}} {shown}\n{body}{tail}\n```\n"
 
 

@@ -13,10 +13,10 @@ class Pages:
         root: Root of the repository.
     """
 
-    def __init__(self, docs: Path) -> None:
+    def __init__(self, docs: Path, root: Path) -> None:
         """Begins with no page."""
         self.docs = docs
-        self.root = docs.parent
+        self.root = root
         self._kept: set[Path] = set()
 
     def write(self, name: str, content: str | bytes) -> None:

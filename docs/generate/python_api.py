@@ -4,11 +4,12 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
-from typing import Any
-
-from docutils import nodes
+from typing import TYPE_CHECKING, Any
 
 from generate.pages import Pages, toctree
+
+if TYPE_CHECKING:
+    from docutils import nodes
 
 _INTRO = """# Python
 
@@ -76,7 +77,7 @@ def _entry(package: str, name: str, made: Any) -> str:
     return f".. autofunction:: {package}.{name}\n"
 
 
-def link_type(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
+def link_type(app: Any, env: Any, node: Any, content: "nodes.Node") -> "nodes.Node | None":
     """Links a type in a signature to where `ssl3d.api` has it; others stay plain text.
 
     Signatures name types as the code does, by the module that defines them or by the bare name, and the
