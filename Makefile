@@ -43,9 +43,9 @@ $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=strict -e ".[dev,docs]"
 	@touch $@
 
-# The site, under docs/_build/html. Strict: what a page refers to and is not there fails the build.
+# The site, under docs/_build/html. Strict, and always whole: a page that did not change may refer to one that did.
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	$(BIN)/sphinx-build --fresh-env --write-all --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 ifeq ($(DEMO),small)

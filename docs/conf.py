@@ -42,11 +42,11 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 # The notebooks are kept with their outputs, and tests run them.
 nb_execution_mode = "off"
+nb_merge_streams = True
 
 nitpicky = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_class_signature = "separated"
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -58,3 +58,4 @@ def setup(app):
     write_pages(DOCS, DOCS.parent)
     app.connect("missing-reference", python_api.link_type)
     app.connect("autodoc-process-docstring", python_api.as_rst)
+    app.connect("doctree-read", python_api.dashes)

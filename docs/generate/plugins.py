@@ -12,15 +12,35 @@ from ssl3d import plugins
 _DIFFERS = ("Differs from the paper", "Reconstructed from the abstract")
 """How the paragraph of a proxy's docstring begins that says what its paper does otherwise."""
 
+_ASKED = "The network must work out "
+"""How the docstring of a proxy begins."""
 _PROXIES = """# Proxies
 
-A proxy is named by `ssl3d pretrain --proxy`; several names train one encoder together.
-
+A proxy is named by `ssl3d pretrain --proxy`. Several names train one encoder together, as in
+`--proxy sorting mae --weights 1 0.5`.
 """
 _ENCODERS = """# Encoders
 
-An encoder is named by `ssl3d pretrain --encoder`, and stands as `scratch:NAME` wherever an untrained
-network is wanted.
+An encoder is named by `ssl3d pretrain --encoder`. Wherever an untrained network is wanted, it stands as
+`scratch:NAME`, as in `scratch:resnet18:acs:width=32`. An encoder takes volumes of any depth D ≥ 1. Slices
+go in as thin slabs, images as D = 1.
+
+"""
+_KINDS = """
+
+## Kinds
+
+ResNets, DenseNet-121 and MobileNetV2 come in four kinds, chosen by their option `kind`:
+
+| kind | kernels |
+|---|---|
+| `3d` | full 3D kernels |
+| `p3d` | 1×3×3, then 3×1×1 |
+| `acs` | 2D kernels over the axial, coronal and sagittal plane, a share of the channels each |
+| `2.5d` | 1×3×3 |
+
+Kinds `acs` and `2.5d` hold exactly the weights of the 2D network, under torchvision's names, and on D = 1
+they compute exactly what it computes.
 
 """
 _PAPERS = """# Each proxy and its paper
@@ -41,7 +61,8 @@ def write(pages: Pages) -> None:
 
 def _write_proxies(pages: Pages) -> None:
     loaded = _loaded(plugins.PROXIES)
-    rows, papers = [], []
+    rows: dict[bool, list[str]] = {False: [], True: []}
+    papers = []
     for name, proxy in loaded.items():
         first, *rest = paragraphs(proxy)
         facts = [
@@ -57,16 +78,14 @@ def _write_proxies(pages: Pages) -> None:
             f"reference/proxies/{name}.md",
             f"# {name}\n\n{prose(first)}\n\n{table}\n\n{body}\n\n## Options\n\n{options}\n",
         )
-        rows.append(
-            f"| [`{name}`]({name}.md) | {cell(first)} | {'labels' if proxy.uses_labels else ''} | "
-            f"{cell(proxy.paper)} |"
-        )
+        asked = cell(first.removeprefix(_ASKED).removesuffix("."))
+        rows[proxy.uses_labels].append(f"| [`{name}`]({name}.md) | {asked} | {cell(proxy.paper)} |")
         papers.append(_against_paper(name, proxy, first, rest))
-    table = "| proxy | | learns from | paper |\n|---|---|---|---|\n" + "\n".join(rows)
-    pages.write(
-        "reference/proxies/index.md",
-        f"{_PROXIES}{table}\n\n" + toctree(loaded, hidden=True),
-    )
+    parts = [_PROXIES]
+    for uses_labels, title in ((False, "Without labels"), (True, "With labels")):
+        head = "| proxy | the network must work out | paper |\n|---|---|---|\n"
+        parts.append(f"## {title}\n\n{head}" + "\n".join(rows[uses_labels]) + "\n")
+    pages.write("reference/proxies/index.md", "\n".join([*parts, toctree(loaded, hidden=True)]))
     pages.write("explanation/proxies.md", _PAPERS + "\n".join(papers))
 
 
@@ -95,7 +114,7 @@ def _write_encoders(pages: Pages) -> None:
     table = "| encoder | | paper |\n|---|---|---|\n" + "\n".join(rows)
     pages.write(
         "reference/encoders/index.md",
-        f"{_ENCODERS}{table}\n\n" + toctree(loaded, hidden=True),
+        f"{_ENCODERS}{table}{_KINDS}" + toctree(loaded, hidden=True),
     )
 
 

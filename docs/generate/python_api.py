@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -19,45 +20,64 @@ _INTRO = """# Python
 """
 
 _PACKAGES = ("ssl3d", "ssl3d.testing", "ssl3d_benchmarks")
+_TOPS = ("ssl3d", "ssl3d_benchmarks")
 
 
 def public(package: str) -> dict[str, Any]:
-    """Return the public functions and classes of a package by name."""
+    """Return the public functions and classes of a package by name; of `ssl3d.api` its modules too."""
     module = importlib.import_module(package)
-    names = set(getattr(module, "_HOME", ())) or {
-        name
-        for name, made in vars(module).items()
-        if getattr(made, "__module__", "") == package and name[0] != "_"
-    }
-    return {name: getattr(module, name) for name in sorted(names)}
+    found = {}
+    for name in sorted({*dir(module), *getattr(module, "_HOME", ())}):
+        made = None if name.startswith("_") else getattr(module, name)
+        if callable(made):
+            if getattr(made, "__module__", "").partition(".")[0] in _TOPS:
+                found[name] = made
+        elif inspect.ismodule(made) and package == "ssl3d.api":
+            found[name] = made
+    return found
+
+
+def _packages() -> list[str]:
+    """The packages with a page: those of `_PACKAGES`, and the packages in `ssl3d_benchmarks`."""
+    inside = importlib.import_module("ssl3d_benchmarks")
+    below = [f"ssl3d_benchmarks.{one.name}" for one in pkgutil.iter_modules(inside.__path__) if one.ispkg]
+    return [*_PACKAGES, *(package for package in below if public(package))]
 
 
 def write(pages: Pages) -> None:
     """Writes a page for each package, and for each group of names of `ssl3d.api`."""
-    listed = []
-    for package in _PACKAGES:
-        summary = _summary(importlib.import_module(package))
-        parts = [f"# {package}", summary, _entries(package, public(package))]
+    listed = _packages()
+    for package in listed:
+        parts = [
+            f"# {package}",
+            _summary(importlib.import_module(package)),
+            _entries(package, public(package)),
+        ]
         pages.write(f"reference/python/{package}.md", "\n\n".join(parts))
-        listed.append(package)
     groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for name, made in public("ssl3d.api").items():
         home = made.__name__ if inspect.ismodule(made) else made.__module__
-        groups[home.split(".")[1]][home][name] = made
+        groups[_group_of(home)][home][name] = made
     rows = []
     for group, modules in sorted(groups.items()):
         parts = [f"# ssl3d.api: {group}\n"]
         for home, names in sorted(modules.items()):
-            if len(modules) > 1:
-                parts.append(f"## {home.split('.', 2)[-1]}\n")
-            parts.append(_summary(importlib.import_module(home)) + "\n")
+            title = home.removeprefix("ssl3d.")
+            parts += [f"## {title}\n", _summary(importlib.import_module(home)) + "\n"]
             parts.append(_entries("ssl3d.api", names))
-            listed_names = ", ".join(f"`{name}`" for name in sorted(names))
-            rows.append(f"| [{home.removeprefix('ssl3d.')}](api-{group}.md) | {listed_names} |")
+            shown = ", ".join(f"`{name}`" for name in sorted(names))
+            rows.append(f"| [{title}](api-{group}.md#{title.replace('.', '').lower()}) | {shown} |")
         pages.write(f"reference/python/api-{group}.md", "\n".join(parts))
         listed.append(f"api-{group}")
     table = "| part of ssl3d.api | names |\n|---|---|\n" + "\n".join(rows)
     pages.write("reference/python/index.md", f"{_INTRO}{table}\n\n" + toctree(listed, hidden=True))
+
+
+def _group_of(home: str) -> str:
+    """The folder that a module lies in, or `core`."""
+    parts = home.split(".")
+    folder = len(parts) > 2 or hasattr(importlib.import_module(home), "__path__")
+    return parts[1] if folder else "core"
 
 
 def _summary(module: Any) -> str:
@@ -106,3 +126,12 @@ def as_rst(app: Any, what: str, name: str, made: Any, options: Any, lines: list[
             part if j % 2 else re.sub(r"(?<=\w)_(?=\W|$)|(?<![\w:])[*|](?=\S)", r"\\\g<0>", part)
             for j, part in enumerate(parts)
         )
+
+
+def dashes(app: Any, document: "nodes.document") -> None:
+    """Puts a dash between a parameter and its description, where Sphinx leaves it to smart quotes."""
+    from docutils import nodes
+
+    for text in list(document.findall(nodes.Text)):
+        if text == " -- " and text.parent is not None:
+            text.parent.replace(text, nodes.Text(" – "))

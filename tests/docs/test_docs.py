@@ -52,11 +52,16 @@ def blocks(path, *kinds):
     return [(f["mark"] or "", f["body"]) for f in FENCE.finditer(text_of(path)) if f["kind"] in kinds]
 
 
+def prompts(body):
+    """The command lines of a console, each on one line."""
+    return [line[2:] for line in body.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+
+
 def shown_commands(path):
     """The words of every command line that a page shows: after a prompt, or in a script."""
     lines = []
     for _, body in blocks(path, "console"):
-        lines += [line[2:] for line in body.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+        lines += prompts(body)
     for _, body in blocks(path, "bash"):
         lines += [line for line in body.replace("\\\n", " ").splitlines() if line and line[0] != "#"]
     return [shlex.split(re.sub(r"\$\(\(.*?\)\)", "1", line), comments=True) for line in lines]
@@ -179,11 +184,11 @@ def test_the_tutorial_runs(reader):
     for fence in FENCE.finditer(page):
         if fence["kind"] == "python":
             exec(compile(small(fence["body"]), "make_scans.py", "exec"), {"__name__": "make_scans"})
-        for line in fence["body"].splitlines() if fence["kind"] == "console" else ():
-            if line.startswith("$ ssl3d "):
-                words = shlex.split(line[len("$ ssl3d ") :])
+        for line in prompts(fence["body"]) if fence["kind"] == "console" else ():
+            program, *words = shlex.split(line)
+            if program == "ssl3d":
                 kind = "report" if "report" in words else words[0]
-                assert cli.main([*words, *SMALL.get(kind, "").split()]) == 0, line
+                assert not cli.main([*words, *SMALL.get(kind, "").split()]), line
                 done.append(kind)
     assert done == ["prepare", "info", "pretrain", "linear-probe", "finetune", "report"]
     assert (reader / "report" / "index.html").is_file()
