@@ -45,7 +45,8 @@ $(VENV)/.docs: $(VENV)/.ready
 
 # The site, under docs/_build/html. Strict, and always whole: a page that did not change may refer to one that did.
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build --fresh-env --write-all --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	@rm -rf docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 ifeq ($(DEMO),small)

@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 from collections import defaultdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from generate.pages import Pages, toctree
@@ -76,7 +77,8 @@ def write(pages: Pages) -> None:
 def _group_of(home: str) -> str:
     """The folder that a module lies in, or `core`."""
     parts = home.split(".")
-    folder = len(parts) > 2 or hasattr(importlib.import_module(home), "__path__")
+    spec = find_spec(home)
+    folder = len(parts) > 2 or (spec is not None and spec.submodule_search_locations is not None)
     return parts[1] if folder else "core"
 
 
