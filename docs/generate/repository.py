@@ -8,33 +8,44 @@ from pathlib import Path
 
 from generate.pages import Pages, toctree
 
-_PAGES = {
-    "CONTRIBUTING.md": "project/contributing.md",
-    "CHANGELOG.md": "project/changelog.md",
-    "benchmarks/results/README.md": "explanation/results/index.md",
-    "benchmarks/results/gallery/README.md": "explanation/results/gallery.md",
-}
-"""File of the repository -> page of the site."""
+_FILES = {"CONTRIBUTING.md": "project/contributing.md", "CHANGELOG.md": "project/changelog.md"}
+_RESULTS = "benchmarks/results"
 
 _LINK = re.compile(r"(?<!`)(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
 def write(pages: Pages) -> None:
     """Writes the pages; what they link to comes along, pages as pages and files as files."""
-    for source, page in _PAGES.items():
+    found = _pages(pages.root)
+    below = [posixpath.basename(page).removesuffix(".md") for page in found.values() if "results/" in page]
+    for source, page in found.items():
         text = (pages.root / source).read_text(encoding="utf-8")
-        if source.endswith("results/README.md"):
-            text += "\n" + toctree(["gallery"], hidden=True)
-        pages.write(page, _LINK.sub(partial(_link, pages, source, page), text))
+        if source == f"{_RESULTS}/README.md":
+            text += "\n" + toctree([name for name in below if name != "index"], hidden=True)
+        pages.write(page, _LINK.sub(partial(_link, pages, found, source), text))
 
 
-def _link(pages: Pages, source: str, page: str, link: re.Match[str]) -> str:
+def _pages(root: Path) -> dict[str, str]:
+    """Return the page of each file: two of the root, and every README of the results."""
+    found = dict(_FILES)
+    for path in sorted((root / _RESULTS).rglob("README.md")):
+        name = "-".join(path.parent.relative_to(root / _RESULTS).parts) or "index"
+        found[path.relative_to(root).as_posix()] = f"explanation/results/{name}.md"
+    return found
+
+
+def _link(pages: Pages, found: dict[str, str], source: str, link: re.Match[str]) -> str:
     before, target, after = link.groups()
+    page = found[source]
     if re.match(r"[a-z]+:", target):
         return link[0]
     file = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if file in _PAGES:
-        return before + _relative(page, _PAGES[file]) + after
+    if (pages.root / file).is_dir():
+        file = f"{file}/README.md"
+    if file == "README.md":
+        return before + _relative(page, "index.md") + after
+    if file in found:
+        return before + _relative(page, found[file]) + after
     if file.startswith("docs/"):
         return before + _relative(page, file.removeprefix("docs/")) + after
     path = pages.root / file

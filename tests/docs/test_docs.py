@@ -37,6 +37,8 @@ SMALL = {
     "report": "--resamples 100",
 }
 """What makes the tutorial's commands short."""
+AFTERWARDS = "runs after the tutorial"
+"""Mark of a snippet that reads what the tutorial has made."""
 
 
 def text_of(path):
@@ -193,6 +195,10 @@ def test_the_tutorial_runs(reader):
     assert done == ["prepare", "info", "pretrain", "linear-probe", "finetune", "report"]
     assert (reader / "report" / "index.html").is_file()
     assert list((reader / "tuned" / "predictions").rglob("*.nii.gz"))
+    later = [body for path in PAGES for mark, body in blocks(path, "python") if mark == AFTERWARDS]
+    assert later
+    for body in later:
+        exec(compile(body, "snippet", "exec"), {"__name__": "snippet"})
 
 
 # Generated pages and links ------------------------------------------------------------------------
