@@ -1,4 +1,4 @@
-# make demo | make test | make slow | make lint | make speed: each sets up what it needs, in .venv.
+# make demo | make test | make slow | make lint | make docs | make speed: each sets up what it needs, in .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ DEMO   ?= full
 # New files must reach the strict editable install; a folder's time changes when a file comes or goes.
 FOLDERS := $(shell find ssl3d proxies benchmarks -type d -not -name __pycache__ -not -path 'benchmarks/results*')
 
-.PHONY: setup test slow lint demo speed clean
+.PHONY: setup test slow lint docs demo speed clean
 
 # Tests run in so many processes, each on one thread: a core for each, but no more than four (each may take 2 GB).
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); test "$$n" -lt 4 && echo "$$n" || echo 4)
@@ -39,6 +39,16 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=strict -e ".[dev,docs]"
+	@touch $@
+
+# The site, under docs/_build/html. Strict, and always whole: a page that did not change may refer to one that did.
+docs: $(VENV)/.docs
+	@rm -rf docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 ifeq ($(DEMO),small)
 DEMO_SIZE := --data phantoms:60 --steps 40
 else
@@ -57,4 +67,4 @@ speed: $(VENV)/.ready
 	$(BIN)/ssl3d pretrain --proxy simclr --data $(or $(wildcard $(DATA)/hippocampus),phantoms) --steps 20 --eval-every -1 --out demo/speed --overwrite
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) docs/_build build dist demo .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -24,16 +24,17 @@ COMMANDS = {
 }
 
 
-def readme_suite(folder):
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+def shown_suite(folder):
+    """The suite that the documentation shows."""
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "suite.md").read_text(encoding="utf-8")
     path = folder / "mine.yaml"
-    path.write_text(readme.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("name", [*ALL, "README"])
+@pytest.mark.parametrize("name", [*ALL, "docs"])
 def test_a_suites_commands_parse(name, tmp_path):
-    suite = load_suite(readme_suite(tmp_path) if name == "README" else name)
+    suite = load_suite(shown_suite(tmp_path) if name == "docs" else name)
     places = Places(Path("/data"), tmp_path, tmp_path / "out")
     plan = SuitePlan(suite, places)
     for run in suite.runs:
