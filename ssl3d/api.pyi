@@ -67,6 +67,7 @@ from .data.open import (
     open_data as open_data,
     open_data_for as open_data_for,
 )
+from .data.geometry import save_nifti as save_nifti
 from .data.phantoms import (
     phantom as phantom,
     phantom_store as phantom_store,

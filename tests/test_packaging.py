@@ -87,7 +87,7 @@ def test_the_readme_proxy_is_short():
 
 
 def test_the_readme_proxy_trains_as_a_distribution_of_its_own(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "proxy.md").read_text(encoding="utf-8")
     file = readme_proxy()[1]
     source = tmp_path / "source"
     source.mkdir()
