@@ -32,10 +32,7 @@ LEFT = set(
     ssl3d/checkpoint
     ssl3d/commands
     ssl3d/convert
-    ssl3d/data
     ssl3d/data/preparation
-    ssl3d/data/scans
-    ssl3d/data/store
     ssl3d/detection
     ssl3d/encoders
     ssl3d/evaluation
@@ -80,6 +77,7 @@ VERBS = set(
     take teach tell test tie tile time trace track train transform translate treat trim try tune
     turn unfold unpack update upsample use validate verify vote wait walk warn weigh weight wrap
     write yield
+    append reorder undo
     """.split()  # noqa: SIM905
 )
 """Verbs in the imperative with which a summary may begin; add to them what is missing."""
