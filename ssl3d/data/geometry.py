@@ -161,7 +161,7 @@ def regrid(
                 source = ndimage.gaussian_filter1d(source, sigma, axis=axis, mode="nearest")
     linear = matrix[:3, :3]
     off_diagonal = np.abs(linear - np.diag(np.diag(linear))).max()
-    voxels: np.ndarray = ndimage.affine_transform(
+    resampled: np.ndarray = ndimage.affine_transform(
         source,
         np.diag(linear) if off_diagonal < 1e-9 else linear,
         offset=matrix[:3, 3],
@@ -170,8 +170,8 @@ def regrid(
         mode="nearest",
     )
     if outside is not None:
-        _fill_beyond(voxels, matrix, source.shape, outside)
-    return voxels
+        _fill_beyond(resampled, matrix, source.shape, outside)
+    return resampled
 
 
 def _fill_beyond(voxels: np.ndarray, matrix: np.ndarray, shape: Sequence[int], value: float) -> None:
