@@ -29,10 +29,7 @@ LEFT = set(
     ssl3d
     ssl3d/checkpoint
     ssl3d/commands
-    ssl3d/data
     ssl3d/data/preparation
-    ssl3d/data/scans
-    ssl3d/data/store
     ssl3d/encoders
     ssl3d/evaluation
     ssl3d/evaluation/statistics
@@ -54,28 +51,28 @@ OPENINGS = re.compile(r"(Of|That of|Those|See|Any|How|As|Such)\b")
 """How the description of a field may not open: it stands alone in the help."""
 VERBS = set(
     """
-    accept add adapt adjust advance aggregate align allow answer apply arrange ask assemble assign
-    attach attend augment average balance begin blend blur bound bring broadcast build cache call
-    carry change check choose clamp clear clip close cluster collect combine compare compose
-    compress compute configure confirm continue convert convolve copy correct corrupt count crop cut decide
-    decode declare decorrelate deform describe detach detect divide do download draw drop embed
-    encode end enlarge enter erase estimate evaluate exchange exclude expand export extract fetch
-    fill filter find finish fit flag flip flush fold follow force format forward freeze fuse gather
-    generate give group guess halve hand hash hold ignore import infer inform inflate initialise
-    insert integrate interpolate invert iterate join judge keep label lay leave lengthen let limit link list
-    load locate lock log look lower make map mark mask match measure merge mirror mix move multiply
-    name normalise note number offer omit open order pack pad paint pair parse pass perform permute
-    pick place plan plot point pool position predict prefetch prepare present preserve pretrain
-    print process produce project propose protect prove pull push put quantise raise rank read
-    rebuild recalibrate recognise record recover reduce refuse refresh register reject release
-    remark remember remove rename render reorder repeat replace report request require resample rescale
-    reseed reset reshape resize resolve restore restrict resume retry return reverse rewrite rotate round
-    route run sample save say scale scan scatter score search seed select send separate serve set settle
-    shape share shift show shrink shuffle sign simulate size skip slice smooth solve sort split
-    stack standardise start stop store stretch strip subtract suggest sum summarise supply swap sync
-    take teach tell test tie tile time trace track train transform translate treat trim try tune
-    turn unfold unpack update upsample use validate verify vote wait walk warn weigh weight wrap
-    write yield zoom
+    accept adapt add adjust advance aggregate align allow answer append apply arrange ask assemble
+    assign attach attend augment average balance begin blend blur bound bring broadcast build cache
+    call carry change check choose clamp clear clip close cluster collect combine compare compose
+    compress compute configure confirm continue convert convolve copy correct corrupt count crop cut
+    decide declare decode decorrelate deform describe detach detect divide do download draw drop
+    embed encode end enlarge enter erase estimate evaluate exchange exclude expand export extract
+    fetch fill filter find finish fit flag flip flush fold follow force format forward freeze fuse
+    gather generate give group guess halve hand hash hold ignore import infer inflate inform
+    initialise insert integrate interpolate invert iterate join judge keep label lay leave lengthen
+    let limit link list load locate lock log look lower make map mark mask match measure merge
+    mirror mix move multiply name normalise note number offer omit open order pack pad paint pair
+    parse pass perform permute pick place plan plot point pool position predict prefetch prepare
+    present preserve pretrain print process produce project propose protect prove pull push put
+    quantise raise rank read rebuild recalibrate recognise record recover reduce refresh refuse
+    register reject release remark remember remove rename render reorder repeat replace report
+    request require resample rescale reseed reset reshape resize resolve restore restrict resume
+    retry return reverse rewrite rotate round route run sample save say scale scan scatter score
+    search seed select send separate serve set settle shape share shift show shrink shuffle sign
+    simulate size skip slice smooth solve sort split stack standardise start stop store stretch
+    strip subtract suggest sum summarise supply swap sync take teach tell test tie tile time trace
+    track train transform translate treat trim try tune turn undo unfold unpack update upsample use
+    validate verify vote wait walk warn weigh weight wrap write yield zoom
     """.split()  # noqa: SIM905
 )
 """Verbs in the imperative with which a summary may begin; add to them what is missing."""

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where prepared data is kept: $SSL3D_CACHE, else ~/.cache/ssl3d."""
+    """Return the folder of prepared data: $SSL3D_CACHE, else ~/.cache/ssl3d."""
     return Path(os.environ.get("SSL3D_CACHE") or Path.home() / ".cache" / "ssl3d").expanduser()

@@ -27,16 +27,16 @@ _REVERSED = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], d
 
 
 def spacing_of(affine: np.ndarray) -> Triple:
-    """Voxel sides in mm along the three axes of an affine."""
+    """Return the voxel sides in mm along the three axes of an affine."""
     d, h, w = (float(side) for side in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
     return d, h, w
 
 
 def check_affine(affine: np.ndarray) -> None:
-    """Refuses an affine that places no volume.
+    """Refuse an affine that places no volume.
 
     Raises:
-        DataError: It is not finite, or its axes do not span space.
+        DataError: The affine is not finite, or its axes do not span space.
     """
     if not np.isfinite(affine).all():
         raise DataError("the affine of the header is not finite")
@@ -48,7 +48,7 @@ def check_affine(affine: np.ndarray) -> None:
 
 
 def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorders and flips axes so that they run nearest to superior, anterior, right. No resampling.
+    """Reorder and flip axes so that they run nearest to superior, anterior, right; nothing is resampled.
 
     Args:
         voxels: (..., I, J, K) in the order of the affine.
@@ -56,6 +56,11 @@ def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np
 
     Returns:
         (..., D, H, W) and the affine of (d, h, w).
+
+    Example:
+        >>> voxels, affine = to_canonical(np.zeros((2, 3, 4)), np.diag([1.0, 1.0, 5.0, 1.0]))
+        >>> voxels.shape, spacing_of(affine)
+        ((4, 3, 2), (5.0, 1.0, 1.0))
     """
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
@@ -68,7 +73,7 @@ def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np
 
 
 def from_canonical(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Undoes the reordering of `to_canonical`.
+    """Undo the reordering of `to_canonical`.
 
     Args:
         voxels: (..., D, H, W).
@@ -85,12 +90,12 @@ def from_canonical(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def unknown_affine(spacing: Triple) -> np.ndarray:
-    """The affine of a volume whose place is unknown: x along W, y along H, z along D."""
+    """Return the affine of a volume whose place is unknown: x along W, y along H, z along D."""
     return _REVERSED @ np.diag([*spacing, 1.0])
 
 
 def shifted(affine: np.ndarray, start: Sequence[float]) -> np.ndarray:
-    """The affine of a crop that begins at voxel `start`."""
+    """Return the affine of a crop that begins at voxel `start`."""
     moved = affine.copy()
     moved[:3, 3] = affine[:3, :3] @ np.asarray(start, dtype=float) + affine[:3, 3]
     return moved
@@ -99,7 +104,20 @@ def shifted(affine: np.ndarray, start: Sequence[float]) -> np.ndarray:
 def respaced(
     shape: Sequence[int], affine: np.ndarray, spacing: Triple
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """The grid of another spacing over the same field of view, centres aligned, axes kept."""
+    """Return the grid of another spacing over the same field of view, centres aligned, axes kept.
+
+    Args:
+        shape: Voxels (D, H, W) of the grid.
+        affine: 4 x 4, (d, h, w) of the grid to RAS+ mm.
+        spacing: Voxel sides (D, H, W) in mm of the other grid.
+
+    Returns:
+        The other grid's shape and affine.
+
+    Example:
+        >>> respaced((10, 20, 20), unknown_affine((4.0, 1.0, 1.0)), (2.0, 2.0, 2.0))[0]
+        (20, 10, 10)
+    """
     old = np.array(spacing_of(affine))
     ratio = np.array(spacing) / old
     sizes = tuple(max(1, round(n / r)) for n, r in zip(shape, ratio, strict=True))
@@ -118,14 +136,14 @@ def regrid(
     nearest: bool = False,
     outside: float | None = None,
 ) -> np.ndarray:
-    """Samples a volume on another grid: linear, smoothed first where voxels get larger, or nearest.
+    """Sample a volume on another grid: linearly, smoothed first where voxels get larger, or nearest.
 
     Args:
         voxels: (D, H, W).
-        affine: Of `voxels`.
-        shape: Of the result.
+        affine: Affine of `voxels`.
+        shape: Shape of the result.
         target: Affine of the result.
-        nearest: For label maps.
+        nearest: Whether each voxel takes the nearest value, as label maps need it.
         outside: Value beyond the volume, whose voxels reach half their side beyond their centres; None
             continues its border.
     """
@@ -143,7 +161,7 @@ def regrid(
                 source = ndimage.gaussian_filter1d(source, sigma, axis=axis, mode="nearest")
     linear = matrix[:3, :3]
     off_diagonal = np.abs(linear - np.diag(np.diag(linear))).max()
-    found: np.ndarray = ndimage.affine_transform(
+    resampled: np.ndarray = ndimage.affine_transform(
         source,
         np.diag(linear) if off_diagonal < 1e-9 else linear,
         offset=matrix[:3, 3],
@@ -152,27 +170,27 @@ def regrid(
         mode="nearest",
     )
     if outside is not None:
-        _fill_beyond(found, matrix, source.shape, outside)
-    return found
+        _fill_beyond(resampled, matrix, source.shape, outside)
+    return resampled
 
 
-def _fill_beyond(found: np.ndarray, matrix: np.ndarray, shape: Sequence[int], value: float) -> None:
-    """Writes a value wherever `matrix` takes a voxel of `found` out of a volume of `shape`.
+def _fill_beyond(voxels: np.ndarray, matrix: np.ndarray, shape: Sequence[int], value: float) -> None:
+    """Write a value wherever `matrix` takes a voxel of `voxels` out of a volume of `shape`.
 
     scipy's own constant mode fills from the outermost centres on: the least shift costs whole planes.
     """
-    rows, columns = np.ogrid[: found.shape[1], : found.shape[2]]
-    for depth, layer in enumerate(found):  # layer by layer, to save memory
+    rows, columns = np.ogrid[: voxels.shape[1], : voxels.shape[2]]
+    for depth, layer in enumerate(voxels):  # layer by layer, to save memory
         for (d, h, w, start), size in zip(matrix[:3], shape, strict=True):
             place = d * depth + start + h * rows + w * columns
             layer[(place < -0.5 - 1e-3) | (place > size - 0.5 + 1e-3)] = value
 
 
 def to_patient(record: Record, voxel: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Stored voxels to patient space.
+    """Convert positions in the stored volume into positions in the patient.
 
     Args:
-        record: Of the volume (`Volume.record`).
+        record: Record of the volume (`Volume.record`).
         voxel: (..., 3), (d, h, w); fractions and places outside the volume are fine.
 
     Returns:
@@ -183,13 +201,13 @@ def to_patient(record: Record, voxel: Sequence[float] | np.ndarray) -> np.ndarra
 
 
 def save_nifti(record: Record, start: Sequence[int], array: np.ndarray, path: str | Path) -> Path:
-    """Writes a crop, a prediction or a mask as NIfTI at its place in the patient.
+    """Write a crop, a prediction or a mask as NIfTI at its place in the patient.
 
     Args:
-        record: Of the volume that the crop was cut from.
+        record: Record of the volume that the crop was cut from.
         start: First voxel of the crop in the stored volume, (D, H, W).
         array: (d, h, w) or (C, d, h, w), at the stored spacing.
-        path: Ends in .nii or .nii.gz.
+        path: File whose name ends in .nii or .nii.gz.
 
     Raises:
         DataError: The array has another number of axes, or the path another ending.

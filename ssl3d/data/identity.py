@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 
 
 def identity_hash(dataset: str, subject: str) -> str:
-    """How a checkpoint names a person it saw: a hash of (data set, subject), 16 hexadecimal digits."""
+    """Hash (data set, subject) to 16 hexadecimal digits, as checkpoints name the people that they saw.
+
+    Example:
+        >>> identity_hash("abdomen", "patient-001")
+        'b9d02a3c75a9b702'
+    """
     return hashlib.sha256(f"{dataset}\0{subject}".encode()).hexdigest()[:16]
 
 
@@ -24,7 +29,7 @@ SMALLEST = 128
 
 
 def reading_of(image: NDArray[Any]) -> str:
-    """The hashes of a volume's voxels, in hex: one or two of 8 bytes; empty for a volume of one value.
+    """Hash a volume's voxels to one or two hashes of 8 bytes, in hex; empty for a volume of one value.
 
     Args:
         image: (C, D, H, W), as stored.
@@ -51,11 +56,11 @@ def reading_of(image: NDArray[Any]) -> str:
 
 
 def source_hash(sha256: str, source: str) -> str:
-    """The hash of a source file and the place of a volume in it, in hex; empty where it is not known.
+    """Hash a source file and the place of a volume in it, in hex; empty where the file is not known.
 
     Args:
-        sha256: Of the file.
-        source: As `Record.source`: PATH, or PATH#MEMBER[ROW]; the path does not count.
+        sha256: SHA-256 of the file.
+        source: PATH, or PATH#MEMBER[ROW], from `Record.source`; the path does not count.
     """
     if not sha256:
         return ""
@@ -69,7 +74,7 @@ def _hash(kind: bytes, content: bytes) -> str:
 
 
 def _block_means(image: NDArray[Any]) -> NDArray[np.float64]:
-    """Means over 4 x 4 x 4 blocks (1 x 8 x 8 of what is flat), per channel."""
+    """Average over 4 x 4 x 4 blocks (1 x 8 x 8 of what is flat), per channel."""
     sides = (4, 4, 4) if image.shape[1] >= 4 else (1, 8, 8)
     # Slice by slice: a large volume is not copied in double precision.
     edges = [

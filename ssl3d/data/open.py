@@ -18,16 +18,22 @@ from ssl3d.errors import DataError, UsageError
 
 
 def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection:
-    """Opens stores, folders of shards, phantoms or scans as one collection.
+    """Open stores, folders of shards, phantoms or scans as one collection.
 
     Args:
-        paths: `.h5` stores; folders that hold only `.h5` shards; `phantoms`, `phantoms:N`,
+        paths: Stores (`.h5`); folders that hold only stores; `phantoms`, `phantoms:N`,
             `phantoms:N:faint` (lesions that are hard to detect) or `phantoms:N:noise` (nothing to learn);
             or whatever `ssl3d prepare` takes, prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
         prepare_options: Options of `prepare`, for scans.
 
     Raises:
-        DataError: Something is missing, unreadable, given twice, or a folder mixes stores and scans.
+        DataError: A path is missing, unreadable or given twice, or a folder mixes stores and scans.
+
+    Example:
+        >>> from ssl3d.api import open_data
+        >>> volumes = open_data(["phantoms:4"])
+        >>> len(volumes), volumes.dataset_names
+        (4, ['phantoms'])
     """
     if isinstance(paths, str | Path):
         paths = [paths]
@@ -41,9 +47,9 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
             count, kind = _phantoms(text)
             stores.append(phantom_store(count, kind=kind))
             continue
-        found, is_store = _sort_out(Path(text))
+        behind, is_store = _sort_out(Path(text))
         if is_store:
-            stores += found
+            stores += behind
         elif Path(text).is_dir() or _holds_many(Path(text)):
             stores.append(_prepared([Path(text)], prepare_options))
         else:
@@ -60,7 +66,7 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
 
 
 def _sort_out(path: Path) -> tuple[list[Path], bool]:
-    """The stores behind a path and True, or what to prepare and False."""
+    """List the stores behind a path, and True; or what to prepare, and False."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_file():
@@ -96,10 +102,10 @@ def _holds_many(path: Path) -> bool:
 
 
 def holds_scans(paths: Sequence[str | Path]) -> bool:
-    """Whether `open_data` would prepare some of these first.
+    """Tell whether `open_data` would prepare some of these first.
 
     Raises:
-        DataError: One is missing, or mixes stores and scans.
+        DataError: A path is missing, or a folder mixes stores and scans.
     """
     named = [str(path) for path in paths]
     files = [text for text in named if text != "phantoms" and not text.startswith("phantoms:")]
@@ -113,7 +119,7 @@ def _prepared(paths: list[Path], options: dict[str, Any]) -> Path:
 
 
 def _phantoms(text: str) -> tuple[int, str]:
-    """How many phantoms, and of what kind."""
+    """Parse the number of phantoms, and their kind."""
     from ssl3d.data.phantoms import DEFAULT_COUNT, KINDS
 
     number, _, kind = text.partition(":")[2].partition(":")
@@ -124,37 +130,41 @@ def _phantoms(text: str) -> tuple[int, str]:
 
 
 def open_data_for(encoders: Sequence[Encoder], paths: Sequence[str | Path]) -> Collection:
-    """Opens data for trained encoders: raw scans are prepared as the encoders' own data were.
+    """Open data for trained encoders, with raw scans prepared as the encoders' own data were.
+
+    Args:
+        encoders: Encoders that will read the data.
+        paths: Stores, folders, phantoms or scans, as `open_data` takes them.
 
     Raises:
         UsageError: There are raw scans, and the encoders' data were prepared differently.
-        DataError: As `open_data`.
+        DataError: The data cannot be opened or prepared.
     """
-    from ssl3d.data.open import holds_scans, open_data
-
     if not holds_scans(paths):
         return open_data(paths)
     options = prepare_options_of(encoders)
     if options:
-        told = ", ".join(f"{key} {value}" for key, value in options.items())
-        print(f"raw scans are prepared as the encoder's own data were: {told}", file=sys.stderr)
+        listed = ", ".join(f"{key} {value}" for key, value in options.items())
+        print(f"raw scans are prepared as the encoder's own data were: {listed}", file=sys.stderr)
     return open_data(paths, **options)
 
 
 def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
-    """How to prepare raw scans for these encoders: as the data of the trained ones were, for `open_data`.
+    """Return the options that prepare raw scans as the data of these encoders were, for `open_data`.
 
-    Only what differs from the defaults of `ssl3d prepare`. A median spacing is the one that it came to;
-    where several data sets had each their own, the scans get theirs too.
+    The options are those that differ from the defaults of `ssl3d prepare`. A median spacing is the one that
+    it came to; where several data sets had each their own, the scans get theirs too.
 
     Raises:
-        UsageError: Two encoders, or two stores of one, were prepared differently.
+        UsageError: The data of two encoders, or two stores of one, were prepared differently.
     """
     from ssl3d.data.preparation.prepare import PrepareOptions
 
     kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
-    defaults = {one.name: one.default for one in dataclasses.fields(PrepareOptions) if one.name in kept}
-    found: list[dict[str, Any]] = []
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(PrepareOptions) if field.name in kept
+    }
+    recipes: list[dict[str, Any]] = []
     for encoder in encoders:
         for settings in getattr(encoder, "metadata", {}).get("preprocessing") or []:
             given = settings.get("options")
@@ -166,12 +176,12 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
             if encoder.config.in_channels == 1:  # colours were read as slices: it takes grey pictures
                 own.pop("colour", None)
             own = {key: value for key, value in own.items() if value != defaults[key]}
-            if own not in found:
-                found.append(own)
-    if len(found) > 1:
-        both = " and ".join(json.dumps(own) for own in found[:2])
+            if own not in recipes:
+                recipes.append(own)
+    if len(recipes) > 1:
+        both = " and ".join(json.dumps(own) for own in recipes[:2])
         raise UsageError(
             f"the encoders' own data were prepared differently ({both}): make a store of the scans with "
             "`ssl3d prepare` and give it to --data"
         )
-    return found[0] if found else {}
+    return recipes[0] if recipes else {}

@@ -40,13 +40,13 @@ class Phantom:
             the right.
         mask: (D, H, W) uint8: 0 background, 1 liver, 2 heart, 3 kidneys.
         boxes: (n, 6) float32 of the lesions, 0 to 3 of them: z1 y1 x1 z2 y2 x2, upper corner exclusive.
-        body: (D, H, W) booleans.
+        body: (D, H, W) booleans, true within the body.
         label: 0 or 1: the liver's texture is fine and its outline smooth, or coarse and lobulated.
-        spacing: mm along (D, H, W).
+        spacing: Voxel sides, mm along (D, H, W).
         background: Value of air after normalisation.
         origin: mm from the torso's centre to the first voxel, along (D, H, W).
-        mean: Before z-scoring.
-        std: Before z-scoring.
+        mean: Mean over the body before z-scoring.
+        std: Standard deviation over the body before z-scoring.
     """
 
     image: np.ndarray
@@ -69,16 +69,22 @@ def phantom(
     label: int | None = None,
     kind: str = "plain",
 ) -> Phantom:
-    """Makes one scan; the same for the same arguments.
+    """Make one scan of a synthetic person, the same for the same arguments.
 
     Args:
-        seed: Of the person: anatomy, pose, class, lesions.
+        seed: Seed of the person: anatomy, pose, class, lesions.
         shape: Voxels along (D, H, W); by default 40 x 48 x 48, varying by a few.
-        scan: Of that person: noise, bias field, gain, spacing, field of view.
+        scan: Number of the scan of that person: noise, bias field, gain, spacing, field of view.
         label: Class; by default drawn with the person.
-        kind: `faint`: lesions are a little brighter than what they lie in, instead of brighter than
-            everything, so hard to detect. `noise`: every voxel is an independent standard normal number,
-            so that what a proxy learns of it is a shortcut; masks, boxes and classes are those of `plain`.
+        kind: `plain`; `faint`: lesions are a little brighter than what they lie in, instead of brighter
+            than everything, so hard to detect. `noise`: every voxel is an independent standard normal
+            number, so that what a proxy learns of it is a shortcut; masks, boxes and classes are those of
+            `plain`.
+
+    Example:
+        >>> scan = phantom(7, (24, 32, 32))
+        >>> scan.image.shape, scan.mask.shape, scan.boxes.shape[1]
+        ((1, 24, 32, 32), (24, 32, 32), 6)
     """
     person, machine = numpy_rng("person", seed), numpy_rng("scan", seed, scan)
     drawn = int(person.integers(2))
@@ -123,16 +129,17 @@ def phantom_store(
     folder: Path | None = None,
     kind: str = "plain",
 ) -> Path:
-    """A store of `count` phantoms, made once and kept in the cache; classes are balanced over people.
+    """Make a store of `count` phantoms once and keep it in the cache; classes are balanced over people.
 
     Every fourth person has two scans.
 
     Args:
-        count: Volumes.
-        seed: Of the whole store.
-        shape: Of every volume; by default they vary.
-        folder: Instead of the cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
-        kind: As of `phantom`; the data set is then called `phantoms-faint` or `phantoms-noise`.
+        count: Number of volumes.
+        seed: Seed of the whole store.
+        shape: Shape of every volume; by default shapes vary.
+        folder: Folder of the store; by default the cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
+        kind: `plain`, `faint` or `noise`, explained at `phantom`; the data set is then called
+            `phantoms-faint` or `phantoms-noise`.
     """
     folder = cache_folder() / "phantoms" if folder is None else folder
     size = "" if shape is None else "-" + "x".join(map(str, shape))
@@ -149,10 +156,10 @@ def phantom_store(
     parts = folder / f".{out.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     try:
         for number, (person, scan) in enumerate(scans):
-            made = phantom(
+            torso = phantom(
                 seed_of("phantom", seed, person), shape, scan=scan, label=int(labels[person]), kind=kind
             )
-            _write(parts, number, person, scan, made, dataset)
+            _write(parts, number, person, scan, torso, dataset)
         settings = {
             "phantoms": count,
             "seed": seed,
@@ -166,12 +173,12 @@ def phantom_store(
 
 
 def simulated_index(out: Path, count: int, first: int = 0) -> Path:
-    """A store of `count` volumes without voxels, to measure what opening large collections costs.
+    """Make a store of `count` volumes without voxels, to measure what opening large collections costs.
 
     Args:
-        out: Where to.
-        count: Volumes, in four data sets, two per subject.
-        first: Number of the first one, so that several files make one collection.
+        out: File of the store.
+        count: Number of volumes, in four data sets, two per subject.
+        first: Number of the first volume, so that several files make one collection.
     """
     with h5py.File(out, "w", libver="v110") as file:
         index = IndexWriter(file, count)
@@ -199,35 +206,35 @@ def simulated_index(out: Path, count: int, first: int = 0) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, number: int, person: int, scan: int, made: Phantom, dataset: str) -> None:
+def _write(folder: Path, number: int, person: int, scan: int, torso: Phantom, dataset: str) -> None:
     # Voxel (d, h, w) to RAS+ mm: D goes superior, H anterior, W right.
-    s, o = made.spacing, made.origin
+    s, o = torso.spacing, torso.origin
     affine = ((0.0, 0.0, s[2], o[2]), (0.0, s[1], 0.0, o[1]), (s[0], 0.0, 0.0, o[0]), (0.0, 0.0, 0.0, 1.0))
     name = f"phantom-{person:05d}-scan{scan}"
     record = Record(
         id=name,
         dataset=dataset,
         subject=f"phantom-{person:05d}",
-        label=made.label,
-        spacing=made.spacing,
+        label=torso.label,
+        spacing=torso.spacing,
         orientation="SAR",
         affine=affine,
-        original_shape=made.image.shape[1:],
+        original_shape=torso.image.shape[1:],
         original_affine=affine,
         source=f"phantom:{person}:{scan}",
-        sha256=hashlib.sha256(made.image.tobytes()).hexdigest(),
+        sha256=hashlib.sha256(torso.image.tobytes()).hexdigest(),
         channels=("phantom",),
         done={
-            "normalisation": {"kind": "mr", "mean": made.mean, "std": made.std},
-            "background": made.background,
+            "normalisation": {"kind": "mr", "mean": torso.mean, "std": torso.std},
+            "background": torso.background,
         },
     )
-    labels = np.zeros(len(made.boxes), np.int64)
-    write_part(folder, f"{number:08d}", record, made.image, made.mask, made.boxes, labels, made.body)
+    labels = np.zeros(len(torso.boxes), np.int64)
+    write_part(folder, f"{number:08d}", record, torso.image, torso.mask, torso.boxes, labels, torso.body)
 
 
 def _grid(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coordinates from -1 to 1 along each axis, open."""
+    """Lay coordinates from -1 to 1 along each axis, as an open grid."""
     z, y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     return z[:, None, None], y[:, None], x
 
@@ -240,7 +247,7 @@ def _anatomy(
     label: int,
     faint: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tissue intensities (air 0, soft tissue about .5), mask, body and lesion boxes of one person.
+    """Draw tissue intensities (air 0, soft tissue about .5), mask, body and lesion boxes of one person.
 
     Positions are in half torsos: z from -1 (pelvis) to 1 (shoulders), y to anterior, x to the right.
     All of it comes from `rng` in an order that does not depend on the grid, so that two scans of a
@@ -271,7 +278,7 @@ def _anatomy(
     mask = np.zeros(shape, np.uint8)
 
     def ellipsoid(row: int, centre: tuple[float, ...], radius: tuple[float, ...]) -> np.ndarray:
-        """Squared distance in radii, of an organ that varies in place (by .04) and size (by 8 %)."""
+        """Measure squared distance, in radii, of an organ that varies in place (.04) and size (8 %)."""
         c = np.array(centre) + 0.04 * jitter[row, :3]
         r = np.array(radius) * np.exp(0.08 * jitter[row, 3:])
         return ((z - c[0]) / r[0]) ** 2 + ((y - c[1]) / r[1]) ** 2 + ((x - c[2]) / r[2]) ** 2
@@ -319,7 +326,7 @@ def _lesions(
     body: np.ndarray,
     faint: bool,
 ) -> np.ndarray:
-    """Puts balls of 16 to 24 mm radius into the trunk, apart from each other; returns their boxes."""
+    """Put balls of 16 to 24 mm radius into the trunk, apart from each other, and return their boxes."""
     z, y, x = grid
     mm = _TORSO / 2
     boxes: list[list[float]] = []

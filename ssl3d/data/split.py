@@ -20,7 +20,7 @@ def house_split(
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     by_target: bool = True,
 ) -> np.ndarray:
-    """train, val or test for every volume, (N,) strings; a subject is never in two of them.
+    """Assign train, val or test to every volume; a subject is never in two of them.
 
     The data's own split holds wherever a data set has one: subjects with a split keep it (of several,
     the one furthest from training), the rest of that data set trains. Data that comes as train and test
@@ -31,14 +31,22 @@ def house_split(
     nobody.
 
     Args:
-        collection: Of any stores.
-        seed: Of the hash.
-        fractions: Of train, val, test; they sum to 1.
-        by_target: False cuts all subjects of a class together, whatever targets they have, as was done
-            before; runs that go on need it.
+        collection: Volumes of any stores.
+        seed: Seed of the hash.
+        fractions: Shares of train, val and test; they sum to 1.
+        by_target: Whether subjects with a label, a mask or boxes are cut apart from those without; False
+            cuts as was done before, which runs that go on need.
+
+    Returns:
+        (N,) strings.
 
     Raises:
         ValueError: The fractions are negative or do not sum to 1.
+
+    Example:
+        >>> from ssl3d.api import house_split, open_data
+        >>> sorted(house_split(open_data(["phantoms:4"])).tolist())
+        ['test', 'train', 'train', 'val']
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: expected three from 0 that sum to 1")
@@ -82,21 +90,21 @@ def _own_split(splits: np.ndarray, position: np.ndarray, count: int) -> list[str
 
 
 def _targets(collection: Collection, position: np.ndarray, count: int) -> list[tuple[bool, ...]]:
-    """Whether each person has a label, a mask and boxes, in any volume."""
+    """Tell whether each person has a label, a mask and boxes, in any volume."""
     labelled = np.array([label is not None for label in collection.labels], dtype=bool)
-    found = np.zeros((count, 3), dtype=bool)
+    annotated = np.zeros((count, 3), dtype=bool)
     for kind, has in enumerate((labelled, collection.has_mask, collection.has_boxes)):
-        found[position[np.asarray(has, dtype=bool)], kind] = True
-    return [tuple(row) for row in found.tolist()]
+        annotated[position[np.asarray(has, dtype=bool)], kind] = True
+    return [tuple(row) for row in annotated.tolist()]
 
 
 def _classes(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, count: int) -> list[str]:
-    """The class of each person (of several volumes, the first that has one); "" for real values.
+    """Return the class of each person (of several volumes, the first that has one); "" for real values.
 
-    What is a class is told from the labels of a person's own data set. Whole numbers stored as floats (0.0
-    and 1.0, as pandas writes 0 and 1 of a column with gaps) are classes as 0 and 1 are.
+    A class is told from a real value by the labels of a person's own data set. Whole numbers stored as
+    floats (0.0 and 1.0, as pandas writes 0 and 1 of a column with gaps) are classes as 0 and 1 are.
     """
-    found = [""] * count
+    classes = [""] * count
     by_dataset: dict[str, set[object]] = defaultdict(set)
     for name, label in zip(datasets, labels, strict=True):
         by_dataset[name].add(_whole(label))
@@ -106,18 +114,18 @@ def _classes(datasets: np.ndarray, labels: np.ndarray, position: np.ndarray, cou
         if len(values) > 50 or any(isinstance(value, float) for value in values)
     }
     for name, person, label in zip(datasets, position, labels, strict=True):
-        if label is not None and not found[person] and name not in real:
-            found[person] = str(_whole(label))
-    return found
+        if label is not None and not classes[person] and name not in real:
+            classes[person] = str(_whole(label))
+    return classes
 
 
 def _whole(label: object) -> object:
-    """A label as it is; an int if it is a float without a fraction."""
+    """Return a label as it is; an int if it is a float without a fraction."""
     return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _cut(strata: Sequence[tuple[Any, ...]], shares: Sequence[float]) -> list[str]:
-    """Deals people, stratum after stratum, so that both strata and the whole come out at the shares.
+    """Share people out, stratum after stratum, so that both strata and the whole come out at the shares.
 
     Person k of the queue of all strata goes to the part that is furthest behind its share; counted
     over the whole queue, rounding does not add up over strata.

@@ -20,8 +20,8 @@ class Collection(Sequence[Volume]):
     """The volumes of several stores as one sequence, or a selection of them.
 
     Args:
-        stores: In order; their volumes are numbered through.
-        rows: Which volumes, by number; all of them if left out.
+        stores: Stores in order; their volumes are numbered through.
+        rows: Numbers of the volumes selected; all of them if left out.
     """
 
     def __init__(self, stores: Sequence[Store], rows: np.ndarray | None = None):
@@ -38,13 +38,13 @@ class Collection(Sequence[Volume]):
     @overload
     def __getitem__(self, position: slice) -> Collection: ...
     def __getitem__(self, position: int | slice) -> Volume | Collection:
-        """The volume at a position, or the collection of a slice."""
+        """Return the volume at a position, or the collection of a slice."""
         if isinstance(position, slice):
             return self.select(np.arange(len(self))[position])
         return self.volume(int(self.rows[position]))
 
     def volume(self, index: int) -> Volume:
-        """The volume of a `Volume.index`, selected or not."""
+        """Return the volume of a `Volume.index`, selected or not."""
         store = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[store - 1]) if store else 0
         return Volume(self.stores[store], index - start, index)
@@ -53,7 +53,11 @@ class Collection(Sequence[Volume]):
         return (self[i] for i in range(len(self)))
 
     def select(self, indices: Any) -> Collection:
-        """The volumes at these positions (integers, or a mask of booleans); they keep their `index`."""
+        """Select the volumes at these positions; they keep their `index`.
+
+        Args:
+            indices: Integers, or a mask of booleans.
+        """
         chosen = object.__new__(Collection)
         chosen.stores, chosen._ends = self.stores, self._ends
         chosen.rows = self.rows[np.asarray(indices)] if len(indices) else self.rows[:0]
@@ -71,7 +75,7 @@ class Collection(Sequence[Volume]):
 
     @cached_property
     def _codes(self) -> tuple[np.ndarray, np.ndarray, list[str], list[tuple[str, str]]]:
-        """Of all volumes: code of the data set and of the person; the names behind the codes."""
+        """Codes of the data set and of the person of all volumes, and the names behind the codes."""
         datasets: dict[str, int] = {}
         people: dict[tuple[str, str], int] = {}
         by_dataset, by_person = [], []
@@ -93,72 +97,72 @@ class Collection(Sequence[Volume]):
 
     @property
     def dataset_codes(self) -> np.ndarray:
-        """(N,) int64, one number per data set."""
+        """Number of each volume's data set, (N,) int64."""
         return self._codes[0][self.rows]
 
     @property
     def subject_codes(self) -> np.ndarray:
-        """(N,) int64, one number per person, that is (data set, subject)."""
+        """Number of each volume's person, that is (data set, subject), (N,) int64."""
         return self._codes[1][self.rows]
 
     @property
     def dataset_names(self) -> list[str]:
-        """Names behind `dataset_codes`."""
+        """Names of the data sets, in the order of `dataset_codes`."""
         return self._codes[2]
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """(N,) strings."""
+        """Names of the volumes, (N,) strings."""
         return self._strings(lambda store: _texts(store))
 
     @property
     def datasets(self) -> np.ndarray:
-        """(N,) strings."""
+        """Data set of each volume, (N,) strings."""
         return np.array(self._codes[2], dtype=object)[self.dataset_codes]
 
     @property
     def subjects(self) -> np.ndarray:
-        """(N,) strings; a person is (data set, subject)."""
+        """Subject of each volume, (N,) strings; a person is (data set, subject)."""
         return np.array([subject for _, subject in self._codes[3]], dtype=object)[self.subject_codes]
 
     @property
     def splits(self) -> np.ndarray:
-        """(N,) strings: "", train, val, test."""
+        """Split of each volume as the data came, (N,) strings: "", train, val, test."""
         return np.array(SPLITS, dtype=object)[self._column("split")]
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(N,) objects: int, float, str or None."""
+        """Label of each volume, (N,) objects: int, float, str or None."""
         return self._strings(lambda store: [label_of(row, store.label_names) for row in store.rows])
 
     @property
     def shapes(self) -> np.ndarray:
-        """(N, 4) int64: C, D, H, W."""
+        """Shape of each volume, (N, 4) int64: C, D, H, W."""
         return self._column("shape").astype(np.int64)
 
     @property
     def spacings(self) -> np.ndarray:
-        """(N, 3) float64, mm along D, H, W."""
+        """Spacing of each volume, (N, 3) float64, mm along D, H, W."""
         return self._column("spacing")
 
     @property
     def has_mask(self) -> np.ndarray:
-        """(N,) booleans."""
+        """Whether each volume has a mask, (N,) booleans."""
         return self._column("has_mask")
 
     @property
     def has_boxes(self) -> np.ndarray:
-        """(N,) booleans: somebody looked for boxes, though there may be none."""
+        """Whether somebody looked for boxes in each volume, (N,) booleans; there may be none."""
         return self._column("boxes") >= 0
 
     @property
     def orientations(self) -> np.ndarray:
-        """(N,) strings."""
+        """Orientation of each volume, (N,) strings: "SAR" or "unknown"."""
         return self._strings(lambda store: np.array(store.orientations, object)[store.rows["orientation"]])
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """How the volumes were made, per store."""
+        """Settings with which the volumes were made, per store."""
         return [store.settings for store in self.stores]
 
     def _strings(self, of: Any) -> np.ndarray:
@@ -170,11 +174,11 @@ class Collection(Sequence[Volume]):
         return np.concatenate(columns or [np.empty(0, dtype=object)])[self.rows]
 
     def identities(self) -> list[tuple[str, str]]:
-        """The people in it, (data set, subject), in the order of their codes."""
+        """List the people of the volumes, (data set, subject), in the order of their codes."""
         return [self._codes[3][code] for code in np.unique(self.subject_codes)]
 
     def digest(self) -> str:
-        """A hash of the volumes in order: identities, labels, splits, geometry, voxels, masks, boxes."""
+        """Hash the volumes in order: identities, labels, splits, geometry, voxels, masks, boxes."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(np.ascontiguousarray(self._column("content")).data)
         digest.update(np.ascontiguousarray(self.spacings, dtype=np.float64).data)

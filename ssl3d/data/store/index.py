@@ -51,14 +51,14 @@ _QUANTILES = (0.5, 5, 50, 95, 99.5)
 
 
 class IndexWriter:
-    """Collects the rows of a store that is being written; what is long goes to disk as it comes.
+    """Rows of a store that is being written; what is long goes to disk as it comes.
 
     Args:
-        file: Open for writing.
-        count: Volumes to come.
+        file: HDF5 file, open for writing.
+        count: Number of volumes to come.
 
     Attributes:
-        version: Of the format, as the file will say it.
+        version: Version of the format that the file will say.
     """
 
     def __init__(self, file: h5py.File, count: int):
@@ -84,14 +84,14 @@ class IndexWriter:
         box_labels: np.ndarray | None = None,
         sketch: np.ndarray,
     ) -> None:
-        """Adds the next row.
+        """Add the row of the next volume.
 
         Args:
             record: Provenance and identity.
             shape: (C, D, H, W).
             block: Voxels per block of the foreground map.
-            has_mask: Whether there is one.
-            foreground: Map, uint8.
+            has_mask: Whether the volume has a mask.
+            foreground: Foreground map, uint8.
             boxes: (n, 6), or None.
             box_labels: (n,), where there are boxes.
             sketch: Quantiles of the foreground, (C, n).
@@ -127,7 +127,7 @@ class IndexWriter:
         self._filled += 1
 
     def close(self) -> None:
-        """Writes the table, the texts and the fingerprint, and marks the file as a store."""
+        """Write the table, the texts and the fingerprint, and mark the file as a store."""
         rows, file = self._rows[: self._filled], self._file
         lengths = rows["id_length"].astype(np.int64)
         rows["id_at"] = np.cumsum(lengths) - lengths
@@ -147,7 +147,7 @@ class IndexWriter:
         file.attrs.update(format=FORMAT, version=self.version, volumes=len(rows))
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Counts, shapes, spacings and foreground intensities, per data set."""
+        """Summarise counts, shapes, spacings and foreground intensities, per data set."""
         rows = self._rows[: self._filled]
         dataset_of = np.array([dataset for dataset, _ in self._people], np.int64)[rows["identity"]]
         return {
@@ -187,7 +187,7 @@ class IndexWriter:
 
 
 def label_of(row: Any, names: list[str]) -> int | float | str | None:
-    """The label that a row's `label_kind` and `label` stand for."""
+    """Return the label that a row's `label_kind` and `label` stand for."""
     kind, value = int(row["label_kind"]), row["label"]
     if kind == INT_LABEL:
         return int(value)
@@ -214,7 +214,7 @@ class _Appender:
         self._bytes = self.length = 0
 
     def append(self, values: np.ndarray) -> int:
-        """Returns where the values begin."""
+        """Append values, and return where they begin."""
         begin = self.length
         self._waiting.append(values)
         self._bytes += values.nbytes
@@ -232,7 +232,7 @@ class _Appender:
 
 
 class _Codes(dict[Any, int]):
-    """Numbers values in the order of their first look-up."""
+    """Numbers of values in the order of their first look-up."""
 
     def __missing__(self, key: Any) -> int:
         self[key] = code = len(self)

@@ -22,24 +22,24 @@ class Record:
     """What is known about one volume of a store: identity, geometry, origin, what was done to it.
 
     Attributes:
-        id: Unique in its store.
-        dataset: Data set. A person is (dataset, subject).
-        subject: Subject within the data set.
+        id: Name of the volume, unique in its store.
+        dataset: Name of the data set. A person is (dataset, subject).
+        subject: Name of the subject within the data set.
         split: "", "train", "val" or "test", as the data came.
         label: Class, ordinal (int), real value (float) or class name (str); None where unknown.
-        spacing: Of the stored voxels, mm along (D, H, W).
+        spacing: Sides of the stored voxels, mm along (D, H, W).
         orientation: "SAR" (D to superior, H to anterior, W to right) or "unknown".
         affine: 4 x 4, stored voxel (d, h, w) to patient mm (RAS+ world).
         original_shape: Shape of the source's voxel array.
-        original_affine: 4 x 4 of the source, None where it has none.
+        original_affine: 4 x 4, voxel (i, j, k) of the source to RAS+ mm; None where it has none.
         source: Path relative to the root given, POSIX.
-        sha256: Of the source file.
+        sha256: SHA-256 of the source file.
         voxels: Hash of what is stored; filled in by `write_part`.
         reading: Hashes of the voxels that do not depend on names, precision or masks
             (`ssl3d.data.identity`); filled in by `write_part`.
         channels: Names of the channels.
-        done: What was done, JSON values only: resampling, normalisation, crop. `done["background"]`, a
-            number or one per channel, is the value of air; without it the minimum is taken.
+        done: Steps of preparation, JSON values only: resampling, normalisation, crop. `done["background"]`,
+            a number or one per channel, is the value of air; without it the minimum is taken.
     """
 
     id: str
@@ -69,12 +69,12 @@ class Record:
             raise DataError(f"{self.id}: spacing {self.spacing} mm; expected three positive numbers")
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Write the record as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), default=plain, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str | bytes) -> Record:
-        """The record that `to_json` wrote; fields of later versions are dropped."""
+        """Read the record that `to_json` wrote; fields of later versions are dropped."""
         known = {field.name for field in dataclasses.fields(Record)}
         values = {key: value for key, value in json.loads(text).items() if key in known}
         for key in ("affine", "original_affine"):
@@ -86,15 +86,15 @@ class Record:
 
 
 def blob(text: str) -> np.ndarray:
-    """Text as HDF5 stores it here: UTF-8 bytes, of any length."""
+    """Convert text to what HDF5 stores here: UTF-8 bytes, of any length."""
     return np.frombuffer(text.encode(), np.uint8)
 
 
 def plain(value: Any) -> Any:
-    """Numpy values and paths as JSON knows them; for `json.dumps(default=plain)`.
+    """Convert numpy values and paths to what JSON knows, for `json.dumps(default=plain)`.
 
     Raises:
-        TypeError: JSON has nothing like it.
+        TypeError: JSON has nothing like the value.
     """
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()

@@ -31,10 +31,10 @@ class Store:
     and readers on network file systems.
 
     Attributes:
-        path: Of the file.
+        path: Absolute path of the file.
         rows: Index table, one row per volume.
         datasets: Names of the data sets.
-        people: Per identity code: position in `datasets`, subject.
+        people: Position in `datasets` and subject, per identity code.
 
     Raises:
         DataError: The file is missing, cut short, from a newer format, or not a store.
@@ -64,14 +64,14 @@ class Store:
 
     @property
     def file(self) -> h5py.File:
-        """The file, opened by this process."""
+        """HDF5 file, opened by this process."""
         return _open_here(self.path, self._state)
 
     def array(self, name: str) -> h5py.Dataset:
-        """A data set of the file; looking it up costs as much as reading a small crop, so it is kept.
+        """Look up a data set of the file, and keep it: a look-up costs as much as reading a small crop.
 
         Raises:
-            KeyError: There is none.
+            KeyError: There is no data set of that name.
         """
         return _dataset_here(self.path, self._state, name)
 
@@ -81,27 +81,27 @@ class Store:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the volumes were made."""
+        """Settings with which the volumes were made."""
         return self._json("settings", {})
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Per data set: counts, shapes, spacings, intensities."""
+        """Counts, shapes, spacings and intensities, per data set."""
         return self._json("fingerprint", {})
 
     @property
     def rejected(self) -> list[dict[str, Any]]:
-        """The files that were refused, with their reasons."""
+        """Files that were refused, with their reasons."""
         return self._json("rejected", [])
 
 
 class Volume:
-    """One volume of a collection, lazy.
+    """One volume of a collection, read when asked for.
 
     Attributes:
-        index: Unique over all stores of the collection it came from, kept by `select`.
+        index: Number that is unique over all stores of the collection, kept by `select`.
         shape: (C, D, H, W).
-        spacing: mm along (D, H, W).
+        spacing: Voxel sides, mm along (D, H, W).
         has_mask: Whether `read_mask` works.
         block: Voxels per block of the foreground map along (D, H, W).
     """
@@ -120,19 +120,19 @@ class Volume:
         return f"Volume({self.index}, {self.dataset}/{self.id}, shape {self.shape}, spacing {self.spacing})"
 
     def withhold_labels(self, who: str) -> None:
-        """Refuses label, boxes and mask from here on: `who` does not say that it learns from them."""
+        """Refuse label, boxes and mask from here on, as `who` does not say that it learns from them."""
         self._withheld_from = who
 
-    def _labelled(self, what: str) -> None:
+    def _labelled(self, annotation: str) -> None:
         if self._withheld_from:
             raise PluginError(
-                f"{self._withheld_from} reads a volume's {what}, but its class does not set "
+                f"{self._withheld_from} reads a volume's {annotation}, but its class does not set "
                 "uses_labels = True: checkpoints would say that no labels were seen"
             )
 
     @property
     def place(self) -> tuple[Store, int]:
-        """Its store, and its row there."""
+        """Store of the volume, and its row there."""
         return self._store, self._number
 
     @property
@@ -143,39 +143,39 @@ class Volume:
 
     @property
     def dataset(self) -> str:
-        """Data set."""
+        """Name of the volume's data set."""
         return self._store.datasets[self._store.people[self._row["identity"]][0]]
 
     @property
     def subject(self) -> str:
-        """Subject within the data set."""
+        """Name of the subject within the data set."""
         return self._store.people[self._row["identity"]][1]
 
     @property
     def split(self) -> str:
-        """As the data came: train, val, test, or empty."""
+        """Split as the data came: train, val, test, or empty."""
         return SPLITS[self._row["split"]]
 
     @property
     def orientation(self) -> str:
-        """Either "SAR" or "unknown"."""
+        """Orientation of the axes: "SAR" or "unknown"."""
         return self._store.orientations[self._row["orientation"]]
 
     @property
     def label(self) -> int | float | str | None:
-        """Class, ordinal or real value."""
+        """Class, ordinal or real value; None where unknown."""
         self._labelled("label")
         return label_of(self._row, self._store.label_names)
 
     @property
     def boxes(self) -> np.ndarray | None:
-        """(n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels; None where nobody looked for any."""
+        """Boxes (n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels; None where nobody looked for any."""
         self._labelled("boxes")
         return self._flat("boxes")
 
     @property
     def box_labels(self) -> np.ndarray | None:
-        """(n,) int64."""
+        """Classes of the boxes, (n,) int64."""
         self._labelled("box labels")
         return self._flat("box_labels")
 
@@ -185,30 +185,30 @@ class Volume:
 
     @cached_property
     def record(self) -> Record:
-        """Everything known about the volume, but for a label that is withheld."""
+        """Record of all that is known about the volume, but for a label that is withheld."""
         start = int(self._row["provenance_at"])
         text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
-        found = Record.from_json(text.tobytes())
-        return replace(found, label=None) if self._withheld_from else found
+        record = Record.from_json(text.tobytes())
+        return replace(record, label=None) if self._withheld_from else record
 
     @property
     def affine(self) -> Affine:
-        """4 x 4, voxel (d, h, w) to patient mm (RAS+ world)."""
+        """Affine, 4 x 4, voxel (d, h, w) to patient mm (RAS+ world)."""
         return self.record.affine
 
     def crop_affine(self, start: Sequence[int]) -> Affine:
-        """The affine of a crop that begins at voxel `start`: places it back in patient space."""
+        """Return the affine of a crop that begins at voxel `start`, which places it in the patient."""
         matrix = np.array(self.affine, dtype=np.float64)
         matrix[:3, 3] += matrix[:3, :3] @ np.asarray(start, dtype=np.float64)
         return tuple(tuple(map(float, row)) for row in matrix)
 
     @cached_property
     def background(self) -> tuple[float, ...]:
-        """Value of air, per channel; what `read` fills in outside the volume."""
+        """Value of air per channel, which `read` fills in outside the volume."""
         return tuple(self._data("images").attrs["background"].tolist())
 
     def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Voxels (C, d, h, w), float32; the whole volume if nothing is said.
+        """Read voxels (C, d, h, w), float32; by default the whole volume.
 
         Args:
             start: First voxel along (D, H, W); may be negative.
@@ -216,6 +216,12 @@ class Volume:
 
         Raises:
             DataError: The store cannot be read here.
+
+        Example:
+            >>> from ssl3d.api import open_data
+            >>> volume = open_data(["phantoms:4"])[0]
+            >>> volume.read(start=(0, 8, 8), size=(16, 32, 32)).shape
+            torch.Size([1, 16, 32, 32])
         """
         data = self._data("images")
         start, size = self._window(start, size)
@@ -229,7 +235,7 @@ class Volume:
         return out
 
     def read_mask(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Mask (d, h, w), int64, 0 outside the volume; arguments as of `read`.
+        """Read the mask (d, h, w), int64, 0 outside the volume; the arguments are those of `read`.
 
         Raises:
             DataError: The volume has no mask, or the store cannot be read here.
@@ -246,16 +252,16 @@ class Volume:
         return torch.from_numpy(out)
 
     def foreground(self) -> np.ndarray:
-        """Share of each block that is foreground, 0 to 1, float32; see `block`."""
+        """Read the share of each block that is foreground, 0 to 1, float32; see `block`."""
         shape = tuple(-(-n // b) for n, b in zip(self.shape[1:], self.block, strict=True))
         start = int(self._row["foreground_at"])
         values = self._store.file["foreground"][start : start + int(np.prod(shape))]
         return values.reshape(shape).astype(np.float32) / 255
 
     def foreground_box(self, share: float = 0.1) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """First voxel and end (exclusive) of what holds all blocks with `share` foreground or more.
+        """Find the first voxel and the end (exclusive) of all blocks with `share` foreground or more.
 
-        The whole volume where no block has.
+        The box is the whole volume where no block has that much.
         """
         occupied = self.foreground() >= share
         limits = self.shape[1:]
@@ -299,7 +305,7 @@ _open_by = os.getpid()
 
 
 def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
-    """The file of this process; HDF5 handles must not cross a fork."""
+    """Open the file for this process, or return it opened; HDF5 handles must not cross a fork."""
     global _open_files, _known, _open_by
     if _open_by != os.getpid():
         # Dropped, not closed: the parent still uses what these handles stand for.
@@ -328,7 +334,7 @@ def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> h5py.Da
 
 
 def _checked(path: Path) -> h5py.File:
-    """Opens a store for reading, or says in one line what is wrong with it."""
+    """Open a store for reading, or say in one line what is wrong with it."""
     if not path.exists():
         raise DataError(f"{path}: no such file")
     if path.is_dir():
@@ -362,7 +368,7 @@ def _why_not(path: Path, error: OSError) -> str:
 def _clip(
     start: Sequence[int], size: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...], bool]:
-    """What of a window lies in the volume, where in the window that is, and whether it is all of it."""
+    """Cut a window to the volume; return also where in the window that is, and whether it is all of it."""
     inside, place = [], []
     for begin, extent, limit in zip(start, size, shape, strict=True):
         low, high = min(max(begin, 0), limit), min(max(begin + extent, 0), limit)
@@ -373,7 +379,7 @@ def _clip(
 
 
 def _decoded(stored: np.ndarray, data: h5py.Dataset) -> Tensor:
-    found = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
+    voxels = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
     if stored.dtype in (np.int16, np.uint8):
-        found = found * float(data.attrs["scale"]) + float(data.attrs["offset"])
-    return found
+        voxels = voxels * float(data.attrs["scale"]) + float(data.attrs["offset"])
+    return voxels

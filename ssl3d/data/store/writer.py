@@ -39,12 +39,12 @@ def write_part(
     foreground: np.ndarray | None = None,
     dtype: str = "float16",
 ) -> Path:
-    """Writes one volume as `folder/name.part`; what is there under that name is whole.
+    """Write one volume as `folder/name.part`; what is there under that name is whole.
 
     Args:
-        folder: Usually `store.h5.partial`; made if missing.
+        folder: Folder of the parts, usually `store.h5.partial`; made if missing.
         name: File name without suffix; parts are assembled in the order of their names.
-        record: Its `voxels` is filled in.
+        record: Record of the volume, whose `voxels` and `reading` are filled in.
         image: (C, D, H, W), normalised.
         mask: (D, H, W), integers >= 0.
         boxes: (n, 6), z1 y1 x1 z2 y2 x2 in voxels, upper corner exclusive.
@@ -53,7 +53,7 @@ def write_part(
         dtype: float16, float32, int16 (scaled per volume to its own range), or uint8 (255ths of 1).
 
     Raises:
-        DataError: Shapes disagree, a voxel is not finite, or does not fit what it is to be stored as.
+        DataError: Shapes disagree, a voxel is not finite, or the type cannot hold it.
     """
     image = np.asarray(image, dtype=np.float32)
     _check(record, image, mask, boxes, foreground)
@@ -97,10 +97,10 @@ def write_part(
 
 
 def part_record(path: Path) -> Record:
-    """The record of a part, after checking that the part is whole.
+    """Read the record of a part, after checking that the part is whole.
 
     Raises:
-        DataError: It is missing, cut short, or not a part.
+        DataError: The file is missing, cut short, or not a part.
     """
     with open_part(path) as file:
         return Record.from_json(file["record"][()].tobytes())
@@ -108,10 +108,10 @@ def part_record(path: Path) -> Record:
 
 @contextmanager
 def open_part(path: Path) -> Iterator[h5py.File]:
-    """Opens a part for reading.
+    """Open a part for reading.
 
     Raises:
-        DataError: It is missing, cut short, or not a part.
+        DataError: The file is missing, cut short, or not a part.
     """
     try:
         file = h5py.File(path, "r", locking=False)
@@ -125,16 +125,16 @@ def open_part(path: Path) -> Iterator[h5py.File]:
 
 
 def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
-    """Makes one store of all parts in a folder, under a temporary name, synced, then renamed.
+    """Assemble one store of all parts in a folder, under a temporary name, synced, then renamed.
 
     Args:
-        folder: Of `*.part` files; it is left as it is.
-        out: The store. It either does not exist or is whole.
-        settings: How the volumes were made, JSON values.
-        rejected: One dict per file that was refused, JSON values.
+        folder: Folder of `*.part` files; it is left as it is.
+        out: File of the store, which either does not exist or is whole.
+        settings: Settings with which the volumes were made, JSON values.
+        rejected: Files that were refused, a dict each, JSON values.
 
     Raises:
-        DataError: There are no parts, one is cut short, or two volumes have one id.
+        DataError: There are no parts, a part is cut short, or two volumes have one id.
     """
     paths = sorted(folder.glob("*.part"))
     if not paths:
@@ -166,7 +166,7 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Voxels per block of the foreground map: a power of two up to 8 that leaves 16 blocks or more."""
+    """Choose the sides of the foreground map's blocks: powers of two up to 8 that leave 16 blocks or more."""
     sides = [min(8, 1 << max(0, (max(size, 16) // 16).bit_length() - 1)) for size in shape]
     return sides[0], sides[1], sides[2]
 
@@ -185,9 +185,9 @@ def _check(
         raise DataError(f"{record.id}: image of shape {image.shape}; expected (C, D, H, W), not empty")
     if not np.isfinite(image).all():
         raise DataError(f"{record.id}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
-    for what, array in (("mask", mask), ("foreground", foreground)):
+    for name, array in (("mask", mask), ("foreground", foreground)):
         if array is not None and array.shape != image.shape[1:]:
-            raise DataError(f"{record.id}: {what} of shape {array.shape} for an image of {image.shape[1:]}")
+            raise DataError(f"{record.id}: {name} of shape {array.shape} for an image of {image.shape[1:]}")
     if mask is not None and (mask.dtype.kind not in "iub" or (mask.size and mask.min() < 0)):
         raise DataError(f"{record.id}: mask of {mask.dtype} from {mask.min()}; expected integers from 0")
     if (
@@ -199,7 +199,7 @@ def _check(
 
 
 def _encode(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray, float, float]:
-    """Voxels as stored; stored * scale + offset gives the image back."""
+    """Convert voxels to what is stored; stored * scale + offset gives the image back."""
     if dtype == "float32":
         return image, 1.0, 0.0
     if dtype == "float16":
@@ -232,7 +232,7 @@ def _content(stored: np.ndarray, mask: np.ndarray | None, boxes: np.ndarray | No
 
 
 def _chunks(shape: Sequence[int]) -> tuple[int, ...]:
-    """Chunks of about 32 x 32 x 32 voxels that divide the shape evenly, so that edges waste no disk.
+    """Choose chunks of about 32 x 32 x 32 voxels that divide the shape evenly: edges waste no disk.
 
     Short axes leave their share to the long ones: an image of depth 1 gets about 181 x 181.
     """
@@ -249,14 +249,14 @@ def _chunks(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _derived_foreground(image: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Brighter than the background by a tenth of the way to the brightest, in any channel."""
+    """Mark what is brighter than the background by a tenth of the way to the brightest, in any channel."""
     top = np.percentile(image.reshape(len(image), -1)[:, :: max(1, image[0].size // 65536)], 99.5, axis=1)
     level = background + 0.1 * np.maximum(top - background, 0)
     return (image > level[:, None, None, None]).any(axis=0)
 
 
 def _occupancy(occupied: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
-    """Share of each block that is foreground, 0 to 255, rounded up; border blocks count what exists."""
+    """Measure the foreground of each block, 0 to 255, rounded up; border blocks count what exists."""
     counts = [np.add.reduceat(np.ones(n), np.arange(0, n, b)) for n, b in zip(occupied.shape, block)]
     total = occupied.astype(np.float32)
     for axis, b in enumerate(block):
@@ -266,7 +266,7 @@ def _occupancy(occupied: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
 
 
 def _sketch(image: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """Evenly spaced quantiles of each channel's foreground, (C, 65) float32."""
+    """Compute evenly spaced quantiles of each channel's foreground, (C, 65) float32."""
     # Thinned out before the foreground is selected: a large scan is not copied for 65 numbers.
     step = max(1, int(occupied.sum()) // 65536)
     thin, chosen = image.reshape(len(image), -1)[:, ::step], occupied.reshape(-1)[::step]
@@ -283,7 +283,7 @@ def _reason(path: Path, error: OSError) -> str:
 
 @contextmanager
 def _renamed(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when all went well, and goes otherwise."""
+    """Yield a temporary name beside `path` that becomes `path` when all went well, and goes otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary

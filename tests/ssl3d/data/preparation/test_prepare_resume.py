@@ -320,7 +320,7 @@ def _identity(task):
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
-        "import os, time\nfrom ssl3d.data import pool\n"
+        "import os, time\nfrom ssl3d.data.preparation import pool\n"
         "def f(task):\n return os.getpid()\n"
         "results = pool.run(f, iter([1, 2, 3]), 2)\nprint(next(results)[1], flush=True)\ntime.sleep(60)\n"
     )

@@ -303,7 +303,8 @@ def test_a_part_is_there_whole_or_not_at_all(tmp_path):
         """
         import sys, numpy as np
         from pathlib import Path
-        from ssl3d.data.store.collection import Record, write_part
+        from ssl3d.data.store.record import Record
+        from ssl3d.data.store.writer import write_part
         image = np.random.default_rng(0).normal(size=(1, 60, 60, 60))
         print("go", flush=True)
         for i in range(10**6):
@@ -438,7 +439,7 @@ def test_100_000_volumes_open_in_2_seconds_and_100_megabytes(tmp_path, shards):
     code = textwrap.dedent(
         """
         import sys, time
-        from ssl3d.data.store.collection import open_data
+        from ssl3d.data.open import open_data
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
         before, began = resident(), time.process_time()  # whatever else runs here
