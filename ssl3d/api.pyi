@@ -174,6 +174,18 @@ from .encoders import (
 from .encoders import (
     to_memory_format as to_memory_format,
 )
+from .encoders.copies import (
+    flat_parameters as flat_parameters,
+)
+from .encoders.copies import (
+    follow as follow,
+)
+from .encoders.copies import (
+    momentum_teacher as momentum_teacher,
+)
+from .encoders.copies import (
+    restore_parameters as restore_parameters,
+)
 from .encoders.inference import (
     embed_volume as embed_volume,
 )
@@ -267,6 +279,9 @@ from .heads.projection import projection_head as projection_head
 
 # Objectives
 from .objectives.clustering import (
+    IGNORED as IGNORED,
+)
+from .objectives.clustering import (
     MemoryBank as MemoryBank,
 )
 from .objectives.clustering import (
@@ -274,6 +289,12 @@ from .objectives.clustering import (
 )
 from .objectives.clustering import (
     agreement as agreement,
+)
+from .objectives.clustering import (
+    balanced_assignments as balanced_assignments,
+)
+from .objectives.clustering import (
+    cluster_loss as cluster_loss,
 )
 from .objectives.clustering import (
     default_prototypes as default_prototypes,
@@ -286,6 +307,12 @@ from .objectives.clustering import (
 )
 from .objectives.clustering import (
     prototype_picture as prototype_picture,
+)
+from .objectives.clustering import (
+    push_pairs as push_pairs,
+)
+from .objectives.clustering import (
+    queue_scores as queue_scores,
 )
 from .objectives.clustering import (
     shard as shard,
@@ -307,6 +334,24 @@ from .objectives.contrastive import (
 )
 from .objectives.contrastive import (
     uniformity as uniformity,
+)
+from .objectives.masked_slices import (
+    interpolate_block as interpolate_block,
+)
+from .objectives.masked_slices import (
+    mask_block as mask_block,
+)
+from .objectives.masked_slices import (
+    standardise as standardise,
+)
+from .objectives.pair_clustering import (
+    BalancedClustering as BalancedClustering,
+)
+from .objectives.pair_clustering import (
+    KMeansClustering as KMeansClustering,
+)
+from .objectives.pair_clustering import (
+    PairClustering as PairClustering,
 )
 from .objectives.permutations import (
     PermutationSet as PermutationSet,
@@ -408,6 +453,9 @@ from .views.corruptions import (
     corrupt as corrupt,
 )
 from .views.corruptions import (
+    relative_error as relative_error,
+)
+from .views.corruptions import (
     restoration_error as restoration_error,
 )
 from .views.crops import (
@@ -446,12 +494,20 @@ from .views.labelled import (
 from .views.labelled import (
     read_labelled as read_labelled,
 )
-from .views.outside import apply_torchio as apply_torchio
+from .views.outside import (
+    apply_torchio as apply_torchio,
+)
+from .views.outside import (
+    check_in_plane as check_in_plane,
+)
 from .views.pairs import (
     PairViews as PairViews,
 )
 from .views.pairs import (
     check_depth as check_depth,
+)
+from .views.pairs import (
+    check_slab as check_slab,
 )
 from .views.pairs import (
     draw_pairs as draw_pairs,
@@ -476,3 +532,4 @@ from .views.restore import (
     restoration_picture as restoration_picture,
 )
 from .views.spatial import centre_crop as centre_crop
+from .views.stacks import draw_stack as draw_stack

@@ -27,7 +27,6 @@ LEFT = set(
     benchmarks/linear_probe
     benchmarks/localize
     benchmarks/scripts
-    proxies
     ssl3d
     ssl3d/checkpoint
     ssl3d/commands
@@ -41,7 +40,6 @@ LEFT = set(
     ssl3d/evaluation
     ssl3d/evaluation/statistics
     ssl3d/heads
-    ssl3d/objectives
     ssl3d/segmentation
     ssl3d/testing
     ssl3d/training
