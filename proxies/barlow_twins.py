@@ -32,10 +32,10 @@ class BarlowTwinsConfig(PairViews):
     """Options of the Barlow Twins proxy.
 
     Attributes:
-        off_diagonal: Weight of the correlations between different features.
+        off_diagonal: Weight of the squared correlations between different features.
         hidden: Width of the projection head's two hidden layers.
-        out: Length of a projection. Sampling noise in its out x out correlations drowns what the views
-            share where it is much longer than the batch: take 4 to 8 times the batch size.
+        out: Length of a projection. Take 4 to 8 times the batch size: if it is much longer than the batch,
+            the sampling noise in its out x out correlations drowns what the views share.
         head_norm: Norm of the projection head: batch, layer or none.
     """
 
@@ -45,7 +45,7 @@ class BarlowTwinsConfig(PairViews):
     head_norm: Literal["batch", "layer", "none"] = "batch"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.off_diagonal < 0:
             raise ValueError(f"off_diagonal must be 0 or more, not {self.off_diagonal:g}")
@@ -77,10 +77,10 @@ class BarlowTwins(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 1e-3}
 
     def __init__(self, config: BarlowTwinsConfig, encoder: Encoder) -> None:
-        """Adds the projection head.
+        """Add the projection head.
 
         Raises:
-            UsageError: Slabs too thin for the encoder's kernels.
+            UsageError: Slabs are too thin for the encoder's kernels.
         """
         super().__init__(config, encoder)
         check_depth(config, encoder)
@@ -96,7 +96,7 @@ class BarlowTwins(Proxy):
 
     @classmethod
     def draw(cls, config: BarlowTwinsConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+        """Draw pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
 
         Raises:
             DataError: The volume has no foreground, or no room for so many slabs.
@@ -106,7 +106,7 @@ class BarlowTwins(Proxy):
     def forward(
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
-        """Augments both views, embeds and projects them, and correlates their features over all groups."""
+        """Augment, embed and project both views, and correlate their features over all groups."""
         # Standardised, two rows are 1 and -1 in every feature whatever they were: nothing to learn from.
         pairs = embed_pairs(self.config, self.encoder, batch, rng, least=3)
         projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))

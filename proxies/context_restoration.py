@@ -20,6 +20,7 @@ from ssl3d.api import (
     StepOutput,
     draw_one,
     mirror_one,
+    relative_error,
     restoration_picture,
 )
 
@@ -34,11 +35,11 @@ class ContextRestorationConfig(RestoreViews):
     """Options of the context-restoration proxy.
 
     Attributes:
-        moved: Least and largest share of the foreground that changes its place; drawn per example.
-        patch: Least and largest side of a patch, as a share of the crop's side along each axis; drawn
-            per example and axis. All patches of an example are equal.
+        moved: Share of the foreground that changes its place: share ~ U(low, high), for each example.
+        patch: Side of a patch, as a share of the crop's side: share ~ U(low, high), for each example and
+            axis. All patches of an example are equal.
         width: Channels of the decoder at half resolution.
-        skips: Whether the decoder sees the encoder's shallower maps too, or the deepest alone.
+        skips: Whether the decoder sees the encoder's shallower maps too, or the deepest one alone.
     """
 
     moved: tuple[float, float] = (0.2, 0.5)
@@ -47,7 +48,7 @@ class ContextRestorationConfig(RestoreViews):
     skips: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if len(self.moved) != 2 or not 0 < self.moved[0] <= self.moved[1] <= 1:
             raise ValueError(f"moved needs two shares, above 0 and up to 1, not {self.moved}")
@@ -72,8 +73,8 @@ class ContextRestoration(Proxy):
     the paper trains a plainer one for classification. `swap_patches` says how patches are laid out.
 
     With an encoder whose stem has a stride, no map shows single voxels to copy, so skips are on: they
-    restore better (`mean_error` .54 against .60 after 100 small steps on hippocampus MR). Without them the
-    deepest map must hold everything; which leaves the better features was open after that trial.
+    restore better (`mean_error` 0.54 against 0.60 after 100 small steps on hippocampus MR). Without them
+    the deepest map must hold everything; which leaves the better features was open after that trial.
 
     The metric `relative_error` is the squared error on moved voxels, divided by that of leaving the input
     as it is. Giving each example's mean everywhere would already make it about 0.5, so `mean_error` is
@@ -89,7 +90,7 @@ class ContextRestoration(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 2e-3}
 
     def __init__(self, config: ContextRestorationConfig, encoder: Encoder) -> None:
-        """Adds the decoder."""
+        """Add the decoder that restores crops."""
         super().__init__(config, encoder)
         self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
 
@@ -97,7 +98,7 @@ class ContextRestoration(Proxy):
     def draw(
         cls, config: ContextRestorationConfig, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """One `crop` (C, d, h, w) and its `foreground` (d, h, w).
+        """Draw one `crop` (C, d, h, w) and its `foreground` (d, h, w).
 
         Raises:
             DataError: The volume has no foreground.
@@ -105,7 +106,7 @@ class ContextRestoration(Proxy):
         return draw_one(config, volume, rng)
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Swaps patches of the crops (B, C, D, H, W) and restores them."""
+        """Swap patches of the crops (B, C, D, H, W) and restore them."""
         config = self.config
         original, foreground = mirror_one(config, batch, rng, self.training)
         damaged, moved = swap_patches(original, foreground, rng, config.moved, config.patch)
@@ -118,11 +119,11 @@ class ContextRestoration(Proxy):
 
 
 class Swapped(NamedTuple):
-    """What `swap_patches` gives.
+    """Crops whose patches have changed places.
 
     Attributes:
-        image: (B, C, D, H, W), a tensor of its own.
-        moved: (B, D, H, W), bool: voxels that lie in a swapped patch.
+        image: Crops (B, C, D, H, W), a tensor of their own.
+        moved: Voxels that lie in a swapped patch, (B, D, H, W), bool.
     """
 
     image: Tensor
@@ -137,7 +138,7 @@ def swap_patches(
     share: Sequence[float] = (0.2, 0.5),
     patch: Sequence[float] = (1 / 16, 1 / 6),
 ) -> Swapped:
-    """Swaps pairs of patches, until a drawn share of the foreground has changed its place.
+    """Swap pairs of patches, until a drawn share of the foreground has changed its place.
 
     Patches are laid like bricks in a wall: per example all are equal, the layers along D, the rows of
     each layer and the bricks of each row each begin at a place of their own. So no two overlap (patches
@@ -146,13 +147,13 @@ def swap_patches(
     bring the foreground voxels in them closest to the share.
 
     Args:
-        x: (B, C, D, H, W); an image (D = 1) has flat patches.
-        foreground: (B, D, H, W), bool.
-        rng: For the B examples.
-        share: Least and largest share of the foreground to be moved, uniform. What cannot be reached
-            (foreground in a border that no whole brick covers) is left.
-        patch: Least and largest side, as a share of the crop's, uniform in voxels; never below 2, but
-            along axes of up to 8 voxels, nor above half of the crop's, so that two fit.
+        x: Crops (B, C, D, H, W); an image (D = 1) has flat patches.
+        foreground: Voxels of the body, (B, D, H, W), bool.
+        rng: Generator of the B examples.
+        share: Share of the foreground to be moved, ~ U(low, high). Foreground in a border that no whole
+            brick covers cannot be reached and is left.
+        patch: Side of a patch as a share of the crop's, ~ U(low, high) in whole voxels; at least 2 along
+            axes of more than 8 voxels, and at most half of the crop's, so that two fit.
     """
     size, device = x.shape[2:], x.device
     if math.prod(size) == 1:  # nothing to change places with
@@ -198,7 +199,7 @@ def swap_patches(
 
 
 def _held(foreground: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Foreground voxels in each brick, (B, bricks): differences of a summed volume."""
+    """Count the foreground voxels in each brick, (B, bricks), by differences of a summed volume."""
     total = foreground.long()
     for axis in (1, 2, 3):
         total = total.cumsum(axis)
@@ -206,17 +207,17 @@ def _held(foreground: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     limits = torch.tensor(foreground.shape[1:], device=foreground.device)
     corners = [torch.minimum(starts, limits), torch.minimum(ends, limits)]
     rows = torch.arange(len(foreground), device=foreground.device).unsqueeze(1)
-    found = torch.zeros_like(starts[..., 0])
+    held = torch.zeros_like(starts[..., 0])
     for a in (0, 1):
         for b in (0, 1):
             for c in (0, 1):
                 sign = 1 if (a + b + c) % 2 else -1
-                found += sign * total[rows, corners[a][..., 0], corners[b][..., 1], corners[c][..., 2]]
-    return found
+                held += sign * total[rows, corners[a][..., 0], corners[b][..., 1], corners[c][..., 2]]
+    return held
 
 
 def _exchange(x: Tensor, starts: Tensor, sides: Tensor, most: Sequence[int], partner: Tensor) -> Swapped:
-    """Every voxel from the same place within the partner of its brick."""
+    """Take every voxel from the same place within the partner of its brick."""
     size, device = x.shape[2:], x.device
     wall = starts.unflatten(1, tuple(most))  # (B, layers, rows, bricks, 3)
     b = torch.arange(len(x), device=device).view(-1, 1, 1, 1)
@@ -257,13 +258,8 @@ def _metrics(
     rest = ((restored - original).square() * ~where).sum()
     spread = ((mean - original).square() * ~where).sum()
     return {
-        "relative_error": _ratio(error, copying),
-        "mean_error": _ratio(error, guess),
-        "unmoved_error": _ratio(rest, spread),
+        "relative_error": relative_error(error, copying),
+        "mean_error": relative_error(error, guess),
+        "unmoved_error": relative_error(rest, spread),
         "moved": (moved & foreground).sum() / foreground.sum().clamp_min(1),
     }
-
-
-def _ratio(error: Tensor, trivial: Tensor) -> Tensor:
-    """Where there was nothing to restore, 1: no better than the trivial."""
-    return torch.where(trivial > 0, error / trivial.clamp_min(1e-12), torch.ones_like(error))

@@ -54,36 +54,40 @@ class CubeOrderingConfig:
     says nothing about their places. An image (D = 1) is cut along H and W only, with heads of its own.
 
     Attributes:
-        grid: Cubes along D H W. Thin volumes take 1 2 2 or 1 3 3 with a crop such as 8 64 64.
-        crop: Size of the crop that is cut, D H W, in voxels. A cube's side is the crop's divided by the
-            grid's, less gap and jitter: 18 by default, one more than the strides of most encoders, and
+        grid: Numbers of cubes along D H W. Thin volumes take 1 2 2 or 1 3 3 with a crop such as 8 64 64.
+        crop: Size of the crop that is cut, along D H W, in voxels. A cube's side is the crop's divided by
+            the grid's, less gap and jitter: 18 by default, one more than the strides of most encoders, and
             16 to 18 with the crops that small scans of 35 to 50 voxels still allow.
         gap: Least distance between neighbouring cubes, in voxels; none along axes with a single cube.
         gap_mm: Least distance between neighbouring cubes, in mm; where it is the larger one, the cut
             crop grows.
-        jitter: Each cube lies anywhere in so many voxels more, along each axis with several cubes.
+        jitter: Range of each cube's random shift along each axis with several cubes: shift ~ U{0, ...,
+            jitter} voxels.
         min_foreground: Least share of foreground in every cube; where no crop has that, the one with the
             most such cubes is taken. Cubes below count as empty.
-        target: What is asked: permutation, which of K fixed ones was used; or position, the place of
-            each cube, all orders being possible, solved as an assignment.
-        permutations: K; with 4 cubes there are only 24.
+        target: Question to the network: permutation, which one of a fixed set was used; or position, the
+            place of each cube, all orders being possible, solved as an assignment.
+        permutations: Number of permutations in the fixed set; with 4 cubes there are only 24.
         turns: Axes, at most two of D H W, about which cubes are turned by 180 degrees, each with
-            probability one half; what was turned is to be told. H W makes it the Rubik's cube. Cubes of
-            depth 1 are turned about D.
-        masks: Half of the cubes are masked, and which is to be told, as in Rubik's cube+: voxels here
-            and there, or a block.
-        mask_share: Share of the voxels of a masked cube that is masked.
+            probability 1/2; the network tells which cubes were turned. H W makes it the Rubik's cube. Cubes
+            of depth 1 are turned about D.
+        masks: Way of masking every cube with probability 1/2, as in Rubik's cube+: none, voxels here and
+            there, or a block; the network tells which cubes were masked.
+        mask_share: Share of the voxels of a masked cube that are masked.
         side_weight: Weight of the losses of turns and masks beside that of the order.
         normalize: Whether each cube is brought to mean 0 and deviation 1.
-        detrend: Whether the linear part of each cube's intensities is taken off.
-        chance: Probability of each of the changes of intensity below, per cube.
-        bias: Largest coefficient of the logarithm of a smooth multiplicative field; 0 is none.
-        gamma: Largest gamma, less 1; 0 is none.
-        contrast: Largest gain, less 1, and offset, in standard deviations of the cube; 0 is none.
-        noise: Largest standard deviation of Gaussian noise, in those of the cube; 0 is none.
-        features: What a cube is brought to before the cubes are joined.
-        hidden: Width of the heads' hidden layers.
-        head_norm: Norm of the cubes' features: batch, layer or none.
+        detrend: Whether the linear trend of each cube's intensities is subtracted.
+        chance: Probability of each of the changes of intensity below, for each cube.
+        bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
+            U(-b, b); 0 is none.
+        gamma: Strength g of a gamma curve: log exponent ~ U(-log(1 + g), log(1 + g)); 0 is none.
+        contrast: Strength c of a change of contrast, log gain ~ U(-log(1 + c), log(1 + c)), and of
+            brightness, offset ~ U(-c, c) standard deviations of the cube; 0 is none.
+        noise: Strength n of Gaussian noise, whose standard deviation ~ U(0, n) times the cube's; 0 is
+            none.
+        features: Length of a cube's features before the cubes are joined.
+        hidden: Width of the hidden layers of the heads.
+        head_norm: Norm of the features of the cubes: batch, layer or none.
     """
 
     grid: tuple[int, int, int] = (2, 2, 2)
@@ -110,7 +114,7 @@ class CubeOrderingConfig:
     head_norm: Literal["batch", "layer", "none"] = "batch"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         for name in ("grid", "crop"):
             value = getattr(self, name)
             if len(value) != 3 or min(value) < 1:
@@ -145,7 +149,7 @@ class CubeOrderingConfig:
 
     @property
     def cube(self) -> tuple[int, int, int]:
-        """Size of a cube, D H W."""
+        """Size of a cube along D H W, in voxels."""
         d, h, w = (
             side if cells == 1 else side // cells - self.gap - self.jitter
             for side, cells in zip(self.crop, self.grid)
@@ -187,7 +191,7 @@ class CubeOrdering(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 1e-3, "steps": 600}
 
     def __init__(self, config: CubeOrderingConfig, encoder: Encoder) -> None:
-        """Adds the cubes' layer and the heads.
+        """Add the layer of the cubes and the heads.
 
         Raises:
             UsageError: The cubes are so small that some taps of the encoder's kernels never see data.
@@ -201,7 +205,7 @@ class CubeOrdering(Proxy):
         self.heads = nn.ModuleDict({"volume": _Heads(config, image=False)})
 
     def setup(self, data: Collection) -> None:
-        """Adds heads for images (D = 1), where there are any and they need their own."""
+        """Add heads for images (D = 1), where there are any and they need their own."""
         # Of a grid along D only an image is one cube, without an order: `draw` sets it aside.
         own = _images_differ(self.config) and math.prod(_grid(self.config, image=True)) > 1
         flat = {own and int(shape[1]) == 1 for shape in data.shapes}
@@ -214,7 +218,7 @@ class CubeOrdering(Proxy):
     def draw(
         cls, config: CubeOrderingConfig, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Cuts `cubes` (K, C, d, h, w), in the order of their places: D, then H, then W.
+        """Cut `cubes` (K, C, d, h, w), in the order of their places: D, then H, then W.
 
         `extent` (3,) is how much of a cube, in its middle, was cut from the volume; the rest is padding.
         `filled` (K,) says which have enough foreground. `spacing` (3,) is in mm.
@@ -254,7 +258,7 @@ class CubeOrdering(Proxy):
         }
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Prepares and shuffles the cubes (B, K, C, d, h, w), and asks for their order."""
+        """Prepare and shuffle the cubes (B, K, C, d, h, w), and ask for their order."""
         config, cubes = self.config, batch["cubes"]
         examples, count = cubes.shape[:2]
         image = _is_image(config, cubes)
@@ -290,10 +294,10 @@ class CubeOrdering(Proxy):
             if config.target == "position":
                 metrics["placed"] = right.float().mean()
                 metrics["placed_chance"] = loss.new_tensor(1 / count)
-            told = [(heads.turns[i], turned[i], f"turned_{axis}") for i, axis in enumerate(heads.axes)]
+            asides = [(heads.turns[i], turned[i], f"turned_{axis}") for i, axis in enumerate(heads.axes)]
             if heads.masked is not None and masked is not None:
-                told.append((heads.masked, masked, "masked"))
-            for head, truth, name in told:
+                asides.append((heads.masked, masked, "masked"))
+            for head, truth, name in asides:
                 logit = head(joined)
                 side = functional.binary_cross_entropy_with_logits(logit, truth.float(), reduction="none")
                 loss = loss + config.side_weight * (side * filled).mean()
@@ -312,7 +316,7 @@ class CubeOrdering(Proxy):
         return cast(_Heads, self.heads[name])
 
     def _shuffle(self, heads: _Heads, rng: BatchRng, count: int) -> tuple[Tensor, Tensor]:
-        """What is asked (B,), and the place that the cube in each slot came from (B, K)."""
+        """Draw the permutation that is asked (B,), and the place that each slot's cube came from (B, K)."""
         if self.config.target == "position":
             order = rng.permutation(count)
             return order[:, 0], order
@@ -322,7 +326,7 @@ class CubeOrdering(Proxy):
     def _prepare(
         self, cubes: Tensor, extent: Tensor, spacing: Tensor, rng: BatchRng
     ) -> tuple[Tensor, Tensor]:
-        """Cubes with intensities of their own and padding of 0, and which show nothing at all (B, K)."""
+        """Standardise and augment each cube on its own, padding being 0; say which show nothing, (B, K)."""
         config, size = self.config, cubes.shape[3:]
         x, inside = cubes.float(), torch.ones((), device=cubes.device)
         coordinates = []
@@ -359,7 +363,7 @@ class CubeOrdering(Proxy):
         return x, flat
 
     def _mask(self, cubes: Tensor, rng: BatchRng) -> tuple[Tensor, Tensor | None]:
-        """Blanks out a share of every second cube (B, K, C, d, h, w); which ones (B, K)."""
+        """Mask a share of every second cube (B, K, C, d, h, w), and say of which ones, (B, K)."""
         config, (count, _, *size) = self.config, cubes.shape[1:]
         if config.masks == "none":
             return cubes, None
@@ -382,12 +386,12 @@ class CubeOrdering(Proxy):
 
 
 class _Heads(nn.Module):
-    """The heads on the joined features (B, K x F) of one kind of examples: order, turns, masks.
+    """Heads on the joined features (B, K x F) of one kind of examples: order, turns, masks.
 
     Attributes:
-        table: (permutations, K), the place that each slot's cube came from; a buffer.
-        chance: Of telling the whole order by guessing.
-        axes: Those of the turns.
+        table: Place that each slot's cube came from, (permutations, K); a buffer.
+        chance: Chance of telling the whole order by guessing.
+        axes: Axes of the turns.
     """
 
     table: Tensor
@@ -420,37 +424,37 @@ class _Heads(nn.Module):
         self.masked = None if config.masks == "none" else _shallow(width, hidden, count)
 
     def extra_repr(self) -> str:
-        """The permutations and the least distance between two."""
-        found = self.permutations
-        if found is None:
+        """Describe the permutations and the least distance between two."""
+        if self.permutations is None:
             return "places"
-        return f"{len(found.table)} permutations, {found.construction}, min_distance={found.min_distance}"
+        table, distance, construction = self.permutations
+        return f"{len(table)} permutations, {construction}, min_distance={distance}"
 
     def ambiguous(self, order: Tensor, filled: Tensor) -> Tensor:
-        """Whether another permutation puts all filled cubes at the same places: (B,) of (B, K) each."""
+        """Tell whether another permutation puts all filled cubes at the same places: (B,)."""
         fits = (self.table == order.unsqueeze(1)) | ~filled.unsqueeze(1)
         return fits.all(2).sum(1) > 1
 
 
 def assign(logits: Tensor) -> Tensor:
-    """The most likely places (B, K), no two equal, of slots that have logits (B, K, places).
+    """Assign slots with logits (B, K, places) to their most likely places (B, K), no two equal.
 
     Solves the linear assignment of log-probabilities.
     """
     from scipy.optimize import linear_sum_assignment
 
     scores = logits.detach().float().log_softmax(2).cpu().numpy()
-    places = np.stack([linear_sum_assignment(one, maximize=True)[1] for one in scores])
+    places = np.stack([linear_sum_assignment(table, maximize=True)[1] for table in scores])
     return torch.from_numpy(places).to(logits.device)
 
 
 def _shallow(width: int, hidden: int, out: int) -> nn.Module:
-    """A head of a yes or no per cube; one more layer is known to collapse training."""
+    """Make a head of a yes or no per cube; one more layer is known to collapse training."""
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 def _turn(cubes: Tensor, axes: Sequence[str], rng: BatchRng) -> tuple[Tensor, list[Tensor]]:
-    """Turns half of the cubes (B, K, C, d, h, w) by 180 degrees about each axis; which ones (B, K) each."""
+    """Turn half of the cubes (B, K, C, d, h, w) by 180 degrees about each axis; say which (B, K)."""
     turned = []
     for name in axes:
         chosen = rng.chance(0.5, cubes.shape[1])
@@ -461,12 +465,12 @@ def _turn(cubes: Tensor, axes: Sequence[str], rng: BatchRng) -> tuple[Tensor, li
 
 
 def _images_differ(config: CubeOrderingConfig) -> bool:
-    """Whether images need heads of their own: they have fewer cubes than volumes, or turn otherwise."""
+    """Tell whether images need heads of their own: with fewer cubes than volumes, or other turns."""
     return config.grid[0] > 1 or (config.crop[0] > 1 and bool(config.turns))
 
 
 def _is_image(config: CubeOrderingConfig, cubes: Tensor) -> bool:
-    """Whether cubes (B, K, C, d, h, w) are those of images.
+    """Tell whether cubes (B, K, C, d, h, w) are those of images.
 
     Their number tells where volumes are cut along D: a volume's cubes may be one slice deep as well.
     """
@@ -476,17 +480,18 @@ def _is_image(config: CubeOrderingConfig, cubes: Tensor) -> bool:
 
 
 def _grid(config: CubeOrderingConfig, image: bool) -> tuple[int, int, int]:
-    """Cubes along D H W: an image is not cut along D."""
+    """Return the numbers of cubes along D H W; an image is not cut along D."""
     return (1, *config.grid[1:]) if image else config.grid
 
 
 def _layout(
     config: CubeOrderingConfig, volume: Volume
 ) -> tuple[tuple[int, int, int], list[int], np.ndarray, list[int]]:
-    """Grid, size of a cube, gaps in voxels, and how much of a cube this volume has room for.
+    """Lay out a volume: grid, size of a cube, gaps, and the part of a cube that it has room for, voxels.
 
     Raises:
-        DataError: Less than a third of a cube, or an image and a grid that is cut along D only.
+        DataError: There is room for less than a third of a cube, or an image and a grid that is cut along D
+            only.
     """
     _, *sides = volume.shape
     grid, cube = _grid(config, sides[0] == 1), list(fit_size(volume, config.cube))
@@ -527,7 +532,7 @@ def _check_size(config: CubeOrderingConfig, encoder: Encoder) -> None:
 
 
 def _picture(cubes: Tensor, order: Tensor, places: Tensor, grid: Sequence[int]) -> Figure:
-    """The middle slices of one crop's cubes: as shown, at their predicted and at their true places.
+    """Show the middle slices of one crop's cubes: as shuffled, at their predicted and at their true places.
 
     Layers along D stand side by side; a cube's number is its true place, red where it is not there.
     """
@@ -557,7 +562,7 @@ def _montage(
     limits: np.ndarray,
     mark: bool,
 ) -> None:
-    """Draws images (K, h, w) at places of the grid."""
+    """Draw images (K, h, w) at places of the grid."""
     from matplotlib.patches import Rectangle
 
     _, high, wide = grid

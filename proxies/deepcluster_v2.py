@@ -1,4 +1,4 @@
-"""DeepCluster-v2: tell from one view in which cluster of the whole data set its place was found."""
+"""DeepCluster-v2: tell from each view in which cluster of the whole data set its place was found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl3d.api import (
+    IGNORED,
     BatchRng,
     Encoder,
     MemoryBank,
@@ -18,6 +19,7 @@ from ssl3d.api import (
     StepOutput,
     agreement,
     check_depth,
+    cluster_loss,
     default_prototypes,
     draw_places,
     embed_pairs,
@@ -26,7 +28,6 @@ from ssl3d.api import (
     projection_head,
     prototype_picture,
     rank,
-    row_counts,
     world_size,
 )
 
@@ -37,22 +38,21 @@ if TYPE_CHECKING:
 
     from ssl3d.api import Collection, Volume
 
-_IGNORED = -100
-
 
 @dataclass
 class DeepClusterV2Config(PairViews):
     """Options of the DeepCluster-v2 proxy.
 
     Attributes:
-        per_volume: Places of each volume in the memory bank; they stay where they are, and all of them
-            are drawn whenever the volume is. 1 suits images.
-        prototypes: Clusters per head; 0 takes a tenth of the places in the bank, 8 to 3000.
-        heads: Clusterings held side by side, by turns of the first and the second views.
-        every: Steps from one clustering to the next, at least; it then waits for the next pass over the
-            data to begin.
-        iterations: Of k-means.
-        temperature: Divides similarities to the centroids before the softmax.
+        per_volume: Number of places of each volume in the memory bank; they stay where they are, and all of
+            them are drawn whenever the volume is. 1 suits images.
+        prototypes: Number of clusters per head; 0 takes a tenth of the places in the bank, within 8
+            and 3000.
+        heads: Number of clusterings held side by side, by turns of the first and the second views.
+        every: Least number of steps from one clustering to the next, which then comes with the next pass
+            over the data.
+        iterations: Iterations of k-means.
+        temperature: Divisor of the similarities to the centroids before the softmax.
         hidden: Width of the projection head's hidden layer.
         out: Length of a projection.
         head_norm: Norm of the projection head: batch, layer or none.
@@ -69,7 +69,7 @@ class DeepClusterV2Config(PairViews):
     head_norm: Literal["batch", "layer", "none"] = "batch"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature:g}")
@@ -110,13 +110,12 @@ class DeepClusterV2(Proxy):
     prototypes: Tensor
     assignments: Tensor
     waited: Tensor
-    told: Tensor
 
     def __init__(self, config: DeepClusterV2Config, encoder: Encoder) -> None:
-        """Adds the projection head, and an empty bank.
+        """Add the projection head, and an empty bank.
 
         Raises:
-            UsageError: Slabs too thin for the encoder's kernels.
+            UsageError: Slabs are too thin for the encoder's kernels.
         """
         super().__init__(config, encoder)
         check_depth(config, encoder)
@@ -124,11 +123,16 @@ class DeepClusterV2(Proxy):
             encoder.embed_dim, config.hidden, config.out, norm=config.head_norm, norm_last=False
         )
         self.register_buffer("waited", torch.zeros((), dtype=torch.int64))  # steps since the clustering
-        self.register_buffer("told", torch.zeros(2))  # of the last clustering: used, stability
+        self.register_buffer("told", torch.zeros(2))
         self._size(torch.zeros(0, dtype=torch.int64))
 
+    @property
+    def last(self) -> Tensor:
+        """Effective number of clusters used, and stability, of the last clustering; the buffer `told`."""
+        return self.get_buffer("told")
+
     def setup(self, data: Collection) -> None:
-        """Gives every place of every volume its row in the bank, and chooses the number of clusters."""
+        """Give every place of every volume its row in the bank, and choose the number of clusters."""
         indices = torch.tensor([volume.index for volume in data], dtype=torch.int64)
         self._size(self._codes(indices))
 
@@ -138,10 +142,10 @@ class DeepClusterV2(Proxy):
         self.bank = MemoryBank(codes, config.out)
         centroids = F.normalize(torch.randn(config.heads, count, config.out), dim=2)
         self.register_buffer("prototypes", centroids)
-        self.register_buffer("assignments", torch.full((config.heads, len(codes)), _IGNORED))
+        self.register_buffer("assignments", self.bank.unassigned(config.heads))
 
     def _codes(self, indices: Tensor) -> Tensor:
-        """Codes of all places of volumes, (B x per_volume,)."""
+        """Return the codes of all places of volumes, (B x per_volume,)."""
         places = torch.arange(self.config.per_volume, device=indices.device)
         return (indices[:, None] * self.config.per_volume + places).flatten()
 
@@ -149,7 +153,7 @@ class DeepClusterV2(Proxy):
     def draw(
         cls, config: DeepClusterV2Config, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Two views of every place of the volume: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+        """Draw two views of every place of the volume: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
 
         Raises:
             DataError: The volume has no foreground, or no room for so many slabs.
@@ -159,9 +163,9 @@ class DeepClusterV2(Proxy):
     # Clustering -----------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: int, loader: Iterable[list[dict[str, Tensor]]]) -> None:
-        """Clusters what the bank holds, if the last time is long enough ago; first of all fills it.
+        """Cluster what the bank holds, if the last time is long enough ago; fill it before the first time.
 
-        Random numbers are the global generator's, which the loop seeds equally on all ranks.
+        Random numbers come from the global generator, which the loop seeds equally on all ranks.
         """
         if not bool(self.bank.filled.any()):
             self._fill(loader)
@@ -172,16 +176,16 @@ class DeepClusterV2(Proxy):
         used, alike = [], []
         for head in range(self.config.heads):
             view = head % self.bank.features.shape[0]
-            found = self.bank.cluster(view, count, self.config.iterations, generator)
-            alike.append(mutual_information(self.assignments[head], found.assignment))
-            used.append(perplexity(torch.bincount(found.assignment[self.bank.filled], minlength=count)))
-            self.prototypes[head], self.assignments[head] = found
-        self.told.copy_(torch.stack([torch.stack(used).mean(), self.told.new_tensor(alike).mean()]))
+            clusters = self.bank.cluster(view, count, self.config.iterations, generator)
+            alike.append(mutual_information(self.assignments[head], clusters.assignment))
+            used.append(perplexity(torch.bincount(clusters.assignment[self.bank.filled], minlength=count)))
+            self.prototypes[head], self.assignments[head] = clusters
+        self.last.copy_(torch.stack([torch.stack(used).mean(), self.last.new_tensor(alike).mean()]))
         self.waited.zero_()
 
     @torch.no_grad()
     def _fill(self, loader: Iterable[list[dict[str, Tensor]]]) -> None:
-        """Embeds every place once; ranks take turns with the batches."""
+        """Embed every place once; ranks take turns with the batches."""
         device = self.prototypes.device
         seed = int(torch.randint(2**62, ()))
         codes = [torch.zeros(0, dtype=torch.int64, device=device)]
@@ -190,12 +194,12 @@ class DeepClusterV2(Proxy):
             if number % world_size() != rank():
                 continue
             rngs = [
-                BatchRng(seed + number, range(len(one["index"])), len(one["index"]), device)
-                for one in groups
+                BatchRng(seed + number, range(len(group["index"])), len(group["index"]), device)
+                for group in groups
             ]
             pairs = embed_pairs(self.config, self.encoder, groups, rngs)
             features.append(self._project(pairs.embeddings).float())
-            codes.append(torch.cat([self._codes(one["index"]) for one in groups]))
+            codes.append(torch.cat([self._codes(group["index"]) for group in groups]))
         self.bank.write(torch.cat(codes), torch.cat(features))
 
     def _project(self, embeddings: Tensor) -> Tensor:
@@ -203,7 +207,7 @@ class DeepClusterV2(Proxy):
         return projected.unflatten(0, embeddings.shape[:2])
 
     def after_step(self, step: int, total: int) -> None:
-        """Counts the steps since the clustering."""
+        """Count the steps since the last clustering."""
         self.waited += 1
 
     # Training -------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ class DeepClusterV2(Proxy):
     def forward(
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
-        """Embeds both views of every place, and tells each one's cluster in every head."""
+        """Embed both views of every place, and tell each one's cluster in every head."""
         groups = [batch] if isinstance(batch, dict) else batch
         pairs = embed_pairs(self.config, self.encoder, groups, rng)
         projected = self._project(pairs.embeddings)
@@ -220,23 +224,15 @@ class DeepClusterV2(Proxy):
             scores = torch.einsum("rvf,hkf->hrvk", F.normalize(projected.float(), dim=2), self.prototypes)
             chosen = scores.detach().argmax(3)
             targets = self._targets(chosen, codes)
-            valid = sum(row_counts(int((targets >= 0).sum()), targets.device))
-            loss = F.cross_entropy(
-                (scores / self.config.temperature).flatten(0, 2),
-                targets.flatten(),
-                ignore_index=_IGNORED,
-                reduction="sum",
-            )
-            # A sum over own rows, scaled so that the mean over ranks is that of the global batch.
-            loss = loss * world_size() / max(valid, 1)
+            loss = cluster_loss(scores, targets, self.config.temperature)
         count = self.prototypes.shape[1]
-        found = [agreement(t.flatten(), c.flatten(), count) for t, c in zip(targets, chosen, strict=True)]
+        agreed = [agreement(t.flatten(), c.flatten(), count) for t, c in zip(targets, chosen, strict=True)]
         metrics = {
-            "kappa": torch.stack([one.kappa for one in found]).mean(),
-            "accuracy": torch.stack([one.agreement for one in found]).mean(),
-            "chance": torch.stack([one.chance for one in found]).mean(),
-            "used": self.told[0].clone(),
-            "stability": self.told[1].clone(),
+            "kappa": torch.stack([head.kappa for head in agreed]).mean(),
+            "accuracy": torch.stack([head.agreement for head in agreed]).mean(),
+            "chance": torch.stack([head.chance for head in agreed]).mean(),
+            "used": self.last[0].clone(),
+            "stability": self.last[1].clone(),
         }
         if self.training:
             self.bank.write(codes, projected)
@@ -245,10 +241,10 @@ class DeepClusterV2(Proxy):
         return StepOutput(loss, metrics, lambda: prototype_picture(shown, target, guess))
 
     def _targets(self, chosen: Tensor, codes: Tensor) -> Tensor:
-        """Clusters (heads, R, 2) by the bank; of subjects that are not in it, by the head's own view."""
+        """Look up clusters (heads, R, 2) in the bank; take the head's own view for strangers."""
         if self.training:
             return self.bank.targets(self.assignments, codes)[..., None].expand_as(chosen)
-        targets = torch.full_like(chosen, _IGNORED)
+        targets = torch.full_like(chosen, IGNORED)
         for head in range(len(chosen)):
             own = head % 2
             targets[head, :, 1 - own] = chosen[head, :, own]

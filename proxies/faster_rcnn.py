@@ -16,6 +16,8 @@ from ssl3d.api import (
     DetectionProxy2d,
     DetectionTargets,
     evaluating,
+    flat_parameters,
+    restore_parameters,
 )
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ class FasterRCNNConfig(Detection2dOptions):
     """Options of Faster R-CNN.
 
     Attributes:
-        training: `joint`: both stages at once; `alternating`: the paper's four phases.
-        phases: Lengths of the four phases, in proportion; the authors' code has 2 1 2 1.
+        training: Order of training: `joint`, both stages at once, or `alternating`, the paper's four
+            phases.
+        phases: Relative lengths of the four phases; the authors' code has 2 1 2 1.
     """
 
     min_stride: int = 2
@@ -44,7 +47,7 @@ class FasterRCNNConfig(Detection2dOptions):
     phases: tuple[float, float, float, float] = (2.0, 1.0, 2.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.training not in ("joint", "alternating"):
             raise ValueError(f"training is {self.training!r}; choose joint or alternating")
@@ -52,7 +55,7 @@ class FasterRCNNConfig(Detection2dOptions):
             raise ValueError(f"phases needs four positive numbers, not {self.phases}")
 
     def phase(self, step: int, total: int) -> int:
-        """Which phase, 1 to 4, a step belongs to."""
+        """Return the phase, 1 to 4, that a step belongs to."""
         ends = [sum(self.phases[: n + 1]) / sum(self.phases) * total for n in range(3)]
         return 1 + sum(step >= end for end in ends)
 
@@ -72,7 +75,8 @@ class FasterRCNN(DetectionProxy2d):
     proposal network on the shared encoder, which is frozen from here on; 4. the box head goes on, on
     those proposals. Each gets its share of the steps (`phases`). Parameters that a phase does not train
     keep their values exactly, so no other proxy can learn on this encoder meanwhile; the second encoder
-    costs its memory, and frozen weights are kept once more. Not for sharded parameters (FSDP).
+    costs its memory, and frozen weights are kept once more. That does not work with
+    sharded parameters (FSDP).
 
     Differs from the paper: a feature pyramid with group norm and one anchor size per level in place of
     one map and three sizes; RoIAlign in place of RoI pooling; the pyramid counts as shared, with the
@@ -96,11 +100,11 @@ class FasterRCNN(DetectionProxy2d):
     fresh: Tensor
 
     def setup(self, data: Collection) -> None:
-        """Finds the classes, and makes the detector; with alternating training the second encoder too.
+        """Find the classes, and make the detector; with alternating training the second encoder too.
 
         Raises:
             DataError: There is no box in all the data.
-            UsageError: The encoder's strides do not serve.
+            UsageError: The encoder's strides leave no map for the pyramid.
         """
         super().setup(data)
         self.second: nn.ModuleDict | None = None
@@ -113,7 +117,7 @@ class FasterRCNN(DetectionProxy2d):
         self.register_buffer("fresh", self._flat(("rpn",)))
 
     def run(self, images: Tensor, targets: DetectionTargets, rng: BatchRng) -> DetectionPass:
-        """Both stages at once, or what the phase trains."""
+        """Train both stages at once, or the part that the phase trains."""
         if self.second is None:
             return super().run(images, targets, rng)
         phase, detector, size = int(self.phase), self.detector, images.shape[-2:]
@@ -138,7 +142,7 @@ class FasterRCNN(DetectionProxy2d):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Takes back what weight decay and momentum did to frozen parameters; begins the next phase."""
+        """Take back what weight decay and momentum did to frozen parameters; begin the next phase."""
         if self.second is None:
             return
         phase = int(self.phase)
@@ -147,7 +151,7 @@ class FasterRCNN(DetectionProxy2d):
         if following == phase:
             return
         if phase < 3 <= following:
-            _fill(self._parameters_of("rpn"), self.fresh)
+            restore_parameters(self._part("rpn"), self.fresh)
         self.kept.copy_(self._flat(_ALL))
         self.phase.fill_(following)
 
@@ -157,33 +161,26 @@ class FasterRCNN(DetectionProxy2d):
         assert self.second is not None
         return self.detector.levels(self.second["encoder"](images), self.second["pyramid"])  # type: ignore[arg-type]
 
-    def _parameters_of(self, part: str) -> list[nn.Parameter]:
-        module = {
+    def _part(self, name: str) -> nn.Module:
+        part = {
             "encoder": self.encoder,
             "pyramid": self.detector.pyramid,
             "rpn": self.detector.rpn,
             "roi": self.detector.roi,
             "second": self.second,
-        }[part]
-        assert module is not None
-        return list(module.parameters())
+        }[name]
+        assert part is not None
+        return part
 
     def _flat(self, parts: tuple[str, ...]) -> Tensor:
-        """All parameters of some parts in a row."""
-        return torch.cat([p.detach().reshape(-1) for part in parts for p in self._parameters_of(part)])
+        """Return a copy of all parameters of some parts in a row."""
+        return torch.cat([flat_parameters(self._part(name)) for name in parts])
 
     def _restore(self, parts: list[str]) -> None:
-        at = 0
-        for part in _ALL:
-            parameters = self._parameters_of(part)
-            length = sum(p.numel() for p in parameters)
-            if part in parts:
-                _fill(parameters, self.kept[at : at + length])
-            at += length
-
-
-def _fill(parameters: list[nn.Parameter], values: Tensor) -> None:
-    at = 0
-    for parameter in parameters:
-        parameter.copy_(values[at : at + parameter.numel()].view_as(parameter))
-        at += parameter.numel()
+        start = 0
+        for name in _ALL:
+            part = self._part(name)
+            end = start + sum(p.numel() for p in part.parameters())
+            if name in parts:
+                restore_parameters(part, self.kept[start:end])
+            start = end

@@ -22,6 +22,7 @@ from ssl3d.api import (
     draw_one,
     mirror_one,
     only_visible,
+    relative_error,
     restoration_picture,
     visible_at,
 )
@@ -40,15 +41,17 @@ class MAEConfig(RestoreViews):
     """Options of masked autoencoding.
 
     Attributes:
-        block: Sides of the masked blocks along D H W, voxels. None given: a quarter of the crop's side,
-            16 at most; with remask at least the encoder's stride.
-        ratio: Share of the blocks that is masked.
-        masking: `token` puts a learned value in place of what is masked, and the encoder runs as ever;
-            `remask` sets masked places to zero again after every convolution and norm of the encoder,
-            whose statistics leave them out, and puts learned tokens into its maps for the decoder.
-        norm_targets: Restore each block less its mean, over its standard deviation.
+        block: Sides of the masked blocks along D H W, in voxels. Where none are given, a quarter of the
+            crop's side and 16 at most, and with remask at least the encoder's stride.
+        ratio: Share of the blocks that are masked.
+        masking: Way of hiding blocks: `token` puts a learned value in their place, and the encoder runs as
+            ever; `remask` sets masked places to zero again after every convolution and norm of the
+            encoder, whose statistics leave them out, and puts learned tokens into its maps for the
+            decoder.
+        norm_targets: Whether the target of each block is standardised: its values less their mean, over
+            their standard deviation.
         width: Channels of the decoder at half resolution.
-        skips: Whether the decoder sees the encoder's shallower maps too, or the deepest alone.
+        skips: Whether the decoder sees the encoder's shallower maps too, or the deepest one alone.
     """
 
     block: tuple[int, ...] = ()
@@ -59,7 +62,7 @@ class MAEConfig(RestoreViews):
     skips: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.block and (len(self.block) != 3 or min(self.block) < 1):
             raise ValueError(f"block needs 3 sizes of at least 1, or none, not {self.block}")
@@ -84,8 +87,8 @@ class MAE(Proxy):
 
     `token` is the default: the encoder runs as it will run later, on whole maps, and may be of any kind,
     with blocks of any size. In a small trial (hippocampus MR, blocks of 8 voxels at a stride of 8, 100
-    steps, one seed) it restored better than `remask` (relative error .67 against .73) and left better
-    features (balanced accuracy of a linear dense probe .86 against .83, untrained .76).
+    steps, one seed) it restored better than `remask` (relative error 0.67 against 0.73) and left
+    better features (balanced accuracy of a linear dense probe 0.86 against 0.83, untrained 0.76).
 
     On stacks of thick slices (cardiac cine MR, 10 mm) the defaults left features worse than an untrained
     encoder's, and `block 8 8 8, ratio 0.6` did not (the best of eight settings tried, one seed).
@@ -103,7 +106,7 @@ class MAE(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 2e-3}
 
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
-        """Adds the decoder and the tokens.
+        """Add the decoder and the tokens.
 
         Raises:
             UsageError: `remask` with an encoder or blocks that it cannot work on, or a crop of one block.
@@ -126,7 +129,7 @@ class MAE(Proxy):
         self.block_of(config.crop)
 
     def block_of(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Sides (D, H, W) of the masked blocks in a crop of this size.
+        """Return the sides (D, H, W) of the masked blocks in a crop of this size.
 
         Raises:
             UsageError: There would be a single block, or `remask` asks for other ones.
@@ -152,7 +155,7 @@ class MAE(Proxy):
 
     @classmethod
     def draw(cls, config: MAEConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One `crop` (C, d, h, w) and its `foreground` (d, h, w).
+        """Draw one `crop` (C, d, h, w) and its `foreground` (d, h, w).
 
         Raises:
             DataError: The volume has no foreground.
@@ -160,7 +163,7 @@ class MAE(Proxy):
         return draw_one(config, volume, rng)
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Masks blocks of the crops (B, C, D, H, W) and restores them."""
+        """Mask blocks of the crops (B, C, D, H, W) and restore them."""
         config = self.config
         original, foreground = mirror_one(config, batch, rng, self.training)
         blocks = Blocks.of(original.shape[2:], self.block_of(original.shape[2:]))
@@ -184,7 +187,7 @@ class MAE(Proxy):
         return StepOutput(loss, metrics, picture)
 
     def _encode(self, original: Tensor, masked: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the encoder is shown, and its maps, with tokens where they know nothing."""
+        """Encode visible voxels: the input as shown, and maps with tokens where they know nothing."""
         if self.config.masking == "token":
             seen = torch.where(masked, self.tokens["input"].to(original.dtype), original)
             return seen.detach(), self.encoder(seen)
@@ -215,8 +218,8 @@ class MAE(Proxy):
             ((y - target).square() * asked).sum() for y in (predicted, mean.expand_as(target), blurred)
         )
         return {
-            "relative_error": _ratio(error, guess),
-            "blur_error": _ratio(error, blur),
+            "relative_error": relative_error(error, guess),
+            "blur_error": relative_error(error, blur),
             "background": 1 - asked.sum() / masked.sum(),
         }
 
@@ -225,9 +228,9 @@ class Blocks(NamedTuple):
     """A crop cut into blocks, the last along an axis cut off by its border.
 
     Attributes:
-        size: Of the crop, (D, H, W).
-        side: Of a block.
-        counts: Blocks along each axis.
+        size: Size of the crop, (D, H, W).
+        side: Sides of a block.
+        counts: Numbers of blocks along each axis.
     """
 
     size: tuple[int, ...]
@@ -236,17 +239,17 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, size: Sequence[int], side: Sequence[int]) -> Blocks:
-        """The blocks of this side in a crop of this size."""
+        """Lay blocks of this side over a crop of this size."""
         return cls(tuple(size), tuple(side), tuple(-(-n // s) for n, s in zip(size, side, strict=True)))
 
     def spread(self, x: Tensor) -> Tensor:
-        """A value per block, (B, C, *counts), at every voxel of the block: (B, C, D, H, W)."""
+        """Repeat a value per block, (B, C, *counts), at every voxel of the block: (B, C, D, H, W)."""
         for axis, (n, side) in enumerate(zip(self.size, self.side, strict=True)):
             x = x.repeat_interleave(side, axis + 2).narrow(axis + 2, 0, n)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over every block, (B, C, *counts), of (B, C, D, H, W)."""
+        """Average (B, C, D, H, W) over every block: (B, C, *counts)."""
         for axis, (n, side, count) in enumerate(zip(self.size, self.side, self.counts, strict=True)):
             of = torch.arange(n, device=x.device) // side
             member = (of == torch.arange(count, device=x.device).unsqueeze(1)).to(x.dtype)
@@ -256,7 +259,7 @@ class Blocks(NamedTuple):
 
 
 def mask_blocks(blocks: Blocks, rng: BatchRng, ratio: float) -> Tensor:
-    """Chooses the masked blocks of each example: (B, 1, D, H, W), bool.
+    """Choose the masked blocks of each example: (B, 1, D, H, W), bool.
 
     The same number for all, the closest to the ratio that leaves one to see and one to restore.
     """
@@ -267,27 +270,27 @@ def mask_blocks(blocks: Blocks, rng: BatchRng, ratio: float) -> Tensor:
 
 
 def block_statistics(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the block that each voxel of (B, C, D, H, W) lies in."""
+    """Return mean and standard deviation of the block that each voxel of (B, C, D, H, W) lies in."""
     mean = blocks.spread(blocks.mean(x))
     var = blocks.spread(blocks.mean((x - mean).square()))
     return mean, (var + 1e-6).sqrt()
 
 
 def normalise(x: Tensor, blocks: Blocks) -> Tensor:
-    """(x - mean) / deviation, block by block: the targets of He et al. that carry texture over shade."""
+    """Normalise each block to (x - mean) / deviation, the targets of He et al. that stress texture."""
     mean, deviation = block_statistics(x, blocks)
     return (x - mean) / deviation
 
 
 def visible_mean(x: Tensor, visible: Tensor, body: Tensor) -> Tensor:
-    """Mean per example and channel, (B, C, 1, 1, 1), of what is seen of the body, else of all seen."""
+    """Average what is seen of the body, else all that is seen, by example and channel: (B, C, 1, 1, 1)."""
     weight = (visible & body).to(x.dtype)
     weight = torch.where(weight.sum((2, 3, 4), keepdim=True) > 0, weight, visible.to(x.dtype))
     return (x * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True)
 
 
 def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
-    """The visible voxels, blurred into the gaps: weighted by a Gaussian, divided by the weights there.
+    """Blur the visible voxels into the gaps: weighted by a Gaussian, divided by the weights there.
 
     Its standard deviation is a quarter of a block along each axis, the best of 1/4 to 2 blocks on brain
     and heart MR. More than a block from everything visible the mean of the visible takes over.
@@ -300,8 +303,3 @@ def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
         kernel = torch.exp(-0.5 * ((at[:, None] - at) / (0.25 * side)).square())
         both = (both.movedim(axis + 2, -1) @ kernel).movedim(-1, axis + 2)
     return mean + both[:, :-1] / (both[:, -1:] + 1e-6)
-
-
-def _ratio(error: Tensor, trivial: Tensor) -> Tensor:
-    """Where there was nothing to restore, 1: no better than the trivial."""
-    return torch.where(trivial > 0, error / trivial.clamp_min(1e-12), torch.ones_like(error))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ssl3d.api import Collection, Volume
 
 UNKNOWN = -1
-"""Class of a voxel whose value no training mask has: neither learned nor counted."""
+"""Class of a voxel whose value no training mask has; neither learned nor counted."""
 _SHOWN = 2  # examples of each data set in a picture
 _WIDTH = 32  # channels of the released head
 
@@ -46,19 +46,21 @@ class Med3DConfig(Views):
     """Options of the Med3D proxy.
 
     Attributes:
-        crop: Size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
-        head: Each data set's branch: paper is a 1x1x1 convolution of the deepest feature map, brought to
-            the crop's voxels; conv_seg the released demo's head (transposed convolution, 3x3x3 and 1x1x1
-            convolutions, 32 channels), its output brought to the crop's voxels.
+        crop: Size of the crops along D H W, in voxels; images (D = 1) give crops of depth 1.
+        head: Branch of each data set: paper, a 1x1x1 convolution of the deepest feature map, or conv_seg,
+            the released demo's head (transposed convolution, 3x3x3 and 1x1x1 convolutions, 32 channels);
+            the output of either is brought to the crop's voxels.
         head_norm: Norm of the head conv_seg: batch (the released one's), group or instance.
-        loss: ce (cross entropy over all voxels, the paper's), dice (soft Dice over the structures of each
-            crop), or both (their sum).
-        around: Share of the crops drawn so that they hold a structure, each structure of a volume as
-            likely; the rest lie anywhere in the foreground.
+        loss: Loss of a crop: ce (cross entropy over all voxels, the paper's), dice (soft Dice over the
+            structures of each crop), or both (their sum).
+        around: Probability that a crop is drawn so that it holds a structure, each structure of a volume
+            being as likely; other crops lie anywhere in the foreground.
         min_foreground: Least share of foreground in a crop that lies anywhere.
-        flip: Probability of mirroring along each axis; 0, as left and right may be different structures.
-        shift: Largest translation, as a share of the crop's side.
-        torchio: Not to be used here: it would move images without their masks.
+        flip: Probability of mirroring along each axis; 0 by default, as left and right may be different
+            structures.
+        shift: Range s of the translation, as a share of the crop's side: shift ~ U(-s, s) along each axis.
+        torchio: Transforms of torchio, which cannot be used here: they would move images without their
+            masks.
     """
 
     crop: tuple[int, int, int] = (32, 32, 32)
@@ -76,7 +78,7 @@ class Med3DConfig(Views):
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if len(self.crop) != 3 or min(self.crop) < 1:
             raise ValueError(f"crop needs 3 sizes of at least 1, not {self.crop}")
@@ -118,7 +120,7 @@ class Med3D(Proxy):
     no training mask has.
 
     What a branch can draw depends on the stride of the deepest map: 8 in the paper. With resnet18 of width
-    32 on hippocampus and brain tumours, Dice on hippocampus crops reached .45 after 20 steps with
+    32 on hippocampus and brain tumours, Dice on hippocampus crops reached 0.45 after 20 steps with
     `dilated` stages (stride 4), and stayed at 0 for 300 steps at the default stride of 16.
 
     The metric `dice` is the mean over structures and data sets of the Dice coefficient, from the voxels
@@ -138,23 +140,23 @@ class Med3D(Proxy):
     codes: Tensor
 
     def __init__(self, config: Med3DConfig, encoder: Encoder) -> None:
-        """The branches come with the data, in `setup`."""
+        """Prepare for branches, which come with the data in `setup`."""
         super().__init__(config, encoder)
         self.branches = nn.ModuleList()
         self.names: list[str] = []
         self.register_buffer("codes", torch.zeros(0, dtype=torch.int64))
 
     def setup(self, data: Collection) -> None:
-        """Gives every data set with masks a branch, as wide as its masks have values.
+        """Give every data set with masks a branch, as wide as its masks have values.
 
         Raises:
             DataError: No volume has a mask, or those of a data set hold a single value.
         """
-        found: Mapping[str, Tensor] | None = getattr(data, "found", None)
-        if found is not None:
-            names = bytes(found["names"].tolist()).decode().split("\0")
-            values = found["values"].split(found["counts"].tolist())
-            self._make(found["codes"].tolist(), names, values)
+        kept: Mapping[str, Tensor] | None = getattr(data, "found", None)  # of a checkpoint without its data
+        if kept is not None:
+            names = bytes(kept["names"].tolist()).decode().split("\0")
+            values = kept["values"].split(kept["counts"].tolist())
+            self._make(kept["codes"].tolist(), names, values)
             return
         labels = dataset_labels(data)
         if not labels:
@@ -177,7 +179,7 @@ class Med3D(Proxy):
         self.branches = nn.ModuleList(Branch(self.config, self.encoder, own) for own in values)
 
     def outline(self) -> dict[str, Tensor]:
-        """Data sets with masks, and the values of these."""
+        """Return the data sets with masks, and the values of their masks."""
         values = [branch.values.cpu() for branch in self._branches()]
         return {
             "codes": self.codes.cpu(),
@@ -191,7 +193,7 @@ class Med3D(Proxy):
 
     @classmethod
     def draw(cls, config: Med3DConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One `crop` (C, d, h, w) and its `mask` (d, h, w), with margin, and `spacing` (3,), mm.
+        """Draw one `crop` (C, d, h, w) and its `mask` (d, h, w), with margin, and `spacing` (3,), mm.
 
         Raises:
             DataError: The volume has no mask, or no foreground.
@@ -204,7 +206,7 @@ class Med3D(Proxy):
         return {"crop": crop, "mask": mask, "spacing": torch.tensor(volume.spacing, dtype=torch.float32)}
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Segments the crops, each with the branch of its data set."""
+        """Predict masks of the crops, each with the branch of its data set."""
         config, crop, mask = self.config, batch["crop"], batch["mask"]
         size = fit_size(crop, config.crop)
         if self.training:
@@ -240,16 +242,16 @@ class Med3D(Proxy):
 
 
 class Branch(nn.Module):
-    """What tells the structures of one data set apart, from the encoder's deepest map.
+    """Head that tells the structures of one data set apart, from the encoder's deepest map.
 
     Attributes:
-        values: What the masks hold, increasing, (K,) int64: class k stands for value k.
-        structures: Which classes are structures, (K,) bool: all but the value 0.
+        values: Values of the masks, increasing, (K,) int64; class k stands for value k.
+        structures: Classes that are structures, (K,) bool: all but the value 0.
 
     Args:
-        config: Which head.
-        encoder: Whose map is taken; it is not kept.
-        values: See the attribute.
+        config: Options of the proxy, which choose the head.
+        encoder: Encoder whose map is taken; it is not kept.
+        values: Values of the masks, increasing.
     """
 
     values: Tensor
@@ -270,11 +272,11 @@ class Branch(nn.Module):
         self.out = nn.Conv3d(channels, len(values), 1, bias=self.up is None)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits (B, K, D, H, W) at the crop's voxels.
+        """Return logits (B, K, D, H, W) at the crop's voxels.
 
         Args:
-            x: The deepest map, (B, C, d, h, w).
-            size: (D, H, W) of the crop.
+            x: Deepest map of the encoder, (B, C, d, h, w).
+            size: Size (D, H, W) of the crop.
         """
         strides = self.strides
         if self.up is not None:
@@ -289,7 +291,7 @@ class Branch(nn.Module):
         return upsample(self.out(x).float(), size, strides)
 
     def classes(self, labels: Tensor) -> Tensor:
-        """Values of a mask as classes, int64; `UNKNOWN` for a value that the branch does not know."""
+        """Convert the values of a mask to classes, int64; a value that is not known becomes `UNKNOWN`."""
         place = torch.searchsorted(self.values, labels.long().contiguous()).clamp_max(len(self.values) - 1)
         return torch.where(self.values[place] == labels, place, UNKNOWN)
 
@@ -297,17 +299,23 @@ class Branch(nn.Module):
 def segmentation_loss(
     logits: Tensor, target: Tensor, structures: Tensor, kind: Literal["ce", "dice", "both"] = "ce"
 ) -> Tensor:
-    """The loss of each example, (B,), over its voxels of known class; 0 where there are none.
+    """Compute the loss of each example, (B,), over its voxels of known class; 0 where there are none.
 
     Soft Dice is 1 - the mean over structures of (2 sum pg + 1) / (sum p + sum g + 1), with p the
     probability and g 1 on the structure's voxels and 0 elsewhere: a structure that is not in the crop
     asks for a small sum of p, and is fulfilled where that is 0.
 
     Args:
-        logits: (B, K, D, H, W), float32.
-        target: (B, D, H, W), classes 0 to K - 1, or `UNKNOWN`.
-        structures: (K,), bool: the classes whose Dice counts.
-        kind: Cross entropy, Dice, or the sum of both.
+        logits: Predictions (B, K, D, H, W), float32.
+        target: Classes 0 to K - 1, or `UNKNOWN`, (B, D, H, W).
+        structures: Classes whose Dice counts, (K,), bool.
+        kind: Loss: cross entropy, Dice, or the sum of both.
+
+    Example:
+        >>> logits = torch.tensor([[[[[9.0, 0.0]]], [[[0.0, 9.0]]]]])
+        >>> target, structures = torch.tensor([[[[0, 1]]]]), torch.tensor([False, True])
+        >>> segmentation_loss(logits, target, structures).round(decimals=3)
+        tensor([0.])
     """
     known = target != UNKNOWN
     loss = logits.new_zeros(len(logits))
@@ -325,12 +333,18 @@ def segmentation_loss(
 
 
 def dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Dice coefficients (K,) over all voxels of known class; NaN of classes neither there nor predicted.
+    """Compute Dice coefficients (K,) over all voxels of known class.
+
+    A class that is neither there nor predicted has NaN.
 
     Args:
-        predicted: Classes, any shape.
-        target: Classes or `UNKNOWN`, of the same shape.
-        classes: K.
+        predicted: Predicted classes, in any shape.
+        target: True classes or `UNKNOWN`, of the same shape.
+        classes: Number K of classes.
+
+    Example:
+        >>> dice(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 3)
+        tensor([0.6667, 0.6667,    nan])
     """
     known = target != UNKNOWN
     pairs = torch.where(known, target * classes + predicted, classes * classes)
@@ -339,7 +353,7 @@ def dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 class _Shown(NamedTuple):
-    """A few examples of one data set: its name, number of classes, and (n, D, H, W) each."""
+    """Some examples of one data set: its name, number of classes, and (n, D, H, W) each."""
 
     name: str
     classes: int
@@ -349,18 +363,18 @@ class _Shown(NamedTuple):
 
 
 def _picture(shown: Sequence[_Shown]) -> Figure:
-    """Of each example the slice across D with most structure: input, mask and prediction."""
+    """Show input, mask and prediction of the slice across D with most structure, of each example."""
     from matplotlib.figure import Figure
 
     columns: list[tuple[_Shown, list[np.ndarray]]] = []
-    for one in shown:
-        parts = [part.detach().float().cpu().numpy() for part in (one.image, one.target, one.predicted)]
+    for own in shown:
+        parts = [part.detach().float().cpu().numpy() for part in (own.image, own.target, own.predicted)]
         columns += [
-            (one, [part[n] for part in parts]) for n in range(len(one.image) if len(shown) < 6 else 1)
+            (own, [part[n] for part in parts]) for n in range(len(own.image) if len(shown) < 6 else 1)
         ]
     figure = Figure(figsize=(1.7 * len(columns) + 0.3, 5.4), layout="constrained")
     panels = figure.subplots(3, len(columns), squeeze=False)
-    for column, (one, (image, target, predicted)) in enumerate(columns):
+    for column, (own, (image, target, predicted)) in enumerate(columns):
         place = int((target > 0).sum((1, 2)).argmax())
         low, high = np.percentile(image, (0.5, 99.5))
         for row, labels in enumerate((None, target, predicted)):
@@ -369,11 +383,11 @@ def _picture(shown: Sequence[_Shown]) -> Figure:
             if labels is not None:
                 over = np.ma.masked_less_equal(labels[place], 0)
                 panel.imshow(
-                    over, cmap="turbo", vmin=0, vmax=one.classes - 1, alpha=0.6, interpolation="nearest"
+                    over, cmap="turbo", vmin=0, vmax=own.classes - 1, alpha=0.6, interpolation="nearest"
                 )
             panel.set_xticks([])
             panel.set_yticks([])
-        panels[0, column].set_title(one.name, fontsize=8)
+        panels[0, column].set_title(own.name, fontsize=8)
     for row, name in enumerate(("input", "mask", "predicted")):
         panels[row, 0].set_ylabel(name, fontsize=9)
     return figure

@@ -33,9 +33,9 @@ class ModelsGenesisConfig(RestoreViews, Corruptions):
     """Options of the Models Genesis proxy.
 
     Attributes:
-        flip: Probability of mirroring along each axis, input and target alike.
+        flip: Probability that input and target are mirrored, along each axis.
         width: Channels of the decoder at half resolution.
-        skips: Whether the decoder sees the encoder's shallow maps too, as in a U-Net.
+        skips: Whether the decoder sees the encoder's shallower maps too, as in a U-Net.
     """
 
     flip: float = 0.4
@@ -43,7 +43,7 @@ class ModelsGenesisConfig(RestoreViews, Corruptions):
     skips: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         RestoreViews.__post_init__(self)
         Corruptions.__post_init__(self)
         if self.width < 2:
@@ -75,7 +75,7 @@ class ModelsGenesis(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 16, "lr": 1e-3}
 
     def __init__(self, config: ModelsGenesisConfig, encoder: Encoder) -> None:
-        """Adds the decoder."""
+        """Add the decoder that restores crops."""
         super().__init__(config, encoder)
         self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
 
@@ -83,7 +83,7 @@ class ModelsGenesis(Proxy):
     def draw(
         cls, config: ModelsGenesisConfig, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """One crop: `crop` (C, d, h, w), and its `foreground`.
+        """Draw one crop: `crop` (C, d, h, w), and its `foreground`.
 
         Raises:
             DataError: The volume has no foreground.
@@ -91,7 +91,7 @@ class ModelsGenesis(Proxy):
         return draw_one(config, volume, rng)
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Corrupts and restores the crops; relative_error is 1 for handing back the input as it came."""
+        """Corrupt the crops and restore them; handing back the input as it came has relative_error 1."""
         original, _ = mirror_one(self.config, batch, rng, self.training)
         corrupted, done = corrupt(self.config, original, rng)
         restored = self.decoder(self.encoder(corrupted), original.shape[2:])

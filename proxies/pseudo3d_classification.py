@@ -29,18 +29,19 @@ class Pseudo3DClassificationConfig:
     """Options of pseudo-3D classification.
 
     Attributes:
-        crop: Side of the square that is shown, pixels: 224 in the paper, 64 to 96 on a CPU.
+        crop: Side of the square that the encoder sees, in pixels: 224 in the paper; 64 to 96 suit a CPU.
         side: Side that a picture's square is brought to before it is cropped; 0 makes it 8/7 of the crop
             (256 for 224).
-        scale: Least and largest share of the square's area that a crop takes; it is brought to the size of
+        scale: Share of the square's area that a crop takes, ~ U(low, high); it is resized to the size of
             the crop.
-        ratio: Least and largest ratio of a crop's width to its height.
+        ratio: Ratio of a crop's width to its height: log ratio ~ U(log low, log high).
         flip: Probability of mirroring left and right.
-        shuffle: Probability that the three slices change their order at random.
-        label_smoothing: Share of the target that is spread evenly over all classes.
-        mean: Subtracted from the pictures, whose values are 0 to 1; the paper's 114.495 of 255.
-        std: Divides what is left; the paper's 57.63 of 255.
-        keep_depth: Refuse an encoder that strides across slices; without, any is taken.
+        shuffle: Probability that the three slices are put into a random order.
+        label_smoothing: Share of the target probability that is spread evenly over all classes.
+        mean: Mean that is subtracted from the pictures, whose values are 0 to 1; the paper's 114.495 of
+            255.
+        std: Standard deviation that pictures are then divided by; the paper's 57.63 of 255.
+        keep_depth: Whether an encoder that strides across slices is refused.
     """
 
     crop: int = 224
@@ -55,7 +56,7 @@ class Pseudo3DClassificationConfig:
     keep_depth: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         if self.crop < 1:
             raise ValueError(f"crop must be at least 1, not {self.crop}")
         if self.side and self.side < self.crop:
@@ -103,8 +104,8 @@ class Pseudo3DClassification(Proxy):
 
     Differs from the paper: the square is cut from a random place along the picture's longer side. The
     recipe is for batches of 16, not 256 on 8 GPUs for 100 epochs: SGD with the paper's momentum and decay,
-    its rate of .1 scaled to the batch by the linear rule, this toolkit's warm-up and clipped gradients, and
-    no decay of norms and biases. Pictures are standardised here (the paper's mean 114.495 and deviation
+    its rate of 0.1 scaled to the batch by the linear rule, this toolkit's warm-up and clipped gradients,
+    and no decay of norms and biases. Pictures are standardised here (the paper's mean 114.495 and deviation
     57.63 of 255), so that stores keep their bytes; volumes for the encoder should be of mean 0 and
     deviation 1, as prepared MR is.
     """
@@ -126,7 +127,7 @@ class Pseudo3DClassification(Proxy):
     keys: Tensor
 
     def __init__(self, config: Pseudo3DClassificationConfig, encoder: Encoder) -> None:
-        """Checks the encoder; the classes are not known yet.
+        """Check the encoder, before the classes are known.
 
         Raises:
             UsageError: The encoder takes several channels, or strides across the three slices.
@@ -151,10 +152,10 @@ class Pseudo3DClassification(Proxy):
 
     @classmethod
     def in_channels(cls, config: Pseudo3DClassificationConfig, data_channels: int) -> int:
-        """One: three colours are three slices.
+        """Return one channel, for three colours are three slices.
 
         Raises:
-            UsageError: The pictures have no three colours.
+            UsageError: The pictures do not have three colours.
         """
         if data_channels != 3:
             raise UsageError(
@@ -165,26 +166,26 @@ class Pseudo3DClassification(Proxy):
         return 1
 
     def setup(self, data: Collection) -> None:
-        """Finds the classes, and adds the layer that tells them apart.
+        """Find the classes, and add the layer that tells them apart.
 
         Raises:
             DataError: There are no labels, a single one, or real values; or there are volumes only.
         """
-        found = getattr(data, "found", None)  # of a checkpoint without its data
-        names = json.loads(bytes(found["classes"].tolist())) if found else _classes(data)
+        kept = getattr(data, "found", None)  # of a checkpoint without its data
+        names = json.loads(bytes(kept["classes"].tolist())) if kept else _classes(data)
         self.names = names
         self.keys = torch.tensor([_key(name) for name in names], dtype=torch.int64)
         self.head = nn.Linear(self.encoder.embed_dim, len(names))
 
     def outline(self) -> Mapping[str, Tensor]:
-        """The names of the classes, in their order."""
+        """Return the names of the classes, in their order."""
         return {"classes": torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)}
 
     @classmethod
     def draw(
         cls, config: Pseudo3DClassificationConfig, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """A square of a picture, `slices` (1, 3, S, S), and `label`, the key of its class.
+        """Draw a square of a picture, `slices` (1, 3, S, S), and `label`, the key of its class.
 
         Raises:
             DataError: It is no picture in colour, or has no class.
@@ -208,7 +209,7 @@ class Pseudo3DClassification(Proxy):
         return {"slices": square[None], "label": torch.tensor(_key(volume.label), dtype=torch.int64)}
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Crops, mirrors and shuffles `slices` (B, 1, 3, S, S), embeds them, and names their classes."""
+        """Crop, mirror and shuffle `slices` (B, 1, 3, S, S), embed them, and name their classes."""
         config = self.config
         slices = batch["slices"]
         with torch.no_grad(), torch.autocast(slices.device.type, enabled=False):
@@ -237,19 +238,19 @@ class Pseudo3DClassification(Proxy):
         return StepOutput(loss, metrics, lambda: self._picture(shown, target, guess))
 
     def present(self, volumes: Tensor) -> Tensor:
-        """Colours (B, 3, 1, H, W) as slices (B, 1, 3, H, W), standardised."""
+        """Turn colours (B, 3, 1, H, W) into standardised slices (B, 1, 3, H, W)."""
         if volumes.shape[1] != 3 or volumes.shape[2] != 1:
             raise DataError(f"volumes of shape {tuple(volumes.shape)}; expected (B, 3, 1, H, W)")
         standard: Tensor = (volumes.transpose(1, 2) - self.config.mean) / self.config.std
         return standard
 
     def _classes_of(self, labels: Tensor) -> Tensor:
-        """Class numbers (B,) of keys; -1 for a class that was not there to be learned."""
+        """Look up the class numbers (B,) of keys; -1 for a class that was not there to be learned."""
         same = labels.unsqueeze(1) == self.keys
         return torch.where(same.any(dim=1), same.float().argmax(dim=1), -1)
 
     def _picture(self, shown: Tensor, target: Tensor, guess: Tensor) -> Figure:
-        """The first pictures, as the encoder saw them, with what they are and what they were taken for."""
+        """Show the first pictures as the encoder saw them, with their true and their predicted classes."""
         from matplotlib.figure import Figure
 
         count = min(len(shown), _SHOWN)
@@ -274,17 +275,16 @@ class Pseudo3DClassification(Proxy):
 def resized_crops(
     x: Tensor, rng: BatchRng, crop: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Tensor:
-    """A random part of each picture, brought to one size: torchvision's RandomResizedCrop, batched.
+    """Crop a random part of each picture and resize it: torchvision's RandomResizedCrop, batched.
 
-    The area is uniform in `scale`, the ratio of width to height log-uniform in `ratio`, and of ten such
-    boxes the first that fits is taken, at a uniform place; where none fits, the whole.
+    Of ten boxes the first that fits is taken, at a uniform place; where none fits, the whole picture.
 
     Args:
-        x: (B, 1, slices, S, S), values between pixels are bilinear.
-        rng: For the B examples.
-        crop: Side of the result.
-        scale: Least and largest share of the area.
-        ratio: Least and largest width by height.
+        x: Pictures (B, 1, slices, S, S); values between pixels are bilinear.
+        rng: Generator of the B examples.
+        crop: Side of the result, pixels.
+        scale: Share of the area, ~ U(low, high).
+        ratio: Ratio of width to height: log ratio ~ U(log low, log high).
 
     Returns:
         (B, 1, slices, crop, crop).
@@ -310,7 +310,7 @@ def resized_crops(
 
 
 def shuffle_slices(x: Tensor, rng: BatchRng, p: float = 1.0) -> Tensor:
-    """The slices of each example of (B, C, D, H, W) in a random order, with probability `p`."""
+    """Put the slices of each example of (B, C, D, H, W) into a random order, with probability `p`."""
     depth = x.shape[2]
     order = rng.permutation(depth)
     plain = torch.arange(depth, device=x.device)
@@ -319,7 +319,7 @@ def shuffle_slices(x: Tensor, rng: BatchRng, p: float = 1.0) -> Tensor:
 
 
 def _classes(data: Collection) -> list[int | str]:
-    """The labels there are: whole numbers in their order, then words in theirs."""
+    """List the labels there are: whole numbers in their order, then words in theirs."""
     labels = [label for label in data.labels if label is not None]
     pictures = sum(int(shape[1]) == 1 for shape in data.shapes)
     if not pictures:
@@ -346,6 +346,6 @@ def _classes(data: Collection) -> list[int | str]:
 
 
 def _key(label: float | str) -> int:
-    """A number for a class that is the same in every process and run."""
+    """Hash the label of a class to a number that is the same in every process and run."""
     digest = hashlib.blake2b(json.dumps(label).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

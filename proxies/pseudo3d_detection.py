@@ -23,10 +23,10 @@ class Pseudo3DDetectionConfig(Detection2dOptions):
     """Options of pseudo-3D detection.
 
     Attributes:
-        shuffle: Probability that the three slices change their order at random.
-        mean: Subtracted from pictures, whose values are 0 to 1; the paper's 114.495 of 255.
-        std: Divides what is left; the paper's 57.63 of 255.
-        keep_depth: Refuse an encoder that strides across slices; without, any is taken.
+        shuffle: Probability that the three slices are put into a random order.
+        mean: Mean that is subtracted from pictures, whose values are 0 to 1; the paper's 114.495 of 255.
+        std: Standard deviation that pictures are then divided by; the paper's 57.63 of 255.
+        keep_depth: Whether an encoder that strides across slices is refused.
     """
 
     crop: tuple[int, int] = (224, 224)
@@ -40,7 +40,7 @@ class Pseudo3DDetectionConfig(Detection2dOptions):
     keep_depth: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.slab != _SLICES:
             raise ValueError(f"slab is {self.slab}; three colours are {_SLICES} slices")
@@ -72,7 +72,7 @@ class Pseudo3DDetection(DetectionProxy2d):
     Differs from the paper: crops span `span` of the longer side of a picture, and what lies outside of it
     is background, where the paper scales whole pictures; group norm everywhere, where some of its
     released configurations freeze batch norm; the fusion begins as the mean over slices. AdamW and few
-    steps are the recipe here, not SGD with rate .02 for 24 epochs on 8 GPUs.
+    steps are the recipe here, not SGD with rate 0.02 for 24 epochs on 8 GPUs.
 
     The metrics: `recall`, the share of the boxes that one of the 100 best proposals of the first stage
     overlaps by half; on held-out pictures `ap50` too, the average precision at that overlap (mean over
@@ -87,7 +87,7 @@ class Pseudo3DDetection(DetectionProxy2d):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 4, "lr": 5e-4}
 
     def __init__(self, config: Pseudo3DDetectionConfig, encoder: Encoder) -> None:
-        """Checks the encoder; the classes are not known yet.
+        """Check the encoder, before the classes are known.
 
         Raises:
             UsageError: The encoder takes several channels, or strides across the three slices.
@@ -110,7 +110,7 @@ class Pseudo3DDetection(DetectionProxy2d):
 
     @classmethod
     def in_channels(cls, config: Pseudo3DDetectionConfig, data_channels: int) -> int:
-        """One: three colours are three slices.
+        """Return one channel, for three colours are three slices.
 
         Raises:
             UsageError: The data have neither three colours nor one channel.
@@ -126,7 +126,7 @@ class Pseudo3DDetection(DetectionProxy2d):
     def draw(
         cls, config: Pseudo3DDetectionConfig, volume: Volume, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """A crop as three slices, `crop` (1, 3, h, w), with its boxes; see `draw_boxed`.
+        """Draw a crop as three slices, `crop` (1, 3, h, w), with its boxes; see `draw_boxed`.
 
         Raises:
             DataError: It is neither a picture nor a volume of one channel, or nobody looked for boxes.
@@ -142,7 +142,7 @@ class Pseudo3DDetection(DetectionProxy2d):
         return drawn
 
     def shown(self, batch: dict[str, Tensor], rng: BatchRng) -> Boxed:
-        """What the encoder is given: slices shuffled while training, pictures standardised."""
+        """Prepare the encoder's input: slices shuffled while training, pictures standardised."""
         config = self.config
         seen = super().shown(batch, rng)
         with torch.no_grad():
@@ -160,7 +160,7 @@ class Pseudo3DDetection(DetectionProxy2d):
         return seen._replace(images=images)
 
     def present(self, volumes: Tensor) -> Tensor:
-        """Colours (B, 3, 1, H, W) as slices (B, 1, 3, H, W), standardised; volumes as they are."""
+        """Turn colours (B, 3, 1, H, W) into standardised slices (B, 1, 3, H, W); leave volumes alone."""
         if volumes.shape[1] != _SLICES or volumes.shape[2] != 1:
             return volumes
         standard: Tensor = (volumes.transpose(1, 2) - self.config.mean) / self.config.std
@@ -168,7 +168,7 @@ class Pseudo3DDetection(DetectionProxy2d):
 
 
 def as_slices(x: Tensor) -> Tensor:
-    """A crop as three slices, (1, 3, h, w): its colours, its slices, or its one slice thrice."""
+    """Turn a crop into three slices, (1, 3, h, w): its colours, its slices, or its one slice thrice."""
     if x.shape[:2] == (_SLICES, 1):
         return x.transpose(0, 1)
     return x.expand(-1, _SLICES, -1, -1)

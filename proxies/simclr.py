@@ -35,12 +35,13 @@ class SimCLRConfig(PairViews):
     """Options of the SimCLR proxy.
 
     Attributes:
-        temperature: Divides cosine similarities; lower looks harder at the nearest negatives.
+        temperature: Divisor of the cosine similarities before the softmax; a lower one gives the nearest
+            negatives more weight.
         hidden: Width of the projection head's hidden layer.
         out: Length of a projection.
         head_norm: Norm of the projection head: batch, layer or none.
-        same_subject_negatives: Take other crops of the same subject for negatives too. Data of a single
-            subject need it.
+        same_subject_negatives: Whether other crops of the same subject are negatives too, which data of a
+            single subject need.
     """
 
     temperature: float = 0.2
@@ -50,7 +51,7 @@ class SimCLRConfig(PairViews):
     same_subject_negatives: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature:g}")
@@ -67,7 +68,7 @@ class SimCLR(Proxy):
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
     values instead of colour; pairs of one subject are not each other's negatives unless asked; AdamW
-    instead of LARS in the recipe; a head 512 wide; temperature .2, for batches of tens. BatchNorm sees
+    instead of LARS in the recipe; a head 512 wide; temperature 0.2, for batches of tens. BatchNorm sees
     both views at once, as in the paper, but each rank's own examples.
     """
 
@@ -81,25 +82,25 @@ class SimCLR(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 32, "lr": 2e-3}
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder) -> None:
-        """Adds the projection head.
+        """Add the projection head.
 
         Raises:
-            UsageError: Slabs too thin for the encoder's kernels.
+            UsageError: Slabs are too thin for the encoder's kernels.
         """
         super().__init__(config, encoder)
         check_depth(config, encoder)
         self.head = projection_head(encoder.embed_dim, config.hidden, config.out, norm=config.head_norm)
 
     def setup(self, data: Collection) -> None:
-        """Refuses data that have no negatives.
+        """Refuse data that have no negatives.
 
         Raises:
-            UsageError: They are of one subject, whose pairs may not be each other's negatives.
+            UsageError: All volumes are of one subject, whose pairs may not be each other's negatives.
         """
         if self.config.same_subject_negatives:
             return
         first = data[0]
-        if all((one.dataset, one.subject) == (first.dataset, first.subject) for one in data):
+        if all((each.dataset, each.subject) == (first.dataset, first.subject) for each in data):
             raise UsageError(
                 "simclr tells a subject's pairs from those of others, and all volumes to train on are one "
                 "subject's: give it more subjects, or --simclr.same_subject_negatives true"
@@ -107,7 +108,7 @@ class SimCLR(Proxy):
 
     @classmethod
     def draw(cls, config: SimCLRConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+        """Draw pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
 
         Raises:
             DataError: The volume has no foreground, or no room for so many slabs.
@@ -117,7 +118,7 @@ class SimCLR(Proxy):
     def forward(
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
-        """Augments both views, embeds and projects them, and tells pairs from negatives of all groups."""
+        """Augment, embed and project both views, and tell pairs from the negatives of all groups."""
         config = self.config
         # Pairs of one volume are of one subject: without another volume there is no negative.
         least = 2 if config.same_subject_negatives else config.per_volume + 1

@@ -18,11 +18,12 @@ from ssl3d.api import (
     Encoder,
     Proxy,
     StepOutput,
-    UsageError,
     Views,
     apply_torchio,
     augment,
     centre_crop,
+    check_in_plane,
+    check_slab,
     draw_crop,
     draw_positions,
     in_order,
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
     from ssl3d.api import Volume
 
 
-# Of torchio's transforms, those that neither mirror nor move anything along the depth of a slab.
-_IN_PLANE = ("RandomBiasField", "RandomBlur", "RandomGamma", "RandomGhosting", "RandomNoise", "RandomSpike")
-
-
 @dataclass
 class SortingConfig(Views):
     """Options of the sorting proxy; views are in plane, their geometry shared by the slices of a volume.
@@ -54,13 +51,13 @@ class SortingConfig(Views):
     axis cannot be read off.
 
     Attributes:
-        slices: Slices (slabs) drawn from each volume, at random distinct positions.
+        slices: Number of slices (slabs) drawn from each volume, at random distinct positions.
         slab: Adjacent slices per slab. 1 suits the convolution kinds acs and 2.5d; a 3d or p3d encoder
             needs slabs deeper than its stride along D.
         axis: Axis the slices are drawn along and sorted by; D runs from inferior to superior.
         min_gap_mm: Least distance between two slices' positions, in mm.
         crop: In-plane size (height, width) of the slices, in voxels; smaller volumes are padded evenly.
-        field: What of a larger slice is seen: whole shrinks all of it to the crop's size, keeping its
+        field: Part of a larger slice that is seen: whole shrinks all of it to the crop's size, keeping its
             proportions; crop cuts a place of that size out of it, at full resolution, the same for all
             slices of a volume. Where a crop shows too little of the body, its order cannot be told.
         relaxation: The differentiable sort: softsort, neuralsort, odd_even (sorting network) or pairwise
@@ -68,11 +65,13 @@ class SortingConfig(Views):
         tau: Temperature of softsort, neuralsort and pairwise.
         power: Exponent of the distance in softsort, 1 or 2 in its paper.
         steepness: Steepness of the comparators of odd_even.
-        distribution: Comparators of odd_even: cauchy, logistic, reciprocal or optimal.
+        distribution: Cumulative distribution function of odd_even's comparators: cauchy, logistic,
+            reciprocal or optimal.
         regularization: Weight of the mean squared score, which keeps the scale of the scores finite.
-        direction: `fixed` where the volumes' orientation is known; `either` takes, per volume, the smaller
-            loss of the two directions; `auto` does so for the volumes of unknown orientation. Where
-            either direction counts, kendall_tau is that of the better one, so chance is above 0.
+        direction: Direction of the order that is asked: `fixed` where the volumes' orientation is known;
+            `either` takes, for each volume, the smaller loss of the two directions; `auto` does so for
+            the volumes of unknown orientation. Where either direction counts, kendall_tau is that of
+            the better one, so its chance level is above 0.
     """
 
     slices: int = 8
@@ -90,7 +89,7 @@ class SortingConfig(Views):
     direction: Literal["auto", "fixed", "either"] = "auto"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         for name, least in (("slices", 2), ("slab", 1)):
             if getattr(self, name) < least:
@@ -107,12 +106,7 @@ class SortingConfig(Views):
         for name in ("min_gap_mm", "regularization"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        across = [name for name in self.torchio if name not in _IN_PLANE]
-        if across:
-            raise ValueError(
-                f"torchio's {', '.join(across)} may move things across the axis to sort by; use "
-                f"{', '.join(_IN_PLANE)}"
-            )
+        check_in_plane(self.torchio)
 
 
 class Sorting(Proxy):
@@ -141,25 +135,19 @@ class Sorting(Proxy):
     recipe: ClassVar[dict[str, Any]] = {"batch_size": 8, "lr": 2e-3, "steps": 300}
 
     def __init__(self, config: SortingConfig, encoder: Encoder) -> None:
-        """Adds the scoring head.
+        """Add the head that scores slices.
 
         Raises:
             UsageError: The slabs are so thin that some taps of the encoder's kernels never see data.
         """
         super().__init__(config, encoder)
-        kind, stride = getattr(encoder.config, "kind", ""), encoder.strides[-1][0]
-        if kind in ("3d", "p3d") and config.slab <= stride:
-            raise UsageError(
-                f"slab is {config.slab}, but kernels of kind {kind} at a stride of {stride} along D learn "
-                f"nothing off-plane from slabs of fewer than {stride + 1} slices: deepen them, use strides "
-                "of 1 along D, or kind acs"
-            )
+        check_slab(encoder, config.slab)
         # Without a bias: the order does not depend on it.
         self.head = nn.Linear(encoder.embed_dim, 1, bias=False)
 
     @classmethod
     def draw(cls, config: SortingConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Cuts `slabs` (S, C, slab, height, width), in their true order along the axis.
+        """Cut `slabs` (S, C, slab, height, width), in their true order along the axis.
 
         `oriented` says whether the direction of the axis is known.
 
@@ -188,7 +176,7 @@ class Sorting(Proxy):
         }
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Augments, shuffles and scores the slabs (B, S, C, slab, height, width)."""
+        """Augment, shuffle and score the slabs (B, S, C, slab, height, width)."""
         config, oriented, size = self.config, batch["oriented"], (self.config.slab, *self.config.crop)
         # Slabs are channels to the views: one draw of geometry per volume, of contrast per slab.
         flat = batch["slabs"].flatten(1, 2)
@@ -221,7 +209,7 @@ class Sorting(Proxy):
         return StepOutput(total, metrics, lambda: _picture(shown[0], scores[0], ranks[0]))
 
     def score(self, slabs: Tensor) -> Tensor:
-        """The position scores (N,) of slabs (N, C, slab, height, width), higher towards the axis' end."""
+        """Score the positions (N,) of slabs (N, C, slab, height, width), higher towards the axis' end."""
         embedded = self.encoder.embed(slabs)
         with torch.autocast(embedded.device.type, enabled=False):
             return self.head(embedded.float()).squeeze(1)
@@ -230,13 +218,13 @@ class Sorting(Proxy):
     def profile(
         self, volume: Volume, start: int | None = None, stop: int | None = None, batch: int = 64
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores every slab of a volume's foreground, as it is, in eval mode.
+        """Score every slab of a volume's foreground, as it is, in eval mode.
 
         With `field` crop, where the foreground is wider than the crop, the crop is tiled over it and
         scores are averaged.
 
         Args:
-            volume: Any.
+            volume: Volume of any size.
             start: First slice along the axis that may be looked at; the foreground's if None.
             stop: End of the slices that may be looked at, exclusive; the foreground's if None.
             batch: Slabs per pass through the encoder.
@@ -283,7 +271,7 @@ def _slab(
     corner: Sequence[int] | None,
     margin: Sequence[int] = (0, 0),
 ) -> Tensor:
-    """The slab (C, slab, height, width) at a position along the axis.
+    """Read the slab (C, slab, height, width) at a position along the axis.
 
     `corner` is where a crop starts in plane; None is the whole slice, shrunk to the size of a crop.
     """
@@ -314,7 +302,7 @@ def _whole_slab(config: SortingConfig, volume: Volume, position: int, margin: Se
 
 
 def _shrinkage(config: SortingConfig, volume: Volume) -> float:
-    """By how much a whole slice is shrunk to fit the crop; 1 where it fits as it is."""
+    """Return the factor by which a whole slice shrinks to fit the crop; 1 where it fits as it is."""
     if config.field == "crop":
         return 1.0
     _, *plane = lay_flat(volume.shape[1:], "DHW".index(config.axis))
@@ -324,7 +312,7 @@ def _shrinkage(config: SortingConfig, volume: Volume) -> float:
 def _foreground(
     volume: Volume, axis: int, start: int | None, stop: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The box (first voxel, end) of the foreground, as if the volume had only these slices along `axis`."""
+    """Find the foreground's box (first voxel, end), as if the volume had only these slices along `axis`."""
     low, high = (np.array(side) for side in volume.foreground_box())
     if start is None and stop is None:
         return low, high
@@ -332,15 +320,15 @@ def _foreground(
     block, occupied = np.asarray(volume.block), volume.foreground() >= 0.1
     occupied = occupied.take(range(first // block[axis], -(-end // block[axis])), axis)
     for i in range(3):
-        found = np.flatnonzero(occupied.any(axis=tuple(j for j in range(3) if j != i)))
-        if i != axis and len(found):
-            low[i], high[i] = found[0] * block[i], min((found[-1] + 1) * block[i], volume.shape[i + 1])
+        blocks = np.flatnonzero(occupied.any(axis=tuple(j for j in range(3) if j != i)))
+        if i != axis and len(blocks):
+            low[i], high[i] = blocks[0] * block[i], min((blocks[-1] + 1) * block[i], volume.shape[i + 1])
     low[axis], high[axis] = first, end
     return low, high
 
 
 def _tiles(size: Sequence[int], axis: int, start: np.ndarray, stop: np.ndarray) -> list[list[int]]:
-    """Starts of the fewest crops that cover a box in plane, evenly spread, or one in its middle."""
+    """Place the fewest crops that cover a box in plane, evenly spread, or one in its middle."""
     places = []
     for i in range(3):
         room = int(stop[i] - start[i]) - size[i]
@@ -351,7 +339,7 @@ def _tiles(size: Sequence[int], axis: int, start: np.ndarray, stop: np.ndarray) 
 
 
 def _picture(slabs: Tensor, scores: Tensor, ranks: Tensor) -> Figure:
-    """The middle slices of one volume's slabs: above in their true order, below in the predicted one."""
+    """Show the middle slices of one volume's slabs, above in their true order, below in the predicted."""
     from matplotlib.figure import Figure
 
     count = len(slabs)

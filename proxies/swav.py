@@ -20,15 +20,15 @@ from ssl3d.api import (
     ViewRng,
     agreement,
     augment,
+    balanced_assignments,
     check_depth,
     default_prototypes,
     draw_pairs,
     embed_pairs,
-    gather,
     projection_head,
     prototype_picture,
-    shard,
-    sinkhorn,
+    push_pairs,
+    queue_scores,
     swav_loss,
     view_margin,
 )
@@ -46,18 +46,19 @@ class SwAVConfig(PairViews):
     """Options of the SwAV proxy.
 
     Attributes:
-        prototypes: How many; 0 takes a tenth of the places that the data have to show (at most 4 in each
-            volume), 8 to 3000.
-        temperature: Divides similarities to the prototypes before the softmax.
-        epsilon: Of the assignments: lower is harder. Raise it where few prototypes are used; lower it
-            where the loss stays at the logarithm of their number.
-        iterations: Sinkhorn iterations.
-        queue: Earlier pairs that assignments are balanced over beside the batch, for batches much
-            smaller than the number of prototypes. 0 turns it off: features that still change fast are
+        prototypes: Number of prototypes; 0 takes a tenth of the places that the data have to show (at most
+            4 in each volume), within 8 and 3000.
+        temperature: Divisor of the similarities to the prototypes before the softmax.
+        epsilon: Softness of the assignments; lower is harder. Raise it where few prototypes are used; lower
+            it where the loss stays at the logarithm of their number.
+        iterations: Iterations of the Sinkhorn algorithm that balances the assignments.
+        queue: Number of earlier pairs that assignments are balanced over beside the batch, for batches much
+            smaller than the number of prototypes; 0 is none. Features that still change fast would be
             set apart from older ones rather than from each other.
-        queue_from: Share of the training from which on the queue is used.
+        queue_from: Share of the training after which the queue is used.
         freeze: Share of the training in which prototypes stay as they began.
-        small_crops: Further views of half the side, of the same place, predicted from the large ones.
+        small_crops: Number of further views of the same place, of half the side, whose prototypes are
+            predicted too.
         hidden: Width of the projection head's hidden layer.
         out: Length of a projection.
         head_norm: Norm of the projection head: batch, layer or none.
@@ -76,7 +77,7 @@ class SwAVConfig(PairViews):
     head_norm: Literal["batch", "layer", "none"] = "batch"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         for name in ("temperature", "epsilon"):
             if getattr(self, name) <= 0:
@@ -98,8 +99,8 @@ class SwAV(Proxy):
     Contrasting Cluster Assignments, NeurIPS 2020 (arXiv:2006.09882).
 
     Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; prototypes scale with the data instead of 3000. Epsilon is .02 instead of
-    .05: assignments must be sharper than predictions by more than the views differ, else equal scores
+    values instead of colour; prototypes scale with the data instead of 3000. Epsilon is 0.02 instead of
+    0.05: assignments must be sharper than predictions by more than the views differ, else equal scores
     are where training ends, and on small batches of weakly agreeing crops it did. Projections are
     normalised over the batch as well, which removes the direction that all features share at first. No
     queue unless asked for; it then holds the batches of all ranks. A head 512 wide instead of 2048;
@@ -121,10 +122,10 @@ class SwAV(Proxy):
     progress: Tensor
 
     def __init__(self, config: SwAVConfig, encoder: Encoder) -> None:
-        """Adds the projection head, prototypes and the queue.
+        """Add the projection head, the prototypes and the queue.
 
         Raises:
-            UsageError: Slabs too thin for the encoder's kernels.
+            UsageError: Slabs are too thin for the encoder's kernels.
         """
         super().__init__(config, encoder)
         check_depth(config, encoder)
@@ -135,14 +136,14 @@ class SwAV(Proxy):
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
 
     def setup(self, data: Collection) -> None:
-        """Chooses the number of prototypes by what there is to tell apart, unless it is given."""
+        """Choose the number of prototypes by what there is to tell apart, unless it is given."""
         if not self.config.prototypes:
             items = sum(_places(self.config, volume.shape[1:]) for volume in data)
             self.prototypes = Prototypes(self.config.out, default_prototypes(items))
 
     @classmethod
     def draw(cls, config: SwAVConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
+        """Draw pairs of overlapping crops, or of slices: `a`, `b` (K, C, d, h, w) and `spacing` (3,).
 
         Raises:
             DataError: The volume has no foreground, or no room for so many slabs.
@@ -152,7 +153,7 @@ class SwAV(Proxy):
     def forward(
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
-        """Assigns the large views of all groups to prototypes, and predicts that from the other views."""
+        """Assign the large views of all groups to prototypes, and predict that from the other views."""
         config = self.config
         groups = [batch] if isinstance(batch, dict) else batch
         rngs = [rng] if isinstance(rng, BatchRng) else rng
@@ -166,54 +167,36 @@ class SwAV(Proxy):
         together = torch.cat(embeddings, dim=1)
         projected = self.head(together.flatten(0, 1)).unflatten(0, together.shape[:2])
         frozen = bool(self.progress < config.freeze)
-        scores = self.prototypes(projected, frozen).unbind(1)
-        loss = swav_loss(scores, self._assign(scores[:2]), config.temperature)
+        similarities = self.prototypes(projected, frozen)
+        queued = bool(self.progress >= config.queue_from)
+        earlier = queue_scores(self.prototypes, self.queue, self.queued) if queued else None
+        assigned = balanced_assignments(similarities[:, :2], earlier, config.epsilon, config.iterations)
+        scores = similarities.unbind(1)
+        loss = swav_loss(scores, assigned, config.temperature)
         if self.training:
-            self._remember(projected[:, :2], groups)
+            codes = [group["index"].repeat_interleave(group["a"].shape[1]) for group in groups]
+            push_pairs(self.queue, self.queued, projected[:, :2], torch.cat(codes))
         chosen = [view.detach().argmax(1) for view in scores[:2]]
-        found = agreement(chosen[0], chosen[1], len(self.prototypes))
+        agreed = agreement(chosen[0], chosen[1], len(self.prototypes))
         metrics = {
-            "kappa": found.kappa,
-            "agreement": found.agreement,
-            "chance": found.chance,
-            "used": found.used,
+            "kappa": agreed.kappa,
+            "agreement": agreed.agreement,
+            "chance": agreed.chance,
+            "used": agreed.used,
         }
         shown = pairs.views[0][:, 0]
         a, b = (side[: len(shown)] for side in chosen)
         return StepOutput(loss, metrics, lambda: prototype_picture(shown, a, b))
 
     def after_step(self, step: int, total: int) -> None:
-        """Normalises the prototypes, and notes how far the training has come."""
+        """Normalise the prototypes, and note how far the training has come."""
         self.prototypes.normalize_()
         self.progress.fill_((step + 1) / max(total, 1))
-
-    def _assign(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Balanced assignments (B, K) of both large views, over the batch and the queue of all ranks."""
-        config, own = self.config, len(scores[0])
-        rows = list(scores)
-        if config.queue and self.progress >= config.queue_from and self.queued >= config.queue:
-            with torch.no_grad():
-                earlier = self.prototypes(shard(self.queue)).unbind(1)
-            rows = [torch.cat([now.detach(), then]) for now, then in zip(scores, earlier, strict=True)]
-        return [sinkhorn(view, config.epsilon, config.iterations)[:own] for view in rows]
-
-    @torch.no_grad()
-    def _remember(self, projected: Tensor, groups: list[dict[str, Tensor]]) -> None:
-        """Puts the batch of all ranks before what the queue holds, and drops the oldest."""
-        config = self.config
-        if not config.queue:
-            return
-        newest = gather(projected.detach().float())
-        # In the order of the volumes: then the queue is the same on any number of ranks.
-        codes = torch.cat([group["index"].repeat_interleave(group["a"].shape[1]) for group in groups])
-        newest = newest[gather(codes).argsort(stable=True)]
-        self.queue.copy_(torch.cat([newest, self.queue])[: config.queue])
-        self.queued += len(newest)
 
 
 @torch.no_grad()
 def small_views(config: SwAVConfig, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
-    """Small views cut out of the drawn pairs at random places and augmented, taken from a and b in turn.
+    """Cut small views out of the drawn pairs, from a and b in turn, at random places, and augment them.
 
     Returns:
         (B x K, small_crops, C, d, h, w), half as high and wide as the large views; half as deep where
@@ -238,7 +221,7 @@ def small_views(config: SwAVConfig, batch: dict[str, Tensor], rng: BatchRng) -> 
 
 
 def _cut(x: Tensor, size: Sequence[int], where: Tensor) -> Tensor:
-    """A box of `size` out of each of (R, C, D, H, W), at `where` (R, 3) in 0 to 1 of the room there is."""
+    """Cut a box of `size` out of each of (R, C, D, H, W), at `where` (R, 3) in 0 to 1 of the free room."""
     index = [torch.arange(len(x), device=x.device)[:, None, None, None]]
     for axis, length in enumerate(size):
         room = x.shape[axis + 2] - length
@@ -253,7 +236,7 @@ def _half(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _places(config: SwAVConfig, shape: Sequence[int]) -> int:
-    """Crops side by side that cover a volume, or its slabs; at most `_PLACES`."""
+    """Count the crops side by side that cover a volume, or its slabs; at most `_PLACES`."""
     if config.views == "slices" and shape[0] > 1:
         return min(_PLACES, max(1, shape["DHW".index(config.axis)] // config.slab))
     crop = (1, *config.plane) if config.views == "slices" else config.crop

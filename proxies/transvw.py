@@ -39,18 +39,22 @@ class TransVWConfig(RestoreViews, Corruptions):
     """Options of the TransVW proxy.
 
     Attributes:
-        flip: Probability of mirroring along each axis, input and target alike. Left is another word than
-            right: none by default.
+        flip: Probability that input and target are mirrored, along each axis; 0 by default, as left is
+            another word than right.
         words: Number of visual words, which are the classes.
-        alike: Share of the volumes that a word is taken from: those that look most like its reference.
-        exact: Share of the crops cut at the very place of their word; the others are shifted and zoomed.
-        zoom: Largest zoom of those others, less 1: 0.25 is crops of 1/1.25 to 1.25 the size, resized.
-        shift: How far those others are shifted, as a share of the distance between neighbouring words.
-        restore_weight: Of the restoration's error.
-        word_weight: Of the words' cross entropy.
+        alike: Share of the volumes that a word is taken from, which are those that look most like its
+            reference.
+        exact: Probability that a crop is cut at the very place of its word; other crops are shifted and
+            zoomed.
+        zoom: Strength z of the zoom of those others: log factor ~ U(-log(1 + z), log(1 + z)); the crop
+            is resized.
+        shift: Range s of the shift of those others: shift ~ U(-s, s) times the distance between
+            neighbouring words, along each axis.
+        restore_weight: Weight of the restoration's error.
+        word_weight: Weight of the words' cross entropy.
         width: Channels of the decoder at half resolution.
-        skips: Whether the decoder sees the encoder's shallow maps too, as in a U-Net.
-        word_seed: Of the words: where they lie and which volumes are their references.
+        skips: Whether the decoder sees the encoder's shallower maps too, as in a U-Net.
+        word_seed: Seed of the words: of their places and of the volumes that are their references.
     """
 
     flip: float = 0.0
@@ -66,7 +70,7 @@ class TransVWConfig(RestoreViews, Corruptions):
     word_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         RestoreViews.__post_init__(self)
         Corruptions.__post_init__(self)
         for name in ("words", "width"):
@@ -84,7 +88,7 @@ class TransVWConfig(RestoreViews, Corruptions):
 
 
 class _Volumes:
-    """The training volumes until the words are found; a copy of the proxy shares them."""
+    """Training volumes until the words are found; a copy of the proxy shares them."""
 
     def __init__(self, volumes: list[Volume]) -> None:
         self.volumes = volumes
@@ -129,7 +133,7 @@ class TransVW(Proxy):
     places: Tensor
 
     def __init__(self, config: TransVWConfig, encoder: Encoder) -> None:
-        """Adds decoder and classifier."""
+        """Add the decoder and the classifier."""
         super().__init__(config, encoder)
         self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
         self.classifier = nn.Linear(encoder.embed_dim, config.words)
@@ -141,7 +145,7 @@ class TransVW(Proxy):
         self._data: _Volumes | None = None
 
     def setup(self, data: Collection) -> None:
-        """Makes room for the words of these volumes.
+        """Make room for the words of these volumes.
 
         Raises:
             DataError: There are only images, or a single subject.
@@ -166,21 +170,22 @@ class TransVW(Proxy):
         )
 
     def start_epoch(self, epoch: int, loader: Any) -> None:
-        """Finds the words, once: which volumes look like which reference."""
+        """Find the words, once: which volumes look like which reference."""
         if self._data is None or bool(self.member.any()):
             return
         config, volumes = self.config, self._data.volumes
-        found = find_alike(volumes, config.words, config.alike, config.word_seed, device=self.codes.device)
-        self.member.copy_(found.alike)
-        self.references.copy_(self.codes[found.references.to(self.codes.device)])
+        device = self.codes.device
+        likeness = find_alike(volumes, config.words, config.alike, config.word_seed, device=device)
+        self.member.copy_(likeness.alike)
+        self.references.copy_(self.codes[likeness.references.to(device)])
         self._data = None
 
     @classmethod
     def draw(cls, config: TransVWConfig, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The crop of a random word, `crop` (C, d, h, w), and which one it is, `word`.
+        """Draw the crop of a random word, `crop` (C, d, h, w), and the number of the word, `word`.
 
         Raises:
-            DataError: An image, a volume without foreground, or one so small that all words coincide.
+            DataError: It is an image, has no foreground, or is so small that all words coincide.
         """
         if volume.shape[1] == 1:
             raise DataError(f"{volume.id}: an image; visual words are places in volumes")
@@ -195,7 +200,7 @@ class TransVW(Proxy):
         return {"crop": crop, "word": torch.tensor(word)}
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Corrupts the crops, restores them, and names their words."""
+        """Corrupt the crops, restore them, and name their words."""
         config, word = self.config, batch["word"]
         everywhere = torch.ones_like(batch["crop"][:, 0], dtype=torch.bool)
         views = {"crop": batch["crop"], "foreground": everywhere}
@@ -227,7 +232,7 @@ class TransVW(Proxy):
         )
 
     def counts(self, index: Tensor, word: Tensor) -> Tensor:
-        """How much each example counts as one of its word: 0 in volumes that are unlike its reference.
+        """Weigh each example as one of its word: 0 in volumes that are unlike its reference.
 
         The others make up for it, so that the mean is 1. All words count in volumes of people that were
         kept out, of whom no one knows whom they look like.
@@ -243,7 +248,7 @@ class TransVW(Proxy):
 def _cut(
     config: TransVWConfig, volume: Volume, word: int, rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Start and size of a crop of a word in a volume, in voxels."""
+    """Place the crop of a word in a volume: its start and size, in voxels."""
     place = word_places(config.words, config.word_seed)[word]
     low, high = volume.foreground_box()
     move = rng.uniform(-1, 1, 3) * config.shift / config.words ** (1 / 3)
@@ -269,7 +274,7 @@ def _cut(
 
 
 def _room(low: int, high: int, side: int, limit: int) -> tuple[int, int]:
-    """First start along an axis, and how many further ones, of crops within the foreground's box."""
+    """Return the first start along an axis, and the number of further ones, within the foreground's box."""
     if side >= limit:
         return (limit - side) // 2, 0
     if side > high - low:  # as much of the volume around it as it takes

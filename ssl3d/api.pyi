@@ -26,6 +26,12 @@ from .encoders.masking import (
     visible_at as visible_at,
 )
 from .encoders.norms import norm as norm
+from .encoders.copies import (
+    flat_parameters as flat_parameters,
+    follow as follow,
+    momentum_teacher as momentum_teacher,
+    restore_parameters as restore_parameters,
+)
 from .plugin_files import code_digest as code_digest
 from .rng import (
     BatchRng as BatchRng,
@@ -95,6 +101,7 @@ from .views.compose import (
 from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
+    relative_error as relative_error,
     restoration_error as restoration_error,
 )
 from .views.crops import (
@@ -113,10 +120,14 @@ from .views.labelled import (
     mask_values as mask_values,
     read_labelled as read_labelled,
 )
-from .views.outside import apply_torchio as apply_torchio
+from .views.outside import (
+    apply_torchio as apply_torchio,
+    check_in_plane as check_in_plane,
+)
 from .views.pairs import (
     PairViews as PairViews,
     check_depth as check_depth,
+    check_slab as check_slab,
     draw_pairs as draw_pairs,
     embed_pairs as embed_pairs,
     pair_picture as pair_picture,
@@ -129,16 +140,22 @@ from .views.restore import (
     restoration_picture as restoration_picture,
 )
 from .views.spatial import centre_crop as centre_crop
+from .views.stacks import draw_stack as draw_stack
 
 # Objectives
 from .objectives.clustering import (
+    IGNORED as IGNORED,
     MemoryBank as MemoryBank,
     Prototypes as Prototypes,
     agreement as agreement,
+    balanced_assignments as balanced_assignments,
+    cluster_loss as cluster_loss,
     default_prototypes as default_prototypes,
     mutual_information as mutual_information,
     perplexity as perplexity,
     prototype_picture as prototype_picture,
+    push_pairs as push_pairs,
+    queue_scores as queue_scores,
     shard as shard,
     sinkhorn as sinkhorn,
     swav_loss as swav_loss,
@@ -161,6 +178,16 @@ from .objectives.sorting import (
 from .objectives.visual_words import (
     find_alike as find_alike,
     word_places as word_places,
+)
+from .objectives.masked_slices import (
+    interpolate_block as interpolate_block,
+    mask_block as mask_block,
+    standardise as standardise,
+)
+from .objectives.pair_clustering import (
+    BalancedClustering as BalancedClustering,
+    KMeansClustering as KMeansClustering,
+    PairClustering as PairClustering,
 )
 
 # Heads on the encoder

@@ -25,7 +25,6 @@ LEFT = set(
     benchmarks/leaderboard/suite
     benchmarks/localize
     benchmarks/scripts
-    proxies
     ssl3d
     ssl3d/checkpoint
     ssl3d/commands
@@ -34,7 +33,6 @@ LEFT = set(
     ssl3d/evaluation
     ssl3d/evaluation/statistics
     ssl3d/heads
-    ssl3d/objectives
     ssl3d/segmentation
     ssl3d/testing
     ssl3d/training

@@ -29,7 +29,7 @@ class Options(Protocol):
 
 
 def check_options(config: Options, at_least_1: tuple[str, ...], strides: dict[str, int | None]) -> None:
-    """Checks a configuration's fields.
+    """Check a configuration's fields.
 
     Args:
         config: With `kind` and `norm`.

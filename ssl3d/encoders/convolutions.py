@@ -141,7 +141,7 @@ def _fold(x: Tensor, batch: Axes, channels: Axes, rows: Axes, columns: Axes) -> 
 
 
 def _flat_depth(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Slices join the batch."""
+    """Slice join the batch."""
     batch, channels, depth = x.shape[:3]
     y = conv2d(_fold(x, (0, 2), (1,), (3,), (4,)), weight, stride, padding, channels)
     return y.unflatten(0, (batch, depth)).transpose(1, 2)
@@ -187,7 +187,7 @@ def _planes(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tenso
 
 
 def _pad_beforehand(x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-    """Pads where the convolution itself could not be trusted to; what is left for it to pad."""
+    """Pad where the convolution itself could not be trusted to; what is left for it to pad."""
     if not any(pads) or x.device.type != "cpu":
         return x, pads
     used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -364,7 +364,7 @@ class Full(Convolution):
         return (*super().weight_shape(), self.kernel)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """Skips the planes that would meet padding only."""
+        """Skip the planes that would meet padding only."""
         return self._in_plane(x, self.weight[:, :, self.middle])
 
     def on_volume(self, x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class DenseNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         check_options(
             self,
             at_least_1=("in_channels", "growth", "width", "bottleneck", "norm_groups", "stem_kernel"),

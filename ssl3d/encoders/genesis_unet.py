@@ -41,7 +41,7 @@ class GenesisUNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         check_options(self, ("in_channels", "width", "norm_groups"), {"pool_strides": 3})
 
 

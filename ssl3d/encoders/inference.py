@@ -200,7 +200,7 @@ def upsample(map_: Tensor, size: Sequence[int], stride: Sequence[float]) -> Tens
 
 
 def recalibrate_norm(encoder: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Estimates the running statistics of every batch norm anew, from unlabelled volumes.
+    """Estimate the running statistics of every batch norm anew, from unlabelled volumes.
 
     For an encoder that is used on another depth, spacing or kind of image than it was trained on. The
     statistics become the mean over the batches; weights and all other modules stay as they are.
@@ -288,7 +288,7 @@ def _axis_weights(starts: list[int], window: int, length: int, weighting: str) -
 
 
 def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
-    """Weights (d, h, w) of a window's voxels, largest in its middle: a Gaussian of an eighth of its sides.
+    """Weight (d, h, w) of a window's voxels, largest in its middle: a Gaussian of an eighth of its sides.
 
     Args:
         positions: Along D, H and W, in voxels of the window.
@@ -304,7 +304,7 @@ def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
 
 
 def _sample(map_: Tensor, positions: Sequence[Tensor], stride: Sequence[float]) -> Tensor:
-    """Interpolates at input positions: one small matrix product per axis, in the map's own precision."""
+    """Interpolate at input positions: one small matrix product per axis, in the map's own precision."""
     with torch.autocast(map_.device.type, enabled=False):  # which would round float32 to bfloat16
         for axis, (position, step) in enumerate(zip(positions, stride, strict=True)):
             length = map_.shape[2 + axis]

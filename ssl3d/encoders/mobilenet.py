@@ -43,7 +43,7 @@ class MobileNetV2Config:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         check_options(
             self,
             at_least_1=("in_channels", "last_channels", "norm_groups"),

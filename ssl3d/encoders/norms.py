@@ -64,7 +64,7 @@ class BatchNorm(nn.BatchNorm3d):
             raise ValueError(f"batch norm takes (B, C, H, W) or (B, C, D, H, W), not {input.dim()} axes")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises over all axes but C."""
+        """Normalise over all axes but C."""
         if self.training and self.running_mean is not None and recomputing():
             assert self.running_var is not None
             mean, var = self.running_mean.clone(), self.running_var.clone()  # thrown away
@@ -92,7 +92,7 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` by `group_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises each group of channels of each example."""
+        """Normalise each group of channels of each example."""
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -104,7 +104,7 @@ def norm(kind: str, channels: int, groups: int) -> nn.Module:
 
 
 def refuse_one_voxel(kind: str, size: Sequence[int], stride: Sequence[int]) -> None:
-    """Says so where an instance norm would set an encoder's deepest map to zero, whatever comes in.
+    """Say so where an instance norm would set an encoder's deepest map to zero, whatever comes in.
 
     Args:
         kind: Of the encoder's norms.

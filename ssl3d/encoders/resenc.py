@@ -62,7 +62,7 @@ class ResEncConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         for field, allowed in (("kind", KINDS), ("norm", NORMS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
@@ -98,7 +98,7 @@ class Cuboid(Convolution):
         return (self.out_channels, self.in_channels, *self.sizes)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """Skips the planes that would meet padding only."""
+        """Skip the planes that would meet padding only."""
         middle = self.weight[:, :, self.pads[0], None]
         pads, stride = (0, *self.pads[1:]), (1, *self.stride[1:])
         return conv3d(x.unsqueeze(2), middle, None, stride, pads).squeeze(2)

@@ -63,7 +63,7 @@ class ResNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         for field, allowed in (("kind", KINDS), ("norm", NORMS), ("shortcut", get_args(ShortcutType))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
@@ -205,7 +205,7 @@ class Stage(nn.Sequential):
     """Blocks in a row; the first one has the stride."""
 
     def forward(self, x: Tensor, image: bool, checkpointing: bool) -> Tensor:  # type: ignore[override]
-        """Passes `image` on to every block."""
+        """Pass `image` on to every block."""
         for block in self:
             if checkpointing:
                 x = checkpoint(block, x, image, use_reentrant=False, context_fn=_count_once)

@@ -52,7 +52,7 @@ class SwinConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         for field in ("in_channels", "width", "heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")

@@ -45,7 +45,7 @@ class ViTConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         for field in ("in_channels", "width", "layers", "heads", "maps"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
@@ -62,7 +62,7 @@ class ViTConfig:
 
 
 def repeat_edges(x: Tensor, multiples: Triple, first: int = 2) -> Tensor:
-    """Lengthens three axes to multiples, by repeating the last slice along each.
+    """Lengthen three axes to multiples, by repeating the last slice along each.
 
     Concatenation, since the backward pass of replication padding is not deterministic on CUDA.
 

@@ -56,7 +56,7 @@ class AggregatorConfig:
     plane: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         for name in ("features", "width", "layers", "heads", "hidden", "downsample", "slab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -123,7 +123,7 @@ class SliceAggregator(nn.Module):
     def forward(
         self, embeddings: Tensor, mask: Tensor | None = None, details: list[Attended] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attends along the slices, and takes the mean.
+        """Attend along the slices, and takes the mean.
 
         Args:
             embeddings: Of slices in their order, (B, S, F).
@@ -342,7 +342,7 @@ class SliceAttention(nn.Module):
             nn.init.normal_(self.offset_out, std=0.02)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
-        """Attends.
+        """Attend.
 
         Args:
             tokens: (B, S, E), slices first, padding after them, 0.

@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.out = nn.Conv3d(channels, self.out_channels, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Decodes `encoder(x)`.
+        """Decode `encoder(x)`.
 
         Args:
             maps: What the encoder gave, shallow to deep.

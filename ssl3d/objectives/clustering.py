@@ -22,14 +22,18 @@ _ROWS = 4096  # features compared with all centroids at once
 
 
 def default_prototypes(items: int) -> int:
-    """How many prototypes so many items are worth: a tenth of them, within 8 and 3000.
+    """Choose the number of prototypes for so many items: a tenth of them, within 8 and 3000.
 
     ImageNet's 3000 are one for 427 images. A prototype with one or two items is learnt by heart and
     parts a subject from all others; with ten it must hold what several subjects share. Fewer than 8
     ask too little, more than 3000 were no better in the paper. Never more than there are items.
 
     Args:
-        items: What is clustered: volumes, times places in each.
+        items: Number of items to cluster: volumes, times places in each.
+
+    Example:
+        >>> default_prototypes(500), default_prototypes(20), default_prototypes(5)
+        (50, 8, 5)
     """
     return max(2, min(items, max(8, min(items // 10, 3000))))
 
@@ -43,8 +47,8 @@ class Prototypes(nn.Module):
     and learn ever slower.
 
     Args:
-        features: Length F.
-        count: Number K.
+        features: Length F of the features.
+        count: Number K of prototypes.
     """
 
     def __init__(self, features: int, count: int) -> None:
@@ -56,10 +60,10 @@ class Prototypes(nn.Module):
         return len(self.weight)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Cosine similarities (..., K) of features (..., F), float32 whatever the precision.
+        """Compare features (..., F): cosine similarities (..., K), in float32 whatever the precision.
 
         Args:
-            x: Normalised here.
+            x: Features of any length but 0; they are normalised here.
             frozen: Whether the prototypes get no gradient, as at first in the paper.
         """
         with torch.autocast(x.device.type, enabled=False):
@@ -68,13 +72,13 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Brings the rows back to length 1, in place; for `Proxy.after_step`."""
+        """Bring the rows back to length 1, in place; call it in `Proxy.after_step`."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
 
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Soft assignments to prototypes, every prototype used equally over the batch of all ranks.
+    """Assign rows softly to prototypes, every prototype used equally over the batch of all ranks.
 
     The authors' iteration on Q = exp(scores / epsilon): each prototype's share is divided by its sum and
     by K, then each row's by its sum and by B. It runs on logarithms in float32, where it cannot
@@ -84,12 +88,16 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     Caron et al., NeurIPS 2020; Cuturi, NeurIPS 2013.
 
     Args:
-        scores: This rank's rows, (B, K), cosine similarities.
-        epsilon: Lower is harder.
-        iterations: 3 in the paper.
+        scores: Cosine similarities of this rank's rows, (B, K).
+        epsilon: Softness of the assignments; lower is harder.
+        iterations: Number of iterations, 3 in the paper.
 
     Returns:
-        (B, K) float32; each row sums to 1.
+        Assignments (B, K), float32; each row sums to 1.
+
+    Example:
+        >>> sinkhorn(torch.tensor([[1.0, 0.9], [0.9, 0.1]])).argmax(1)  # both would rather have the first
+        tensor([1, 0])
     """
     with torch.autocast(scores.device.type, enabled=False):
         counts = row_counts(len(scores), scores.device)
@@ -104,22 +112,28 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 def swav_loss(scores: Sequence[Tensor], assignments: Sequence[Tensor], temperature: float = 0.1) -> Tensor:
-    """Predicts each large view's assignment from all other views; mean over the batch of all ranks.
+    """Compute SwAV's loss: each large view's assignment is predicted from all other views.
 
     1/I sum over views i of 1/(V - 1) sum over views v != i of -mean_b q_i . log softmax(scores_v / t).
 
     Caron et al., NeurIPS 2020, equation 1 and its multi-crop form.
 
     Args:
-        scores: V views' cosine similarities to the prototypes, (B, K) each; the I large ones first.
-        assignments: What `sinkhorn` gave for the I large views, (B, K) each.
-        temperature: Divides scores.
+        scores: Cosine similarities of V views to the prototypes, (B, K) each; the I large views first.
+        assignments: Assignments of the I large views by `sinkhorn`, (B, K) each.
+        temperature: Divisor of the similarities.
 
     Returns:
-        Scalar. A sum over own rows, scaled so that the mean over ranks is that of the global batch.
+        Scalar, the mean over the batch of all ranks: a sum over own rows, scaled so that the mean over
+        ranks is that of the global batch.
 
     Raises:
-        ValueError: Fewer than two views, or more assignments than views.
+        ValueError: There are fewer than two views, or more assignments than views.
+
+    Example:
+        >>> views = [torch.eye(2), torch.eye(2)]
+        >>> round(swav_loss(views, [sinkhorn(view) for view in views], temperature=1.0).item(), 4)
+        0.3133
     """
     if len(scores) < 2 or not 0 < len(assignments) <= len(scores):
         raise ValueError(
@@ -138,12 +152,101 @@ def swav_loss(scores: Sequence[Tensor], assignments: Sequence[Tensor], temperatu
         return torch.stack(terms).sum() / len(assignments) * world_size() / max(total, 1)
 
 
+def balanced_assignments(
+    scores: Tensor, earlier: Tensor | None, epsilon: float, iterations: int
+) -> list[Tensor]:
+    """Assign the rows of each view to prototypes, balanced over all ranks and the rows of a queue.
+
+    Every rank must call it.
+
+    Args:
+        scores: Cosine similarities of this rank's rows to the prototypes, (R, V, K).
+        earlier: Similarities of this rank's share of the queue, (Q, V, K), by `queue_scores`; None for no
+            queue.
+        epsilon: Softness of the assignments, as for `sinkhorn`.
+        iterations: Iterations of `sinkhorn`.
+
+    Returns:
+        Assignments (R, K) of the rows, one tensor for each of the V views.
+    """
+    rows = scores.detach() if earlier is None else torch.cat([scores.detach(), earlier])
+    return [sinkhorn(view, epsilon, iterations)[: len(scores)] for view in rows.unbind(1)]
+
+
+@torch.no_grad()
+def queue_scores(prototypes: Prototypes, queue: Tensor, queued: Tensor) -> Tensor | None:
+    """Compare this rank's share of a queue of features with the prototypes.
+
+    Args:
+        prototypes: Prototypes as they are now.
+        queue: Features that all ranks hold alike, (Q, V, F).
+        queued: Number of rows put into the queue since the start, a scalar.
+
+    Returns:
+        Cosine similarities (Q / ranks, V, K), or None until the queue is full.
+    """
+    if not len(queue) or int(queued) < len(queue):
+        return None
+    similarities: Tensor = prototypes(shard(queue))
+    return similarities
+
+
+@torch.no_grad()
+def push_pairs(queue: Tensor, queued: Tensor, features: Tensor, codes: Tensor) -> None:
+    """Put the features of all ranks at the head of a queue, in place, and drop the oldest ones.
+
+    Every rank must call it, with any number of rows. A queue of length 0 stays as it is.
+
+    Args:
+        queue: Features that all ranks hold alike, the newest first, (Q, V, F).
+        queued: Number of rows put into the queue since the start, a scalar.
+        features: Features of this rank's rows, (R, V, F).
+        codes: Codes of the rows' items, (R,).
+    """
+    if not len(queue):
+        return
+    newest = gather(features.detach().float())
+    # In the order of the items: then the queue is the same on any number of ranks.
+    newest = newest[gather(codes).argsort(stable=True)]
+    queue.copy_(torch.cat([newest, queue])[: len(queue)])
+    queued += len(newest)
+
+
+def cluster_loss(scores: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
+    """Tell each view's cluster from its similarities to the centroids of several clusterings.
+
+    The cross-entropy of DeepCluster-v2, mean over the batch of all ranks. Every rank must call it, with
+    any number of rows.
+
+    Caron et al., NeurIPS 2020, appendix D.
+
+    Args:
+        scores: Cosine similarities to the centroids, (H, R, V, K), H being the clusterings.
+        targets: Clusters (H, R, V), int64; negative ones (`IGNORED`) do not count.
+        temperature: Divisor of the similarities.
+
+    Returns:
+        Scalar. A sum over own rows, scaled so that the mean over ranks is that of the global batch; 0
+        where no rank has a target.
+
+    Example:
+        >>> scores = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+        >>> round(cluster_loss(scores, torch.tensor([[[0, IGNORED]]]), temperature=1.0).item(), 4)
+        0.3133
+    """
+    valid = sum(row_counts(int((targets >= 0).sum()), targets.device))
+    total = F.cross_entropy(
+        (scores / temperature).flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total * world_size() / max(valid, 1)
+
+
 class Clusters(NamedTuple):
-    """What `spherical_kmeans` gives.
+    """Outcome of a spherical k-means.
 
     Attributes:
-        centroids: (K, F), unit length.
-        assignment: (N,) int64, the nearest centroid of each row.
+        centroids: Centroids (K, F) of unit length.
+        assignment: Nearest centroid of each row, (N,) int64.
     """
 
     centroids: Tensor
@@ -154,20 +257,27 @@ class Clusters(NamedTuple):
 def spherical_kmeans(
     features: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None
 ) -> Clusters:
-    """k-means by cosine similarity, as in DeepCluster-v2: from random rows, a fixed number of iterations.
+    """Cluster features by cosine similarity, as DeepCluster-v2 does.
 
-    A cluster that loses all its rows keeps its centroid. Sums run in a fixed order on any device.
+    It starts from random rows, and takes a fixed number of iterations. A cluster that loses all its rows
+    keeps its centroid. Sums run in a fixed order on any device.
 
     Caron et al., NeurIPS 2020, appendix D; Dhillon and Modha, Machine Learning 2001.
 
     Args:
-        features: (N, F), normalised here; float32 whatever the precision.
-        k: Clusters.
-        iterations: Of assigning and averaging; a last assignment follows.
-        generator: Of the CPU; chooses the first centroids.
+        features: Features (N, F); they are normalised here, in float32 whatever the precision.
+        k: Number K of clusters.
+        iterations: Rounds of assigning and averaging; a last assignment follows.
+        generator: Generator on the CPU that chooses the first centroids.
 
     Raises:
-        UsageError: Fewer rows than clusters.
+        UsageError: There are fewer rows than clusters.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+        >>> a, b, c = spherical_kmeans(x, 2, generator=torch.Generator().manual_seed(0)).assignment
+        >>> bool(a == b), bool(a == c)
+        (True, False)
     """
     if len(features) < k:
         raise UsageError(
@@ -194,20 +304,20 @@ def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 class MemoryBank(nn.Module):
-    """The latest features of every item's views, in buffers: the same on all ranks, and in checkpoints.
+    """Latest features of every item's views, in buffers: the same on all ranks, and in checkpoints.
 
     An item is whatever keeps its identity through the run: a volume, or the k-th place in a volume. Its
     code must be unique over all data sets: `Volume.index` is, and so is `index * places + place`.
 
     Attributes:
-        codes: (N,) int64, increasing.
-        features: (V, N, F) float32, unit length where filled.
-        filled: (N,) whether an item was ever written.
+        codes: Codes of the items, increasing, (N,) int64.
+        features: Features (V, N, F) float32, of unit length where filled.
+        filled: Whether each item was ever written, (N,).
 
     Args:
-        codes: Of all items, in any order.
+        codes: Codes of all items, in any order.
         features: Length F of a feature.
-        views: V, kept apart.
+        views: Number V of views, which are kept apart.
 
     Raises:
         ValueError: A code comes twice.
@@ -231,15 +341,19 @@ class MemoryBank(nn.Module):
         """The number of items."""
         return len(self.codes)
 
+    def unassigned(self, clusterings: int) -> Tensor:
+        """Return assignments (clusterings, N) of items that have no cluster yet."""
+        return torch.full((clusterings, len(self)), IGNORED)
+
     def rows(self, codes: Tensor) -> Tensor:
-        """Where items stand, int64, -1 for those that the bank does not know (held-out subjects)."""
+        """Find the rows of items, int64; -1 for those that the bank does not know (held-out subjects)."""
         if not len(self):
             return torch.full_like(codes, -1)
         place = torch.searchsorted(self.codes, codes).clamp_max(len(self) - 1)
         return torch.where(self.codes[place] == codes, place, -1)
 
     def targets(self, assignment: Tensor, codes: Tensor) -> Tensor:
-        """Each item's entry of `assignment` (..., N); -100, which losses ignore, if it is not known."""
+        """Look up each item in an assignment (..., N); -100, which losses ignore, if it is not known."""
         rows = self.rows(codes)
         # A last column for what is not known, so that an empty bank needs no case of its own.
         padded = F.pad(assignment, (0, 1), value=IGNORED)
@@ -247,13 +361,13 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def write(self, codes: Tensor, features: Tensor) -> None:
-        """Stores what all ranks give; every rank must call it, with any number of rows.
+        """Store the features of all ranks; every rank must call it, with any number of rows.
 
         Unknown items are left out; of an item that comes twice the last one stays.
 
         Args:
-            codes: (R,).
-            features: (R, V, F), normalised here.
+            codes: Codes of the rows' items, (R,).
+            features: Features (R, V, F); they are normalised here.
         """
         counts = row_counts(len(codes), codes.device)
         codes = gather(codes, counts)
@@ -271,7 +385,7 @@ class MemoryBank(nn.Module):
     def cluster(
         self, view: int, k: int, iterations: int = 10, generator: torch.Generator | None = None
     ) -> Clusters:
-        """Spherical k-means of one view's features, the same on all ranks; every rank must call it.
+        """Cluster one view's features, the same on all ranks; every rank must call it.
 
         Where fewer than `k` items are filled, the last centroids are copies of others: nothing is nearest
         to them first, so they stay without items.
@@ -286,11 +400,11 @@ class MemoryBank(nn.Module):
         if not len(known):
             raise UsageError("nothing to cluster: no volume could be drawn, see what was set aside")
         fewer = min(k, len(known))
-        found = spherical_kmeans(known, fewer, iterations, generator)
+        clusters = spherical_kmeans(known, fewer, iterations, generator)
         copies = torch.arange(k, device=known.device) % fewer
-        centroids = found.centroids[copies].contiguous()
+        centroids = clusters.centroids[copies].contiguous()
         assignment = torch.full_like(self.codes, IGNORED)
-        assignment[self.filled] = found.assignment
+        assignment[self.filled] = clusters.assignment
         if world_size() > 1:  # ranks on unequal hardware may differ in the last bit
             dist.broadcast(centroids, 0)
             dist.broadcast(assignment, 0)
@@ -298,7 +412,7 @@ class MemoryBank(nn.Module):
 
 
 def shard(rows: Tensor) -> Tensor:
-    """This rank's part of rows that all ranks hold, so that over the ranks each counts once."""
+    """Take this rank's part of rows that all ranks hold, so that over the ranks each counts once."""
     return rows[rank() :: world_size()]
 
 
@@ -306,11 +420,11 @@ def shard(rows: Tensor) -> Tensor:
 
 
 class Agreement(NamedTuple):
-    """What `agreement` gives, over the rows of all ranks; scalars.
+    """Agreement of two choices over the rows of all ranks; scalars.
 
     Attributes:
         agreement: Share of rows in which both chose the same prototype.
-        chance: What two independent choices with these frequencies would reach.
+        chance: Agreement that two independent choices with these frequencies would reach.
         kappa: (agreement - chance) / (1 - chance): 1 is perfect; 0 is chance, and also collapse, where
             everything is given one prototype (Cohen 1960).
         used: Effective number of prototypes chosen: the exponential of their entropy, 1 to K.
@@ -324,12 +438,17 @@ class Agreement(NamedTuple):
 
 @torch.no_grad()
 def agreement(first: Tensor, second: Tensor, count: int) -> Agreement:
-    """How well two choices of prototypes agree, against chance. Every rank must call it.
+    """Measure how well two choices of prototypes agree, against chance; every rank must call it.
 
     Args:
-        first: (B,) prototypes, this rank's rows; rows with a negative one are left out.
-        second: (B,).
-        count: Prototypes there are.
+        first: Prototypes of this rank's rows, (B,); rows with a negative one are left out.
+        second: Prototypes by the other choice, (B,).
+        count: Number of prototypes.
+
+    Example:
+        >>> agreed = agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0]), 2)
+        >>> agreed.agreement.item(), agreed.kappa.item()
+        (0.75, 0.5)
     """
     both = gather(torch.stack([first, second], 1))
     both = both[(both >= 0).all(1)]
@@ -344,19 +463,28 @@ def agreement(first: Tensor, second: Tensor, count: int) -> Agreement:
 
 
 def perplexity(weights: Tensor) -> Tensor:
-    """Effective number of prototypes used: the exponential of the entropy of counts or shares (K,)."""
+    """Count the prototypes in use: the exponential of the entropy of counts or shares (K,).
+
+    Example:
+        >>> round(perplexity(torch.tensor([5, 5, 0])).item(), 4)
+        2.0
+    """
     shares = weights.float() / weights.sum().clamp_min(1e-12)
     return torch.special.entr(shares).sum().exp()
 
 
 def mutual_information(first: Tensor, second: Tensor) -> float:
-    """How alike two clusterings of the same items are, whatever the clusters are called.
+    """Measure how alike two clusterings of the same items are, whatever the clusters are called.
 
     Mutual information, normalised and adjusted for chance: 1 is the same clustering, 0 what unrelated
-    ones reach. (Unadjusted, ten items a cluster score above .4 when nothing is shared.) Items that are
+    ones reach. (Unadjusted, ten items a cluster score above 0.4 when nothing is shared.) Items that are
     negative in either are left out.
 
     Vinh, Epps, Bailey, Journal of Machine Learning Research 11, 2010.
+
+    Example:
+        >>> round(mutual_information(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0])), 4)
+        1.0
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
@@ -367,13 +495,13 @@ def mutual_information(first: Tensor, second: Tensor) -> float:
 
 
 def prototype_picture(views: Tensor, target: Tensor, predicted: Tensor, most: int = 24) -> Figure:
-    """Views, those of one prototype together; the frame says whether the other view chose the same.
+    """Show views, those of one prototype together; the frame says whether the other view chose the same.
 
     Args:
-        views: (B, C, d, h, w); the middle slice is shown.
-        target: (B,) prototype that each was assigned; negative ones are left out.
-        predicted: (B,) prototype chosen for it from another view.
-        most: Views shown, those of the largest prototypes first.
+        views: Views (B, C, d, h, w), of which the middle slice is shown.
+        target: Prototype that each view was assigned, (B,); negative ones are left out.
+        predicted: Prototype chosen for it from another view, (B,).
+        most: Number of views shown, those of the largest prototypes first.
     """
     from matplotlib.figure import Figure
 

@@ -12,12 +12,12 @@ from ssl3d.distributed import gather, rank, row_counts, world_size
 
 
 class Contrast(NamedTuple):
-    """What `nt_xent` gives.
+    """Loss and accuracy of a contrast by `nt_xent`.
 
     Attributes:
-        loss: Scalar, with gradient.
+        loss: Loss with gradient, a scalar.
         accuracy: Share of anchors whose positive is nearer than every negative, of which there must be one.
-        chance: What guessing would reach: the mean of 1 / (1 + negatives), 0 without a negative.
+        chance: Accuracy that guessing would reach: the mean of 1 / (1 + negatives), 0 without a negative.
     """
 
     loss: Tensor
@@ -32,7 +32,7 @@ def nt_xent(
     temperature: float = 0.1,
     same_subject_negatives: bool = False,
 ) -> Contrast:
-    """The normalised temperature-scaled cross entropy of SimCLR, with negatives of other subjects only.
+    """Compute SimCLR's cross entropy of pairs, with negatives of other subjects only.
 
     Row i of `a` and of `b` are each other's positive; negatives are all other rows of both, over all
     ranks. Rows of the same subject, which may show the same anatomy, are left out of each other's
@@ -44,8 +44,13 @@ def nt_xent(
         a: Projections of the first views, (B, F).
         b: Projections of the second views, (B, F).
         subject: Code of the subject of each row, (B,), unique over data sets.
-        temperature: Divides cosine similarities.
+        temperature: Divisor of the cosine similarities.
         same_subject_negatives: Whether rows of the same subject may be negatives.
+
+    Example:
+        >>> contrast = nt_xent(torch.eye(2), torch.eye(2), torch.tensor([7, 8]), temperature=1.0)
+        >>> round(contrast.loss.item(), 4), contrast.accuracy.item()
+        (0.5514, 1.0)
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
@@ -76,13 +81,25 @@ def nt_xent(
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared distance of positives on the unit sphere, 0 to 4 (Wang and Isola, ICML 2020)."""
+    """Average the squared distance of positives on the unit sphere, 0 to 4 (Wang and Isola, ICML 2020).
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])).item()
+        2.0
+    """
     a, b = F.normalize(a.detach().float(), dim=1), F.normalize(b.detach().float(), dim=1)
     return (a - b).square().sum(1).mean()
 
 
 def uniformity(x: Tensor) -> Tensor:
-    """Log of the mean of exp(-2 d²) over pairs on the unit sphere; 0 is collapse (Wang and Isola, 2020)."""
+    """Average exp(-2 d²) over pairs on the unit sphere, and take its log (Wang and Isola, ICML 2020).
+
+    0 is collapse; a batch of one row has 0 too.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()
+        -8.0
+    """
     x = F.normalize(x.detach().float(), dim=1)
     if len(x) < 2:
         return x.new_zeros(())
@@ -90,10 +107,10 @@ def uniformity(x: Tensor) -> Tensor:
 
 
 class Redundancy(NamedTuple):
-    """What `barlow_twins_loss` gives.
+    """Loss and correlations by `barlow_twins_loss`.
 
     Attributes:
-        loss: Scalar, with gradient.
+        loss: Loss with gradient, a scalar.
         diagonal: Mean correlation of a feature with itself over views; 1 is invariance.
         off_diagonal: Root mean square correlation of different features; 0 is no redundancy.
     """
@@ -104,7 +121,7 @@ class Redundancy(NamedTuple):
 
 
 def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float = 0.0051) -> Redundancy:
-    """How far the correlation of two views' features is from the identity, over the global batch.
+    """Compute how far the correlation of two views' features is from the identity, over the global batch.
 
     C is the correlation matrix of standardised features; the loss is the sum of (C_ii - 1)² and of
     `off_diagonal` C_ij². lightly's `BarlowTwinsLoss` computes it, from the rows of all ranks, because its
@@ -116,6 +133,11 @@ def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float = 0.0051) -> Red
         a: Projections of the first views, (B, F).
         b: Projections of the second views, (B, F).
         off_diagonal: Weight of the second sum.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+        >>> round(barlow_twins_loss(x, x).loss.item(), 4)
+        0.0
     """
     from lightly.loss import BarlowTwinsLoss
 

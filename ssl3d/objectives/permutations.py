@@ -19,10 +19,10 @@ class PermutationSet(NamedTuple):
     """Permutations of n items, no two equal.
 
     Attributes:
-        table: (K, n) int64; row k puts item `table[k, i]` at place i.
+        table: Permutations (K, n) int64; row k puts item `table[k, i]` at place i.
         min_distance: Least number of places (Hamming distance) in which two rows differ, measured over
             all pairs; n where there is only one row.
-        construction: How they were made, in words.
+        construction: Construction of the set, in words.
     """
 
     table: np.ndarray
@@ -32,9 +32,9 @@ class PermutationSet(NamedTuple):
 
 @lru_cache(maxsize=32)
 def permutation_set(items: int, count: int) -> PermutationSet:
-    """`count` permutations of `items` items, as far from each other as a known construction goes.
+    """Choose permutations that are as far from each other as a known construction goes.
 
-    The same in every process and version. The first that has enough members:
+    They are the same in every process and version. The first construction that has enough members counts:
 
     - the cyclic shifts, n permutations, any two of which differ everywhere;
     - all n! (where at least so many are asked for: there are no more);
@@ -48,11 +48,16 @@ def permutation_set(items: int, count: int) -> PermutationSet:
       random ones beyond.
 
     Args:
-        items: n, at least 2.
-        count: K, 1 to 10 000.
+        items: Number n of items, at least 2.
+        count: Number K of permutations, 1 to 10 000.
 
     Raises:
         ValueError: `items` or `count` is out of range.
+
+    Example:
+        >>> chosen = permutation_set(8, 100)
+        >>> chosen.table.shape, chosen.min_distance, chosen.construction
+        ((100, 8), 6, 'subset of PGL(2, 7)')
     """
     if items < 2:
         raise ValueError(f"a permutation needs at least 2 items, not {items}")
@@ -73,7 +78,12 @@ def permutation_set(items: int, count: int) -> PermutationSet:
 
 
 def min_hamming_distance(table: np.ndarray) -> int:
-    """Least number of places in which two rows of (K, n) differ; n for a single row."""
+    """Measure the least number of places in which two rows of (K, n) differ; n for a single row.
+
+    Example:
+        >>> min_hamming_distance(np.array([[0, 1, 2], [0, 2, 1]]))
+        2
+    """
     count, items = table.shape
     least, rows = items, max(1, _CELLS // max(1, count * items))
     small = table.astype(np.int16)
@@ -86,7 +96,7 @@ def min_hamming_distance(table: np.ndarray) -> int:
 
 
 def affine_group(order: int) -> np.ndarray:
-    """AGL(1, q), x -> ax + b: (q(q - 1), q), any two rows equal in at most one place.
+    """List AGL(1, q), x -> ax + b: (q(q - 1), q), any two rows equal in at most one place.
 
     Raises:
         ValueError: `order` is not a power of a prime.
@@ -97,7 +107,7 @@ def affine_group(order: int) -> np.ndarray:
 
 
 def projective_group(order: int) -> np.ndarray:
-    """PGL(2, q) on the q + 1 points of the projective line: (q(q² - 1), q + 1), the last point infinity.
+    """List PGL(2, q) on the q + 1 points of the projective line: (q(q² - 1), q + 1), infinity last.
 
     Sharply 3-transitive: any two rows are equal in at most two places.
 
@@ -122,17 +132,17 @@ def projective_group(order: int) -> np.ndarray:
 
 
 def _groups(items: int) -> list[tuple[np.ndarray, str]]:
-    """The groups that act on so many items, small to large."""
-    found = []
+    """List the groups that act on so many items, small to large."""
+    groups = []
     if _prime_power(items):
-        found.append((affine_group(items), f"AGL(1, {items})"))
+        groups.append((affine_group(items), f"AGL(1, {items})"))
     if _prime_power(items - 1) and items - 1 < 40:  # at 40, 64 000 permutations
-        found.append((projective_group(items - 1), f"PGL(2, {items - 1})"))
-    return found
+        groups.append((projective_group(items - 1), f"PGL(2, {items - 1})"))
+    return groups
 
 
 def _prime_power(n: int) -> tuple[int, int] | None:
-    """(p, m) with n = p to the m, or None."""
+    """Return (p, m) with n = p to the m, or None."""
     if n < 2:
         return None
     p = next(d for d in range(2, n + 1) if n % d == 0)
@@ -142,14 +152,14 @@ def _prime_power(n: int) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=8)
 def _field(order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables of addition and multiplication of the field of `order` elements; 0 and 1 are themselves.
+    """Make tables of addition and multiplication of the field of `order` elements; 0 and 1 are themselves.
 
     Elements are polynomials over the integers modulo p, their coefficients the digits to base p.
     """
-    found = _prime_power(order)
-    if found is None:
+    powers_of = _prime_power(order)
+    if powers_of is None:
         raise ValueError(f"there is no field of {order} elements: {order} is not a power of a prime")
-    p, m = found
+    p, m = powers_of
     powers = p ** np.arange(m)
     digits = np.arange(order)[:, None] // powers % p
     add = ((digits[:, None] + digits[None]) % p) @ powers
@@ -171,7 +181,7 @@ def _every(items: int) -> np.ndarray:
 
 
 def _mixed(rows: np.ndarray) -> np.ndarray:
-    """The rows in a fixed order without rhyme; raw bits are the same in every version of numpy."""
+    """Mix the rows into a fixed order; raw bits are the same in every version of numpy."""
     return rows[np.argsort(np.random.PCG64(0).random_raw(len(rows)), kind="stable")]
 
 

@@ -19,9 +19,13 @@ Distribution = Literal["cauchy", "logistic", "reciprocal", "optimal"]
 
 
 def softsort(scores: Tensor, tau: float = 1.0, power: float = 1.0) -> Tensor:
-    """Logarithm of SoftSort's matrix: row i is softmax_j(-|sort(s)_i - s_j|^power / tau).
+    """Compute the logarithm of SoftSort's matrix, with row i softmax_j(-|sort(s)_i - s_j|^power / tau).
 
     Rows sum to one. Prillo and Eisenschlos, ICML 2020 (arXiv 2006.16038), there in descending order.
+
+    Example:
+        >>> softsort(torch.tensor([[3.0, 1.0, 2.0]]), tau=0.1).argmax(2)
+        tensor([[1, 2, 0]])
     """
     ordered = scores.sort(dim=-1).values
     distance = (ordered.unsqueeze(-1) - scores.unsqueeze(-2)).abs()
@@ -29,10 +33,15 @@ def softsort(scores: Tensor, tau: float = 1.0, power: float = 1.0) -> Tensor:
 
 
 def neuralsort(scores: Tensor, tau: float = 1.0) -> Tensor:
-    """Logarithm of NeuralSort's matrix: row i is softmax_j(((2i - n - 1) s_j - sum_k |s_j - s_k|) / tau).
+    """Compute the logarithm of NeuralSort's matrix.
 
-    Rows sum to one; i counts from 1. Grover, Wang, Zweig and Ermon, ICLR 2019 (arXiv 1903.08850),
-    there in descending order, which is the same matrix with its rows reversed.
+    Row i is softmax_j(((2i - n - 1) s_j - sum_k |s_j - s_k|) / tau). Rows sum to one; i counts from 1.
+    Grover, Wang, Zweig and Ermon, ICLR 2019 (arXiv 1903.08850), there in descending order, which is the
+    same matrix with its rows reversed.
+
+    Example:
+        >>> neuralsort(torch.tensor([[3.0, 1.0, 2.0]]), tau=0.1).argmax(2)
+        tensor([[1, 2, 0]])
     """
     n = scores.shape[-1]
     weight = torch.arange(1 - n, n, 2, dtype=scores.dtype, device=scores.device)
@@ -42,13 +51,17 @@ def neuralsort(scores: Tensor, tau: float = 1.0) -> Tensor:
 
 
 def odd_even(scores: Tensor, steepness: float = 10.0, distribution: Distribution = "cauchy") -> Tensor:
-    """The doubly stochastic matrix of a relaxed odd-even transposition network of n layers.
+    """Compute the doubly stochastic matrix of a relaxed odd-even transposition network of n layers.
 
     Each comparator of neighbours a, b swaps them to the degree alpha = f(steepness (b - a)):
     min = alpha a + (1 - alpha) b, max = (1 - alpha) a + alpha b, and the rows of the matrix likewise.
     f is a cumulative distribution function; `cauchy`, `reciprocal` and `optimal` keep the network
     monotonic. Petersen, Borgelt, Kuehne and Deussen, ICML 2021 (arXiv 2105.04019) and ICLR 2022
     (arXiv 2203.09630).
+
+    Example:
+        >>> odd_even(torch.tensor([[3.0, 1.0, 2.0]])).argmax(2)
+        tensor([[1, 2, 0]])
     """
     batch, n = scores.shape
     x = scores
@@ -66,14 +79,14 @@ def odd_even(scores: Tensor, steepness: float = 10.0, distribution: Distribution
 
 
 def _mix(x: Tensor, alpha: Tensor, first: int, last: int) -> Tensor:
-    """One layer of comparators on axis 1; what has no partner passes through."""
+    """Apply one layer of comparators on axis 1; what has no partner passes through."""
     a, b = x[:, first:last:2], x[:, first + 1 : last : 2]
     pairs = torch.stack((alpha * a + (1 - alpha) * b, (1 - alpha) * a + alpha * b), dim=2)
     return torch.cat((x[:, :first], pairs.flatten(1, 2), x[:, last:]), dim=1)
 
 
 def swap_degree(v: Tensor, distribution: Distribution) -> Tensor:
-    """The cumulative distribution function f(v) of `odd_even`, elementwise, with f(0) = 1/2."""
+    """Evaluate the cumulative distribution function f(v) of `odd_even`, elementwise, with f(0) = 1/2."""
     if distribution == "cauchy":
         return torch.atan(v) / math.pi + 0.5
     if distribution == "logistic":
@@ -88,9 +101,13 @@ def swap_degree(v: Tensor, distribution: Distribution) -> Tensor:
 
 
 def pairwise_logistic(scores: Tensor, ranks: Tensor, tau: float = 1.0) -> Tensor:
-    """Mean over pairs of -log sigmoid((s_later - s_earlier) / tau), per example, (B,).
+    """Average -log sigmoid((s_later - s_earlier) / tau) over pairs, per example, (B,).
 
     RankNet: Burges et al., ICML 2005.
+
+    Example:
+        >>> pairwise_logistic(torch.tensor([[0.0, 0.0]]), torch.tensor([[0, 1]])).round(decimals=4)
+        tensor([0.6931])
     """
     ordered = scores.gather(1, ranks.argsort(dim=1))
     i, j = torch.triu_indices(ordered.shape[1], ordered.shape[1], 1, device=ordered.device)
@@ -106,7 +123,7 @@ def sorting_loss(
     steepness: float = 10.0,
     distribution: Distribution = "cauchy",
 ) -> Tensor:
-    """How far the soft permutation of the scores is from the true one, per example, (B,).
+    """Compute how far the soft permutation of the scores is from the true one, per example, (B,).
 
     Cross-entropy of every row for `softsort` and `neuralsort` (whose rows are distributions over
     items), binary cross-entropy of every entry for `odd_even` (doubly stochastic), as in the papers;
@@ -114,6 +131,12 @@ def sorting_loss(
 
     Raises:
         ValueError: The relaxation or distribution is unknown.
+
+    Example:
+        >>> ranks = torch.tensor([[2, 0, 1]])
+        >>> right, wrong = torch.tensor([[9.0, 0.0, 4.0]]), torch.tensor([[0.0, 9.0, 4.0]])
+        >>> bool(sorting_loss(right, ranks) < sorting_loss(wrong, ranks))
+        True
     """
     if relaxation == "pairwise":
         return pairwise_logistic(scores, ranks, tau)
@@ -129,13 +152,23 @@ def sorting_loss(
 
 
 def kendall_tau(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Kendall's tau-a per example, (B,): concordant minus discordant pairs over all; a tie counts 0."""
+    """Measure Kendall's tau-a per example, (B,): concordant less discordant pairs over all; a tie is 0.
+
+    Example:
+        >>> kendall_tau(torch.tensor([[0.1, 0.2, 0.15]]), torch.tensor([[0, 1, 2]])).round(decimals=4)
+        tensor([0.3333])
+    """
     ordered = scores.gather(1, ranks.argsort(dim=1))
     i, j = torch.triu_indices(ordered.shape[1], ordered.shape[1], 1, device=ordered.device)
     return (ordered[:, j] - ordered[:, i]).sign().mean(dim=1)
 
 
 def in_order(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Whether the scores put every item at its true rank, per example, (B,) bool; a tie does not."""
+    """Tell whether the scores put every item at its true rank, per example, (B,) bool; a tie does not.
+
+    Example:
+        >>> in_order(torch.tensor([[0.1, 0.2], [0.2, 0.1]]), torch.tensor([[0, 1], [0, 1]]))
+        tensor([ True, False])
+    """
     ordered = scores.gather(1, ranks.argsort(dim=1))
     return (ordered[:, 1:] > ordered[:, :-1]).all(dim=1)

@@ -24,11 +24,11 @@ _MOST_FITTED = 1024  # volumes that the principal components are taken from
 
 
 class Likeness(NamedTuple):
-    """What `find_alike` gives, the same on every rank.
+    """References of words and the volumes like them, the same on every rank.
 
     Attributes:
-        references: (K,) int64, position in `volumes` of each word's reference.
-        alike: (N, K) booleans: which volumes are among the nearest to which reference.
+        references: Position in `volumes` of each word's reference, (K,) int64.
+        alike: Whether each volume is among the nearest to each reference, (N, K) booleans.
     """
 
     references: Tensor
@@ -36,10 +36,14 @@ class Likeness(NamedTuple):
 
 
 def word_places(words: int, seed: int = 0) -> np.ndarray:
-    """Where words lie, (K, 3) in [0, 1), relative to a box: evenly spread, in no order along any axis.
+    """Place words, (K, 3) in [0, 1), relative to a box: evenly spread, in no order along any axis.
 
     The additive recurrence with the three-dimensional golden ratio: no two places of it are close, and
     more words leave the first ones where they are.
+
+    Example:
+        >>> word_places(44).shape, bool((word_places(8) == word_places(44)[:8]).all())
+        ((44, 3), True)
     """
     steps = (1 / _GOLDEN) ** np.arange(1, 4)
     shift = numpy_rng("words", seed).uniform(size=3)
@@ -55,20 +59,23 @@ def find_alike(
     features: int = 32,
     device: torch.device | str = "cpu",
 ) -> Likeness:
-    """Draws a reference volume for every word, and finds the volumes that look most like it.
+    """Draw a reference volume for every word, and find the volumes that look most like it.
 
     Volumes are compared by the principal components of thumbnails of their foreground. Every rank reads
     its share of the volumes and must call it. Nothing depends on the number of ranks. A volume that
     cannot be read is like no other.
 
     Args:
-        volumes: N of them.
-        words: K.
-        share: Of the volumes that are alike, 0 to 1; two at least.
-        seed: Of the draw.
-        side: Of the thumbnails.
-        features: Principal components.
-        device: Of collectives, where there are several ranks.
+        volumes: Volumes to compare, N of them.
+        words: Number K of words.
+        share: Share of the volumes that count as alike, 0 to 1; at least two do.
+        seed: Seed of the draw of references.
+        side: Side of the thumbnails, in voxels.
+        features: Number of principal components.
+        device: Device of collectives, where there are several ranks.
+
+    Raises:
+        DataError: Fewer than two volumes can be read.
     """
     small = _thumbnails(volumes, side, torch.device(device))
     readable = small.isfinite().all(1).nonzero()[:, 0]
@@ -93,10 +100,10 @@ def find_alike(
 
 
 def principal_features(x: Tensor, count: int) -> Tensor:
-    """Projections (N, up to `count`) of (N, F) on their principal components, in float64.
+    """Project (N, F) on up to `count` principal components, in float64.
 
-    They are what a linear auto-encoder of that width encodes, found in closed form, from 1024 rows at
-    most, evenly spaced.
+    The projections are what a linear auto-encoder of that width encodes, found in closed form, from 1024
+    rows at most, evenly spaced.
     """
     x = x.double()
     some = x[torch.arange(min(len(x), _MOST_FITTED)) * len(x) // min(len(x), _MOST_FITTED)]
@@ -111,7 +118,7 @@ def principal_features(x: Tensor, count: int) -> Tensor:
 
 
 def thumbnail(volume: Volume, side: int = 12) -> Tensor:
-    """A volume's foreground box in `side` voxels along every axis, standardised, (C x side³,), float32.
+    """Shrink a volume's foreground box to `side` voxels along every axis, standardised: (C x side³,).
 
     Read slab by slab, so that large volumes take little memory.
 
@@ -133,7 +140,7 @@ def thumbnail(volume: Volume, side: int = 12) -> Tensor:
 
 
 def _thumbnails(volumes: Sequence[Volume], side: int, device: torch.device) -> Tensor:
-    """Thumbnails of all volumes, (N, C x side³), NaN where one cannot be read."""
+    """Make thumbnails of all volumes, (N, C x side³), NaN where one cannot be read."""
     world, length = world_size(), volumes[0].shape[0] * side**3
     own = range(rank(), len(volumes), world)
     small = torch.full((len(own), length), float("nan"))

@@ -126,7 +126,7 @@ class Views:
     torchio: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -159,7 +159,7 @@ def augment(
     spacing: Tensor | None = None,
     axes: Sequence[int] = (0, 1, 2),
 ) -> Tensor:
-    """Augments a batch of crops; every example gets its own draw of every augmentation.
+    """Augment a batch of crops; every example gets its own draw of every augmentation.
 
     In this order: affine (which cuts the margin off), turns, flips, blur, bias field, gamma, contrast,
     noise, cut-out.
@@ -200,7 +200,7 @@ def augment_labelled(
     spacing: Tensor | None = None,
     axes: Sequence[int] = (0, 1, 2),
 ) -> tuple[Tensor, Tensor]:
-    """Augments crops as `augment` does, and moves their label maps alike, by the nearest voxel.
+    """Augment crops as `augment` does, and moves their label maps alike, by the nearest voxel.
 
     Args:
         views: Strengths; those of the intensities leave the mask alone.

@@ -46,7 +46,7 @@ class Corruptions:
     outside: float = 0.8
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
             ValueError: A field is out of range, or nothing is corrupted; the message names it.
@@ -73,7 +73,7 @@ class Corrupted(NamedTuple):
 
 @torch.no_grad()
 def corrupt(options: Corruptions, x: Tensor, rng: BatchRng) -> Corrupted:
-    """Corrupts a batch of crops as Models Genesis does: shuffle, curve, then paint.
+    """Corrupt a batch of crops as Models Genesis does: shuffle, curve, then paint.
 
     Args:
         options: Probabilities.
@@ -95,7 +95,7 @@ def corrupt(options: Corruptions, x: Tensor, rng: BatchRng) -> Corrupted:
 
 
 def bezier_intensity(x: Tensor, rng: BatchRng, inverted: float = 0.5) -> Tensor:
-    """Runs each example's grey values through a random cubic Bézier curve over its range.
+    """Run each example's grey values through a random cubic Bézier curve over its range.
 
     The range of each channel is brought to [0, 1]; the curve goes from (0, 0) to (1, 1) by two control
     points uniform in the unit square, so it is monotone; with probability `inverted` it is mirrored and
@@ -149,7 +149,7 @@ def _interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
 
 
 def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | None = None) -> Tensor:
-    """Permutes the voxels within small blocks, all channels of a voxel together.
+    """Permute the voxels within small blocks, all channels of a voxel together.
 
     Each axis is cut into pieces of random lengths, 1 voxel to a tenth of the side; the blocks between
     the cuts are shuffled, each with probability `share`.
@@ -191,7 +191,7 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | 
 
 
 def _pieces(rng: BatchRng, side: int) -> tuple[Tensor, Tensor]:
-    """Cuts an axis at random: of each place, the first of its piece and the piece's length, (B, side)."""
+    """Cut an axis at random: of each place, the first of its piece and the piece's length, (B, side)."""
     longest = max(1, side // 10)
     ends = rng.integers(1, longest + 1, side).cumsum(1).clamp(max=side)
     at = torch.arange(side, device=ends.device)
@@ -210,7 +210,7 @@ def _along(axis: int, values: Tensor) -> Tensor:
 
 
 def in_painting(x: Tensor, rng: BatchRng) -> Tensor:
-    """Paints up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+    """Paint up to five boxes with noise, uniform over the channel's range, voxel by voxel.
 
     Sides are a sixth to a third of the crop's; after each box comes another with probability .95, so
     one example in twenty has none. As released, boxes keep 3 voxels from the border, where there is room.
@@ -220,7 +220,7 @@ def in_painting(x: Tensor, rng: BatchRng) -> Tensor:
 
 
 def out_painting(x: Tensor, rng: BatchRng) -> Tensor:
-    """Paints all but up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+    """Paint all but up to five boxes with noise, uniform over the channel's range, voxel by voxel.
 
     A box's sides are the crop's less 3/7 to 4/7 of it; there is one, and after each comes another with
     probability .95. As released, boxes keep 3 voxels from the border, where there is room.
@@ -231,7 +231,7 @@ def out_painting(x: Tensor, rng: BatchRng) -> Tensor:
 
 
 def draw_boxes(rng: BatchRng, size: Sequence[int], limits: Sequence[tuple[int, int]], least: int) -> Tensor:
-    """Draws up to five boxes per example; where any of them lies, (B, D, H, W) booleans.
+    """Draw up to five boxes per example; where any of them lies, (B, D, H, W) booleans.
 
     Args:
         rng: For the B examples.
@@ -274,6 +274,16 @@ def _only(flags: Tensor, changed: Tensor, x: Tensor) -> Tensor:
 
 
 # Errors -----------------------------------------------------------------------------------------------
+
+
+def relative_error(error: Tensor, trivial: Tensor) -> Tensor:
+    """Divide an error by that of a trivial answer; 1, no better than that, where neither has any.
+
+    Example:
+        >>> relative_error(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
+        tensor([0.2500, 1.0000])
+    """
+    return torch.where(trivial > 0, error / trivial.clamp_min(1e-12), torch.ones_like(error))
 
 
 class RestorationError(NamedTuple):

@@ -49,7 +49,7 @@ def draw_crop(
     min_foreground: float = 0.1,
     fixed: Mapping[int, int] | None = None,
 ) -> Triple:
-    """Draws the start (D, H, W) of a crop, uniformly among those with enough foreground.
+    """Draw the start (D, H, W) of a crop, uniformly among those with enough foreground.
 
     Foreground is estimated from the volume's occupancy map, as if even within each block. A volume
     smaller than the crop along an axis is put in its middle: the start is negative there, and `read`
@@ -81,7 +81,7 @@ def draw_overlapping(
     min_foreground: float = 0.1,
     fixed: Mapping[int, int] | None = None,
 ) -> Triple:
-    """Draws a second crop that overlaps the one at `start`: its start (D, H, W).
+    """Draw a second crop that overlaps the one at `start`: its start (D, H, W).
 
     Uniform among the starts that share at least `min_overlap` of the crop's length along every axis
     (nnssl asks .5) and `min_iou` of the joint volume (Medical-SSL asks .25) and have enough foreground.
@@ -114,7 +114,7 @@ def draw_positions(
     min_gap_mm: float = 0.0,
     min_foreground: float = 0.1,
 ) -> np.ndarray:
-    """Draws where `count` slabs start along an axis: increasing, apart, each with something to see.
+    """Draw where `count` slabs start along an axis: increasing, apart, each with something to see.
 
     Uniform among all sets of positions whose neighbours are at least `min_gap_mm` apart, and whose
     slabs do not overlap (a shared slice would give their order away).
@@ -178,7 +178,7 @@ def neighbour_position(
     max_distance_mm: float = 0.0,
     min_foreground: float = 0.1,
 ) -> int:
-    """Draws the start of a slab within `max_distance_mm` of another, uniformly; 0 gives it again."""
+    """Draw the start of a slab within `max_distance_mm` of another, uniformly; 0 gives it again."""
     reach = int(max_distance_mm / volume.spacing[axis] + 1e-6)
     allowed = _allowed_positions(volume, axis, slab, min_foreground)
     near = allowed[np.abs(allowed - position) <= reach]
@@ -193,7 +193,7 @@ def slab_size(axis: int, slab: int, in_plane: Sequence[int]) -> Triple:
 
 
 def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int], margin: Sequence[int]) -> Tensor:
-    """Reads a crop with `margin` more voxels on every side: (C, D + 2 margin, ...), float32.
+    """Read a crop with `margin` more voxels on every side: (C, D + 2 margin, ...), float32.
 
     The margin is what an affine transform on the device needs to turn the crop without empty corners.
     """
@@ -204,7 +204,7 @@ def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int], margin:
 
 
 def read_slab(volume: Volume, axis: int, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Reads a slab across `axis` and lays it flat: (C, slab, h, w), float32.
+    """Read a slab across `axis` and lays it flat: (C, slab, h, w), float32.
 
     `start` and `size` are in the volume's (D, H, W); the axis becomes the slab's depth and the other two
     keep their order. `lay_flat` does the same to a spacing.

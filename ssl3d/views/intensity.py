@@ -17,7 +17,7 @@ from ssl3d.views.spatial import none_chosen
 
 
 def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Tensor:
-    """Raises intensities, scaled to [0, 1] by the channel's range, to a power.
+    """Raise intensities, scaled to [0, 1] by the channel's range, to a power.
 
     The exponent is log-uniform in [1/(1+strength), 1+strength], per example and channel; the range is
     restored. With probability `p` per example.
@@ -40,7 +40,7 @@ def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Te
 
 
 def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) -> Tensor:
-    """Stretches intensities about the channel's mean and adds a constant.
+    """Stretch intensities about the channel's mean and adds a constant.
 
     The factor is log-uniform in [1/(1+strength), 1+strength], the constant uniform in ±strength standard
     deviations of the channel, both per example and channel. With probability `p` per example.
@@ -56,7 +56,7 @@ def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) ->
 
 
 def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Tensor:
-    """Adds Gaussian noise, its standard deviation uniform in [0, strength] of that of the channel.
+    """Add Gaussian noise, its standard deviation uniform in [0, strength] of that of the channel.
 
     With probability `p` per example.
     """
@@ -72,7 +72,7 @@ def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Te
 def blur(
     x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 1.0, spacing: Tensor | None = None
 ) -> Tensor:
-    """Blurs with a Gaussian of standard deviation uniform in [0, strength] voxels.
+    """Blur with a Gaussian of standard deviation uniform in [0, strength] voxels.
 
     In voxels of the finest axis: along an axis of coarser spacing ((B, 3), mm) the blur is narrower in
     proportion. At the border the kernel is cut and renormalised. With probability `p` per example.
@@ -101,7 +101,7 @@ def blur(
 
 
 def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, order: int = 3) -> Tensor:
-    """Multiplies intensities, counted from the channel's lowest, by a smooth field, as MR coils do.
+    """Multiply intensities, counted from the channel's lowest, by a smooth field, as MR coils do.
 
     The field is exp of a polynomial in the crop's coordinates (each in [-1, 1]) of the given total
     order, without a constant, its coefficients uniform in ±strength. With probability `p` per example.
@@ -131,7 +131,7 @@ def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, 
 
 
 def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> Tensor:
-    """Fills one box with the channel's mean; its sides are uniform in [0, strength] of the crop's.
+    """Fill one box with the channel's mean; its sides are uniform in [0, strength] of the crop's.
 
     The box lies anywhere within the crop, uniformly; an axis of one voxel it spans whole. With
     probability `p` per example.

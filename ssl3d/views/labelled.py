@@ -36,7 +36,7 @@ def draw_labelled(
     around: float = 0.5,
     min_foreground: float = 0.1,
 ) -> Triple:
-    """Draws the start (D, H, W) of a crop of a volume with a mask.
+    """Draw the start (D, H, W) of a crop of a volume with a mask.
 
     With probability `around` the crop holds a voxel of a structure: the structure is drawn from those of
     the volume, each as likely (as nnU-Net's oversampling), the voxel from its voxels, and the crop from
@@ -66,7 +66,7 @@ def draw_labelled(
 def read_labelled(
     volume: Volume, start: Sequence[int], size: Sequence[int], margin: Sequence[int] = (0, 0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """Reads a crop and its mask, with `margin` more voxels on every side.
+    """Read a crop and its mask, with `margin` more voxels on every side.
 
     Returns:
         (C, D + 2 margin, ...), float32, and (D + 2 margin, ...), int32, 0 outside the volume.

@@ -28,9 +28,26 @@ TORCHIO = (
     "RandomSwap",
 )
 
+IN_PLANE = ("RandomBiasField", "RandomBlur", "RandomGamma", "RandomGhosting", "RandomNoise", "RandomSpike")
+"""Transforms of torchio that neither mirror nor move anything across slices."""
+
+
+def check_in_plane(names: Sequence[str]) -> None:
+    """Refuse the transforms of torchio that may move things out of the plane of a slice.
+
+    Raises:
+        ValueError: A name is not one of `IN_PLANE`; the message lists those that are.
+    """
+    across = [name for name in names if name not in IN_PLANE]
+    if across:
+        raise ValueError(
+            f"torchio's {', '.join(across)} may move things out of the plane of a slice; use "
+            f"{', '.join(IN_PLANE)}"
+        )
+
 
 def check_torchio(names: Sequence[str]) -> None:
-    """Checks names without importing torchio.
+    """Check names without importing torchio.
 
     Raises:
         ValueError: A name is not one of `TORCHIO`; suggestions follow.
@@ -43,7 +60,7 @@ def check_torchio(names: Sequence[str]) -> None:
 
 
 def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Applies torchio's transforms, with their default strengths, to one crop (C, D, H, W), in order.
+    """Apply torchio's transforms, with their default strengths, to one crop (C, D, H, W), in order.
 
     They draw from torch's global generator: it is seeded from `rng` and put back afterwards.
 

@@ -73,7 +73,7 @@ class PairViews(Views):
     min_foreground: float = 0.1
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -93,18 +93,34 @@ class PairViews(Views):
             raise ValueError(f"max_distance_mm must be 0 or more, not {self.max_distance_mm:g}")
 
 
-def check_depth(config: PairViews, encoder: Encoder) -> None:
-    """Refuses slabs so thin that some kernel taps of the encoder never see data.
+def check_slab(encoder: Encoder, slab: int) -> None:
+    """Refuse slabs so thin that some taps of the encoder's kernels never see data.
+
+    Args:
+        encoder: Encoder that the slabs are for; only kinds 3d and p3d have taps across slices.
+        slab: Adjacent slices in a slab.
 
     Raises:
-        UsageError: With what to change.
+        UsageError: The slab is no deeper than the encoder's stride along D; the message says what to
+            change.
     """
     kind, stride = getattr(encoder.config, "kind", ""), encoder.strides[-1][0]
-    if config.views == "slices" and kind in ("3d", "p3d") and config.slab <= stride:
+    if kind in ("3d", "p3d") and slab <= stride:
         raise UsageError(
-            f"slab is {config.slab}, but kernels of kind {kind} at a stride of {stride} along D learn "
-            f"nothing off-plane from slabs of fewer than {stride + 1} slices: deepen them, or take kind acs"
+            f"slab is {slab}, but kernels of kind {kind} at a stride of {stride} along D learn nothing "
+            f"off-plane from slabs of fewer than {stride + 1} slices: deepen them, use strides of 1 along "
+            "D, or take kind acs"
         )
+
+
+def check_depth(config: PairViews, encoder: Encoder) -> None:
+    """Refuse pairs of slices in slabs too thin for the encoder's kernels, as `check_slab` does.
+
+    Raises:
+        UsageError: Views are slices, and their slabs are too thin.
+    """
+    if config.views == "slices":
+        check_slab(encoder, config.slab)
 
 
 def is_sliced(config: PairViews, volume: Volume) -> bool:
@@ -118,7 +134,7 @@ def crop_size(config: PairViews, volume: Volume) -> Triple:
 
 
 def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Draws `per_volume` pairs of crops from one volume, with the margin that augmentation needs.
+    """Draw `per_volume` pairs of crops from one volume, with the margin that augmentation needs.
 
     Returns:
         `a` and `b`, (K, C, d, h, w) each, slices laid flat, and their `spacing`, (3,), mm.
@@ -136,7 +152,7 @@ def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> d
 
 
 def augment_pairs(config: PairViews, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
-    """Augments both views of every pair of `draw_pairs`, each on its own: (B x K, 2, C, d, h, w)."""
+    """Augment both views of every pair of `draw_pairs`, each on its own: (B x K, 2, C, d, h, w)."""
     x = torch.stack([batch["a"], batch["b"]], dim=2)
     examples, count = x.shape[:2]
     axes, size = _result(config, x)
@@ -168,7 +184,7 @@ def embed_pairs(
     rng: BatchRng | list[BatchRng],
     least: int = 1,
 ) -> Embedded:
-    """Augments and embeds both views of every pair of a batch, mixed or of one group.
+    """Augment and embeds both views of every pair of a batch, mixed or of one group.
 
     Args:
         config: Options of the views.
@@ -197,7 +213,7 @@ def embed_pairs(
 
 
 def pair_picture(views: Tensor, projected: Tensor) -> Figure:
-    """Pairs of views, above and below; the frame says whether the nearest b of each a is its own.
+    """Pair of views, above and below; the frame says whether the nearest b of each a is its own.
 
     Args:
         views: (B, 2, C, d, h, w).

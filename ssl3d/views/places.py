@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def draw_places(config: PairViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Draws two views of each of a volume's `per_volume` places, with the margin that augmentation needs.
+    """Draw two views of each of a volume's `per_volume` places, with the margin that augmentation needs.
 
     A place is a crop, or a slice, that depends on the volume's name and the place's number only. Its
     views are drawn around it anew each time, with half the play that `draw_pairs` gives the second view

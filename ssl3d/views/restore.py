@@ -37,7 +37,7 @@ class RestoreViews:
     min_foreground: float = 0.1
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -51,7 +51,7 @@ class RestoreViews:
 
 
 def draw_one(config: RestoreViews, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Draws one crop of a volume.
+    """Draw one crop of a volume.
 
     Returns:
         `crop` (C, d, h, w), float32, and `foreground` (d, h, w), bool: see `read_foreground`.
@@ -99,7 +99,7 @@ def mirror_one(
 
 
 def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -> Figure:
-    """Slices of the first examples: what the network was given, what it gave, and what is right.
+    """Slice of the first examples: what the network was given, what it gave, and what is right.
 
     Of each example the slice across D that was damaged as much as slices are on average, in the grey
     window of the original.

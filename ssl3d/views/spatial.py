@@ -16,7 +16,7 @@ _ISOTROPIC = 1.25  # voxel sides whose ratio is below this may change places
 
 
 def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
-    """Mirrors each example along each axis, independently, with probability `p`.
+    """Mirror each example along each axis, independently, with probability `p`.
 
     Args:
         x: (B, C, D, H, W).
@@ -38,7 +38,7 @@ def turn(
     axes: Sequence[int] = (0, 1, 2),
     spacing: Tensor | None = None,
 ) -> Tensor:
-    """Turns each example by 90, 180 or 270 degrees, each as likely, with probability `p` per plane.
+    """Turn each example by 90, 180 or 270 degrees, each as likely, with probability `p` per plane.
 
     Only in planes whose both axes are in `axes`, in which the crop is square and, for the example, the
     voxels are (`spacing`, (B, 3) in mm, or None for cubes): a turn must not change anatomy's proportions.
@@ -72,7 +72,7 @@ def affine(
     spacing: Tensor | None = None,
     nearest: bool = False,
 ) -> Tensor:
-    """Crops the middle `size` out of each example through a random affine map: one trilinear sampling.
+    """Crop the middle `size` out of each example through a random affine map: one trilinear sampling.
 
     With probability `p` per example, about the crop's centre: a rotation about each axis by an angle
     uniform in ±`rotate` degrees; a zoom log-uniform in [1/(1+scale), 1+scale], times one per axis

@@ -18,15 +18,13 @@ from ssl3d.checkpoint import snapshot
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
+from ssl3d.objectives.masked_slices import interpolate_block, mask_block, standardise
 from ssl3d.rng import numpy_rng, one_group, seed_of
+from ssl3d.views.stacks import draw_stack
 from ssl3d_proxies.intra_inter import (
     IntraInter,
     IntraInterConfig,
     augment_stack,
-    draw_mask,
-    draw_stack,
-    neighbours,
-    standardised,
 )
 
 SMALL = {
@@ -278,10 +276,9 @@ class Box:
 @pytest.mark.parametrize("slab", [1, 3])
 @pytest.mark.parametrize("depth", [3, 4, 7, 12, 20, 41])
 def test_stacks_lie_in_the_volume_without_overlap(stack, slab, depth):
-    config = config_of(stack=stack, slab=slab, slices=6)
     seen = set()
     for seed in range(30):
-        starts, places = draw_stack(config, Box(depth), 0, slab, numpy_rng(seed))
+        starts, places = draw_stack(Box(depth), 0, 6, slab, numpy_rng(seed), stack)
         assert len(starts) == min(6, depth // slab)
         assert min(starts) >= 0 and max(starts) + slab <= depth
         assert all(b - a >= slab for a, b in itertools.pairwise(starts))
@@ -292,15 +289,14 @@ def test_stacks_lie_in_the_volume_without_overlap(stack, slab, depth):
 
 
 def test_a_block_has_regular_steps_in_mm():
-    config = config_of(stack="block", step_mm=6.0, slices=4)
-    starts, _ = draw_stack(config, Box(40, spacing=2.0), 0, 1, numpy_rng(0))
+    starts, _ = draw_stack(Box(40, spacing=2.0), 0, 4, 1, numpy_rng(0), "block", step_mm=6.0)
     assert np.diff(starts).tolist() == [3, 3, 3]
-    starts, _ = draw_stack(config, Box(7, spacing=2.0), 0, 1, numpy_rng(0))  # closer in a thin volume
+    starts, _ = draw_stack(Box(7, spacing=2.0), 0, 4, 1, numpy_rng(0), "block", step_mm=6.0)  # closer
     assert np.diff(starts).tolist() == [2, 2, 2]
 
 
 def test_a_spread_stack_reaches_from_end_to_end():
-    starts, _ = draw_stack(config_of(slices=5), Box(50), 0, 1, numpy_rng(1))
+    starts, _ = draw_stack(Box(50), 0, 5, 1, numpy_rng(1))
     assert starts[0] < 10 and starts[-1] >= 40 and set(np.diff(starts)) <= {9, 10, 11}
 
 
@@ -402,13 +398,13 @@ def test_every_pooling_trains(pooling, phantoms):
 
 
 def test_one_block_of_slices_is_masked():
-    mask = draw_mask(one_group(0, 500), 20, (0.1, 0.3))
+    mask = mask_block(one_group(0, 500), 20, (0.1, 0.3))
     lengths = mask.sum(1)
     assert lengths.min() == 2 and lengths.max() == 6
     assert ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]).max() == 1  # a single block
     assert mask.float().mean(0).min() > 0.03  # anywhere
-    assert (draw_mask(one_group(0, 50), 2, (0.1, 0.3)).sum(1) == 1).all()
-    assert (draw_mask(one_group(0, 50), 3, (0.9, 0.95)).sum(1) == 2).all()  # never all
+    assert (mask_block(one_group(0, 50), 2, (0.1, 0.3)).sum(1) == 1).all()
+    assert (mask_block(one_group(0, 50), 3, (0.9, 0.95)).sum(1) == 2).all()  # never all
 
 
 def test_interpolation_of_the_neighbours_by_hand():
@@ -417,7 +413,7 @@ def test_interpolation_of_the_neighbours_by_hand():
     def between(*masked):
         mask = torch.zeros(1, 5, dtype=torch.bool)
         mask[0, list(masked)] = True
-        return neighbours(x, mask)[mask][:, 0].tolist()
+        return interpolate_block(x, mask)[mask][:, 0].tolist()
 
     assert between(2) == pytest.approx([45])
     assert between(1, 2) == pytest.approx([30, 50])
@@ -427,7 +423,7 @@ def test_interpolation_of_the_neighbours_by_hand():
 
 def test_targets_are_standardised_over_all_groups():
     a, b = torch.randn(3, 2, 5, 4) * 7 + 3, torch.randn(2, 2, 3, 4) * 7 + 3
-    flat = torch.cat([x.flatten(0, 2) for x in standardised([a, b], a)])
+    flat = torch.cat([x.flatten(0, 2) for x in standardise([a, b], a)])
     assert torch.allclose(flat.mean(0), torch.zeros(4), atol=1e-5)
     assert torch.allclose(flat.std(0, correction=0), torch.ones(4), atol=2e-3)
 
@@ -439,7 +435,7 @@ def test_the_error_is_of_masked_slices_alone(phantoms):
     out = proxy(batch, one_group(0, 3))
     rng = one_group(0, 3)
     x = proxy.encoder.embed(augment_stack(config, batch, rng).flatten(0, 2)).view(6, 6, -1).detach()
-    mask = draw_mask(ViewRng(rng, 2), 6, config.mask_share)
+    mask = mask_block(ViewRng(rng, 2), 6, config.mask_share)
 
     def predict(embedded):
         tokens = proxy.aggregator.project(embedded)
@@ -463,7 +459,7 @@ def test_no_gradient_runs_through_the_targets(phantoms):
     config = config_of(weights=(0, 0, 1))
     proxy = make(config, phantoms)
     x = torch.randn(2, 2, 6, proxy.encoder.embed_dim, requires_grad=True)
-    target = standardised([x], x)[0]
+    target = standardise([x], x)[0]
     assert not target.requires_grad
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import default_collate
 
 from ssl3d.api import BatchRng, UsageError, default_prototypes, open_data, sinkhorn, swav_loss
 from ssl3d.encoders.resnet import ResNet10
+from ssl3d.objectives import clustering
 from ssl3d.rng import numpy_rng, one_group, seed_of
 from ssl3d_proxies.swav import SwAV, small_views
 
@@ -181,23 +182,13 @@ def test_prototypes_scale_with_what_there_is_to_see(options, places, phantoms):
 # The queue ----------------------------------------------------------------------------------------
 
 
-def test_the_queue_holds_the_newest_and_is_used_once_full_and_due(phantoms):
+def test_the_queue_holds_the_newest_and_is_used_once_full_and_due(phantoms, monkeypatch):
     config = config_of(queue=10, queue_from=0.2, chance=0.0)
     proxy, balanced = make(config), []
-    original = proxy._assign
-
-    def count(scores):
-        import ssl3d_proxies.swav as module
-
-        real, rows = module.sinkhorn, []
-        module.sinkhorn = lambda view, *rest: (rows.append(len(view)), real(view, *rest))[1]
-        try:
-            return original(scores)
-        finally:
-            module.sinkhorn = real
-            balanced.append(rows)
-
-    proxy._assign = count
+    real = clustering.sinkhorn
+    monkeypatch.setattr(
+        clustering, "sinkhorn", lambda view, *rest: (balanced.append(len(view)), real(view, *rest))[1]
+    )
     projected = []
     proxy.head.register_forward_hook(lambda module, inputs, out: projected.append(out.detach()))
     for step in range(4):
@@ -205,7 +196,7 @@ def test_the_queue_holds_the_newest_and_is_used_once_full_and_due(phantoms):
         if step != 2:
             proxy.after_step(step, 10)
     # Empty, half full, full and due from .2 on: after_step has seen steps 0 and 1.
-    assert balanced == [[6, 6], [6, 6], [16, 16], [16, 16]]
+    assert balanced == [6, 6, 6, 6, 16, 16, 16, 16]
     newest = projected[-1].unflatten(0, (6, 2))
     assert {tuple(row) for row in proxy.queue[:6, 0].tolist()} == {
         tuple(row) for row in newest[:, 0].tolist()
