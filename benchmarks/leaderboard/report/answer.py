@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,45 +13,70 @@ from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet
 
 
 def answer(boards: Sequence[Board]) -> list[str]:
-    """Whether pretraining pays on these data, from the numbers, in sentences."""
+    """Say whether pretraining pays on these data, from the numbers, in sentences."""
     lines = _not_learned(boards)
     tried = [board for board in boards if board.of_kind("pretrained")]
     groups: dict[tuple[str, str, bool], list[Board]] = {}
     for board in tried:
         groups.setdefault((board.table.protocol, board.table.family, board.few), []).append(board)
-    for about, members in sorted(groups.items()):
-        lines += _gains(*about, members)
+    families = [_Family(*about, members) for about, members in sorted(groups.items())]
+    lines += [line for family in families for line in _gains(family)]
     lines += _over_imagenet([board for board in tried if not board.few])
-    for about, members in sorted(groups.items()):
-        lines += _gains_with_labels(*about, members)
+    lines += [line for family in families for line in _gains_with_labels(family)]
     lines += _without_networks(tried)
     return lines if tried else [*lines, "There is no pretrained encoder in these records."]
 
 
 def _not_learned(boards: Sequence[Board]) -> list[str]:
     """Return where trained networks are not shown to have learned their task: before all that they say."""
-    told = [
+    unsure = [
         f"{_where(board)} ({len(board.unlearned)} of {len(board.arms) - len(board.of_kind('trivial'))})"
         for board in boards
         if board.unlearned
     ]
     tables = sum(board.table.task.startswith("finetune-") for board in boards)
-    if not told:
+    if not unsure:
         return []
     return [
-        f"WARNING: on {len(told)} of {tables} tables of fine-tuning, networks are not clearly above what "
-        f"needs no training, and nothing can be concluded from them: {'; '.join(told)}. The recipe or the "
-        "data is at fault, or the test set is too small to tell."
+        f"WARNING: on {len(unsure)} of {tables} tables of fine-tuning, networks are not clearly above what "
+        f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. The recipe or "
+        "the data is at fault, or the test set is too small to tell."
     ]
 
 
-def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
-    lines: list[str] = []
+@dataclass(frozen=True)
+class _Family:
+    """Boards that one sentence speaks of.
+
+    Attributes:
+        protocol: Protocol of their tasks.
+        name: Family of their tasks.
+        few: Whether a part of the labels was learned from.
+        boards: Boards with a pretrained encoder.
+    """
+
+    protocol: str
+    name: str
+    few: bool
+    boards: list[Board]
+
+    @property
+    def head(self) -> str:
+        """Beginning of the sentence about the family."""
+        return f"{self.name.capitalize()}{' with few labels' * self.few} ({self.protocol})"
+
+    @property
+    def reference(self) -> str:
+        """Name of what pretraining is compared with."""
+        return f"the same network {scratch_words(self.protocol)}"
+
+
+def _gains(family: _Family) -> list[str]:
     better: list[str] = []
     worse: list[str] = []
     neither: list[Board] = []
     blind: list[str] = []
-    for board in boards:
+    for board in family.boards:
         tested = _tested(board, "main")
         up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
         down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
@@ -60,69 +86,80 @@ def _gains(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> li
                 blind.append(name)
             continue
         if up:
-            best = max(up, key=_gain)
-            better.append(f"{name} ({len(up)} of {len(tested)}, {_gained(best)})")
+            best = _gained(max(up, key=_gain))
+            better.append(f"{name} ({len(up)} of {len(tested)} encoders, the best is {best})")
         else:
             neither.append(board)
         if down:
-            worst = min(down, key=_gain)
-            worse.append(f"{name} ({len(down)} of {len(tested)}, {_gained(worst)})")
-    words = scratch_words(protocol)
-    head = f"{family.capitalize()}{' with few labels' * few} ({protocol})"
+            worst = _gained(min(down, key=_gain))
+            worse.append(f"{name} ({len(down)} of {len(tested)} encoders, the worst is {worst})")
+    lines = []
     count = len(better) + len(neither)
     if better:
         lines.append(
-            f"{head}: yes on {len(better)} of {count} tables: a pretrained encoder beats the same network "
-            f"{words} beyond chance on {'; '.join(better)}.{_by_luck(count)}"
+            f"{family.head}: yes on {len(better)} of {count} table{'s' * (count > 1)}. A pretrained "
+            f"encoder is significantly better than {family.reference} on "
+            f"{'; '.join(better)}.{_by_luck(count)}"
         )
-        if neither:
-            lines.append(f"{head}: no gain could be shown on {_listed(neither)}.{_unknown(neither)}")
-    elif count:
-        tables = f"any of {count} tables: " if count > 1 else ""
-        lines.append(f"{head}: no gain is shown on {tables}{_listed(neither)}.{_unknown(neither)}")
+    if neither:
+        tables = f"any of {len(neither)} tables: " if len(neither) > 1 and not better else ""
+        lines.append(f"{family.head}: no gain is shown on {tables}{_listed(neither)}.{_unknown(neither)}")
     if worse:
-        lines.append(f"{head}: pretraining made it worse on {'; '.join(worse)}.")
+        lines.append(
+            f"{family.head}: pretraining is significantly worse than {family.reference} on "
+            f"{'; '.join(worse)}."
+        )
     if blind:
         lines.append(
-            f"{head}: nothing can be said on {'; '.join(blind)}: the row {words} is missing, "
-            "or pretraining saw test subjects."
+            f"{family.head}: nothing can be said on {'; '.join(blind)}, because the row "
+            f"{scratch_words(family.protocol)} is missing or pretraining saw test subjects."
         )
     return lines
 
 
 def _listed(boards: Sequence[Board]) -> str:
-    """Boards and what they could show, those of one table title together."""
+    """Name boards and the gains that they detect, those of one table title together."""
     by_title: dict[str, list[Board]] = {}
     for board in boards:
         by_title.setdefault(board.table.title.partition(":")[0], []).append(board)
-    told = []
+    names = []
     for title, same in by_title.items():
-        least = [f", which could show {one.detectable:.3f}" if one.detectable else "" for one in same]
-        if len(same) == 1 or not all(one.few for one in same):
-            told += [f"{_where(one)}{words}" for one, words in zip(same, least, strict=True)]
+        least = [f"detects gains from {board.detectable:.3f}" if board.detectable else "" for board in same]
+        if len(same) == 1 or not all(board.few for board in same):
+            names += [
+                f"{_where(board)} ({words})" if words else _where(board)
+                for board, words in zip(same, least, strict=True)
+            ]
         else:
-            amounts = [f"{one.amount}{words}" for one, words in zip(same, least, strict=True)]
-            told.append(f"{title} ({'; '.join(amounts)})")
-    return "; ".join(told)
+            amounts = [
+                f"{board.amount}: {words}" if words else board.amount
+                for board, words in zip(same, least, strict=True)
+            ]
+            names.append(f"{title} ({'; '.join(amounts)})")
+    return "; ".join(names)
 
 
 def _unknown(boards: Sequence[Board]) -> str:
-    """That a board without a number says nothing of how much it could have shown."""
+    """Say that a board without a number says nothing of how small a gain it detects."""
     count = sum(not board.detectable for board in boards)
     if not count:
         return ""
-    where = "there" if count == len(boards) else "where no number stands"
-    return f" Subjects, seeds or subsets are too few to say what could be shown {where}."
+    where = "there" if count == len(boards) else "where no number is given"
+    return (
+        f" There are too few subjects, seeds or subsets to say how small a gain would be detected {where}."
+    )
 
 
 def _by_luck(tables: int) -> str:
-    """Holm's correction is within a table: among many tables, some find something in nothing."""
-    return f" With nothing to find, up to {0.05 * tables:.2g} of {tables} would." if tables > 1 else ""
+    """Say how many tables show a gain by chance: Holm's correction is within a table."""
+    if tables < 2:
+        return ""
+    return f" By chance alone, up to {0.05 * tables:.2g} of {tables} tables would show a gain."
 
 
-def _gains_with_labels(protocol: str, family: str, few: bool, boards: Sequence[Board]) -> list[str]:
-    """Encoders pretrained with labels have a sentence of their own: it is no gain of self-supervision."""
-    tested = [(board, _tested(board, "labels")) for board in boards]
+def _gains_with_labels(family: _Family) -> list[str]:
+    """Say apart what encoders pretrained with labels gain: it is no gain of self-supervision."""
+    tested = [(board, _tested(board, "labels")) for board in family.boards]
     tested = [(board, arms) for board, arms in tested if arms]
     if not tested:
         return []
@@ -135,13 +172,11 @@ def _gains_with_labels(protocol: str, family: str, few: bool, boards: Sequence[B
         ]
         for sign in (1, -1)
     )
-    found = (
-        f"beats the same network {scratch_words(protocol)} beyond chance on {len(better)} of {len(tested)}"
-    )
     return [
-        f"{family.capitalize()}{' with few labels' * few} ({protocol}), pretrained with labels, ranked "
-        f"apart: an encoder {found} tables{' (' + '; '.join(better) + ')' if better else ''}, is worse on "
-        f"{len(worse)}{' (' + '; '.join(worse) + ')' if worse else ''}."
+        f"{family.head}: an encoder pretrained with labels, which is ranked apart, is significantly "
+        f"better than {family.reference} on {len(better)} of {len(tested)} "
+        f"table{'s' * (len(tested) > 1)}{_bracketed(better)} and significantly worse on "
+        f"{len(worse)}{_bracketed(worse)}."
     ]
 
 
@@ -154,7 +189,7 @@ def _tested(board: Board, section: str) -> list[Arm]:
 
 
 def _where(board: Board) -> str:
-    """A board in a sentence."""
+    """Name a board in a sentence."""
     words = board.table.title.partition(":")[0] + (f", {board.amount}" if board.few else "")
     return words + (f" ({board.table.number})" if board.table.number else "")
 
@@ -162,31 +197,30 @@ def _where(board: Board) -> str:
 def _over_imagenet(boards: Sequence[Board]) -> list[str]:
     compared = [board for board in boards if best_imagenet(board) is not None]
     if not compared:
-        return ["Nothing is said of ImageNet: no record is of a converted network."] if boards else []
+        none = "These records contain no ImageNet conversion, so pretraining cannot be compared with it."
+        return [none] if boards else []
     won, lost = [], []
     for board in compared:
-        arms = [
-            arm
+        gains = [
+            arm.over_imagenet.value
             for arm in board.of_kind("pretrained")
             if arm.over_imagenet and not arm.why_unranked and arm.section == "main"
+            if arm.p_imagenet_holm is not None and arm.p_imagenet_holm < 0.05
         ]
-        shown = [arm for arm in arms if arm.p_imagenet_holm is not None and arm.p_imagenet_holm < 0.05]
-        title = board.table.title
-        if any(arm.over_imagenet and arm.over_imagenet.value > 0 for arm in shown):
-            won.append(title)
-        if any(arm.over_imagenet and arm.over_imagenet.value < 0 for arm in shown):
-            lost.append(title)
+        if any(gain > 0 for gain in gains):
+            won.append(board.table.title)
+        if any(gain < 0 for gain in gains):
+            lost.append(board.table.title)
     return [
-        f"Against the best ImageNet conversion: a pretrained encoder is ahead beyond chance on "
-        f"{len(won)} of "
-        f"{len(compared)} tables{' (' + '; '.join(won) + ')' if won else ''}, one is behind on {len(lost)}"
-        f"{' (' + '; '.join(lost) + ')' if lost else ''}."
+        "Compared with the best ImageNet conversion, some pretrained encoder is significantly better on "
+        f"{len(won)} of {len(compared)} table{'s' * (len(compared) > 1)}{_bracketed(won)}, and a "
+        f"pretrained encoder is significantly worse on {len(lost)}{_bracketed(lost)}."
     ]
 
 
 def _without_networks(boards: Sequence[Board]) -> list[str]:
-    """Where a row without a network is ahead of all networks: they have not learned what is easy."""
-    told: dict[str, list[str]] = {}
+    """Say where a row without a network is ahead of all networks: they have not learned what is easy."""
+    ahead: dict[str, list[str]] = {}
     for board in boards:
         networks = [arm for arm in board.arms if arm.kind != "trivial" and np.isfinite(arm.interval.value)]
         rows = [arm for arm in board.of_kind("trivial") if np.isfinite(arm.interval.value)]
@@ -194,23 +228,27 @@ def _without_networks(boards: Sequence[Board]) -> list[str]:
             continue
         best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
         if row.interval.value > best.interval.value:
-            words = f"{row.label} {row.interval.value:.3f}, the best network {best.interval.value:.3f}"
+            words = f"{row.label} {row.interval.value:.3f}, best network {best.interval.value:.3f}"
             title = board.table.title.partition(":")[0]
-            told.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
-    if not told:
+            ahead.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
+    if not ahead:
         return []
-    where = "; ".join(f"{title} ({'; '.join(words)})" for title, words in told.items())
-    count = sum(map(len, told.values()))
+    where = "; ".join(f"{title} ({'; '.join(words)})" for title, words in ahead.items())
+    count = sum(map(len, ahead.values()))
     return [
-        f"A row without a network is ahead of every network on {count} of {len(boards)} tables: {where}. "
-        "What separates networks there says little of what pretraining is worth: train them longer, or "
-        "take what the row takes."
+        f"A row without a network is better than every network on {count} of {len(boards)} "
+        f"table{'s' * (len(boards) > 1)}: {where}. Differences between networks say little about "
+        "pretraining there. Train the networks longer, or give them what the row uses."
     ]
 
 
+def _bracketed(names: Sequence[str]) -> str:
+    return f" ({'; '.join(names)})" if names else ""
+
+
 def _gained(arm: Arm) -> str:
-    found = arm.gain
-    return f"{arm.label} {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" if found else arm.label
+    gain = arm.gain
+    return f"{arm.label} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else arm.label
 
 
 def _shown(arm: Arm) -> bool:

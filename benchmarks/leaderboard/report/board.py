@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.leaderboard.report.records import Read, Table
+from ssl3d_benchmarks.leaderboard.report.records import ReadRecord, Table
+
+NO_NETWORK = "no network"
+"""Why a row without a network is not ranked: not a fault, unlike any other reason."""
 
 
 @dataclass
@@ -14,23 +17,24 @@ class Arm:
     """A contestant at one fraction of the labels: its records over seeds and subsets.
 
     Attributes:
-        rows: The records, seeds x subsets.
-        kind: Of `leaderboard_records.KINDS`.
-        runs: Its main score, resampled.
-        interval: Of the main score.
-        label: Short, and another for every contestant of the table.
-        gain: Over the same network untrained or from scratch.
-        over_imagenet: Over the best ImageNet conversion.
-        p_holm: Of `gain`, corrected over the table.
-        p_imagenet_holm: Of `over_imagenet`, likewise.
-        rank: Among the ranked; None for who is not.
-        rank_interval: 95 % of the ranks over the resamples.
-        first_share: Share of the resamples in which it is first.
-        why_unranked: In words, or empty.
+        rows: Records, seeds x subsets.
+        kind: One of `records.KINDS`.
+        runs: Resamples of the main score.
+        interval: Main score with its interval.
+        label: Short name, different for every contestant of the table.
+        gain: Difference from the same network untrained or from scratch.
+        over_imagenet: Difference from the best ImageNet conversion.
+        p_holm: p of `gain`, corrected over the table.
+        p_imagenet_holm: p of `over_imagenet`, corrected over the table.
+        rank: Rank among the ranked contestants; None for those that are not ranked.
+        rank_interval: Ends of the range of 95 % of the ranks over the resamples.
+        first_share: Share of the resamples in which the contestant is first.
+        why_unranked: Reason in words for having no rank, or an empty string.
         section: `main`, or `labels` for encoders pretrained with labels, which are ranked apart.
+        flags: Counts `seen_test_subjects` and `seen_test_volumes`, and whether it `saw_labels`.
     """
 
-    rows: list[list[Read]]
+    rows: list[list[ReadRecord]]
     kind: str
     runs: statistics.Runs
     interval: statistics.Interval
@@ -47,18 +51,18 @@ class Arm:
     flags: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def first(self) -> Read:
-        """Any of its records."""
+    def first(self) -> ReadRecord:
+        """First record, which stands for what all of them share."""
         return self.rows[0][0]
 
     @property
     def seeds(self) -> int:
-        """How many."""
+        """Number of seeds that were scored."""
         return len(self.rows)
 
     @property
     def subsets(self) -> int:
-        """Of the training data, at this fraction."""
+        """Number of subsets of the training subjects at this fraction."""
         return len(self.rows[0])
 
     @property
@@ -68,25 +72,30 @@ class Arm:
         seconds = compute.get("seconds") or self.first.pretraining.get("seconds")
         return bool(seconds and compute.get("peak_memory"))
 
-    def records(self) -> list[Read]:
-        """All of them."""
-        return [one for row in self.rows for one in row]
+    @property
+    def fair(self) -> bool:
+        """Whether it may be drawn beside others: not where pretraining saw test subjects."""
+        return self.why_unranked in ("", NO_NETWORK)
+
+    def records(self) -> list[ReadRecord]:
+        """Return the records of all seeds and subsets."""
+        return [record for row in self.rows for record in row]
 
 
 @dataclass
 class Board:
-    """A table at one fraction of the labels, with its numbers.
+    """A table of records at one fraction of the labels, with its numbers.
 
     Attributes:
-        table: Where the records come from.
-        fraction: Of the training subjects.
-        arms: Best first, of all kinds but encoders on the way.
+        table: Table that the records come from.
+        fraction: Share of the training subjects that was learned from.
+        arms: Contestants of all kinds but encoders on the way, best first.
         on_the_way: Encoders saved before pretraining ended.
         detectable: Smallest true difference from scratch that the test set shows with power .8, the median
             over the contestants; None where there is nothing to compare, or too few seeds or subsets.
         missing: Rows that have to be there and are not, in words.
         unlearned: Sentences about every network that is not shown to have learned its task (fine-tuning).
-        notes: What was left out, in words.
+        notes: What a reader has to know about the table, in words.
     """
 
     table: Table
@@ -100,7 +109,7 @@ class Board:
 
     @property
     def slug(self) -> str:
-        """For links and file names."""
+        """Name for links and files."""
         return self.table.slug + ("" if self.fraction == 1 else f"-{self.fraction:g}".replace(".", "-"))
 
     @property
@@ -110,26 +119,30 @@ class Board:
 
     @property
     def people(self) -> str:
-        """How many training subjects of how many, in words; empty for all of them."""
-        train = self.arms[0].first.result.split.get("train", {})
+        """Number of training subjects in words; empty for all of them."""
         if self.fraction == 1:
             return ""
-        some, of = train.get("subjects"), train.get("of_subjects")
-        return f"{some} of {of} training subjects" if of else f"{self.fraction:g} of the training subjects"
+        train = self.arms[0].first.result.split.get("train", {})
+        some, total = train.get("subjects"), train.get("of_subjects")
+        return (
+            f"{some} of {total} training subjects"
+            if total
+            else f"{self.fraction:g} of the training subjects"
+        )
 
     @property
     def amount(self) -> str:
-        """What part of the annotation was learned from, in words; empty for all of it."""
+        """Part of the annotation that was learned from, in words; empty for all of it."""
         return ", ".join(part for part in (self.table.annotated, self.people) if part)
 
     def ranked(self, section: str = "main") -> list[Arm]:
-        """Who is ranked there, best first."""
+        """Return the contestants that are ranked in a section, best first."""
         return [arm for arm in self.arms if arm.rank is not None and arm.section == section]
 
     def of_section(self, section: str) -> list[Arm]:
-        """The arms of `main`, with all that is not ranked, or of `labels`."""
+        """Return the contestants of `main`, with all that are not ranked, or of `labels`."""
         return [arm for arm in self.arms if arm.section == section]
 
     def of_kind(self, *kinds: str) -> list[Arm]:
-        """The arms of some kinds."""
+        """Return the contestants of some kinds."""
         return [arm for arm in self.arms if arm.kind in kinds]

@@ -14,7 +14,7 @@ PLOT = 330.0
 FEW = 9
 """Amounts at which each can have its own tick."""
 COLOURS = 8
-"""Of the page's style: .c0 to .c7; a ninth line is dashed."""
+"""Colours in the style of the page, .c0 to .c7; a ninth line is dashed."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Mark:
     """A point with its interval.
 
     Attributes:
-        label: Of the row, or what a pointer shows.
-        value: Where it stands.
-        low: End of its interval, NaN for none.
-        high: Other end.
-        kind: `pretrained`, `imagenet`, `scratch`, `trivial` or `published`: its form.
-        faint: Not ranked.
+        label: Name of the row, which a pointer shows too.
+        value: Score of the row.
+        low: Lower end of its interval, NaN for none.
+        high: Upper end of its interval.
+        kind: `pretrained`, `imagenet`, `scratch`, `trivial` or `published`, which decides the form.
+        faint: Whether the row is not ranked.
     """
 
     label: str
@@ -38,23 +38,27 @@ class Mark:
     faint: bool = False
 
 
+Point = tuple[float, float, float, float]
+"""Amount, value, and the ends of its interval, NaN for none."""
+
+
 @dataclass(frozen=True)
 class Line:
-    """A curve.
+    """A curve of values over an amount.
 
     Attributes:
-        label: At its end.
-        points: (x, value, low, high).
-        kind: As of a mark.
+        label: Name at the end of the curve.
+        points: Points of the curve.
+        kind: Kind of a mark, which decides the form of the points.
     """
 
     label: str
-    points: Sequence[tuple[float, float, float, float]]
+    points: Sequence[Point]
     kind: str = "pretrained"
 
 
 def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str) -> str:
-    """Scores with intervals, a row each, with a dashed line at the reference."""
+    """Draw scores with intervals, a row each, with a dashed line at the reference."""
     label_width = min(280.0, 20 + 6.6 * max((len(mark.label) for mark in marks), default=10))
     left, right, step, top = label_width + 10, label_width + PLOT, 22.0, 8.0
     ends = [v for mark in marks for v in (mark.value, mark.low, mark.high) if isfinite(v)]
@@ -77,14 +81,14 @@ def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str
         )
         if not isfinite(mark.value):
             continue
-        told = f"{mark.label}: {mark.value:.3f}"
+        hint = f"{mark.label}: {mark.value:.3f}"
         if isfinite(mark.low):
-            told += f" [{mark.low:.3f}, {mark.high:.3f}]"
+            hint += f" [{mark.low:.3f}, {mark.high:.3f}]"
             parts.append(
                 f'<line class="bar k-{mark.kind}" x1="{place(mark.low):.1f}" x2="{place(mark.high):.1f}" '
                 f'y1="{y:.1f}" y2="{y:.1f}"/>'
             )
-        parts.append(_symbol(place(mark.value), y, mark.kind, mark.faint, told))
+        parts.append(_symbol(place(mark.value), y, mark.kind, mark.faint, hint))
     return _svg(bottom + 40, title, parts, right + 16)
 
 
@@ -92,7 +96,7 @@ def scatter(
     marks: Sequence[tuple[float, Mark]], x_axis: str, y_axis: str, title: str, reference: float | None,
     log: bool = True,
 ) -> str:  # fmt: skip
-    """Scores against an amount."""
+    """Draw scores against an amount."""
     return lines([Line(mark.label, [(x, mark.value, mark.low, mark.high)], mark.kind) for x, mark in marks],
                  x_axis, y_axis, title, log, reference)  # fmt: skip
 
@@ -101,18 +105,18 @@ def lines(
     curves: Sequence[Line], x_axis: str, y_axis: str, title: str, log: bool = False,
     reference: float | None = None, called: Mapping[float, str] | None = None,
 ) -> str:  # fmt: skip
-    """Curves over an amount, their intervals, and their names at the right, kept apart.
+    """Draw curves over an amount, their intervals, and their names at the right, kept apart.
 
     Amounts in `called` are written so below the axis.
     """
-    curves = [one for one in curves if any(isfinite(point[1]) for point in one.points)]
+    curves = [curve for curve in curves if any(isfinite(point[1]) for point in curve.points)]
     if not curves:
         return ""
-    label_width = min(230.0, 24 + 6.6 * max(len(one.label) for one in curves))
+    label_width = min(230.0, 24 + 6.6 * max(len(curve.label) for curve in curves))
     top = 12.0
     height = max(260.0, 15.0 * len(curves))
     bottom = top + height
-    points = [point for one in curves for point in one.points if isfinite(point[1])]
+    points = [point for curve in curves for point in curve.points if isfinite(point[1])]
     xs = [point[0] for point in points]
     ys = [v for point in points for v in point[1:] if isfinite(v)]
     ys += [reference] if reference is not None and isfinite(reference) else []
@@ -155,34 +159,34 @@ def lines(
         y = up(reference)
         parts.append(f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
     ends = sorted(
-        ((up(last[1]), number) for number, one in enumerate(curves) for last in [_last(one)]),
+        ((up(last[1]), number) for number, curve in enumerate(curves) for last in [_last(curve)]),
     )
     wanted = _apart([y for y, _ in ends], 14.0, top + 6, bottom + 10)
     at = {number: y for (_, number), y in zip(ends, wanted, strict=True)}
-    for number, one in enumerate(curves):
-        tone = f"c{number % COLOURS}" + (" dash" if number >= COLOURS else "")
-        if one.kind in ("scratch", "trivial"):
-            tone = "c-plain" + (" dash" if one.kind == "trivial" else "")
-        shown = [point for point in one.points if isfinite(point[1])]
+    for number, curve in enumerate(curves):
+        tone = f"tone c{number % COLOURS}" + (" dash" if number >= COLOURS else "")
+        if curve.kind in ("scratch", "trivial"):
+            tone = "tone c-plain" + (" dash" if curve.kind == "trivial" else "")
+        shown = [point for point in curve.points if isfinite(point[1])]
         where = [(across(spread(x)), up(v)) for x, v, _, _ in shown]
         if len(where) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
             parts.append(f'<polyline class="curve {tone}" points="{path}"/>')
         for (x, y), (amount, value, low, high) in zip(where, shown, strict=True):
-            told = f"{one.label}: {value:.3f} at {_short(amount)}"
+            hint = f"{curve.label}: {value:.3f} at {_short(amount)}"
             if isfinite(low) and isfinite(high):
-                told += f" [{low:.3f}, {high:.3f}]"
+                hint += f" [{low:.3f}, {high:.3f}]"
                 parts.append(
                     f'<line class="bar thin {tone}" x1="{x:.1f}" x2="{x:.1f}" '
                     f'y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
                 )
-            parts.append(_symbol(x, y, one.kind, False, told, tone))
+            parts.append(_symbol(x, y, curve.kind, False, hint, tone))
         x, y = where[-1]
         end = at[number]
         parts.append(
             f'<polyline class="lead {tone}" points="{x + 5:.1f},{y:.1f} {right + 4:.1f},{end:.1f}"/>'
         )
-        words = one.label if len(one.label) <= 34 else one.label[:32] + "…"
+        words = curve.label if len(curve.label) <= 34 else curve.label[:32] + "…"
         parts.append(
             f'<text class="{tone} name" x="{right + 8:.1f}" y="{end + 4:.1f}">{escape(words)}</text>'
         )
@@ -191,17 +195,17 @@ def lines(
 
 def critical(names: Sequence[str], average: Sequence[float], difference: float,
              cliques: Sequence[tuple[int, int]], title: str) -> str:  # fmt: skip
-    """Average ranks on a line; a bar joins those that cannot be told apart (Demšar 2006).
+    """Draw average ranks on a line; a bar joins those that cannot be told apart (Demšar 2006).
 
     The names stand outside of the line's range, where no stem can run through them.
     """
     count = len(names)
-    told = [
+    labels = [
         f"{name if len(name) <= 40 else name[:38] + '…'} {value:.2f}"
         for name, value in zip(names, average, strict=True)
     ]
     half = (count + 1) // 2
-    widths = [20 + 6.6 * max((len(one) for one in side), default=0) for side in (told[:half], told[half:])]
+    widths = [20 + 6.6 * max(map(len, side), default=0) for side in (labels[:half], labels[half:])]
     left, line = widths[0], 62.0
     right = left + PLOT
     place = _linear(1, count, left + 10, right - 10)
@@ -225,7 +229,7 @@ def critical(names: Sequence[str], average: Sequence[float], difference: float,
         )
         below += 8
     height = below + 16
-    for number, (words, value) in enumerate(zip(told, average, strict=True)):
+    for number, (words, value) in enumerate(zip(labels, average, strict=True)):
         first = number < half
         y = below + 18 * (number + 1 if first else count - number)
         x, side = place(value), (left if first else right)
@@ -250,7 +254,7 @@ def _svg(height: float, title: str, parts: Sequence[str], width: float = WIDTH) 
     )
 
 
-def _symbol(x: float, y: float, kind: str, faint: bool, told: str, tone: str = "") -> str:
+def _symbol(x: float, y: float, kind: str, faint: bool, title: str, tone: str = "") -> str:
     look = f"mark k-{kind} {tone} {'faint' if faint else ''}".strip()
     if tone:
         look = f"mark {tone}"
@@ -262,7 +266,7 @@ def _symbol(x: float, y: float, kind: str, faint: bool, told: str, tone: str = "
     }
     begin = shapes.get(kind, f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{look}">')
     end = f"</{begin[1:].split(' ', 1)[0]}>"
-    return f"{begin}<title>{escape(told)}</title>{end}"
+    return f"{begin}<title>{escape(title)}</title>{end}"
 
 
 def _grid_x(ticks: Sequence[float], place: Callable[[float], float], top: float, bottom: float, axis: str,
@@ -290,7 +294,7 @@ def _linear(low: float, high: float, begin: float, end: float) -> Callable[[floa
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers that hold a range."""
+    """Choose round numbers that hold a range."""
     span = high - low
     if span <= 0:
         span = abs(high) * 0.1 or 1.0
@@ -306,13 +310,13 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 2)
     steps = (1, 2, 5) if high / low < 200 else (1,)
-    found = [k * 10.0**power for power in powers for k in steps]
-    inside = [tick for tick in found if low * 0.93 <= tick <= high * 1.07]
+    ticks = [k * 10.0**power for power in powers for k in steps]
+    inside = [tick for tick in ticks if low * 0.93 <= tick <= high * 1.07]
     return inside if len(inside) > 1 else sorted({low, high})
 
 
 def _short(value: float) -> str:
-    """1.2e13 as 12T, .25 as 0.25."""
+    """Write a number shortly: 1.2e13 as 12T, .25 as 0.25."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
@@ -320,7 +324,7 @@ def _short(value: float) -> str:
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places near the wanted ones, a gap between each two."""
+    """Place labels in ascending order near the wanted places, a gap between each two."""
     places: list[float] = []
     for y in wanted:
         places.append(max(y, places[-1] + gap if places else low))

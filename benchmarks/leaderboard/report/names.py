@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def label(arms: Sequence[Arm], table: Table) -> None:
-    """Gives every arm the shortest name that no other has."""
+    """Give every arm the shortest name that no other has."""
     facets: list[Callable[[Arm], str]] = [
         _method,
         lambda arm: _at(arm),
@@ -37,12 +37,12 @@ def label(arms: Sequence[Arm], table: Table) -> None:
         groups: dict[tuple[str, ...], set[str]] = {}
         for k in crowded:
             groups.setdefault(tuple(names[k]), set()).add(facet(arms[k]))
-        said = {}
+        added = {}
         for k in crowded:
             words = facet(arms[k])
             if len(groups[tuple(names[k])]) > 1 and words and words not in names[k]:
-                said[k] = words
-        for k, words in said.items():
+                added[k] = words
+        for k, words in added.items():
             names[k].append(words)
     for arm, name in zip(arms, names, strict=True):
         arm.label = ", ".join(name)
@@ -80,20 +80,20 @@ def _relation(arm: Arm, table: Table) -> str:
 
 
 def learning_rates(arm: Arm) -> str:
-    """Those that were tried, in words; empty where a protocol has none."""
+    """Name the learning rates that were tried; empty where a protocol has none."""
     rates = arm.first.rates
     return f"learning rate {' '.join(f'{rate:g}' for rate in rates)}" if rates else ""
 
 
-def _words_of(arm: Arm, what: str) -> str:
-    """A part of the recipe of pretraining in words; empty where the records do not say."""
-    recipe: Mapping[str, Any] = max((one.recipe for one in arm.records()), key=len)
-    found = recipe.get(what)
-    if not found:
+def _words_of(arm: Arm, key: str) -> str:
+    """Name a part of the recipe of pretraining; empty where the records do not have it."""
+    recipe: Mapping[str, Any] = max((record.recipe for record in arm.records()), key=len)
+    value = recipe.get(key)
+    if not value:
         return ""
-    if what == "init":
-        return f"after {found['from']}"
-    return {"batch_size": "batch ", "lr": "rate "}.get(what, "") + str(found)
+    if key == "init":
+        return f"after {value['from']}"
+    return {"batch_size": "batch ", "lr": "rate "}.get(key, "") + str(value)
 
 
 def _trained_on(arm: Arm) -> list[str]:
@@ -101,7 +101,7 @@ def _trained_on(arm: Arm) -> list[str]:
 
 
 def across(arm: Arm, table: Table | None) -> str:
-    """What it is called over tasks; without a table, so that it holds on any."""
+    """Name a contestant over tasks; without a table, so that the name holds on any."""
     group = str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:")
     names = sorted(set(_trained_on(arm))) if arm.kind == "pretrained" else []
     on = "on " + " + ".join(names) if names else ""
@@ -113,5 +113,5 @@ def across(arm: Arm, table: Table | None) -> str:
 
 
 def scratch_words(task: str) -> str:
-    """What the rows without pretraining are called: fine-tuned ones have been trained."""
+    """Name the rows without pretraining: fine-tuned ones have been trained."""
     return "from scratch" if task.startswith("finetune") else "untrained"

@@ -14,26 +14,27 @@ from ssl3d.api import (
 )
 
 if TYPE_CHECKING:
+    from ssl3d.api import Result
     from ssl3d_benchmarks.leaderboard.report.board import Board
     from ssl3d_benchmarks.leaderboard.report.overall import Overall
-    from ssl3d_benchmarks.leaderboard.report.records import Read, Records
+    from ssl3d_benchmarks.leaderboard.report.records import ReadRecord, Records
 
 PUBLISHED = Path(__file__).parents[2] / "suites" / "published"
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Makes a report of records: one HTML page that needs nothing else, Markdown and CSV.
+    """Options of a report: one HTML page that needs nothing else, Markdown and CSV.
 
     Attributes:
-        results: Folders of records, as benchmarks write them, or archives of `ssl3d leaderboard pack`;
-            everything below is read.
+        results: Folders of records, as benchmarks write them, or archives of `ssl3d leaderboard pack`. All
+            records below them are read.
         out: Folder for index.html, report.md and scores.csv.
-        title: Of the page.
-        published: Published numbers to show beside, never ranked: names of those that come with ssl3d
-            (medmnist3d), or YAML files.
-        resamples: Bootstrap resamples.
-        pictures: Whether pictures that lie beside the records are put into the page.
+        title: Title of the page.
+        published: Published numbers that are shown beside the records and never ranked: names of those that
+            come with ssl3d (medmnist3d), or YAML files.
+        resamples: Number of bootstrap resamples.
+        pictures: Whether the page shows pictures that lie beside the records.
     """
 
     results: tuple[Path, ...] = field(metadata={"positional": True})
@@ -44,21 +45,21 @@ class ReportOptions:
     pictures: bool = True
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         if not self.results:
-            raise ValueError("results: name a folder of records")
+            raise ValueError("results is empty: name a folder of records")
         if self.resamples < 100:
-            raise ValueError(f"resamples: {self.resamples}; at least 100")
+            raise ValueError(f"resamples is {self.resamples}, must be at least 100")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, as numbers.
+    """Numbers of which a report is written.
 
     Attributes:
-        boards: One table each.
+        boards: Tables with their numbers, one for each fraction of the labels.
         overall: Ranks over tasks.
-        records: What was read, and what was refused.
+        records: Records that were read, and those that were refused.
     """
 
     boards: list[Board]
@@ -69,7 +70,7 @@ class Report:
 def read_report(
     results: Sequence[Path], published: Sequence[str] = ("medmnist3d",), resamples: int = 2000
 ) -> Report:
-    """Reads records and computes everything that a report says.
+    """Read records and compute everything that a report says.
 
     Raises:
         UsageError: A folder is missing or holds no records; published numbers cannot be read.
@@ -87,7 +88,7 @@ def read_report(
 
 
 def report(options: ReportOptions) -> Report:
-    """Writes the page, the Markdown and the CSV.
+    """Write the page, the Markdown and the CSV.
 
     Raises:
         UsageError: As `read_report`, or the folder cannot be written.
@@ -99,13 +100,15 @@ def report(options: ReportOptions) -> Report:
 
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
-    made = read_report(options.results, options.published, options.resamples)
-    told = conditions(made, options)
-    refused = made.records.refused
+    numbers = read_report(options.results, options.published, options.resamples)
+    made_with = conditions(numbers, options)
+    refused = numbers.records.refused
     contents = {
-        "index.html": page(options.title, made.boards, made.overall, refused, told, options.pictures),
-        "report.md": markdown_text(options.title, made.boards, made.overall, refused, told),
-        "scores.csv": csv_text(made.boards),
+        "index.html": page(
+            options.title, numbers.boards, numbers.overall, refused, made_with, options.pictures
+        ),
+        "report.md": markdown_text(options.title, numbers.boards, numbers.overall, refused, made_with),
+        "scores.csv": csv_text(numbers.boards),
     }
     try:
         for name, content in contents.items():
@@ -113,46 +116,49 @@ def report(options: ReportOptions) -> Report:
             write_whole(options.out / name, content)
     except OSError as error:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
-    for line in [*answer(made.boards), *no_overall(made.boards)]:
+    for line in [*answer(numbers.boards), *no_overall(numbers.boards)]:
         print(line)
-    for one in refused:
-        print(f"refused: {one.where}{': ' + one.who if one.who else ''}: {one.why}")
-    rows = sum(len(table.rows) for table in made.records.tables)
+    for record in refused:
+        print(f"refused: {record.where}{': ' + record.who if record.who else ''}: {record.why}")
+    rows = sum(len(table.rows) for table in numbers.records.tables)
     print(
-        f"{rows} records in {len(made.records.tables)} tables, {len(refused)} refused: "
+        f"{rows} records in {len(numbers.records.tables)} table{'s' * (len(numbers.records.tables) != 1)}, "
+        f"{len(refused)} refused: "
         f"{options.out / 'index.html'}"
     )
-    return made
+    return numbers
 
 
-def conditions(made: Report, options: ReportOptions) -> list[tuple[str, str]]:
-    """What the numbers were made with."""
-    rows = [one for table in made.records.tables for one in table.rows]
-    found = [("files read", str(made.records.files)), ("records", str(len(rows)))]
-    names = sorted({name for one in rows for name in one.result.versions})
-    for name in names:
-        found.append((name, _counted(one.result.versions.get(name, "unknown") for one in rows)))
-    found.append(
-        ("devices of pretraining", _counted(_device(one) for one in rows if one.kind == "pretrained"))
-    )
-    found.append(("seeds of the protocols", _counted(str(one.result.seed) for one in rows)))
-    found.append(("precision of frozen encoders", _counted(_precision(one) for one in rows)))
-    found.append(("bootstrap resamples", str(options.resamples)))
-    found += [
-        (f"split and data of {table.title}",
-         f"split {table.rows[0].result.split_digest}, data {table.rows[0].result.data_digest}")
-        for table in made.records.tables
-    ]  # fmt: skip
-    return [(name, value) for name, value in found if value]
+def conditions(numbers: Report, options: ReportOptions) -> list[tuple[str, str]]:
+    """List the names and values of what the numbers were made with."""
+    tables = numbers.records.tables
+    rows = [record for table in tables for record in table.rows]
+    versions = sorted({name for record in rows for name in record.result.versions})
+    devices = [_device(record) for record in rows if record.kind == "pretrained"]
+    pairs = [
+        ("files read", str(numbers.records.files)),
+        ("records", str(len(rows))),
+        *((name, _counted(row.result.versions.get(name, "unknown") for row in rows)) for name in versions),
+        ("devices of pretraining", _counted(devices)),
+        ("seeds of the protocols", _counted(str(record.result.seed) for record in rows)),
+        ("precision of frozen encoders", _counted(_precision(record) for record in rows)),
+        ("bootstrap resamples", str(options.resamples)),
+        *((f"split and data of {table.title}", _digests(table.rows[0].result)) for table in tables),
+    ]
+    return [(name, value) for name, value in pairs if value]
 
 
-def _device(one: Read) -> str:
-    compute = one.pretraining.get("compute") or {}
-    return str(compute.get("where", "not said"))
+def _digests(result: Result) -> str:
+    return f"split {result.split_digest}, data {result.data_digest}"
 
 
-def _precision(one: Read) -> str:
-    return str(one.result.settings.get("precision", "")) or "not said"
+def _device(record: ReadRecord) -> str:
+    compute = record.pretraining.get("compute") or {}
+    return str(compute.get("where", "unknown"))
+
+
+def _precision(record: ReadRecord) -> str:
+    return str(record.result.settings.get("precision", "")) or "unknown"
 
 
 def _counted(values: Iterable[str]) -> str:
@@ -169,5 +175,5 @@ def _published(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    there = ", ".join(sorted(one.stem for one in PUBLISHED.glob("*.yaml")))
+    there = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.yaml")))
     raise UsageError(f"--published {name}: no such file, and none of {there}")

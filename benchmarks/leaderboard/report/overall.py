@@ -26,15 +26,15 @@ class Overall:
     """Ranks over the tasks of one protocol and family.
 
     Attributes:
-        protocol: Of the tasks.
+        protocol: Protocol of the tasks.
         family: Segmentation, classification, detection or regression.
-        boards: One per task.
-        methods: Best average rank first.
+        boards: Boards, one per task.
+        methods: Names of the methods, best average rank first.
         ranks: Rank of every method on every task, (M, T).
         average: Average ranks (M,).
-        intervals: 95 % of the average rank over the resamples.
-        first_share: How often each is first.
-        above: How often the method of the row is above that of the column, (M, M).
+        intervals: Ends of the range of 95 % of the average ranks over the resamples.
+        first_share: Share of the resamples in which each is first.
+        above: Share of the resamples in which the method of the row is above that of the column, (M, M).
         changes: Share of the resamples in which the order is another.
         tau: Kendall's tau between the order and that of a resample, mean.
         critical: Friedman's p, Nemenyi's critical difference and cliques; None below six tasks.
@@ -60,11 +60,11 @@ class Overall:
 
 @dataclass(frozen=True)
 class CriticalDifference:
-    """Demšar 2006: Friedman's test, then Nemenyi's.
+    """Friedman's test, then Nemenyi's, as in Demšar 2006.
 
     Attributes:
-        p: Of "all are alike" (Friedman).
-        difference: Average ranks further apart than this differ at .05.
+        p: Friedman's p of the hypothesis that all methods are alike.
+        difference: Smallest difference of average ranks that is significant at .05.
         cliques: Methods that cannot be told apart, as positions in the order of average ranks.
     """
 
@@ -74,29 +74,30 @@ class CriticalDifference:
 
 
 def overall_of(boards: Iterable[Board]) -> list[Overall]:
-    """Ranks over tasks, one for each protocol and family; a data set and target counts once."""
-    found = [_overall(*about, _matched(choices)) for about, choices in _tasks(boards)]
-    return [one for one in found if one is not None]
+    """Rank over tasks, once for each protocol and family; a data set and target counts once."""
+    every = [_overall(*about, _matched(choices)) for about, choices in _tasks(boards)]
+    return [ranks for ranks in every if ranks is not None]
 
 
 def no_overall(boards: Iterable[Board]) -> list[str]:
-    """Why there are no ranks over the tasks of a protocol and family, a sentence each."""
+    """Say why there are no ranks over the tasks of a protocol and family, a sentence each."""
     lines = []
     for (protocol, family), choices in _tasks(boards):
         if _matched(choices) is not None:
             continue
-        tables = [one[0].table.title.removesuffix(f" ({one[0].table.number})") for one in choices]
+        firsts = [same[0].table for same in choices]
+        tables = [table.title.removesuffix(f" ({table.number})") for table in firsts]
         why = (
-            f"{tables[0]} is the only task with all labels"
+            f"{tables[0]} is the only task that was trained with all labels"
             if len(tables) == 1
             else f"no two of the {len(tables)} tasks ({'; '.join(tables)}) have two contestants in common"
         )
-        lines.append(f"No ranks over tasks for {family} ({protocol}): {why}.")
+        lines.append(f"There are no ranks over tasks for {family} ({protocol}), because {why}.")
     return lines
 
 
 def _tasks(boards: Iterable[Board]) -> list[tuple[tuple[str, str], list[list[Board]]]]:
-    """By protocol and family: of every task the boards with all labels."""
+    """Group the boards with all labels by protocol and family, then by task."""
     groups: dict[tuple[str, str], dict[tuple[str, ...], list[Board]]] = {}
     for board in boards:
         if not board.few and board.ranked():
@@ -111,8 +112,8 @@ class _Matched:
     """Which contestants of some tables are the same.
 
     Attributes:
-        boards: One per task.
-        methods: Name and, in the order of the boards, the arms that stand for it.
+        boards: Boards, one per task.
+        methods: Names and, in the order of the boards, the arms that stand for each.
         left_out: Contestants that are not on every board, in words.
         tasks_left_out: Tables that share less than half of the contestants of the others, by title.
     """
@@ -124,7 +125,7 @@ class _Matched:
 
 
 def _matched(choices: Sequence[Sequence[Board]]) -> _Matched | None:
-    """The tasks and the contestants that are on all of them; None where there are not two of both.
+    """Match the tasks and the contestants that are on all of them; None where there are not two of both.
 
     A task that would more than halve the contestants is left out instead of them.
     """
@@ -134,7 +135,7 @@ def _matched(choices: Sequence[Sequence[Board]]) -> _Matched | None:
     boards, tried = every, []
     while len(boards) > 1:
         tried.append((boards, *_methods(boards)))
-        without = [[one for one in boards if one is not board] for board in boards]
+        without = [[other for other in boards if other is not board] for board in boards]
         # Of tasks that cost as many contestants the one goes that has fewest.
         boards = max(without, key=lambda some: (len(_methods(some)[0]), sum(len(b.ranked()) for b in some)))
     most = 0
@@ -148,7 +149,7 @@ def _matched(choices: Sequence[Sequence[Board]]) -> _Matched | None:
 
 
 def _together(choices: Sequence[Sequence[Board]]) -> list[Board]:
-    """Of each task's tables the one that shares most contestants with the other tasks' tables."""
+    """Choose of each task's tables the one that shares most contestants with the other tasks' tables."""
     names = _identities([board for boards in choices for board in boards])
     known = {
         id(board): {name for arm in board.ranked() for name in (names[id(arm)], across(arm, board.table))}
@@ -158,7 +159,7 @@ def _together(choices: Sequence[Sequence[Board]]) -> list[Board]:
 
     def shared(boards: Iterable[Board]) -> tuple[int, int, int]:
         own = [known[id(board)] for board in boards]
-        counts = Counter(name for one in own for name in one)
+        counts = Counter(name for names in own for name in names)
         return len(set.intersection(*own)), sum(n * n for n in counts.values()), sum(map(len, own))
 
     some: Iterable[tuple[Board, ...]] = itertools.islice(itertools.product(*choices), 5000)
@@ -166,11 +167,11 @@ def _together(choices: Sequence[Sequence[Board]]) -> list[Board]:
 
 
 def _identities(boards: Sequence[Board]) -> dict[int, Any]:
-    """Arm (its id) -> what is the same wherever the same encoder is scored in the same way.
+    """Map the id of an arm to what is the same wherever the same encoder is scored in the same way.
 
     The same are arms that share weights, or, where a table has other seeds of a run, name and training.
     """
-    found: dict[int, Any] = {}
+    identities: dict[int, Any] = {}
     by_clue: dict[Any, Any] = {}
     for board in boards:
         taken: set[Any] = set()
@@ -178,10 +179,10 @@ def _identities(boards: Sequence[Board]) -> dict[int, Any]:
             about = arm.first.arm
             pool = arm.first.result.contestant.get("pool")
             how = (arm.kind, arm.first.recalibrated, pool, network_of(arm))
-            recipe = str(sorted(max((one.recipe for one in arm.records()), key=len).items()))
+            recipe = str(sorted(max((record.recipe for record in arm.records()), key=len).items()))
             clues: list[Any] = [("training", about, recipe)]
             if arm.kind == "pretrained":
-                digests = {str(one.result.contestant["digest"]) for one in arm.records()}
+                digests = {str(record.result.contestant["digest"]) for record in arm.records()}
                 clues += [("weights", *how, digest) for digest in sorted(digests)]
             known = next((by_clue[clue] for clue in clues if clue in by_clue), clues[0])
             if known in taken:  # two names for the same weights in one table: two contestants
@@ -192,12 +193,12 @@ def _identities(boards: Sequence[Board]) -> dict[int, Any]:
             taken.add(known)
             for clue in clues:
                 by_clue.setdefault(clue, known)
-            found[id(arm)] = known
-    return found
+            identities[id(arm)] = known
+    return identities
 
 
 def _methods(boards: Sequence[Board]) -> tuple[list[tuple[str, list[Arm]]], list[str]]:
-    """Methods that are on all boards, and in words who is not.
+    """List the methods that are on all boards, and in words the contestants that are not.
 
     The same encoder on all of them is one, whatever it was trained on. Of the others, those stand
     together that have the same name, such as a proxy's encoders that were each trained on the task's own
@@ -242,15 +243,15 @@ def _methods(boards: Sequence[Board]) -> tuple[list[tuple[str, list[Arm]]], list
         for name, arms in groups
     ]
     crowded = Counter(name for name, _, _ in left_out)
-    told = [
+    absent = [
         f"{', '.join(word for word in (name, *_in_full(arm) * (crowded[name] > 1)) if word)} ({on})"
         for name, on, arm in left_out
     ]
-    return named, sorted(told)
+    return named, sorted(absent)
 
 
 def _in_full(arm: Arm) -> tuple[str, ...]:
-    """What else tells it from others of its name."""
+    """Return what else tells a contestant from others of its name."""
     return str(arm.first.result.contestant["name"]), learning_rates(arm)
 
 
@@ -269,7 +270,7 @@ def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | 
     order = np.argsort(average, kind="stable")
     names = _shortened(names, [arms[0].kind != "imagenet" for _, arms in matched.methods])
     names, table, average = [names[k] for k in order], table[order], average[order]
-    means = np.mean([one[order] for one in drawn], axis=0)  # (M, R)
+    means = np.mean([draws[order] for draws in drawn], axis=0)  # (M, R)
     ends = np.quantile(means, [0.025, 0.975], axis=1)
     best = means == means.min(axis=0)
     above = np.mean(means[:, None] < means[None], axis=2) + 0.5 * np.mean(
@@ -280,8 +281,8 @@ def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | 
         for i, j in itertools.combinations(range(len(names)), 2)
     ]
     agreeing = np.stack(concordant)
-    told = [average[j] != average[i] for i, j in itertools.combinations(range(len(names)), 2)]
-    changes = float(np.mean((agreeing[told] < 0).any(axis=0))) if any(told) else 1.0
+    untied = [average[j] != average[i] for i, j in itertools.combinations(range(len(names)), 2)]
+    changes = float(np.mean((agreeing[untied] < 0).any(axis=0))) if any(untied) else 1.0
     return Overall(
         protocol, family, boards, names, table, average,
         [(float(low), float(high)) for low, high in ends.T],
@@ -292,7 +293,7 @@ def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | 
 
 
 def _shortened(names: list[str], ours: Sequence[bool]) -> list[str]:
-    """Without the words that all have that are no conversion, such as the architecture."""
+    """Drop the words that all have that are no conversion, such as the architecture."""
     split = [name.split(", ") for name in names]
     sets = [set(words) for words, own in zip(split, ours, strict=True) if own]
     same = set.intersection(*sets) if len(sets) > 1 else set()
@@ -300,7 +301,7 @@ def _shortened(names: list[str], ours: Sequence[bool]) -> list[str]:
 
 
 def critical_difference(ranks: Array) -> CriticalDifference:
-    """Friedman's test and Nemenyi's critical difference at .05 of ranks (M, T), best average first."""
+    """Test ranks (M, T), best average first, by Friedman, with Nemenyi's critical difference at .05."""
     from scipy.stats import chi2, rankdata, studentized_range
 
     methods, tasks = ranks.shape

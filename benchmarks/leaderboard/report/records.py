@@ -49,12 +49,12 @@ SEED = re.compile(r"[-_](?:seed)?(\d+)$")
 
 @dataclass(frozen=True)
 class Refused:
-    """A file or a row that is in no table.
+    """A file or a record that is in no table.
 
     Attributes:
         where: File, below the folder of the records.
-        who: The contestant, or empty.
-        why: In one line.
+        who: Name of the contestant, or an empty string.
+        why: Reason in one line.
     """
 
     where: str
@@ -63,13 +63,13 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A record and where it lies.
+class ReadRecord:
+    """A record as it was read, and what it says of its contestant.
 
     Attributes:
-        path: Of the file.
-        where: The same below the folder of the records.
-        result: The record.
+        path: File of the record.
+        where: The same file, below the folder of the records.
+        result: Content of the record.
     """
 
     path: Path
@@ -78,7 +78,7 @@ class Read:
 
     @cached_property
     def kind(self) -> str:
-        """One of `KINDS`, never published."""
+        """Kind of the contestant: one of `KINDS`, never published."""
         who = self.result.contestant
         if who["kind"] in ("trivial", "untrained"):
             return "trivial" if who["kind"] == "trivial" else "scratch"
@@ -93,25 +93,25 @@ class Read:
     @property
     def pretraining(self) -> Mapping[str, Any]:
         """What the checkpoint said of its training."""
-        found = self.result.contestant.get("pretraining")
-        return found if isinstance(found, Mapping) else {}
+        pretraining = self.result.contestant.get("pretraining")
+        return pretraining if isinstance(pretraining, Mapping) else {}
 
     @property
     def proxies(self) -> list[str]:
-        """Names of the proxies."""
+        """Names of the proxies of pretraining."""
         return list(self.pretraining.get("proxies") or {})
 
     @property
     def steps(self) -> int:
-        """Of the pretraining."""
+        """Optimizer steps of the pretraining."""
         return int(self.pretraining.get("steps") or 0)
 
     @property
     def share(self) -> int | None:
         """Percent of the budget after which an encoder on the way was saved; None for finished ones."""
         who = self.result.contestant
-        found = ON_THE_WAY.search(str(who["name"])) or ON_THE_WAY.search(str(who.get("source", "")))
-        return int(found[1]) if found else None
+        match = ON_THE_WAY.search(str(who["name"])) or ON_THE_WAY.search(str(who.get("source", "")))
+        return int(match[1]) if match else None
 
     @property
     def recalibrated(self) -> bool:
@@ -120,34 +120,35 @@ class Read:
 
     @cached_property
     def stem(self) -> str:
-        """Its name without folder, seed and what was done to its norms."""
+        """Name without folder, seed and what was done to its norms."""
         name = str(self.result.contestant["name"]).partition(",")[0]
         return name if self.kind != "pretrained" else self._without_seed(name)
 
     def _without_seed(self, name: str) -> str:
-        """The last part of a path without the seed of pretraining, where it ends in that."""
-        parts = [one for one in re.split(r"[/\\]", name) if one and one != "encoder"]
+        """Return the last part of a path without the seed of pretraining, where it ends in that."""
+        parts = [part for part in re.split(r"[/\\]", name) if part and part != "encoder"]
         if len(parts) > 1 and ON_THE_WAY.search("/" + parts[-1]):
             parts.pop()
         if not parts:
             return name
-        found, seed = SEED.search(parts[-1]), self.pretraining.get("seed")
+        match, seed = SEED.search(parts[-1]), self.pretraining.get("seed")
         # simclr-16 can be a batch size; records that know no seed were all named by it.
-        its_seed = found is not None and (seed is None or int(found[1]) == seed)
-        return parts[-1][: found.start()] if found and its_seed else parts[-1]
+        its_seed = match is not None and (seed is None or int(match[1]) == seed)
+        return parts[-1][: match.start()] if match and its_seed else parts[-1]
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """How it was pretrained, beside what `arm` has, as far as the record says: old ones say less."""
+        """Recipe of its pretraining beside what `arm` has, as far as the record says: old ones say less."""
         if self.kind != "pretrained" or "batch_size" not in self.pretraining:
             return {}
-        found = {key: self.pretraining[key] for key in RECIPE if key in self.pretraining}
-        if isinstance(found.get("init"), Mapping):
-            start = str(found["init"].get("from", ""))
+        recipe = {key: self.pretraining[key] for key in RECIPE if key in self.pretraining}
+        if isinstance(recipe.get("init"), Mapping):
+            start = str(recipe["init"].get("from", ""))
             # Every seed may start from a run of its own seed.
-            told = start if start.startswith(("imagenet:", "scratch:")) else self._without_seed(start)
-            found["init"] = {"from": told, "steps": found["init"].get("steps")}
-        return found
+            if not start.startswith(("imagenet:", "scratch:")):
+                start = self._without_seed(start)
+            recipe["init"] = {"from": start, "steps": recipe["init"].get("steps")}
+        return recipe
 
     @cached_property
     def arm(self) -> tuple[Any, ...]:
@@ -170,46 +171,46 @@ class Read:
         return tuple(self.result.settings.get("rates") or ())
 
     def flops(self) -> float | None:
-        """Training FLOPs of the pretraining up to here."""
+        """Return the training FLOPs of the pretraining up to here."""
         compute = self.pretraining.get("compute") or {}
         per_step = compute.get("flops_per_step")
         if per_step:  # old checkpoints on the way hold the whole run's sum
             return float(per_step) * self.steps + float(compute.get("flops_between_epochs") or 0)
-        found = compute.get("flops") or self.pretraining.get("flops")
-        return float(found) if found else None
+        total = compute.get("flops") or self.pretraining.get("flops")
+        return float(total) if total else None
 
     def ordered(self) -> list[dict[str, Any]]:
-        """The predictions in an order that is the same for all contestants."""
+        """Sort the predictions in an order that is the same for all contestants."""
         return sorted(self.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
 
 
-def contestants_of(rows: Iterable[Read]) -> list[list[Read]]:
-    """Records by contestant; its seeds, subsets and repetitions stay together.
+def contestants_of(rows: Iterable[ReadRecord]) -> list[list[ReadRecord]]:
+    """Group records by contestant; its seeds, subsets and repetitions stay together.
 
     Trained at other learning rates it is another: of one seed at two rates, one would stand for both.
     A record that is too old to tell its whole recipe goes with those that do, where those that agree with
     what it tells all have the same.
     """
-    alike: dict[Any, dict[str, list[Read]]] = {}
-    for one in rows:
-        recipe = json.dumps(one.recipe, sort_keys=True, default=str)
-        alike.setdefault((one.arm, one.rates), {}).setdefault(recipe, []).append(one)
-    found: list[list[Read]] = []
+    alike: dict[Any, dict[str, list[ReadRecord]]] = {}
+    for record in rows:
+        recipe = json.dumps(record.recipe, sort_keys=True, default=str)
+        alike.setdefault((record.arm, record.rates), {}).setdefault(recipe, []).append(record)
+    contestants: list[list[ReadRecord]] = []
     for by_recipe in alike.values():
-        groups: list[list[Read]] = []
+        groups: list[list[ReadRecord]] = []
         for same in sorted(by_recipe.values(), key=lambda group: -len(group[0].recipe)):
-            told = same[0].recipe
+            known = same[0].recipe
             fuller = [
                 group
                 for group in groups
-                if len(told) < len(group[0].recipe) and told.items() <= group[0].recipe.items()
+                if len(known) < len(group[0].recipe) and known.items() <= group[0].recipe.items()
             ]
             if len(fuller) == 1:
                 fuller[0].extend(same)
             else:
                 groups.append(same)
-        found += groups
-    return found
+        contestants += groups
+    return contestants
 
 
 @dataclass
@@ -217,15 +218,15 @@ class Table:
     """What can be compared: one task on one split of one data set with the same settings.
 
     Attributes:
-        task: As the records have it.
-        version: Of the task.
+        task: Name of the task in the records.
+        version: Version of the task.
         dataset: Names of the data sets.
-        settings: Of the protocol, that all rows share.
-        main: The score that ranks.
-        rows: The records.
+        settings: Settings of the protocol that all rows share.
+        main: Name of the score that ranks.
+        rows: Records of the table.
         published: Published numbers for this data set, to read beside; never ranked, never tested.
-        number: To tell apart tables of the same title, from 1; 0 where there is one.
-        differs: The settings that those of the same title have otherwise, in words.
+        number: Number among the tables of the same title, from 1; 0 where there is one.
+        differs: Settings in which tables of the same title differ, in words.
     """
 
     task: str
@@ -233,19 +234,19 @@ class Table:
     dataset: tuple[str, ...]
     settings: dict[str, Any]
     main: str
-    rows: list[Read]
+    rows: list[ReadRecord]
     published: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0
     differs: str = ""
 
     @property
     def protocol(self) -> str:
-        """Such as linear-probe."""
+        """Name of the protocol, such as linear-probe."""
         return self.task.partition("/")[0].partition("-segmentation")[0].partition("-classification")[0]
 
     @property
     def target(self) -> str:
-        """Kind of target."""
+        """Kind of the task's target."""
         return self.task.partition("/")[2]
 
     @property
@@ -274,29 +275,29 @@ class Table:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name of the table for people."""
         number = f" ({self.number})" if self.number else ""
         sparse = f", {self.annotated}" if self.slices else ""
         return f"{', '.join(self.dataset)}: {self.task.replace('/', ', ')}{sparse}{number}"
 
     @property
     def annotated(self) -> str:
-        """The slices in words; empty for all."""
+        """Number of annotated slices in words; empty for all."""
         return f"{self.slices} annotated slice{'s' * (self.slices > 1)} a volume" if self.slices else ""
 
     @property
     def slug(self) -> str:
-        """For links and file names."""
+        """Name for links and files."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Records:
-    """What a folder holds.
+    """Records of a folder, as tables.
 
     Attributes:
-        tables: Sorted by task and data set.
-        refused: What is in none of them, and why.
+        tables: Tables, sorted by task and data set.
+        refused: Files and records that are in none of them, and why.
         files: Number of JSON files looked at.
     """
 
@@ -306,62 +307,67 @@ class Records:
 
 
 def read_records(folders: Sequence[Path], published: Sequence[Path] = ()) -> Records:
-    """Reads all records below some folders, or in archives of them.
+    """Read all records below some folders, or in archives of them.
 
     Raises:
         UsageError: A folder or an archive is missing, or holds no record; a file of published numbers
             cannot be read.
     """
     refused: list[Refused] = []
-    found: list[Read] = []
-    seen: dict[str, Read] = {}
+    by_key: dict[str, ReadRecord] = {}
     files = 0
     for folder in folders:
         for path in record_files(folder):
             files += 1
             below = path.relative_to(folder) if len(folders) == 1 and path != folder else path
-            _read_one(path, below.as_posix(), found, seen, refused)
-    if not found:
-        told = f" ({refused[0].where}: {refused[0].why})" if refused else ""
-        raise UsageError(f"{' '.join(map(str, folders))}: no record of a benchmark{told}")
-    tables: list[Table] = []
-    for key in sorted({_table_key(one) for one in found if not _loose(one)}):
-        same = [one for one in found if _belongs(one, key)]
-        kept = _comparable(same, refused)
-        if kept:
-            first = next(one.result for one in kept if not _loose(one))
-            settings = {k: v for k, v in first.settings.items() if k not in ("fractions", "rates")}
-            tables.append(
-                Table(first.task, first.version, tuple(first.dataset), settings, first.main, kept)
-            )
-    placed = {id(one) for table in tables for one in table.rows}
-    named = {(one.where, one.who) for one in refused}
-    for one in found:
-        name = str(one.result.contestant["name"])
-        if id(one) not in placed and (one.where, name) not in named:
-            refused.append(
-                Refused(one.where, name, "no other row of its task and settings to stand beside")
-            )
-    counted = Counter(table.title for table in tables)
-    numbers: Counter[str] = Counter()
-    alike: dict[str, list[Table]] = {}
-    for table in tables:
-        title = table.title
-        if counted[title] > 1:
-            numbers[title] += 1
-            table.number = numbers[title]
-            alike.setdefault(title, []).append(table)
-    for same_title in alike.values():
-        _say_what_differs(same_title)
+            _read_one(path, below.as_posix(), by_key, refused)
+    records = list(by_key.values())
+    if not records:
+        why = f" ({refused[0].where}: {refused[0].why})" if refused else ""
+        raise UsageError(f"{' '.join(map(str, folders))}: no record of a benchmark{why}")
+    tables = _tables(records, refused)
+    _number(tables)
     for path in published:
         _add_published(tables, path)
     return Records(tables, refused, files)
 
 
+def _tables(records: Sequence[ReadRecord], refused: list[Refused]) -> list[Table]:
+    """Put together the records that can be compared, and refuse the others by name."""
+    tables: list[Table] = []
+    for key in sorted({_table_key(record) for record in records if not _loose(record)}):
+        kept = _comparable([record for record in records if _belongs(record, key)], refused)
+        if kept:
+            first = next(record.result for record in kept if not _loose(record))
+            settings = {k: v for k, v in first.settings.items() if k not in ("fractions", "rates")}
+            tables.append(
+                Table(first.task, first.version, tuple(first.dataset), settings, first.main, kept)
+            )
+    placed = {id(record) for table in tables for record in table.rows}
+    named = {(entry.where, entry.who) for entry in refused}
+    for record in records:
+        name = str(record.result.contestant["name"])
+        if id(record) not in placed and (record.where, name) not in named:
+            refused.append(Refused(record.where, name, "no other record has its task and settings"))
+    return tables
+
+
+def _number(tables: Sequence[Table]) -> None:
+    """Number the tables of one title, and say in what they differ."""
+    alike: dict[str, list[Table]] = {}
+    for table in tables:
+        alike.setdefault(table.title, []).append(table)
+    for same in alike.values():
+        if len(same) > 1:
+            for number, table in enumerate(same, 1):
+                table.number = number
+            _say_what_differs(same)
+
+
 def score_functions(
     result: Result, predictions: Sequence[Mapping[str, Any]]
 ) -> tuple[Array, dict[str, statistics.Statistic]]:
-    """The scores of a record's protocol, made anew from its settings.
+    """Make the scores of a record's protocol anew from its settings.
 
     Raises:
         Ssl3dError: The protocol is not installed.
@@ -383,7 +389,7 @@ def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
     from ssl3d.api import plugins
 
     kind = plugins.load("ssl3d.benchmarks", name)
-    known = {one.name for one in dataclasses.fields(kind.Config)}
+    known = {option.name for option in dataclasses.fields(kind.Config)}
     values = {key: value for key, value in settings.items() if key in known}
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return kind(kind.Config(**lists))
@@ -392,9 +398,7 @@ def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 
-def _read_one(
-    path: Path, where: str, found: list[Read], seen: dict[str, Read], refused: list[Refused]
-) -> None:
+def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: list[Refused]) -> None:
     try:
         content = json.loads(record_bytes(path).decode("utf-8"))
     except DataError as error:  # a damaged archive
@@ -406,52 +410,51 @@ def _read_one(
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):
         return  # another JSON file: timings, localize
     try:
-        one = Read(path, where, read_result(path))
+        record = ReadRecord(path, where, read_result(path))
     except Ssl3dError as error:
         refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
         return
-    name = str(one.result.contestant["name"])
-    why = _wrong(one)
+    name = str(record.result.contestant["name"])
+    why = _wrong(record)
     if why:
         refused.append(Refused(where, name, why))
         return
-    key = f"{one.result.key} {' '.join(one.result.dataset)}"
-    if key in seen:
-        other = seen[key]
-        theirs, mine = (x.result.scores[x.result.main] for x in (other, one))
+    key = f"{record.result.key} {' '.join(record.result.dataset)}"
+    if key in by_key:
+        other = by_key[key]
+        theirs, mine = (same.result.scores[same.result.main] for same in (other, record))
         if not abs(theirs - mine) < SAME:
-            why = f"{mine:.4f}, and {theirs:.4f} in {other.where}, though all that decides them is equal"
+            why = f"its score is {mine:.4f}, but {theirs:.4f} in {other.where} with equal settings and data"
             refused.append(Refused(where, name, why))
         return
-    seen[key] = one
-    found.append(one)
+    by_key[key] = record
 
 
-def _wrong(one: Read) -> str:
-    """Why a record cannot be believed, or nothing."""
-    result = one.result
+def _wrong(record: ReadRecord) -> str:
+    """Say why a record cannot be believed; an empty string if it can."""
+    result = record.result
     if not result.predictions:
-        return "it has no predictions, so no interval can be made"
+        return "it has no predictions, so no interval can be computed"
     try:
-        clusters, found = score_functions(result, one.ordered())
-        value = float(found[result.main](np.ones((1, len(clusters))))[0])
+        clusters, functions = score_functions(result, record.ordered())
+        value = float(functions[result.main](np.ones((1, len(clusters))))[0])
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         return f"its predictions cannot be scored as {result.task}: {type(error).__name__} {error}"
     except Ssl3dError as error:
         return f"its predictions cannot be scored: {error}"
     said = result.scores[result.main]
     if not (abs(value - said) < 1e-6 or (np.isnan(value) and np.isnan(said))):
-        return f"its predictions give {result.main} {value:.4f}, it says {said:.4f}: edited?"
+        return f"its predictions give {result.main} {value:.4f}, but it says {said:.4f}: was it edited?"
     return ""
 
 
-def _loose(one: Read) -> bool:
-    """A row without a network: it has no training, and stands beside all that have."""
-    return one.kind == "trivial"
+def _loose(record: ReadRecord) -> bool:
+    """Return whether a row has no network: it has no training, and stands beside all that have."""
+    return record.kind == "trivial"
 
 
-def _table_key(one: Read) -> tuple[str, ...]:
-    result = one.result
+def _table_key(record: ReadRecord) -> tuple[str, ...]:
+    result = record.result
     training = [result.settings.get("training"), result.settings.get("preset")]
     return (*_base_key(result), json.dumps(training, sort_keys=True, default=str))
 
@@ -464,14 +467,14 @@ def _base_key(result: Result) -> tuple[str, ...]:
     return (result.task, "|".join(result.dataset), text, result.main)
 
 
-def _belongs(one: Read, key: tuple[str, ...]) -> bool:
-    return _base_key(one.result) == key[:-1] if _loose(one) else _table_key(one) == key
+def _belongs(record: ReadRecord, key: tuple[str, ...]) -> bool:
+    return _base_key(record.result) == key[:-1] if _loose(record) else _table_key(record) == key
 
 
-def _comparable(same: list[Read], refused: list[Refused]) -> list[Read]:
-    """Rows of the networks' newest version; then of the split, data, and volumes that most rows have."""
+def _comparable(same: list[ReadRecord], refused: list[Refused]) -> list[ReadRecord]:
+    """Keep the networks' newest version, then the split, data, and volumes that most rows have."""
     # A row without a network may be of a newer version: it must not refuse all that are compared.
-    newest = max(one.result.version for one in same if not _loose(one))
+    newest = max(record.result.version for record in same if not _loose(record))
     kept = _agreeing(
         same, lambda r: r.version, newest, "task version {mine}, the table has {theirs}", refused
     )
@@ -487,7 +490,7 @@ def _comparable(same: list[Read], refused: list[Refused]) -> list[Read]:
         ),
     )
     for of, words in tests:
-        counts = Counter(of(one.result) for one in kept if not _loose(one))
+        counts = Counter(of(record.result) for record in kept if not _loose(record))
         if not counts:
             return []
         usual = max(counts, key=lambda value: (counts[value], str(value)))
@@ -495,15 +498,17 @@ def _comparable(same: list[Read], refused: list[Refused]) -> list[Read]:
     return kept
 
 
-def _agreeing(rows: Iterable[Read], of: Any, usual: Any, words: str, refused: list[Refused]) -> list[Read]:
+def _agreeing(
+    rows: Iterable[ReadRecord], of: Any, usual: Any, words: str, refused: list[Refused]
+) -> list[ReadRecord]:
     kept = []
-    for one in rows:
-        mine = of(one.result)
+    for record in rows:
+        mine = of(record.result)
         if mine == usual:
-            kept.append(one)
+            kept.append(record)
             continue
         why = words.format(mine=str(mine)[:12], theirs=str(usual)[:12])
-        entry = Refused(one.where, str(one.result.contestant["name"]), why)
+        entry = Refused(record.where, str(record.result.contestant["name"]), why)
         if entry not in refused:
             refused.append(entry)
     return kept
@@ -520,42 +525,42 @@ SAID = 5
 
 
 def _say_what_differs(tables: Sequence[Table]) -> None:
-    """Names the settings in which tables of one title differ."""
+    """Name the settings in which tables of one title differ."""
     every = [{**_networks(table), **_flat(table.settings)} for table in tables]
     names = [
         name
-        for name in dict.fromkeys(name for one in every for name in one)
-        if len({one.get(name, "none") for one in every}) > 1
+        for name in dict.fromkeys(name for settings in every for name in settings)
+        if len({settings.get(name, "none") for settings in every}) > 1
     ]
     # What is shortest said is said first: a size tells more than a list of moments.
-    names.sort(key=lambda name: name != NETWORK and max(len(one.get(name, "")) for one in every))
+    names.sort(key=lambda name: name != NETWORK and max(len(settings.get(name, "")) for settings in every))
     for table, own in zip(tables, every, strict=True):
-        told = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
-        more = f" and {len(told) - SAID} settings more" if len(told) > SAID else ""
-        table.differs = ", ".join(told[:SAID]) + more
+        words = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
+        more = f" and {len(words) - SAID} other settings" if len(words) > SAID else ""
+        table.differs = ", ".join(words[:SAID]) + more
 
 
 def _networks(table: Table) -> dict[str, str]:
-    """The networks of a table, where they are few."""
-    groups = {str(one.result.contestant.get("group", "")) for one in table.rows if not _loose(one)}
+    """Name the networks of a table, where they are few."""
+    groups = {str(r.result.contestant.get("group", "")) for r in table.rows if not _loose(r)}
     names = sorted(group.removeprefix("scratch:") for group in groups if group)
     return {NETWORK: " and ".join(names)} if 0 < len(names) < 3 else {}
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Settings within settings as one level, their values in words."""
-    found: dict[str, str] = {}
+    """Put settings within settings on one level, their values in words."""
+    flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
+            flat |= _flat(value, f"{before}{key}.")
         elif key not in ("annotated", "seed"):
             words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            found[f"{before}{key}"] = words if words else "none"
-    return found
+            flat[f"{before}{key}"] = words if words else "none"
+    return flat
 
 
 def _add_published(tables: list[Table], path: Path) -> None:
-    """Puts a file's published numbers beside the tables of their data sets."""
+    """Put a file's published numbers beside the tables of their data sets."""
     import yaml
 
     try:

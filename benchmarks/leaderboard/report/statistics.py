@@ -10,26 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.names import label, scratch_words
-from ssl3d_benchmarks.leaderboard.report.records import Read, Table, contestants_of, score_functions
+from ssl3d_benchmarks.leaderboard.report.board import NO_NETWORK, Arm, Board
+from ssl3d_benchmarks.leaderboard.report.names import label
+from ssl3d_benchmarks.leaderboard.report.records import ReadRecord, Table, contestants_of, score_functions
 from ssl3d_benchmarks.table import same_subsets
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
 from ssl3d_benchmarks.unlearned import floor_words, unlearned
 
 Array = NDArray[Any]
 
+UNTRAINED_SEEDS = 5
+"""Seeds of random weights that a probe's untrained row needs."""
+
 
 def boards_of(table: Table, resamples: int = statistics.RESAMPLES) -> list[Board]:
-    """The boards of a table, the largest fraction first."""
+    """Compute the boards of a table, the largest fraction first."""
     boards: list[Board] = []
-    for fraction in sorted({one.result.fraction for one in table.rows}, reverse=True):
-        rows = [one for one in table.rows if one.result.fraction == fraction]
+    for fraction in sorted({record.result.fraction for record in table.rows}, reverse=True):
+        rows = [record for record in table.rows if record.result.fraction == fraction]
         notes: list[str] = []
-        arms = []
-        for group in contestants_of(rows):
-            grid = _grid(group, notes)
-            arms.append(_arm(grid, table, resamples))
+        arms = [_arm(_grid(group, notes), table, resamples) for group in contestants_of(rows)]
         on_the_way = [arm for arm in arms if arm.first.share is not None]
         arms = [arm for arm in arms if arm.first.share is None]
         if not arms:
@@ -41,39 +41,40 @@ def boards_of(table: Table, resamples: int = statistics.RESAMPLES) -> list[Board
         _differences(board)
         _rank(board)
         board.arms.sort(key=lambda arm: -arm.interval.value if np.isfinite(arm.interval.value) else np.inf)
-        _missing(board)
         board.unlearned = _unlearned(board)
+        board.missing += _missing(board)
+        board.notes += _notes(board)
         boards.append(board)
     return boards
 
 
-def _grid(group: Sequence[Read], notes: list[str]) -> list[list[Read]]:
-    """Records as seeds x subsets; seeds that lack a subset are left out, which is noted."""
-    grid: dict[tuple[Any, ...], dict[int, Read]] = {}
-    for one in group:
-        who = one.result.contestant
-        seed = (one.result.seed, str(who["name"]), who["digest"])
-        if one.kind == "scratch":  # the same random weights, scored twice, are one seed
-            seed = (one.result.seed, str(who.get("weights_seed")), "")
-        grid.setdefault(seed, {}).setdefault(one.result.repeat, one)
+def _grid(group: Sequence[ReadRecord], notes: list[str]) -> list[list[ReadRecord]]:
+    """Arrange records as seeds x subsets; seeds that lack a subset are left out, which is noted."""
+    grid: dict[tuple[Any, ...], dict[int, ReadRecord]] = {}
+    for record in group:
+        who = record.result.contestant
+        seed = (record.result.seed, str(who["name"]), who["digest"])
+        if record.kind == "scratch":  # the same random weights, scored twice, are one seed
+            seed = (record.result.seed, str(who.get("weights_seed")), "")
+        grid.setdefault(seed, {}).setdefault(record.result.repeat, record)
     kept = same_subsets(grid)
     if len(kept) < len(grid):
         name = group[0].result.contestant["name"]
         notes.append(
-            f"{name}: {len(grid) - len(kept)} of {len(grid)} seeds lack subsets of the training data "
-            "and are left out of its mean"
+            f"{len(grid) - len(kept)} of the {len(grid)} seeds of {name} do not count, because they were "
+            "not scored on every subset of the training subjects."
         )
     return kept
 
 
-def _arm(grid: list[list[Read]], table: Table, resamples: int) -> Arm:
+def _arm(grid: list[list[ReadRecord]], table: Table, resamples: int) -> Arm:
     scores = []
     clusters: Array = np.zeros(0)
     for row in grid:
         line = []
-        for one in row:
-            clusters, found = score_functions(one.result, one.ordered())
-            line.append(found[table.main])
+        for record in row:
+            clusters, functions = score_functions(record.result, record.ordered())
+            line.append(functions[table.main])
         scores.append(line)
     # The same people in two tasks are the same draw, other people are another.
     runs = statistics.runs_of(scores, clusters, resamples, ("leaderboard", *table.dataset))
@@ -82,20 +83,20 @@ def _arm(grid: list[list[Read]], table: Table, resamples: int) -> Arm:
 
 def _flag(board: Board) -> None:
     for arm in board.arms:
-        flags = [one.result.flags for one in arm.records()]
-        subjects = max(int(one.get("seen_test_subjects") or 0) for one in flags)
-        known = [one.get("seen_test_volumes") for one in flags]
+        flags = [record.result.flags for record in arm.records()]
+        subjects = max(int(own.get("seen_test_subjects") or 0) for own in flags)
+        known = [own.get("seen_test_volumes") for own in flags]
         volumes = None if arm.kind == "pretrained" and None in known else max((v or 0) for v in known)
-        labels = any(bool(one.get("saw_labels")) for one in flags)
+        labels = any(bool(own.get("saw_labels")) for own in flags)
         arm.flags = {"seen_test_subjects": subjects, "seen_test_volumes": volumes, "saw_labels": labels}
-        if subjects or volumes or any(one.get("ranked") is False for one in flags):
+        if subjects or volumes or any(own.get("ranked") is False for own in flags):
             seen = f"{subjects} test subjects" if subjects else f"{volumes} test volumes"
             arm.why_unranked = (
                 f"pretraining saw {seen if subjects or volumes else 'what it should not have'}"
                 f"{', and learned from labels' if labels else ''}"
             )
         elif arm.kind == "trivial":
-            arm.why_unranked = "no network"
+            arm.why_unranked = NO_NETWORK
         elif not np.isfinite(arm.interval.value):
             arm.why_unranked = "its score is undefined"
         elif labels:
@@ -103,34 +104,37 @@ def _flag(board: Board) -> None:
 
 
 def reference_of(arm: Arm, board: Board) -> Arm | None:
-    """The same network untrained or from scratch; of both treatments of its norms the better one.
+    """Return the same network untrained or from scratch; of both treatments of its norms the better one.
 
     An untrained network with new norm statistics can be far below the same with its own: a gain over that
     one alone would be a gain over a straw man.
     """
-    same = [one for one in board.of_kind("scratch") if network_of(one) == network_of(arm)]
-    return max(same, key=lambda one: one.interval.value, default=None)
+    same = [other for other in board.of_kind("scratch") if network_of(other) == network_of(arm)]
+    return max(same, key=lambda other: other.interval.value, default=None)
 
 
 def network_of(arm: Arm) -> str:
-    """Architecture, kernels and width: what scratch and pretrained rows of one network share."""
+    """Return architecture, kernels and width: what scratch and pretrained rows of one network share."""
     return str(arm.first.result.contestant.get("group", ""))
 
 
 def best_imagenet(board: Board) -> Arm | None:
-    """The ImageNet conversion of the highest score."""
-    found = [arm for arm in board.of_kind("imagenet") if not arm.why_unranked and arm.section == "main"]
-    return max(found, key=lambda arm: arm.interval.value, default=None)
+    """Return the ImageNet conversion of the highest score."""
+    conversions = [
+        arm for arm in board.of_kind("imagenet") if not arm.why_unranked and arm.section == "main"
+    ]
+    return max(conversions, key=lambda arm: arm.interval.value, default=None)
 
 
 def _differences(board: Board) -> None:
-    """Differences from scratch and from ImageNet.
+    """Compute the differences from scratch and from ImageNet.
 
-    Holm over all tests of the table; encoders pretrained with labels are a family of their own.
+    Holm's correction is over all tests of the table; encoders pretrained with labels are a family of their
+    own.
     """
     imagenet = best_imagenet(board)
     tests: dict[str, list[tuple[Arm, str, float]]] = {"main": [], "labels": []}
-    found: list[statistics.Difference] = []
+    gains: list[statistics.Difference] = []
     for arm in board.of_kind("pretrained", "imagenet"):
         scratch = reference_of(arm, board)
         if scratch is not None:
@@ -140,7 +144,7 @@ def _differences(board: Board) -> None:
             if np.isfinite(arm.gain.p):
                 tests[arm.section].append((arm, "p_holm", arm.gain.p))
             if arm.section == "main":
-                found.append(arm.gain)
+                gains.append(arm.gain)
         if imagenet not in (None, arm) and arm.kind == "pretrained" and not arm.why_unranked:
             assert imagenet is not None
             arm.over_imagenet = _paired(arm, imagenet)
@@ -149,17 +153,21 @@ def _differences(board: Board) -> None:
     for family in tests.values():
         for (arm, name, _), p in zip(family, statistics.holm([p for _, _, p in family]), strict=True):
             setattr(arm, name, p)
-    if not any(np.isfinite(one.error) for one in found):
+    if not any(np.isfinite(gain.error) for gain in gains):
         pairs = itertools.combinations([arm for arm in board.arms if arm.kind != "trivial"], 2)
-        found = [_paired(a, b) for a, b in pairs]
-    found = [one for one in found if np.isfinite(one.error) and one.error > 0]
-    detectable = [one.detectable for one in found if np.isfinite(one.detectable)]
+        gains = [_paired(a, b) for a, b in pairs]
+    _detectable(board, [gain for gain in gains if np.isfinite(gain.error) and gain.error > 0])
+
+
+def _detectable(board: Board, gains: Sequence[statistics.Difference]) -> None:
+    """Set the smallest difference that a board detects, or note that it is unknown."""
+    detectable = [gain.detectable for gain in gains if np.isfinite(gain.detectable)]
     if detectable:
         board.detectable = float(np.median(detectable))
-    elif found:
+    elif gains:
         board.notes.append(
-            "No smallest detectable difference is given: there are too few seeds or subsets of the "
-            "training data to know how much they differ."
+            "No smallest detectable gain is given, because there are too few seeds or subsets of the "
+            "training subjects to estimate how much they vary."
         )
 
 
@@ -168,8 +176,8 @@ def _paired(a: Arm, b: Arm) -> statistics.Difference:
 
 
 def _subsets(arm: Arm) -> list[int]:
-    """Which subsets of the training data it learned from, in order."""
-    return [one.result.repeat for one in arm.rows[0]]
+    """List the subsets of the training data that a contestant learned from, in order."""
+    return [record.result.repeat for record in arm.rows[0]]
 
 
 def _rank(board: Board) -> None:
@@ -187,89 +195,103 @@ def _rank(board: Board) -> None:
 
 
 def rank_draws(arms: Sequence[Arm], board: Board) -> Array:
-    """Ranks on every resample of subjects, seeds and subsets, (M, R)."""
+    """Rank contestants on every resample of subjects, seeds and subsets, (M, R)."""
     subsets = [(board.slug, *_subsets(arm)) for arm in arms]
     names = [(board.slug, arm.label) for arm in arms]
     return ranks_of(statistics.joint_draws([arm.runs for arm in arms], subsets, names))
 
 
 def ranks_of(scores: Array) -> Array:
-    """Ranks of the rows in every column, 1 for the highest, ties shared."""
+    """Rank the rows in every column, 1 for the highest, ties shared."""
     from scipy.stats import rankdata
 
     ranks: Array = rankdata(-scores, axis=0)
     return ranks
 
 
-def _missing(board: Board) -> None:
-    """Rows that protocol.md says have to be there."""
-    words = scratch_words(board.table.task).replace("from scratch", "from-scratch")
+def _missing(board: Board) -> list[str]:
+    """Name the rows that the protocol requires and the board lacks, and unequal tuning."""
+    trained = board.table.task.startswith("finetune")
+    words = "from-scratch" if trained else "untrained"
+    lines = []
     lacking = [
         arm.label for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
     ]
     if not board.of_kind("scratch"):
-        board.missing.append(f"there is no {words} row: no score here can be called an improvement")
+        lines.append(f"There is no {words} row, so no score here can be called a gain.")
     elif lacking:
-        board.missing.append(f"there is no {words} row of the same network for {', '.join(lacking)}")
-    few = [arm for arm in board.of_kind("scratch") if arm.seeds < 5]
-    if words == "untrained" and few:
-        board.missing.append(
-            f"{few[0].label}: {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, five "
-            f"are asked for"
+        lines.append(f"There is no {words} row of the same network for {', '.join(lacking)}.")
+    few = [arm for arm in board.of_kind("scratch") if arm.seeds < UNTRAINED_SEEDS]
+    if few and not trained:
+        lines.append(
+            f"{few[0].label} has {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, and "
+            f"{UNTRAINED_SEEDS} are required."
         )
+    return [*lines, *_unequal_tuning(board), *_missing_trivial(board)]
+
+
+def _unequal_tuning(board: Board) -> list[str]:
     tries = {arm.label: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
-    if len(set(tries.values())) > 1:
-        told = "; ".join(
-            f"{count} for {', '.join(name for name, own in tries.items() if own == count)}"
-            for count in sorted(set(tries.values()), reverse=True)
-        )
-        board.missing.append(
-            f"tuning is unequal, so no difference here is pretraining's: learning rates tried: {told}"
-        )
+    if len(set(tries.values())) < 2:
+        return []
+    counts = "; ".join(
+        f"{count} for {', '.join(name for name, own in tries.items() if own == count)}"
+        for count in sorted(set(tries.values()), reverse=True)
+    )
+    return [
+        "The tuning is unequal, so no difference here can be attributed to pretraining. "
+        f"Number of learning rates tried: {counts}."
+    ]
+
+
+def _missing_trivial(board: Board) -> list[str]:
     there = {str(arm.first.result.contestant["name"]) for arm in board.of_kind("trivial")}
     lacking = [name for name in TRIVIAL if name not in there]
     if not there:
-        board.missing.append(
-            "there is no trivial row (a row without a network that any network has to beat)"
-        )
-    elif lacking and board.table.family in ("classification", "regression"):
-        board.missing.append(
-            f"there is no trivial row of {' and of '.join(lacking)}: a network may have learned no more"
-        )
-    unmeasured = [arm for arm in board.of_kind("pretrained") if arm.first.flops() and not arm.measured]
+        return ["There is no trivial row: a row without a network that any network has to beat."]
+    if lacking and board.table.family in ("classification", "regression"):
+        return [
+            f"There is no trivial row of {' and of '.join(lacking)}, so a network may have learned no more "
+            "than that."
+        ]
+    return []
+
+
+def _notes(board: Board) -> list[str]:
+    """Say what is unknown about the rows of a board, and what limits its intervals."""
+    pretrained, lines = board.of_kind("pretrained"), []
+    unmeasured = [arm for arm in pretrained if arm.first.flops() and not arm.measured]
     if unmeasured:
-        count = len(board.of_kind("pretrained"))
-        board.notes.append(
-            f"Wall time or peak memory of pretraining is not known (–) for {len(unmeasured)} of {count} "
-            "encoders: their checkpoints do not say, as old ones do not."
+        lines.append(
+            f"The wall time or the peak memory of pretraining is unknown (–) for {len(unmeasured)} of "
+            f"{len(pretrained)} encoders, because their checkpoints do not have it."
         )
-    seen = [arm for arm in board.of_kind("pretrained") if arm.flags.get("seen_test_volumes") is None]
-    blind = [arm for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
+    blind = [arm.label for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
     if blind:
-        board.notes.append(
-            f"Whether {', '.join(arm.label for arm in blind)} learned from labels of test subjects is not "
-            "known: the weights say nothing of the people they saw."
+        lines.append(
+            f"It is unknown whether {', '.join(blind)} learned from labels of test subjects, because the "
+            "weights do not say which subjects they saw."
         )
-    if seen:
-        every = "all pretrained rows" if len(seen) == len(board.of_kind("pretrained")) else ", ".join(
-            arm.label for arm in seen)  # fmt: skip
-        board.notes.append(
-            f"Leak check by the names of subjects alone for {every}: their checkpoints have no hashes "
-            f"of voxels."
+    by_name = [arm.label for arm in pretrained if arm.flags.get("seen_test_volumes") is None]
+    if by_name:
+        rows = "all pretrained rows" if len(by_name) == len(pretrained) else ", ".join(by_name)
+        lines.append(
+            f"The leak check compared the names of subjects only for {rows}, because their checkpoints "
+            "have no hashes of voxels."
         )
-    single = [arm for arm in board.of_kind("pretrained", "imagenet") if arm.seeds == 1]
-    if single:
-        board.notes.append(
-            "Rows of one seed: their intervals are of the test subjects alone, and so are tests of two "
-            "such rows; another seed of pretraining may differ by more. Against a row of several seeds "
-            "the one seed is taken to vary as much as those."
+    if any(arm.seeds == 1 for arm in board.of_kind("pretrained", "imagenet")):
+        lines.append(
+            "Rows of one seed have intervals over the test subjects only, and so have the differences "
+            "between two such rows: another seed of pretraining may differ by more. In a difference from a "
+            "row of several seeds, the one seed is taken to vary as much as those."
         )
     undefined = max((arm.interval.undefined for arm in board.arms), default=0.0)
     if undefined > 0.01:
-        board.notes.append(
-            f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is "
-            f"undefined; those are left out."
+        lines.append(
+            f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is undefined; "
+            "those resamples are left out."
         )
+    return lines
 
 
 def _unlearned(board: Board) -> list[str]:
@@ -288,27 +310,29 @@ def _unlearned(board: Board) -> list[str]:
     if floor is None or level is None:
         return []
     networks = [arm for arm in board.arms if arm.kind != "trivial"]
-    told = [unlearned(arm.label, arm.runs, level, floor_words(floor), board.table.main) for arm in networks]
-    return [words for words in told if words]
+    sentences = [
+        unlearned(arm.label, arm.runs, level, floor_words(floor), board.table.main) for arm in networks
+    ]
+    return [words for words in sentences if words]
 
 
 def _knows_nothing(arm: Arm) -> bool:
-    """Whether neither the people nor the volumes are known that it was pretrained on."""
+    """Return whether neither the people nor the volumes are known that a contestant was pretrained on."""
     return arm.flags.get("seen_test_volumes") is None and not any(
-        one.result.contestant.get("identities_seen") for one in arm.records()
+        record.result.contestant.get("identities_seen") for record in arm.records()
     )
 
 
 def _tries(arm: Arm) -> int:
-    """Learning rates that were tried, the most of its records; 0 where a protocol has none."""
-    return max(len(one.rates) for one in arm.records())
+    """Count the learning rates that were tried, the most of the records; 0 where a protocol has none."""
+    return max(len(record.rates) for record in arm.records())
 
 
 def curve_of(arm: Arm) -> tuple[list[int], list[float], list[int]]:
-    """Validation score against fine-tuning steps: steps, mean over seeds and subsets, number of runs."""
+    """Return steps of fine-tuning, the mean validation score at each, and the number of runs in it."""
     points: dict[int, list[float]] = {}
-    for one in arm.records():
-        details = one.result.compute.get("details")
+    for record in arm.records():
+        details = record.result.compute.get("details")
         for fold in details if isinstance(details, list) else [details]:
             curve = fold.get("curve") if isinstance(fold, Mapping) else None
             for point in curve or ():

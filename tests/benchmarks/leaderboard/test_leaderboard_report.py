@@ -19,6 +19,7 @@ from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
 
 PEOPLE = 30
 CLASSES = ("0", "1")
+FILES = ("index.html", "report.md", "scores.csv")
 BASE = np.clip(np.random.default_rng(0).normal(0.6, 0.08, PEOPLE), 0, 1)
 
 
@@ -170,11 +171,12 @@ def test_leaks_are_shown_and_not_ranked_and_labels_apart(report):
 
 def test_the_answer_in_words(report):
     text = " ".join(answer(report.boards))
-    assert "Segmentation (linear-probe): yes on 1 of 1 tables" in text and "nothing to find" not in text
-    assert "With nothing to find, up to 0.15 of 3 would." in " ".join(answer(report.boards * 3))
+    assert "Segmentation (linear-probe): yes on 1 of 1 table." in text and "By chance" not in text
+    assert "By chance alone, up to 0.15 of 3 tables would" in " ".join(answer(report.boards * 3))
     assert re.search(r"alpha \+0\.\d+|med3d \+0\.\d+", text)
-    assert "made it worse on set" in text and "gamma" in text
-    assert "ahead beyond chance on 1 of 1" in text
+    assert "is significantly worse than the same network untrained on set (" in text and "gamma" in text
+    head = "Compared with the best ImageNet conversion, some pretrained encoder is significantly"
+    assert f"{head} better on 1 of 1 table (" in text
 
 
 class Page(html.parser.HTMLParser):
@@ -225,7 +227,7 @@ def test_the_page_is_whole_and_loads_nothing(made):
     assert all(page.images) and len(set(page.ids)) == len(page.ids)
     assert "http" not in re.sub(r"data:image/[^\"]*", "", text).replace("http-equiv", "")
     assert "url(" not in text and "@import" not in text
-    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert text.count("<caption>") == text.count("<table")
 
 
@@ -287,9 +289,9 @@ def test_a_table_without_scratch_and_trivial_rows_says_so(tmp_path):
         main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
     )
     text = (out / "index.html").read_text(encoding="utf-8")
-    assert "there is no untrained row" in text and "there is no trivial row" in text
-    assert "No untrained or from-scratch row" in text and "nothing can be said on set" in text
-    assert "**there is no untrained row" in (out / "report.md").read_text(encoding="utf-8")
+    assert "There is no untrained row" in text and "There is no trivial row" in text
+    assert "There is no untrained or from-scratch row" in text and "nothing can be said on set" in text
+    assert "**There is no untrained row" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_bad_untrained_twin_is_no_straw_man(tmp_path):
@@ -315,7 +317,7 @@ def test_encoders_on_the_way_are_a_curve_and_no_rows(tmp_path):
     ]
     from ssl3d_benchmarks.leaderboard.report.page import page
 
-    assert "at 0, 25, 50 and 100 % of the budget" in page("x", [board], [], [], [])
+    assert "at 0, 25, 50 and 100 % of the pretraining budget" in page("x", [board], [], [], [])
 
 
 def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
@@ -339,9 +341,11 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     assert made.boards[1].arms[0].subsets == 3
     main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "Few labels and many" in page
+    assert "Score against the number of training subjects." in page
     assert "6 of 60 training subjects" in page
-    assert re.search(r"Segmentation with few labels \(linear-probe\): [^.]*set, (30|6) of 60", page)
+    assert re.search(
+        r"Segmentation with few labels \(linear-probe\): yes on [^.]*\.[^.]*set, (30|6) of 60", page
+    )
 
 
 def on_subsets(name, kind, gain, luck, **changes):
@@ -374,12 +378,12 @@ def test_two_subsets_do_not_tell_what_could_be_detected(tmp_path):
     assert main(["leaderboard", "report", str(write(tmp_path / "r", rows)), "--out", str(tmp_path)]) == 0
     board = read_report([tmp_path / "r"], resamples=400).boards[0]
     assert board.detectable is None
-    assert any("No smallest detectable difference" in note for note in board.notes)
+    assert any("No smallest detectable gain" in note for note in board.notes)
     lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
     cells = [line.split(" | ") for line in lines]
-    header = next(row for row in cells if "smallest detectable" in row)
+    header = next(row for row in cells if "detectable gain" in row)
     row = next(row for row in cells if "alpha" in row)
-    assert row[header.index("smallest detectable")].strip() == ""
+    assert row[header.index("detectable gain")].strip() == ""
 
 
 def test_one_seed_against_several_takes_their_variance(report):
@@ -544,7 +548,7 @@ def test_a_task_of_few_contestants_is_left_out_by_name_and_not_the_contestants(t
     assert len(overall.methods) == 5 and overall.tasks_left_out == ["tiny: linear-probe, masks"]
     main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
     for name in ("index.html", "report.md"):
-        assert "share are there: tiny: linear-probe, masks." in (out / name).read_text(encoding="utf-8")
+        assert "other tasks share: tiny: linear-probe, masks." in (out / name).read_text(encoding="utf-8")
 
 
 def test_it_is_said_why_there_are_no_ranks_over_tasks(tmp_path, capsys):
@@ -555,7 +559,7 @@ def test_it_is_said_why_there_are_no_ranks_over_tasks(tmp_path, capsys):
     assert (
         main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
     )
-    words = "No ranks over tasks for segmentation (linear-probe): no two of the 2 tasks"
+    words = "There are no ranks over tasks for segmentation (linear-probe), because no two of the 2 tasks"
     assert words in capsys.readouterr().out
     assert words in (out / "index.html").read_text(encoding="utf-8")
     assert words in (out / "report.md").read_text(encoding="utf-8")
@@ -648,12 +652,12 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     found = arms(made)
     lines = answer(made.boards)
     assert re.fullmatch(
-        r"Segmentation \(linear-probe\): no gain is shown on set, which could show 0\.\d+\.", lines[0]
+        r"Segmentation \(linear-probe\): no gain is shown on set \(detects gains from 0\.\d+\)\.", lines[0]
     )
-    assert "ahead beyond chance on 0 of 1 tables" in " ".join(lines)
-    head = "Segmentation (linear-probe), pretrained with labels, ranked apart: an encoder"
+    assert "significantly better on 0 of 1 table," in " ".join(lines)
+    head = "Segmentation (linear-probe): an encoder pretrained with labels, which is ranked apart, is"
     assert lines[-1].startswith(head)
-    assert "beyond chance on 1 of 1 tables (set (med3d))" in lines[-1]
+    assert "better than the same network untrained on 1 of 1 table (set (med3d))" in lines[-1]
     assert {k: v.p_holm for k, v in before.items()} == {
         k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own
@@ -664,13 +668,13 @@ def test_the_answer_says_where_nothing_is_known_of_what_could_be_shown(tmp_path)
     rows += [record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k) for k in range(2)]
     board = read_report([write(tmp_path, rows)], resamples=200).boards[0]
     assert board.detectable is None
-    words = " Subjects, seeds or subsets are too few to say what could be shown {}."
+    words = " There are too few subjects, seeds or subsets to say how small a gain would be detected {}."
     assert answer([board])[0].endswith("on set." + words.format("there"))
     known = read_report([write(tmp_path / "b", usual())], resamples=200).boards[0]
     for arm in known.arms:
         arm.p_holm = None  # nothing is shown
     (line,) = [line for line in answer([board, known]) if "no gain" in line]
-    assert line.endswith(words.format("where no number stands")) and ", which could show 0." in line
+    assert line.endswith(words.format("where no number is given")) and " (detects gains from 0." in line
 
 
 def test_the_answer_says_where_no_network_is_needed(tmp_path):
@@ -679,8 +683,8 @@ def test_the_answer_says_where_no_network_is_needed(tmp_path):
     (board,) = read_report([write(tmp_path / "a", [*rows, easy])], resamples=200).boards
     line = answer([board])[-1]
     assert re.match(
-        r"A row without a network is ahead of every network on 1 of 1 tables: "
-        r"set \(shape features 0\.7\d+, the best network 0\.\d+\)\. ",
+        r"A row without a network is better than every network on 1 of 1 table: "
+        r"set \(shape features 0\.7\d+, best network 0\.\d+\)\. ",
         line,
     )
     (board,) = read_report([write(tmp_path / "b", usual())], resamples=200).boards
@@ -706,7 +710,7 @@ def test_unequal_tuning_is_said_loudly(tmp_path):
         rows = [finetuned("runs/alpha-0", rates=rates), finetuned("scratch:resnet18", "untrained")]
         return read_report([write(folder, [*rows, finetuned("average mask", "trivial")])], resamples=100)
 
-    words = "learning rates tried: 6 for alpha; 1 for from scratch"
+    words = "learning rates tried: 6 for alpha; 1 for from scratch."
     assert any(words in line for line in made(tmp_path / "a", [1, 2, 3, 4, 5, 6]).boards[0].missing)
     assert made(tmp_path / "b", [0.002]).boards[0].missing == []  # as many, though another
     out = tmp_path / "out"
@@ -729,14 +733,14 @@ def test_what_saw_test_subjects_is_in_no_curve_and_no_picture(tmp_path):
     folder = write(tmp_path, rows)
     for row in rows:
         Image.new("RGB", (4, 4)).save(folder / f"{row.filename[:10]}-masks-{row.key[:8]}.png")
-    from ssl3d_benchmarks.leaderboard.report import page as page
+    from ssl3d_benchmarks.leaderboard.report import figures
 
     (board,) = read_report([folder], resamples=100).boards
-    for chart in (page._steps, page._compute, page._data):
+    for chart in (figures.steps, figures.compute, figures.data):
         assert "alpha" in chart(board) and "leak" not in chart(board)
-    pictures = page._pictures(board)
+    pictures = figures.pictures(board)
     assert 'alt="alpha: predictions' in pictures and 'alt="from scratch: predictions' in pictures
-    assert "leak" not in pictures and "leak" in page._forest(board)
+    assert "leak" not in pictures and "leak" in figures.forest(board)
 
 
 def test_detection_is_compared_with_from_scratch(tmp_path):
@@ -746,8 +750,91 @@ def test_detection_is_compared_with_from_scratch(tmp_path):
     (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
     board.table = dataclasses.replace(board.table, task="finetune-detection/boxes")
     text = " ".join(answer([board]))
-    assert "Detection (finetune-detection): yes on 1" in text and "same network from scratch beyond" in text
+    assert "Detection (finetune-detection): yes on 1" in text
+    assert "significantly better than the same network from scratch" in text
     assert "untrained" not in text
+
+
+# Columns and scores -------------------------------------------------------------------------------
+
+
+def test_a_column_is_one_line_and_is_in_page_markdown_and_csv(folder, tmp_path, monkeypatch):
+    from ssl3d_benchmarks.leaderboard.report import columns
+
+    batch = columns.Column(
+        "letters",
+        lambda board, arm: len(arm.label),
+        "letters of {score}",
+        lambda board, arm: f"{len(arm.label)} of them",
+    )
+    monkeypatch.setattr(columns, "COLUMNS", (*columns.COLUMNS, batch))
+    assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path), "--resamples", "100"]) == 0
+    page, markdown, table = ((tmp_path / name).read_text(encoding="utf-8") for name in FILES)
+    assert ">letters of dice</th>" in page and ' data-v="5">5 of them</td>' in page
+    assert "| letters of dice |" in markdown and "| 5 of them |" in markdown
+    rows = {row["contestant"]: row for row in csv.DictReader(table.splitlines())}
+    assert rows["alpha"]["letters"] == "5" and rows["gamma"]["letters"] == "5"
+
+
+def test_keys_of_columns_are_unique_and_so_are_the_headings_of_a_table(report):
+    from ssl3d_benchmarks.leaderboard.report.columns import csv_columns, shown_columns
+
+    keys = [column.key for column in csv_columns(report.boards)]
+    headings = [column.heading_on(report.boards[0]) for column in shown_columns()]
+    for names in (keys, headings):
+        assert len(set(names)) == len(names) and all(name == name.strip() for name in names)
+
+
+def test_every_score_of_a_task_is_shown_and_its_absence_too(tmp_path):
+    names = ["dice_1", "hd95", "hd95_1", "surface_dice", "surface_dice_1"]
+    rows = usual()
+    for row in rows:
+        luck = 0.2 * (row.contestant["name"] == "runs/beta-1")
+        row.scores |= {name: 0.1 * k + luck for k, name in enumerate(names, 1)}
+        if row.contestant["kind"] == "trivial":
+            del row.scores["hd95"]
+    out = tmp_path / "out"
+    write(tmp_path / "r", rows)
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"]) == 0
+    )
+    page, markdown, table = ((out / name).read_text(encoding="utf-8") for name in FILES)
+    head = "| contestant | dice | dice_1 | hd95 ↓ | hd95_1 ↓ | surface_dice | surface_dice_1 |"
+    assert head in markdown
+    of_beta = "0.200 | 0.300 | 0.400 | 0.500 | 0.600 |"  # mean of two seeds
+    below = markdown.partition(head)[2].splitlines()
+    assert next(line for line in below if line.startswith("| beta |")).endswith(of_beta)
+    trivial = next(line for line in below if line.startswith("| intensities and position |"))
+    assert trivial.endswith("| – | 0.300 | 0.400 | 0.500 |")
+    assert (
+        "<summary>All scores: dice, dice_1, hd95 ↓, hd95_1 ↓, surface_dice, surface_dice_1</summary>"
+        in page
+    )
+    assert ">0.600</td>" in page and ">–</td>" in page
+    cells = {row["contestant"]: row for row in csv.DictReader(table.splitlines())}
+    assert float(cells["beta"]["score_surface_dice_1"]) == pytest.approx(0.6)
+    assert cells["intensities and position"]["score_hd95"] == ""
+
+
+def test_published_scores_beside_the_main_one_are_shown(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "source: Someone 2020\nfamily: segmentation\nscores:\n  set:\n"
+        "    Net: {dice: 0.999, dice_1: 0.321}\n",
+        encoding="utf-8",
+    )
+    write(tmp_path / "r", usual())
+    words = ["leaderboard", "report", str(tmp_path / "r"), "--out", str(tmp_path), "--resamples", "100"]
+    assert main([*words, "--published", str(path)]) == 0
+    assert "| Net | 0.999 | 0.321 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_style_has_a_colour_for_every_curve():
+    from ssl3d_benchmarks.leaderboard.report import charts
+    from ssl3d_benchmarks.leaderboard.report.page import beside
+
+    colours = set(re.findall(r"svg \.c(\d+) ", beside("page.css")))
+    assert colours == {str(k) for k in range(charts.COLOURS)}
 
 
 # How it looks -------------------------------------------------------------------------------------
@@ -772,7 +859,7 @@ def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
     found = arms(made)
     assert found["seen"].rank is None and found["seen"].section == "main"
     assert found["seen"].why_unranked == "pretraining saw 2 test subjects, and learned from labels"
-    assert any("Whether dark learned from labels of test" in note for note in made.boards[0].notes)
+    assert any("unknown whether dark learned from labels of test" in note for note in made.boards[0].notes)
 
 
 def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
@@ -783,16 +870,16 @@ def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(mad
 
 
 def test_cells_sort_by_numbers_or_words_and_what_has_neither_is_last():
-    from ssl3d_benchmarks.leaderboard.report.page import SCRIPT, _table
+    from ssl3d_benchmarks.leaderboard.report.page import Cell, Row, _table, beside
 
-    cells = [("1 seed", "1 seed"), ("-", None), (".5", 0.5), ("–", float("nan"))]
-    page = _table("c", ["name", "about", "rank", "x", "y"], [("", "row", cells)])
+    cells = [Cell("1 seed", "1 seed"), Cell("-"), Cell(".5", 0.5), Cell("–", float("nan"))]
+    page = _table("c", ["name", "about", "rank", "x", "y"], [Row("row", cells)])
     assert re.findall(r'<td[^>]* data-v="([^"]*)"', page) == ["1 seed", "", "0.5", ""]
-    assert "if(x===''||y==='')return (x==='')-(y==='')" in SCRIPT
+    assert "if (x === '' || y === '') return (x === '') - (y === '');" in beside("page.js")
 
 
 def test_ranks_between_two_places_are_not_rounded(report):
-    from ssl3d_benchmarks.leaderboard.report.text import rank_text
+    from ssl3d_benchmarks.leaderboard.report.columns import rank_text
 
     arm = arms(report)["alpha"]
     before = arm.rank, arm.rank_interval
@@ -815,7 +902,9 @@ def test_tables_of_one_title_say_what_differs(tmp_path):
     ]  # fmt: skip
     main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
     for name in ("index.html", "report.md"):
-        assert "Here: network resnet18:width=16, steps 3." in (out / name).read_text(encoding="utf-8")
+        assert "This table has: network resnet18:width=16, steps 3." in (out / name).read_text(
+            encoding="utf-8"
+        )
 
 
 def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
@@ -863,20 +952,23 @@ def test_trivial_rows_that_lack_are_named(tmp_path):
         rows.append(record(name, kind, task="linear-probe/classes", main="auc", scores={"auc": auc},
                            predictions=predictions, settings=settings))  # fmt: skip
     (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
-    assert any("no trivial row of shape features:" in line for line in board.missing)
+    assert any("no trivial row of shape features, so" in line for line in board.missing)
 
 
 def test_what_is_missing_is_said_below_the_title_and_unknown_time_is_a_dash(tmp_path):
-    from ssl3d_benchmarks.leaderboard.report.text import cells, told
+    from ssl3d_benchmarks.leaderboard.report.columns import shown_columns
+    from ssl3d_benchmarks.leaderboard.report.text import about
 
     old = record("runs/old-0")
     old.contestant["pretraining"]["compute"] = {"flops_per_step": 10**9}
     rows = [row for row in [*usual(), old] if not row.contestant["name"].startswith("imagenet:")]
     (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
-    assert "No ImageNet conversion to compare with." in told(board)
+    assert "There is no ImageNet conversion to compare with." in about(board)
     found = arms(read_report([tmp_path], resamples=100))
-    assert cells(board, found["old"])[9:11] == ["–", "–"] and cells(board, found["alpha"])[9] == "60 s"
-    assert any("not known (–) for 1 of 4 encoders" in note for note in board.notes)
+    time, memory = (c for c in shown_columns() if c.key in ("seconds", "peak_memory_bytes"))
+    assert time.cell(board, found["old"]) == memory.cell(board, found["old"]) == "–"
+    assert time.cell(board, found["alpha"]) == "60 s"
+    assert any("unknown (–) for 1 of 4 encoders" in note for note in board.notes)
 
 
 def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
