@@ -38,7 +38,6 @@ LEFT = set(
     ssl3d/evaluation/statistics
     ssl3d/heads
     ssl3d/objectives
-    ssl3d/segmentation
     ssl3d/testing
     ssl3d/training
     ssl3d/views
