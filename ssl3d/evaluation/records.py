@@ -131,7 +131,7 @@ def write_result(result: Result, folder: Path) -> Path:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """Format a record as JSON, one prediction a line: with one number a line, boxes took twice the space."""
+    """Format a record as JSON with one prediction a line; one number a line doubled the space of boxes."""
     rows = [json.dumps(row, allow_nan=False) for row in content["predictions"]]
     text = json.dumps({**content, "predictions": []}, indent=1, allow_nan=False)
     return (
