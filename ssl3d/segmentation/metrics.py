@@ -49,6 +49,12 @@ def mask_scores(
         spacing: Voxel sides along D, H, W in mm.
         tolerance: Tolerance of the surface Dice in mm; None for 1 mm, or the largest voxel side where that
             is more: a surface cannot be placed more exactly.
+
+    Example:
+        >>> truth = np.zeros((4, 4, 4), dtype=bool)
+        >>> truth[1:3] = True
+        >>> mask_scores(np.roll(truth, 1, axis=0), truth, spacing=(2, 1, 1))
+        MaskScores(dice=0.5, hd95=2.0, surface_dice=1.0)
     """
     predicted, truth = np.asarray(predicted, dtype=bool), np.asarray(truth, dtype=bool)
     if predicted.shape != truth.shape:

@@ -57,7 +57,12 @@ def multiclass_auc(target: ArrayLike, scores: ArrayLike, weights: Array | None =
 
 
 def mean(values: ArrayLike, weights: Array | None = None) -> Array:
-    """Average (N,) with weights, rows of NaN left out; (R,). Accuracy is the mean of the hits."""
+    """Average (N,) with weights, rows of NaN left out; (R,). Accuracy is the mean of the hits.
+
+    Example:
+        >>> mean([1.0, 2.0, np.nan])
+        array([1.5])
+    """
     values = np.asarray(values, dtype=np.float64)
     weights = _weights(weights, len(values))
     known = np.isfinite(values)
@@ -65,7 +70,12 @@ def mean(values: ArrayLike, weights: Array | None = None) -> Array:
 
 
 def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Average the recall of the classes in `target`; (R,), NaN where one of them has no weight."""
+    """Average the recall of the classes in `target`; (R,), NaN where one of them has no weight.
+
+    Example:
+        >>> balanced_accuracy([0, 0, 1], [0, 1, 1])
+        array([0.75])
+    """
     target, predicted = np.asarray(target), np.asarray(predicted)
     weights = _weights(weights, len(target))
     recalls = [
@@ -78,7 +88,12 @@ def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | 
 
 
 def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Compute Spearman's rank correlation, mid-ranks for ties; (R,), NaN where one side is constant."""
+    """Compute Spearman's rank correlation, mid-ranks for ties; (R,), NaN where one side is constant.
+
+    Example:
+        >>> spearman([1, 2, 3], [1, 4, 9])
+        array([1.])
+    """
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     weights = _weights(weights, len(target))
     a, b = _midranks(target, weights), _midranks(predicted, weights)
@@ -91,7 +106,12 @@ def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = No
 
 
 def r_squared(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Compute the share of the variance explained, 1 - SSE / SST; (R,). Below 0: worse than the mean."""
+    """Compute the share of the variance explained, 1 - SSE / SST; (R,). Below 0: worse than the mean.
+
+    Example:
+        >>> r_squared([1, 2, 3], [1, 2, 4])
+        array([0.5])
+    """
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     weights = _weights(weights, len(target))
     centre = (weights @ target) / weights.sum(axis=1)

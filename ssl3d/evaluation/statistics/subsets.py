@@ -33,6 +33,10 @@ def nested_subsets(
 
     Raises:
         ValueError: A fraction is outside (0, 1].
+
+    Example:
+        >>> nested_subsets(["a", "b", "c", "d"], None, (0.5, 1.0))[0.5]
+        array([ True,  True, False, False])
     """
     subjects = np.asarray(subjects)
     names, first, codes = np.unique(subjects, return_index=True, return_inverse=True)
@@ -57,6 +61,10 @@ def grouped_folds(
 
     Raises:
         ValueError: There are fewer subjects than folds, or fewer than two folds.
+
+    Example:
+        >>> grouped_folds(["a", "a", "b", "b", "c", "d"], None, folds=2)
+        array([0, 0, 1, 1, 0, 1])
     """
     names, first, codes = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
     if not 2 <= folds <= len(names):
