@@ -34,8 +34,6 @@ LEFT = set(
     ssl3d/data/scans
     ssl3d/data/store
     ssl3d/encoders
-    ssl3d/evaluation
-    ssl3d/evaluation/statistics
     ssl3d/heads
     ssl3d/objectives
     ssl3d/testing
