@@ -30,10 +30,7 @@ LEFT = set(
     ssl3d/commands
     ssl3d/data/preparation
     ssl3d/encoders
-    ssl3d/evaluation
-    ssl3d/evaluation/statistics
     ssl3d/heads
-    ssl3d/segmentation
     ssl3d/testing
     ssl3d/training
     ssl3d/views

@@ -86,6 +86,11 @@ def nms(
 
     Returns:
         Indices of what stays, (k,), the best first.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 0, 4, 4, 3], [8, 8, 8, 9, 9, 9]])
+        >>> nms(boxes, torch.tensor([0.9, 0.8, 0.7]), overlap=0.5)
+        tensor([0, 2])
     """
     order = torch.argsort(scores, descending=True, stable=True)
     ranked = boxes[order].float()

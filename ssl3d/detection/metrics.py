@@ -77,6 +77,10 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
 
     Raises:
         ValueError: The boxes are not of one dimension, or a corner lies on the wrong side of the other.
+
+    Example:
+        >>> box_iou([[0, 0, 0, 4, 4, 4]], [[0, 0, 0, 4, 4, 3], [8, 8, 8, 9, 9, 9]])
+        array([[0.75, 0.  ]])
     """
     a, b = _as_boxes(a), _as_boxes(b)
     if not len(a) or not len(b):
@@ -303,7 +307,13 @@ def average_precision(
     weights: Array | None = None,
     points: int | None = None,
 ) -> AveragePrecision:
-    """Average precision per class and its mean; see `DetectionScores.average_precision`."""
+    """Average precision per class and its mean; see `DetectionScores.average_precision`.
+
+    Example:
+        >>> found = [Detections([[0, 0, 0, 4, 4, 4], [8, 8, 8, 9, 9, 9]], [0.9, 0.4])]
+        >>> average_precision(found, [Truths([[0, 0, 0, 4, 4, 3]])]).mean
+        array([1.])
+    """
     return DetectionScores(detections, truths, iou).average_precision(weights, points)
 
 
@@ -318,6 +328,11 @@ def froc(
     """Measure the sensitivities at `at` false positives per scan, and their mean.
 
     An overlap of .1 is nnDetection's: a small lesion is found when it is pointed at.
+
+    Example:
+        >>> found = [Detections([[0, 0, 0, 4, 4, 4], [8, 8, 8, 9, 9, 9]], [0.4, 0.9])]
+        >>> froc(found, [Truths([[0, 0, 0, 4, 4, 3]])], at=(0.5, 1.0)).sensitivities
+        array([[0., 1.]])
     """
     return DetectionScores(detections, truths, iou).froc(weights, at, interpolate)
 

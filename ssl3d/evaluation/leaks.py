@@ -35,18 +35,18 @@ LAZY_VOXELS = 1_000_000_000
 
 
 def volume_hashes(data: Collection, lazy_voxels: int = LAZY_VOXELS) -> list[frozenset[str]]:
-    """The hashes of every volume, in order; empty where nothing is known of one.
+    """Return the hashes of every volume, in order; empty where nothing is known of one.
 
     Stores keep them since they have `Record.reading`; volumes of older stores are read, as long as they are
     `lazy_voxels` together.
     """
-    found: list[frozenset[str]] = []
+    hashes: list[frozenset[str]] = []
     for volume in data:
         # Every record of a benchmark asks again.
         store, row = volume.place
         kept = _hashed.setdefault(store, {})
         if row in kept:
-            found.append(kept[row])
+            hashes.append(kept[row])
             continue
         record = volume.record
         reading = record.reading
@@ -55,19 +55,19 @@ def volume_hashes(data: Collection, lazy_voxels: int = LAZY_VOXELS) -> list[froz
             reading = reading_of(volume.read().numpy())
         pieces = [reading[at : at + 2 * SIZE] for at in range(0, len(reading), 2 * SIZE)]
         kept[row] = frozenset({*pieces, source_hash(record.sha256, record.source)} - {""})
-        found.append(kept[row])
-    return found
+        hashes.append(kept[row])
+    return hashes
 
 
 def seen_volumes(
     data: Collection, hashes: Iterable[str], lazy_voxels: int = LAZY_VOXELS
 ) -> NDArray[np.bool_]:
-    """Which volumes pretraining saw, by file or by voxels, whatever they are called; (N,).
+    """Tell which volumes pretraining saw, by file or by voxels, whatever they are called; (N,).
 
     Args:
-        data: To be tested on.
-        hashes: Of a checkpoint, as `hashes_in` gives them.
-        lazy_voxels: As of `volume_hashes`.
+        data: Volumes to be tested on.
+        hashes: Hashes of a checkpoint, as `hashes_in` gives them.
+        lazy_voxels: Most voxels to read, as in `volume_hashes`.
     """
     known = frozenset(hashes)
     if not known:
@@ -82,12 +82,12 @@ def leak_flags(
     saw_labels: bool,
     complete: bool = True,
 ) -> dict[str, Any]:
-    """What a record says of leaks.
+    """Return the flags by which a record reports leaks.
 
     Args:
-        data: The volumes tested on.
+        data: Volumes tested on.
         identities: Hashes of the people that pretraining saw (`identity_hash`).
-        hashes: Of the volumes it saw; None where the checkpoint does not know.
+        hashes: Hashes of the volumes it saw; None where the checkpoint does not know.
         saw_labels: Whether pretraining learned from labels.
         complete: Whether the hashes are of all volumes it saw (`hashes_complete`).
 
@@ -106,7 +106,7 @@ def leak_flags(
     if hashes is not None:
         by_voxels = seen_volumes(data, hashes)
         volumes = int(by_voxels.sum()) or (0 if complete else None)
-        seen |= {person for person, known_one in zip(people, by_voxels, strict=True) if known_one}
+        seen |= {person for person, by_voxel in zip(people, by_voxels, strict=True) if by_voxel}
     return {
         "seen_test_subjects": len(seen),
         "seen_test_volumes": volumes,
@@ -114,10 +114,5 @@ def leak_flags(
         "ranked": not seen,
     }
 
-
-# In a checkpoint ----------------------------------------------------------------------------------
-
-
-# --------------------------------------------------------------------------------------------------
 
 _hashed: WeakKeyDictionary[Store, dict[int, frozenset[str]]] = WeakKeyDictionary()

@@ -49,12 +49,12 @@ def record_files(folder: Path, endings: tuple[str, ...] = (".json",)) -> list[Pa
     if not folder.is_dir() and _archive_of(folder) != folder:
         raise UsageError(f"{folder}: no such folder of records, or archive ({SUFFIX}) of them")
     there = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    found: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}
     for path in there:
         if path == folder or path.name == ARCHIVE:
-            found |= _listed(path, endings)
-    found |= {path: path for path in there if path.name.endswith(endings)}
-    return [found[place] for place in sorted(found) if not _skipped(found[place].relative_to(folder))]
+            paths |= _listed(path, endings)
+    paths |= {path: path for path in there if path.name.endswith(endings)}
+    return [paths[place] for place in sorted(paths) if not _skipped(paths[place].relative_to(folder))]
 
 
 def record_bytes(path: Path) -> bytes:
@@ -157,9 +157,9 @@ def _skipped(below: Path) -> bool:
 
 def _archive_of(path: Path) -> Path | None:
     """Return the archive that a path names or leads into."""
-    for one in (path, *path.parents):
-        if one.name.endswith(SUFFIX) and one.is_file():
-            return one
+    for place in (path, *path.parents):
+        if place.name.endswith(SUFFIX) and place.is_file():
+            return place
     return None
 
 
@@ -175,26 +175,26 @@ def _read(archive: Path) -> Mapping[str, bytes]:
 @lru_cache(maxsize=2)
 def _members(archive: Path, changed: int, size: int) -> Mapping[str, bytes]:
     data = _decompressed(archive)
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                name = _checked(archive, member, found)
-                found[name] = data[member.offset_data : member.offset_data + member.size]
-                if len(found[name]) != member.size:
+                name = _checked(archive, member, contents)
+                contents[name] = data[member.offset_data : member.offset_data + member.size]
+                if len(contents[name]) != member.size:
                     raise _refused(archive, f"{name} is cut short")
             rest = data[tar.offset :]
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise _refused(archive, f"no tar file: {' '.join(str(error).split())}") from error
     # At a header that it cannot read, tarfile ends as at the end: two blocks of zeros, and zeros only.
     if len(rest) < 2 * tarfile.BLOCKSIZE or rest.count(0) != len(rest):
-        raise _refused(archive, f"it does not end as a tar file after {len(found)} files")
-    return found
+        raise _refused(archive, f"it does not end as a tar file after {len(contents)} files")
+    return contents
 
 
-def _checked(archive: Path, member: tarfile.TarInfo, found: Mapping[str, bytes]) -> str:
+def _checked(archive: Path, member: tarfile.TarInfo, contents: Mapping[str, bytes]) -> str:
     """Return the name of a member that is a plain file inside the folder, and the first of its name."""
     name, shown = str(PurePosixPath(member.name)), ascii(member.name)
     place = PureWindowsPath(name)  # it knows every way to lead out, those of other systems too
@@ -202,7 +202,7 @@ def _checked(archive: Path, member: tarfile.TarInfo, found: Mapping[str, bytes])
         raise _refused(archive, f"{shown} is no plain file")
     if place.anchor or ".." in place.parts or not place.parts or not name.isprintable():
         raise _refused(archive, f"{shown} leads out of the folder, or is no name")
-    if name in found:
+    if name in contents:
         raise _refused(archive, f"{shown} is in it twice")
     return name
 

@@ -51,26 +51,26 @@ REQUIRED: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass
 class Result:
-    """One record: a contestant, scored once on one split.
+    """Record of a contestant, scored once on one split.
 
     Attributes:
-        task: Benchmark and kind of target.
-        version: Of the task.
+        task: Name of the benchmark and kind of target.
+        version: Version of the task.
         dataset: Names of the data sets.
-        data_digest: Of the volumes, their labels and masks.
+        data_digest: Digest of the volumes, their labels and masks.
         split: Numbers of subjects and rows of each part, and how the split was made.
-        split_digest: Of who is in which part.
-        fraction: Of the training subjects used.
-        repeat: Which of the subsets of that size.
-        seed: Of the scoring.
-        contestant: `Contestant.described()`.
+        split_digest: Digest of who is in which part.
+        fraction: Share of the training subjects used.
+        repeat: Number of the subset among those of that size.
+        seed: Seed of the scoring.
+        contestant: Description from `Contestant.described()`.
         settings: Options of the benchmark that change the score.
         main: Name of the score that ranks.
-        scores: By name.
-        intervals: 95 %, by name, [low, high].
-        predictions: Per row of the test set.
+        scores: Scores by name.
+        intervals: Ends [low, high] of the 95 % intervals, by name.
+        predictions: Prediction of each row of the test set.
         compute: Pretraining steps and FLOPs where known, seconds of the probe.
-        versions: Of Python and the packages that made the numbers.
+        versions: Versions of Python and the packages that made the numbers.
         flags: `seen_test_subjects` (count), `saw_labels`, `ranked`, and notes.
     """
 
@@ -104,14 +104,14 @@ class Result:
 
     @property
     def filename(self) -> str:
-        """Its name in a folder of records."""
+        """Name of the file in a folder of records."""
         slug = re.sub(r"[^A-Za-z0-9.=+-]+", "_", self.contestant["name"]).strip("_")[:80]
         part = "" if self.fraction == 1 else f"-f{self.fraction:g}-r{self.repeat:02d}"
         return f"{slug}{part}-{self.key[:8]}.json"
 
 
 def write_result(result: Result, folder: Path) -> Path:
-    """Writes a record atomically, and returns where; what cannot be a number becomes null."""
+    """Write a record atomically, and return its path; what cannot be a number becomes null."""
     content = {"format": FORMAT, "key": result.key, **asdict(result)}
     validate_result(content, result.filename)
     path = folder / result.filename
@@ -123,7 +123,7 @@ def write_result(result: Result, folder: Path) -> Path:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """As JSON, a prediction on a line: with a number on a line, boxes took twice the space."""
+    """Format a record as JSON with one prediction a line; one number a line doubled the space of boxes."""
     rows = [json.dumps(row, allow_nan=False) for row in content["predictions"]]
     text = json.dumps({**content, "predictions": []}, indent=1, allow_nan=False)
     return (
@@ -133,7 +133,7 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def read_result(path: Path) -> Result:
-    """Reads a record, a file or one in an archive, such as `records.tar.xz/cardiac/simclr-0-1a2b3c4d.json`.
+    """Read a record, a file or one in an archive, such as `records.tar.xz/cardiac/simclr-0-1a2b3c4d.json`.
 
     Raises:
         DataError: The file is not a record, or one of a newer format; or the archive is damaged.
@@ -161,7 +161,7 @@ def _result_from(content: Any, where: str) -> Result:
 
 
 def find_result(result: Result, folder: Path) -> Result | None:
-    """The record of the same key, if it was scored before and can be read.
+    """Return the record of the same key, if it was scored before and can be read.
 
     It is a file of the folder, or lies in the `records.tar.xz` of the folder or of the one above it.
 
@@ -172,14 +172,14 @@ def find_result(result: Result, folder: Path) -> Result | None:
     if path is None:
         return None
     try:
-        found = read_result(path)
+        record = read_result(path)
     except Ssl3dError:  # cut short, or edited: it is scored again and replaced
         return None
-    return found if found.key == result.key else None
+    return record if record.key == result.key else None
 
 
 def validate_result(content: Any, where: str) -> None:
-    """Checks a record's content.
+    """Check the content of a record.
 
     Raises:
         DataError: A key is missing or of another type, the format is newer than this code, `main` is not
@@ -223,7 +223,7 @@ def split_digest(collection: Collection, parts: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead; numpy's scalars as Python's."""
+    """Replace NaN, which JSON does not have, by null, and numpy's scalars by Python's."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -52,11 +52,12 @@ class UNetHead(nn.Module):
     convolutions.
 
     Args:
-        encoder: Whose maps are decoded; only its `channels`, `strides` and `config.in_channels` are read.
-        classes: K.
-        width: Channels at half resolution.
-        norm: batch, group or instance. Group norm learned several times slower (hippocampus MR, after
-            120 steps: Dice .29, with instance norm .77).
+        encoder: Encoder whose maps are decoded; only its `channels`, `strides` and `config.in_channels`
+            are read.
+        classes: Number of classes K.
+        width: Number of channels at half resolution.
+        norm: Kind of norm: batch, group or instance. Group norm learned several times slower (hippocampus
+            MR, after 120 steps: Dice .29, with instance norm .77).
         deep_supervision: Whether the coarser steps give logits that the finer ones add to, themselves given
             too while training, up-sampled to the input's voxels: so that sparse annotation is not lost by
             sub-sampling it.
@@ -99,7 +100,7 @@ class UNetHead(nn.Module):
         self.out = nn.Conv3d(channels, classes, 1)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits, finest first; one of them in evaluation mode."""
+        """Compute the logits, finest first; one of them in evaluation mode."""
         size = x.shape[2:]
         y, reached = maps[-1], self._deepest
         others: list[Tensor] = []
@@ -126,10 +127,10 @@ class Med3DHead(nn.Module):
     of stride 8: three steps. As many as an encoder of another stride needs.
 
     Args:
-        encoder: Whose deepest map is decoded.
-        classes: K.
-        channels: Of the transposed and of the plain convolutions.
-        norm: batch, group or instance.
+        encoder: Encoder whose deepest map is decoded.
+        classes: Number of classes K.
+        channels: Numbers of channels of the transposed and of the plain convolutions.
+        norm: Kind of norm: batch, group or instance.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Med3DHead(nn.Module):
         self.out = nn.Conv3d(before, classes, 1)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits, one of them."""
+        """Compute the logits, one of them."""
         y, reached = maps[-1], self._deepest
         for n, stride in enumerate(self._path):
             sides = _sides(x.shape[2:], stride)
@@ -173,13 +174,13 @@ class DenseASPPHead(nn.Module):
     out.
 
     Args:
-        encoder: Whose deepest map is used; dilations count its voxels.
-        classes: K.
-        dilations: One per layer.
-        bottleneck: Channels before each dilated convolution.
-        growth: Channels that each layer adds.
+        encoder: Encoder whose deepest map is used; dilations count its voxels.
+        classes: Number of classes K.
+        dilations: Dilation of each layer.
+        bottleneck: Number of channels before each dilated convolution.
+        growth: Number of channels that each layer adds.
         dropout: Probability that a channel of a layer is dropped.
-        norm: batch, group or instance.
+        norm: Kind of norm: batch, group or instance.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class DenseASPPHead(nn.Module):
         self.out = nn.Conv3d(channels, classes, 1)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits, one of them."""
+        """Compute the logits, one of them."""
         y = maps[-1]
         for reduce, norm, dilated in zip(self.reduce, self.norms, self.dilated, strict=True):
             y = torch.cat([y, self.dropout(dilated(F.relu(norm(reduce(y)), inplace=True)))], dim=1)
@@ -218,9 +219,9 @@ class LinearHead(nn.Module):
     The same as one 1 x 1 x 1 convolution of the concatenated, interpolated maps (see the linear probe).
 
     Args:
-        encoder: Whose maps are used.
-        classes: K.
-        levels: Which of the maps, such as `(-1,)`; all of them if None.
+        encoder: Encoder whose maps are used.
+        classes: Number of classes K.
+        levels: Indices of the maps, such as `(-1,)`; all of them if None.
     """
 
     def __init__(self, encoder: Encoder, classes: int, levels: Sequence[int] | None = None) -> None:
@@ -231,12 +232,12 @@ class LinearHead(nn.Module):
         self.out = nn.ModuleList(nn.Conv3d(encoder.channels[level], classes, 1) for level in self._levels)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits, one of them."""
-        found = [
+        """Compute the logits, one of them."""
+        logits = [
             upsample(out(maps[level]), x.shape[2:], stride)
             for out, level, stride in zip(self.out, self._levels, self._strides, strict=True)
         ]
-        return [torch.stack(found).sum(dim=0)]
+        return [torch.stack(logits).sum(dim=0)]
 
 
 HEADS = ("unet", "med3d", "denseaspp", "linear")
@@ -251,16 +252,17 @@ def segmentation_head(
     norm: str = "instance",
     deep_supervision: bool = False,
 ) -> nn.Module:
-    """A head by name, its channels scaled by one number.
+    """Build a head by name, its channels scaled by one number.
 
     Args:
-        name: unet, med3d, denseaspp or linear.
-        encoder: Whose maps it takes.
-        classes: K, background among them.
-        width: 32 makes a U-Net of 32 channels at half resolution, and the DenseASPP of this module; of
-            Med3D's 256 and 128 channels it gives 8 and 4 per unit.
-        norm: batch, group or instance.
-        deep_supervision: As of `UNetHead`; the others have none.
+        name: Name of the head: unet, med3d, denseaspp or linear.
+        encoder: Encoder whose maps it takes.
+        classes: Number of classes K, background among them.
+        width: Width of the head: 32 makes a U-Net of 32 channels at half resolution, and the DenseASPP of
+            this module; of Med3D's 256 and 128 channels it gives 8 and 4 per unit.
+        norm: Kind of norm: batch, group or instance.
+        deep_supervision: Whether the U-Net's coarser steps give logits too, as in `UNetHead`; the others
+            have none.
 
     Raises:
         UsageError: There is no head of that name.
@@ -280,14 +282,14 @@ def segmentation_head(
 
 
 class ConvNorm(nn.Module):
-    """3 x 3 x 3 convolution that keeps the size, norm, leaky ReLU.
+    """Block of a 3 x 3 x 3 convolution that keeps the size, a norm and a leaky ReLU.
 
     Args:
-        channels: In.
-        out: Channels out.
-        norm: batch, group or instance.
+        channels: Number of channels that enter.
+        out: Number of channels that leave.
+        norm: Kind of norm: batch, group or instance.
         dilation: Distance between taps, along all axes.
-        slope: Of the leaky ReLU; 0 makes it a ReLU.
+        slope: Slope of the leaky ReLU below 0; 0 makes it a ReLU.
     """
 
     def __init__(self, channels: int, out: int, norm: str, dilation: int = 1, slope: float = 0.01) -> None:
@@ -298,13 +300,13 @@ class ConvNorm(nn.Module):
         self.norm = _norm(norm, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, D, H, W) to (B, out, D, H, W)."""
+        """Transform (B, channels, D, H, W) to (B, out, D, H, W)."""
         y = conv3x3x3(x, self.weight) if self.dilation == 1 else _dilated(x, self.weight, self.dilation)
         return F.leaky_relu(self.norm(y), self.slope, inplace=True)
 
 
 class _Mix(nn.Module):
-    """First half of a step: what comes from below is made finer, joined with the skip, and convolved.
+    """First half of a step, which makes maps finer, joins them with the skip, and convolves.
 
     The channels are reduced before the interpolation, where a voxel is cheap: a 1 x 1 x 1 convolution
     and a linear interpolation commute.
@@ -318,7 +320,7 @@ class _Mix(nn.Module):
     def forward(
         self, y: Tensor, skip: Tensor | None, size: Sequence[int], reached: Triple, stride: Triple
     ) -> Tensor:
-        """`y` of stride `reached` to stride `stride`, of an input of `size`."""
+        """Bring `y` from stride `reached` to stride `stride`, of an input of `size`."""
         y = self.carry(y)
         if stride != reached:
             y = upsample(y, _sides(size, stride), [a / b for a, b in zip(reached, stride, strict=True)])
@@ -326,7 +328,7 @@ class _Mix(nn.Module):
 
 
 class _InstanceNorm(nn.GroupNorm):
-    """Each channel of each example by itself; where that is one voxel, all channels together."""
+    """Norm of each channel of each example; where that is one voxel, of all channels together."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
@@ -343,12 +345,12 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 
 def _sides(size: Sequence[int], stride: Triple) -> list[int]:
-    """Size of a map of a stride."""
+    """Return the size of a map of a stride."""
     return [-(-n // s) for n, s in zip(size, stride, strict=True)]
 
 
 def _transposed(x: Tensor, weight: Tensor, sides: Sequence[int], reached: Triple, stride: Triple) -> Tensor:
-    """Transposed 3 x 3 x 3 convolution from one stride to the next finer, as padding 1 would have it.
+    """Apply a transposed 3 x 3 x 3 convolution from one stride to the next finer, as with padding 1.
 
     Voxel i comes to lie on voxel i x factor. Nothing is padded inside (see `ssl3d.encoders.convolutions`):
     the outcome is cut. Factors that are not whole are met by interpolation first.
@@ -371,7 +373,7 @@ def _cut(x: Tensor, starts: Sequence[int], sides: Sequence[int]) -> Tensor:
 
 
 def _dilated(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """A dilated convolution that keeps the size, without the taps that meet padding only."""
+    """Apply a dilated convolution that keeps the size, without the taps that meet padding only."""
     padding = []
     for axis, length in enumerate(x.shape[2:]):
         reaches = length > dilation

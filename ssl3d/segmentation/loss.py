@@ -20,7 +20,7 @@ def dice_ce_loss(
     weights: tuple[float, float] = (1.0, 1.0),
     smooth: float = 1e-5,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Mean cross-entropy over the annotated voxels, plus 1 less the mean soft Dice of the classes.
+    """Add cross-entropy over annotated voxels and 1 less the mean soft Dice of the classes.
 
     The soft Dice of a class is (2 sum p t + s) / (sum p + sum t + s) over annotated voxels, of the whole
     batch or of each example; a class that is neither there nor predicted counts 1 (Milletari et al.:
@@ -28,16 +28,22 @@ def dice_ce_loss(
     Unannotated voxels change neither value nor gradient. Without any annotated voxel the loss is 0.
 
     Args:
-        logits: (B, K, ...).
+        logits: Logits (B, K, ...).
         target: Class indices (B, ...), int64; `IGNORE` where unannotated.
-        batch_dice: Sums over the batch, so that a small class missing from one crop costs nothing; else
-            the mean over examples.
+        batch_dice: Whether to sum over the batch, so that a small class missing from one crop costs
+            nothing; else the Dice is the mean over examples.
         background: Whether class 0 counts in the Dice.
-        weights: Of cross-entropy and Dice.
-        smooth: s.
+        weights: Weights of cross-entropy and Dice.
+        smooth: Smoothing term s of the Dice.
 
     Returns:
         The loss, and its parts `ce` and `dice_loss`, detached.
+
+    Example:
+        >>> logits, target = torch.zeros(1, 2, 4), torch.tensor([[0, 1, 1, IGNORE]])
+        >>> loss, parts = dice_ce_loss(logits, target)
+        >>> round(float(loss), 3), round(float(parts["ce"]), 3)
+        (1.122, 0.693)
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float().flatten(2)

@@ -17,11 +17,11 @@ Box = tuple[slice, ...]
 
 
 class MaskScores(NamedTuple):
-    """Of one class of one volume; see `mask_scores` for empty masks.
+    """Scores of one class of one volume; see `mask_scores` for empty masks.
 
     Attributes:
-        dice: 2 |A and B| / (|A| + |B|).
-        hd95: mm; the larger of the two directed 95th percentiles of the distance between surfaces.
+        dice: Dice, 2 |A and B| / (|A| + |B|).
+        hd95: Larger of the two directed 95th percentiles of the distance between surfaces, in mm.
         surface_dice: Share of both surfaces that lies within the tolerance of the other.
     """
 
@@ -33,7 +33,7 @@ class MaskScores(NamedTuple):
 def mask_scores(
     predicted: Array, truth: Array, spacing: Sequence[float], tolerance: float | None = None
 ) -> MaskScores:
-    """Scores of a predicted mask.
+    """Score a predicted mask against the true one.
 
     The surface of a mask is its voxels that have one of their six neighbours outside it, or lie at the
     edge of the volume; distances are between their centres (as MONAI's `compute_hausdorff_distance` and
@@ -44,11 +44,17 @@ def mask_scores(
     Dice 0, and HD95 the diagonal of the volume, the worst that could be.
 
     Args:
-        predicted: (D, H, W) bool.
-        truth: (D, H, W) bool.
-        spacing: mm along D, H, W.
-        tolerance: mm; None for 1 mm, or the largest voxel side where that is more: a surface cannot be
-            told more exactly.
+        predicted: Predicted mask (D, H, W), bool.
+        truth: True mask (D, H, W), bool.
+        spacing: Voxel sides along D, H, W in mm.
+        tolerance: Tolerance of the surface Dice in mm; None for 1 mm, or the largest voxel side where that
+            is more: a surface cannot be placed more exactly.
+
+    Example:
+        >>> truth = np.zeros((4, 4, 4), dtype=bool)
+        >>> truth[1:3] = True
+        >>> mask_scores(np.roll(truth, 1, axis=0), truth, spacing=(2, 1, 1))
+        MaskScores(dice=0.5, hd95=2.0, surface_dice=1.0)
     """
     predicted, truth = np.asarray(predicted, dtype=bool), np.asarray(truth, dtype=bool)
     if predicted.shape != truth.shape:
@@ -67,22 +73,22 @@ def mask_scores(
     return MaskScores(dice, hd95, within / (len(there) + len(back)))
 
 
-def surface_distances(one: Array, other: Array, spacing: Sequence[float]) -> tuple[Array, Array]:
-    """Distance in mm of each surface voxel of one mask to the other's surface, both ways.
+def surface_distances(first: Array, second: Array, spacing: Sequence[float]) -> tuple[Array, Array]:
+    """Measure the distance in mm of each surface voxel of one mask to the other's surface, both ways.
 
     Args:
-        one: (D, H, W) bool, not empty.
-        other: Likewise.
-        spacing: mm along D, H, W.
+        first: Mask (D, H, W), bool, not empty.
+        second: Another mask of the same shape, not empty.
+        spacing: Voxel sides along D, H, W in mm.
     """
     from scipy import ndimage
 
-    box = _around(one | other)  # what lies outside it is nearer to nothing
-    surfaces = [_surface(mask[box], flat=len(mask) == 1) for mask in (one, other)]
-    first, second = (
+    box = _around(first | second)  # what lies outside it is nearer to nothing
+    surfaces = [_surface(mask[box], flat=len(mask) == 1) for mask in (first, second)]
+    there, back = (
         ndimage.distance_transform_edt(~surfaces[1 - n], sampling=spacing)[surfaces[n]] for n in (0, 1)
     )
-    return first, second
+    return there, back
 
 
 def _surface(mask: Array, flat: bool) -> Array:

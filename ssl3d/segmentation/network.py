@@ -18,11 +18,11 @@ Box = tuple[int, int, int, int, int, int]
 
 
 class SegmentationNetwork(nn.Module):
-    """An encoder and a head on its maps.
+    """Network of an encoder and a head on its maps.
 
     Args:
-        encoder: Kept as `encoder`.
-        head: As of `ssl3d.segmentation.heads`; kept as `head`.
+        encoder: Encoder, kept as `encoder`.
+        head: Head of `ssl3d.segmentation.heads`, kept as `head`.
     """
 
     def __init__(self, encoder: Encoder, head: nn.Module) -> None:
@@ -30,13 +30,13 @@ class SegmentationNetwork(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits (B, K, D, H, W) of (B, C, D, H, W): the prediction, then those of deep supervision."""
-        found: list[Tensor] = self.head(x, self.encoder(x))
-        return found
+        """Compute logits (B, K, D, H, W) of (B, C, D, H, W): the prediction, then deep supervision's."""
+        logits: list[Tensor] = self.head(x, self.encoder(x))
+        return logits
 
 
 class CoarseToFine(SegmentationNetwork):
-    """Two stages: a coarse one finds the region in the shrunk volume, a fine one segments the crop.
+    """Network of two stages: a coarse one finds the region in the shrunk volume, a fine one segments it.
 
     As Med3D (Chen, Ma, Zheng, arXiv 1904.00625) segments livers: the first stage is the encoder, a
     1 x 1 x 1 convolution to two channels on its deepest map, and interpolation; the second is a network
@@ -44,8 +44,8 @@ class CoarseToFine(SegmentationNetwork):
     one with a copy (`coarse.encoder`), and part in training. `forward` is the fine stage.
 
     Args:
-        encoder: Of the fine stage, kept as `encoder`.
-        head: Of the fine stage.
+        encoder: Encoder of the fine stage, kept as `encoder`.
+        head: Head of the fine stage, kept as `head`.
     """
 
     def __init__(self, encoder: Encoder, head: nn.Module) -> None:
@@ -55,7 +55,7 @@ class CoarseToFine(SegmentationNetwork):
 
 
 def shrunk(image: Tensor, size: Sequence[int]) -> Tensor:
-    """(C, D, H, W) to (C, *size), whatever its shape: the mean where it shrinks, else linear."""
+    """Shrink (C, D, H, W) to (C, *size), whatever its shape: the mean where it shrinks, else linear."""
     d, h, w = (min(n, s) for n, s in zip(image.shape[1:], size, strict=True))
     small = F.adaptive_avg_pool3d(image[None], (d, h, w))
     if (d, h, w) == tuple(size):
@@ -64,29 +64,29 @@ def shrunk(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def shrunk_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """(D, H, W) bool to (*size) bool: true where any voxel of the cell is, so that nothing is too small."""
+    """Shrink (D, H, W) bool to (*size) bool, true where any voxel of the cell is."""
     d, h, w = (min(n, s) for n, s in zip(mask.shape, size, strict=True))
     small = F.adaptive_max_pool3d(mask[None, None].float(), (d, h, w))
     return F.interpolate(small, tuple(size), mode="nearest-exact")[0, 0] > 0.5
 
 
 def region_of(probability: Tensor, shape: Sequence[int], threshold: float = 0.5) -> Box | None:
-    """The box, in voxels of a volume, of what a coarse stage found; None where it found nothing.
+    """Return the box of what a coarse stage found, in voxels of a volume; None where it found nothing.
 
     Of several parts those count that have at least a tenth of the largest one's cells: single cells that
     shine by mistake would make every region the whole volume.
 
     Args:
-        probability: Of foreground, (d, h, w), over the whole volume.
-        shape: Of the volume, (D, H, W).
-        threshold: What counts as found.
+        probability: Probability of foreground (d, h, w) over the whole volume.
+        shape: Shape of the volume (D, H, W).
+        threshold: Least probability of a cell that counts.
     """
     from scipy import ndimage
 
-    found = probability.float().cpu().numpy() >= threshold
-    if not found.any():
+    foreground = probability.float().cpu().numpy() >= threshold
+    if not foreground.any():
         return None
-    parts, count = ndimage.label(found)
+    parts, count = ndimage.label(foreground)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     kept = np.isin(parts, 1 + np.flatnonzero(sizes >= 0.1 * sizes.max()))
     low, high = [], []
@@ -99,7 +99,7 @@ def region_of(probability: Tensor, shape: Sequence[int], threshold: float = 0.5)
 
 
 def expanded(box: Box, by: Sequence[float], shape: Sequence[int], least: Sequence[int] = (1, 1, 1)) -> Box:
-    """A box grown on both sides by shares `by` of its sides, to `least` voxels at least, kept inside."""
+    """Expand a box by shares `by` of its sides on both sides, to `least` voxels at least, kept inside."""
     low, high = [], []
     for axis in range(3):
         first, end = float(box[axis]), float(box[axis + 3])
@@ -117,14 +117,15 @@ def expanded(box: Box, by: Sequence[float], shape: Sequence[int], least: Sequenc
 def find_region(
     coarse: nn.Module, image: Tensor, size: Sequence[int], margin: float, least: Sequence[int]
 ) -> Box:
-    """The region that a coarse stage finds in a volume; the whole of it where it finds nothing.
+    """Find the region of a volume by a coarse stage; the whole of it where it finds nothing.
 
     Args:
-        coarse: Gives a list of logits, channel 1 of the first for foreground; in evaluation mode.
-        image: (C, D, H, W), on the coarse stage's device.
-        size: The volume is shrunk to this.
+        coarse: Network that gives a list of logits, channel 1 of the first for foreground; in evaluation
+            mode.
+        image: Volume (C, D, H, W) on the coarse stage's device.
+        size: Size to which the volume is shrunk.
         margin: Share of the box's sides added on each side.
-        least: Voxels that the region has at least.
+        least: Least number of voxels of the region along D, H, W.
     """
     shape = image.shape[1:]
     logits = coarse(shrunk(image.float(), size)[None])[0][0].float()

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def to_original(record: Record, labels: np.ndarray) -> np.ndarray | None:
-    """A label map on the grid of the file that the volume came from, by the nearest voxel.
+    """Resample a label map to the grid of the file that the volume came from, by the nearest voxel.
 
     What preparation cropped away is 0.
 
     Args:
-        record: Of the volume (`Volume.record`).
-        labels: (D, H, W), on the stored grid.
+        record: Record of the volume (`Volume.record`).
+        labels: Label map (D, H, W) on the stored grid.
 
     Returns:
         (I, J, K) in the source's own order of axes; None where the record does not say where the source's
@@ -48,27 +48,27 @@ def to_original(record: Record, labels: np.ndarray) -> np.ndarray | None:
     if sorted(axes) != [0, 1, 2] or np.abs(matrix[:3, :3] - kept).max() * max(shape) > 0.1:
         return regrid(labels, stored, shape, source, nearest=True, outside=0)
     # Axis by axis, for `regrid` leaves out source voxels whose centres the stored grid just misses.
-    found = np.moveaxis(labels, axes, (0, 1, 2))
+    restored = np.moveaxis(labels, axes, (0, 1, 2))
     for axis, length in enumerate(shape):
         row = axes[axis]
         place = matrix[row, axis] * np.arange(length) + matrix[row, 3]
-        size = found.shape[axis]
+        size = restored.shape[axis]
         # Without a crop both grids cover the same field of view, to half a voxel at the rim.
         inside = ((place > -0.5 - 1e-3) & (place < size - 0.5 + 1e-3)) | ("crop" not in record.done)
-        found = np.take(found, np.clip(np.rint(place), 0, size - 1).astype(int), axis=axis)
+        restored = np.take(restored, np.clip(np.rint(place), 0, size - 1).astype(int), axis=axis)
         wide = [1, 1, 1]
         wide[axis] = length
-        found = np.where(inside.reshape(wide), found, 0)
-    return found
+        restored = np.where(inside.reshape(wide), restored, 0)
+    return restored
 
 
 def save_segmentation(record: Record, labels: np.ndarray, path: str | Path) -> bool:
-    """Writes a label map as NIfTI, with the affine and shape of the scan where the record has them.
+    """Write a label map as NIfTI, with the affine and shape of the scan where the record has them.
 
     Args:
-        record: Of the volume.
-        labels: (D, H, W) integers, on the stored grid.
-        path: Ends in .nii or .nii.gz.
+        record: Record of the volume (`Volume.record`).
+        labels: Label map (D, H, W), integers, on the stored grid.
+        path: Path that ends in .nii or .nii.gz.
 
     Returns:
         Whether it is on the scan's own grid; else it is on the store's, at its place in the patient.
@@ -86,21 +86,21 @@ def save_segmentation(record: Record, labels: np.ndarray, path: str | Path) -> b
     if not holding:
         raise DataError(f"{path}: labels {low} to {high}; expected what fits into 32 bits")
     values = labels.astype(holding[0])
-    found = to_original(record, values)
-    if found is None:
+    restored = to_original(record, values)
+    if restored is None:
         save_nifti(record, (0, 0, 0), values, path)
         return False
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
-    image = nibabel.Nifti1Image(found, np.array(record.original_affine))
+    image = nibabel.Nifti1Image(restored, np.array(record.original_affine))
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
     return True
 
 
 def _spatial(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """The first three axes of the source; a picture has one slice."""
+    """Return the first three axes of the source; a picture has one slice."""
     if len(shape) < 2:
         return None
     i, j, k = (*shape[:3], 1)[:3]

@@ -23,21 +23,22 @@ def predict_windows(
     mirror: Iterable[int] = (),
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """What a network says of every voxel of a volume.
+    """Predict every voxel of a volume by a network, window by window.
 
     Windows cover the volume evenly; where they overlap, those in whose middle a voxel lies count more (a
     Gaussian, standard deviation an eighth of the window, as nnU-Net's). A window is never larger than
     the volume, nothing is padded; windows of depth 1 segment slice by slice.
 
     Args:
-        network: (B, C, d, h, w) to (B, K, d, h, w): what is to be averaged, probabilities as a rule.
-        image: (C, D, H, W).
-        window: Size (D, H, W) in voxels.
+        network: Function of (B, C, d, h, w) to (B, K, d, h, w), which are averaged: probabilities as a
+            rule.
+        image: Volume (C, D, H, W).
+        window: Size (D, H, W) of a window in voxels.
         overlap: Share of a window that the next one covers too, in [0, 1).
-        batch: Windows per pass.
-        mirror: Axes 0 to 2: the mean is taken over all combinations of mirrored axes among them, 8
+        batch: Number of windows per pass.
+        mirror: Axes among 0 to 2: the mean is taken over all combinations of mirrored axes among them, 8
             passes for three axes.
-        device: Of the network; that of `image` if None.
+        device: Device of the network; that of `image` if None.
 
     Returns:
         (K, D, H, W) float32, on the image's device.
@@ -61,18 +62,18 @@ def predict_windows(
             for place in places[first : first + batch]
         ]
         crops = torch.stack([image[(slice(None), *cut)].float() for cut in cuts]).to(device)
-        found = _mirrored(network, crops, flips).float().to(image.device)
+        predictions = _mirrored(network, crops, flips).float().to(image.device)
         if total is None:
-            total = torch.zeros(found.shape[1], *shape, device=image.device)
-        for cut, one in zip(cuts, found, strict=True):
-            total[(slice(None), *cut)] += one * weight
+            total = torch.zeros(predictions.shape[1], *shape, device=image.device)
+        for cut, prediction in zip(cuts, predictions, strict=True):
+            total[(slice(None), *cut)] += prediction * weight
             seen[cut] += weight
     assert total is not None  # there is one window at least
     return total.div_(seen)
 
 
 def _flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every set of the axes, none of them first; as axes of (B, C, D, H, W)."""
+    """List every set of the axes, none of them first; as axes of (B, C, D, H, W)."""
     return [
         tuple(axis + 2 for axis in some)
         for count in range(len(axes) + 1)
@@ -85,5 +86,7 @@ def _mirrored(
 ) -> Tensor:
     if len(flips) == 1:
         return network(crops)
-    found = [network(crops.flip(axes)).float().flip(axes) if axes else network(crops) for axes in flips]
-    return torch.stack([one.float() for one in found]).mean(dim=0)
+    predictions = [
+        network(crops.flip(axes)).float().flip(axes) if axes else network(crops) for axes in flips
+    ]
+    return torch.stack([prediction.float() for prediction in predictions]).mean(dim=0)

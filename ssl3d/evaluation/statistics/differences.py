@@ -11,7 +11,7 @@ from ssl3d.evaluation.statistics.intervals import (
     LEVEL,
     Part,
     Runs,
-    _between,
+    between_levels,
     reach_of,
     standard_error,
 )
@@ -20,7 +20,12 @@ from ssl3d.rng import numpy_rng
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment of p-values for their number."""
+    """Adjust p-values for their number by Holm's step-down procedure.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
     order = np.argsort(p_values)
     adjusted = np.empty(len(order))
     running = 0.0
@@ -33,7 +38,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def minimum_detectable_difference(
     error: float, alpha: float = 0.05, power: float = 0.8, freedom: float = float("inf")
 ) -> float:
-    """The smallest true difference that a two-sided test at `alpha` finds with probability `power`.
+    """Return the smallest true difference that a test at `alpha` finds with probability `power`.
 
     (t[1 - alpha / 2] + t[power]) x the standard error of the paired difference: 2.80 errors where the error
     is known, 2.87 where 40 subjects tell it, 4.16 at 3 degrees of freedom. It is as uncertain as the error.
@@ -50,14 +55,14 @@ def minimum_detectable_difference(
 
 
 class Difference(NamedTuple):
-    """A paired difference between two contestants.
+    """Paired difference between two contestants.
 
     Attributes:
-        value: Of the first over the second.
+        value: Score of the first less that of the second.
         low: Lower end of the 95 % interval.
         high: Upper end.
         error: Standard error, over subjects, seeds and subsets.
-        p: Of "no difference", two-sided; below .05 just where the interval spares 0.
+        p: Two-sided p-value of "no difference"; below .05 just where the interval spares 0.
         freedom: Degrees of freedom: those at which Student's t gives the interval.
         borrowed: Whether one of the two has a single seed and the other more, so that the luck of the
             single one was taken to be as large as that of the other's seeds. Where both have one seed
@@ -84,7 +89,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: float = LEVEL) -> Difference:
-    """The difference of two contestants on the same subjects: interval and p-value from one model.
+    """Compare two contestants on the same subjects: interval and p-value from one model.
 
     Its variance is that of the bootstrap over subjects (both on the same resamples), of the seeds of either
     (independent of each other), and of the subsets (drawn alike for both, so that only their difference
@@ -100,10 +105,10 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     differ twice as much as the other's, 14 % of such tests are false with three of those, 21 % with five.
 
     Args:
-        a: One contestant.
-        b: The other.
+        a: Runs of one contestant.
+        b: Runs of the other.
         paired_subsets: Whether the subsets of the training data are the same for both, in order.
-        level: Of confidence.
+        level: Level of confidence.
     """
     value = a.value - b.value
     draws = a.mean_drawn - b.mean_drawn
@@ -113,13 +118,15 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
         return Difference(value, unknown, unknown, unknown, unknown, unknown)
     of_subjects = float(draws.var(ddof=1)) * a.subjects / (a.subjects - 1)
     parts, borrowed = _either(
-        [_between(one.each.mean(1), one.drawn.mean(1), one.subjects) for one in (a, b)]
+        [between_levels(runs.each.mean(1), runs.drawn.mean(1), runs.subjects) for runs in (a, b)]
     )
     if paired_subsets and a.each.shape[1] == b.each.shape[1]:
         each = a.each.mean(0) - b.each.mean(0)
-        parts.append(_between(each, a.drawn.mean(0) - b.drawn.mean(0), a.subjects))
+        parts.append(between_levels(each, a.drawn.mean(0) - b.drawn.mean(0), a.subjects))
     else:
-        parts += _either([_between(one.each.mean(0), one.drawn.mean(0), one.subjects) for one in (a, b)])[0]
+        parts += _either(
+            [between_levels(runs.each.mean(0), runs.drawn.mean(0), runs.subjects) for runs in (a, b)]
+        )[0]
     error = standard_error(of_subjects, parts)
     if error == 0.0:
         p = 1.0 if value == 0.0 else float("nan")
@@ -131,7 +138,7 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
 
 
 def freedom(quantile: float, subjects: int, level: float = LEVEL) -> float:
-    """Degrees of freedom, 1 to subjects - 1, at which Student's t has this quantile of 1/2 + level / 2."""
+    """Find the degrees of freedom at which Student's t has this quantile of 1/2 + level / 2."""
     from scipy.optimize import brentq
     from scipy.special import stdtrit
 
@@ -148,7 +155,7 @@ def freedom(quantile: float, subjects: int, level: float = LEVEL) -> float:
 
 
 def joint_draws(runs: Sequence[Runs], shared: Sequence[Hashable], names: Sequence[object]) -> Array:
-    """Draws of the mean scores of contestants who are compared with each other, (M, R).
+    """Draw the mean scores of contestants who are compared with each other, (M, R).
 
     The subjects are those of the bootstrap, the same for all, widened to n - 1. To this come draws of the
     subsets of the training data, one for all contestants that share the subsets, so that a subset that is
@@ -159,43 +166,43 @@ def joint_draws(runs: Sequence[Runs], shared: Sequence[Hashable], names: Sequenc
     two or three seeds or subsets they are surer than `paired_difference`, which knows how little it knows.
 
     Args:
-        runs: One a contestant.
-        shared: Which subsets of the training data each has: the same for those who share them.
-        names: Of the contestants: another name, other draws of its seeds.
+        runs: Runs of each contestant.
+        shared: Subsets of the training data that each has: the same value for those who share them.
+        names: Names of the contestants: another name, other draws of its seeds.
     """
     number = len(runs[0].mean_drawn)
-    found = []
-    of_seeds = [_between(one.each.mean(1), one.drawn.mean(1), one.subjects) for one in runs]
+    scores = []
+    of_seeds = [between_levels(run.each.mean(1), run.drawn.mean(1), run.subjects) for run in runs]
     several = [part for part in of_seeds if part.levels > 1]
-    for one, part, name in zip(runs, of_seeds, names, strict=True):
-        draws = one.mean_drawn
-        draws = np.where(np.isfinite(draws), draws, np.nanmean(draws)) - one.value
-        draws = draws * np.sqrt(one.subjects / max(one.subjects - 1, 1))
+    for run, part, name in zip(runs, of_seeds, names, strict=True):
+        draws = run.mean_drawn
+        draws = np.where(np.isfinite(draws), draws, np.nanmean(draws)) - run.value
+        draws = draws * np.sqrt(run.subjects / max(run.subjects - 1, 1))
         variance = part.variance
         if part.levels == 1 and several:
             variance = float(np.mean([other.variance * other.levels for other in several]))
         if variance > 0.0:
             draws = draws + np.sqrt(variance) * numpy_rng("seeds", name).normal(size=number)
-        found.append(one.value + draws)
+        scores.append(run.value + draws)
     for group in dict.fromkeys(shared):
         members = [k for k, other in enumerate(shared) if other == group]
         if runs[members[0]].each.shape[1] > 1:
             for k, noise in zip(members, _subset_noise([runs[k] for k in members], group), strict=True):
-                found[k] = found[k] + noise
-    return np.stack(found)
+                scores[k] = scores[k] + noise
+    return np.stack(scores)
 
 
 def _subset_noise(runs: Sequence[Runs], seed: object) -> Array:
-    """What other subsets of the training data would do to contestants that share them, (M, R)."""
-    each = np.stack([one.each.mean(0) for one in runs])  # (M, P)
-    drawn = np.stack([one.drawn.mean(0) for one in runs])  # (M, P, R)
+    """Draw what other training subsets would do to contestants that share them, (M, R)."""
+    each = np.stack([run.each.mean(0) for run in runs])  # (M, P)
+    drawn = np.stack([run.drawn.mean(0) for run in runs])  # (M, P, R)
     count, number = drawn.shape[1:]
     luck = numpy_rng("subset noise", seed).normal(size=(count, number))
     noise = np.zeros((len(runs), number))
     # What they have in common, and what sets them apart: the subjects' share is another in each.
     common, common_drawn = each.mean(axis=0, keepdims=True), drawn.mean(axis=0, keepdims=True)
     for scores, resampled in ((common, common_drawn), (each - common, drawn - common_drawn)):
-        parts = [_between(a, b, runs[0].subjects) for a, b in zip(scores, resampled, strict=True)]
+        parts = [between_levels(a, b, runs[0].subjects) for a, b in zip(scores, resampled, strict=True)]
         gross, own = sum(part.gross for part in parts), sum(part.own for part in parts)
         if gross > own:
             scale = np.sqrt((1.0 - own / gross) / (count * (count - 1)))
@@ -204,9 +211,9 @@ def _subset_noise(runs: Sequence[Runs], seed: object) -> Array:
 
 
 def _either(parts: Sequence[Part]) -> tuple[list[Part], bool]:
-    """The parts of the two of a comparison; one of a single level borrows the variance of the other's."""
-    for one, other in (parts, parts[::-1]):
-        if one.levels == 1 and other.levels > 1:
+    """Return the parts of two contestants; one with a single level borrows the other's variance."""
+    for single, other in (parts, parts[::-1]):
+        if single.levels == 1 and other.levels > 1:
             # s^2 / K of the one and s^2 of the other, both from the same K levels: one part.
             scale = 1 + other.levels
             return [
@@ -216,7 +223,7 @@ def _either(parts: Sequence[Part]) -> tuple[list[Part], bool]:
 
 
 def _p_value(value: float, of_subjects: float, subjects: int, others: Sequence[Part]) -> float:
-    """The alpha at which `reach_of` is this far."""
+    """Find the alpha at which `reach_of` is this far."""
     from scipy.optimize import brentq
     from scipy.special import stdtr
 

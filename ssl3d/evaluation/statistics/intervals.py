@@ -21,10 +21,10 @@ TAIL = 5  # resamples that an end of an interval has beyond it, at least
 
 
 class Interval(NamedTuple):
-    """A value with its confidence interval.
+    """Value with its confidence interval.
 
     Attributes:
-        value: The statistic of the data.
+        value: Statistic of the data.
         low: Lower end.
         high: Upper end.
         error: Standard error: the standard deviation over the resamples.
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 
 def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0) -> Array:
-    """How often each row is drawn when whole clusters (subjects) are drawn with replacement; (R, N).
+    """Count how often each row is drawn when whole clusters are drawn with replacement; (R, N).
 
     The same clusters, count and seed give the same weights, so contestants scored on the same rows are
     compared on the same resamples.
@@ -52,15 +52,17 @@ def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: ob
     return counts[:, codes.ravel()].astype(np.float64)
 
 
-def resample(statistic: Statistic, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """A statistic on every resample (R,), a block of them at a time, so that memory is bounded."""
+def resample(
+    statistic: Statistic, clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0
+) -> Array:
+    """Compute a statistic on every resample (..., R), a block at a time, so that memory is bounded."""
     clusters = np.asarray(clusters)
     block = max(1, min(resamples, BLOCK // max(1, len(clusters))))
     drawn = [
         statistic(resampling_weights(clusters, min(block, resamples - first), (seed, first)))
         for first in range(0, resamples, block)
     ]
-    return np.concatenate(drawn)
+    return np.concatenate(drawn, axis=-1)
 
 
 def interval(
@@ -70,7 +72,7 @@ def interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval over clusters: bias-corrected, accelerated, widened for few clusters.
+    """Compute a bootstrap interval over clusters: bias-corrected, accelerated, widened for few clusters.
 
     BCa (Efron 1987) corrects for skew, which Dice and AUC near 1 have; the widening (Hesterberg 2015,
     "expanded percentile": Student's t in place of the normal, and n - 1 in place of n) makes up for the
@@ -78,11 +80,11 @@ def interval(
     undefined are left out and counted.
 
     Args:
-        statistic: Weights (R, N) to values (R,); a paired difference is the difference of two.
-        clusters: What is drawn as one, per row (N,): the subjects.
-        level: Of confidence.
-        resamples: R.
-        seed: Of the resampling.
+        statistic: Function of weights (R, N) to values (R,); a paired difference is the difference of two.
+        clusters: Cluster of each row (N,), drawn as one: the subject.
+        level: Level of confidence.
+        resamples: Number of resamples R.
+        seed: Seed of the resampling.
     """
     clusters = np.asarray(clusters)
     value = float(statistic(np.ones((1, len(clusters))))[0])
@@ -93,7 +95,7 @@ def interval(
 def summarise(
     value: float, drawn: Array, clusters: Array, statistic: Statistic | None, level: float = LEVEL
 ) -> Interval:
-    """As `interval`, from resampled values at hand (without skew where no statistic is given)."""
+    """Summarise resampled values by an interval, without skew where no statistic is given."""
     from scipy.stats import norm, t
 
     defined = drawn[np.isfinite(drawn)]
@@ -114,12 +116,12 @@ def summarise(
 
 
 class Runs(NamedTuple):
-    """A contestant's score: how it varies over subjects, over its seeds, over subsets of the training data.
+    """Scores of a contestant, as they vary over subjects, its seeds and subsets of the training data.
 
     Attributes:
         each: Score of every seed on every subset, (S, P).
-        drawn: The same on every resample of the test subjects, (S, P, R); contestants are compared on the
-            same resamples.
+        drawn: Scores of the same on every resample of the test subjects, (S, P, R); contestants are
+            compared on the same resamples.
         subjects: Number of test subjects.
         skew: Acceleration of the mean score (Efron), for its interval.
     """
@@ -131,7 +133,7 @@ class Runs(NamedTuple):
 
     @property
     def value(self) -> float:
-        """Mean over seeds and subsets."""
+        """Mean score over seeds and subsets."""
         return float(self.each.mean())
 
     @property
@@ -141,13 +143,13 @@ class Runs(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of the variance of a mean: that of its seeds, or of its subsets.
+    """Part of the variance of a mean: that of its seeds, or of its subsets.
 
     Attributes:
-        variance: Due to them; 0 where the subjects explain all of `gross`.
-        gross: As found between the levels, what the subjects make of each level included.
-        levels: How many seeds or subsets.
-        own: What the subjects make of them, which a bootstrap over subjects counts too.
+        variance: Variance due to them; 0 where the subjects explain all of `gross`.
+        gross: Variance as observed between the levels, with what the subjects make of each level.
+        levels: Number of seeds or subsets.
+        own: Variance that the subjects make of them, which a bootstrap over subjects counts too.
     """
 
     variance: float
@@ -159,33 +161,29 @@ class Part(NamedTuple):
 def runs_of(
     scores: Sequence[Sequence[Statistic]], clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0
 ) -> Runs:
-    """Resamples a contestant's scores.
+    """Resample the scores of a contestant.
 
     Args:
-        scores: A statistic for every seed and subset, S x P.
+        scores: Statistics of every seed and subset, S x P.
         clusters: Subject of every row of the weights, (N,), the same for all.
-        resamples: R.
-        seed: The same seed and subjects, the same resamples.
+        resamples: Number of resamples R.
+        seed: Seed of the resampling; the same seed and subjects, the same resamples.
     """
     clusters = np.asarray(clusters)
     ones = np.ones((1, len(clusters)))
-    each = np.array([[float(one(ones)[0]) for one in row] for row in scores])
-    flat = [one for row in scores for one in row]
-    block = max(1, min(resamples, BLOCK // max(1, len(clusters))))
-    pieces = []
-    for first in range(0, resamples, block):
-        weights = resampling_weights(clusters, min(block, resamples - first), (seed, first))
-        pieces.append(np.stack([one(weights) for one in flat]))
-    drawn = np.concatenate(pieces, axis=1).reshape(*each.shape, resamples)
+    each = np.array([[float(score(ones)[0]) for score in row] for row in scores])
+    flat = [score for row in scores for score in row]
 
-    def average(weights: Array) -> Array:
-        return np.mean([one(weights) for one in flat], axis=0)
+    def stacked(weights: Array) -> Array:
+        return np.stack([score(weights) for score in flat])
 
-    return Runs(each, drawn, len(np.unique(clusters)), _acceleration(average, clusters))
+    drawn = resample(stacked, clusters, resamples, seed).reshape(*each.shape, resamples)
+    skew = _acceleration(lambda weights: stacked(weights).mean(axis=0), clusters)
+    return Runs(each, drawn, len(np.unique(clusters)), skew)
 
 
 def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
-    """Interval of a mean score over subjects, seeds and subsets.
+    """Compute the interval of a mean score over subjects, seeds and subsets.
 
     Of the subjects alone it is that of `interval`: a bootstrap, corrected for bias and skew. Seeds and
     subsets move each end out, in quadrature ("MOVER", Zou and Donner 2008), by what they add to `reach_of`.
@@ -220,21 +218,21 @@ def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
 
 
 def variances(runs: Runs) -> tuple[float, list[Part]]:
-    """Variance of the mean score due to subjects; and due to seeds and to subsets."""
+    """Return the variance of the mean score due to subjects, and due to seeds and to subsets."""
     draws = runs.mean_drawn
     of_subjects = float(np.nanvar(draws, ddof=1)) * runs.subjects / max(runs.subjects - 1, 1)
     return of_subjects, [
-        _between(runs.each.mean(axis), runs.drawn.mean(axis), runs.subjects) for axis in (1, 0)
+        between_levels(runs.each.mean(axis), runs.drawn.mean(axis), runs.subjects) for axis in (1, 0)
     ]
 
 
 def standard_error(of_subjects: float, others: Sequence[Part]) -> float:
-    """Of a mean over subjects, seeds and subsets; never less than that over subjects alone."""
+    """Combine variances to the standard error of a mean; never less than that over subjects alone."""
     return float(np.sqrt(max(of_subjects, sum(_split(of_subjects, others)))))
 
 
 def reach_of(of_subjects: float, subjects: int, others: Sequence[Part], alpha: float = 1 - LEVEL) -> float:
-    """How far to either side of a mean its interval of confidence 1 - alpha goes.
+    """Measure how far to either side of a mean its interval of confidence 1 - alpha goes.
 
     The square root of the sum of the variances, each times the square of Student's t at its own degrees of
     freedom (Banerjee 1961, for two means of unequal variances): of the subjects less what they make of the
@@ -251,8 +249,8 @@ def reach_of(of_subjects: float, subjects: int, others: Sequence[Part], alpha: f
     return float(np.sqrt(max(of_subjects * quantiles[0], float(quantiles @ np.array(split)))))
 
 
-def _between(each: Array, drawn: Array, subjects: int) -> Part:
-    """Variance of a mean over K levels (seeds, subsets) due to the levels.
+def between_levels(each: Array, drawn: Array, subjects: int) -> Part:
+    """Estimate the variance of a mean over K levels (seeds, subsets) that is due to the levels.
 
     Between the scores lies more than the levels: each reacts to the subjects in its own way, which the
     bootstrap over subjects has counted already; that part is taken off.
@@ -262,12 +260,12 @@ def _between(each: Array, drawn: Array, subjects: int) -> Part:
         return Part(0.0, 0.0, count)
     own = float(np.nanvar(drawn - drawn.mean(axis=0), axis=1, ddof=1).mean()) * count / (count - 1)
     own *= subjects / max(subjects - 1, 1)
-    found = float(each.var(ddof=1))
-    return Part(max(0.0, found - own) / count, found / count, count, own / count)
+    spread = float(each.var(ddof=1))
+    return Part(max(0.0, spread - own) / count, spread / count, count, own / count)
 
 
 def _split(of_subjects: float, others: Sequence[Part]) -> list[float]:
-    """A variance over subjects without what they make of the levels, and the variances between levels."""
+    """Return the variance over subjects without what they make of the levels, and those between levels."""
     rest = of_subjects - sum(part.own for part in others)
     return [max(0.0, rest), *[part.gross for part in others]]
 
@@ -275,7 +273,7 @@ def _split(of_subjects: float, others: Sequence[Part]) -> list[float]:
 def _accelerated(
     drawn: Array, spread: float, reach: float, bias: float, skew: float
 ) -> tuple[float, float]:
-    """Ends of a BCa interval (Efron 1987) that reaches `reach` standard errors to either side.
+    """Return the ends of a BCa interval (Efron 1987) that reaches `reach` standard errors to each side.
 
     So far out that fewer than `TAIL` of the resamples are left there is nothing to read a quantile from:
     from there on the ends go on with the standard error, as a normal distribution's would. (Student's t at
@@ -294,14 +292,14 @@ def _accelerated(
 
 
 def _in_range(low: float, high: float, scores: Array) -> tuple[float, float]:
-    """An interval cut at 0 or 1 if no score lies beyond: Dice, AUC, accuracy; R2 has no lower end."""
+    """Cut an interval at 0 or 1 if no score lies beyond: Dice, AUC, accuracy; R2 has no lower end."""
     if scores.min() >= 0.0:
         low = max(low, 0.0)
     return low, min(high, 1.0) if scores.max() <= 1.0 else high
 
 
 def _acceleration(statistic: Statistic, clusters: Array) -> float:
-    """Efron's acceleration from the jackknife over clusters; nothing to gain above a thousand."""
+    """Compute Efron's acceleration by the jackknife over clusters; 0 above a thousand of them."""
     _, codes = np.unique(clusters, return_inverse=True)
     number = int(codes.max()) + 1
     if number > 1000:

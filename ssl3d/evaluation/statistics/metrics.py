@@ -14,12 +14,18 @@ Statistic = Callable[[Array], Array]  # weights (R, N) -> values (R,)
 
 
 def auc(target: ArrayLike, score: ArrayLike, weights: Array | None = None) -> Array:
-    """Area under the ROC curve, ties counted half; (R,), NaN where a class has no weight.
+    """Compute the area under the ROC curve, ties counted half; (R,), NaN where a class has no weight.
 
     Args:
-        target: 0 or 1, (N,).
-        score: Higher means class 1, (N,).
-        weights: (R, N); all ones, R = 1, if not given.
+        target: Classes 0 or 1, (N,).
+        score: Scores (N,); higher means class 1.
+        weights: Weights of the rows (R, N); all ones, R = 1, if not given.
+
+    Example:
+        >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+        array([0.75])
+        >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], np.array([[1.0, 0, 1, 1], [0, 1.0, 1, 0]]))
+        array([1., 0.])
     """
     positive, score = np.asarray(target).astype(bool), np.asarray(score, dtype=np.float64)
     weights = _weights(weights, len(score))
@@ -33,12 +39,12 @@ def auc(target: ArrayLike, score: ArrayLike, weights: Array | None = None) -> Ar
 
 
 def multiclass_auc(target: ArrayLike, scores: ArrayLike, weights: Array | None = None) -> Array:
-    """AUC as MedMNIST's evaluator has it: of class 1 if there are two, else the mean of one-vs-rest.
+    """Compute the AUC as MedMNIST's evaluator does: of class 1 of two, else the mean of one-vs-rest.
 
     Args:
-        target: Class indices, (N,).
-        scores: One column per class, (N, K).
-        weights: (R, N).
+        target: Class indices (N,).
+        scores: Scores of each class (N, K).
+        weights: Weights of the rows (R, N); all ones, R = 1, if not given.
     """
     target, scores = np.asarray(target), np.asarray(scores, dtype=np.float64)
     if scores.shape[1] == 2:
@@ -51,7 +57,12 @@ def multiclass_auc(target: ArrayLike, scores: ArrayLike, weights: Array | None =
 
 
 def mean(values: ArrayLike, weights: Array | None = None) -> Array:
-    """Weighted mean of (N,), rows of NaN left out; (R,). Accuracy is the mean of the hits."""
+    """Average (N,) with weights, rows of NaN left out; (R,). Accuracy is the mean of the hits.
+
+    Example:
+        >>> mean([1.0, 2.0, np.nan])
+        array([1.5])
+    """
     values = np.asarray(values, dtype=np.float64)
     weights = _weights(weights, len(values))
     known = np.isfinite(values)
@@ -59,7 +70,12 @@ def mean(values: ArrayLike, weights: Array | None = None) -> Array:
 
 
 def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Mean recall over the classes present in `target`; (R,), NaN where one of them has no weight."""
+    """Average the recall of the classes in `target`; (R,), NaN where one of them has no weight.
+
+    Example:
+        >>> balanced_accuracy([0, 0, 1], [0, 1, 1])
+        array([0.75])
+    """
     target, predicted = np.asarray(target), np.asarray(predicted)
     weights = _weights(weights, len(target))
     recalls = [
@@ -72,7 +88,12 @@ def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | 
 
 
 def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Spearman's rank correlation with mid-ranks for ties; (R,), NaN where one side is constant."""
+    """Compute Spearman's rank correlation, mid-ranks for ties; (R,), NaN where one side is constant.
+
+    Example:
+        >>> spearman([1, 2, 3], [1, 4, 9])
+        array([1.])
+    """
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     weights = _weights(weights, len(target))
     a, b = _midranks(target, weights), _midranks(predicted, weights)
@@ -85,7 +106,12 @@ def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = No
 
 
 def r_squared(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
-    """Share of the variance explained, 1 - SSE / SST; (R,). Below 0: worse than the mean."""
+    """Compute the share of the variance explained, 1 - SSE / SST; (R,). Below 0: worse than the mean.
+
+    Example:
+        >>> r_squared([1, 2, 3], [1, 2, 4])
+        array([0.5])
+    """
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     weights = _weights(weights, len(target))
     centre = (weights @ target) / weights.sum(axis=1)
@@ -107,7 +133,7 @@ def _tie_starts(ordered: Array) -> Array:
 
 
 def _midranks(values: Array, weights: Array) -> Array:
-    """Mid-ranks (R, N) of the rows within each resample, a row of weight w standing there w times."""
+    """Rank the rows within each resample (R, N) by mid-ranks, a row of weight w standing there w times."""
     order = np.argsort(values, kind="stable")
     starts = _tie_starts(values[order])
     group = np.add.reduceat(weights[:, order], starts, axis=1)

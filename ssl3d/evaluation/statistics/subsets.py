@@ -18,20 +18,25 @@ def nested_subsets(
     seed: object = 0,
     least: int = 2,
 ) -> dict[float, NDArray[np.bool_]]:
-    """Rows of the first so many subjects of one random order, so that a smaller subset is in a larger.
+    """Select the rows of the first subjects of one random order: a smaller subset is in a larger.
 
     The order keeps the classes' proportions in every prefix as nearly as whole subjects allow, after
     `least` subjects of every class (no classifier learns a class of which it has none).
 
     Args:
-        subjects: Per row (N,).
-        classes: Per row (N,), a subject counts as the class of its first row; None for no classes.
-        fractions: Of the subjects, each in (0, 1].
-        seed: Anything with a stable repr: another one, another order.
-        least: Subjects that every class has in the smallest subset, where it has them at all.
+        subjects: Subject of each row (N,).
+        classes: Class of each row (N,), a subject counts as the class of its first row; None for no
+            classes.
+        fractions: Shares of the subjects, each in (0, 1].
+        seed: Seed with a stable repr: another one, another order.
+        least: Number of subjects that every class has in the smallest subset, where it has them at all.
 
     Raises:
         ValueError: A fraction is outside (0, 1].
+
+    Example:
+        >>> nested_subsets(["a", "b", "c", "d"], None, (0.5, 1.0))[0.5]
+        array([ True,  True, False, False])
     """
     subjects = np.asarray(subjects)
     names, first, codes = np.unique(subjects, return_index=True, return_inverse=True)
@@ -52,10 +57,14 @@ def nested_subsets(
 def grouped_folds(
     subjects: ArrayLike, classes: ArrayLike | None, folds: int, seed: object = 0
 ) -> NDArray[np.int64]:
-    """A fold per row: whole subjects, every class (and the subjects) spread evenly over the folds.
+    """Assign a fold to each row: whole subjects, every class (and the subjects) spread evenly.
 
     Raises:
         ValueError: There are fewer subjects than folds, or fewer than two folds.
+
+    Example:
+        >>> grouped_folds(["a", "a", "b", "b", "c", "d"], None, folds=2)
+        array([0, 0, 1, 1, 0, 1])
     """
     names, first, codes = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
     if not 2 <= folds <= len(names):
@@ -71,7 +80,7 @@ def grouped_folds(
 
 
 def _stratified_order(kinds: Array, rng: np.random.Generator, least: int) -> Array:
-    """A random order in which every prefix has the classes' proportions, after `least` of each."""
+    """Draw an order in which every prefix has the classes' proportions, after `least` of each."""
     place = np.empty(len(kinds))
     for kind in np.unique(kinds):
         members = rng.permutation(np.flatnonzero(kinds == kind))
