@@ -44,7 +44,6 @@ LEFT = set(
     ssl3d/objectives
     ssl3d/segmentation
     ssl3d/testing
-    ssl3d/training
     ssl3d/views
     """.split()  # noqa: SIM905
 )
@@ -61,9 +60,9 @@ VERBS = set(
     accept add adapt adjust advance aggregate align allow answer apply arrange ask assemble assign
     attach attend augment average balance begin blend blur bound bring broadcast build cache call
     carry change check choose clamp clear clip close cluster collect combine compare compose
-    compress compute configure confirm continue convert copy correct corrupt count crop cut decide
+    compress compute configure confirm continue convert copy correct corrupt count crop cut deal decide
     decode declare decorrelate deform describe detach detect divide do download draw drop embed
-    encode end enlarge enter erase estimate evaluate exchange exclude expand export extract fetch
+    encode end enlarge enter erase estimate evaluate exchange exclude expand explain export extract fetch
     fill filter find finish fit flag flip flush fold follow force format forward freeze gather
     generate give group guess halve hand hash hold ignore import infer inform inflate initialise
     insert interpolate invert iterate join judge keep label lay leave lengthen let limit link list
@@ -74,7 +73,7 @@ VERBS = set(
     rebuild recalibrate recognise record recover reduce refuse refresh register reject release
     remark remember remove rename render repeat replace report request require resample rescale
     reseed reset reshape resize resolve restore restrict resume retry return reverse rotate round
-    route run sample save say scale scan scatter score search select send separate serve set settle
+    route run sample save say scale scan scatter score search seed select send separate serve set settle
     shape share shift show shrink shuffle sign simulate size skip slice smooth solve sort split
     stack standardise start stop store stretch strip subtract suggest sum summarise supply swap sync
     take teach tell test tie tile time trace track train transform translate treat trim try tune

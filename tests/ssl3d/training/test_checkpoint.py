@@ -46,7 +46,8 @@ def test_an_encoder_comes_back_as_it_was(encoder, saved, tmp_path):
 
 def test_the_bytes_are_the_same_in_every_process(saved, tmp_path):
     code = (
-        "import sys; from ssl3d.checkpoint.encoders import save_encoder; from ssl3d.specs import encoder_from;"
+        "import sys; from ssl3d.checkpoint.encoders import save_encoder;"
+        "from ssl3d.specs import encoder_from;"
         "save_encoder(encoder_from('scratch:resnet10:width=4', 3), sys.argv[1], {'b': 1, 'a': 2})"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], check=True)
