@@ -304,8 +304,8 @@ class Loop:
             late = sorted({name for name, _ in copied.named_parameters()} - known)
             if late:
                 raise TrainingError(
-                    f"{late[0].removeprefix('proxies.')}: a parameter that forward makes, when the optimizer "
-                    "has its parameters already: make it in the proxy's __init__ or setup"
+                    f"{late[0].removeprefix('proxies.')}: made by forward, when the optimizer has its "
+                    "parameters already: make it in the proxy's __init__ or setup"
                 )
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize(self.fabric.device)
@@ -318,8 +318,8 @@ class Loop:
         if not any(p.grad is not None and bool(p.grad.any()) for p in copied.encoder.parameters()):
             self.log.say(
                 "no gradient reached the encoder in a trial step: unless the proxy means it (as with a "
-                "last layer that begins at zero), the encoder learns nothing; ssl3d.testing.check_proxy says "
-                "more"
+                "last layer that begins at zero), the encoder learns nothing; ssl3d.testing.check_proxy "
+                "says more"
             )
         return seconds, counter.get_total_flops()
 
