@@ -42,7 +42,6 @@ LEFT = set(
     ssl3d/heads
     ssl3d/objectives
     ssl3d/segmentation
-    ssl3d/testing
     ssl3d/views
     """.split()  # noqa: SIM905
 )
