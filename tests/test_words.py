@@ -29,7 +29,6 @@ LEFT = set(
     benchmarks/scripts
     proxies
     ssl3d
-    ssl3d/commands
     ssl3d/convert
     ssl3d/data
     ssl3d/data/preparation
