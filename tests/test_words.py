@@ -26,13 +26,9 @@ LEFT = set(
     benchmarks/localize
     benchmarks/scripts
     ssl3d
-    ssl3d/checkpoint
-    ssl3d/commands
     ssl3d/data/preparation
     ssl3d/encoders
     ssl3d/heads
-    ssl3d/testing
-    ssl3d/training
     ssl3d/views
     """.split()  # noqa: SIM905
 )
@@ -50,16 +46,16 @@ VERBS = set(
     assign attach attend augment average balance begin blend blur bound bring broadcast build cache
     call carry change check choose clamp clear clip close cluster collect combine compare compose
     compress compute configure confirm continue convert convolve copy correct corrupt count crop cut
-    decide declare decode decorrelate deform describe detach detect divide do download draw drop
-    embed encode end enlarge enter erase estimate evaluate exchange exclude expand export extract
-    fetch fill filter find finish fit flag flip flush fold follow force format forward freeze fuse
-    gather generate give group guess halve hand hash hold ignore import infer inflate inform
-    initialise insert integrate interpolate invert iterate join judge keep label lay leave lengthen
-    let limit link list load locate lock log look lower make map mark mask match measure merge
-    mirror mix move multiply name normalise note number offer omit open order pack pad paint pair
-    parse pass perform permute pick place plan plot point pool position predict prefetch prepare
-    present preserve pretrain print process produce project propose protect prove pull push put
-    quantise raise rank read rebuild recalibrate recognise record recover reduce refresh refuse
+    deal decide declare decode decorrelate deform describe detach detect divide do download draw
+    drop embed encode end enlarge enter erase estimate evaluate exchange exclude expand explain
+    export extract fetch fill filter find finish fit flag flip flush fold follow force format
+    forward freeze fuse gather generate give group guess halve hand hash hold ignore import infer
+    inflate inform initialise insert integrate interpolate invert iterate join judge keep label lay
+    leave lengthen let limit link list load locate lock log look lower make map mark mask match
+    measure merge mirror mix move multiply name normalise note number offer omit open order pack pad
+    paint pair parse pass perform permute pick place plan plot point pool position predict prefetch
+    prepare present preserve pretrain print process produce project propose protect prove pull push
+    put quantise raise rank read rebuild recalibrate recognise record recover reduce refresh refuse
     register reject release remark remember remove rename render reorder repeat replace report
     request require resample rescale reseed reset reshape resize resolve restore restrict resume
     retry return reverse rewrite rotate round route run sample save say scale scan scatter score

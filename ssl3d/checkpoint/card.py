@@ -31,7 +31,7 @@ def check_format(number: Any, where: str) -> None:
         CheckpointError: The format is unknown; the message begins with `where`.
     """
     if not isinstance(number, int):
-        raise CheckpointError(f"{where}: not a file of ssl3d (format {number!r})")
+        raise CheckpointError(f"{where}: is no file of ssl3d (format {number!r})")
     if number > FORMAT:
         raise CheckpointError(
             f"{where}: written by a newer ssl3d "
@@ -40,10 +40,10 @@ def check_format(number: Any, where: str) -> None:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The checked content of a folder's `encoder.json`, of this format.
+    """Read and check the `encoder.json` of a folder.
 
     Raises:
-        CheckpointError: It is missing, not one, or of a newer format.
+        CheckpointError: The file is missing, no card of an encoder, or of a newer format.
     """
     path = Path(folder) / CARD
     try:
@@ -54,7 +54,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error
     needed = {"format", "architecture", "config"}
     if not isinstance(card, dict) or not needed <= set(card):
-        raise CheckpointError(f"{path}: not an encoder of ssl3d (it lacks {', '.join(sorted(needed))})")
+        raise CheckpointError(f"{path}: is no encoder of ssl3d, which has {', '.join(sorted(needed))}")
     check_format(card["format"], str(path))
     return card
 
@@ -63,11 +63,11 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on."""
     import platform
 
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def plain_value(value: Any) -> Any:
@@ -98,5 +98,7 @@ def encoder_folder(path: Path) -> Path:
     if (path / "config.yaml").is_file():
         raise CheckpointError(f"{path}: this run is not finished; ssl3d pretrain --resume {path}")
     if path.exists():
-        raise CheckpointError(f"{path}: not a run or an encoder (no {CARD} in it or in its encoder/)")
+        raise CheckpointError(
+            f"{path}: is neither a run nor an encoder (no {CARD} in it or in its encoder/)"
+        )
     raise CheckpointError(f"{path}: no such run or encoder (for an untrained one: scratch:resnet18)")

@@ -39,16 +39,19 @@ def save_encoder(
     metadata: Mapping[str, Any] | None = None,
     travellers: Mapping[str, nn.Module] | None = None,
 ) -> Path:
-    """Writes `encoder.safetensors` (tensors only) and `encoder.json` (everything else) into a folder.
+    """Save an encoder in a folder: tensors in `encoder.safetensors`, all else in `encoder.json`.
 
     All files appear at once, or none. An encoder that is there already is replaced.
 
     Args:
-        encoder: Of a class registered under `ssl3d.encoders`, else it cannot be loaded by name.
-        folder: Made where missing.
+        encoder: Encoder of a class registered under `ssl3d.encoders`, else no name loads it again.
+        folder: Folder to write, made where missing.
         metadata: Plain values for `encoder.json`: `patch` (D, H, W), `spacing`, `preprocessing`,
             `proxies`, `steps`, `data`, `identities`, `labels_seen`, `citations`, ...
         travellers: Modules of the classes in `TRAVELLERS`, by name, each written to NAME.safetensors.
+
+    Returns:
+        The folder.
 
     Raises:
         PluginError: A traveller cannot be made again from what would be written.
@@ -105,18 +108,25 @@ def save_encoder(
 
 
 def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> Encoder:
-    """Loads an encoder from a run folder, or from its `encoder/`, in evaluation mode, on the CPU.
+    """Load an encoder from a run folder, or from its `encoder/`, in evaluation mode, on the CPU.
 
-    Needs the encoder's plugin, but no proxy. What `encoder.json` says is its attribute `metadata`.
+    This needs the encoder's plugin, but no proxy. Its attribute `metadata` holds `encoder.json`.
 
     Args:
-        path: Of the folder.
-        changes: Options of the encoder to take in place of those it was trained with, such as strides:
-            any that leave the names and shapes of all its weights as they are.
+        path: Folder of the run or of the encoder.
+        changes: Options of the encoder in place of those it was trained with, such as strides: any that
+            leave the names and shapes of all its weights as they are.
 
     Raises:
         CheckpointError: There is no encoder, or it is truncated, of a newer format or something else.
         UsageError: A change is no option of this encoder, or would need other weights.
+
+    Example:
+        >>> import tempfile
+        >>> from ssl3d import encoder_from
+        >>> folder = save_encoder(encoder_from("scratch:resnet10:width=4"), tempfile.mkdtemp() + "/small")
+        >>> load_encoder(folder).embed_dim
+        32
     """
     folder = encoder_folder(Path(path))
     card = read_card(folder)
@@ -162,7 +172,11 @@ def _shown(value: Any) -> str:
 
 
 def check_weights(folder: str | Path, card: Mapping[str, Any]) -> None:
-    """Raises a CheckpointError where weights beside a card are missing, cut short or others."""
+    """Check the weights beside a card.
+
+    Raises:
+        CheckpointError: A file of weights is missing, cut short or another one than the card says.
+    """
     read_weights(Path(folder) / WEIGHTS, card)
-    for name, one in travellers_of(card).items():
-        read_weights(Path(folder) / f"{name}.safetensors", one)
+    for name, record in travellers_of(card).items():
+        read_weights(Path(folder) / f"{name}.safetensors", record)

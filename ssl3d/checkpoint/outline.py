@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the volumes of its run, without naming anybody."""
+"""The outline of a run's volumes that its checkpoints keep, without naming anybody."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Outline(Sequence[Any]):
-    """What a checkpoint knows of the volumes of its run: enough for most proxies to size themselves.
+    """Outline of the volumes of a run, enough for most proxies to size themselves.
 
     Attributes:
-        found: What the proxy's own `outline` kept, by name.
+        found: Tensors that the proxy's own `outline` kept, by name.
 
     Args:
-        columns: From `outline_of`, and the proxies' own.
-        instead: What to call where more is needed.
-        proxy: Which one is to be sized.
+        columns: Tensors of `outline_of`, and of the proxies' own outlines.
+        instead: Call that loads with the data, for the message where more is needed.
+        proxy: Name of the proxy to be sized.
     """
 
     def __init__(self, columns: Mapping[str, torch.Tensor], instead: str, proxy: str = "") -> None:
@@ -40,7 +40,7 @@ class Outline(Sequence[Any]):
         return len(self.shapes)
 
     def __getitem__(self, position: Any) -> Any:
-        """The outline of a volume."""
+        """Return the outline of a volume."""
         return OutlinedVolume(
             int(self._indices[position]), self.shapes[position], self.spacings[position],
             self.datasets[position], str(int(self.subject_codes[position])), self._instead,
@@ -49,7 +49,7 @@ class Outline(Sequence[Any]):
 
 @dataclasses.dataclass(frozen=True)
 class OutlinedVolume:
-    """A volume without its voxels; data set and subject are numbers in words."""
+    """Outline of one volume, without its voxels; data set and subject are numbers written as text."""
 
     index: int
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class OutlinedVolume:
 
 
 def outline_of(data: Collection) -> dict[str, torch.Tensor]:
-    """What checkpoints keep of the volumes of a run, as tensors; nobody can be named by it."""
+    """Collect what checkpoints keep of the volumes of a run, as tensors by which nobody can be named."""
     import numpy as np
 
     return {

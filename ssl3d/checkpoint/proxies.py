@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 
 
 def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, Proxy]:
-    """The proxies of a run with their trained heads, on its encoder, in evaluation mode.
+    """Load the proxies of a run with their trained heads, on its encoder, in evaluation mode.
 
     Args:
-        run: A run folder; its newest intact checkpoint is read.
-        data: The data of the run, for a proxy that needs more of them here than what the checkpoint
-            knows: their number, shapes, spacings, and which are whose.
+        run: Folder of a run, whose newest intact checkpoint is read.
+        data: Data of the run, for a proxy that needs more of them than the checkpoint keeps: their number,
+            shapes, spacings, and which volumes belong to one subject.
 
     Raises:
         CheckpointError: The folder is no run, no checkpoint can be read, or a proxy needs its data.
     """
     run = Path(run)
     config = config_of(run)
-    found = load_checkpoint(run)
-    if found is None:
-        raise CheckpointError(f"{run}: no checkpoint yet; ssl3d pretrain --resume {run}")
-    state = found["module"]
-    spec, about = found["spec"], found.get("about") or {}
+    checkpoint = load_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run}: has no checkpoint yet; ssl3d pretrain --resume {run} goes on with it"
+        )
+    state = checkpoint["module"]
+    spec, about = checkpoint["spec"], checkpoint.get("about") or {}
 
     def load(group: str, name: str) -> Any:
         try:
@@ -51,11 +53,11 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
         encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
         proxies: dict[str, Proxy] = {}
         for name, options in spec["proxies"].items():
-            made = load(plugins.PROXIES, name)
-            proxy = made(from_dict(made.Config, options, f"{run}, {name}"), encoder)
+            proxy_class = load(plugins.PROXIES, name)
+            proxy = proxy_class(from_dict(proxy_class.Config, options, f"{run}, {name}"), encoder)
             sized: Any = data
-            if data is None and found.get("outline"):
-                sized = Outline(found["outline"], f"load_proxies({str(run)!r}, data)", name)
+            if data is None and checkpoint.get("outline"):
+                sized = Outline(checkpoint["outline"], f"load_proxies({str(run)!r}, data)", name)
             if sized is not None:
                 proxy.setup(sized)
             prefix = f"proxies.{name}."

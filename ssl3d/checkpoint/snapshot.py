@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not at all, the last two kept, nothing unpickled but tensors."""
+"""Checkpoints to resume from: written whole, the last two kept, nothing unpickled but tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from ssl3d.files import sync_folder
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Writes one checkpoint atomically and removes all but the newest `keep`.
+    """Save one checkpoint, whole or not at all, and remove all but the newest `keep`.
 
     The name holds a digest of the bytes, so that a file cut short on disk is noticed.
 
     Args:
-        run: The run folder.
+        run: Folder of the run.
         step: Optimizer steps done.
-        write: Writes the state to a path.
-        keep: Checkpoints that stay.
+        write: Function that writes the state to a path.
+        keep: Number of checkpoints that stay.
+
+    Returns:
+        The file of the checkpoint.
 
     Raises:
         TrainingError: The disk is full; older checkpoints are intact.
@@ -60,60 +63,60 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
 
 
 def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """The newest checkpoint whose bytes are whole; None where there is none.
+    """Load the newest checkpoint whose bytes are whole; None where the run has none.
 
     Args:
-        run: The run folder.
-        say: Told about every checkpoint that is passed over.
+        run: Folder of the run.
+        say: Function that is told of every checkpoint that is passed over.
 
     Raises:
         CheckpointError: There are checkpoints and none is whole, or one is of a newer format.
     """
-    found = checkpoints(run)
-    for path in found:
+    paths = checkpoints(run)
+    for path in paths:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
             if "newer" in str(error):
                 raise
             say(f"{error}; using the one before it")
-    if found:
+    if paths:
         raise CheckpointError(
-            f"{run}: none of its {len(found)} checkpoints is whole; "
+            f"{run}: none of its {len(paths)} checkpoints is whole; "
             f"delete {run / 'checkpoints'} to start at 0"
         )
     return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """One checkpoint's state; tensors on the CPU. Nothing but tensors and plain values is unpickled.
+    """Read the state of one checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
 
     Raises:
         CheckpointError: Its bytes are not those that were written, or its format is newer.
     """
     expected = path.stem.rpartition("-")[2]
     if _digest(path) != expected:
-        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)")
+        raise CheckpointError(f"{path}: is damaged or cut short ({path.stat().st_size} bytes)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of ssl3d ({type(error).__name__})") from error
+        raise CheckpointError(f"{path}: is no checkpoint of ssl3d ({type(error).__name__})") from error
     if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of ssl3d")
+        raise CheckpointError(f"{path}: is no checkpoint of ssl3d")
     check_format(state["format"], str(path))
     return state
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [
+    """List the checkpoints of a run, newest first."""
+    paths = [
         p for p in (Path(run) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+-\w+", p.stem)
     ]
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
+    return sorted(paths, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Read the step from a checkpoint's name."""
     return int(path.stem.split("-")[1])
 
 
@@ -123,7 +126,7 @@ def _digest(path: Path) -> str:
 
 
 def config_of(run: str | Path) -> dict[str, Any]:
-    """The options of a run, from its `config.yaml`.
+    """Read the options of a run from its `config.yaml`.
 
     Raises:
         CheckpointError: The folder is not a run.
@@ -134,9 +137,9 @@ def config_of(run: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{run}: not a run (config.yaml: {error.strerror})") from error
+        raise CheckpointError(f"{run}: is no run (config.yaml: {error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not YAML") from error
+        raise CheckpointError(f"{path}: is not YAML") from error
     if not isinstance(content, dict) or "proxy" not in content:
-        raise CheckpointError(f"{path}: not the options of a run (no `proxy`)")
+        raise CheckpointError(f"{path}: does not hold the options of a run (it has no `proxy`)")
     return content

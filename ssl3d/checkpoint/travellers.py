@@ -17,7 +17,7 @@ from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, UsageError
 
 TRAVELLERS = {"slice_aggregator": "ssl3d.heads.aggregator:SliceAggregator"}
-"""Classes that may travel beside an encoder, as `encoder.json` calls them; no other is ever imported.
+"""Classes that may travel beside an encoder, by their names in `encoder.json`; no other is imported.
 
 Each has a dataclass `Config` and is made by `from_config(config)` where it has that, else of its config
 alone; an instance keeps it as `config`.
@@ -25,7 +25,7 @@ alone; an instance keeps it as `config`.
 
 
 def traveller_class(name: str, module: nn.Module) -> str:
-    """What `encoder.json` calls the class of a module that is to travel.
+    """Return the name that `encoder.json` gives the class of a module that is to travel.
 
     Raises:
         PluginError: The name is no file's, the class is not listed, or the module has no `config`.
@@ -33,28 +33,28 @@ def traveller_class(name: str, module: nn.Module) -> str:
     if not name.isidentifier() or name == "encoder":
         raise PluginError(f"travels(): {name!r} cannot be the name of a file beside the encoder")
     path = f"{type(module).__module__}:{type(module).__qualname__}"
-    found = [key for key, place in TRAVELLERS.items() if place == path]
-    if not found:
+    keys = [key for key, place in TRAVELLERS.items() if place == path]
+    if not keys:
         raise PluginError(
             f"travels(): {name} is a {path}, which is not listed in ssl3d.checkpoint.travellers.TRAVELLERS "
             f"({', '.join(TRAVELLERS.values())})"
         )
     if not dataclasses.is_dataclass(getattr(module, "config", None)):
         raise PluginError(f"travels(): {name}, a {path}, keeps no dataclass `config` to be made again from")
-    return found[0]
+    return keys[0]
 
 
 def load_traveller(path: str | Path, name: str) -> nn.Module:
-    """A module that travelled beside an encoder, such as the aggregator of intra_inter.
+    """Load a module that travelled beside an encoder, such as the aggregator of intra_inter.
 
-    In evaluation mode, on the CPU; nothing is unpickled, and only a class in `TRAVELLERS` is made.
+    It is in evaluation mode, on the CPU; nothing is unpickled, and only a class in `TRAVELLERS` is made.
 
     Args:
-        path: A run folder, or its `encoder/`.
-        name: As the proxy's `travels` calls it.
+        path: Folder of a run, or its `encoder/`.
+        name: Name of the module in the proxy's `travels`.
 
     Raises:
-        CheckpointError: None of that name travelled, or its file is damaged.
+        CheckpointError: No module of that name travelled, or its file is damaged.
     """
     folder = encoder_folder(Path(path))
     cards = travellers_of(read_card(folder))
@@ -80,17 +80,17 @@ def load_traveller(path: str | Path, name: str) -> nn.Module:
 
 
 def make_traveller(kind: Any, config: Any) -> nn.Module:
-    """A module of a class in `TRAVELLERS`, of its options alone."""
-    made: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    return made
+    """Make a module of a class in `TRAVELLERS` from its options alone."""
+    module: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return module
 
 
 def travellers_of(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What `encoder.json` says of the modules beside the encoder, by name."""
-    found = card.get("travellers")
+    """Return the records of the modules beside the encoder in `encoder.json`, by name."""
+    records = card.get("travellers")
     return {
-        name: one
-        for name, one in (found.items() if isinstance(found, Mapping) else ())
+        name: record
+        for name, record in (records.items() if isinstance(records, Mapping) else ())
         # The name becomes a file's: one that leads elsewhere is none.
-        if isinstance(name, str) and name.isidentifier() and isinstance(one, Mapping)
+        if isinstance(name, str) and name.isidentifier() and isinstance(record, Mapping)
     }

@@ -19,24 +19,28 @@ LONGEST = 1 << 18
 
 
 def pack_hashes(hashes: Iterable[str]) -> dict[str, Any]:
-    """Hashes as `encoder.json` holds them: sorted, 8 bytes each, base64 on one line."""
+    """Pack hashes as `encoder.json` holds them: sorted, 8 bytes each, base64 on one line.
+
+    Example:
+        >>> pack_hashes(["ffeeddccbbaa9988"])
+        {'count': 1, 'base64': '/+7dzLuqmYg='}
+    """
     ordered = sorted(set(hashes))
     content = bytes.fromhex("".join(ordered))
     return {"count": len(ordered), "base64": base64.b64encode(content).decode()}
 
 
 def unpack_hashes(content: bytes) -> frozenset[str]:
-    """Hashes from their bytes."""
+    """Unpack hashes from their bytes."""
     text = content.hex()
     return frozenset(text[at : at + 2 * SIZE] for at in range(0, len(text), 2 * SIZE))
 
 
 def hashes_in(card: Mapping[str, Any]) -> frozenset[str] | None:
-    """The hashes of volumes that an encoder's metadata keep; None where it does not know what it saw.
+    """Return the hashes of volumes in an encoder's metadata; None where it does not know what it saw.
 
-    They may be of only some of the volumes: ask `hashes_complete`.
-
-    An encoder that has seen no volumes (`scratch:...`, `imagenet:...`) knows: none.
+    They may be of only some of the volumes; `hashes_complete` tells. An encoder that has seen no volumes
+    (`scratch:...`, `imagenet:...`) knows that there are none.
     """
     kept = card.get("volumes_seen")
     if isinstance(kept, Mapping) and isinstance(kept.get("base64"), str):
@@ -50,7 +54,7 @@ def hashes_in(card: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def hashes_complete(card: Mapping[str, Any]) -> bool:
-    """Whether `hashes_in` are of all volumes that an encoder has seen.
+    """Tell whether `hashes_in` are of all volumes that an encoder has seen.
 
     Runs mark their hashes as incomplete where volumes had no reading, or began from an encoder without.
     """
@@ -59,7 +63,7 @@ def hashes_complete(card: Mapping[str, Any]) -> bool:
 
 
 def hashes_apart(card: dict[str, Any]) -> bytes | None:
-    """Takes a long list of hashes out of a card: the content of `HASHES`, or None where it is short."""
+    """Take a long list of hashes out of a card, for the file `HASHES`; None where the list is short."""
     kept = card.get("volumes_seen")
     if not isinstance(kept, dict) or len(kept.get("base64", "")) <= LONGEST:
         return None
@@ -70,7 +74,7 @@ def hashes_apart(card: dict[str, Any]) -> bytes | None:
 
 
 def hashes_together(card: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A card with the hashes of the file beside it.
+    """Put the hashes of the file beside a card back into it.
 
     Raises:
         CheckpointError: The file is missing or is not the one that the card was written for.

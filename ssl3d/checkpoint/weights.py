@@ -29,13 +29,13 @@ def safetensors_of(module: nn.Module) -> bytes:
 
 
 def tensor_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For every name in a module's state, the first name of the same tensor."""
+    """Map every name in a module's state to the first name of the same tensor."""
     seen: dict[tuple[Any, ...], str] = {}
-    found = {}
+    names = {}
     for name, tensor in state.items():
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        found[name] = seen.setdefault(place, name) if tensor.numel() and tensor.data_ptr() else name
-    return found
+        names[name] = seen.setdefault(place, name) if tensor.numel() and tensor.data_ptr() else name
+    return names
 
 
 def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`ssl3d convert`: a 2D network or another toolkit's checkpoint, made an encoder; ours for nnU-Net."""
+"""`ssl3d convert`: encoders from 2D networks and other toolkits' checkpoints, and ours for nnU-Net."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ssl3d.errors import UsageError
 if TYPE_CHECKING:
     from ssl3d.encoder import Encoder
 
-summary = "make a 2D network or another toolkit's checkpoint an encoder, with a report"
+summary = "make an encoder of a 2D network or of another toolkit's checkpoint, with a report"
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions(ConvertedConfig):
-    """Makes a 2D network with its weights, or another toolkit's checkpoint, an encoder, and tells how.
+    """Make an encoder of a 2D network with its weights, or of another toolkit's checkpoint, and report how.
 
     Attributes:
-        network: A 2D network: torchvision's (resnet18, densenet121, mobilenet_v2, efficientnet_b0, ...),
-            timm's as timm/NAME, or efficientnet_lite0. Or a file of weights of MedicalNet, Models Genesis,
+        network: 2D network: one of torchvision (resnet18, densenet121, mobilenet_v2, efficientnet_b0, ...),
+            of timm as timm/NAME, or efficientnet_lite0. Or a file of weights of MedicalNet, Models Genesis,
             nnssl, nnU-Net, MONAI, torchvision, timm, lightly or Lightning (.pth, .pt, .ckpt, .safetensors),
             with options after it as in resnet_18.pth:stem_stride=1. Or, with --to, a run or an encoder.
-        out: The folder for the encoder, which pretrain --init, linear-probe and embed take; with --to
-            nnunet, a folder or a .pth for nnU-Net.
-        weights: The 2D network's weights: a file (.pth, .safetensors), or the name of one of torchvision's
+        out: Folder for the encoder, which pretrain --init, linear-probe and embed take; with --to nnunet, a
+            folder or a .pth file for nnU-Net.
+        weights: Weights of the 2D network: a file (.pth, .safetensors), or the name of one of torchvision's
             versions, as IMAGENET1K_V2. By default they are fetched from torchvision or timm.
-        layout: How a file of weights names them: medicalnet, monai, genesis, resenc, torchvision, densenet,
-            mobilenet, timm-mobilenet or sequential. By default it is found.
-        prefix: Which of several networks in a file, by what its names begin with, as teacher.backbone.
+        layout: Layout of the names in a file of weights: medicalnet, monai, genesis, resenc, torchvision,
+            densenet, mobilenet, timm-mobilenet or sequential. By default it is recognised.
+        prefix: Beginning of the names of one network among several in a file, as teacher.backbone.
         labels_seen: Whether a file's weights learned from labels of medical volumes, where you know better
             than what is known of its layout.
-        to: nnunet writes a run's resenc encoder as nnU-Net's fine-tuning reads it.
-        patch: With --to nnunet, the crop size D H W that it recommends downstream.
-        allow_partial: Take the weights that match, however few.
-        overwrite: Replace an encoder that is there.
+        to: Toolkit to write for: nnunet writes a run's resenc encoder as nnU-Net's fine-tuning reads it.
+        patch: Crop size D H W in voxels that --to nnunet recommends downstream.
+        allow_partial: Permission to take the weights that match, however few.
+        overwrite: Permission to replace an encoder that is there.
     """
 
     network: str = dataclasses.field(metadata={"positional": True})
@@ -52,19 +52,19 @@ class ConvertOptions(ConvertedConfig):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Checks what is for 2D networks; the encoder that a file belongs to checks its own options."""
+        """Check what is for 2D networks; the encoder that a file belongs to checks its own options."""
         if self.to is None and not self.reads_file():
             super().__post_init__()
 
     def reads_file(self) -> bool:
-        """Whether `network` is another toolkit's file."""
+        """Tell whether `network` is another toolkit's file."""
         from ssl3d.specs import is_foreign
 
         return is_foreign(self.network) or self.layout is not None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert, tell what became what, and save an encoder folder."""
+    """Convert, report what became of every layer, and save an encoder folder."""
     from ssl3d.config import parse
 
     parsed = parse("ssl3d convert", ConvertOptions, argv)
@@ -73,21 +73,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(options: ConvertOptions, given: Collection[str] = ()) -> None:
-    """Converts, reports, saves.
+    """Convert a network as the options say, report, and save it.
 
     Args:
-        options: Of the command.
-        given: Names of those that the user gave.
+        options: Options of the command.
+        given: Names of the options that the user gave.
 
     Raises:
         UsageError: The network is unknown or cannot be converted, or there is something at --out.
-        CheckpointError: The weights are not to be had, or not the network's.
+        CheckpointError: The weights cannot be had, or are not the network's.
     """
     if options.to is not None:
         _export(options)
         return
     for name in {"patch"} & set(given):
-        raise UsageError(f"--{name}: belongs to --to nnunet")
+        raise UsageError(f"--{name}: is an option of --to nnunet only")
     if options.out.exists() and not (options.overwrite and (options.out / "encoder.json").is_file()):
         raise UsageError(f"--out {options.out}: exists (--overwrite replaces an encoder)")
     if options.reads_file():
@@ -95,7 +95,7 @@ def run(options: ConvertOptions, given: Collection[str] = ()) -> None:
         return
     for name in {"prefix", "labels_seen"} & set(given):
         raise UsageError(
-            f"--{name.replace('_', '-')}: belongs to a file of weights, not to {options.network}"
+            f"--{name.replace('_', '-')}: is an option of a file of weights, not of {options.network}"
         )
     config = ConvertedConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(ConvertedConfig)}
@@ -111,7 +111,7 @@ def run(options: ConvertOptions, given: Collection[str] = ()) -> None:
 
 
 def _foreign(options: ConvertOptions, given: Collection[str]) -> None:
-    """A file of another toolkit."""
+    """Convert a file of another toolkit, report, and save the encoder."""
     from ssl3d.convert.foreign import load_foreign, save_foreign
     from ssl3d.specs import fields_of, file_and_words
 
@@ -127,14 +127,14 @@ def _foreign(options: ConvertOptions, given: Collection[str]) -> None:
             own[name] = getattr(options, name)
         if name in fields:
             own[name] = fields.pop(name)
-    found = load_foreign(file, fields, **own)
-    print(found)
-    _print_maps(found.encoder)
-    print(f"encoder in {save_foreign(found, options.out)}")
+    loaded = load_foreign(file, fields, **own)
+    print(loaded)
+    _print_maps(loaded.encoder)
+    print(f"encoder in {save_foreign(loaded, options.out)}")
 
 
 def _export(options: ConvertOptions) -> None:
-    """One of ours for nnU-Net."""
+    """Export an encoder of ours for nnU-Net."""
     from ssl3d.convert.nnunet import CHECKPOINT, PLAN, export_nnunet
     from ssl3d.specs import IMAGENET, SCRATCH, encoder_from
 

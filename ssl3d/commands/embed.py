@@ -1,4 +1,4 @@
-"""`ssl3d embed`: volumes to embeddings in one HDF5 file, with a frozen encoder."""
+"""`ssl3d embed`: embeddings of volumes in one HDF5 file, by a frozen encoder."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 summary = "embed volumes with a frozen encoder, into an HDF5 file"
 
 FALLBACK_PATCH = (64, 64, 64)
-"""Window of an encoder that was never trained."""
+"""Window (D, H, W) of an encoder that was never trained."""
 
 
 @dataclass
 class EmbedOptions:
-    """Turns volumes into embeddings with a frozen encoder.
+    """Turn volumes into embeddings with a frozen encoder.
 
     Attributes:
-        encoder: A run, its encoder/, or scratch:resnet18[:acs].
-        data: Stores, folders of stores, anything that `ssl3d prepare` takes (kept prepared in $SSL3D_CACHE,
-            else ~/.cache/ssl3d), or phantoms[:N].
+        encoder: Run, its encoder/, or an untrained encoder as scratch:resnet18[:acs].
+        data: Stores, folders of stores, phantoms[:N], or anything that `ssl3d prepare` takes, which is
+            prepared once and kept in $SSL3D_CACHE, else ~/.cache/ssl3d.
         out: HDF5 file to write.
-        pool: How a volume becomes one embedding: the mean over its feature maps, or the aggregator over
+        pool: Pooling of a volume into one embedding: the mean over its feature maps, or the aggregator over
             its slices that intra_inter trained with the encoder.
-        patch: Window along D H W; left out, the crop that the encoder was trained on.
+        patch: Window D H W in voxels; left out, it is the crop that the encoder was trained on.
         overlap: Share of a window that the next one covers too.
         batch_size: Windows per forward pass.
-        dense: Also write feature maps, under dense/<number>, half precision.
-        dense_levels: Which feature maps, -1 being the deepest.
-        dense_every: Keep every so many voxels of the maps along D H W.
-        precision: 32, or bf16 where the device is fast at it.
-        accelerator: auto, cpu or cuda.
-        overwrite: Replace the file.
+        dense: Whether to write feature maps too, under dense/<number>, in half precision.
+        dense_levels: Levels of the feature maps to write, -1 being the deepest.
+        dense_every: Distance D H W in voxels between the places of the feature maps that are written.
+        precision: Floating-point precision: 32, or bf16 where the device is fast at it.
+        accelerator: Kind of device: auto, cpu or cuda.
+        overwrite: Permission to replace the file.
     """
 
     encoder: str = field(metadata={"positional": True})
@@ -60,7 +60,7 @@ class EmbedOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Refuse, by a ValueError that names the field, a value that cannot be used."""
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap is {self.overlap}, must be from 0 to below 1")
         if self.batch_size < 1:
@@ -90,11 +90,10 @@ def main(argv: Sequence[str]) -> int:
 def embed_collection(
     encoder: Encoder, data: Collection, options: EmbedOptions, say: Callable[[str], None] = print
 ) -> int:
-    """Writes embeddings, identities and labels of every volume; returns how many.
+    """Write the embedding, identity and label of every volume into a file, and return how many.
 
-    An `AggregatedEncoder` pools with its aggregator (see `pooled_by`).
-
-    The file appears when it is complete. Volumes that cannot be read are named and left out.
+    An `AggregatedEncoder` pools with its aggregator (see `pooled_by`). The file appears when it is
+    complete. Volumes that cannot be read are named and left out.
 
     Raises:
         UsageError: The file exists, or the encoder takes other channels.
@@ -115,7 +114,7 @@ def embed_collection(
     patch = patch_of(encoder, options.patch)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
     windows = options.overlap, options.batch_size
-    found: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
     kept: list[int] = []
     try:
         with whole_file(options.out) as temporary, h5py.File(temporary, "w") as file:
@@ -136,18 +135,18 @@ def embed_collection(
                     )  # fmt: skip
                     half = maps.cpu().numpy().astype(np.float16)
                     file.create_dataset(f"dense/{len(kept)}", data=half, chunks=True)
-                found.append(vector.float().cpu().numpy())
+                vectors.append(vector.float().cpu().numpy())
                 kept.append(position)
             if not kept:
                 raise DataError(f"none of the {len(data)} volumes could be embedded")
-            _write(file, np.stack(found), data.select(kept), encoder, options, patch)
+            _write(file, np.stack(vectors), data.select(kept), encoder, options, patch)
     except OSError as error:
         raise DataError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error
     return len(kept)
 
 
 def patch_of(encoder: Encoder, asked: Sequence[int] | None) -> tuple[int, int, int]:
-    """The window to embed with: as asked, else the training crop, else a usual size."""
+    """Choose the window to embed with: as asked, else the training crop, else a usual size."""
     trained = getattr(encoder, "metadata", {}).get("patch")
     chosen = asked or (trained if trained and all(trained) else FALLBACK_PATCH)
     return int(chosen[0]), int(chosen[1]), int(chosen[2])
@@ -159,7 +158,8 @@ def _check(encoder: Encoder, data: Collection, say: Callable[[str], None]) -> No
     channels = sorted({int(shape[0]) for shape in data.shapes})
     if channels != [encoder.config.in_channels]:
         takes = encoder.config.in_channels
-        raise UsageError(f"the encoder takes {takes} channels, the volumes have {channels}")
+        has = " and ".join(map(str, channels))
+        raise UsageError(f"the encoder takes {takes} channels, but the volumes have {has}")
     trained = getattr(encoder, "metadata", {}).get("spacing")
     if trained:
         here = np.median(np.asarray(data.spacings, float), axis=0)
@@ -186,9 +186,13 @@ def _write(
         file.create_dataset(name, data=column, dtype=text)
     labels = list(data.labels)
     if any(isinstance(label, str) for label in labels):
-        file.create_dataset("labels", data=["" if one is None else str(one) for one in labels], dtype=text)
+        file.create_dataset(
+            "labels", data=["" if label is None else str(label) for label in labels], dtype=text
+        )
     else:
-        file["labels"] = np.array([np.nan if one is None else one for one in labels], dtype=np.float64)
+        file["labels"] = np.array(
+            [np.nan if label is None else label for label in labels], dtype=np.float64
+        )
     private = ("identities", "volumes_seen")
     about = {key: value for key, value in getattr(encoder, "metadata", {}).items() if key not in private}
     file.attrs["encoder"] = str(options.encoder)

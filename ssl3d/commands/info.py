@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.checkpoint.card import plain_value
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ summary = "show what a store, a run, an encoder or a scan holds"
 
 @dataclasses.dataclass
 class InfoOptions:
-    """Shows what a store, a folder of shards, a run, an encoder or a scan holds.
+    """Show what a store, a folder of stores, a run, an encoder or a scan holds.
 
     Attributes:
-        path: A store (.h5), a folder of stores, a run, an encoder, a scan, a folder of scans, or another
-            toolkit's weights (.pth, .pt, .ckpt, .safetensors).
-        json: Print JSON.
+        path: Store (.h5), folder of stores, run, encoder, scan, folder of scans, or another toolkit's
+            weights (.pth, .pt, .ckpt, .safetensors).
+        json: Whether to print JSON.
     """
 
     path: str = dataclasses.field(metadata={"positional": True})
@@ -31,23 +32,23 @@ class InfoOptions:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command."""
+    """Describe a path on standard output."""
     from ssl3d import config
 
     options = config.parse("ssl3d info", InfoOptions, argv).options
     described = describe(options.path)
     if options.json:
-        print(json.dumps(described, indent=1, default=_plain))
+        print(json.dumps(described, indent=1, default=plain_value))
     else:
         print("\n".join(_LINES[described["kind"]](described)))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a path holds, as plain values; `kind` says which sort it is.
+    """Describe what a path holds in plain values; `kind` is its sort.
 
     Raises:
-        DataError: There is nothing there, or nothing known.
-        CheckpointError: It is a damaged run or encoder.
+        DataError: There is nothing at the path, or nothing that is known.
+        CheckpointError: The path holds a damaged run or encoder.
     """
     place = Path(path)
     if str(path).partition(":")[0] == "phantoms" and not place.exists():
@@ -111,7 +112,7 @@ def _of_stores(path: Path) -> dict[str, Any]:
 
 
 def _with_values(store: Store) -> dict[str, Any]:
-    """A store's fingerprint; `values` instead of `classes` where labels are measured, or too many kinds."""
+    """Return a store's fingerprint, with `values` for `classes` where labels are measures or many kinds."""
     import numpy as np
 
     from ssl3d.data.store.index import NO_LABEL, TEXT_LABEL
@@ -183,23 +184,23 @@ def _of_encoder(path: Path) -> dict[str, Any]:
 
 
 def _of_weights(path: Path) -> dict[str, Any]:
-    """Another toolkit's checkpoint: what it is here."""
+    """Describe another toolkit's checkpoint, as it is loaded here."""
     from ssl3d.convert.foreign import load_foreign
 
-    found = load_foreign(path)
-    encoder = found.encoder
+    loaded = load_foreign(path)
+    encoder = loaded.encoder
     return {
         "kind": "weights",
         "path": str(path),
         "architecture": encoder.metadata["architecture"],
         **encoder.metadata["foreign"],
-        "modules": {name: list(counts) for name, counts in found.match.modules.items()},
+        "modules": {name: list(counts) for name, counts in loaded.match.modules.items()},
         "channels": list(encoder.channels),
         "strides": [list(stride) for stride in encoder.strides],
         "config": encoder.metadata["config"],
         "labels_seen": encoder.metadata["labels_seen"],
         "citation": encoder.metadata["citations"]["weights"],
-        "table": str(found),
+        "table": str(loaded),
     }
 
 
@@ -207,25 +208,25 @@ def _of_folder(path: Path) -> dict[str, Any]:
     from ssl3d.data.scans.find import find
     from ssl3d.data.scans.found import Wanted
 
-    found = find([path], Wanted())
+    sources = find([path], Wanted())
     if (
-        len(found.scans) == 1
+        len(sources.scans) == 1
         and path.is_dir()
-        and found.scans[0].member is None
-        and not found.scans[0].mask
+        and sources.scans[0].member is None
+        and not sources.scans[0].mask
     ):
-        return _of_scan(list(found.scans[0].files[0]), str(path))
+        return _of_scan(list(sources.scans[0].files[0]), str(path))
     return {
         "kind": "scans",
         "path": str(path),
-        "volumes": len(found.scans),
-        "subjects": len({(scan.dataset, scan.subject) for scan in found.scans}),
-        "rejected": len(found.rejected),
-        "rejected_files": [{"path": name, "reason": reason} for name, reason in found.rejected],
-        "masks": sum(scan.mask is not None for scan in found.scans),
-        "labelled": sum(scan.label is not None for scan in found.scans),
-        "datasets": sorted({scan.dataset for scan in found.scans}),
-        "notes": found.notes,
+        "volumes": len(sources.scans),
+        "subjects": len({(scan.dataset, scan.subject) for scan in sources.scans}),
+        "rejected": len(sources.rejected),
+        "rejected_files": [{"path": name, "reason": reason} for name, reason in sources.rejected],
+        "masks": sum(scan.mask is not None for scan in sources.scans),
+        "labelled": sum(scan.label is not None for scan in sources.scans),
+        "datasets": sorted({scan.dataset for scan in sources.scans}),
+        "notes": sources.notes,
     }
 
 
@@ -293,7 +294,7 @@ def _store_lines(info: dict[str, Any]) -> list[str]:
 
 
 def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
-    marks = [f"{print_[what]:,} {what}" for what in ("masks", "labelled", "boxes") if print_.get(what)]
+    marks = [f"{print_[part]:,} {part}" for part in ("masks", "labelled", "boxes") if print_.get(part)]
     splits = ", ".join(f"{split} {count:,}" for split, count in print_.get("splits", {}).items())
     lines = [
         f"{name}: {print_['volumes']:,} volumes of {print_['subjects']:,} subjects"
@@ -301,9 +302,9 @@ def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
         + f"; orientation {', '.join(print_['orientations'])}; channels {print_['channels']}; "
         f"split {splits}"
     ]
-    for what, unit in (("shape", "voxels"), ("spacing", "mm")):
-        low, mid, high = (print_[what][key] for key in ("min", "median", "max"))
-        lines.append(f"  {what} (D, H, W): {_words(low)} to {_words(high)}, median {_words(mid)} {unit}")
+    for part, unit in (("shape", "voxels"), ("spacing", "mm")):
+        low, mid, high = (print_[part][key] for key in ("min", "median", "max"))
+        lines.append(f"  {part} (D, H, W): {_words(low)} to {_words(high)}, median {_words(mid)} {unit}")
     for channel, values in enumerate(print_["intensity"]):
         text = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
         lines.append(
@@ -311,9 +312,9 @@ def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
         )
     if print_.get("values"):
         values = print_["values"]
-        what = "real values" if values["real"] else f"whole numbers, {values['different']:,} different"
+        kind = "real values" if values["real"] else f"whole numbers, {values['different']:,} different"
         low, mid, high = (_words(values[key]) for key in ("min", "median", "max"))
-        lines.append(f"  labels: {values['count']:,} {what}, {low} to {high}, median {mid}")
+        lines.append(f"  labels: {values['count']:,} {kind}, {low} to {high}, median {mid}")
     if print_.get("classes"):
         lines.append("  classes: " + ", ".join(f"{label} {n:,}" for label, n in print_["classes"].items()))
     return lines
@@ -371,17 +372,11 @@ def _words(value: Any) -> str:
         return (
             (" x " if _numeric(value) else ", ").join(map(_words, value)) if simple else json.dumps(value)
         )
-    return json.dumps(value, default=_plain) if isinstance(value, dict) else str(value)
+    return json.dumps(value, default=plain_value) if isinstance(value, dict) else str(value)
 
 
 def _numeric(values: Sequence[Any]) -> bool:
     return len(values) in (3, 4) and all(isinstance(v, int | float) for v in values)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
 
 
 def _weights_lines(info: dict[str, Any]) -> list[str]:

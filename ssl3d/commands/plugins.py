@@ -13,7 +13,7 @@ from ssl3d import plugins
 
 @dataclass
 class ListOptions:
-    """Lists what is installed, one line and the paper each.
+    """List what is installed, with a sentence and the paper for each.
 
     Attributes:
         which: Names, files (PATH/file.py) or module:Class; all that is installed if left out.
@@ -24,12 +24,12 @@ class ListOptions:
 
 @dataclass(frozen=True)
 class Listing:
-    """A command that lists the plugins of a group.
+    """Command that lists the plugins of a group.
 
     Attributes:
-        group: Entry-point group.
-        word: The command.
-        summary: One line for `ssl3d --help`.
+        group: Entry-point group of the plugins.
+        word: Name of the command.
+        summary: Line for `ssl3d --help`.
     """
 
     group: str
@@ -37,15 +37,15 @@ class Listing:
     summary: str
 
     def main(self, argv: Sequence[str]) -> int:
-        """Prints the list; a plugin that does not import is in it with its error, and status 1."""
+        """Print the list; a plugin that does not import shows its error, and the exit status is 1."""
         from ssl3d.config import parse
 
         options = parse(f"ssl3d {self.word}", ListOptions, argv, epilog=_EPILOG).options
         failed = 0
         for name in options.which or plugins.names(self.group):
             try:
-                name, made = plugins.find(self.group, name)
-                text = describe(made)
+                name, plugin = plugins.find(self.group, name)
+                text = describe(plugin)
             except plugins.PluginError as error:
                 text, failed = f"broken: {error}", failed + 1
             print(name)
@@ -58,15 +58,15 @@ class Listing:
 
 
 def describe(plugin: Any) -> str:
-    """The first sentence of a plugin's docstring, and its paper on a second line."""
+    """Return the first sentence of a plugin's docstring, and its paper on a second line."""
     documented = inspect.cleandoc(plugin.__doc__ or "no description").split("\n\n")[0]
     paper = getattr(plugin, "paper", "") or "no paper"
     return f"{' '.join(documented.split())}\n{' '.join(str(paper).split())}"
 
 
 _EPILOG = (
-    "Plugins are of installed packages (pip install -e .). One that is not is named by its file "
-    "or module wherever a name stands: PATH/file.py, PATH/file.py:Class or module:Class."
+    "Names are those of plugins in installed packages (pip install -e .). Any other plugin is named by its "
+    "file or module wherever a name stands: PATH/file.py, PATH/file.py:Class or module:Class."
 )
 _INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
 

@@ -1,4 +1,4 @@
-"""`ssl3d prepare`: folders and files of scans to one store."""
+"""`ssl3d prepare`: one store of the scans in folders and files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 summary = "make a store of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST, PNG, MSD, BIDS, CSV"
 
 EPILOG = """Sources come first, before options of several words (--channels t1 flair). By default every scan
-keeps its spacing: nothing is interpolated, and proxies measure in mm. Call it again after any stop and it
-goes on where it was. Files of no use are listed in rejected.csv beside the store. Scans that are given to
---data of another command are prepared by that, into $SSL3D_CACHE, else ~/.cache/ssl3d. Exit status: 1 if
-nothing was usable, 2 for wrong input."""
+keeps its spacing: nothing is interpolated, and proxies measure in mm. After any stop, the same command goes
+on where it was. Files that cannot be used are listed in rejected.csv beside the store. Other commands that
+get scans with --data prepare them too, into $SSL3D_CACHE, else ~/.cache/ssl3d. The exit status is 1 if no
+scan was usable, and 2 for wrong input."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; 1 if no scan was usable."""
+    """Prepare a store; the exit status is 1 if no scan was usable."""
     from ssl3d import config
     from ssl3d.data.preparation.prepare import PrepareOptions, prepare
 
     options = config.parse("ssl3d prepare", PrepareOptions, argv, epilog=EPILOG).options
-    made = prepare(options)
-    return 0 if made.volumes or made.empty_shard else 1
+    store = prepare(options)
+    return 0 if store.volumes or store.empty_shard else 1

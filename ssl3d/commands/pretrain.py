@@ -10,7 +10,7 @@ summary = "train an encoder on unlabelled volumes with one proxy task or several
 
 
 def main(argv: Sequence[str]) -> int:
-    """Starts or resumes a run; the exit status is 128 and the signal's number after a signal."""
+    """Start or resume a run; after a signal the exit status is 128 and the signal's number."""
     from ssl3d.training.options import request_of
 
     asked = request_of(argv)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _leave(status: int) -> int:
-    """Ends a process of several at once, without Python's own end; any other goes on."""
+    """End a process of several at once, without Python's own end; let any other go on."""
     import os
 
     import torch.distributed as dist

@@ -20,17 +20,23 @@ from ssl3d.errors import UsageError
 
 
 def dead_taps(module: nn.Module) -> list[str]:
-    """Kernel taps and parameters that no gradient has reached.
+    """List the kernel taps and parameters that no gradient has reached; call it after a backward pass.
 
-    Call it after a backward pass. A tap is one place of a kernel, all its channels together: the
-    gradient of an off-plane tap is identically zero where the kernel sees slices of depth 1 only.
+    A tap is one place of a kernel, all its channels together: the gradient of an off-plane tap is zero
+    where the kernel sees slices of depth 1 only.
 
     Args:
-        module: An encoder, a proxy, or anything else with parameters.
+        module: Encoder, proxy, or any other module with parameters.
 
     Returns:
         One line each, as in `conv1.weight[:, :, 0, :, :]`; empty if every trainable parameter has a
         gradient and every tap of every kernel has one that is not zero.
+
+    Example:
+        >>> layer = nn.Conv3d(1, 1, (3, 1, 1), padding=(1, 0, 0))
+        >>> layer(torch.ones(1, 1, 1, 4, 4)).sum().backward()  # meets the middle of the kernel alone
+        >>> dead_taps(layer)
+        ['weight[:, :, 0, :, :]', 'weight[:, :, 2, :, :]']
     """
     dead = []
     for name, parameter in module.named_parameters():
@@ -53,54 +59,60 @@ def dead_taps(module: nn.Module) -> list[str]:
 
 
 def _places(reached: Tensor) -> list[str]:
-    """The places that are False, whole planes first."""
-    found = []
+    """List the places that are False, whole planes first."""
+    places = []
     left = ~reached
     for axis in range(left.ndim):
         for k in range(left.shape[axis]):
             plane = left.select(axis, k)
             if left.ndim > 1 and plane.all() and not reached.select(axis, k).any():
-                found.append(", ".join(str(k) if a == axis else ":" for a in range(left.ndim)))
+                places.append(", ".join(str(k) if a == axis else ":" for a in range(left.ndim)))
     shown = left.clone()
     for axis in range(left.ndim):
         others = [a for a in range(left.ndim) if a != axis]
         if others:
             shown &= ~(~reached.any(dim=others)).view([-1 if a == axis else 1 for a in range(left.ndim)])
-    return found + [", ".join(map(str, place)) for place in shown.nonzero().tolist()]
+    return places + [", ".join(map(str, place)) for place in shown.nonzero().tolist()]
 
 
 def check_encoder(encoder: str | Path | type[Encoder], config: Any = None) -> None:
-    """Tests that an encoder keeps the contract of `ssl3d.Encoder`.
+    """Test that an encoder keeps the contract of `ssl3d.api.Encoder`.
 
-    Depths of 1, 2, odd and even; `channels`, `strides` and `embed_dim` are true of the maps; a volume's
-    embedding does not depend on its batch, nor on what the encoder saw before; a gradient reaches every
-    parameter and every kernel tap; copies, pickles and state dicts give the same network; the weights
-    are a function of torch's seed; 1 and 3 input channels; volumes smaller than the strides, unless they
-    are refused with a UsageError; bfloat16 autocast stays finite; the memory format changes nothing but
-    rounding; gradients with activation checkpointing are those without, where the configuration has the
-    switch.
+    - It takes depths of 1, 2, odd and even, 1 and 3 input channels, and volumes smaller than its strides,
+      unless it refuses these with a UsageError.
+    - `channels`, `strides` and `embed_dim` are true of its feature maps.
+    - The embedding of a volume does not depend on its batch, nor on what the encoder saw before.
+    - A gradient reaches every parameter and every kernel tap.
+    - Copies, pickles and state dicts give the same network; its weights are a function of torch's seed.
+    - It stays finite under bfloat16 autocast; the memory format changes nothing but rounding.
+    - Activation checkpointing, where the configuration has the switch, leaves the gradients as they are.
 
     Args:
-        encoder: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class.
-        config: Its configuration; the default one if None. Small ones are tested faster.
+        encoder: Registered name, file (PATH/file.py or PATH/file.py:Class), module:Class, or class.
+        config: Configuration of the encoder; None takes the default one. Small ones are tested faster.
 
     Raises:
         AssertionError: The contract is broken; the message says how.
+        PluginError: There is no such plugin, or it does not import.
+
+    Example:
+        >>> from ssl3d.encoders.resnet import ResNet10
+        >>> check_encoder(ResNet10, ResNet10.Config(width=4))
     """
     cls = encoder if isinstance(encoder, type) else plugins.find(plugins.ENCODERS, str(encoder))[1]
     config = cls.Config() if config is None else config
     with torch.random.fork_rng(devices=[]):
         for channels in {1, 3, config.in_channels}:
-            made = _make(cls, dataclasses.replace(config, in_channels=channels))
-            _check_maps(made, channels, every_depth=channels == config.in_channels)
-        made = _make(cls, config)
-        _check_seed(made, cls, config)
-        _check_inference(made, config.in_channels)
-        _check_tiny(made, config.in_channels)
-        _check_layouts(made, config.in_channels)
-        _check_copies(made, cls, config)
-        _check_autocast(made, config.in_channels)
-        _check_gradients(made, config.in_channels)
+            network = _make(cls, dataclasses.replace(config, in_channels=channels))
+            _check_maps(network, channels, every_depth=channels == config.in_channels)
+        network = _make(cls, config)
+        _check_seed(network, cls, config)
+        _check_inference(network, config.in_channels)
+        _check_tiny(network, config.in_channels)
+        _check_layouts(network, config.in_channels)
+        _check_copies(network, cls, config)
+        _check_autocast(network, config.in_channels)
+        _check_gradients(network, config.in_channels)
         if hasattr(config, "checkpointing"):
             _check_checkpointing(cls, config)
 
@@ -111,7 +123,7 @@ def _make(cls: type[Encoder], config: Any) -> Encoder:
 
 
 def _sizes(encoder: Encoder) -> tuple[int, int, int]:
-    """An odd size at which the deepest map is wide enough that no tap, dilated or not, sees only zeros."""
+    """Choose an odd size whose deepest map is so wide that no tap, dilated or not, sees only zeros."""
     deepest = encoder.strides[-1]
     gaps = [module.dilation for module in encoder.modules() if isinstance(module, Convolution)]
     wide = max((max(gap) for gap in gaps), default=1) + 1
@@ -205,12 +217,12 @@ def _check_layouts(encoder: Encoder, channels: int) -> None:
     encoder.eval()
     for depth in (1, 3):
         x = _volumes(encoder, channels, depth=depth).double()
-        found = []
+        by_layout = []
         for layout in (torch.contiguous_format, torch.channels_last_3d):
             other = to_memory_format(copy.deepcopy(encoder).double(), layout)
             with torch.no_grad():
-                found.append(other(x.contiguous(memory_format=layout)))
-        for n, (first, last) in enumerate(zip(*found, strict=True)):
+                by_layout.append(other(x.contiguous(memory_format=layout)))
+        for n, (first, last) in enumerate(zip(*by_layout, strict=True)):
             assert torch.allclose(first, last, atol=1e-6 * float(first.abs().max()), rtol=1e-5), (
                 f"{type(encoder).__name__}: map {n} at depth {depth} depends on the memory format"
             )
@@ -284,10 +296,10 @@ def _check_checkpointing(cls: type[Encoder], config: Any) -> None:
             _gradients(encoder, _volumes(encoder, config.in_channels, depth=depth))
             seen.append(encoder)
         plain, recomputed = seen
-        for (name, one), other in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-            assert one.grad is not None and other.grad is not None
-            assert torch.allclose(one.grad, other.grad, atol=1e-6 + 1e-4 * float(one.grad.abs().max())), (
-                f"{cls.__name__}: the gradient of {name} at depth {depth} changes with checkpointing"
-            )
+        for (name, weight), other in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+            assert weight.grad is not None and other.grad is not None
+            assert torch.allclose(
+                weight.grad, other.grad, atol=1e-6 + 1e-4 * float(weight.grad.abs().max())
+            ), f"{cls.__name__}: the gradient of {name} at depth {depth} changes with checkpointing"
         for (name, before), after in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
             assert torch.allclose(before, after), f"{cls.__name__}: {name} changes with checkpointing"

@@ -47,7 +47,7 @@ def check_proxy(
     fall: float = 0.05,
     bfloat16: bool = False,
 ) -> None:
-    """Tests that a proxy keeps the contract of `ssl3d.Proxy`, by training it for a moment.
+    """Test that a proxy keeps the contract of `ssl3d.api.Proxy`, by training it for a moment.
 
     - It has a docstring, a citation, and a `Config` dataclass that can be built without arguments,
       annotates and documents every field, pickles, and survives YAML.
@@ -64,16 +64,16 @@ def check_proxy(
     - The picture, where there is one, is a matplotlib figure.
 
     Args:
-        proxy: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class.
-        config: Its configuration; the default one if None. Small ones are tested faster.
-        encoder: Makes the encoder, called under a fixed seed of torch; a narrow resnet10 of kind acs if
-            None.
-        data: Volumes to draw from, 4 at least; phantoms if None.
-        steps: Steps of training.
-        batch_size: Of training.
+        proxy: Registered name, file (PATH/file.py or PATH/file.py:Class), module:Class, or class.
+        config: Configuration of the proxy; None takes the default one. Small ones are tested faster.
+        encoder: Function that makes the encoder, called under a fixed seed of torch; None takes a narrow
+            resnet10 of kind acs.
+        data: Volumes to draw from, 4 at least; None takes phantoms.
+        steps: Number of training steps.
+        batch_size: Examples in a batch.
         lr: Peak learning rate of AdamW.
         fall: Share of its first value by which the loss must fall, on the batches trained on.
-        bfloat16: Train under bfloat16 autocast.
+        bfloat16: Whether to train under bfloat16 autocast.
 
     Raises:
         AssertionError: The contract is broken; the message says how.
@@ -90,15 +90,15 @@ def check_proxy(
         examples = _check_draw(cls, config, volumes, batch_size)
         groups = [_group(cls, examples, n, batch_size) for n in range(_BATCHES)]
 
-        made = _make(cls, config, make, data=volumes)
-        started = copy.deepcopy(made)
-        _start_epoch(made, groups)
-        _check_step(made, groups[0])
-        _check_fed(made, groups[0], volumes[0], fed)
-        _check_randomness(made, groups[0])
-        _check_gradients(made, groups)
-        _check_eval(made, groups[0])
-        _check_autocast(made, groups[0])
+        instance = _make(cls, config, make, data=volumes)
+        started = copy.deepcopy(instance)
+        _start_epoch(instance, groups)
+        _check_step(instance, groups[0])
+        _check_fed(instance, groups[0], volumes[0], fed)
+        _check_randomness(instance, groups[0])
+        _check_gradients(instance, groups)
+        _check_eval(instance, groups[0])
+        _check_autocast(instance, groups[0])
         trained = _check_learning(started, groups, steps, lr, fall, bfloat16)
         _check_state(trained, cls, config, make, volumes, groups)
 
@@ -178,7 +178,7 @@ def _check_in_channels(cls: type[Proxy], config: Any, channels: int) -> int:
 def _check_draw(
     cls: type[Proxy], config: Any, volumes: Sequence[Volume], batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Checks `draw`, and returns examples of one shape, enough for all batches."""
+    """Check `draw`, and return examples of one shape, enough for all batches."""
     who, before = cls.__name__, to_dict(config)
     examples: list[dict[str, Tensor]] = []
     refused: list[DataError] = []
@@ -273,7 +273,7 @@ def _step(proxy: Proxy, group: dict[str, Tensor], seed: int = 0) -> StepOutput:
 
 
 def _state_names(proxy: Proxy) -> set[str]:
-    """Names of parameters and buffers; those of lazy layers, which have no shape yet, are left out."""
+    """List parameters and buffers by name, without those of lazy layers, which have no shape yet."""
     named = [*proxy.named_parameters(), *proxy.named_buffers()]
     return {name for name, value in named if not nn.parameter.is_lazy(value)}
 
@@ -284,9 +284,9 @@ def _check_step(proxy: Proxy, group: dict[str, Tensor]) -> None:
     trial = copy.deepcopy(proxy).train()
     known = _state_names(trial)
     output = _step(trial, group)
-    made = sorted(_state_names(trial) - known)
-    assert not made, (
-        f"{who}: forward makes {', '.join(made[:5])}, which no optimizer trains and no checkpoint of a new "
+    late = sorted(_state_names(trial) - known)
+    assert not late, (
+        f"{who}: forward makes {', '.join(late[:5])}, which no optimizer trains and no checkpoint of a new "
         "run can take: make it in __init__ or setup"
     )
     assert isinstance(output, StepOutput), f"{who}: forward gives {_what(output)}, not a StepOutput"
@@ -299,7 +299,7 @@ def _check_step(proxy: Proxy, group: dict[str, Tensor]) -> None:
 
 
 def _check_fed(proxy: Proxy, group: dict[str, Tensor], volume: Volume, fed: int) -> None:
-    """The encoder is fed what `in_channels` promised when it was built."""
+    """Check that the encoder is fed what `in_channels` promised when it was built."""
     who = type(proxy).__name__
     trial = copy.deepcopy(proxy).train()
     seen: set[int] = set()
@@ -454,7 +454,7 @@ def _check_learning(
 
 
 def _mean_loss(proxy: Proxy, groups: Sequence[dict[str, Tensor]]) -> float:
-    """The loss in train mode, for the same random numbers every time, on a copy."""
+    """Compute the loss in train mode, with the same random numbers every time, on a copy."""
     trial = copy.deepcopy(proxy).train()
     _seed_everything(11)
     with torch.no_grad():
@@ -486,8 +486,8 @@ def _check_state(
         raise AssertionError(f"{who}: its state dict does not load into a new one: {error}") from error
     for mode in (False, True):
         outcomes = []
-        for one in (proxy, other):
-            trial = copy.deepcopy(one).train(mode)
+        for module in (proxy, other):
+            trial = copy.deepcopy(module).train(mode)
             _seed_everything(3)
             with torch.no_grad():
                 outcomes.append(_step(trial, groups[1], seed=3).loss)
@@ -517,11 +517,13 @@ def _make(
     who = cls.__name__
     torch.manual_seed(seed)
     encoder = make()
-    made = cls(config, encoder)
-    assert getattr(made, "encoder", None) is encoder, f"{who}: self.encoder is not the encoder it was given"
-    assert getattr(made, "config", None) == config, f"{who}: self.config is not the config it was given"
-    made.setup(data)  # type: ignore[arg-type]
-    return made
+    proxy = cls(config, encoder)
+    assert getattr(proxy, "encoder", None) is encoder, (
+        f"{who}: self.encoder is not the encoder it was given"
+    )
+    assert getattr(proxy, "config", None) == config, f"{who}: self.config is not the config it was given"
+    proxy.setup(data)  # type: ignore[arg-type]
+    return proxy
 
 
 def _group(

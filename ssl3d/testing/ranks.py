@@ -37,7 +37,7 @@ _SEED = 0
 
 
 class _Case(NamedTuple):
-    """One way to share a batch out: the groups of each rank, and what each rank's loss counts."""
+    """Way to share a batch out: the groups of each rank, and what each rank's loss counts."""
 
     name: str
     groups: list[list[Group]]
@@ -45,7 +45,7 @@ class _Case(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the ranks are handed, by file."""
+    """Input of the ranks, handed over in a file."""
 
     cls: type[Proxy]
     config: Any
@@ -57,7 +57,7 @@ class _Given(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a process came to: buffers after `start_epoch`, then loss, gradients and state of each case.
+    """Outcome of a process: buffers after `start_epoch`, then loss, gradients and state of each case.
 
     The state is what `after_step` leaves: buffers (queues) and what is not trained (momentum teachers).
     """
@@ -78,7 +78,7 @@ def check_ranks(
     rtol: float = 1e-3,
     timeout: float = 180.0,
 ) -> None:
-    """Tests that two processes (gloo, CPU) get the loss and the gradients of a single one.
+    """Test that two processes (gloo, CPU) get the loss and the gradients of a single one.
 
     One batch is drawn, and shared out in two ways: row by row, and unequally. Where the proxy is
     `mixed`, the second rank lacks one of the groups the second time. The weights are handed over;
@@ -87,14 +87,14 @@ def check_ranks(
     `after_step` leaves must be the same on both ranks. Dropout is switched off.
 
     Args:
-        proxy: A registered name, a file (PATH/file.py or PATH/file.py:Class), module:Class, or a class that
+        proxy: Registered name, file (PATH/file.py or PATH/file.py:Class), module:Class, or class that
             another process can import.
-        config: Its configuration, without batch norm; the default one if None.
-        encoder: Makes an encoder without batch norm, called under a fixed seed of torch; a narrow
-            resnet10 with group norm if None.
-        data: Volumes to draw from, of several shapes for batches of several groups; phantoms if None.
-        batch_size: Of the global batch, at least 4.
-        rtol: Of the comparison; gradients may differ by 1e-5 of the largest, too.
+        config: Configuration of the proxy, without batch norm; None takes the default one.
+        encoder: Function that makes an encoder without batch norm, called under a fixed seed of torch; None
+            takes a narrow resnet10 with group norm.
+        data: Volumes to draw from, of several shapes for batches of several groups; None takes phantoms.
+        batch_size: Examples in the global batch, at least 4.
+        rtol: Relative tolerance; gradients may differ by 1e-5 of the largest one, too.
         timeout: Seconds until ranks that wait for each other are given up.
 
     Raises:
@@ -107,11 +107,11 @@ def check_ranks(
         config = cls.Config() if config is None else config
         data = _phantoms() if data is None else data
         torch.manual_seed(seed_of("check_ranks"))
-        made = (
+        network = (
             _default_encoder(cls.in_channels(config, int(data[0].shape[0]))) if encoder is None else encoder
         )()
-        blank = copy.deepcopy(made)
-        single = cls(config, made)
+        blank = copy.deepcopy(network)
+        single = cls(config, network)
         single.setup(data)
         norms = [n for n, m in single.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if norms:
@@ -138,7 +138,7 @@ def check_ranks(
 def _draw(
     cls: type[Proxy], config: Any, data: Collection, batch_size: int
 ) -> tuple[list[Group], list[list[dict[str, Tensor]]]]:
-    """A global batch, and what `start_epoch` iterates over."""
+    """Draw a global batch, and what `start_epoch` iterates over."""
     from ssl3d.training.loader import Loader
 
     loader = Loader(data, {"proxy": (cls, config)}, batch_size, seed=_SEED, steps=1, pin=False)
@@ -151,7 +151,7 @@ def _draw(
 
 
 def _cases(groups: list[Group], mixed: bool) -> list[_Case]:
-    """Two ways to share a batch out among the ranks."""
+    """List two ways to share a batch out among the ranks."""
     rows = sorted(row for group in groups for row in group.rows)
     # Rank 1 gets every third row: less than half, and none of a group where it can be helped.
     shares = {
@@ -187,7 +187,7 @@ def _rows(group: Group, rows: set[int]) -> Group | None:
 
 
 def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any]) -> _Found:
-    """Runs the epoch's start and each case, always from the same weights and buffers."""
+    """Run the epoch's start and each case, always from the same weights and buffers."""
     for module in proxy.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -201,7 +201,7 @@ def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any])
     untrained = {n: p.detach().clone() for n, p in proxy.named_parameters() if not p.requires_grad}
     trainee = Trainee(proxy.encoder, {"proxy": proxy}, {"proxy": 1.0}, _SEED)
     module = wrap(trainee)
-    found = _Found(buffers, [], [], [])
+    outcome = _Found(buffers, [], [], [])
     for case in given.cases:
         with torch.no_grad():
             for name, value in _state(proxy).items():
@@ -210,17 +210,17 @@ def _run(proxy: Proxy, rank: int, given: _Given, wrap: Callable[[Trainee], Any])
         loss, _ = module("loss", case.groups[rank], "ranks")
         loss = loss * case.counts[rank]
         loss.backward()
-        found.losses.append(loss.detach().clone())
-        found.gradients.append(
+        outcome.losses.append(loss.detach().clone())
+        outcome.gradients.append(
             {n: p.grad.clone() for n, p in proxy.named_parameters() if p.grad is not None}
         )
         proxy.after_step(0, len(given.cases))  # no optimizer's step before: gradients are compared already
-        found.states.append({name: value.clone() for name, value in _state(proxy).items()})
-    return found
+        outcome.states.append({name: value.clone() for name, value in _state(proxy).items()})
+    return outcome
 
 
 def _state(proxy: Proxy) -> dict[str, Tensor]:
-    """Buffers, and parameters that are not trained."""
+    """Collect the buffers, and the parameters that are not trained."""
     untrained = {n: p.data for n, p in proxy.named_parameters() if not p.requires_grad}
     return dict(proxy.named_buffers()) | untrained
 
@@ -229,7 +229,7 @@ def _state(proxy: Proxy) -> dict[str, Tensor]:
 
 
 def _rank(rank: int, folder: str, timeout: float) -> None:
-    """What a child process does; it ends here.
+    """Run a child process, which ends here.
 
     Not through the interpreter's end: a thread of the backward pass that outlives it aborts the process,
     one time in many ("terminate called without an active exception").
@@ -265,22 +265,22 @@ def _work(rank: int, folder: str, timeout: float) -> None:
     proxy = given.cls(given.config, given.encoder)
     proxy.setup(given.data)
     proxy.load_state_dict(given.weights)
-    found = _run(
+    outcome = _run(
         proxy,
         rank,
         given,
         lambda trainee: nn.parallel.DistributedDataParallel(trainee, broadcast_buffers=False),
     )
-    for loss in found.losses:
+    for loss in outcome.losses:
         dist.all_reduce(loss)
         loss /= _WORLD
-    torch.save(found._asdict(), Path(folder, f"found-{rank}.pt"))
+    torch.save(outcome._asdict(), Path(folder, f"found-{rank}.pt"))
     dist.barrier()
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Keeps what is started meanwhile from running the caller's script again.
+    """Keep processes that are started meanwhile from running the caller's script again.
 
     A script that calls `check_ranks` without `if __name__ == "__main__"` would call it in every rank.
     """
@@ -293,7 +293,7 @@ def _without_main() -> Iterator[None]:
 
 
 def _launch(who: str, folder: str, timeout: float, needs_main: bool) -> list[_Found]:
-    """Starts the ranks, waits for them, and gives what they found."""
+    """Start the ranks, wait for them, and return what they found."""
     # A server that has torch imported, and nothing else running, forks the ranks of every check; a fork
     # of this process, whose backward pass has threads, would hang.
     methods = multiprocessing.get_all_start_methods()
@@ -329,7 +329,7 @@ def _launch(who: str, folder: str, timeout: float, needs_main: bool) -> list[_Fo
 
 
 def _abandoned(folder: str, rank: int) -> bool:
-    """Whether a rank failed since the other was gone."""
+    """Tell whether a rank failed because the other was gone."""
     return "by peer" in _last_lines(folder, rank)
 
 
@@ -344,7 +344,7 @@ def _last_lines(folder: str, rank: int) -> str:
 
 def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_Found], rtol: float) -> None:
     for name, value in alone.buffers.items():
-        first, second = (found.buffers[name] for found in ranks)
+        first, second = (outcome.buffers[name] for outcome in ranks)
         assert torch.equal(first, second), (
             f"{who}: after start_epoch, buffer {name} differs between the ranks"
         )
@@ -355,14 +355,14 @@ def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_F
     largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
     assert largest > 0, f"{who}: every gradient of the single process is 0: nothing can be compared"
     for number, case in enumerate(cases):
-        found, gradients = ranks[0].losses[number], ranks[0].gradients[number]
+        shared, gradients = ranks[0].losses[number], ranks[0].gradients[number]
         how = f"(rows {case.name}: {' and '.join(str(_sizes(groups)) for groups in case.groups)})"
         hint = (
             "" if len(case.groups[0]) == 1 and case.name == "interleaved"
             else "; a loss that is no mean over examples needs mixed = True and ssl3d.distributed.gather"
         )  # fmt: skip
-        assert torch.allclose(found, loss, rtol=rtol, atol=1e-5), (
-            f"{who}: the loss of two ranks is {found.item():.6g}, of one process {loss.item():.6g} "
+        assert torch.allclose(shared, loss, rtol=rtol, atol=1e-5), (
+            f"{who}: the loss of two ranks is {shared.item():.6g}, of one process {loss.item():.6g} "
             f"{how}{hint}"
         )
         missing = sorted(set(expected) ^ set(gradients))
@@ -372,7 +372,7 @@ def _compare(who: str, cases: Sequence[_Case], alone: _Found, ranks: Sequence[_F
                 f"{who}: the gradient of {name} differs between two ranks and one process by "
                 f"{(gradients[name] - gradient).abs().max():.3g}, the largest is {largest:.3g} {how}{hint}"
             )
-        left, others = (one.states[number] for one in ranks)
+        left, others = (outcome.states[number] for outcome in ranks)
         for name, value in left.items():
             assert torch.equal(value, others[name]), (
                 f"{who}: after after_step, {name} differs between the ranks {how}: gather what goes into "

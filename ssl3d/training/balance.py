@@ -1,4 +1,4 @@
-"""Weights of several proxies' losses, found while training: by uncertainty, or by gradient norm."""
+"""Weights of several proxies' losses that are learned in training: by uncertainty, or by gradient norm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ssl3d.distributed import world_size
 from ssl3d.errors import TrainingError, UsageError
 
 RATE = 0.025
-"""Learning rate of the weights of gradnorm, as its authors'."""
+"""Learning rate of the weights of gradnorm, that of its authors."""
 
 
 class Balance(nn.Module):
-    """Brings the losses of several proxies together; what it learns is in its state.
+    """Sum of the losses of several proxies with learned weights, which are in its state.
 
     Args:
-        weights: To begin with, by proxy; above 0.
+        weights: Weights at the start, by proxy; above 0.
 
     Raises:
         UsageError: A weight is 0.
@@ -32,24 +32,24 @@ class Balance(nn.Module):
         for name, weight in weights.items():
             if not 0 < weight < math.inf:
                 raise UsageError(
-                    f"--weights: {name} has {weight:g}; a weight that is learned starts above 0"
+                    f"--weights: {name} has {weight:g}; a weight that is learned must start above 0"
                 )
 
     def forward(self, losses: Mapping[str, Tensor], shared: Tensor | None) -> Tensor:
-        """The one loss.
+        """Return the weighted sum of the losses, a scalar.
 
         Args:
-            losses: Scalars by proxy, of this part of the batch on this rank.
-            shared: The last weight that the proxies share; None where nothing is to be learned.
+            losses: Scalar losses by proxy, for this part of the batch on this rank.
+            shared: Last weight that the proxies share; None where nothing is to be learned.
         """
         raise NotImplementedError
 
     def current(self) -> Tensor:
-        """The weights, in the order of `names`, detached."""
+        """Return the weights, in the order of `names`, detached."""
         raise NotImplementedError
 
     def step(self) -> None:
-        """Called on every rank after each optimizer step."""
+        """Update the weights after an optimizer step; every rank calls it."""
 
 
 class Uncertainty(Balance):
@@ -67,14 +67,14 @@ class Uncertainty(Balance):
         self.log_variances = nn.Parameter(-torch.tensor([math.log(w) for w in weights.values()]))
 
     def forward(self, losses: Mapping[str, Tensor], shared: Tensor | None) -> Tensor:
-        """The weighted losses and their log-variances, those without a loss in this batch included."""
+        """Sum the weighted losses, and the log-variances of all proxies, also those without a loss here."""
         total = 0.5 * self.log_variances.sum()
         for name, loss in losses.items():
             total = total + torch.exp(-self.log_variances[self.names.index(name)]) * loss.float()
         return total
 
     def current(self) -> Tensor:
-        """exp(-s)."""
+        """Return the weights exp(-s), detached."""
         return torch.exp(-self.log_variances.detach())
 
 
@@ -93,9 +93,9 @@ class GradNorm(Balance):
     batch: averaged over ranks and parts before their norm is taken.
 
     Args:
-        weights: To begin with; only their ratios count.
-        alpha: How strongly slow learning is made up for; 0 equalises the gradients.
-        rate: Of the weights.
+        weights: Weights at the start; only their ratios count.
+        alpha: Strength with which slow learning is made up for; 0 equalises the gradients.
+        rate: Learning rate of the weights.
     """
 
     weights: Tensor
@@ -111,31 +111,31 @@ class GradNorm(Balance):
         self._gradients: list[Tensor] = []
 
     def forward(self, losses: Mapping[str, Tensor], shared: Tensor | None) -> Tensor:
-        """The weighted losses; notes each one's gradient at the shared weight."""
+        """Sum the weighted losses, and note each one's gradient at the shared weight."""
         weights = self.weights.clone()  # `step` changes them before the graph is gone
         if shared is not None:
             noted = {name: loss.detach().float() for name, loss in losses.items()}
             zero = torch.zeros_like(shared, dtype=torch.float32)
             gradients = []
             for name in self.names:
-                found = None
+                gradient = None
                 if name in losses and losses[name].requires_grad:
-                    (found,) = torch.autograd.grad(
+                    (gradient,) = torch.autograd.grad(
                         losses[name], shared, retain_graph=True, allow_unused=True
                     )
-                gradients.append(zero if found is None else found.detach().float())
+                gradients.append(zero if gradient is None else gradient.detach().float())
             self._losses.append(torch.stack([noted.get(name, zero.new_zeros(())) for name in self.names]))
             self._gradients.append(torch.stack(gradients).flatten(1))
         parts = [weights[self.names.index(name)] * loss.float() for name, loss in losses.items()]
         return torch.stack(parts).sum()
 
     def current(self) -> Tensor:
-        """The weights; they sum to their number."""
+        """Return the weights; they sum to their number."""
         return self.weights.clone()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the weights, from the gradients of all parts and ranks.
+        """Move the weights by the gradients of all parts and ranks.
 
         Raises:
             TrainingError: A loss is not above 0 at the first step.
@@ -170,10 +170,10 @@ class GradNorm(Balance):
 
 
 def build_balance(kind: str, weights: Mapping[str, float], alpha: float) -> Balance | None:
-    """What `--balance` asks for; None where the weights stay as they are, or there is one proxy only.
+    """Build what `--balance` asks for; None where the weights are fixed, or there is one proxy only.
 
     Raises:
-        UsageError: A weight to begin with is 0.
+        UsageError: A weight is 0 at the start.
     """
     if kind == "fixed" or len(weights) < 2:
         return None
@@ -181,6 +181,6 @@ def build_balance(kind: str, weights: Mapping[str, float], alpha: float) -> Bala
 
 
 def last_shared(encoder: nn.Module) -> Any:
-    """The encoder's last trainable weight with more than one axis: the last layer that proxies share."""
-    found = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
-    return found[-1] if found else None
+    """Return the encoder's last trainable weight with several axes: the last layer that proxies share."""
+    weights = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
+    return weights[-1] if weights else None

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from ssl3d.training.loader import Loader
 
 
-_TAKEN = ("encoder", "heads", "checkpoints", "pictures", "tensorboard")  # folders of a run
+_TAKEN = ("encoder", "heads", "checkpoints", "pictures", "tensorboard")  # names of folders of a run
 
 
 def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
-    """Steps, and the intervals that are shares of them."""
+    """Return the number of steps, and the intervals that are shares of it."""
     steps = options.steps or max(1, round(options.epochs * volumes / options.batch_size))
     return {
         "steps": steps,
@@ -48,14 +48,18 @@ def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
 
 
 def channels(plan: PretrainPlan, data: Collection) -> Any:
-    """The encoder's options, with as many input channels as the proxies feed it.
+    """Return the options of the encoder with as many input channels as the proxies feed it.
 
-    As many as the data has, unless a proxy says otherwise (`Proxy.in_channels`).
+    These are the channels of the data, unless a proxy says otherwise (`Proxy.in_channels`).
+
+    Raises:
+        UsageError: Volumes, proxies or the encoder's options disagree.
     """
     counts = sorted({int(shape[0]) for shape in data.shapes})
     if len(counts) > 1:
         raise UsageError(
-            f"the volumes have {' and '.join(map(str, counts))} channels; one encoder takes one"
+            f"the volumes have {' and '.join(map(str, counts))} channels, but one encoder takes one number "
+            "of them: pretrain on each kind apart"
         )
     fed = {name: kind.in_channels(own, counts[0]) for name, (kind, own) in plan.proxies.items()}
     needed = sorted(set(fed.values()))
@@ -104,13 +108,16 @@ def build_encoder(plan: PretrainPlan, config: Any, initial: Encoder | None) -> E
 def build_trainee(
     plan: PretrainPlan, encoder: Encoder, data: Collection, known: Mapping[str, Tensor] | None = None
 ) -> Trainee:
-    """The encoder with its proxies, sized by the data; the heads' weights are of the run's seed.
+    """Build the proxies on their encoder, sized by the data; the run's seed makes the weights of the heads.
 
     Args:
-        plan: Of the run.
-        encoder: Shared.
-        data: To train on.
-        known: The outline of the same data in a checkpoint; proxies do not look for that again.
+        plan: Plan of the run.
+        encoder: Encoder that the proxies share.
+        data: Volumes to train on.
+        known: Outline of the same data in a checkpoint; proxies do not measure that again.
+
+    Raises:
+        PluginError: A proxy has a layer whose size is not known.
     """
     options = plan.options
     torch.manual_seed(seed_of(options.seed, "heads"))
@@ -134,18 +141,18 @@ def build_trainee(
 
 
 def _with_found(data: Collection, known: Mapping[str, Tensor], proxy: str) -> Collection:
-    """The data, and as its attribute `found` what the proxy's own `outline` kept of them, if anything."""
+    """Add to the data, as attribute `found`, what the proxy's own `outline` kept of them, if anything."""
     own = f"{proxy}/"
-    found = {key.removeprefix(own): value for key, value in known.items() if key.startswith(own)}
-    if not found:
+    kept = {key.removeprefix(own): value for key, value in known.items() if key.startswith(own)}
+    if not kept:
         return data
     data = copy.copy(data)
-    vars(data)["found"] = found
+    vars(data)["found"] = kept
     return data
 
 
 def encoder_with(plan: PretrainPlan, state: dict[str, Tensor], prefix: str = "encoder.") -> Encoder:
-    """An encoder of the plan's architecture with the weights of a prefix in a trainee's state."""
+    """Build an encoder of the plan with the weights that have a prefix in a trainee's state."""
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = plan.encoder(plan.encoder_config)
     own = {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
@@ -154,13 +161,16 @@ def encoder_with(plan: PretrainPlan, state: dict[str, Tensor], prefix: str = "en
 
 
 def exports_of(trainee: Trainee) -> dict[str, str]:
-    """The encoders that proxies export beside the shared one: folder -> prefix in a trainee's state.
+    """Collect the encoders that proxies export beside the shared one.
+
+    Returns:
+        Name of the folder -> prefix of the weights in a trainee's state.
 
     Raises:
         PluginError: One is no copy of the shared one, no part of its proxy, or has a name that cannot be.
     """
     names = {id(module): name for name, module in trainee.named_modules()}
-    found: dict[str, str] = {}
+    prefixes: dict[str, str] = {}
     for proxy_name, proxy in trainee.each():
         for name, module in proxy.exports().items():
             where = f"proxy {proxy_name!r}: exports(): {name!r}"
@@ -171,8 +181,8 @@ def exports_of(trainee: Trainee) -> dict[str, str]:
                 raise PluginError(f"{where} is no copy of the encoder; copy.deepcopy(encoder) is")
             if module is trainee.encoder or id(module) not in names:
                 raise PluginError(f"{where} is no module of the proxy's own")
-            found[f"{name}_{proxy_name}" if name in found else name] = f"{names[id(module)]}."
-    return found
+            prefixes[f"{name}_{proxy_name}" if name in prefixes else name] = f"{names[id(module)]}."
+    return prefixes
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -183,9 +193,9 @@ class Traveller(NamedTuple):
     """A module of a proxy that is exported beside the encoder.
 
     Attributes:
-        prefix: Of its weights in a trainee's state.
-        kind: Its class.
-        config: Its options.
+        prefix: Prefix of its weights in a trainee's state.
+        kind: Class of the module.
+        config: Options of the module.
     """
 
     prefix: str
@@ -194,39 +204,41 @@ class Traveller(NamedTuple):
 
 
 def travellers_of(trainee: Trainee) -> dict[str, Traveller]:
-    """What travels with a trainee's encoder, by name; where two proxies use one name, the later's is long.
+    """Collect what travels with a trainee's encoder, by name.
+
+    Where two proxies use one name, that of the later one begins with the name of its proxy.
 
     Raises:
         PluginError: A module cannot be written so that it can be loaded again.
     """
     names = {id(module): name for name, module in trainee.named_modules()}
-    found: dict[str, Traveller] = {}
+    travellers: dict[str, Traveller] = {}
     for proxy_name, proxy in trainee.each():
         for name, module in proxy.travels().items():
             traveller_class(name, module)
             if id(module) not in names:
                 raise PluginError(f"proxy {proxy_name!r}: travels(): {name} is no part of the proxy")
-            key = f"{proxy_name}_{name}" if name in found else name
-            found[key] = Traveller(f"{names[id(module)]}.", type(module), module.config)
-    return found
+            key = f"{proxy_name}_{name}" if name in travellers else name
+            travellers[key] = Traveller(f"{names[id(module)]}.", type(module), module.config)
+    return travellers
 
 
 def travellers_with(
     travellers: Mapping[str, Traveller], state: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """The modules that travel, made anew, with the weights in a trainee's state."""
-    made: dict[str, nn.Module] = {}
+    """Build the modules that travel anew, with the weights in a trainee's state."""
+    modules: dict[str, nn.Module] = {}
     for name, (prefix, kind, config) in travellers.items():
         with torch.random.fork_rng(devices=[]):
-            made[name] = make_traveller(kind, config)
-        made[name].load_state_dict(
+            modules[name] = make_traveller(kind, config)
+        modules[name].load_state_dict(
             {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)}
         )
-    return made
+    return modules
 
 
 def loader_of(data: Collection, plan: PretrainPlan, fabric: Fabric, begin: int, log: Log) -> Loader:
-    """Batches from a step on, of this rank."""
+    """Return the loader of this rank's batches, from a step on."""
     from ssl3d.training.loader import Loader
 
     options = plan.options
@@ -245,7 +257,7 @@ def loader_of(data: Collection, plan: PretrainPlan, fabric: Fabric, begin: int, 
 
 
 def holdout_batches(data: Collection, plan: PretrainPlan, fabric: Fabric, log: Log) -> list[list[Group]]:
-    """The same examples of the held-out subjects at every look, this rank's rows."""
+    """Draw this rank's examples of the held-out subjects, the same ones at every look."""
     from ssl3d.training.loader import Loader
 
     world = fabric.world_size

@@ -27,11 +27,11 @@ _FAST_BF16 = ("avx512_bf16", "amx_bf16")
 
 
 def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
-    """Fabric for this process and those that torchrun or SLURM started beside it.
+    """Return the Fabric of this process and of those that torchrun or SLURM started beside it.
 
     Args:
-        options: Of the run.
-        precision: 32, bf16 or 16.
+        options: Options of the run.
+        precision: Precision of the run: 32, bf16 or 16.
 
     Raises:
         UsageError: The devices asked for are not there, or cannot do what is asked.
@@ -42,13 +42,17 @@ def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
     accelerator = accelerator_of(options)
     devices, nodes = ranks(options, accelerator)
     if precision == "16" and accelerator != "cuda":
-        raise UsageError(f"--precision 16 needs a CUDA device, this is {accelerator}; use bf16 or 32")
+        raise UsageError(
+            f"--precision 16 needs a CUDA device, but the device is {accelerator}; use bf16 or 32"
+        )
     # What it would say here, the run's first line says.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
     if options.strategy == "fsdp":
         if accelerator != "cuda":
-            raise UsageError(f"--strategy fsdp needs CUDA devices, this is {accelerator}; use ddp")
+            raise UsageError(
+                f"--strategy fsdp needs CUDA devices, but the device is {accelerator}; use ddp"
+            )
         strategy = FSDPStrategy(state_dict_type="full")
     elif devices * nodes > 1 or options.strategy == "ddp":
         # Buffers stay as they are on each rank: broadcasting them would overwrite memory banks.
@@ -119,7 +123,7 @@ def device_of(choice: str, flag: str = "--device", auto: Sequence[str] = ("cuda"
     if choice == "auto":
         return next(name for name in auto if there[name])
     if not there.get(choice):
-        known = [name for name, found in there.items() if found]
+        known = [name for name, here in there.items() if here]
         raise UsageError(
             f"{flag} {choice}: torch sees no such device here; use auto or {' or '.join(known)}"
         )
@@ -136,7 +140,11 @@ def accelerator_of(options: PretrainOptions) -> str:
 
 
 def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:
-    """Devices per node and nodes: as the user says, as the launcher started, or all that are here."""
+    """Count devices per node, and nodes: those that the user or the launcher says, or all that are here.
+
+    Raises:
+        UsageError: The user says another number than the launcher started.
+    """
     environ = os.environ
     devices, nodes = options.devices, options.nodes
     if "LOCAL_WORLD_SIZE" in environ and "WORLD_SIZE" in environ:  # torchrun
@@ -147,18 +155,20 @@ def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:
         started = int(environ["SLURM_NTASKS"]) // hosts, hosts
     else:
         return devices or (torch.cuda.device_count() if accelerator == "cuda" else 1), nodes or 1
-    for flag, asked, found in (("devices", devices, started[0]), ("nodes", nodes, started[1])):
-        if asked not in (0, found):
-            raise UsageError(f"--{flag} {asked}: the launcher started {found}")
+    for flag, asked, count in (("devices", devices, started[0]), ("nodes", nodes, started[1])):
+        if asked not in (0, count):
+            raise UsageError(
+                f"--{flag} {asked}: the launcher started {count}; leave --{flag} out, or start {asked}"
+            )
     return started
 
 
 def resolve_precision(options: PretrainOptions, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
-    """32, bf16 or 16: what is asked for, or for auto bf16 where the device is fast at it.
+    """Choose 32, bf16 or 16: what the options say, or for auto bf16 where the device is fast at it.
 
     Args:
-        options: Of the run.
-        cpuinfo: Where Linux tells what the CPU can do; elsewhere two matrix products are timed.
+        options: Options of the run.
+        cpuinfo: File in which Linux lists what the CPU can do; elsewhere two matrix products are timed.
     """
     if options.precision != "auto":
         return options.precision
@@ -178,7 +188,7 @@ def resolve_precision(options: PretrainOptions, cpuinfo: Path = Path("/proc/cpui
 
 
 def _bf16_gain(size: int = 768) -> float:
-    """How many times faster a bf16 matrix product is than an fp32 one."""
+    """Time how many times faster a bf16 matrix product is than an fp32 one."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=dtype)
@@ -193,14 +203,17 @@ def _bf16_gain(size: int = 768) -> float:
 
 
 def set_threads(options: PretrainOptions) -> int:
-    """Sets torch's threads, and says how many; results differ in the last bits between numbers."""
+    """Set the number of torch's threads, and return it; another number gives other last bits."""
     if options.threads:
         torch.set_num_threads(options.threads)
     return torch.get_num_threads()
 
 
 def default_workers(options: PretrainOptions, accelerator: str, local_ranks: int) -> int:
-    """Processes that read: as asked for, else by the cores left; few where the CPU also computes."""
+    """Count the processes that read: by the options, else by the cores that are left.
+
+    They are few where the CPU also computes.
+    """
     if options.workers >= 0:
         return options.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -209,7 +222,7 @@ def default_workers(options: PretrainOptions, accelerator: str, local_ranks: int
 
 
 def apply_layout(module: nn.Module, encoder: Any, device: torch.device, choice: Layout) -> Layout:
-    """Brings kernels into the memory format that is faster; returns its name."""
+    """Bring kernels into the memory format that is faster, and return its name."""
     from ssl3d.encoders import memory_format, to_memory_format
 
     if choice == "auto":
@@ -226,7 +239,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: allocated on a CUDA device, resident on a CPU."""
+    """Return the bytes at the peak so far: allocated on a CUDA device, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

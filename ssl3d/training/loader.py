@@ -34,7 +34,7 @@ Proxies = Mapping[str, tuple[type[Proxy], Any]]
 
 
 class Loader:
-    """Iterates over steps; every volume of a batch is drawn once for each proxy.
+    """Iterable over the batches of steps; every volume of a batch is drawn once for each proxy.
 
     What an example is depends on (seed, position in the stream, proxy) and on nothing else: not on the
     number of workers, nor of ranks (rank r has rows r, r + world, ... of each global batch), nor on
@@ -42,21 +42,21 @@ class Loader:
     the same other volume takes its place wherever that happens.
 
     Args:
-        collection: What to draw from.
-        proxies: Name -> (class, config).
-        batch_size: Of the global batch, volumes.
-        seed: Of the run.
-        workers: Processes that draw; 0 draws here.
-        rank: Of this process.
-        world: Number of ranks; divides the batch size.
+        collection: Volumes to draw from.
+        proxies: Class and options of each proxy, by name.
+        batch_size: Volumes in the global batch.
+        seed: Seed of the run.
+        workers: Processes that draw; 0 draws in this one.
+        rank: Rank of this process.
+        world: Number of ranks; it divides the batch size.
         start_step: First step.
-        steps: End of the steps, exclusive; endless if left out.
+        steps: End of the steps, exclusive; None goes on without end.
         balance: Whether data sets have equal shares, else volumes have.
-        on_set_aside: Called with name and reason, once per volume that cannot be drawn.
+        on_set_aside: Function of name and reason, called once per volume that cannot be drawn.
         pin: Whether batches are put in page-locked memory; by default where there is CUDA.
 
     Raises:
-        DataError: The collection is empty; while iterating: no volume can be drawn.
+        DataError: The collection is empty, or, while iterating, no volume can be drawn.
         UsageError: The batch size is no multiple of the number of ranks.
     """
 
@@ -77,7 +77,7 @@ class Loader:
     ):
         if not len(collection):
             raise DataError(
-                "no volumes to draw from: the collection, or the part of it that trains, is empty"
+                "no volumes to draw from: the collection, or the part of it to train on, is empty"
             )
         if batch_size < 1 or batch_size % world:
             raise UsageError(f"--batch-size {batch_size}: expected a multiple of the {world} processes")
@@ -99,7 +99,7 @@ class Loader:
         return -(-len(self.collection) // self.batch_size)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Steps `start_step`, `start_step + 1`, ...; workers end when the iterator does."""
+        """Iterate over steps `start_step`, `start_step + 1`, ...; workers end when the iterator does."""
         steps = (
             itertools.count(self.start_step) if self.steps is None else range(self.start_step, self.steps)
         )
@@ -114,15 +114,15 @@ class Loader:
         limit: int | None = None,
         shard: bool = False,
     ) -> Once:
-        """Every volume once, in order, with seeds that depend on `key` and the volume's position only.
+        """Draw every volume once, in order, with seeds of `key` and the volume's position only.
 
         Volumes that cannot be drawn are left out and named. Can be iterated over again and again.
 
         Args:
-            proxy: Draw for this one only; for all by default.
-            key: Another gives other crops; an epoch's number, for instance.
-            limit: Take only so many volumes, evenly spaced.
-            shard: Each rank gets only its rows, instead of all.
+            proxy: Name of the only proxy to draw for; all proxies by default.
+            key: Part of the seeds, such as the number of an epoch; another one gives other crops.
+            limit: Number of volumes to take, evenly spaced; all by default.
+            shard: Whether each rank gets only its own rows.
         """
         chosen = self.proxies if proxy is None else {proxy: self.proxies[proxy]}
         return Once(self, chosen, key, limit, shard)
@@ -167,14 +167,14 @@ class Loader:
 
 
 class Once:
-    """What `Loader.once` gives: batches in the order of the volumes.
+    """Iterable over batches that hold every volume once, in order: what `Loader.once` returns.
 
     Args:
-        loader: Whose volumes, batch size and workers these are.
-        proxies: To draw for.
+        loader: Loader whose volumes, batch size and workers are used.
+        proxies: Proxies to draw for.
         key: Part of the seeds.
-        limit: Volumes, evenly spaced; None for all.
-        shard: Whether each rank gets its rows only.
+        limit: Number of volumes to take, evenly spaced; None takes all.
+        shard: Whether each rank gets only its own rows.
     """
 
     def __init__(self, loader: Loader, proxies: Proxies, key: object, limit: int | None, shard: bool):
@@ -213,7 +213,7 @@ class _HasBatch(Protocol):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which volume stands at which row of which step, and what may take its place."""
+    """Plan of the rows: the volume at each row of each step, and those that may take its place."""
 
     stream: _HasBatch | None
     batch_size: int
@@ -222,7 +222,7 @@ class _Plan:
     order: np.ndarray | None = None
 
     def rows(self, step: int) -> list[tuple[int, int]]:
-        """This rank's rows of the global batch, each with its volume's position."""
+        """Return this rank's rows of the global batch, each with its volume's position."""
         if self.stream is not None:
             volumes = self.stream.batch(step)
         else:
@@ -235,7 +235,7 @@ class _Plan:
 
 
 class _Drawing(Dataset[Batch]):
-    """Item `step` is that step's batch: drawn and stacked in one place, so that little travels."""
+    """Data set whose item `step` is that step's batch, stacked where it was drawn: little travels."""
 
     def __init__(self, collection: Collection, proxies: Proxies, plan: _Plan, seed: object):
         self._collection, self._proxies, self._plan, self._seed = collection, dict(proxies), plan, seed
@@ -292,7 +292,7 @@ class _Drawing(Dataset[Batch]):
 
 
 def _checked(name: str, example: Any) -> dict[str, Tensor]:
-    """What `draw` returned, if it is what it should be.
+    """Check and copy what `draw` returned.
 
     Raises:
         PluginError: It is no dict of tensors, or uses a name that the toolkit fills in.
@@ -301,10 +301,10 @@ def _checked(name: str, example: Any) -> dict[str, Tensor]:
         raise PluginError(f"{name}.draw returned {type(example).__name__}; expected a dict of tensors")
     for key, value in example.items():
         if not isinstance(value, Tensor) or key in _RESERVED:
-            what = (
+            problem = (
                 "which the toolkit adds" if key in _RESERVED else f"a {type(value).__name__}, not a tensor"
             )
-            raise PluginError(f"{name}.draw returned {key!r}, {what}")
+            raise PluginError(f"{name}.draw returned {key!r}, {problem}")
     return dict(example)
 
 
@@ -329,12 +329,12 @@ def _stack(name: str, examples: Sequence[tuple[int, dict[str, Tensor], str]], to
 
 
 def _calm(ending: Any, _: int) -> None:
-    """Signals to the process group are the training loop's to answer: it saves, then ends the workers.
+    """Leave signals to the process group to the training loop, which saves and then ends the workers.
 
-    However long that takes: a worker that died meanwhile would take the main process with it.
+    That holds however long it takes: a worker that died meanwhile would take the main process with it.
 
     Args:
-        ending: A byte shared with the main process; 1 once that is at its end.
+        ending: Byte shared with the main process, which sets it to 1 at its end.
     """
     since = 0.0
 

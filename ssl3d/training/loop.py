@@ -33,51 +33,51 @@ if TYPE_CHECKING:
 
 @dataclass
 class Feed:
-    """The batches of a run, one step after the other; the next one can be looked at before it is used.
+    """Batches of a run, one step after the other; the next one can be looked at before it is used.
 
     Attributes:
-        batches: Endless.
+        batches: Endless generator of batches.
     """
 
     batches: Generator[Batch, None, None]
     _ahead: list[Batch] = field(default_factory=list)
 
     def peek(self) -> Batch:
-        """The next batch, which stays the next one."""
+        """Return the next batch, which stays the next one."""
         if not self._ahead:
             self._ahead.append(next(self.batches))
         return self._ahead[0]
 
     def next(self) -> tuple[list[Group], float]:
-        """The next batch's groups, and the seconds it was waited for."""
+        """Take the groups of the next batch, and the seconds that it was waited for."""
         if self._ahead:
             return self._ahead.pop().groups, 0.0
         batch = next(self.batches)
         return batch.groups, batch.waited
 
     def close(self) -> None:
-        """End the workers that draw."""
+        """End the workers that draw the batches."""
         self.batches.close()
 
 
 @dataclass
 class Loop:
-    """One run, built and ready.
+    """Training loop of one run, with all that it works on.
 
     Attributes:
-        fabric: Launched.
-        options: Of the run, everything decided.
-        trainee: Unwrapped.
-        module: Wrapped.
-        optimizer: Wrapped.
-        feed: From the step to start with.
-        selection: Data.
-        holdout: Draws the batches of held-out subjects; called once, at the first look.
-        steps_per_epoch: Of the training data.
-        once: Every volume once, for `Proxy.start_epoch`: of a proxy, in an epoch.
-        log: For lines.
-        save: Writes a checkpoint of so many steps.
-        export: Writes the encoder into a folder of the run, after so many steps.
+        fabric: Fabric, launched.
+        options: Options of the run, everything decided.
+        trainee: Encoder and proxies, not wrapped.
+        module: Trainee as Fabric wrapped it.
+        optimizer: Optimizer as Fabric wrapped it.
+        feed: Batches from the step to start with.
+        selection: Volumes to train on, to keep out, and to score.
+        holdout: Function that draws the batches of held-out subjects; called once, at the first look.
+        steps_per_epoch: Steps in one pass over the training data.
+        once: Function of a proxy's name and an epoch that gives every volume once, for `start_epoch`.
+        log: Log of the run.
+        save: Function that writes a checkpoint after so many steps.
+        export: Function that writes the encoder into a folder of the run after so many steps.
         flops_between: FLOPs spent between epochs so far (clustering), on all ranks.
         monitor: Monitor of the steps, on rank 0 alone.
     """
@@ -99,7 +99,7 @@ class Loop:
     monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
-        """Prepares the means over ranks."""
+        """Prepare the means over ranks."""
         self.reducer = Reducer(self.fabric.world_size, self.fabric.device)
         self.looks = Reducer(self.fabric.world_size, self.fabric.device)
         self._examined: list[list[Group]] | None = None
@@ -107,10 +107,10 @@ class Loop:
         self._begun = -1
 
     def run(self, start: int) -> tuple[int, int]:
-        """Trains from a step to the end.
+        """Train from a step to the end of the run.
 
         Returns:
-            Steps done, and the signal that stopped the run, or 0.
+            Steps that are saved, and the signal that stopped the run, or 0.
 
         Raises:
             TrainingError: The loss or a gradient is not finite, or the disk is full.
@@ -130,8 +130,8 @@ class Loop:
                     stop = asked.signum  # also what came after the ranks agreed on stopping
                 pictures: dict[str, Any] = {}
                 if self.options.eval_every > 0 and (done % self.options.eval_every == 0 or done == total):
-                    found, pictures = self._look(drawn)
-                    record |= found
+                    values, pictures = self._look(drawn)
+                    record |= values
                 if self.monitor is not None:
                     self.monitor.step(record)
                     if pictures:
@@ -159,14 +159,14 @@ class Loop:
             groups = [group.to(self.fabric.device) for group in cuts]
             last = part == options.accumulate - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last and world > 1):
-                loss, told = self.module("loss", groups, step)
+                loss, part_sums = self.module("loss", groups, step)
                 self.fabric.backward(loss / options.accumulate)
-            sums.append(told)
+            sums.append(part_sums)
         limit = options.clip or float("inf")
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False
         )
-        means, stop = self.reducer.mean([one.values for one in sums], asked.signum)
+        means, stop = self.reducer.mean([part.values for part in sums], asked.signum)
         # With 16 bit the scaler skips such a step and lowers its scale.
         bad_gradient = norm is not None and options.precision != "16" and not bool(torch.isfinite(norm))
         if not finite(means) or bad_gradient:
@@ -189,20 +189,20 @@ class Loop:
         return record, sums[0].pictures, stop if isinstance(stop, int) else 0
 
     def _look(self, fallback: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-        """Held-out subjects, kNN, collapse; pictures of held-out subjects where there are any."""
-        found: dict[str, float] = {}
+        """Measure held-out subjects, kNN and collapse, and collect pictures."""
+        values: dict[str, float] = {}
         pictures = fallback
         if len(self.selection.holdout):
             if self._examined is None:
                 self._examined = self._draw_holdout()
             if self._examined:
-                found, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
+                values, pictures = held_out(self.module, self._examined, self.looks, self.fabric.device)
         patch = self.trainee.patch if all(self.trainee.patch) else [1, 1, 1]
-        found |= look(self.module, self.selection.train, self.selection.queries, patch, self.fabric.device)
-        return found, pictures
+        values |= look(self.module, self.selection.train, self.selection.queries, patch, self.fabric.device)
+        return values, pictures
 
     def _draw_holdout(self) -> list[list[Group]]:
-        """Batches of held-out subjects; none, on every rank, where they cannot be drawn on one."""
+        """Draw batches of held-out subjects; none, on every rank, where one rank cannot draw them."""
         drawn: list[list[Group]] = []
         reason = ""
         try:
@@ -211,7 +211,7 @@ class Loop:
             reason = str(error)
         _, failed = self.looks.mean([], int(bool(reason)))
         if failed:
-            self.log.say(f"no metrics of held-out subjects: {reason or 'another rank cannot draw them'}")
+            self.log.say(f"held-out subjects have no metrics: {reason or 'another rank cannot draw them'}")
             return []
         return drawn
 
@@ -228,29 +228,31 @@ class Loop:
             self.flops_between += counter.get_total_flops() * self.fabric.world_size
 
     def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
-        losses = [one for told in sums for one in told.losses]
+        losses = [entry for part in sums for entry in part.losses]
         bad = [(name, volumes) for name, loss, volumes in losses if not torch.isfinite(loss)]
         if not bad and finite(means):
             every = ", ".join(sorted({volume for _, _, volumes in losses for volume in volumes}))
             return (
                 f"step {step + 1}: a gradient is not finite, though the loss is {means['loss']:.4g}; "
-                f"volumes of the batch: {every}. Lower --lr, or use --precision 32; the last checkpoint is "
+                f"volumes of the batch: {every}; lower --lr, or use --precision 32; the last checkpoint is "
                 f"intact"
             )
         if not bad:
-            return f"step {step + 1}: the loss is {means.get('loss')} on another rank: see its message"
+            return (
+                f"step {step + 1}: the loss is {means.get('loss')} on another rank; its message says more"
+            )
         names = ", ".join(sorted({name for name, _ in bad}))
-        found = sorted({volume for _, volumes in bad for volume in volumes})
+        suspects = sorted({volume for _, volumes in bad for volume in volumes})
         return (
             f"step {step + 1}: the loss of {names} is not finite; volumes of the batch: "
-            f"{', '.join(found)}. Look at them with `ssl3d info`, lower --lr, or use --precision 32; "
+            f"{', '.join(suspects)}; look at them with `ssl3d info`, lower --lr, or use --precision 32; "
             f"the last checkpoint is intact"
         )
 
     # Before the first step ------------------------------------------------------------------------
 
     def foretell(self, start: int) -> None:
-        """Says how long the run will take and what it needs, from trial steps on a copy."""
+        """Estimate how long the run will take and what it needs, from trial steps on a copy, and log it."""
         left = self.options.steps - start
         if start == 0:
             self._new_epoch(0)  # a proxy that clusters cannot be tried before
@@ -276,7 +278,14 @@ class Loop:
         )
 
     def _trial(self) -> tuple[float, int]:
-        """Seconds and FLOPs of a part of a step: forward and backward of a copy, on the first data."""
+        """Time and count a part of a step, forward and backward of a copy on the first data.
+
+        Returns:
+            Seconds and FLOPs.
+
+        Raises:
+            TrainingError: A proxy makes parameters in `forward`, too late for the optimizer.
+        """
         copied = copy.deepcopy(self.trainee)
         first = cut(self.feed.peek().groups, self.options.accumulate)[0]
         groups = [group.to(self.fabric.device) for group in first]
@@ -292,11 +301,11 @@ class Loop:
                 with self.fabric.autocast():
                     loss, _ = copied("loss", groups, "trial")
                 loss.backward()
-            made = sorted({name for name, _ in copied.named_parameters()} - known)
-            if made:
+            late = sorted({name for name, _ in copied.named_parameters()} - known)
+            if late:
                 raise TrainingError(
-                    f"{made[0].removeprefix('proxies.')}: made by forward, when the optimizer has its "
-                    "parameters already; make it in the proxy's __init__ or setup"
+                    f"{late[0].removeprefix('proxies.')}: made by forward, when the optimizer has its "
+                    "parameters already: make it in the proxy's __init__ or setup"
                 )
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize(self.fabric.device)
@@ -308,14 +317,15 @@ class Loop:
         # The gradient of zero that every parameter gets says nothing.
         if not any(p.grad is not None and bool(p.grad.any()) for p in copied.encoder.parameters()):
             self.log.say(
-                "no gradient reached the encoder in a trial step: unless the proxy means it (a last layer "
-                "that begins at zero), nothing is learnt; ssl3d.testing.check_proxy says more"
+                "no gradient reached the encoder in a trial step: unless the proxy means it (as with a "
+                "last layer that begins at zero), the encoder learns nothing; ssl3d.testing.check_proxy "
+                "says more"
             )
         return seconds, counter.get_total_flops()
 
 
 def reseed(seed: int, step: object, rank: int) -> None:
-    """Seeds the global generators for a step or epoch; dropout and the like take no generator."""
+    """Seed the global generators for a step or epoch; dropout and the like take no generator."""
     number = seed_of(seed, "global", step, rank)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, train.log, and a line on the terminal."""
+"""Reports of a run: metrics.jsonl, TensorBoard, train.log, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ METRICS = "metrics.jsonl"
 
 
 class Log:
-    """Lines for the user, on the terminal and in `train.log`; warnings alone on ranks other than 0.
+    """Lines for the user, on the terminal and in `train.log`; other ranks than 0 only warn.
 
     Args:
-        folder: The run; None keeps to the terminal until `open` is called.
         on: Whether this is rank 0.
-        stream: Where lines go beside the file.
+        stream: Stream that lines go to beside the file; standard output by default.
     """
 
     def __init__(self, on: bool = True, stream: TextIO | None = None) -> None:
@@ -38,7 +37,7 @@ class Log:
         self._file: TextIO | None = None
 
     def open(self, folder: Path) -> None:
-        """Starts writing to the run's `train.log`, with what was said so far."""
+        """Start writing to the run's `train.log`, with what was said so far."""
         if self.on:
             self._file = (folder / "train.log").open("a", encoding="utf-8")
             for line in self._held:
@@ -46,7 +45,7 @@ class Log:
             self._held = []
 
     def say(self, line: str) -> None:
-        """One line."""
+        """Print a line, and write it to the file."""
         if not self.on:
             return
         self.wipe()
@@ -54,21 +53,21 @@ class Log:
         self.note(line)
 
     def warn(self, line: str) -> None:
-        """One line that another rank may be the only one to know; off rank 0 it goes to stderr."""
+        """Print a line that another rank may be the only one to know; off rank 0 it goes to stderr."""
         if self.on:
             self.say(line)
         else:
             print(line, file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
-        """One line for the file alone."""
+        """Write a line to the file alone."""
         if self.on and self._file is None:
             self._held.append(line)
         elif self.on:
             self._record(line)
 
     def wipe(self) -> None:
-        """Clears the progress line."""
+        """Clear the progress line on the terminal."""
         if self.before:
             self.stream.write("\r" + " " * self.before + "\r")
             self.before = 0
@@ -79,7 +78,7 @@ class Log:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file of the log."""
         self.wipe()
         if self._file is not None:
             self._file.close()
@@ -87,15 +86,15 @@ class Log:
 
 
 class Monitor:
-    """Records every step; only rank 0 has one.
+    """Record of every step in files, and progress on the terminal; only rank 0 has one.
 
     Args:
-        folder: The run.
-        start: Steps already done: later lines and events are dropped, as they will come again.
+        folder: Folder of the run.
+        start: Steps already done; later lines and events are dropped, as they will come again.
         total: Steps of the run.
-        log_every: Steps between lines off a terminal and TensorBoard points.
-        main: The metric to show, as in "sorting/kendall_tau".
-        log: Where lines go.
+        log_every: Steps between lines off a terminal, and between TensorBoard points.
+        main: Metrics to show, as in "sorting/kendall_tau".
+        log: Log that lines go to.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Monitor:
         self._terminal = log.stream.isatty()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One line of `metrics.jsonl`, flushed, and the progress."""
+        """Write one line of `metrics.jsonl`, flush it, and show the progress."""
         self._metrics.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
         self._metrics.flush()
         step = int(record["step"])
@@ -137,7 +136,7 @@ class Monitor:
                 self.log.note(self._line(record))
 
     def pictures(self, figures: Mapping[str, Callable[[], Figure]], step: int) -> None:
-        """Draws every proxy's picture, into TensorBoard and `pictures/`."""
+        """Draw every proxy's picture, into TensorBoard and `pictures/`."""
         folder = self.folder / "pictures"
         for name, draw in figures.items():
             figure = draw()
@@ -165,14 +164,14 @@ class Monitor:
         self.log.before = len(text)
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flush and close all files."""
         self._metrics.close()
         self._events.close()
         self.log.wipe()
 
 
 def trim(path: Path, step: int) -> None:
-    """Drops the lines of `metrics.jsonl` after a step, and a last line that was cut short."""
+    """Drop the lines of `metrics.jsonl` after a step, and a last line that was cut short."""
     if not path.exists():
         return
     kept: list[str] = []
@@ -184,7 +183,7 @@ def trim(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`."""
+    """Read the lines of a run's `metrics.jsonl`, a record each."""
     path = Path(run) / METRICS
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

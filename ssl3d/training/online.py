@@ -1,4 +1,4 @@
-"""What is looked at while a run goes on: held-out subjects, a kNN score, and whether it collapses."""
+"""Measures of a run while it goes on: held-out subjects, a kNN score, and collapse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ssl3d.data.store.volume import Volume
 
 VOLUMES = 128
-"""Most volumes embedded for the kNN score, of each side."""
+"""Most volumes embedded for the kNN score, on each side."""
 BATCHES = 4
 """Most batches of held-out subjects per look."""
 
@@ -30,13 +30,13 @@ BATCHES = 4
 def held_out(
     module: nn.Module, batches: Sequence[Sequence[Group]], reducer: Reducer, device: torch.device
 ) -> tuple[dict[str, float], dict[str, Callable[[], Figure]]]:
-    """The proxies' losses and metrics on people never trained on, the same examples at every look.
+    """Measure the proxies' losses and metrics on people never trained on, the same examples every time.
 
     Args:
-        module: The trainee, wrapped or not.
-        batches: Drawn from the held-out volumes.
-        reducer: Means over the ranks.
-        device: Where to.
+        module: Trainee, wrapped or not.
+        batches: Batches drawn from the held-out volumes.
+        reducer: Reducer that takes means over the ranks.
+        device: Device to compute on.
 
     Returns:
         Means by name, and pictures by proxy.
@@ -57,39 +57,42 @@ def held_out(
 def embed_centres(
     module: nn.Module, data: Collection, patch: Sequence[int], device: torch.device, most: int = VOLUMES
 ) -> tuple[Tensor, list[Any]]:
-    """Embeddings (N, embed_dim) of the middle of each volume's foreground, and the volumes' labels.
+    """Embed the middle of each volume's foreground.
 
-    One crop, or the mean over a few slices where the encoder was trained on slices. Volumes that cannot
-    be read are left out: it is the loader that names them.
+    It is one crop, or the mean over a few slices where the encoder was trained on slices. Volumes that
+    cannot be read are left out: it is the loader that names them.
 
     Args:
-        module: The trainee, wrapped or not.
-        data: At most `most` of its volumes are taken, evenly spread.
-        patch: Crop size (D, H, W).
-        device: Where to.
-        most: See `data`.
+        module: Trainee, wrapped or not.
+        data: Volumes to embed.
+        patch: Crop size (D, H, W) in voxels.
+        device: Device to compute on.
+        most: Most volumes to take, evenly spread.
+
+    Returns:
+        Embeddings (N, embed_dim), and the labels of those N volumes.
     """
-    found, labels = [torch.zeros(0)], []
+    embedded, labels = [torch.zeros(0)], []
     with evaluating(module), torch.no_grad():
         for volume in spread(data, most):
             try:
                 crops = centre_crops(volume, patch).to(device)
             except (DataError, OSError):
                 continue
-            found.append(module("embed", crops).float().mean(dim=0, keepdim=True).cpu())
+            embedded.append(module("embed", crops).float().mean(dim=0, keepdim=True).cpu())
             labels.append(volume.label)
-    return torch.cat(found[1:] or found), labels
+    return torch.cat(embedded[1:] or embedded), labels
 
 
 def spread(data: Collection, most: int) -> list[Volume]:
-    """At most so many volumes, evenly spread."""
+    """Select at most so many volumes, evenly spread."""
     return [
         data[int(i)] for i in np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int))
     ]
 
 
 def centre_crops(volume: Volume, patch: Sequence[int], slices: int = 8) -> Tensor:
-    """A crop (1, C, D, H, W) from the middle of the foreground, or evenly spread slices (S, C, 1, H, W)."""
+    """Read a crop (1, C, D, H, W) in the middle of the foreground, or spread slices (S, C, 1, H, W)."""
     low, high = volume.foreground_box()
     extent = fit_size(volume, patch)
     start = [(a + b - n) // 2 for a, b, n in zip(low, high, extent, strict=True)]
@@ -100,13 +103,13 @@ def centre_crops(volume: Volume, patch: Sequence[int], slices: int = 8) -> Tenso
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Any, queries: Tensor, query_labels: Any) -> float:
-    """Share of queries whose class the weighted vote of their nearest neighbours gets right.
+    """Score the share of queries whose class the weighted vote of their nearest neighbours gets right.
 
     Args:
         bank: Embeddings (N, embed_dim) of known class.
-        bank_labels: N classes.
+        bank_labels: Classes of the N embeddings.
         queries: Embeddings (M, embed_dim).
-        query_labels: M classes.
+        query_labels: Classes of the M embeddings.
     """
     from lightly.utils.benchmarking import knn_predict
     from torch.nn.functional import normalize
@@ -124,9 +127,9 @@ def knn_accuracy(bank: Tensor, bank_labels: Any, queries: Tensor, query_labels: 
 
 
 def spread_of(embeddings: Tensor) -> float:
-    """Standard deviation of the L2-normalised embeddings, times the root of their length.
+    """Measure the standard deviation of the L2-normalised embeddings, times the root of their length.
 
-    About 1 where they fill the sphere, 0 where all volumes give one vector (collapse).
+    It is about 1 where they fill the sphere, and 0 where all volumes give one vector (collapse).
     """
     from lightly.utils.debug import std_of_l2_normalized
 
@@ -136,29 +139,29 @@ def spread_of(embeddings: Tensor) -> float:
 def look(
     module: nn.Module, train: Collection, queries: Collection, patch: Sequence[int], device: torch.device
 ) -> dict[str, float]:
-    """The collapse measure, and the kNN score where classes exist.
+    """Measure collapse, and the kNN score where classes exist.
 
     Args:
-        module: The trainee, wrapped or not.
-        train: What was trained on: the bank of the kNN score.
+        module: Trainee, wrapped or not.
+        train: Volumes that were trained on: the bank of the kNN score.
         queries: Labelled volumes of other people; may be empty.
-        patch: Crop size (D, H, W).
-        device: Where to.
+        patch: Crop size (D, H, W) in voxels.
+        device: Device to compute on.
     """
     labelled = [i for i, label in enumerate(train.labels) if _is_class(label)]
     known = train.select(labelled) if labelled else train
     bank, classes = embed_centres(module, known, patch, device)
-    found = {"online/embedding_std": spread_of(bank)} if len(bank) > 1 else {}
+    values = {"online/embedding_std": spread_of(bank)} if len(bank) > 1 else {}
     asked = [i for i, label in enumerate(queries.labels) if _is_class(label)]
     if not labelled or not asked or len(set(map(str, classes))) < 2:
-        return found
+        return values
     embedded, truth = embed_centres(module, queries.select(asked), patch, device)
     if not truth:
-        return found
-    found["online/knn_accuracy"] = knn_accuracy(bank, classes, embedded, truth)
+        return values
+    values["online/knn_accuracy"] = knn_accuracy(bank, classes, embedded, truth)
     counts = [truth.count(label) for label in set(truth)]
-    found["online/knn_majority"] = max(counts) / len(truth)
-    return found
+    values["online/knn_majority"] = max(counts) / len(truth)
+    return values
 
 
 def _is_class(label: Any) -> bool:

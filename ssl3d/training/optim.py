@@ -13,7 +13,7 @@ from ssl3d.training.options import PretrainOptions
 
 
 def without_decay(module: nn.Module) -> set[str]:
-    """Names of the trainable parameters that weight decay leaves alone: biases, norms, other vectors."""
+    """List the trainable parameters that weight decay leaves alone: biases, norms, other vectors."""
     return {
         name
         for name, parameter in module.named_parameters()
@@ -24,12 +24,12 @@ def without_decay(module: nn.Module) -> set[str]:
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], spared: set[str], options: PretrainOptions
 ) -> torch.optim.Optimizer:
-    """The optimizer over named parameters, in two groups: with weight decay and without.
+    """Build the optimizer over named parameters, in two groups: with weight decay and without.
 
     Args:
         parameters: Names and parameters; names may carry the prefixes of wrappers (DDP, FSDP).
-        spared: Names from `without_decay`, taken before wrapping: a sharded kernel is a vector too.
-        options: Of the run.
+        spared: Names from `without_decay`, taken before wrapping, as a sharded kernel is a vector too.
+        options: Options of the run.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -53,7 +53,7 @@ def build_optimizer(
 
 
 def _unwrapped(name: str) -> str:
-    """A parameter's name without the prefixes of Fabric, DDP (`module.`) and FSDP."""
+    """Strip a parameter's name of the prefixes of Fabric, DDP (`module.`) and FSDP."""
     name = name.replace("_fsdp_wrapped_module.", "")
     if name.startswith("_forward_module."):
         return name.removeprefix("_forward_module.").removeprefix("module.")
@@ -61,13 +61,17 @@ def _unwrapped(name: str) -> str:
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then half a cosine down to 0.
+    """Return the learning rate of a step: a linear warm-up, then half a cosine down to 0.
 
     Args:
-        step: From 0.
+        step: Number of the step, from 0.
         total: Steps of the run.
         peak: Highest learning rate, at the end of the warm-up.
-        warmup: Share of the steps.
+        warmup: Share of the steps in which the rate rises.
+
+    Example:
+        >>> [round(lr_at(step, 8, 1.0, 0.25), 2) for step in range(8)]
+        [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
     """
     rising = round(warmup * total)
     if step < rising:

@@ -1,4 +1,4 @@
-"""What a pretraining run is told: options, presets, and what each proxy recommends."""
+"""Options of a pretraining run: flags, presets, and what each proxy recommends."""
 
 from __future__ import annotations
 
@@ -14,65 +14,74 @@ from ssl3d.errors import PluginError, UsageError
 
 PROG = "ssl3d pretrain"
 STEPS = 1000
-"""Where neither the user nor a proxy says how long."""
+"""Length of a run where neither the user nor a proxy says it."""
 
 NOT_RECORDED = ("out", "overwrite", "resume", "preset")
 FREE_ON_RESUME = frozenset(
     ("resume", "workers", "data", "checkpoint_every", "log_every", "devices", "nodes", "accelerator")
 )
-"""Options that `--resume` takes: none of them changes what is learnt (data is checked by its digest)."""
+"""Options beside `--resume`: none of them changes what is learnt (data are checked by their digest)."""
 
 
 @dataclass
 class PretrainOptions:
-    """Pretrains an encoder on unlabelled volumes with one proxy task or several.
+    """Pretrain an encoder on unlabelled volumes with one proxy task or several.
 
     Attributes:
-        proxy: Proxy tasks to train together on the one encoder: names (see `ssl3d proxies`), PATH/file.py,
+        proxy: Proxy tasks that train the encoder together: names (listed by `ssl3d proxies`), PATH/file.py,
             PATH/file.py:Class or module:Class.
-        encoder: Its architecture: a name (see `ssl3d encoders`), PATH/file.py or module:Class.
-        data: Stores, folders of stores, anything that `ssl3d prepare` takes (kept prepared in $SSL3D_CACHE,
-            else ~/.cache/ssl3d), or phantoms[:N]. Several are read as one, balanced over their data sets.
-        subjects: Which labelled subjects are used: train (the house split leaves validation and test
-            subjects to the benchmarks) or all. Subjects without label, mask, boxes or a split of their
-            own are always used.
-        holdout: Share of the subjects kept out of training, to report the proxies' metrics on people
-            never seen.
-        steps: Optimizer steps.
-        epochs: Passes over the data, instead of steps.
+        encoder: Architecture of the encoder: a name (listed by `ssl3d encoders`), PATH/file.py or
+            module:Class.
+        data: Stores, folders of stores, phantoms[:N], or anything that `ssl3d prepare` takes, which is
+            prepared once and kept in $SSL3D_CACHE, else ~/.cache/ssl3d. Several sources are read as one,
+            with an equal share for each data set.
+        subjects: Labelled subjects to train on: train leaves the validation and test subjects of the house
+            split to the benchmarks, all takes everybody. Subjects without a label, a mask, boxes or a split
+            of their own are always used.
+        holdout: Share of the subjects that is kept out of training, to report the proxies' metrics on
+            people never seen.
+        steps: Number of optimizer steps.
+        epochs: Number of passes over the data, in place of steps.
         batch_size: Volumes per optimizer step, over all devices.
-        accumulate: Parts a batch is cut into, one after the other, to save memory. Contrastive losses
-            compare within a part only.
-        workers: Processes that read data, per device; -1 chooses by the cores.
-        optimizer: adamw, sgd or lars.
+        accumulate: Number of parts that a batch is cut into, which are computed one after the other to save
+            memory. Contrastive losses compare within a part only.
+        workers: Processes per device that read data; -1 chooses by the number of cores.
+        optimizer: Optimizer of all weights: adamw, sgd or lars.
         lr: Peak learning rate.
-        weight_decay: Not applied to biases and norms.
-        momentum: Of sgd and lars.
-        warmup: Share of the steps over which the learning rate rises; afterwards it falls as a cosine.
-        clip: Largest norm of the gradient; 0 lets any pass.
-        weights: Of the proxies' losses, in their order; 1 each if left out.
-        balance: Of several proxies: fixed keeps the weights; uncertainty and gradnorm start from them and
-            go on by each loss' learned variance (Kendall et al., 2018), or so that the gradients at the
-            encoder's last layer are equally large, larger where a proxy learns slowly (Chen et al., 2018).
-        balance_alpha: Of gradnorm, how strongly a proxy that learns slowly is favoured; 0 not at all.
-        precision: auto takes bf16 where the device is fast at it, else 32.
-        memory_format: Layout of the kernels; auto takes what the encoder is faster in.
-        threads: CPU threads of the main process; 0 leaves torch's number. Kept by --resume.
-        accelerator: auto, cpu, cuda or mps.
-        devices: Per node; 0 takes what torchrun or SLURM started, else every GPU, or one CPU process.
-        nodes: 0 takes what torchrun or SLURM started, else 1.
-        strategy: auto is ddp where there are several devices; fsdp shards the weights (CUDA only).
-        init: A run or encoder to start from; its architecture is used.
-        seed: Of everything random: weights, order, crops, views.
+        weight_decay: Weight decay of all weights but biases and norms.
+        momentum: Momentum of sgd and lars.
+        warmup: Share of the steps over which the learning rate rises linearly; afterwards it falls to 0
+            along half a cosine.
+        clip: Largest norm of the gradient, to which larger ones are scaled down; 0 switches clipping off.
+        weights: Weights of the proxies' losses, in the order of the proxies; 1 each if left out.
+        balance: Weighting of several proxies' losses. fixed keeps the weights. The others start from them:
+            uncertainty learns each loss' variance (Kendall et al., 2018); gradnorm makes the gradients at
+            the encoder's last layer equally large, larger where a proxy learns slowly (Chen et al., 2018).
+        balance_alpha: Strength with which gradnorm favours a proxy that learns slowly; 0 favours none.
+        precision: Floating-point precision: 32, bf16, 16 (CUDA only), or auto, which takes bf16 where the
+            device is fast at it, else 32.
+        memory_format: Memory layout of the convolution kernels; auto takes the one in which the encoder is
+            faster.
+        threads: CPU threads of the main process; 0 leaves torch's number. A run that goes on keeps its own.
+        accelerator: Kind of device: auto, cpu, cuda or mps.
+        devices: Devices per node; 0 takes those that torchrun or SLURM started, else every GPU, or one CPU
+            process.
+        nodes: Number of nodes; 0 takes those that torchrun or SLURM started, else 1.
+        strategy: Distribution over several devices: ddp keeps all weights on each of them, fsdp shards them
+            (CUDA only), auto takes ddp.
+        init: Run or encoder whose weights and architecture the run starts from.
+        seed: Seed of everything random: weights, order, crops and views.
         checkpoint_every: Steps between checkpoints; the last two are kept.
-        eval_every: Steps between looks at held-out subjects, pictures and the online kNN score; 0 makes
-            it a tenth of the run, -1 never.
-        log_every: Steps between lines off a terminal and TensorBoard points; 0 makes it a fortieth.
-        save_at: Shares of the run at which the encoder is exported, to encoder-at-25/ and the like.
-        out: Run folder; runs/<proxy>-<n> if left out.
-        overwrite: Delete the run that is in `out`.
-        resume: Run folder to go on with; its options hold.
-        preset: Options by name, below every flag: gpu-96 or quick.
+        eval_every: Steps between evaluations: the metrics of held-out subjects, pictures and the online kNN
+            score. 0 makes it a tenth of the run, -1 switches evaluations off.
+        log_every: Steps between points in TensorBoard, and between lines where the output is no terminal; 0
+            makes it a fortieth of the run.
+        save_at: Shares of the run after which the encoder is exported too, into encoder-at-25/ and the
+            like.
+        out: Folder of the run; runs/<proxy>-<n> if left out.
+        overwrite: Permission to delete the run that is in `out`.
+        resume: Folder of a run to go on with, under its own options.
+        preset: Name of a set of options, above which every flag stands: gpu-96, pseudo3d or quick.
     """
 
     proxy: tuple[str, ...] = ()
@@ -113,7 +122,7 @@ class PretrainOptions:
     preset: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Refuse, by a ValueError that names the field, a value that cannot be used."""
         for name, least in (("batch_size", 1), ("accumulate", 1), ("checkpoint_every", 1), ("workers", -1),
                             ("steps", 0), ("threads", 0), ("devices", 0), ("nodes", 0), ("eval_every", -1),
                             ("log_every", 0)):  # fmt: skip
@@ -138,32 +147,36 @@ class PretrainOptions:
         if any(not 0 <= share <= 1 for share in self.save_at):
             raise ValueError(f"save_at is {self.save_at}, must be shares of the run from 0 to 1")
         if self.weights and len(self.weights) != len(self.proxy):
-            raise ValueError(f"weights has {len(self.weights)} values for {len(self.proxy)} proxies")
+            raise ValueError(
+                f"weights has {len(self.weights)} values for {len(self.proxy)} proxies: give one for each"
+            )
         if any(not weight >= 0 for weight in self.weights):
             raise ValueError(f"weights is {self.weights}, must be 0 or more each")
         if self.balance != "fixed" and any(weight == 0 for weight in self.weights):
-            raise ValueError(f"weights is {self.weights}; with balance {self.balance} each starts above 0")
+            raise ValueError(f"weights is {self.weights}, must be above 0 each with balance {self.balance}")
         if not 0 <= self.balance_alpha < float("inf"):
             raise ValueError(f"balance_alpha is {self.balance_alpha}, must be 0 or more")
         if self.balance == "gradnorm" and (self.strategy == "fsdp" or self.precision == "16"):
-            what = "strategy fsdp" if self.strategy == "fsdp" else "precision 16"
-            raise ValueError(f"balance gradnorm needs whole gradients, unscaled: not with {what}")
+            cause = "strategy fsdp" if self.strategy == "fsdp" else "precision 16"
+            raise ValueError(
+                f"balance gradnorm needs whole, unscaled gradients, which {cause} does not give"
+            )
         if len(set(self.proxy)) < len(self.proxy):
-            raise ValueError(f"proxy names one twice: {' '.join(self.proxy)}")
+            raise ValueError(f"proxy names a proxy twice: {' '.join(self.proxy)}; name each once")
         if not self.data:
             raise ValueError("data is empty: name a store, scans or phantoms")
 
 
 @dataclass
 class PretrainPlan:
-    """A run, ready to start: every value decided that does not depend on the machine.
+    """Plan of a pretraining run: options, classes and their options, ready to start.
 
     Attributes:
-        options: Of the run.
-        proxies: Name -> class and options.
+        options: Options of the run.
+        proxies: Class and options of each proxy, by name.
         encoder: Class of the encoder.
-        encoder_config: Its options.
-        given: Options that the user set.
+        encoder_config: Options of the encoder.
+        given: Names of the options that the user set.
     """
 
     options: PretrainOptions
@@ -174,12 +187,12 @@ class PretrainPlan:
 
     @property
     def encoder_name(self) -> str:
-        """As registered."""
+        """Name under which the encoder is registered."""
         return plugins.name_of(plugins.ENCODERS, self.encoder)
 
     @property
     def mains(self) -> list[str]:
-        """The metric of each proxy to show, as in sorting/kendall_tau."""
+        """Main metric of each proxy, as in sorting/kendall_tau."""
         return [f"{name}/{kind.main}" for name, (kind, _) in self.proxies.items()]
 
     def decided(self, encoder: Any, **options: Any) -> PretrainPlan:
@@ -193,21 +206,21 @@ class PretrainPlan:
         )
 
     def as_config(self) -> dict[str, Any]:
-        """What `config.yaml` holds; `--config` reads it back."""
+        """Return the content of `config.yaml`, which `--config` reads back."""
         own = {k: v for k, v in config.to_dict(self.options).items() if k not in NOT_RECORDED}
         # What is not installed is named by its file or module: its name alone would not find it again.
         own["proxy"] = [plugins.spec_of(plugins.PROXIES, kind) for kind, _ in self.proxies.values()]
         own["encoder"] = plugins.spec_of(plugins.ENCODERS, self.encoder)
-        sections = {name: config.to_dict(made) for name, (_, made) in self.proxies.items()}
+        sections = {name: config.to_dict(options) for name, (_, options) in self.proxies.items()}
         return own | {self.encoder_name: config.to_dict(self.encoder_config)} | sections
 
 
 class Request(NamedTuple):
-    """What a command line asks for.
+    """Request of a command line: a new run, one to go on with, or its configuration alone.
 
     Attributes:
-        plan: None with --resume: the run's own options hold.
-        options: As given.
+        plan: Plan of a new run; None with --resume, as the run's own options hold.
+        options: Options of the command line.
         given: Names of the options that the user set.
         print_only: Whether only the configuration is to be printed.
     """
@@ -219,7 +232,7 @@ class Request(NamedTuple):
 
 
 def request_of(argv: Sequence[str]) -> Request:
-    """Reads a command line.
+    """Read the command line of `ssl3d pretrain`.
 
     Raises:
         UsageError: No proxy is named, or a flag is wrong; the message names it.
@@ -244,7 +257,7 @@ def request_of(argv: Sequence[str]) -> Request:
             f"{PROG}: --proxy: name one or more of {', '.join(plugins.names(plugins.PROXIES))}"
         )
     options, classes, encoder = _found(options, PROG, {})
-    proxies = {name: (made, parsed.sections[name]) for name, made in classes.items()}
+    proxies = {name: (kind, parsed.sections[name]) for name, kind in classes.items()}
     plan = make_plan(options, parsed.given, proxies, encoder, parsed.sections[options.encoder])
     return Request(plan, options, parsed.given, len(words) < len(argv))
 
@@ -256,18 +269,20 @@ def make_plan(
     encoder: Any,
     encoder_config: Any,
 ) -> PretrainPlan:
-    """Fills in what the proxies recommend where the user said nothing; the first proxy named decides.
+    """Fill in what the proxies recommend where the user said nothing; the first proxy decides.
 
     Raises:
-        PluginError: A proxy recommends a value for an option that there is not.
-        UsageError: Or a value that cannot be used.
+        PluginError: A proxy recommends an option that does not exist.
+        UsageError: A proxy recommends a value that cannot be used.
     """
     known = {f.name for f in dataclasses.fields(PretrainOptions)}
     chosen: dict[str, Any] = {}
     for name, (proxy, _) in proxies.items():
         unknown = sorted(set(proxy.recipe) - known)
         if unknown:
-            raise PluginError(f"proxy {name!r} recommends {', '.join(unknown)}, no option of {PROG}")
+            raise PluginError(
+                f"proxy {name!r} recommends {', '.join(unknown)}, which {PROG} has no option for"
+            )
         for key, value in proxy.recipe.items():
             rival = {"steps": "epochs", "epochs": "steps"}.get(key)
             if key not in given and rival not in given and rival not in chosen:
@@ -284,11 +299,11 @@ def make_plan(
 def plan_from(
     values: Mapping[str, Any], where: str, classes: Mapping[str, Any] | None = None
 ) -> PretrainPlan:
-    """A plan from plain values: a run's `config.yaml`, or keyword arguments from Python.
+    """Make a plan of plain values: a run's `config.yaml`, or keyword arguments from Python.
 
     Args:
         values: Options by name; the options of proxies and of the encoder are dictionaries by name.
-        where: Begins the message of an error.
+        where: Beginning of the message of an error.
         classes: Proxies and encoders that are not registered, by name.
 
     Raises:
@@ -306,24 +321,24 @@ def plan_from(
     if not options.proxy:
         raise UsageError(f"{where}: names no proxy")
     options, proxies, encoder = _found(options, where, classes)
-    made: dict[str, tuple[Any, Any]] = {}
+    configured: dict[str, tuple[Any, Any]] = {}
     for name, proxy in proxies.items():
-        made[name] = proxy, config.from_dict(proxy.Config, values.get(name) or {}, f"{where}, {name}")
-    unknown = sorted(set(values) - known - set(made) - {options.encoder})
+        configured[name] = proxy, config.from_dict(proxy.Config, values.get(name) or {}, f"{where}, {name}")
+    unknown = sorted(set(values) - known - set(configured) - {options.encoder})
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     section = values.get(options.encoder) or {}
     encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}")
-    return make_plan(options, set(own), made, encoder, encoder_config)
+    return make_plan(options, set(own), configured, encoder, encoder_config)
 
 
 def _found(
     options: PretrainOptions, where: str, classes: Mapping[str, Any]
 ) -> tuple[PretrainOptions, dict[str, Any], Any]:
-    """The proxies by name and the encoder that options name; the options then hold names alone.
+    """Find the proxies and the encoder that options name; the options then hold names alone.
 
     Raises:
-        PluginError: One is not found.
+        PluginError: A proxy or the encoder is not found.
         UsageError: Two have the same name, or one that of an option.
     """
 
@@ -342,29 +357,35 @@ def _found(
     proxies = dict(named)
     taken = [name for name, _ in named] + [encoder_name]
     if len(set(taken)) < len(taken):
-        raise UsageError(f"{where}: two of {', '.join(taken)} have one name; give a class another `name`")
+        raise UsageError(
+            f"{where}: two of {', '.join(taken)} have the same name; give a class another `name`"
+        )
     return dataclasses.replace(options, proxy=tuple(proxies), encoder=encoder_name), proxies, encoder
 
 
 def _find(group: str, spec: str, where: str) -> tuple[str, Any]:
-    """A plugin and its name, which is none of an option: its section would take the option's place."""
-    name, made = plugins.find(group, spec)
+    """Find a plugin and its name, which no option may have: its section would take the option's place.
+
+    Raises:
+        UsageError: The plugin is called as an option is.
+    """
+    name, kind = plugins.find(group, spec)
     reserved = {f.name for f in dataclasses.fields(PretrainOptions)} | {"config", "print_config", "help"}
     if name in reserved:
         raise UsageError(
-            f"{where}: {spec}: called {name!r}, as an option of {PROG}; give the class another `name`"
+            f"{where}: {spec} is called {name!r} like an option of {PROG}; give the class another `name`"
         )
-    return name, made
+    return name, kind
 
 
 def presets() -> dict[str, Path]:
-    """Names and files of the presets."""
+    """List the files of the presets by name."""
     folder = Path(str(files("ssl3d") / "presets"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def preset_values(name: str | None, proxies: Sequence[Any]) -> dict[str, Any]:
-    """The options of a preset, less the sections of proxies that are not trained.
+    """Read the options of a preset, without the sections of proxies that are not trained.
 
     Raises:
         UsageError: There is no such preset.
@@ -383,14 +404,14 @@ def preset_values(name: str | None, proxies: Sequence[Any]) -> dict[str, Any]:
 
 
 def _preset(name: str) -> Path:
-    found = presets()
-    if name not in found:
-        raise UsageError(f"{PROG}: --preset: no preset {name!r}; there are {', '.join(found)}")
-    return found[name]
+    known = presets()
+    if name not in known:
+        raise UsageError(f"{PROG}: --preset: no preset {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def _with_preset(argv: Sequence[str]) -> list[str]:
-    """Puts the file of `--preset NAME` in place of the flag, below everything else."""
+    """Put the file of `--preset NAME` in place of the flag, below everything else."""
     words: list[str] = []
     first: list[str] = []
     rest = list(argv)
@@ -426,8 +447,8 @@ def _plugins(strict: bool = True) -> config.Plugins:
 
 def _epilog() -> str:
     return (
-        "Each proxy and the encoder have options of their own, as in --sorting.slices 8 or "
-        "--resnet18.kind acs: name them, then --help. Example: ssl3d pretrain --proxy sorting "
-        "--data store.h5 --steps 2000 --out runs/first. A proxy of your own needs no installation: --proxy "
-        "my/rotation.py, its options --rotation.crop."
+        "Every proxy and encoder has options of its own, such as --sorting.slices 8 or --resnet18.kind "
+        "acs; --help lists them for the proxies and the encoder that are named beside it. Example: ssl3d "
+        "pretrain --proxy sorting --data store.h5 --steps 2000 --out runs/first. A proxy of your own needs "
+        "no installation: --proxy my/rotation.py, whose options are --rotation.crop and the like."
     )

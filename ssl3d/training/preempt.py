@@ -11,15 +11,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 ONCE = 1.0
-"""Seconds in which a signal that comes again is the same: SLURM's, handed on by `timeout` or torchrun."""
+"""Seconds in which a signal that comes again is the same one, handed on by `timeout` or torchrun too."""
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))
 
 
 class Preemption:
-    """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered.
+    """Context in which SIGTERM, SIGUSR1 and SIGINT are noted instead of ending the process.
 
     Attributes:
-        signum: The signal that came, 0 before.
+        signum: Number of the signal that came, 0 before.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Preemption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
-        """Installs the handlers; does nothing outside the main thread, where Python allows none."""
+        """Install the handlers; does nothing outside the main thread, where Python allows none."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -37,7 +37,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Puts the former handlers back."""
+        """Put the former handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -55,12 +55,12 @@ class Preemption:
 
 
 def name_of(signum: int) -> str:
-    """As in SIGTERM."""
+    """Return the name of a signal, as in SIGTERM."""
     return signal.Signals(signum).name
 
 
 def requeue() -> str:
-    """Puts a SLURM job back into the queue; returns what was done, or why not, empty off SLURM."""
+    """Put a SLURM job back into the queue; return in words what was done, or why not, empty off SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return ""
@@ -75,5 +75,5 @@ def requeue() -> str:
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this job again."""
+    """Tell whether SLURM has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0

@@ -1,4 +1,4 @@
-"""Pretraining, from the command line and from Python: builds a run, starts or resumes it, exports it."""
+"""Pretraining, from the command line and from Python: a run is built, started or resumed, and exported."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A pretraining run on disk.
+    """Pretraining run in a folder on disk.
 
     Attributes:
-        folder: Of the run.
-        steps: Optimizer steps it has.
-        done: Steps that are saved.
-        stopped: The signal that stopped it, 0 if none did.
+        folder: Folder of the run.
+        steps: Optimizer steps that the run takes.
+        done: Optimizer steps that are saved.
+        stopped: Number of the signal that stopped the run, 0 if none did.
     """
 
     folder: Path
@@ -61,17 +61,17 @@ class Run:
 
     @property
     def encoder(self) -> Encoder:
-        """The pretrained encoder, from the disk."""
+        """Pretrained encoder, read from the disk."""
         return load_encoder(self.folder)
 
     @property
     def proxies(self) -> dict[str, Proxy]:
-        """The proxies with their trained heads."""
+        """Proxies by name, with their trained heads."""
         return load_proxies(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One record per step."""
+        """Records of the steps, one each."""
         return read_metrics(self.folder)
 
 
@@ -81,21 +81,24 @@ def pretrain(
     out: str | Path | None = None,
     **options: Any,
 ) -> Run:
-    """Pretrains an encoder; the same as `ssl3d pretrain`.
+    """Pretrain an encoder, as `ssl3d pretrain` does.
 
     >>> run = ssl3d.pretrain("sorting", data="store.h5", steps=2000)  # doctest: +SKIP
     >>> encoder = run.encoder  # doctest: +SKIP
 
     Args:
-        proxy: Name, file (PATH/file.py) or class of a proxy, or several.
+        proxy: Name, file (PATH/file.py) or class of a proxy, or several of them.
         data: Stores, scans, phantoms[:N], or an open collection.
-        out: Run folder.
+        out: Folder of the run.
         options: Fields of `PretrainOptions`, and dictionaries of a proxy's or encoder's options under
             its name, as in `encoder="resnet18", resnet18={"width": 32}, sorting={"slices": 8}`. An
             encoder may be a class too. With `preset="quick"`, say, they stand above the preset's.
 
+    Returns:
+        The run, finished, or stopped by a signal and ready to go on.
+
     Raises:
-        Ssl3dError: As the command does.
+        Ssl3dError: The options, the data or the training fail as they do in the command.
     """
     named: dict[str, Any] = {}
 
@@ -108,7 +111,7 @@ def pretrain(
 
     several = [proxy] if isinstance(proxy, str | Path | type) else list(proxy)
     values = preset_values(options.pop("preset", None), several) | options
-    values["proxy"] = [name_and_keep(one, plugins.PROXIES) for one in several]
+    values["proxy"] = [name_and_keep(entry, plugins.PROXIES) for entry in several]
     if "encoder" in values:
         values["encoder"] = name_and_keep(values["encoder"], plugins.ENCODERS)
     collection: Collection | None = None
@@ -118,13 +121,13 @@ def pretrain(
         collection = cast("Collection", data)
         values["data"] = [str(store.path) for store in collection.stores]
     else:
-        values["data"] = [str(one) for one in data]
+        values["data"] = [str(entry) for entry in data]
     plan = plan_from(values | ({"out": str(out)} if out else {}), "pretrain", named)
     return start(plan, collection)
 
 
 def start(plan: PretrainPlan, data: Collection | None = None) -> Run:
-    """Starts a run in a new folder.
+    """Start a run in a new folder.
 
     Raises:
         UsageError: The folder is not empty, or options do not fit the data or the device.
@@ -137,15 +140,15 @@ def start(plan: PretrainPlan, data: Collection | None = None) -> Run:
 def resume(
     folder: str | Path, changes: PretrainOptions | None = None, given: set[str] | None = None
 ) -> Run:
-    """Goes on with a run; it ends with the bytes that it would have ended with.
+    """Resume a run, which ends with the bytes that it would have ended with.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         changes: Options that hold instead of the run's own, for the names in `given`.
-        given: See `changes`.
+        given: Names of the options to take from `changes`.
 
     Raises:
-        CheckpointError: There is no run, or none of its checkpoints is whole.
+        CheckpointError: The folder holds no run, or none of its checkpoints is whole.
     """
     folder = Path(folder)
     values = config_of(folder)
@@ -156,7 +159,7 @@ def resume(
         plan = plan_from(values, str(folder / "config.yaml"))
     except PluginError as error:
         raise PluginError(
-            f"{error}; --resume needs it: put it back, or write into config.yaml what it is called now"
+            f"{error}; --resume needs it: put it back, or write its new name into config.yaml"
         ) from error
     with plain_errors(folder):
         return _execute(plan, folder, None)

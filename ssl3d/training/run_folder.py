@@ -1,4 +1,4 @@
-"""A run's folder: made, described, saved into, and checked when a run goes on."""
+"""The folder of a run: made, described, and checked when the run goes on."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _JOB = "slurm-job"
 
 
 def settle(fabric: Fabric, plan: PretrainPlan, folder: Path | None) -> Path:
-    """The run's folder, made by rank 0 and known to all.
+    """Settle the folder of a run, which rank 0 makes and all ranks know.
 
     Raises:
-        UsageError: It holds something, and --overwrite was not given.
+        UsageError: The folder is not empty and --overwrite was not given, or it cannot be made.
     """
     answer = ""
     if folder is None and fabric.is_global_zero:
         folder, answer = _new_folder(plan)
-    told = fabric.broadcast((str(folder), answer))
-    if told[1]:
-        raise UsageError(told[1])
-    return Path(told[0])
+    settled = fabric.broadcast((str(folder), answer))
+    if settled[1]:
+        raise UsageError(settled[1])
+    return Path(settled[0])
 
 
 def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
@@ -60,12 +60,15 @@ def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
                 return folder, f"--out {folder}: {error.strerror}"
             return folder, ""
     if out.exists() and not out.is_dir():
-        return out, f"--out {out}: a file, not a folder"
+        return out, f"--out {out}: is a file, not a folder; name another one"
     if out.is_dir() and any(out.iterdir()):
         if not plan.options.overwrite:
-            return out, f"--out {out}: not empty; --overwrite replaces it, --resume {out} goes on with it"
+            return (
+                out,
+                f"--out {out}: is not empty; --overwrite replaces it, --resume {out} goes on with it",
+            )
         if not (out / "config.yaml").is_file():
-            return out, f"--out {out}: holds no run, so --overwrite will not delete it"
+            return out, f"--out {out}: holds no run, so --overwrite does not delete it; name another folder"
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
 
 
 def write_config(folder: Path, plan: PretrainPlan) -> None:
-    """Writes `config.yaml`, which `--config` and `--resume` read."""
+    """Write `config.yaml`, which `--config` and `--resume` read."""
     import yaml
 
     write_whole(folder / "config.yaml", yaml.safe_dump(plan.as_config(), sort_keys=False))
@@ -98,7 +101,7 @@ def metadata(
 
     identities = {identity_hash(*person) for person in data.identities()}
     own = volume_hashes(data)
-    volumes, unread = frozenset[str]().union(*own), sum(not one for one in own)
+    volumes, unread = frozenset[str]().union(*own), sum(not hashes for hashes in own)
     labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
     if before is not None:
@@ -135,62 +138,68 @@ def metadata(
 
 
 def _sources(plan: PretrainPlan) -> dict[str, dict[str, str]]:
-    """Where the plugins came from that are not installed, and the hash of their files."""
+    """Record the origin of plugins that are not installed, and the hash of their files."""
     classes = {name: (plugins.PROXIES, kind) for name, (kind, _) in plan.proxies.items()}
     classes[plan.encoder_name] = plugins.ENCODERS, plan.encoder
-    found = {name: plugins.source_of(group, kind) for name, (group, kind) in classes.items()}
-    return {name: source for name, source in found.items() if source is not None}
+    sources = {name: plugins.source_of(group, kind) for name, (group, kind) in classes.items()}
+    return {name: source for name, source in sources.items() if source is not None}
 
 
-def check_code(found: dict[str, Any], plan: PretrainPlan, folder: Path) -> None:
-    """Checks that plugins in files compute what they computed when the run began.
+def check_code(checkpoint: dict[str, Any], plan: PretrainPlan, folder: Path) -> None:
+    """Check that plugins in files compute what they computed when the run began.
 
     Raises:
-        CheckpointError: One does not.
+        CheckpointError: The code of a plugin has changed.
     """
-    before = found["about"].get("plugins", {})
+    before = checkpoint["about"].get("plugins", {})
     classes = {name: (plugins.PROXIES, kind) for name, (kind, _) in plan.proxies.items()}
     classes[plan.encoder_name] = plugins.ENCODERS, plan.encoder
     for name, (group, kind) in classes.items():
         changed = plugins.change_of(group, kind, before[name]) if name in before else ""
         if changed:
             raise CheckpointError(
-                f"{folder}: {changed}; --resume goes on with the code that the run began with: put it "
-                "back, or start a new run"
+                f"{folder}: {changed}; --resume needs the code that the run began with: put it back, or "
+                "start a new run"
             )
 
 
 def check_same(
-    found: dict[str, Any], digest: str, fabric: Fabric, options: PretrainOptions, folder: Path, log: Log
+    checkpoint: dict[str, Any],
+    digest: str,
+    fabric: Fabric,
+    options: PretrainOptions,
+    folder: Path,
+    log: Log,
 ) -> None:
-    """Checks that a run goes on with its own data and length; notes a change of device or ranks.
+    """Check that a run goes on with its own data and length, and note a change of device or ranks.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: The data or the length have changed.
     """
-    if found["about"]["data"]["digest"] != digest:
-        before = found["about"]["data"]["digest"]
+    if checkpoint["about"]["data"]["digest"] != digest:
+        before = checkpoint["about"]["data"]["digest"]
         raise CheckpointError(
             f"{folder}: its data have changed (digest {before[:12]} then, {digest[:12]} now); "
             "give the same with --data, or start a new run with --init"
         )
-    if found["steps"] != options.steps:
+    if checkpoint["steps"] != options.steps:
         raise CheckpointError(
-            f"{folder}: config.yaml says {options.steps} steps, its checkpoint {found['steps']}"
+            f"{folder}: config.yaml says {options.steps} steps, its checkpoint {checkpoint['steps']}; "
+            "write the number of the checkpoint into config.yaml"
         )
-    for what, then, now in (
-        ("processes", found["world"], fabric.world_size),
-        ("device", found["device"], fabric.device.type),
+    for name, then, now in (
+        ("processes", checkpoint["world"], fabric.world_size),
+        ("device", checkpoint["device"], fabric.device.type),
     ):
         if then != now:
-            kept = "; every process starts with the buffers of the first" if what == "processes" else ""
+            kept = "; every process starts with the buffers of the first" if name == "processes" else ""
             log.say(
-                f"note: {what} {then} before, {now} now: the run goes on, but not to the same bytes{kept}"
+                f"note: {name} {then} before, {now} now; the run goes on, but not to the same bytes{kept}"
             )
 
 
 def requeued_run(plan: PretrainPlan) -> Path | None:
-    """The run that this SLURM job was at before it was put back into the queue, if any."""
+    """Find the run that this SLURM job was at before it was put back into the queue, if any."""
     if not requeued():
         return None
     out = plan.options.out
@@ -207,7 +216,7 @@ def _job_of(folder: Path) -> str | None:
 
 
 class plain_errors:
-    """Turns a full disk into one line; other errors stay what they are."""
+    """Context that turns a full disk into one line; other errors stay what they are."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder

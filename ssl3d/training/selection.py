@@ -1,4 +1,4 @@
-"""Which volumes a run trains on, which people it keeps out, and which the kNN score is taken on."""
+"""Choice of the volumes to train on, of the people to keep out, and of queries for the kNN score."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ labelled."""
 
 @dataclass
 class Selection:
-    """The parts of the data.
+    """Parts of the data of a run.
 
     Attributes:
-        train: What the proxies learn from.
-        holdout: Other people's volumes, for the proxies' metrics; may be empty.
+        train: Volumes that the proxies learn from.
+        holdout: Volumes of other people, for the proxies' metrics; may be empty.
         queries: Labelled volumes for the online kNN score, of nobody in `train`; may be empty.
         notes: Lines for the user on what was chosen.
     """
@@ -39,21 +39,21 @@ class Selection:
 
 
 def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -> Selection:
-    """Chooses by subject; depends on the data alone, so that runs with other seeds compare.
+    """Choose the volumes by subject, from the data alone, so that runs with other seeds compare.
 
     Labelled subjects (one of their volumes has a class, a mask, boxes, or the split that it came with)
     give those of the train split, so that a benchmark's test subjects stay unseen. All others are used:
     no benchmark scores them.
 
     Args:
-        data: Everything that was given.
-        subjects: "train", or "all" to use every split.
-        share: Of the chosen subjects that is kept out: at least one where there are 8 or more.
-        by: `BY_TARGET`; or the rule of an older run that goes on: `BY_SUBJECT`, or anything else to take
-            all subjects of a data set for labelled where one is.
+        data: Volumes to choose from.
+        subjects: Labelled subjects to use: "train", or "all" of every split.
+        share: Share of the chosen subjects to keep out; at least one subject where there are 8 or more.
+        by: Rule of the choice: `BY_TARGET`, or that of an older run that goes on: `BY_SUBJECT`, or anything
+            else to take all subjects of a data set for labelled where one is.
 
     Raises:
-        DataError: Nothing is left to train on.
+        DataError: No volume is left to train on.
     """
     from ssl3d.data.split import house_split
 
@@ -72,18 +72,18 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         chosen = own & used
         free = int((own & ~labelled).sum())
         why = "labelled in part" if 0 < free < own.sum() else "unlabelled" if free else "labelled"
-        what = "all" if subjects == "all" or why == "unlabelled" else "the train split"
+        part = "all" if subjects == "all" or why == "unlabelled" else "the train split"
         if why == "labelled in part" and subjects == "train":
-            what = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
+            part = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))
         notes.append(
-            f"{names[code]} ({why}): {what}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
+            f"{names[code]} ({why}): {part}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
         )
     notes += _namesakes(data, used)
     held = _held_out(data, used, share)
     train = used & ~held
     if not train.any():
-        raise DataError(f"no volume is left to train on, of {count} (--subjects all uses every split)")
+        raise DataError(f"none of {count} volumes is left to train on; --subjects all uses every split")
     if held.any():
         people = len(np.unique(data.subject_codes[held]))
         notes.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
@@ -92,7 +92,7 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
 
 
 def _namesakes(data: Collection, used: np.ndarray) -> list[str]:
-    """A line about people kept for tests of one data set whose names are trained on in another.
+    """Warn of people kept for tests of one data set whose names are trained on in another.
 
     P01 may be two people of two hospitals, or one person whose second visit is in another folder, which
     would leak: only the user knows.
@@ -107,8 +107,8 @@ def _namesakes(data: Collection, used: np.ndarray) -> list[str]:
         return []
     few = ", ".join(like[:3]) + (f" and {len(like) - 3} more" if len(like) > 3 else "")
     return [
-        "kept for validation and test, but a subject of that name in another data set is trained on: "
-        f"{few}; if they are the same people, prepare both with one name, --dataset NAME"
+        "subjects kept for validation and test have the names of subjects of another data set that are "
+        f"trained on: {few}; if they are the same people, prepare both with one name, --dataset NAME"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which volume is drawn at which position of training: a closed form of (seed, step)."""
+"""The volume at each position of training: a closed form of (seed, step)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl3d.rng import numpy_rng
 
 
 class Stream:
-    """An endless sequence of global batches of volumes, any of which can be had without the others.
+    """Endless sequence of global batches of volumes, any of which can be had without the others.
 
     Every data set is read pass after pass, each pass in an order of its own; with `balance` the data
     sets take turns, so that a small one is passed through more often. Batches are made in rounds of
@@ -21,10 +21,10 @@ class Stream:
     other data sets. With `distinct` off a subject may come several times, and shares are always kept.
 
     Args:
-        datasets: (N,) code of each volume's data set.
-        subjects: (N,) code of each volume's subject.
-        batch_size: Of the global batch.
-        seed: Of the run.
+        datasets: Codes (N,) of the volumes' data sets.
+        subjects: Codes (N,) of the volumes' subjects.
+        batch_size: Volumes in the global batch.
+        seed: Seed of the run.
         balance: Whether data sets have equal shares, else volumes have.
         distinct: Whether a batch has no subject twice, where there are as many subjects as places.
     """
@@ -56,11 +56,11 @@ class Stream:
         self._round = lru_cache(maxsize=2)(self._deal)
 
     def batch(self, step: int) -> np.ndarray:
-        """Positions in the collection, (batch_size,) int64."""
+        """Return the volumes of a step: positions in the collection, (batch_size,) int64."""
         return self._round(step // self.batches)[step % self.batches]
 
     def substitutes(self, step: int, row: int) -> Iterator[int]:
-        """What to try, in order, where the volume at a row cannot be drawn.
+        """Iterate over volumes to try, in order, where the one at a row cannot be drawn.
 
         Subjects that are not in the batch come first, and no two rows try the same of them; then come
         all volumes. Where subjects may come twice, volumes of the same data set come first: it keeps its
@@ -81,7 +81,7 @@ class Stream:
         yield from map(int, np.roll(order, -row))
 
     def _deal(self, number: int) -> np.ndarray:
-        """Round `number`: (batches, batch_size) positions."""
+        """Deal the batches of round `number`: (batches, batch_size) positions."""
         rng = numpy_rng("round", self.seed, number)
         places = self.batches * self.batch_size
         groups = len(self._members)
@@ -102,7 +102,7 @@ class Stream:
         return rng.permuted(table[rng.permutation(self.batches)], axis=1)
 
     def _sequence(self, group: int, begin: int, end: int) -> np.ndarray:
-        """Draws begin to end of a data set's endless sequence of passes."""
+        """Return the draws from begin to end of a data set's endless sequence of passes."""
         members = self._members[group]
         first, last = begin // len(members), -(-end // len(members))
         passes = [
@@ -112,7 +112,7 @@ class Stream:
         return np.concatenate([*passes, members[:0]])[begin - first * len(members) :][: end - begin]
 
     def _spread(self, items: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Replaces what a subject has beyond one place per batch, if there are subjects enough."""
+        """Replace what a subject has beyond one place per batch, if there are subjects enough."""
         counts = np.bincount(self.subjects[items], minlength=self._people)
         if self._people < self.batch_size or counts.max() <= self.batches:
             return items
@@ -131,7 +131,7 @@ class Stream:
     def _fill(
         self, home: np.ndarray, missing: int, counts: np.ndarray, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        """Up to `missing` draws from `home`, evenly over subjects with room; adds them to `counts`."""
+        """Draw up to `missing` volumes of `home`, evenly over subjects with room, and count them."""
         added = []
         while missing > 0:
             # One volume of every subject that has room, in a new order each time around.
@@ -147,7 +147,7 @@ class Stream:
 
 
 def _rank_among_equals(codes: np.ndarray) -> np.ndarray:
-    """How many equal codes come before each."""
+    """Count the equal codes that come before each code."""
     order = np.argsort(codes, kind="stable")
     _, starts, lengths = np.unique(codes[order], return_index=True, return_counts=True)
     ranks = np.empty(len(codes), np.int64)

@@ -1,4 +1,4 @@
-"""What is trained: one encoder, its proxies, and their weighted loss over the groups of a batch."""
+"""The network of a run: one encoder, its proxies, and their weighted loss over the groups of a batch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Sums(NamedTuple):
-    """What a forward pass tells beside the loss; every value weighted by its examples.
+    """Sums of a forward pass beside the loss, in which every value is weighted by its examples.
 
     Attributes:
-        values: Name -> (sum of value times examples, examples).
-        pictures: Proxy -> what draws its picture.
-        losses: Per group: proxy, loss, names of its volumes.
+        values: Sum of value times examples, and examples, by name.
+        pictures: Function that draws the picture, by proxy.
+        losses: Proxy, loss and names of the volumes, for each group.
     """
 
     values: dict[str, tuple[Tensor, int]]
@@ -36,18 +36,18 @@ class Sums(NamedTuple):
 
 
 class Trainee(nn.Module):
-    """The encoder and the proxies that train it.
+    """Encoder and the proxies that train it, as one module.
 
     Attributes:
-        patch: Largest input (D, H, W) that the encoder was trained on so far.
-        outline: Of the data that the proxies were sized by, for checkpoints.
+        patch: Largest input (D, H, W) in voxels that the encoder was trained on so far.
+        outline: Outline of the data that the proxies were sized by, for checkpoints.
 
     Args:
-        encoder: Shared.
-        proxies: By name.
-        weights: Of their losses.
-        seed: Of the run.
-        balance: Finds the weights while training; None where they are fixed.
+        encoder: Encoder that the proxies share.
+        proxies: Proxies by name.
+        weights: Weights of the proxies' losses, by name.
+        seed: Seed of the run.
+        balance: Module that learns the weights; None where they are fixed.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Trainee(nn.Module):
         encoder.register_forward_pre_hook(note)
 
     def each(self) -> list[tuple[str, Proxy]]:
-        """Names and proxies."""
+        """List the proxies with their names."""
         return [(name, cast(Proxy, proxy)) for name, proxy in self.proxies.items()]
 
     def forward(self, task: str, given: Any, step: object = 0) -> Any:
-        """Everything runs through here, so that wrappers (DDP, FSDP, precision) see it.
+        """Compute the loss or embeddings, both here, so that wrappers (DDP, FSDP, precision) see it.
 
         Args:
-            task: "loss" of a list of groups, or "embed" of a tensor (B, C, D, H, W).
-            given: The groups, or the tensor.
-            step: Seeds the views: the same step gives the same.
+            task: Task: "loss" of a list of groups, or "embed" of a tensor (B, C, D, H, W).
+            given: Groups, or the tensor.
+            step: Part of the seed of the views; the same step gives the same views.
 
         Returns:
-            (loss, Sums), or embeddings (B, embed_dim).
+            Loss and its `Sums`, or embeddings (B, embed_dim).
         """
         if task == "embed":
             first = next(iter(self.each()), None)  # several agree on what the encoder takes
@@ -121,7 +121,7 @@ class Trainee(nn.Module):
         return total, sums
 
     def _together(self, losses: Mapping[str, Tensor], sums: Sums, examples: int) -> Tensor:
-        """The weighted sum of the proxies' losses."""
+        """Sum the losses of the proxies by their weights."""
         if self.balance is None:
             return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         for name, weight in zip(self.balance.names, self.balance.current(), strict=True):
@@ -133,7 +133,7 @@ class Trainee(nn.Module):
     def _outputs(
         self, name: str, proxy: Proxy, groups: list[Group], step: object
     ) -> list[tuple[StepOutput, list[Group]]]:
-        """Runs a proxy on its groups, one after the other, or at once where it takes a mixed batch."""
+        """Run a proxy on its groups, one after the other, or at once where it takes a mixed batch."""
         rngs = []
         for group in groups:
             device = group.tensors["index"].device
@@ -147,26 +147,26 @@ class Trainee(nn.Module):
         return outputs
 
     def _nothing(self, like: Tensor) -> Tensor:
-        """Zero, with a gradient of zero for every parameter.
+        """Return zero, with a gradient of zero for every parameter.
 
         Under DDP a branch that this rank's batch did not use must join all the same; without DDP it
         makes the same update, so a run does not depend on the number of ranks.
         """
         first = [p.reshape(-1)[:1].sum() for p in self.parameters() if p.requires_grad and p.numel()]
-        return torch.stack([one.to(like.dtype) for one in first]).sum() * 0 if first else like * 0
+        return torch.stack([value.to(like.dtype) for value in first]).sum() * 0 if first else like * 0
 
 
 @contextmanager
 def lone_values(who: str, examples: int, remedy: str) -> Iterator[None]:
-    """Says what to do where torch's batch norm refuses a single number per channel.
+    """Explain the error of torch's batch norm where a channel has a single number.
 
     Args:
-        who: Trains: a proxy, or a job.
-        examples: That went through together.
-        remedy: What else helps, beside another norm and more examples.
+        who: Name of what trains: a proxy, or a job.
+        examples: Number of examples that went through together.
+        remedy: Another remedy, beside another norm and more examples.
 
     Raises:
-        TrainingError: It did.
+        TrainingError: Batch norm refused a single number per channel.
     """
     try:
         yield
@@ -181,7 +181,7 @@ def lone_values(who: str, examples: int, remedy: str) -> Iterator[None]:
 
 
 def _checked(name: str, output: StepOutput) -> StepOutput:
-    """What a proxy gave.
+    """Check what a proxy's `forward` returned.
 
     Raises:
         TrainingError: It is no `StepOutput` of a scalar loss and scalar metrics; `check_proxy` says more.
@@ -189,10 +189,10 @@ def _checked(name: str, output: StepOutput) -> StepOutput:
     if not isinstance(output, StepOutput):
         kind = type(output).__name__
         raise TrainingError(f"{name}: forward returned a {kind}, not StepOutput(loss, metrics)")
-    for what, value in {"the loss": output.loss, **output.metrics}.items():
-        if not isinstance(value, Tensor) or (value.numel() != 1 and what == "the loss"):
+    for key, value in {"the loss": output.loss, **output.metrics}.items():
+        if not isinstance(value, Tensor) or (value.numel() != 1 and key == "the loss"):
             given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TrainingError(f"{name}: {what} that forward returned is {given}, not a scalar tensor")
+            raise TrainingError(f"{name}: {key} that forward returned is {given}, not a scalar tensor")
     return output
 
 
@@ -202,11 +202,11 @@ def _add(values: dict[str, tuple[Tensor, int]], name: str, value: Tensor, exampl
 
 
 class Reducer:
-    """Means over parts and ranks of values whose names may differ between ranks.
+    """Reducer of values to means over parts and ranks, whose names may differ between ranks.
 
     Args:
         world: Number of ranks.
-        device: Of the collective.
+        device: Device of the collective.
     """
 
     def __init__(self, world: int, device: torch.device) -> None:
@@ -216,9 +216,9 @@ class Reducer:
     def mean(
         self, parts: Sequence[Mapping[str, tuple[Tensor, int]]], flag: int = 0
     ) -> tuple[dict[str, float], int]:
-        """Means by name, and the largest flag of all ranks. Called on every rank.
+        """Reduce values to means by name, and flags to the largest one; every rank calls it.
 
-        One transfer from the device, and one collective (a second one when a name is new).
+        That takes one transfer from the device, and one collective (two when a name is new).
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
@@ -259,5 +259,5 @@ class Reducer:
 
 
 def finite(values: Mapping[str, float]) -> bool:
-    """Whether the loss is a number."""
+    """Tell whether the loss is a finite number."""
     return math.isfinite(values.get("loss", math.nan))

@@ -110,10 +110,10 @@ def pickled(folder):
         (lambda f: (f / "encoder.json").write_text("{", encoding="utf-8"), "truncated or not JSON"),
         (
             lambda f: (f / "encoder.json").write_text('{"a": 1}', encoding="utf-8"),
-            "not an encoder of ssl3d",
+            "is no encoder of ssl3d",
         ),
         (lambda f: rewrite(f, format=99), "newer ssl3d .format 99"),
-        (lambda f: rewrite(f, format="one"), "not a file of ssl3d"),
+        (lambda f: rewrite(f, format="one"), "is no file of ssl3d"),
         (lambda f: rewrite(f, architecture="resnet17"), "Did you mean resnet1"),
         (lambda f: rewrite(f, config={"width": 4, "wings": 2}), "unknown option wings"),
         (lambda f: rewrite(f, config={"width": 8}), "has shape"),
@@ -132,7 +132,7 @@ def test_what_is_not_a_whole_encoder_gets_one_line(saved, damage, message, capsy
 def test_a_path_that_holds_no_encoder(tmp_path):
     with pytest.raises(CheckpointError, match="no such run or encoder"):
         load_encoder(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="not a run or an encoder"):
+    with pytest.raises(CheckpointError, match="neither a run nor an encoder"):
         load_encoder(tmp_path)
     (tmp_path / "config.yaml").write_text("proxy: [a]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not finished; ssl3d pretrain --resume"):
@@ -174,7 +174,7 @@ def test_checkpoints_unpickle_nothing_but_tensors(tmp_path, capsys):
         torch.save({"format": 1, "x": Evil()}, path)
 
     path = snapshot.save_checkpoint(tmp_path, 1, write)
-    with pytest.raises(CheckpointError, match="not a checkpoint of ssl3d"):
+    with pytest.raises(CheckpointError, match="is no checkpoint of ssl3d"):
         snapshot.read_checkpoint(path)
     assert "owned" not in capsys.readouterr().out
 

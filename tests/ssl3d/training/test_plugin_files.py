@@ -108,7 +108,7 @@ def test_from_python_a_file_may_be_a_path(one):
 
 def test_two_files_of_one_name_are_told_apart_by_their_authors(one, tmp_path):
     other = written(tmp_path / "others" / "turn_it.py", ONE)
-    with pytest.raises(UsageError, match=r"two of turn_it, turn_it, resnet18 have one name"):
+    with pytest.raises(UsageError, match=r"two of turn_it, turn_it, resnet18 have the same name"):
         request_of(["--proxy", str(one), str(other)])
 
 
@@ -127,7 +127,7 @@ def test_two_files_of_one_name_are_told_apart_by_their_authors(one, tmp_path):
         ("bare.py", ONE.replace('paper = "Nobody: Nothing, 2020"', "pass"), "class Tiny lacks paper"),
         ("half.py", ONE.replace("def draw", "def paint"), "Tiny lacks draw"),
         ("sorting.py", ONE, "another proxy called 'sorting' is installed; give the class another `name`"),
-        ("steps.py", ONE, "called 'steps', as an option of ssl3d pretrain; give"),
+        ("steps.py", ONE, "called 'steps' like an option of ssl3d pretrain; give"),
         ("x.py:Missing", ONE, "defines no Missing (it has Tiny)"),
         ("x.py:TinyConfig", ONE, "TinyConfig is no subclass of ssl3d.api.Proxy"),
     ],

@@ -267,7 +267,7 @@ def test_held_out_volumes_that_cannot_be_read_do_not_end_a_run(train, capsys, mo
     monkeypatch.setattr(online, "centre_crops", unreadable)
     run = train(eval_every=2)
     assert run.finished and broken
-    assert "no metrics of held-out subjects: no volume can be drawn for tiny" in capsys.readouterr().out
+    assert "held-out subjects have no metrics: no volume can be drawn for tiny" in capsys.readouterr().out
     assert "online/knn_accuracy" in run.metrics[3] and "holdout/tiny/loss" not in run.metrics[3]
 
 

@@ -207,7 +207,9 @@ def test_namesakes_of_test_subjects_in_another_data_set_are_told(tmp_path):
     scans = [("lab", f"p{i}", 0.5, part, False, False) for i, part in enumerate(parts)]
     others = [("unl", f"p{i}", None, "", False, False) for i in range(2, 12)]
     (line,) = select(small_store(tmp_path / "s.h5", scans + others), "train", 0.0).notes[2:]
-    assert line.startswith("kept for validation and test, but a subject of that name in another data set")
+    assert line.startswith(
+        "subjects kept for validation and test have the names of subjects of another data set"
+    )
     assert ": p2, p3; if" in line and "--dataset NAME" in line
     one = [("lab", *row[1:]) for row in others]
     assert len(select(small_store(tmp_path / "one.h5", scans + one), "train", 0.0).notes) == 1
