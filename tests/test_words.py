@@ -43,7 +43,6 @@ LEFT = set(
     ssl3d/segmentation
     ssl3d/testing
     ssl3d/training
-    ssl3d/views
     """.split()  # noqa: SIM905
 )
 """Rooms that were not read again yet."""
