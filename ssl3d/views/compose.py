@@ -99,15 +99,15 @@ class Views:
         turn: Probability of a turn by 90, 180 or 270 degrees in each plane where crop and voxels are
             square.
         rotate: Range r of the rotation about each axis, in degrees: angle ~ U(-r, r).
-        scale: Strength s of the zoom: log factor ~ U(-log(1 + s), log(1 + s)).
-        stretch: Strength s of a further zoom of each axis on its own: log factor ~ U(-log(1 + s),
-            log(1 + s)).
+        scale: Strength s of the zoom: factor ~ LogUniform(1/(1 + s), 1 + s).
+        stretch: Strength s of a further zoom of each axis on its own: factor ~ LogUniform(1/(1 + s), 1 +
+            s).
         shift: Range s of the shift along each axis: shift ~ U(-s, s) times the crop's side.
         blur: Strength b of a Gaussian blur, whose standard deviation ~ U(0, b) voxels.
         bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
             U(-b, b).
-        gamma: Strength g of a gamma curve: log exponent ~ U(-log(1 + g), log(1 + g)).
-        contrast: Strength c of a change of contrast, log factor ~ U(-log(1 + c), log(1 + c)), and of
+        gamma: Strength g of a gamma curve: exponent ~ LogUniform(1/(1 + g), 1 + g).
+        contrast: Strength c of a change of contrast, factor ~ LogUniform(1/(1 + c), 1 + c), and of
             brightness, offset ~ U(-c, c) standard deviations of the crop.
         noise: Strength n of Gaussian noise, whose standard deviation ~ U(0, n) times the crop's.
         cutout: Strength c of a cut-out: a box is filled with the mean, each of its sides ~ U(0, c) times

@@ -19,7 +19,7 @@ from ssl3d.views.spatial import none_chosen
 def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Tensor:
     """Raise intensities, scaled to [0, 1] by the channel's range, to a power.
 
-    The range is restored. With probability `p` per example; log exponent ~ U(-log(1 + s), log(1 + s)), s
+    The range is restored. With probability `p` per example; exponent ~ LogUniform(1/(1 + s), 1 + s), s
     being the strength, per example and channel.
 
     Args:
@@ -49,7 +49,7 @@ def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Te
 def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) -> Tensor:
     """Stretch intensities about the channel's mean, and add a constant.
 
-    With probability `p` per example; log factor ~ U(-log(1 + s), log(1 + s)), and constant ~ U(-s, s)
+    With probability `p` per example; factor ~ LogUniform(1/(1 + s), 1 + s), and constant ~ U(-s, s)
     standard deviations of the channel, s being the strength, both per example and channel.
     """
     factor = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))

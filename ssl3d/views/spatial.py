@@ -81,8 +81,8 @@ def affine(
     """Crop the middle `size` out of each example through a random affine map: one trilinear sampling.
 
     With probability `p` per example, about the crop's centre: a rotation about each axis by an angle ~
-    U(-rotate, rotate) degrees; a zoom, log factor ~ U(-log(1 + scale), log(1 + scale)), times one per
-    axis, log factor ~ U(-log(1 + stretch), log(1 + stretch)); a shift ~ U(-shift, shift) times the crop's
+    U(-rotate, rotate) degrees; a zoom, factor ~ LogUniform(1/(1 + scale), 1 + scale), times one per
+    axis, factor ~ LogUniform(1/(1 + stretch), 1 + stretch); a shift ~ U(-shift, shift) times the crop's
     side. The rest are cropped, exactly. Rotations hold in mm: across voxels of unequal sides the angle is
     multiplied by the ratio of the sides, so that the corners move no further, in voxels, than in a cube.
     Where the sampling reaches beyond x, its border goes on.
