@@ -80,8 +80,8 @@ class CubeOrderingConfig:
         chance: Probability of each of the changes of intensity below, for each cube.
         bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
             U(-b, b); 0 is none.
-        gamma: Strength g of a gamma curve: log exponent ~ U(-log(1 + g), log(1 + g)); 0 is none.
-        contrast: Strength c of a change of contrast, log gain ~ U(-log(1 + c), log(1 + c)), and of
+        gamma: Strength g of a gamma curve: exponent ~ LogUniform(1/(1 + g), 1 + g); 0 is none.
+        contrast: Strength c of a change of contrast, gain ~ LogUniform(1/(1 + c), 1 + c), and of
             brightness, offset ~ U(-c, c) standard deviations of the cube; 0 is none.
         noise: Strength n of Gaussian noise, whose standard deviation ~ U(0, n) times the cube's; 0 is
             none.

@@ -34,7 +34,7 @@ class Pseudo3DClassificationConfig:
             (256 for 224).
         scale: Share of the square's area that a crop takes, ~ U(low, high); it is resized to the size of
             the crop.
-        ratio: Ratio of a crop's width to its height: log ratio ~ U(log low, log high).
+        ratio: Ratio of a crop's width to its height: ratio ~ LogUniform(low, high).
         flip: Probability of mirroring left and right.
         shuffle: Probability that the three slices are put into a random order.
         label_smoothing: Share of the target probability that is spread evenly over all classes.
@@ -284,7 +284,7 @@ def resized_crops(
         rng: Generator of the B examples.
         crop: Side of the result, pixels.
         scale: Share of the area, ~ U(low, high).
-        ratio: Ratio of width to height: log ratio ~ U(log low, log high).
+        ratio: Ratio of width to height: ratio ~ LogUniform(low, high).
 
     Returns:
         (B, 1, slices, crop, crop).

@@ -46,7 +46,7 @@ class TransVWConfig(RestoreViews, Corruptions):
             reference.
         exact: Probability that a crop is cut at the very place of its word; other crops are shifted and
             zoomed.
-        zoom: Strength z of the zoom of those others: log factor ~ U(-log(1 + z), log(1 + z)); the crop
+        zoom: Strength z of the zoom of those others: factor ~ LogUniform(1/(1 + z), 1 + z); the crop
             is resized.
         shift: Range s of the shift of those others: shift ~ U(-s, s) times the distance between
             neighbouring words, along each axis.

@@ -29,7 +29,6 @@ LEFT = set(
     ssl3d/data/preparation
     ssl3d/encoders
     ssl3d/heads
-    ssl3d/views
     """.split()  # noqa: SIM905
 )
 """Rooms that were not read again yet."""

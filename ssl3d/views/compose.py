@@ -16,11 +16,11 @@ _CACHE = 2**18  # voxels that a core's cache holds, several times
 
 
 class ViewRng(BatchRng):
-    """A batch's generator for several views of each example: B examples, B x `views` rows, views inside.
+    """Generator for several views of each example of a batch: B x `views` rows, views inside.
 
     Args:
-        rng: Of the B examples.
-        views: Rows per example.
+        rng: Generator of the B examples.
+        views: Number of rows per example.
         shared: Whether the views of an example get the same numbers.
     """
 
@@ -29,7 +29,7 @@ class ViewRng(BatchRng):
         self.device, self.generator = rng.device, rng.generator
 
     def __len__(self) -> int:
-        """Rows: examples times views."""
+        """Number of rows: examples times views."""
         return len(self._rng) * self._views
 
     def _spread(self, drawn: Tensor) -> Tensor:
@@ -38,15 +38,15 @@ class ViewRng(BatchRng):
         return drawn.flatten(0, 1)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform in [low, high), shape (B x views, *shape)."""
+        """Draw uniform numbers in [low, high), shape (B x views, *shape)."""
         return self._spread(self._rng.uniform(self._each, *shape, low=low, high=high))
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, shape (B x views, *shape)."""
+        """Draw standard normal numbers, shape (B x views, *shape)."""
         return self._spread(self._rng.normal(self._each, *shape))
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers in [low, high), shape (B x views, *shape), int64."""
+        """Draw integers in [low, high), shape (B x views, *shape), int64."""
         return self._spread(self._rng.integers(low, high, self._each, *shape))
 
     @property
@@ -55,19 +55,19 @@ class ViewRng(BatchRng):
 
 
 class _Recorded(BatchRng):
-    """Gives parts of the batch the rows of the same draws, as long as each part asks for the same ones."""
+    """Generator that gives each part of a batch its rows of the same draws, made for the whole."""
 
     def __init__(self, rng: BatchRng) -> None:
         self._rng, self._drawn = rng, list[Tensor]()
         self.device = rng.device
 
     def of(self, rows: slice) -> _Recorded:
-        """The generator of some rows, from the first draw on."""
+        """Return the generator of some rows, from the first draw on."""
         self._part, self._next = rows, 0
         return self
 
     def __len__(self) -> int:
-        """Rows of the part."""
+        """Number of rows of the part."""
         return len(range(len(self._rng))[self._part])
 
     def _draw(self, draw: Callable[[], Tensor]) -> Tensor:
@@ -77,37 +77,43 @@ class _Recorded(BatchRng):
         return self._drawn[self._next - 1][self._part]
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """As of the whole batch."""
+        """Draw the part's rows of uniform numbers in [low, high)."""
         return self._draw(lambda: self._rng.uniform(*shape, low=low, high=high))
 
     def normal(self, *shape: int) -> Tensor:
-        """As of the whole batch."""
+        """Draw the part's rows of standard normal numbers."""
         return self._draw(lambda: self._rng.normal(*shape))
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """As of the whole batch."""
+        """Draw the part's rows of integers in [low, high)."""
         return self._draw(lambda: self._rng.integers(low, high, *shape))
 
 
 @dataclasses.dataclass
 class Views:
-    """How views are augmented; 0 turns one off. A proxy's `Config` inherits these options.
+    """Options of the augmentations of a view; 0 turns one off. A proxy's `Config` inherits them.
 
     Attributes:
-        chance: Probability of each augmentation, per example, except flip and turn.
+        chance: Probability of each augmentation, for each example, except flip and turn.
         flip: Probability of mirroring along each axis.
-        turn: Probability of a 90, 180 or 270 degree turn in each plane where crop and voxels are square.
-        rotate: Largest rotation about each axis, degrees.
-        scale: Largest zoom, less 1: 0.2 is 1/1.2 to 1.2.
-        stretch: Largest zoom of a single axis, less 1.
-        shift: Largest shift, as a share of the crop's side.
-        blur: Largest standard deviation of a Gaussian blur, voxels.
-        bias: Largest coefficient of the logarithm of a smooth multiplicative field.
-        gamma: Largest gamma, less 1.
-        contrast: Largest contrast factor, less 1, and brightness, in standard deviations.
-        noise: Largest standard deviation of Gaussian noise, in those of the crop.
-        cutout: Largest side of a box filled with the mean, as a share of the crop's.
-        torchio: torchio transforms by name, such as RandomMotion RandomGhosting; on the CPU, slow.
+        turn: Probability of a turn by 90, 180 or 270 degrees in each plane where crop and voxels are
+            square.
+        rotate: Range r of the rotation about each axis, in degrees: angle ~ U(-r, r).
+        scale: Strength s of the zoom: factor ~ LogUniform(1/(1 + s), 1 + s).
+        stretch: Strength s of a further zoom of each axis on its own: factor ~ LogUniform(1/(1 + s), 1 +
+            s).
+        shift: Range s of the shift along each axis: shift ~ U(-s, s) times the crop's side.
+        blur: Strength b of a Gaussian blur, whose standard deviation ~ U(0, b) voxels.
+        bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
+            U(-b, b).
+        gamma: Strength g of a gamma curve: exponent ~ LogUniform(1/(1 + g), 1 + g).
+        contrast: Strength c of a change of contrast, factor ~ LogUniform(1/(1 + c), 1 + c), and of
+            brightness, offset ~ U(-c, c) standard deviations of the crop.
+        noise: Strength n of Gaussian noise, whose standard deviation ~ U(0, n) times the crop's.
+        cutout: Strength c of a cut-out: a box is filled with the mean, each of its sides ~ U(0, c) times
+            the crop's.
+        torchio: Transforms of torchio by name, such as RandomMotion RandomGhosting; they are slow, as they
+            run on the CPU.
     """
 
     chance: float = 0.5
@@ -126,7 +132,7 @@ class Views:
     torchio: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check the ranges of all fields.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -144,7 +150,12 @@ class Views:
 
 
 def view_margin(views: Views, size: Sequence[int], axes: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
-    """Voxels to read around a crop of `size`, per side, so that `augment` finds no empty corners."""
+    """Return the voxels to read on every side of a crop, so that `augment` finds no empty corners.
+
+    Example:
+        >>> view_margin(Views(rotate=10.0, scale=0.1), (32, 32, 32))
+        (8, 8, 8)
+    """
     if not views.chance:
         return (0, 0, 0)
     return spatial.affine_margin(size, views.rotate, views.scale, views.stretch, views.shift, axes)
@@ -165,16 +176,21 @@ def augment(
     noise, cut-out.
 
     Args:
-        views: Strengths.
-        x: (B, C, D, H, W), `size` plus the margin of `view_margin`.
-        rng: For the B rows of x; `ViewRng` where an example has several.
-        size: Of the result, (D, H, W).
-        spacing: (B, 3), mm, of x's axes; None for cubes. Rotations, turns and blur respect it.
+        views: Strengths of the augmentations.
+        x: Crops (B, C, D, H, W), of `size` plus the margin of `view_margin`.
+        rng: Generator of the B rows of x; `ViewRng` where an example has several.
+        size: Size (D, H, W) of the result.
+        spacing: Spacing of x's axes, (B, 3), mm, which rotations, turns and blur respect; None for cubes.
         axes: Axes, 0 to 2, along which anything may move. A proxy whose answer lies along an axis (the
             order of slices) leaves it out.
 
     Returns:
-        (B, C, *size), of x's dtype.
+        Views (B, C, *size), of x's dtype.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> augment(Views(), torch.rand(2, 1, 24, 24, 24), one_group(0, 2), (16, 16, 16)).shape
+        torch.Size([2, 1, 16, 16, 16])
     """
     with torch.autocast(x.device.type, enabled=False):
         rows = max(1, _CACHE // x[0].numel()) if x.device.type == "cpu" and len(x) else len(x)
@@ -200,19 +216,19 @@ def augment_labelled(
     spacing: Tensor | None = None,
     axes: Sequence[int] = (0, 1, 2),
 ) -> tuple[Tensor, Tensor]:
-    """Augment crops as `augment` does, and moves their label maps alike, by the nearest voxel.
+    """Augment crops as `augment` does, and move their label maps alike, by the nearest voxel.
 
     Args:
-        views: Strengths; those of the intensities leave the mask alone.
-        x: (B, C, D, H, W), `size` plus the margin of `view_margin`.
-        mask: (B, D, H, W), of x's size, whole numbers up to 2^24.
-        rng: For the B rows of x.
-        size: Of the result, (D, H, W).
-        spacing: As of `augment`.
-        axes: As of `augment`.
+        views: Strengths of the augmentations; those of the intensities leave the mask alone.
+        x: Crops (B, C, D, H, W), of `size` plus the margin of `view_margin`.
+        mask: Label maps (B, D, H, W), of x's size, with whole numbers up to 2^24.
+        rng: Generator of the B rows of x.
+        size: Size (D, H, W) of the result.
+        spacing: Spacing of x's axes, (B, 3), mm; None for cubes.
+        axes: Axes, 0 to 2, along which anything may move.
 
     Returns:
-        (B, C, *size), of x's dtype, and (B, *size), of the mask's.
+        Views (B, C, *size), of x's dtype, and label maps (B, *size), of the mask's.
     """
     recorded = _Recorded(rng)
     image = augment(views, x, recorded.of(slice(None)), size, spacing, axes)

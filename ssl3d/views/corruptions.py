@@ -1,4 +1,4 @@
-"""What Models Genesis does to crops before they are restored: curves, shuffled voxels, painted boxes.
+"""Corruptions of crops before they are restored, as in Models Genesis: curves, shuffles, painted boxes.
 
 All work on batches on the device, with one draw per example, keep shape and dtype, take any D >= 1, and
 give a new tensor: what is to be restored is never touched. Strengths are relative to the example's own
@@ -26,17 +26,16 @@ _BORDER = 3  # voxels at the border of a crop that no box touches
 
 @dataclasses.dataclass
 class Corruptions:
-    """What is done to a crop before it is restored. A proxy's `Config` inherits these options.
+    """Options of what is done to a crop before it is restored. A proxy's `Config` inherits them.
 
     Attributes:
-        shuffle: Probability, per example, that voxels are shuffled within small blocks, of sides from 1
-            voxel to a tenth of the crop's.
-        shuffled: Share of those blocks that are shuffled.
-        curve: Probability, per example, that grey values run through a random curve, half of them
-            through a falling one, which inverts the image.
-        paint: Probability, per example, that boxes are painted over with noise.
-        outside: Share of the painted examples in which all but the boxes is painted over, instead of
-            the boxes.
+        shuffle: Probability that an example's voxels are shuffled within small blocks, whose sides ~
+            U{1, ..., a tenth of the crop's} voxels.
+        shuffled: Probability that each of those blocks is shuffled.
+        curve: Probability that an example's grey values run through a random curve; with probability 1/2
+            it falls, which inverts the image.
+        paint: Probability that noise is painted over an example.
+        outside: Probability that a painted example is painted outside of boxes instead of inside.
     """
 
     shuffle: float = 0.5
@@ -46,7 +45,7 @@ class Corruptions:
     outside: float = 0.8
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check the ranges of all fields.
 
         Raises:
             ValueError: A field is out of range, or nothing is corrupted; the message names it.
@@ -59,12 +58,11 @@ class Corruptions:
 
 
 class Corrupted(NamedTuple):
-    """What `corrupt` gives.
+    """Corrupted crops, and what befell them.
 
     Attributes:
-        input: What the network sees, (B, C, D, H, W).
-        done: Which corruption befell which example, name -> (B,) booleans: shuffle, curve, inpaint,
-            outpaint.
+        input: Crops that the network sees, (B, C, D, H, W).
+        done: Corruptions of each example, name -> (B,) booleans: shuffle, curve, inpaint, outpaint.
     """
 
     input: Tensor
@@ -76,9 +74,16 @@ def corrupt(options: Corruptions, x: Tensor, rng: BatchRng) -> Corrupted:
     """Corrupt a batch of crops as Models Genesis does: shuffle, curve, then paint.
 
     Args:
-        options: Probabilities.
-        x: (B, C, D, H, W); stays as it is, and is what to restore.
-        rng: For the B examples.
+        options: Probabilities of the corruptions.
+        x: Crops to restore, (B, C, D, H, W); they stay as they are.
+        rng: Generator of the B examples.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> options, x = Corruptions(paint=1.0, outside=0.0), torch.rand(2, 1, 8, 8, 8)
+        >>> spoilt = corrupt(options, x, one_group(0, 2))
+        >>> spoilt.input.shape, spoilt.done["inpaint"]
+        (torch.Size([2, 1, 8, 8, 8]), tensor([True, True]))
     """
     with torch.autocast(x.device.type, enabled=False):
         shuffle, curve = rng.chance(options.shuffle), rng.chance(options.curve)
@@ -102,9 +107,9 @@ def bezier_intensity(x: Tensor, rng: BatchRng, inverted: float = 0.5) -> Tensor:
     falls from (0, 1) to (1, 0). The range stays what it was. One curve per example and channel.
 
     Args:
-        x: (B, C, D, H, W).
-        rng: For the B examples.
-        inverted: Share of falling curves.
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        inverted: Probability of a falling curve.
     """
     channels = x.shape[1]
     points = rng.uniform(channels, 2, 2)
@@ -119,14 +124,18 @@ def bezier_intensity(x: Tensor, rng: BatchRng, inverted: float = 0.5) -> Tensor:
 
 
 def bezier(inner: Tensor, nodes: int = _NODES) -> Tensor:
-    """One coordinate along cubic Bézier curves from 0 to 1.
+    """Evaluate one coordinate along cubic Bézier curves from 0 to 1.
 
     Args:
-        inner: Of the two inner control points, (..., 2), in [0, 1].
-        nodes: Steps of the curve's parameter, from 0 to 1, both included.
+        inner: Coordinates of the two inner control points, (..., 2), in [0, 1].
+        nodes: Number of steps of the curve's parameter, from 0 to 1, both included.
 
     Returns:
-        (..., nodes), from 0 to 1, never falling.
+        Coordinates (..., nodes), from 0 to 1, never falling.
+
+    Example:
+        >>> bezier(torch.tensor([1 / 3, 2 / 3]), nodes=3)
+        tensor([0.0000, 0.5000, 1.0000])
     """
     t = torch.linspace(0, 1, nodes, device=inner.device, dtype=inner.dtype)
     a, b = inner[..., :1], inner[..., 1:]
@@ -136,7 +145,7 @@ def bezier(inner: Tensor, nodes: int = _NODES) -> Tensor:
 
 
 def _interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`numpy.interp` per row: x (B, C, N) between places and values (B, C, nodes)."""
+    """Interpolate each row as `numpy.interp`: x (B, C, N) between places and values (B, C, nodes)."""
     after = torch.searchsorted(places, x, right=True).clamp_(1, places.shape[-1] - 1)
     before = after - 1
     left, width = places.gather(-1, before), places.diff(dim=-1).gather(-1, before)
@@ -160,10 +169,10 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | 
     it, as here; only here no value is lost or doubled, and all blocks are done at once.
 
     Args:
-        x: (B, C, D, H, W).
-        rng: For the B examples.
-        share: Of the blocks.
-        rows: Which examples, (B,) booleans; all of them if None. The others come back as they are.
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        share: Probability that a block is shuffled.
+        rows: Examples to shuffle, (B,) booleans; all of them if None. The others come back as they are.
     """
     size = x.shape[2:]
     voxels = size.numel()
@@ -191,7 +200,7 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | 
 
 
 def _pieces(rng: BatchRng, side: int) -> tuple[Tensor, Tensor]:
-    """Cut an axis at random: of each place, the first of its piece and the piece's length, (B, side)."""
+    """Cut an axis at random: for each place, where its piece starts, and the piece's length, (B, side)."""
     longest = max(1, side // 10)
     ends = rng.integers(1, longest + 1, side).cumsum(1).clamp(max=side)
     at = torch.arange(side, device=ends.device)
@@ -202,7 +211,7 @@ def _pieces(rng: BatchRng, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _along(axis: int, values: Tensor) -> Tensor:
-    """(B, side) as (B, D, H, W), 1 along the other axes."""
+    """Reshape (B, side) to (B, D, H, W), 1 along the other axes."""
     return values[:, :, None, None].movedim(1, axis + 1)
 
 
@@ -231,13 +240,13 @@ def out_painting(x: Tensor, rng: BatchRng) -> Tensor:
 
 
 def draw_boxes(rng: BatchRng, size: Sequence[int], limits: Sequence[tuple[int, int]], least: int) -> Tensor:
-    """Draw up to five boxes per example; where any of them lies, (B, D, H, W) booleans.
+    """Draw up to five boxes per example, and say where any of them lies, (B, D, H, W) booleans.
 
     Args:
-        rng: For the B examples.
-        size: (D, H, W).
-        limits: Least and largest side of a box, per axis.
-        least: Boxes that there are for certain.
+        rng: Generator of the B examples.
+        size: Size (D, H, W) of the crops.
+        limits: Least and largest side of a box, for each axis.
+        least: Number of boxes that there are for certain.
     """
     more = torch.cat([rng.chance(1.0, least), rng.chance(_CONTINUE, _BLOCKS - least)], dim=1)
     there = more.int().cumprod(1).bool()
@@ -251,14 +260,14 @@ def draw_boxes(rng: BatchRng, size: Sequence[int], limits: Sequence[tuple[int, i
         inside.append((at >= start[..., None]) & (at < (start + sides)[..., None]))
     d, h, w = inside
     d = d & there[..., None]
-    found = torch.zeros(len(d), *size, dtype=torch.bool, device=d.device)
+    inside_any = torch.zeros(len(d), *size, dtype=torch.bool, device=d.device)
     for n in range(_BLOCKS):
-        found |= d[:, n, :, None, None] & h[:, n, None, :, None] & w[:, n, None, None, :]
-    return found
+        inside_any |= d[:, n, :, None, None] & h[:, n, None, :, None] & w[:, n, None, None, :]
+    return inside_any
 
 
 def value_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest value and range of each example's channels, (B, C, 1, 1, 1), float32."""
+    """Return lowest value and range of each example's channels, (B, C, 1, 1, 1), float32."""
     low, high = x.flatten(2).aminmax(dim=2)
     low, high = low.float()[..., None, None, None], high.float()[..., None, None, None]
     return low, high - low
@@ -287,13 +296,13 @@ def relative_error(error: Tensor, trivial: Tensor) -> Tensor:
 
 
 class RestorationError(NamedTuple):
-    """What `restoration_error` gives.
+    """Error of a restoration, and those of trivial ones.
 
     Attributes:
-        loss: Mean squared error in units of each example's range; with gradient.
-        relative: That error relative to handing back the input: 1 restores nothing, 0 is perfect.
-        flat: The same for each channel's true mean everywhere, which a network that sees no structure
-            can at best give.
+        loss: Mean squared error in units of each example's range, with gradient.
+        relative: Error relative to handing back the input: 1 restores nothing, 0 is perfect.
+        flat: Relative error of each channel's true mean everywhere, the best that a network can give which
+            sees no structure.
     """
 
     loss: Tensor
@@ -302,16 +311,21 @@ class RestorationError(NamedTuple):
 
 
 def restoration_error(restored: Tensor, corrupted: Tensor, original: Tensor) -> RestorationError:
-    """How far a restored crop is from the original, and how far the corrupted one and a flat one are.
+    """Compute how far a restored crop is from the original, and how far the corrupted and a flat one are.
 
     Squared errors are divided by the square of the range of each example's channel, as if it had been
     brought to [0, 1], so that volumes of strong contrast do not rule the loss; or by 1 where the range is
     smaller (in z-scored data a standard deviation), so that nearly empty crops do not either.
 
     Args:
-        restored: (B, C, D, H, W); so are the others.
-        corrupted: What the network saw.
-        original: What is right.
+        restored: Output of the network, (B, C, D, H, W).
+        corrupted: Input of the network, (B, C, D, H, W).
+        original: Crops before the corruption, (B, C, D, H, W).
+
+    Example:
+        >>> original, corrupted = torch.rand(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4)
+        >>> round(restoration_error(corrupted, corrupted, original).relative.item(), 4)
+        1.0
     """
     with torch.autocast(original.device.type, enabled=False):
         original = original.float()

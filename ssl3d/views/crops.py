@@ -57,17 +57,17 @@ def draw_crop(
     grid of starts, and where none does, the fullest of the grid.
 
     Args:
-        volume: Where from; only its shape and occupancy map are looked at.
-        size: Of the crop, (D, H, W).
-        rng: All randomness.
+        volume: Volume to crop; only its shape and occupancy map are looked at.
+        size: Size (D, H, W) of the crop, in voxels.
+        rng: Generator of all randomness.
         min_foreground: Least share of foreground among the crop's voxels that lie in the volume.
-        fixed: Starts that are given, by axis 0 to 2.
+        fixed: Starts that are given already, by axis 0 to 2.
 
     Raises:
         DataError: The volume has no foreground at all.
     """
     occupancy = _Occupancy(volume)
-    low, high = _range(volume, size, fixed)
+    low, high = start_range(volume, size, fixed)
     return _draw(occupancy, size, low, high, rng, min_foreground)
 
 
@@ -81,17 +81,17 @@ def draw_overlapping(
     min_foreground: float = 0.1,
     fixed: Mapping[int, int] | None = None,
 ) -> Triple:
-    """Draw a second crop that overlaps the one at `start`: its start (D, H, W).
+    """Draw the start (D, H, W) of a second crop that overlaps the one at `start`.
 
     Uniform among the starts that share at least `min_overlap` of the crop's length along every axis
-    (nnssl asks .5) and `min_iou` of the joint volume (Medical-SSL asks .25) and have enough foreground.
+    (nnssl asks 0.5) and `min_iou` of the joint volume (Medical-SSL asks 0.25) and have enough foreground.
     Where chance finds none, the first crop is taken again. Axes that are `fixed` count as if shared.
 
     Raises:
         DataError: The volume has no foreground at all.
     """
     occupancy = _Occupancy(volume)
-    low, high = _range(volume, size, fixed)
+    low, high = start_range(volume, size, fixed)
     length, near = np.asarray(size), np.array(start)
     for axis, at in (fixed or {}).items():
         near[axis] = at  # what is given is not asked to overlap
@@ -102,7 +102,7 @@ def draw_overlapping(
         shared = np.prod(np.maximum(length - np.abs(starts - near), 0), axis=1)
         return shared / (2 * np.prod(length) - shared) >= min_iou - 1e-9
 
-    return _draw(occupancy, size, low, high, rng, min_foreground, enough_iou, _triple(near))
+    return _draw(occupancy, size, low, high, rng, min_foreground, enough_iou, to_triple(near))
 
 
 def draw_positions(
@@ -120,11 +120,11 @@ def draw_positions(
     slabs do not overlap (a shared slice would give their order away).
 
     Args:
-        volume: Where from; only its shape, spacing and occupancy map are looked at.
-        axis: 0 to 2 for D, H, W.
-        count: How many slabs.
-        rng: All randomness.
-        slab: Slices in a slab.
+        volume: Volume to draw from; only its shape, spacing and occupancy map are looked at.
+        axis: Axis 0 to 2, for D, H, W.
+        count: Number of slabs.
+        rng: Generator of all randomness.
+        slab: Adjacent slices in a slab.
         min_gap_mm: Least distance between the starts of neighbouring slabs, in mm.
         min_foreground: Least foreground of a slab, as a share of that of the fullest slab.
 
@@ -133,7 +133,7 @@ def draw_positions(
         position, which may be negative: it is padded evenly.
 
     Raises:
-        DataError: No foreground, or too little room for so many slabs.
+        DataError: There is no foreground, or too little room for so many slabs.
     """
     step = max(slab, int(np.ceil(min_gap_mm / volume.spacing[axis] - 1e-6)), 1)
     allowed = _allowed_positions(volume, axis, slab, min_foreground)
@@ -161,7 +161,7 @@ def draw_positions(
 
 
 def foreground_shares(volume: Volume, starts: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Share of foreground in the crops of one size at `starts` (N, 3), estimated as in `draw_crop`: (N,).
+    """Estimate the share of foreground, (N,), in the crops of one size at `starts` (N, 3).
 
     Raises:
         DataError: The volume has no foreground at all.
@@ -186,7 +186,12 @@ def neighbour_position(
 
 
 def slab_size(axis: int, slab: int, in_plane: Sequence[int]) -> Triple:
-    """The size (D, H, W) of a slab of `slab` slices across `axis`; `in_plane` is its other two sides."""
+    """Return the size (D, H, W) of a slab across `axis`, from its slices and its other two sides.
+
+    Example:
+        >>> slab_size(1, 3, (64, 48))
+        (64, 3, 48)
+    """
     size = [int(n) for n in in_plane]
     size.insert(axis, slab)
     return (size[0], size[1], size[2])
@@ -204,7 +209,7 @@ def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int], margin:
 
 
 def read_slab(volume: Volume, axis: int, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Read a slab across `axis` and lays it flat: (C, slab, h, w), float32.
+    """Read a slab across `axis` and lay it flat: (C, slab, h, w), float32.
 
     `start` and `size` are in the volume's (D, H, W); the axis becomes the slab's depth and the other two
     keep their order. `lay_flat` does the same to a spacing.
@@ -213,13 +218,18 @@ def read_slab(volume: Volume, axis: int, start: Sequence[int], size: Sequence[in
 
 
 def lay_flat(triple: Sequence[float], axis: int) -> tuple[float, float, float]:
-    """A triple (D, H, W) in the order of a slab read across `axis`: (axis, the other two)."""
+    """Order a triple (D, H, W) as a slab read across `axis` has it: that axis, then the other two.
+
+    Example:
+        >>> lay_flat((5.0, 1.0, 2.0), axis=2)
+        (2.0, 5.0, 1.0)
+    """
     rest = [value for i, value in enumerate(triple) if i != axis]
     return (triple[axis], rest[0], rest[1])
 
 
 class _Occupancy:
-    """The volume's coarse map of foreground, as voxels per block."""
+    """Coarse map of a volume's foreground, as voxels per block."""
 
     def __init__(self, volume: Volume) -> None:
         share = np.asarray(volume.foreground(), dtype=np.float64)
@@ -234,34 +244,34 @@ class _Occupancy:
             raise DataError(f"{volume.id}: no foreground, nothing to draw a crop from")
 
     def covered(self, axis: int, starts: np.ndarray, size: int) -> np.ndarray:
-        """Share of each block's extent within [start, start + size): (starts, blocks)."""
+        """Measure the share of each block's extent within [start, start + size): (starts, blocks)."""
         edges = self.edges[axis]
         stops = np.minimum(starts[:, None] + size, edges[1:])
         inside = np.maximum(stops - np.maximum(starts[:, None], edges[:-1]), 0)
         return inside / np.maximum(np.diff(edges), 1)
 
     def full(self, size: Sequence[int]) -> int:
-        """Voxels of a crop that can lie inside the volume."""
+        """Count the voxels of a crop that can lie inside the volume."""
         return int(np.prod([min(a, b) for a, b in zip(size, self.shape, strict=True)]))
 
     def shares(self, starts: np.ndarray, size: Sequence[int]) -> np.ndarray:
-        """Share of foreground in crops at `starts` (N, 3): (N,)."""
+        """Estimate the share of foreground in crops at `starts` (N, 3): (N,)."""
         d, h, w = (self.covered(axis, starts[:, axis], size[axis]) for axis in range(3))
         per_row = np.tensordot(self.voxels, w, (2, 1))
         return np.einsum("ijn,nj,ni->n", per_row, h, d) / self.full(size)
 
     def grid(self, axes: Sequence[np.ndarray], size: Sequence[int]) -> np.ndarray:
-        """Share of foreground in the crops at every combination of starts per axis."""
-        found = self.voxels
+        """Estimate the share of foreground in the crops at every combination of starts per axis."""
+        held = self.voxels
         for axis in range(3):
-            found = np.tensordot(found, self.covered(axis, axes[axis], size[axis]), (0, 1))
-        return found / self.full(size)
+            held = np.tensordot(held, self.covered(axis, axes[axis], size[axis]), (0, 1))
+        return held / self.full(size)
 
 
-def _range(
+def start_range(
     volume: Volume, size: Sequence[int], fixed: Mapping[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and last start along every axis."""
+    """Return the first and the last start of a crop along every axis."""
     room = np.asarray(volume.shape[1:]) - np.asarray(size)
     low = np.where(room < 0, -((-room) // 2), 0)
     high = np.where(room < 0, low, room)
@@ -288,7 +298,7 @@ def _draw(
         starts = rng.integers(low, high + 1, size=(_TRIES, 3))
         good = np.flatnonzero(qualify(starts, occupancy.shares(starts, size)))
         if len(good):
-            return _triple(starts[good[0]])
+            return to_triple(starts[good[0]])
     if otherwise is not None:
         return otherwise
     axes = [
@@ -298,7 +308,7 @@ def _draw(
     shares = occupancy.grid(axes, size)
     starts = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     good = np.flatnonzero(qualify(starts, shares.reshape(-1)))
-    return _triple(starts[rng.choice(good) if len(good) else shares.argmax()])
+    return to_triple(starts[rng.choice(good) if len(good) else shares.argmax()])
 
 
 def _allowed_positions(volume: Volume, axis: int, slab: int, min_foreground: float) -> np.ndarray:
@@ -308,9 +318,10 @@ def _allowed_positions(volume: Volume, axis: int, slab: int, min_foreground: flo
         return np.asarray([-((slab - length) // 2)])
     starts = np.arange(length - slab + 1)
     others = tuple(i for i in range(3) if i != axis)
-    found = occupancy.covered(axis, starts, slab) @ occupancy.voxels.sum(axis=others)
-    return starts[(found > 0) & (found >= min_foreground * found.max() - 1e-9)]
+    held = occupancy.covered(axis, starts, slab) @ occupancy.voxels.sum(axis=others)
+    return starts[(held > 0) & (held >= min_foreground * held.max() - 1e-9)]
 
 
-def _triple(start: np.ndarray) -> Triple:
+def to_triple(start: np.ndarray) -> Triple:
+    """Convert an array of three numbers to a triple of int."""
     return (int(start[0]), int(start[1]), int(start[2]))

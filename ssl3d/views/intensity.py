@@ -19,14 +19,21 @@ from ssl3d.views.spatial import none_chosen
 def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Tensor:
     """Raise intensities, scaled to [0, 1] by the channel's range, to a power.
 
-    The exponent is log-uniform in [1/(1+strength), 1+strength], per example and channel; the range is
-    restored. With probability `p` per example.
+    The range is restored. With probability `p` per example; exponent ~ LogUniform(1/(1 + s), 1 + s), s
+    being the strength, per example and channel.
 
     Args:
-        x: (B, C, D, H, W).
-        rng: For the B examples.
-        p: Per example.
-        strength: Largest exponent, less 1.
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        p: Probability of the change, for each example.
+        strength: Strength s of the curve.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> x = torch.linspace(0, 1, 8).view(1, 1, 2, 2, 2)
+        >>> y = gamma(x, one_group(0, 1), p=1.0)
+        >>> (y.min().item(), y.max().item()), torch.equal(x, y)
+        ((0.0, 1.0), False)
     """
     exponent = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
     flags = rng.chance(p)
@@ -40,10 +47,10 @@ def gamma(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.5) -> Te
 
 
 def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) -> Tensor:
-    """Stretch intensities about the channel's mean and adds a constant.
+    """Stretch intensities about the channel's mean, and add a constant.
 
-    The factor is log-uniform in [1/(1+strength), 1+strength], the constant uniform in ±strength standard
-    deviations of the channel, both per example and channel. With probability `p` per example.
+    With probability `p` per example; factor ~ LogUniform(1/(1 + s), 1 + s), and constant ~ U(-s, s)
+    standard deviations of the channel, s being the strength, both per example and channel.
     """
     factor = torch.exp(rng.uniform(x.shape[1], low=-1.0, high=1.0) * math.log1p(strength))
     constant = rng.uniform(x.shape[1], low=-strength, high=strength)
@@ -56,7 +63,7 @@ def contrast(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3) ->
 
 
 def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Tensor:
-    """Add Gaussian noise, its standard deviation uniform in [0, strength] of that of the channel.
+    """Add Gaussian noise, whose standard deviation ~ U(0, strength) times the channel's.
 
     With probability `p` per example.
     """
@@ -72,10 +79,10 @@ def noise(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.2) -> Te
 def blur(
     x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 1.0, spacing: Tensor | None = None
 ) -> Tensor:
-    """Blur with a Gaussian of standard deviation uniform in [0, strength] voxels.
+    """Blur with a Gaussian, whose standard deviation ~ U(0, strength) voxels.
 
-    In voxels of the finest axis: along an axis of coarser spacing ((B, 3), mm) the blur is narrower in
-    proportion. At the border the kernel is cut and renormalised. With probability `p` per example.
+    These are voxels of the finest axis: along an axis of coarser spacing ((B, 3), mm) the blur is narrower
+    in proportion. At the border the kernel is cut and renormalised. With probability `p` per example.
     """
     width = rng.uniform(1, high=strength)
     flags = rng.chance(p)
@@ -104,7 +111,7 @@ def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, 
     """Multiply intensities, counted from the channel's lowest, by a smooth field, as MR coils do.
 
     The field is exp of a polynomial in the crop's coordinates (each in [-1, 1]) of the given total
-    order, without a constant, its coefficients uniform in ±strength. With probability `p` per example.
+    order, without a constant, its coefficients ~ U(-strength, strength). With probability `p` per example.
     """
     powers = [
         power
@@ -131,7 +138,7 @@ def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, 
 
 
 def cutout(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.4) -> Tensor:
-    """Fill one box with the channel's mean; its sides are uniform in [0, strength] of the crop's.
+    """Fill one box with the channel's mean, each of its sides ~ U(0, strength) times the crop's.
 
     The box lies anywhere within the crop, uniformly; an axis of one voxel it spans whole. With
     probability `p` per example.
@@ -175,7 +182,7 @@ def _limits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per example and channel; of one voxel, deviation 0."""
+    """Return mean and standard deviation per example and channel; one voxel has deviation 0."""
     x = x.float()
     mean = x.mean(dim=(2, 3, 4), keepdim=True)
     norm = torch.linalg.vector_norm(x - mean, dim=(2, 3, 4), keepdim=True)

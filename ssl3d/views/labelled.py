@@ -16,7 +16,7 @@ from ssl3d.data.preparation.progress import Progress
 from ssl3d.distributed import rank, world_size
 from ssl3d.errors import DataError
 from ssl3d.rng import numpy_rng
-from ssl3d.views.crops import Triple, _range, _triple, draw_crop, read_crop
+from ssl3d.views.crops import Triple, draw_crop, read_crop, start_range, to_triple
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -44,11 +44,11 @@ def draw_labelled(
     and so are the crops of a volume whose mask is empty.
 
     Args:
-        volume: Where from.
-        size: Of the crop, (D, H, W); a smaller volume lies in its middle.
-        rng: All randomness.
+        volume: Volume to crop.
+        size: Size (D, H, W) of the crop; a smaller volume lies in its middle.
+        rng: Generator of all randomness.
         around: Probability of a crop that holds a structure.
-        min_foreground: Of the others, as of `draw_crop`.
+        min_foreground: Least share of foreground in the other crops.
 
     Raises:
         DataError: The volume has no mask, or no foreground.
@@ -58,9 +58,9 @@ def draw_labelled(
         return draw_crop(volume, size, rng, min_foreground)
     value = sorted(places)[int(rng.integers(len(places)))]
     voxel = places[value][int(rng.integers(len(places[value])))]
-    low, high = _range(volume, size, None)
+    low, high = start_range(volume, size, None)
     first, last = np.maximum(low, voxel - np.asarray(size) + 1), np.minimum(high, voxel)
-    return _triple(rng.integers(first, last + 1))
+    return to_triple(rng.integers(first, last + 1))
 
 
 def read_labelled(
@@ -69,7 +69,7 @@ def read_labelled(
     """Read a crop and its mask, with `margin` more voxels on every side.
 
     Returns:
-        (C, D + 2 margin, ...), float32, and (D + 2 margin, ...), int32, 0 outside the volume.
+        Crop (C, D + 2 margin, ...), float32, and mask (D + 2 margin, ...), int32, 0 outside the volume.
 
     Raises:
         DataError: The volume has no mask.
@@ -80,7 +80,7 @@ def read_labelled(
 
 
 def mask_values(volume: Volume) -> np.ndarray:
-    """The values in a volume's mask, increasing, int64; read slab by slab.
+    """List the values in a volume's mask, increasing, int64; read it slab by slab.
 
     Raises:
         DataError: The volume has no mask.
@@ -88,17 +88,17 @@ def mask_values(volume: Volume) -> np.ndarray:
     if not volume.has_mask:
         raise DataError(f"{volume.dataset}/{volume.id}: has no mask")
     stored = volume._data("masks")  # as it is stored: `read_mask` widens every voxel to 8 bytes
-    found = []
+    values = []
     for first in range(0, len(stored), _SLAB):
         flat = stored[first : first + _SLAB].reshape(-1)
         # A structure is a run of equal voxels: where runs end, every value is met, and few voxels are.
         ends = np.flatnonzero(flat[1:] != flat[:-1])
-        found.append(np.unique(flat[np.append(ends, len(flat) - 1)]))
-    return np.unique(np.concatenate(found)).astype(np.int64)
+        values.append(np.unique(flat[np.append(ends, len(flat) - 1)]))
+    return np.unique(np.concatenate(values)).astype(np.int64)
 
 
 def dataset_labels(data: Collection) -> dict[int, np.ndarray]:
-    """The values in the masks of each data set: code of the data set -> increasing, int64.
+    """List the values in the masks of each data set: code of the data set -> increasing, int64.
 
     Every mask is read, by one of the ranks; every rank must call it. Data sets without masks are left
     out, and so are masks that cannot be read: those volumes are named when it is their turn to be drawn.
@@ -117,17 +117,17 @@ def dataset_labels(data: Collection) -> dict[int, np.ndarray]:
     parts = [own] * world_size()
     if len(parts) > 1:
         distributed.all_gather_object(parts, own)
-    found: dict[int, set[int]] = {}
+    joined: dict[int, set[int]] = {}
     for part in parts:
         for code, values in part.items():
-            found.setdefault(code, set()).update(values)
-    return {code: np.array(sorted(values), np.int64) for code, values in sorted(found.items())}
+            joined.setdefault(code, set()).update(values)
+    return {code: np.array(sorted(values), np.int64) for code, values in sorted(joined.items())}
 
 
 def mask_places(volume: Volume, most: int = 1000) -> dict[int, np.ndarray]:
-    """Where each structure of a mask lies: value above 0 -> voxels (n, 3), int32, at most `most` of them.
+    """Locate each structure of a mask: value above 0 -> voxels (n, 3), int32, at most `most` of them.
 
-    All voxels, or so many drawn at random, the same ones every time. A process remembers them.
+    They are all its voxels, or so many drawn at random, the same ones every time. A process remembers them.
 
     Raises:
         DataError: The volume has no mask.
@@ -150,15 +150,15 @@ def mask_places(volume: Volume, most: int = 1000) -> dict[int, np.ndarray]:
             # In random order: any number of the first ones are a fair sample.
             chosen = own[rng.permutation(len(own))[:most]]
             parts.setdefault(int(value), []).append((len(own), chosen))
-    found = {value: _thinned(some, most, rng) for value, some in sorted(parts.items())}
-    _places[key] = found
+    places = {value: _thinned(some, most, rng) for value, some in sorted(parts.items())}
+    _places[key] = places
     if len(_places) > _KEPT:
         _places.popitem(last=False)
-    return found
+    return places
 
 
 def _thinned(parts: Sequence[tuple[int, np.ndarray]], most: int, rng: np.random.Generator) -> np.ndarray:
-    """Of the slabs' voxels at most so many, from each slab as many as it has by its share."""
+    """Sample at most so many of the slabs' voxels, from each slab as many as its share is."""
     counts = np.array([count for count, _ in parts])
     if counts.sum() <= most:
         return np.concatenate([chosen for _, chosen in parts])
@@ -167,7 +167,7 @@ def _thinned(parts: Sequence[tuple[int, np.ndarray]], most: int, rng: np.random.
 
 
 def _slabs(volume: Volume) -> Iterator[tuple[int, Tensor]]:
-    """A mask in slabs along D: the first slice, and (d, H, W)."""
+    """Read a mask in slabs along D: the first slice, and (d, H, W)."""
     _, depth, height, width = volume.shape
     for first in range(0, depth, _SLAB):
         yield first, volume.read_mask((first, 0, 0), (min(_SLAB, depth - first), height, width))

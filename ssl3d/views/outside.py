@@ -47,7 +47,7 @@ def check_in_plane(names: Sequence[str]) -> None:
 
 
 def check_torchio(names: Sequence[str]) -> None:
-    """Check names without importing torchio.
+    """Check the names of transforms without importing torchio.
 
     Raises:
         ValueError: A name is not one of `TORCHIO`; suggestions follow.
@@ -65,7 +65,7 @@ def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> 
     They draw from torch's global generator: it is seeded from `rng` and put back afterwards.
 
     Raises:
-        UsageError: torchio is missing, or a transform fails on such a crop.
+        UsageError: torchio is not installed, or a transform fails on such a crop.
     """
     if not names:
         return x
@@ -90,7 +90,7 @@ def apply_torchio(names: Sequence[str], x: Tensor, rng: np.random.Generator) -> 
 
 
 def _fitting(name: str, x: Tensor) -> dict[str, Any]:
-    """What a transform must be told about the crop, because its default would fail on small ones."""
+    """Return arguments that fit a transform to a crop, where its default would fail on small ones."""
     if name == "RandomSwap":
         return {"patch_size": tuple(max(1, min(15, n // 4)) for n in x.shape[1:])}
     return {}

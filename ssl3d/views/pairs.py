@@ -42,17 +42,20 @@ class PairViews(Views):
     The other strengths are lower than those of `Views`, because a pair meets them twice.
 
     Attributes:
-        views: What a pair shows: two overlapping crops (volumes), or a slice twice, or two slices close
-            to each other (slices). Of images (D = 1) it shows crops in both.
-        per_volume: Pairs drawn from each volume. They are one subject's.
-        crop: With volumes, size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
+        views: Content of a pair: two overlapping crops (volumes), or a slice twice or two slices close
+            to each other (slices). Images (D = 1) give crops in both cases.
+        per_volume: Number of pairs drawn from each volume; they are one subject's.
+        crop: Size of the crops along D H W, in voxels, where views are volumes; images (D = 1) give crops
+            of depth 1.
         min_overlap: Least overlap of a pair's crops along each axis, as a share of the crop's side.
         min_iou: Least intersection over union of a pair's crops.
-        plane: With slices, their size, voxels, and that of the crops of images.
-        slab: With slices, adjacent slices per slab; 1 for images. 1 suits the convolution kinds acs and
-            2.5d; 3d and p3d need slabs deeper than the encoder's stride along D.
-        axis: With slices, the axis they lie across.
-        max_distance_mm: With slices, how far apart a pair's may be; 0 shows the same slice twice.
+        plane: Size of the slices (height, width) in voxels, where views are slices, and of the crops of
+            images.
+        slab: Adjacent slices per slab, where views are slices; images have 1. 1 suits the convolution
+            kinds acs and 2.5d; 3d and p3d need slabs deeper than the encoder's stride along D.
+        axis: Axis that the slices lie across, where views are slices.
+        max_distance_mm: Largest distance of a pair's slices in mm, where views are slices; 0 shows the
+            same slice twice.
         min_foreground: Least share of foreground in a crop.
     """
 
@@ -73,7 +76,7 @@ class PairViews(Views):
     min_foreground: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check the ranges of all fields.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -124,12 +127,12 @@ def check_depth(config: PairViews, encoder: Encoder) -> None:
 
 
 def is_sliced(config: PairViews, volume: Volume) -> bool:
-    """Whether slices of a volume are shown, not crops: an image (D = 1) is one slice already."""
+    """Tell whether slices of a volume are shown, not crops: an image (D = 1) is one slice already."""
     return config.views == "slices" and volume.shape[1] > 1
 
 
 def crop_size(config: PairViews, volume: Volume) -> Triple:
-    """Size (D, H, W) of the crops of a volume that is not sliced; those of an image have depth 1."""
+    """Size the crops (D, H, W) of a volume that is not sliced; those of an image have depth 1."""
     return (1, *config.plane) if config.views == "slices" else fit_size(volume, config.crop)
 
 
@@ -140,7 +143,7 @@ def draw_pairs(config: PairViews, volume: Volume, rng: np.random.Generator) -> d
         `a` and `b`, (K, C, d, h, w) each, slices laid flat, and their `spacing`, (3,), mm.
 
     Raises:
-        DataError: The volume has no foreground, or not room for so many slabs.
+        DataError: The volume has no foreground, or no room for so many slabs.
     """
     # torchio runs on what is read, margin and all: its artefacts then turn with the anatomy.
     if is_sliced(config, volume):
@@ -164,12 +167,12 @@ def augment_pairs(config: PairViews, batch: dict[str, Tensor], rng: BatchRng) ->
 
 @dataclasses.dataclass
 class Embedded:
-    """The pairs of a batch, of all its groups.
+    """Pairs of a batch, of all its groups.
 
     Attributes:
-        views: Per group, (B x K, 2, C, d, h, w), augmented.
-        embeddings: (R, 2, E), R pairs of all groups.
-        subjects: (R,), codes.
+        views: Augmented views of each group, (B x K, 2, C, d, h, w).
+        embeddings: Embeddings of the R pairs of all groups, (R, 2, E).
+        subjects: Codes of the pairs' subjects, (R,).
     """
 
     views: list[Tensor]
@@ -184,17 +187,18 @@ def embed_pairs(
     rng: BatchRng | list[BatchRng],
     least: int = 1,
 ) -> Embedded:
-    """Augment and embeds both views of every pair of a batch, mixed or of one group.
+    """Augment and embed both views of every pair of a batch, mixed or of one group.
 
     Args:
         config: Options of the views.
-        encoder: Embeds them.
-        batch: What `draw_pairs` gave, stacked; of one group or several.
-        rng: For each group.
-        least: Pairs, over all ranks, that a loss needs to compare; fewer are refused while training.
+        encoder: Encoder that embeds the views.
+        batch: Pairs of `draw_pairs`, stacked, of one group or several.
+        rng: Generator of each group.
+        least: Number of pairs, over all ranks, that a loss needs to compare; fewer are refused while
+            training.
 
     Raises:
-        UsageError: Fewer pairs than `least`, while training.
+        UsageError: There are fewer pairs than `least`, while training.
     """
     groups = [batch] if isinstance(batch, dict) else batch
     rngs = [rng] if isinstance(rng, BatchRng) else rng
@@ -213,11 +217,11 @@ def embed_pairs(
 
 
 def pair_picture(views: Tensor, projected: Tensor) -> Figure:
-    """Pair of views, above and below; the frame says whether the nearest b of each a is its own.
+    """Show pairs of views, above and below; the frame says whether the nearest b of each a is its own.
 
     Args:
-        views: (B, 2, C, d, h, w).
-        projected: (B, 2, F).
+        views: Views of the pairs, (B, 2, C, d, h, w).
+        projected: Projections of the pairs, (B, 2, F).
     """
     from matplotlib.figure import Figure
 

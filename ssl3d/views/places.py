@@ -36,14 +36,14 @@ def draw_places(config: PairViews, volume: Volume, rng: np.random.Generator) -> 
 
     Args:
         config: Options of the views.
-        volume: Where from.
-        rng: Of the views; the places have their own.
+        volume: Volume to draw from.
+        rng: Generator of the views; the places have their own.
 
     Returns:
         `a` and `b`, (K, C, d, h, w) each, slices laid flat, and their `spacing`, (3,), mm.
 
     Raises:
-        DataError: The volume has no foreground, or not room for so many slabs.
+        DataError: The volume has no foreground, or no room for so many slabs.
     """
     if is_sliced(config, volume):
         pairs, spacing = _slices(config, volume, rng), lay_flat(volume.spacing, AXES.index(config.axis))
@@ -53,20 +53,20 @@ def draw_places(config: PairViews, volume: Volume, rng: np.random.Generator) -> 
     return {"a": torch.stack(a), "b": torch.stack(b), "spacing": torch.tensor(spacing, dtype=torch.float32)}
 
 
-def _fixed(volume: Volume, *what: object) -> np.random.Generator:
-    return numpy_rng("place", volume.dataset, volume.id, *what)
+def _fixed(volume: Volume, *parts: object) -> np.random.Generator:
+    return numpy_rng("place", volume.dataset, volume.id, *parts)
 
 
 def _crops(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[list[Tensor]]:
     size = crop_size(config, volume)
     margin = view_margin(config, size)
     least, share = config.min_foreground, (1 + config.min_overlap) / 2
-    found = []
+    pairs = []
     for place in range(config.per_volume):
         at = draw_crop(volume, size, _fixed(volume, place), least)
         starts = [draw_overlapping(volume, size, at, rng, share, config.min_iou, least) for _ in range(2)]
-        found.append([read_crop(volume, start, size, margin) for start in starts])
-    return found
+        pairs.append([read_crop(volume, start, size, margin) for start in starts])
+    return pairs
 
 
 def _slices(config: PairViews, volume: Volume, rng: np.random.Generator) -> list[list[Tensor]]:
@@ -74,7 +74,7 @@ def _slices(config: PairViews, volume: Volume, rng: np.random.Generator) -> list
     size = slab_size(axis, config.slab, config.plane)
     margin = slab_size(axis, 0, view_margin(config, (config.slab, *config.plane), (1, 2))[1:])
     least, share = config.min_foreground, (1 + config.min_overlap) / 2
-    found = []
+    pairs = []
     slabs = draw_positions(volume, axis, config.per_volume, _fixed(volume), config.slab)
     for place, slab in enumerate(slabs.tolist()):
         at = draw_crop(volume, size, _fixed(volume, place), least, {axis: slab})
@@ -85,5 +85,5 @@ def _slices(config: PairViews, volume: Volume, rng: np.random.Generator) -> list
                 volume, size, at, rng, share, config.min_iou, least, fixed={axis: near}
             )
             views.append(read_crop(volume, start, size, margin).movedim(axis + 1, 1))
-        found.append(views)
-    return found
+        pairs.append(views)
+    return pairs

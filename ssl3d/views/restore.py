@@ -27,8 +27,8 @@ class RestoreViews:
     """Options of proxies that damage a crop and have it restored.
 
     Attributes:
-        crop: Size of the crops along D H W, voxels; images (D = 1) give crops of depth 1.
-        flip: Probability of mirroring along each axis, before the damage.
+        crop: Size of the crops along D H W, in voxels; images (D = 1) give crops of depth 1.
+        flip: Probability that a crop is mirrored before it is damaged, along each axis.
         min_foreground: Least share of foreground in a crop.
     """
 
@@ -37,7 +37,7 @@ class RestoreViews:
     min_foreground: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check the ranges of all fields.
 
         Raises:
             ValueError: A field is out of range; the message names it.
@@ -65,7 +65,7 @@ def draw_one(config: RestoreViews, volume: Volume, rng: np.random.Generator) -> 
 
 
 def read_foreground(volume: Volume, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Which voxels of a crop lie in a block that is foreground by half or more: (d, h, w), bool.
+    """Mark the voxels of a crop that lie in a block of at least half foreground: (d, h, w), bool.
 
     As coarse as the volume's foreground map (`volume.block`). Outside the volume nothing is foreground.
     Where a crop has no such block at all, every block with some foreground counts.
@@ -78,17 +78,18 @@ def read_foreground(volume: Volume, start: Sequence[int], size: Sequence[int]) -
         exists = (at >= 0) & (at < volume.shape[1 + axis])
         inside &= exists.reshape([-1 if a == axis else 1 for a in range(3)])
         places.append(np.clip(at, 0, volume.shape[1 + axis] - 1) // volume.block[axis])
-    found = np.where(inside, share[np.ix_(*places)], 0)
-    return torch.from_numpy((found >= 0.5) if (found >= 0.5).any() else (found > 0))
+    shares = np.where(inside, share[np.ix_(*places)], 0)
+    return torch.from_numpy((shares >= 0.5) if (shares >= 0.5).any() else (shares > 0))
 
 
 def mirror_one(
     config: RestoreViews, batch: dict[str, Tensor], rng: BatchRng, training: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The crops of a batch, mirrored at random while training, their foreground alike.
+    """Mirror the crops of a batch at random while training, and their foreground alike.
 
     Returns:
-        (B, C, D, H, W), and (B, D, H, W), bool. They may be the batch's own tensors: never write to them.
+        Crops (B, C, D, H, W), and foreground (B, D, H, W), bool. They may be the batch's own tensors: never
+        write to them.
     """
     crop, foreground = batch["crop"], batch["foreground"]
     if not (training and config.flip):
@@ -99,15 +100,15 @@ def mirror_one(
 
 
 def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -> Figure:
-    """Slice of the first examples: what the network was given, what it gave, and what is right.
+    """Show slices of the first examples: the network's input, its output, and the original.
 
-    Of each example the slice across D that was damaged as much as slices are on average, in the grey
+    Each example shows the slice across D that was damaged as much as slices are on average, in the grey
     window of the original.
 
     Args:
-        original: (B, C, D, H, W); so are the others. The first channel is shown.
-        corrupted: What the encoder saw.
-        restored: What came out.
+        original: Original crops, (B, C, D, H, W), of which the first channel is shown.
+        corrupted: Input of the encoder, (B, C, D, H, W).
+        restored: Output of the network, (B, C, D, H, W).
     """
     from matplotlib.figure import Figure
 

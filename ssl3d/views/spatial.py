@@ -19,10 +19,15 @@ def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 
     """Mirror each example along each axis, independently, with probability `p`.
 
     Args:
-        x: (B, C, D, H, W).
-        rng: For the B examples.
-        p: Per example and axis.
-        axes: 0 to 2 for D, H, W: those that may be mirrored.
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        p: Probability for each example and axis.
+        axes: Axes that may be mirrored, 0 to 2 for D, H, W.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> flip(torch.arange(4).view(1, 1, 1, 1, 4), one_group(0, 1), p=1.0).flatten()
+        tensor([3, 2, 1, 0])
     """
     chosen = rng.chance(p, 3)
     for axis in axes:
@@ -40,8 +45,9 @@ def turn(
 ) -> Tensor:
     """Turn each example by 90, 180 or 270 degrees, each as likely, with probability `p` per plane.
 
-    Only in planes whose both axes are in `axes`, in which the crop is square and, for the example, the
-    voxels are (`spacing`, (B, 3) in mm, or None for cubes): a turn must not change anatomy's proportions.
+    That happens only in planes whose both axes are in `axes`, in which the crop is square and, for the
+    example, the voxels are too (`spacing`, (B, 3) in mm, or None for cubes): a turn must not change
+    anatomy's proportions.
     """
     quarter = torch.where(rng.chance(p, 3), rng.integers(1, 4, 3), 0)
     for i, (a, b) in enumerate(itertools.combinations(range(3), 2)):
@@ -74,28 +80,28 @@ def affine(
 ) -> Tensor:
     """Crop the middle `size` out of each example through a random affine map: one trilinear sampling.
 
-    With probability `p` per example, about the crop's centre: a rotation about each axis by an angle
-    uniform in ±`rotate` degrees; a zoom log-uniform in [1/(1+scale), 1+scale], times one per axis
-    log-uniform in [1/(1+stretch), 1+stretch]; a shift uniform in ±`shift` of the crop's side. The rest
-    are cropped, exactly. Rotations hold in mm: across voxels of unequal sides the angle is multiplied by
-    the ratio of the sides, so that the corners move no further, in voxels, than in a cube. Where the
-    sampling reaches beyond x, its border goes on.
+    With probability `p` per example, about the crop's centre: a rotation about each axis by an angle ~
+    U(-rotate, rotate) degrees; a zoom, factor ~ LogUniform(1/(1 + scale), 1 + scale), times one per
+    axis, factor ~ LogUniform(1/(1 + stretch), 1 + stretch); a shift ~ U(-shift, shift) times the crop's
+    side. The rest are cropped, exactly. Rotations hold in mm: across voxels of unequal sides the angle is
+    multiplied by the ratio of the sides, so that the corners move no further, in voxels, than in a cube.
+    Where the sampling reaches beyond x, its border goes on.
 
     Args:
-        x: (B, C, D, H, W), `size` plus the margin of `affine_margin` on every side, or less.
-        rng: For the B examples.
-        size: Of the result, (D, H, W).
-        p: Per example.
-        rotate: Degrees.
-        scale: Largest zoom, less 1.
-        stretch: Largest zoom of one axis, less 1.
-        shift: Share of the crop's side.
+        x: Crops (B, C, D, H, W), of `size` plus the margin of `affine_margin` on every side, or less.
+        rng: Generator of the B examples.
+        size: Size (D, H, W) of the result.
+        p: Probability for each example.
+        rotate: Range of the rotation about each axis, in degrees.
+        scale: Strength of the zoom.
+        stretch: Strength of the zoom of each axis on its own.
+        shift: Range of the shift, as a share of the crop's side.
         axes: Axes 0 to 2 that may be rotated, stretched and shifted; the others stay as they are.
-        spacing: (B, 3), mm; None for cubes.
+        spacing: Spacing of the voxels, (B, 3), mm; None for cubes.
         nearest: Whether the nearest voxel's value is taken, as label maps need it.
 
     Returns:
-        (B, C, *size), of x's dtype.
+        Views (B, C, *size), of x's dtype.
     """
     examples = len(x)
     side = torch.tensor(size, dtype=torch.float32, device=x.device)
@@ -137,10 +143,14 @@ def affine_margin(
     axes: Sequence[int] = (0, 1, 2),
     limit: float = 0.25,
 ) -> tuple[int, int, int]:
-    """Voxels to read around a crop, per side and axis, for `affine` with the same arguments.
+    """Return the voxels to read around a crop, per side and axis, for `affine` with the same arguments.
 
-    Enough for the corners of the crop at the largest angles, but at most `limit` of the crop's side: the
-    read volume grows with its cube, and the corners of rare draws may repeat the border.
+    They are enough for the corners of the crop at the largest angles, but at most `limit` of the crop's
+    side: the read volume grows with its cube, and the corners of rare draws may repeat the border.
+
+    Example:
+        >>> affine_margin((1, 64, 64), rotate=10.0, scale=0.0)
+        (0, 6, 6)
     """
     moves = [a in axes and size[a] > 1 for a in range(3)]
     reach = [0.0, 0.0, 0.0]
@@ -167,14 +177,19 @@ def affine_margin(
 
 
 def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The middle `size` (D, H, W) of (B, C, D, H, W)."""
+    """Crop the middle `size` (D, H, W) out of (B, C, D, H, W).
+
+    Example:
+        >>> centre_crop(torch.arange(5).view(1, 1, 1, 1, 5), (1, 1, 3)).flatten()
+        tensor([1, 2, 3])
+    """
     for axis, length in enumerate(size):
         x = x.narrow(axis + 2, (x.shape[axis + 2] - length) // 2, length)
     return x
 
 
 def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """Values of x at matrix @ (output voxel from the centre) + shifts."""
+    """Sample x at matrix @ (output voxel from the centre) + shifts."""
     centre = (torch.tensor(x.shape[2:], device=x.device) - 1) / 2
     # As centre_crop does: an odd margin leaves the middle half a voxel low.
     middle = torch.tensor(
@@ -197,7 +212,7 @@ def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int], mode
 
 
 def none_chosen(flags: Tensor) -> bool:
-    """Whether no example is to be changed, on the CPU, where asking costs nothing."""
+    """Tell whether no example is to be changed, on the CPU, where asking costs nothing."""
     return flags.device.type == "cpu" and not flags.any()
 
 
