@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.finetune.benchmark import Finetune
 
 
+BESIDE = 4
+"""Scores that stand beside the main one; the others have a table of their own."""
+
+
 @dataclass(frozen=True)
 class Block:
     """The rows of a table that stand together: of one fraction and one number of annotated slices.
@@ -113,7 +117,7 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
     rows, lines = block.rows, block.lines
     scratch = {line.first.group: line for line in lines if line.first.kind == "untrained"}
     result = rows[0].result
-    others = [name for name in result.scores if name != benchmark.main][:4]
+    others, further = _other_scores(rows, benchmark.main)
     table = [
         [
             "contestant",
@@ -137,7 +141,7 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
             p = number(gain.p) if gain.p >= 0.001 else "<.001"
         own = statistics.nested_interval(line.runs)
         score = f"{number(own.value)} [{number(own.low)}, {number(own.high)}]"
-        means = [number(line.mean(name)) for name in others]
+        means = [_mean(line, name) for name in others]
         table.append([line.name, score, *means, difference, p, *_chosen(line), _notes(line)])
     if not found:
         networks = [line for line in lines if line.first.kind != "trivial"]
@@ -153,6 +157,10 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
         f"{tested['subjects']} subjects, {tested['volumes']} volumes; {how}"
     )
     text = [head, *aligned(table)]
+    if further:  # in a table of their own: a terminal is not that wide
+        text += ["", *aligned([["contestant", *further]] + [
+            [line.name, *(_mean(line, name) for name in further)] for line in lines
+        ]), ""]  # fmt: skip
     text += detectable(found, benchmark.main)
     one = "" if seeds > 1 else "; one seed: how much seeds differ is not in them"
     text.append(
@@ -165,6 +173,18 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
     if block.unchecked:
         text.append(block.unchecked)
     return "\n".join(text)
+
+
+def _other_scores(rows: Sequence[Row], main: str) -> tuple[list[str], list[str]]:
+    """List the scores beside the main one: those that stand beside it, and those of the second table."""
+    names = list(dict.fromkeys(name for row in rows for name in row.result.scores if name != main))
+    return names[:BESIDE], names[BESIDE:]
+
+
+def _mean(line: Line, name: str) -> str:
+    """Return the mean of a score over seeds and subsets; a dash where a record does not have it."""
+    has = all(name in row.result.scores for row in line.rows)
+    return number(line.mean(name)) if has else "-"
 
 
 def _sparse(result: Result) -> str:

@@ -59,7 +59,7 @@ def feature_maps(encoder: Encoder, image: Tensor, window: Sequence[int]) -> list
         UsageError: The window is smaller than the deepest stride.
     """
     if window[0] == 1 and image.shape[1] > 1:
-        slices = [feature_maps(encoder, one.unsqueeze(1), window) for one in image.unbind(1)]
+        slices = [feature_maps(encoder, plane.unsqueeze(1), window) for plane in image.unbind(1)]
         return [torch.cat(maps, dim=1) for maps in zip(*slices, strict=True)]
     deepest = [max(stride[axis] for stride in encoder.strides) for axis in range(3)]
     tiles = [_tiles(n, w, s) for n, w, s in zip(image.shape[1:], window, deepest, strict=True)]

@@ -213,7 +213,7 @@ def _over_imagenet(boards: Sequence[Board]) -> list[str]:
             lost.append(board.table.title)
     return [
         "Compared with the best ImageNet conversion, some pretrained encoder is significantly better on "
-        f"{len(won)} of {len(compared)} table{'s' * (len(compared) > 1)}{_bracketed(won)}, and a "
+        f"{len(won)} of {len(compared)} table{'s' * (len(compared) > 1)}{_bracketed(won)} and some "
         f"pretrained encoder is significantly worse on {len(lost)}{_bracketed(lost)}."
     ]
 

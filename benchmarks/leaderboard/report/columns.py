@@ -120,7 +120,7 @@ def rank_text(arm: Arm) -> str:
     rank = f"{arm.rank:g}"
     if arm.rank_interval:
         low, high = arm.rank_interval
-        rank += f" ({low:g}–{high:g})"
+        rank += f" ({round(low, 1):g}–{round(high, 1):g})"
     return f"{rank}, with labels" if arm.section == "labels" else rank
 
 
@@ -238,7 +238,7 @@ COLUMNS = (
     Column("version", lambda board, arm: board.table.version),
     Column("dataset", **_same(lambda board: " ".join(board.table.dataset))),
     Column("fraction", lambda board, arm: board.fraction, published=lambda board, row: ("", 1)),
-    Column("rank", lambda board, arm: arm.rank, "rank [95 % range]", lambda board, arm: rank_text(arm),
+    Column("rank", lambda board, arm: arm.rank, "rank [95\u00a0%\u00a0range]", lambda board, arm: rank_text(arm),
            published=lambda board, row: ("published", None)),
     Column("rank_low", lambda board, arm: arm.rank_interval and arm.rank_interval[0]),
     Column("rank_high", lambda board, arm: arm.rank_interval and arm.rank_interval[1]),
@@ -248,7 +248,7 @@ COLUMNS = (
     Column("kind", lambda board, arm: arm.kind, published=lambda board, row: ("", "published")),
     Column("section", lambda board, arm: arm.section),
     Column("score", **_same(lambda board: board.table.main)),
-    Column("value", lambda board, arm: arm.interval.value, "{score} [95 % CI]",
+    Column("value", lambda board, arm: arm.interval.value, "{score} [95\u00a0%\u00a0CI]",
            lambda board, arm: _interval_text(arm),
            published=lambda board, row: (number(row[board.table.main]), row[board.table.main])),
     Column("low", lambda board, arm: arm.interval.low),
@@ -258,7 +258,7 @@ COLUMNS = (
     Column("subsets", lambda board, arm: arm.subsets),
     Column("subjects", lambda board, arm: arm.runs.subjects),
     Column("reference", _reference),
-    Column("gain", lambda board, arm: arm.gain and arm.gain.value, "gain over {reference} [95 % CI]",
+    Column("gain", lambda board, arm: arm.gain and arm.gain.value, "gain over {reference} [95\u00a0%\u00a0CI]",
            lambda board, arm: _difference_text(arm.gain),
            lambda arm: _difference_tone(arm.gain, arm.p_holm)),
     Column("gain_low", lambda board, arm: arm.gain and arm.gain.low),
@@ -271,7 +271,7 @@ COLUMNS = (
            lambda board, arm: "" if _detectable(arm) is None else number(_detectable(arm))),
     Column("detectable", lambda board, arm: board.detectable),
     Column("imagenet_gain", lambda board, arm: arm.over_imagenet and arm.over_imagenet.value,
-           "gain over ImageNet [95 % CI]", lambda board, arm: _difference_text(arm.over_imagenet),
+           "gain over ImageNet [95\u00a0%\u00a0CI]", lambda board, arm: _difference_text(arm.over_imagenet),
            lambda arm: _difference_tone(arm.over_imagenet, arm.p_imagenet_holm)),
     Column("imagenet_low", lambda board, arm: arm.over_imagenet and arm.over_imagenet.low),
     Column("imagenet_high", lambda board, arm: arm.over_imagenet and arm.over_imagenet.high),

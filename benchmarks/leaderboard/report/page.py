@@ -324,14 +324,12 @@ def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = False) -> str:
     """Return a table that the script can sort: every cell has its key, and without one it stays last."""
-    numeric = [
-        any(_is_number(row.cells[k]) for row in rows) for k in range(len(head) - 1)
-    ]  # headings stand above their numbers
+    right = [any(_is_number(row.cells[k]) for row in rows) for k in range(len(head) - 1)]
     columns = f'<th scope="col">{escape(head[0])}</th>' + "".join(
-        f'<th scope="col"{" class=n" * right}>{escape(name)}</th>'
-        for name, right in zip(head[1:], numeric, strict=True)
+        f'<th scope="col"{" class=n" * number}>{escape(name)}</th>'
+        for name, number in zip(head[1:], right, strict=True)
     )
-    body = "".join(_row(row, heat) for row in rows)
+    body = "".join(_row(row, right, heat) for row in rows)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}">'
         f'<table class="sort"><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>'
@@ -339,17 +337,17 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = 
     )
 
 
-def _row(row: Row, heat: bool) -> str:
+def _row(row: Row, right: Sequence[bool], heat: bool) -> str:
     below = f"<small>{escape(row.about)}</small>" if row.about else ""
     name = f'<th scope="row" data-v="{escape(row.name, quote=True)}">{escape(row.name)}{below}</th>'
     kind = f' class="{row.kind}"' if row.kind else ""
-    return f"<tr{kind}>{name}{''.join(_cell(cell, heat) for cell in row.cells)}</tr>"
+    cells = "".join(_cell(cell, number, heat) for cell, number in zip(row.cells, right, strict=True))
+    return f"<tr{kind}>{name}{cells}</tr>"
 
 
-def _cell(cell: Cell, heat: bool) -> str:
-    look, style = ["n"] * _is_number(cell), ""
+def _cell(cell: Cell, right: bool, heat: bool) -> str:
+    look, style = ["n"] * right, ""
     if heat and cell.key is not None:
-        look = ["heat"]
         share = int(60 * float(cell.key))
         style = f' style="background:color-mix(in srgb,var(--accent) {share}%,transparent)"'
     look += [cell.tone] * bool(cell.tone)

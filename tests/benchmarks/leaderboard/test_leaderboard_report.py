@@ -998,6 +998,28 @@ def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
     assert told == pytest.approx(gain.detectable, abs=0.005)
 
 
+def test_a_sixth_score_of_finetuning_is_printed_and_its_absence_too():
+    from ssl3d_benchmarks.finetune.benchmark import Finetune
+    from ssl3d_benchmarks.finetune.protocol import task_class
+    from ssl3d_benchmarks.finetune.table import format_table
+    from ssl3d_benchmarks.table import Row
+
+    names = ("dice_1", "hd95", "hd95_1", "surface_dice", "surface_dice_1", "volume_error")
+    results = [finetuned("runs/alpha-0"), finetuned("scratch:resnet18", "untrained")]
+    for result in results:
+        result.settings = {**result.settings, "task": {"classes": [0, 1]}}
+        result.split = {**result.split, "val": {"subjects": 9}}
+        result.compute = {"details": [{"lr": 0.01, "best_step": 7, "steps": 9}]}
+        result.scores |= {name: 10.0 + k for k, name in enumerate(names)}
+    del results[1].scores["volume_error"]
+    rows = [Row(one.contestant["kind"], one.contestant["group"], one) for one in results]
+    benchmark = Finetune(task_class("segmentation").scorer({"classes": [0, 1]}, "masks"))
+    shown = format_table(rows, benchmark, "house split")
+    words = [line.split() for line in shown.splitlines()]
+    assert all(sum(name in line for line in words) == 1 for name in names)
+    assert ["runs/alpha-0", "14.000", "15.000"] in words and ["scratch:resnet18", "14.000", "-"] in words
+
+
 def test_a_printed_table_pairs_the_same_subsets_alone():
     """Where jobs failed: scores on an easy subset were taken for a seed's, or paired with a hard one's."""
     from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
