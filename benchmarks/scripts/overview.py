@@ -42,7 +42,7 @@ def main() -> None:
     )
     rows = sorted(record["predictions"], key=lambda row: np.mean(list(row["dice"].values())))
     shown = rows[len(rows) // 2]
-    volume = next(one for one in test if one.id == shown["id"])
+    volume = next(volume for volume in test if volume.id == shown["id"])
     figure = Figure(figsize=(11, 3.4), layout="constrained", facecolor="white")
     panels = figure.subplot_mosaic("iiiimmmmmttttpppp")
     middle = int(np.argmax((volume.read_mask().numpy() > 0).sum(axis=(1, 2))))
@@ -51,8 +51,8 @@ def main() -> None:
     draw_orders(panels["m"], options.run, test)
     draw_slice(panels["t"], image, volume.read_mask()[middle].numpy(), "drawn by hand")
     dice = np.mean(list(shown["dice"].values()))
-    found = prediction_of(options.tuned, record, shown["id"], volume.shape[1:])[middle]
-    draw_slice(panels["p"], image, found, f"predicted: Dice {dice:.2f}")
+    predicted = prediction_of(options.tuned, record, shown["id"], volume.shape[1:])[middle]
+    draw_slice(panels["p"], image, predicted, f"predicted: Dice {dice:.2f}")
     figure.savefig(options.picture, dpi=110)
 
 
