@@ -27,15 +27,15 @@ _TOPS = ("ssl3d", "ssl3d_benchmarks")
 def public(package: str) -> dict[str, Any]:
     """Return the public functions and classes of a package by name; of `ssl3d.api` its modules too."""
     module = importlib.import_module(package)
-    found = {}
-    for name in sorted({*dir(module), *getattr(module, "_HOME", ())}):
-        made = None if name.startswith("_") else getattr(module, name)
-        if callable(made):
-            if getattr(made, "__module__", "").partition(".")[0] in _TOPS:
-                found[name] = made
-        elif inspect.ismodule(made) and package == "ssl3d.api":
-            found[name] = made
-    return found
+    listed = {}
+    for name in dir(module):
+        thing = None if name.startswith("_") else getattr(module, name)
+        if callable(thing):
+            if getattr(thing, "__module__", "").partition(".")[0] in _TOPS:
+                listed[name] = thing
+        elif inspect.ismodule(thing) and package == "ssl3d.api":
+            listed[name] = thing
+    return listed
 
 
 def _packages() -> list[str]:
