@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from ssl3d.errors import DataError, UsageError
 from ssl3d.files import whole_file
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ssl3d.data.store.collection import Collection
     from ssl3d.encoder import Encoder
 
@@ -100,6 +100,7 @@ def embed_collection(
         DataError: No volume could be embedded.
     """
     import h5py
+    import numpy as np
     import torch
 
     from ssl3d.encoders.inference import dense_features, embed_volume
@@ -153,6 +154,8 @@ def patch_of(encoder: Encoder, asked: Sequence[int] | None) -> tuple[int, int, i
 
 
 def _check(encoder: Encoder, data: Collection, say: Callable[[str], None]) -> None:
+    import numpy as np
+
     if not len(data):
         raise DataError("no volumes to embed")
     channels = sorted({int(shape[0]) for shape in data.shapes})
@@ -178,6 +181,7 @@ def _write(
     patch: tuple[int, int, int],
 ) -> None:
     import h5py
+    import numpy as np
 
     text = h5py.string_dtype()
     file["embeddings"] = embeddings
