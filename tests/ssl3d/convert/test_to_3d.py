@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ssl3d.convert import to_3d
-from ssl3d.convert.config import CONVOLUTIONS as KINDS
+from ssl3d.convert.config import KINDS
 from ssl3d.errors import UsageError
 
 NETWORKS = {
