@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ssl3d.convert import to_3d
-from ssl3d.convert.config import CONVOLUTIONS
+from ssl3d.convert import config, to_3d
 from ssl3d.errors import UsageError
 
 NETWORKS = {
@@ -57,7 +56,7 @@ def test_on_depth_1_acs_and_2_5d_are_the_2d_network_with_its_keys(name):
         assert made.report.parameters == made.report.before
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", config.CONVOLUTIONS)
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnext50_32x4d", "mobilenet_v2", "shufflenet_v2_x0_5", "convnext_tiny"]
 )
@@ -143,7 +142,7 @@ def test_acs_is_the_2d_convolution_of_the_sections_in_three_planes(name):
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", config.CONVOLUTIONS)
 def test_layers_agree_in_size_train_and_take_images(name, kind):
     conv = CONVOLUTIONS[name]
     made = to_3d(conv, kind)

@@ -137,7 +137,7 @@ def test_resampling_in_blocks_bounds_memory_and_repeats(monkeypatch):
         return statistics.mean(values, weights)
 
     whole = statistics.resample(statistic, np.arange(50), 1000)
-    monkeypatch.setattr(statistics, "BLOCK", 5000)
+    monkeypatch.setattr("ssl3d.evaluation.statistics.intervals.BLOCK", 5000)
     sizes.clear()
     blocks = statistics.resample(statistic, np.arange(50), 1000)
     assert max(rows * columns for rows, columns in sizes) <= 5000 and len(blocks) == 1000
