@@ -32,7 +32,6 @@ LEFT = set(
     ssl3d/checkpoint
     ssl3d/commands
     ssl3d/convert
-    ssl3d/data/preparation
     ssl3d/detection
     ssl3d/encoders
     ssl3d/evaluation

@@ -166,7 +166,7 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Choose the sides of the foreground map's blocks: powers of two up to 8 that leave 16 blocks or more."""
+    """Choose the sides of the foreground map's blocks: powers of two up to 8 that leave 16 or more."""
     sides = [min(8, 1 << max(0, (max(size, 16) // 16).bit_length() - 1)) for size in shape]
     return sides[0], sides[1], sides[2]
 
