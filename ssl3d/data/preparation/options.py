@@ -33,15 +33,15 @@ class PrepareOptions:
             class_index or diagnosis.
         masks: File-name part that tells the label map beside a scan, such as seg; kept as its mask.
         take_labels: Whether files that look like label maps are scans too.
-        spacing: Voxel size in mm along D H W; or keep, every scan's own (the default: nothing is
-            interpolated, and the spacing is stored); or median, the median over the data set, of each
-            data set its own (Med3D).
-        normalize: ct (clip to the window, 0 to 1), mr (clip to the foreground's 0.5 and 99.5
-            percentiles, z-score over the foreground), unit (0 to 1), none, or auto: by the header's
-            modality, else by the values, for each scan.
-        nan: Value to put in place of NaN, as SPM writes it for the background; scans with NaN are refused
-            otherwise.
-        window: Lowest and highest value, instead of -1000 1000 HU (ct) or the percentiles.
+        spacing: Voxel size in mm along D H W; keep leaves every scan its own (the default: nothing is
+            interpolated, and the spacing is stored), and median takes the median over each data set
+            (Med3D).
+        normalize: Normalisation of intensities: ct (clip to the window, 0 to 1), mr (clip to the
+            foreground's 0.5 and 99.5 percentiles, z-score over the foreground), unit (0 to 1), none, or
+            auto: for each scan by its header's modality, else by its values.
+        nan: Value to put in place of NaN, which SPM writes for the background; by default scans with NaN
+            are refused.
+        window: Lowest and highest intensity; by default -1000 1000 HU (ct) or the percentiles (mr, unit).
         crop_foreground: Whether the background around the foreground is cut off.
         frames: Treatment of 4D files: split into volumes, channels of one volume, or refuse.
         colour: Treatment of pictures: grey, or rgb (three channels, for grey ones too). With rgb they
