@@ -26,7 +26,6 @@ LEFT = set(
     benchmarks/localize
     benchmarks/scripts
     ssl3d
-    ssl3d/data/preparation
     ssl3d/encoders
     ssl3d/heads
     """.split()  # noqa: SIM905

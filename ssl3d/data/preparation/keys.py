@@ -22,15 +22,16 @@ FOUND = 2  # of what is made of the names of files, such as subjects: raise it, 
 
 
 def state_of(root: Path) -> list[list[Any]]:
-    """[path, size, time of change] of all files that decide what becomes of a source, in a stable order.
+    """List [path, size, time of change] of all files that decide what becomes of a source.
 
-    A list given as the source counts by its content, so that copying or touching it changes nothing.
+    The order is stable. A list given as the source counts by its content, so that copying or touching it
+    changes nothing.
 
     Args:
         root: Folder or file, absolute.
 
     Raises:
-        DataError: It is a list that cannot be used.
+        DataError: The source is a list that cannot be used.
     """
     first: list[list[Any]] = []
     if root.is_dir():

@@ -21,7 +21,7 @@ _LOWEST_HU = -5000.0  # air is -1000; what surrounds a scanner's circle is -1024
 
 
 def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
-    """The normalisation of `auto`: by the header's modality, else by the values.
+    """Decide the normalisation of `auto`: by the header's modality, else by the values.
 
     Args:
         voxels: (C, D, H, W).
@@ -55,7 +55,7 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
 
 
 def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
-    """Where there is something to see: body, head, organ; cavities inside it included.
+    """Mark where there is something to see: body, head, organ; cavities inside it included.
 
     A tenth of the way from the darkest to the brightest (99.5th percentile) separates air and its noise
     from tissue and keeps nearly all of a volume that lies inside the body; CT has its own scale (-500 HU).
@@ -63,7 +63,7 @@ def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
 
     Args:
         voxels: (C, D, H, W), before normalisation.
-        kind: The normalisation, see `KINDS`.
+        kind: Normalisation: ct, mr, unit or none.
 
     Returns:
         (D, H, W), boolean; all true where nothing stands out.
@@ -73,18 +73,18 @@ def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
     # A coarse copy decides: holes are filled ten times faster, and crops need no more.
     steps = [max(1, round(n / 128)) for n in voxels.shape[1:]]
     coarse = voxels[:, :: steps[0], :: steps[1], :: steps[2]]
-    found: np.ndarray = np.zeros(coarse.shape[1:], dtype=bool)
+    body: np.ndarray = np.zeros(coarse.shape[1:], dtype=bool)
     for channel in coarse:
         low = float(channel.min())
         level = -500.0 if kind == "ct" else low + 0.1 * (float(np.percentile(channel, 99.5)) - low)
-        found |= channel > level
-    if found.shape[1] > 2 and found.shape[2] > 2:
-        found = np.stack([ndimage.binary_fill_holes(layer) for layer in found])
-    if not found.any():
+        body |= channel > level
+    if body.shape[1] > 2 and body.shape[2] > 2:
+        body = np.stack([ndimage.binary_fill_holes(layer) for layer in body])
+    if not body.any():
         return np.ones(voxels.shape[1:], dtype=bool)
     for axis, step in enumerate(steps):
-        found = np.repeat(found, step, axis=axis)
-    return found[tuple(slice(n) for n in voxels.shape[1:])]
+        body = np.repeat(body, step, axis=axis)
+    return body[tuple(slice(n) for n in voxels.shape[1:])]
 
 
 def normalize(
@@ -96,7 +96,7 @@ def normalize(
     missing: Sequence[int] = (),
     in_place: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Brings intensities to a common scale; says how.
+    """Bring intensities to a common scale, and say how.
 
     `ct` clips to the window (HU) and scales it to 0..1. `mr` clips to the 0.5th and 99.5th percentiles
     of the foreground and z-scores with the foreground's mean and deviation, channel by channel. `unit`
@@ -105,7 +105,7 @@ def normalize(
 
     Args:
         voxels: (C, D, H, W).
-        kind: See `KINDS`.
+        kind: Normalisation: ct, mr, unit or none.
         inside: (D, H, W), the foreground.
         window: Lowest and highest value, of `ct` and `unit`; of `mr` instead of the percentiles.
         eight_bit: Whether the source held unsigned bytes.
@@ -172,7 +172,7 @@ def _limits(channel: np.ndarray, kind: str, inside: np.ndarray, eight_bit: bool)
 
 
 def _moments(channel: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation of the foreground in double precision, layer by layer to save memory."""
+    """Compute mean and deviation of the foreground in double precision, layer by layer to save memory."""
     count = int(inside.sum())
     if not count:
         inside, count = np.ones_like(inside), inside.size
@@ -185,7 +185,7 @@ def _moments(channel: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 
 def _air(channel: np.ndarray, inside: np.ndarray) -> float:
-    """What lies around the body: the median outside the foreground, else the darkest value."""
+    """Estimate the value around the body: the median outside the foreground, else the darkest value."""
     step = max(1, channel.size // 1_000_000)
     sample = channel.reshape(-1)[::step]
     around = sample[~inside.reshape(-1)[::step]]

@@ -1,4 +1,4 @@
-"""Parts of a store that is being made: which still hold, whose they are, and what was refused."""
+"""Parts of a store that is being made: those that still hold, whose they are, and what was refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made bef
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file; zeros if it is gone."""
+    """Read size and time of change of a file; zeros if it is gone."""
     try:
         status = path.stat()
     except OSError:
@@ -36,7 +36,7 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def with_voxels(path: Path) -> Iterator[Path]:
-    """The file, and the one that holds its voxels, where that is another."""
+    """Yield the file, and the one that holds its voxels, where that is another."""
     yield path
     if is_detached(path) and path.is_file():
         with open(path, "rb") as file:
@@ -46,13 +46,13 @@ def with_voxels(path: Path) -> Iterator[Path]:
 
 
 def digest_of(value: Any) -> str:
-    """A short hash of JSON values."""
+    """Hash JSON values to a short text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
 def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
-    """What a scan is, and the state of its files: a part is reused for the same key only."""
+    """Hash a scan and the state of its files; a part is reused for the same key only."""
     files = [whole for path in scan.all_files for whole in with_voxels(path)]
     for path in files:
         if path not in stamps:
@@ -70,7 +70,14 @@ def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
 def reuse_parts(
     scans: Sequence[Scan], recipe: Recipe, folder: Path, say: Callable[[str], None]
 ) -> list[str]:
-    """Names of the parts, in order. Parts of an earlier call that still hold are given these names."""
+    """Name the parts, in order; parts of an earlier call that still hold get these names, others go.
+
+    Args:
+        scans: Scans of the store, in order.
+        recipe: Steps that every scan takes.
+        folder: Folder of the parts.
+        say: Function that prints a line.
+    """
     stamps: dict[Path, tuple[int, int]] = {}
     options = digest_of([VERSION, dataclasses.asdict(recipe)])
     memo = folder / "options.json"
@@ -110,7 +117,7 @@ def _whole(path: Path) -> bool:
 
 
 def keep_only(folder: Path, names: Sequence[str]) -> None:
-    """Removes what does not belong: temporary files, parts of an orphaned worker of another call."""
+    """Remove what does not belong: temporary files, and parts by an orphaned worker of another call."""
     wanted = set(names)
     for path in folder.iterdir():
         if path.name.endswith(".tmp") or (
@@ -121,7 +128,7 @@ def keep_only(folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Makes the folder of the parts, and refuses a second `prepare` of the same store at the same time."""
+    """Make the folder of the parts, and refuse a second `prepare` of the same store at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
     try:
@@ -141,7 +148,7 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
 
 
 def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
-    """Settings and rejected files of a store, or what is wrong with it."""
+    """Read the settings and rejected files of a store, or what is wrong with it."""
     import h5py
 
     from ssl3d.data.store.index import FORMAT
@@ -160,7 +167,7 @@ def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
 
 
 def store_counts(path: Path) -> tuple[int, int]:
-    """Volumes and subjects of a store."""
+    """Count the volumes and subjects of a store."""
     import h5py
 
     with h5py.File(path, "r", locking=False) as file:
@@ -169,15 +176,15 @@ def store_counts(path: Path) -> tuple[int, int]:
 
 
 def odd_masks(path: Path) -> dict[str, list[str]]:
-    """The scans whose masks do not fit them, as a store's provenance has it.
+    """Find the scans whose masks do not fit them, by the provenance in a store.
 
     Returns:
-        "elsewhere": whose mask's header places it somewhere else; "regridded": whose mask was of another
-        grid. Sources, in order.
+        Sources, in order, of the scans whose mask's header places it somewhere else ("elsewhere"), and of
+        those whose mask was of another grid ("regridded").
     """
     import h5py
 
-    found: dict[str, list[str]] = {"elsewhere": [], "regridded": []}
+    odd: dict[str, list[str]] = {"elsewhere": [], "regridded": []}
     with h5py.File(path, "r", locking=False) as file:
         rows = file["index/table"][()]
         masked = np.flatnonzero(rows["has_mask"])
@@ -187,32 +194,32 @@ def odd_masks(path: Path) -> dict[str, list[str]]:
             ends = own["provenance_at"] + own["provenance_length"]
             text = file["provenance"][start : int(ends.max())].tobytes()
             for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
-                one = text[at - start : end - start]
-                if b'"mask":"' not in one:  # nearly all: they need not be parsed
+                line = text[at - start : end - start]
+                if b'"mask":"' not in line:  # nearly all: they need not be parsed
                     continue
-                record = json.loads(one)
+                record = json.loads(line)
                 how = record["done"].get("mask")
                 if how is not None:
-                    found["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
-    return found
+                    odd["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
+    return odd
 
 
 def mask_lines(odd: dict[str, list[str]]) -> list[str]:
-    """What to tell of `odd_masks`."""
+    """Write the lines that tell of `odd_masks`."""
     said = {
         "elsewhere": "placed elsewhere than the scan by its header, taken voxel by voxel all the same",
         "regridded": "of another grid than the scan, resampled to it",
     }
     return [
-        f"{count_of(len(odd[kind]), 'mask')} {what}: {', '.join(odd[kind][:3])}"
+        f"{count_of(len(odd[kind]), 'mask')} {remark}: {', '.join(odd[kind][:3])}"
         + (f" and {len(odd[kind]) - 3} more" if len(odd[kind]) > 3 else "")
-        for kind, what in said.items()
+        for kind, remark in said.items()
         if odd.get(kind)
     ]
 
 
 def write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Lists what was refused in `rejected.csv` beside the store; lines of other stores there stay."""
+    """List what was refused in `rejected.csv` beside the store; lines of other stores there stay."""
     path = out.parent / "rejected.csv"
     others: list[dict[str, str]] = []
     if path.is_file():

@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Died:
-    """Stands for the result of a task whose worker died or raised; `reason` says how."""
+    """Result of a task whose worker died or raised; `reason` says how."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -31,15 +31,15 @@ def run(
     workers: int,
     start: Callable[[], None] | None = None,
 ) -> Iterator[tuple[T, R | Died]]:
-    """Applies a function to tasks in worker processes; results come as they are ready.
+    """Apply a function to tasks in worker processes; results come as they are ready.
 
     A task is drawn from `tasks` when a worker is free for it, so memory is bounded by the workers.
 
     Args:
-        function: Importable by name.
-        tasks: Drawn one by one in this process.
-        workers: Processes; 0 works in this one.
-        start: Called once in every worker.
+        function: Function that can be imported by name.
+        tasks: Tasks, drawn one by one in this process.
+        workers: Number of processes; 0 works in this one.
+        start: Function that is called once in every worker.
     """
     if workers <= 0:
         if start is not None:
@@ -83,7 +83,7 @@ _END: Any = object()
 
 
 def _sent(task: Any, idle: list[_Worker]) -> _Worker | None:
-    """The idle worker that took the task; those found dead are dropped."""
+    """Send the task to an idle worker, and return the worker; those found dead are dropped."""
     while idle:
         worker = idle.pop()
         try:

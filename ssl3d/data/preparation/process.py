@@ -1,4 +1,4 @@
-"""One scan to one part of the store (or several, if its file holds frames): what a worker does."""
+"""Makes one scan one part of the store, or several if its file holds frames: the work of a worker."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ssl3d.data.scans.boxes import around_mask, from_world, within
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.itk import quiet_sitk
 from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of
+from ssl3d.data.store.record import Record
 from ssl3d.errors import DataError
 
 _LABEL_VALUES = 32  # a label map has no more values than this
@@ -28,19 +29,19 @@ _CHANNEL_NOTES = {"regridded": "onto_first_channel", "elsewhere": "voxel_by_voxe
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is done to every scan; see `PrepareOptions` for the words.
+    """Steps of preparation that every scan takes; `PrepareOptions` explains the words.
 
     Attributes:
-        spacing: Target (D, H, W) in mm, None keeps each scan's own.
+        spacing: Target (D, H, W) in mm; None keeps each scan's own.
         normalize: ct, mr, unit, auto or none.
-        window: Lowest and highest value, None for the kind's own.
+        window: Lowest and highest value; None for the kind's own.
         crop_foreground: Whether the border of background is cut off.
         frames: split, channels or refuse.
         colour: grey or rgb.
-        max_voxels: More than this are refused.
+        max_voxels: Largest number of voxels that is not refused.
         boxes: listed, or masks: around the components of the mask.
         medians: Targets of data sets that each have their own, by name, instead of `spacing`.
-        nan: Put in place of NaN; None refuses it.
+        nan: Value in place of NaN; None refuses NaN.
     """
 
     spacing: Triple | None = None
@@ -55,23 +56,23 @@ class Recipe:
     nan: float | None = None
 
     def of(self, dataset: str) -> Recipe:
-        """What is done to the scans of one data set."""
+        """Return the recipe for the scans of one data set."""
         own = dict(self.medians).get(dataset, self.spacing)
         return dataclasses.replace(self, spacing=own, medians=())
 
 
 @dataclasses.dataclass
-class Task:
-    """What a worker is handed.
+class ScanTask:
+    """One scan that a worker is handed, with what it needs.
 
     Attributes:
-        scan: Which scan.
-        name: Of its part.
-        folder: Of the parts.
-        recipe: What to do.
-        row: The voxels of an .npz row.
-        row_mask: Its mask.
-        sha256: Of the file, where one file holds many volumes.
+        scan: Scan to be processed.
+        name: Name of the scan's part.
+        folder: Folder of the parts.
+        recipe: Steps of preparation.
+        row: Voxels of a row, where a file holds many volumes.
+        row_mask: Mask of that row.
+        sha256: SHA-256 of the file, where it holds many volumes.
     """
 
     scan: Scan
@@ -85,16 +86,16 @@ class Task:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a scan.
+    """What became of one scan.
 
     Attributes:
         parts: Names of the parts written.
-        size: Their bytes.
+        size: Bytes of the parts.
         rejected: (source, reason) of what was refused.
         label_like: Whether it was left out because its values are those of a label map.
-        full: The operating system's words when the disk is full.
+        full: Message about a full disk; "" where it is not.
         unspaced: Whether it could not be resampled, for want of a spacing.
-        seconds: It took.
+        seconds: Duration of the work.
     """
 
     parts: list[str] = dataclasses.field(default_factory=list)
@@ -106,35 +107,47 @@ class Outcome:
     seconds: float = 0.0
 
 
-def process(task: Task) -> Outcome:
-    """Reads, places, resamples, normalises, crops and writes one scan. Never raises on bad data."""
+def process(task: ScanTask) -> Outcome:
+    """Read, place, resample, normalise, crop and write one scan; bad data are rejected, not raised."""
     started = time.monotonic()
-    outcome = _process(task)
+    outcome = Outcome()
+    try:
+        _process(task, outcome)
+    except DataError as error:
+        outcome.rejected.append((task.scan.source, str(error)))
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def _process(task: Task) -> Outcome:
-    outcome, scan = Outcome(), task.scan
-    try:
-        pixels, missing, notes = _read_channels(task)
-        if not scan.named and _label_like(pixels):
-            outcome.label_like = True
-            return outcome
-        volumes = _frames(pixels, task, notes)
-        digest = task.sha256 or sha256_of([path for group in scan.files for path in group])
-    except DataError as error:
-        outcome.rejected.append((scan.source, str(error)))
-        return outcome
+def _process(task: ScanTask, outcome: Outcome) -> None:
+    """Process a scan, and record in the outcome what becomes of its volumes.
+
+    Raises:
+        DataError: The scan as a whole is of no use.
+    """
+    scan = task.scan
+    pixels, missing, notes = _read_channels(task)
+    if not scan.named and _label_like(pixels):
+        outcome.label_like = True
+        return
+    volumes = _frames(pixels, task, notes)
+    sha256 = task.sha256 or sha256_of([path for group in scan.files for path in group])
     outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
+    several = len(volumes) > 1
     # Frame 0 is written last: where it stands, the others do too.
     for frame in reversed(range(len(volumes))):
-        several = len(volumes) > 1
         source = f"{scan.source}#{frame}" if several else scan.source
         name = f"{task.name}_{frame:05d}" if frame else task.name
         try:
-            own = {**notes, "frame": frame} if several else dict(notes)
-            path = _write(task, name, volumes[frame], missing, own, digest, frame if several else None)
+            path = _write(
+                task,
+                volumes[frame],
+                name=name,
+                missing=missing,
+                done={**notes, "frame": frame} if several else dict(notes),
+                sha256=sha256,
+                frame=frame if several else None,
+            )
             outcome.parts.append(name)
             outcome.size += path.stat().st_size
         except DataError as error:
@@ -142,16 +155,20 @@ def _process(task: Task) -> Outcome:
         except MemoryError:
             outcome.rejected.append((source, "does not fit into memory"))
         except OSError as error:
-            # HDF5 tells of a full disk in its text only.
-            if error.errno in (28, 122) or "No space left" in str(error) or "errno = 28" in str(error):
-                outcome.full = "no space left on the disk"
-                return outcome
-            raise
-    return outcome
+            if not is_full(error):
+                raise
+            outcome.full = "no space left on the disk"
+            return
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether an error is one of a full disk, which HDF5 tells in its text only."""
+    text = str(error)
+    return error.errno in (28, 122) or "No space left" in text or "errno = 28" in text
 
 
 def spacing_of_scan(scan: Scan) -> Triple | None:
-    """Spacing from the header, None where the format has none or the header is damaged."""
+    """Read the spacing from the header; None where the format has none or the header is damaged."""
     files = next((group for group in scan.files if group), ())
     if scan.member is not None or not files:
         return None
@@ -164,8 +181,8 @@ def spacing_of_scan(scan: Scan) -> Triple | None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
-    """Voxels of all channels on the grid of the first, the missing channels, and notes for the record."""
+def _read_channels(task: ScanTask) -> tuple[Pixels, list[int], dict[str, Any]]:
+    """Read all channels on the grid of the first, the missing channels, and notes for the record."""
     scan, recipe = task.scan, task.recipe
     if task.row is not None:
         only = _filled(_from_row(task.row, recipe), recipe)
@@ -198,7 +215,7 @@ def _read_channels(task: Task) -> tuple[Pixels, list[int], dict[str, Any]]:
 
 
 def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
-    """With something in place of NaN if that is asked for, which the notes then say."""
+    """Put a value in place of NaN if the recipe asks for it, and note it."""
     if recipe.nan is None or pixels.voxels.dtype.kind != "f":
         return pixels
     blank = np.isnan(pixels.voxels)
@@ -210,7 +227,7 @@ def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
 
 
 def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
-    """An .npz row: (H, W), (H, W, 3) or (D, H, W)."""
+    """Make pixels of a row of an archive: (H, W), (H, W, 3) or (D, H, W)."""
     colours = row.ndim in (3, 4) and row.shape[-1] == 3 and row.shape[-2] != 3
     frames = np.moveaxis(row, -1, 0) if colours else row[None]
     if frames.ndim == 3:
@@ -224,7 +241,7 @@ def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
 
 
 def _label_like(pixels: Pixels) -> bool:
-    """Whether the values are few small whole numbers from 0, as in a label map."""
+    """Tell whether the values are few small whole numbers from 0, as in a label map."""
     sample = pixels.voxels.reshape(-1)
     if sample.size == 0 or sample.dtype.kind not in "iufb":
         return False
@@ -237,8 +254,8 @@ def _label_like(pixels: Pixels) -> bool:
     return len(values) <= _LABEL_VALUES and high <= 50 and bool(np.array_equal(values, np.rint(values)))
 
 
-def _frames(pixels: Pixels, task: Task, notes: dict[str, Any]) -> list[Pixels]:
-    """One `Pixels` per volume to be stored, its first axis the channels."""
+def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixels]:
+    """Split a scan into a `Pixels` per volume to be stored, its first axis the channels."""
     scan, recipe = task.scan, task.recipe
     voxels = pixels.voxels
     if pixels.colours:
@@ -267,15 +284,29 @@ def _frames(pixels: Pixels, task: Task, notes: dict[str, Any]) -> list[Pixels]:
 
 
 def _write(
-    task: Task,
-    name: str,
+    task: ScanTask,
     pixels: Pixels,
+    *,
+    name: str,
     missing: list[int],
     done: dict[str, Any],
     sha256: str,
     frame: int | None,
 ) -> Path:
-    from ssl3d.data.store.record import Record
+    """Write one volume as a part of the store, and what was done to it into its record.
+
+    Args:
+        task: Scan that the volume is of, and its recipe.
+        pixels: Volume as read.
+        name: Name of the part.
+        missing: Channels that the subject lacks.
+        done: Notes for the record, which are added to.
+        sha256: SHA-256 of the source.
+        frame: Number of the frame, where the scan holds several.
+
+    Raises:
+        DataError: The volume is of no use.
+    """
     from ssl3d.data.store.writer import write_part
 
     scan, recipe = task.scan, task.recipe
@@ -302,18 +333,34 @@ def _write(
     # 255ths, exactly: stored as they came, in half the room.
     plain = natural and window == (0.0, 255.0) and not isinstance(done.get("resampled"), dict)
     start: tuple[int, ...] = (0, 0, 0)
+    stop = inside.shape
     if recipe.crop_foreground:
         start, stop = _box(inside)
-        if (start, stop) != ((0, 0, 0), inside.shape):
-            done["crop"] = {"start": start, "of": inside.shape}
-            cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-            image, inside = image[(slice(None), *cut)], inside[cut]
-            mask = None if mask is None else mask[cut]
-            affine = geometry.shifted(affine, start)
-    boxes, box_labels = _boxes(scan, recipe, pixels, mask, start, image.shape[1:], done, affine)
-    original = pixels.original_affine
-    record = Record(
+    if (start, stop) != ((0, 0, 0), inside.shape):
+        done["crop"] = {"start": start, "of": inside.shape}
+        cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        image, inside = image[(slice(None), *cut)], inside[cut]
+        mask = None if mask is None else mask[cut]
+        affine = geometry.shifted(affine, start)
+    boxes, box_labels = _boxes(
+        task, pixels, mask=mask, start=start, shape=image.shape[1:], affine=affine, done=done
+    )
+    record = _record(
+        scan,
+        pixels,
         id=scan.id if frame is None else f"{scan.id}#{frame}",
+        affine=affine,
+        sha256=sha256,
+        channels=_channels(scan, pixels, len(image)),
+        done=done,
+    )
+    dtype = "uint8" if plain else "float16"
+    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
+
+
+def _record(scan: Scan, pixels: Pixels, *, affine: np.ndarray, **fields: Any) -> Record:
+    original = pixels.original_affine
+    return Record(
         dataset=scan.dataset,
         subject=scan.subject,
         split=scan.split,
@@ -324,26 +371,36 @@ def _write(
         original_shape=tuple(int(n) for n in pixels.original_shape),
         original_affine=None if original is None else tuple(tuple(map(float, row)) for row in original),
         source=scan.source if scan.member is None else f"{scan.source}#{scan.member[0]}[{scan.member[1]}]",
-        sha256=sha256,
-        channels=_channels(scan, pixels, len(image)),
-        done=done,
+        **fields,
     )
-    dtype = "uint8" if plain else "float16"
-    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
 
 
 def _boxes(
-    scan: Scan,
-    recipe: Recipe,
+    task: ScanTask,
     pixels: Pixels,
+    *,
     mask: np.ndarray | None,
     start: Sequence[int],
     shape: Sequence[int],
-    done: dict[str, Any],
     affine: np.ndarray,
+    done: dict[str, Any],
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Boxes (n, 6) and their labels (n,) on the stored grid, which begins at voxel `start`."""
-    if mask is not None and (recipe.boxes == "masks" or scan.mask_boxes):
+    """Place boxes (n, 6) and their labels (n,) on the stored grid, which begins at voxel `start`.
+
+    Args:
+        task: Scan that the volume is of, and its recipe.
+        pixels: Volume as read.
+        mask: Mask on the stored grid.
+        start: Voxel of the volume as read at which the stored grid begins.
+        shape: Shape of the stored grid.
+        affine: Affine of the stored grid.
+        done: Notes for the record, which are added to.
+
+    Raises:
+        DataError: The boxes are in mm and the volume has no place, or in pixels and it is no picture.
+    """
+    scan = task.scan
+    if mask is not None and (task.recipe.boxes == "masks" or scan.mask_boxes):
         boxes, labels = around_mask(mask)
         if scan.mask_boxes and not len(boxes):
             return None, None
@@ -352,10 +409,10 @@ def _boxes(
     if scan.world_boxes is not None:
         if pixels.orientation == UNKNOWN:
             raise DataError("boxes are listed for it in mm, and its file does not say where its voxels lie")
-        told = np.array(scan.world_boxes, dtype=np.float64).reshape(-1, 7)
-        boxes, inside = within(from_world(told[:, :6], np.asarray(affine)), shape)
-        done["boxes"] = {"listed": len(told), "outside": int((~inside).sum())}
-        return boxes[inside], told[inside, 6].astype(np.int64)
+        world = np.array(scan.world_boxes, dtype=np.float64).reshape(-1, 7)
+        boxes, inside = within(from_world(world[:, :6], np.asarray(affine)), shape)
+        done["boxes"] = {"listed": len(world), "outside": int((~inside).sum())}
+        return boxes[inside], world[inside, 6].astype(np.int64)
     if scan.boxes is None:
         return None, None
     listed = np.array(scan.boxes, dtype=np.float32).reshape(-1, 7)
@@ -378,7 +435,7 @@ def _channels(scan: Scan, pixels: Pixels, count: int) -> tuple[str, ...]:
 
 
 def _checked(pixels: Pixels, scan: Scan, missing: list[int]) -> np.ndarray:
-    """The voxels in single precision, if they are of use."""
+    """Return the voxels in single precision, or refuse them."""
     if pixels.voxels.dtype.kind not in "iufb":
         raise DataError(f"voxels of type {pixels.voxels.dtype}; expected numbers")
     with np.errstate(over="ignore"):
@@ -401,8 +458,8 @@ def _unfinite(voxels: np.ndarray) -> str:
     return f"{odd:,} of {voxels.size:,} voxels are {'NaN' if odd == nan else 'NaN or infinite'}{hint}"
 
 
-def _mask(task: Task, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None:
-    """The label map on the scan's own grid, (D, H, W)."""
+def _mask(task: ScanTask, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None:
+    """Read the label map on the scan's own grid, (D, H, W)."""
     if task.row_mask is not None:
         return task.row_mask.reshape(pixels.voxels.shape[1:])
     path = task.scan.mask
@@ -436,7 +493,7 @@ def _resampled(
 
 
 def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First and one-past-last voxel of the foreground along each axis."""
+    """Find the first and one-past-last voxel of the foreground along each axis."""
     starts, stops = [], []
     for axis in range(3):
         there = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
@@ -446,7 +503,7 @@ def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def start_worker() -> None:
-    """One thread per worker where a library would start its own; imports what it will use."""
+    """Prepare a worker: one thread where a library would start its own, and the imports it will use."""
     quiet_sitk()
     for name in ("nibabel", "scipy.ndimage", "ssl3d.data.store.writer"):
         importlib.import_module(name)

@@ -8,7 +8,11 @@ from ssl3d.amounts import duration
 
 
 class Progress:
-    """A bar on the terminal; nothing elsewhere."""
+    """A bar on the terminal, and nothing elsewhere.
+
+    Args:
+        total: Number of steps.
+    """
 
     def __init__(self, total: int):
         self.total = total
@@ -16,7 +20,7 @@ class Progress:
         self.last = 0.0
 
     def show(self, done: int, seconds: float) -> None:
-        """Draws it, ten times a second at most."""
+        """Draw the bar, ten times a second at most."""
         if not self.shown or (seconds - self.last < 0.1 and done < self.total):
             return
         self.last = seconds
@@ -26,6 +30,6 @@ class Progress:
         print(f"\r[{bar}] {done}/{self.total}  {left} left \x1b[K", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Takes it off the terminal."""
+        """Take the bar off the terminal."""
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What `prepare` says at its end of a whole store: what only shows when its scans are seen together."""
+"""Remarks of `prepare` on a whole store: what only shows when its scans are seen together."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ _NAMED = 3
 
 
 def remarks(path: Path) -> list[str]:
-    """Lines about scans normalised in several ways, and channels that are missing or were taken by voxel.
+    """Write lines about scans of a store that do not fit together.
 
-    And about scans of two subjects that are the same.
+    They tell of scans normalised in several ways, of channels that are missing or were taken voxel by
+    voxel, and of scans of two subjects that are the same.
 
     Args:
-        path: A store.
+        path: File of the store.
     """
     import h5py
 
@@ -71,9 +72,10 @@ def remarks(path: Path) -> list[str]:
 
 
 def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], tuple[str, str]]) -> str:
-    """The source of an earlier scan of another subject that looks the same, or ""; remembers this one.
+    """Find the source of an earlier scan of another subject that looks the same, or ""; remember this one.
 
-    Both hashes of the leak check are equal, which any linear change of the intensities leaves as they are.
+    Scans look the same where both hashes of the leak check are equal, which any linear change of the
+    intensities leaves as they are.
     """
     reading, who, source = (str(record.get(key) or "") for key in ("reading", "subject", "source"))
     if not reading:
@@ -83,14 +85,14 @@ def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], tuple[str, 
 
 
 def _mixed(dataset: str, kinds: dict[str, list[str]]) -> str:
-    """The kinds of normalisation within a data set, the most frequent first, with examples of the rest."""
+    """Tell a data set's kinds of normalisation, the most frequent first, with examples of the rest."""
     first, *rest = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
-    told = ", ".join(f"{len(kinds[kind])} as {kind} ({_few(kinds[kind])})" for kind in rest)
+    rare = ", ".join(f"{len(kinds[kind])} as {kind} ({_few(kinds[kind])})" for kind in rest)
     # Hounsfield units are often taken for MR (cropped, resampled, shifted ones), hardly ever the other way.
-    one = "ct" if "ct" in kinds else first
+    likely = "ct" if "ct" in kinds else first
     return (
-        f"{dataset}: {count_of(len(kinds[first]), 'volume')} normalised as {first}, {told}; if all are of "
-        f"one kind, --normalize {one} makes them alike"
+        f"{dataset}: {count_of(len(kinds[first]), 'volume')} normalised as {first}, {rare}; if all are of "
+        f"one kind, --normalize {likely} makes them alike"
     )
 
 

@@ -22,6 +22,12 @@ class Collection(Sequence[Volume]):
     Args:
         stores: Stores in order; their volumes are numbered through.
         rows: Numbers of the volumes selected; all of them if left out.
+
+    Example:
+        >>> from ssl3d.api import open_data
+        >>> volumes = open_data(["phantoms:6"])
+        >>> len(volumes), len(volumes.select(volumes.labels == 1)), len(volumes[:2])
+        (6, 2, 2)
     """
 
     def __init__(self, stores: Sequence[Store], rows: np.ndarray | None = None):

@@ -135,6 +135,16 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
 
     Raises:
         DataError: There are no parts, a part is cut short, or two volumes have one id.
+
+    Example:
+        >>> import tempfile
+        >>> from ssl3d.api import Record, assemble, open_data, write_part
+        >>> parts, store = (Path(tempfile.mkdtemp()) / name for name in ("parts", "study.h5"))
+        >>> image = np.random.default_rng(0).normal(size=(1, 16, 16, 16))
+        >>> part = write_part(parts, "0", Record("scan-1", "study", "patient-1"), image)
+        >>> assemble(parts, store, settings={}, rejected=[])
+        >>> open_data([store])[0]
+        Volume(0, study/scan-1, shape (1, 16, 16, 16), spacing (1.0, 1.0, 1.0))
     """
     paths = sorted(folder.glob("*.part"))
     if not paths:
@@ -166,7 +176,7 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Choose sides of the foreground map's blocks: powers of two up to 8 that leave 16 blocks or more."""
+    """Choose the sides of the foreground map's blocks: powers of two up to 8 that leave 16 or more."""
     sides = [min(8, 1 << max(0, (max(size, 16) // 16).bit_length() - 1)) for size in shape]
     return sides[0], sides[1], sides[2]
 

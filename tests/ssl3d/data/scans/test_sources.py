@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl3d.data.preparation.process import Recipe, Task, process
+from ssl3d.data.preparation.process import Recipe, ScanTask, process
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.find import find, in_part
 from ssl3d.data.scans.found import Wanted
@@ -769,9 +769,9 @@ def test_label_like_values_are_recognised_unless_the_file_was_named(scans, tmp_p
     scans.nifti(tmp_path / "a.nii.gz", labels)
     folder = find([tmp_path], Wanted()).scans[0]
     named = find([tmp_path / "a.nii.gz"], Wanted()).scans[0]
-    assert process(Task(folder, "n", tmp_path / "p", Recipe())).label_like
-    assert process(Task(named, "n", tmp_path / "p", Recipe())).parts == ["n"]
+    assert process(ScanTask(folder, "n", tmp_path / "p", Recipe())).label_like
+    assert process(ScanTask(named, "n", tmp_path / "p", Recipe())).parts == ["n"]
     spot = np.zeros((8, 9, 10), np.int16)
     spot[4, 4, 4] = 1000
     nibabel.save(nibabel.Nifti1Image(spot, np.eye(4)), tmp_path / "a.nii.gz")
-    assert not process(Task(folder, "n", tmp_path / "p", Recipe())).label_like
+    assert not process(ScanTask(folder, "n", tmp_path / "p", Recipe())).label_like
