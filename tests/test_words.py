@@ -28,7 +28,6 @@ LEFT = set(
     benchmarks/localize
     benchmarks/scripts
     proxies
-    ssl3d
     ssl3d/convert
     ssl3d/data
     ssl3d/data/preparation
