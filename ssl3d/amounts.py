@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words, as in 45 s, 12 min, 3 h 20 min."""
+    """Return a duration in words.
+
+    Example:
+        >>> duration(45), duration(720), duration(12000)
+        ('45 s', '12 min', '3 h 20 min')
+    """
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     minutes = round(seconds / 60)
@@ -12,7 +17,12 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in words, as in 1.2 GB."""
+    """Return a number of bytes in words.
+
+    Example:
+        >>> size(512), size(1.2e9)
+        ('512 B', '1.2 GB')
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -20,6 +30,11 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def count_of(number: int, what: str) -> str:
-    """Return a number of things in words, as in 2 scans."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count_of(number: int, thing: str) -> str:
+    """Return a number of things in words.
+
+    Example:
+        >>> count_of(1, "scan"), count_of(1200, "scan")
+        ('1 scan', '1,200 scans')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

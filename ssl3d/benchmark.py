@@ -1,4 +1,4 @@
-"""The benchmark interface: an encoder in, numbers out; and the JSON record that every number is kept in."""
+"""The benchmark interface: an encoder in, numbers out."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Contestant:
-    """Who is scored.
+    """Contestant of a benchmark: an encoder, or a trivial row beside encoders.
 
     Attributes:
-        name: As shown in the table and in the record.
-        kind: `encoder` (given by the user), `untrained` (the same architecture, random weights) or
+        name: Name in the table and in the record.
+        kind: Kind: `encoder` (given by the user), `untrained` (the same architecture, random weights) or
             `trivial` (a row without a network that any network has to beat).
         digest: Hash of the weights and the architecture, or the name and version of a trivial row.
-        encoder: The network, in evaluation mode; None for a trivial row.
+        encoder: Network in evaluation mode; None for a trivial row.
         group: Name of the encoder that an `untrained` row stands beside, else empty.
-        source: Where the encoder came from: a path as given, or `scratch:...`.
+        source: Words that name the encoder: a path as given, or `scratch:...`.
         architecture: Name and configuration of the encoder.
-        pretraining: What the checkpoint says of its training: proxies, steps, compute, data digest.
+        pretraining: Record of its training in the checkpoint: proxies, steps, compute, data digest.
         identities: Hashes of the subjects that pretraining saw.
         volumes_seen: Hashes of the files and voxels that pretraining saw (`ssl3d.evaluation.leaks`); None
             where they are not known.
         saw_labels: Whether pretraining saw labels.
         volumes_complete: Whether `volumes_seen` has all of them.
-        details: Whatever else belongs in the record (the seed of random weights, recalibration).
+        details: Further entries of the record (the seed of random weights, recalibration).
     """
 
     name: str
@@ -55,12 +55,12 @@ class Contestant:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an unknown kind."""
+        """Refuse a kind that is not known."""
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r} is none of {', '.join(KINDS)}")
 
     def described(self) -> dict[str, Any]:
-        """What a record keeps of it; the identities stay in the checkpoint."""
+        """Return what a record keeps of the contestant; the identities stay in the checkpoint."""
         plain = {key: getattr(self, key) for key in ("name", "kind", "digest", "group", "source")}
         return {
             **plain,
@@ -76,15 +76,15 @@ class Contestant:
 
 @dataclass
 class Scores:
-    """What a benchmark says of a contestant.
+    """Scores of a contestant in a benchmark.
 
     Attributes:
-        scores: By name; `main` of the benchmark among them.
-        intervals: 95 % interval of each score, (low, high), over the test subjects.
-        predictions: One entry per row of the test set, with `dataset`, `subject` and what the scores are
+        scores: Scores by name, the benchmark's `main` among them.
+        intervals: 95 % interval (low, high) of each score over the test subjects.
+        predictions: Entries of the rows of the test set, with `dataset`, `subject` and what the scores are
             computed from; enough to compute them again.
-        details: What was chosen on the way (the L2 strength, say).
-        seconds: Time spent.
+        details: Choices made on the way, such as the L2 strength.
+        seconds: Seconds that the scoring took.
     """
 
     scores: dict[str, float]
@@ -95,20 +95,19 @@ class Scores:
 
 
 class Benchmark(ABC):
-    """A protocol. One file, one class, registered under the entry-point group `ssl3d.benchmarks`.
+    """Protocol of a benchmark: one file, one class, registered under the entry points `ssl3d.benchmarks`.
 
     Records name it, and `ssl3d leaderboard report` finds it by that name to draw its intervals anew. A
     suite's tasks may be scored by it where a command of the same name (`ssl3d.commands`) takes the options
     of `ssl3d knn`: the encoders, --data, --out, --untrained.
 
     Attributes:
-        Config: A dataclass of options that checks itself in `__post_init__`.
-        name: As registered.
-        version: Raised whenever the same contestant on the same data would get another score.
-        description: One line: what is measured and how.
-        reference: Where the protocol comes from.
-        mains: Kind of target that this benchmark takes -> the score that ranks contestants, higher being
-            better.
+        Config: Dataclass of options, which checks itself in `__post_init__`.
+        name: Name under which the benchmark is registered.
+        version: Number that rises whenever the same contestant on the same data would get another score.
+        description: Line that says what is measured and how.
+        reference: Source of the protocol.
+        mains: Score that ranks contestants, higher being better, for each kind of target.
     """
 
     Config: ClassVar[type]
@@ -122,12 +121,12 @@ class Benchmark(ABC):
     target: str
 
     def __init__(self, config: Any) -> None:
-        """Keeps the configuration."""
+        """Keep the configuration of the benchmark."""
         self.config = config
 
     @property
     def main(self) -> str:
-        """The score that ranks contestants."""
+        """Score that ranks the contestants."""
         return self.mains[self.target]
 
     @property
@@ -144,14 +143,14 @@ class Benchmark(ABC):
         """Return the main score alone, without resampling; NaN of no predictions."""
         if not predictions:
             return float("nan")
-        clusters, found = self.score_functions(predictions)
-        return float(found[self.main](np.ones((1, len(clusters))))[0])
+        clusters, statistics = self.score_functions(predictions)
+        return float(statistics[self.main](np.ones((1, len(clusters))))[0])
 
     @abstractmethod
     def score(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
     ) -> Scores:
-        """Fits on `train`, chooses on `train` and `val`, scores on `test`.
+        """Score a contestant: fit on `train`, choose on `train` and `val`, score on `test`.
 
         Everything random follows from `seed`; the same arguments give the same scores.
         """
@@ -165,25 +164,24 @@ class Benchmark(ABC):
         See `ssl3d.evaluation.statistics` for such functions.
 
         Args:
-            predictions: As `score` gives them, of several folds perhaps.
+            predictions: Predictions of `score`, of one fold or several.
 
         Returns:
             Per row of the weights, the subject it belongs to; and per score its statistic.
         """
 
     def prepare(self, contestant: Contestant, data: Collection) -> None:
-        """Computes once what every `score` of this contestant needs, such as its features; optional."""
+        """Prepare once what every `score` of this contestant needs, such as its features; optional."""
         return
 
     def summarise(self, predictions: list[dict[str, Any]], resamples: int = RESAMPLES) -> Scores:
-        """Scores and their intervals over the test subjects, from predictions."""
+        """Summarise predictions as scores and their intervals over the test subjects."""
         clusters, statistics = self.score_functions(predictions)
-        found = {name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()}
+        intervals = {
+            name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()
+        }
         return Scores(
-            {name: one.value for name, one in found.items()},
-            {name: (one.low, one.high) for name, one in found.items()},
+            {name: score.value for name, score in intervals.items()},
+            {name: (score.low, score.high) for name, score in intervals.items()},
             predictions,
         )
-
-
-# Records ------------------------------------------------------------------------------------------

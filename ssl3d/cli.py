@@ -1,4 +1,4 @@
-"""The `ssl3d` command: finds the subcommand, prints errors as one line; imports nothing heavy."""
+"""The `ssl3d` command, which runs subcommands and prints errors as one line; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (failed) or 2 (wrong input).
+    """Run one command and return its exit status: 0, 1 (failed) or 2 (wrong input).
 
     A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
     line, and `main(argv) -> int | None`.
@@ -48,7 +48,7 @@ def _run(argv: list[str]) -> int:
         print(f"ssl3d {version('ssl3d')}")
         return 0
     if argv[0].startswith("-"):
-        raise PluginError(f"the command comes first, then {argv[0]}: see ssl3d --help")
+        raise PluginError(f"{argv[0]}: a command must come first; ssl3d --help lists them")
     command = plugins.load(plugins.COMMANDS, argv[0])
     return command.main(argv[1:]) or 0
 
@@ -58,9 +58,9 @@ def _help() -> str:
     width = max(map(len, plugins.names(plugins.COMMANDS)), default=0)
     lines = [f"  {name:{width}}  {command.summary}\n" for name, command in commands.items()]
     lines += [f"  {name:{width}}  ({error})\n" for name, error in failed.items()]
-    return USAGE + "".join(lines) + "\n`ssl3d COMMAND --help` tells a command's options.\n"
+    return USAGE + "".join(lines) + "\n`ssl3d COMMAND --help` lists the options of a command.\n"
 
 
 def script() -> NoReturn:
-    """Entry point of `python -m ssl3d`."""
+    """Run the command of `python -m ssl3d`, and exit."""
     sys.exit(main())

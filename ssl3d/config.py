@@ -1,4 +1,4 @@
-"""Dataclasses to flags, YAML and help, by jsonargparse; every error is one line that names the flag."""
+"""Flags, YAML and help of dataclasses, by jsonargparse; every error is one line that names the flag."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Plugins:
     """Options whose values are plugin names; each plugin named gets a section of its own.
 
     Attributes:
-        options: Fields of the command's dataclass that hold plugin names, and for each the function
-            that gives a name's `Config` dataclass (and raises a `PluginError` for an unknown name).
-        known: The names that may be sections, per option; used to tell a section from a typing error.
+        options: Function that returns the `Config` dataclass of a name (and raises a `PluginError` for an
+            unknown one), for each field of the command's dataclass that holds names of plugins.
+        known: Names that may be sections, for each option; they tell a section from a typing error.
         strict: Whether a flag of a plugin that no option selects is an error.
-        called: Per option, the function that gives the name, and so the section, of a plugin from what the
-            option says of it; where it is left out, the option says the name itself.
+        called: Function that returns the name of a plugin, and so of its section, from the option's value,
+            for each option whose values are not the names themselves.
     """
 
     options: Mapping[str, Callable[[str], type]] = dataclasses.field(default_factory=dict)
@@ -36,17 +36,17 @@ class Plugins:
     called: Mapping[str, Callable[[str], str]] = dataclasses.field(default_factory=dict)
 
     def name(self, option: str, said: str) -> str:
-        """The name of a plugin that an option's value means."""
+        """Return the name of the plugin that an option's value means."""
         return self.called[option](said) if option in self.called else said
 
 
 @dataclasses.dataclass
 class Parsed:
-    """What the command line said.
+    """Parsed command line: options, sections of plugins, and what the user set.
 
     Attributes:
-        options: The command's dataclass.
-        sections: Plugin name -> its `Config` dataclass, for every plugin that an option selects.
+        options: Instance of the command's dataclass.
+        sections: Instance of its `Config`, for every plugin that an option selects, by name.
         given: Names of the options set by a flag or a configuration file, not by default; those of a
             section as NAME.FIELD.
     """
@@ -59,18 +59,18 @@ class Parsed:
 def parse(
     prog: str, options: type, argv: Sequence[str], plugins: Plugins | None = None, epilog: str = ""
 ) -> Parsed:
-    """Parses a command line into dataclasses.
+    """Parse a command line into dataclasses.
 
     Flags are the fields' names with dashes (underscores work too), sections are `--name.field`, tuples
     and lists take several words, `--config FILE.yaml` comes below the flags whatever its place, and
     `--print_config` prints what would be used. Fields with metadata `positional=True` are positional.
 
     Args:
-        prog: As in `ssl3d pretrain`.
-        options: The command's dataclass. Field docstrings (or `Attributes:`) become the help.
-        argv: The words after the command.
+        prog: Name of the command, such as `ssl3d pretrain`.
+        options: Dataclass of the command, whose field docstrings (or `Attributes:`) become the help.
+        argv: Words after the command.
         plugins: Options that name plugins.
-        epilog: Printed below the help.
+        epilog: Text below the help.
 
     Raises:
         UsageError: A flag is unknown or its value unusable; the message names the flag.
@@ -112,13 +112,19 @@ def parse(
         if name in chosen
     }
     positional = {f.name for f in dataclasses.fields(options) if f.metadata.get("positional")}
-    made = {key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values}
-    made = {key: value for key, value in made.items() if key not in positional or value not in (None, [])}
-    return Parsed(_build(prog, "", options, made, defaults[""]), sections, given)
+    given_values = {
+        key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values
+    }
+    given_values = {
+        key: value
+        for key, value in given_values.items()
+        if key not in positional or value not in (None, [])
+    }
+    return Parsed(_build(prog, "", options, given_values, defaults[""]), sections, given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain values that YAML and JSON hold; tuples become lists, paths strings."""
+    """Convert a dataclass to plain values that YAML and JSON hold; tuples become lists, paths strings."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -131,7 +137,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
-    """Builds a dataclass from what `to_dict` gave: types restored, unknown keys refused.
+    """Build a dataclass from what `to_dict` returned; types are restored, unknown keys refused.
 
     Raises:
         UsageError: A key is unknown or a value unusable; the message starts with `where`.
@@ -141,9 +147,9 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}")
     hints = typing.get_type_hints(config)
-    made = {key: _tuples(hints[key], value) for key, value in values.items()}
+    fields = {key: _tuples(hints[key], value) for key, value in values.items()}
     try:
-        return config(**made)
+        return config(**fields)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
 
@@ -155,7 +161,7 @@ _TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word 
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:
-    """What may have been meant by an unknown flag, or where all are listed."""
+    """Suggest what may have been meant by an unknown flag, or where all flags are listed."""
     section, dot, field = flag.partition(".")
     own = [name.partition(".")[2] for name in known if dot and name.startswith(f"{section}.")]
     if own:
@@ -188,7 +194,9 @@ def _parser(
         allow_abbrev=False,  # a mistyped flag must not become another one
         formatter_class=DefaultHelpFormatter,
     )
-    parser.add_argument("--config", action="config", help="a YAML file of options; flags go above it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options, above which every flag stands"
+    )
     defaults = {"": _add_fields(parser, options, "")}
     for name, config in configs.items():
         group = parser.add_argument_group(f"options of {name}")
@@ -197,7 +205,7 @@ def _parser(
 
 
 def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
-    """Adds one flag per field; returns the defaults."""
+    """Add one flag per field, and return the defaults."""
     hints = typing.get_type_hints(config)
     help_of = field_help(config)
     defaults = {}
@@ -227,10 +235,10 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
 
 
 def field_help(config: type) -> dict[str, str]:
-    """Help per field: the string below it, else its line under `Attributes:`, of it or a base."""
+    """Collect the help of the fields, of bases too: the string below each, or its line in `Attributes:`."""
     from docstring_parser import parse_from_object
 
-    found: dict[str, str] = {}
+    help_of: dict[str, str] = {}
     for base in reversed(config.__mro__):
         if base is object or not dataclasses.is_dataclass(base):
             continue
@@ -239,19 +247,19 @@ def field_help(config: type) -> dict[str, str]:
         except (OSError, SyntaxError):  # defined in a console: no source to read
             continue
         for param in documented.params:
-            found[param.arg_name] = " ".join((param.description or "").split())
-    return found
+            help_of[param.arg_name] = " ".join((param.description or "").split())
+    return help_of
 
 
 def _build(
     prog: str, prefix: str, config: type, values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Any:
     hints = typing.get_type_hints(config)
-    made = {key: _tuples(hints[key], value) for key, value in values.items() if key in hints}
+    fields = {key: _tuples(hints[key], value) for key, value in values.items() if key in hints}
     # A default of None stands for "required": jsonargparse has reported it missing by now.
-    made = {k: v for k, v in made.items() if v is not None or k in defaults}
+    fields = {k: v for k, v in fields.items() if v is not None or k in defaults}
     try:
-        return config(**made)
+        return config(**fields)
     except (ValueError, TypeError) as error:
         message = _one_line(error)
         names = sorted((f.name for f in dataclasses.fields(config)), key=len, reverse=True)
@@ -263,10 +271,10 @@ def _build(
 def _select(
     options: type, plugins: Plugins, argv: Sequence[str], files: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[str, str]]:
-    """Finds the plugins named by a flag, by a configuration file or by a section.
+    """Find the plugins named by a flag, by a configuration file or by a section.
 
     Returns:
-        Name -> the option, and what names the plugin there.
+        Option, and the words that name the plugin there, for each plugin by name.
     """
     selected: dict[str, tuple[str, str]] = {}
     for option in plugins.options:
@@ -305,7 +313,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) -> list[str]:
-    """Puts --config first, several words of a sequence option into one list, `_` and `-` as one."""
+    """Put --config first, make one list of a sequence option's words, and write `_` and `-` as one."""
     hints = {("", f.name): typing.get_type_hints(options)[f.name] for f in dataclasses.fields(options)}
     for name, config in configs.items():
         own = typing.get_type_hints(config)
@@ -321,7 +329,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
         field = field.replace("-", "_")
         if (section, field) == ("", "config"):
             if not words or words[0].startswith("--"):
-                raise UsageError("--config: names no file")
+                raise UsageError("--config: names no file; give one after it")
             # As text, not as a path: a lone word for a list option is made a list on the way.
             first += ["--config", _normal_yaml(words.pop(0), hints)]
             continue
@@ -359,7 +367,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
 
 
 def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
-    """A configuration file as JSON, single values of sequence options wrapped into lists."""
+    """Write a configuration file as JSON, with single values of sequence options wrapped into lists."""
 
     def fold(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
         folded: dict[str, Any] = {}
@@ -379,7 +387,7 @@ def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
 
 
 def _numeric_sequence(hint: Any, word: str) -> bool:
-    """Whether one word is a one-element sequence rather than the other member of the union."""
+    """Tell whether one word is a one-element sequence rather than the other member of the union."""
     if not re.fullmatch(r"-?\d+(\.\d+)?([eE]-?\d+)?", word):
         return False
     return not any(a in (int, float) for a in typing.get_args(hint))
@@ -394,8 +402,8 @@ def _equals_apart(argv: Sequence[str]) -> list[str]:
 
 
 def _values(argv: Sequence[str], name: str) -> list[str]:
-    """The words after `--name`, of its last occurrence (all occurrences for --config)."""
-    found: list[str] = []
+    """Collect the words after `--name`, at its last occurrence (at all of them for --config)."""
+    collected: list[str] = []
     flags = {f"--{name}", f"--{name.replace('_', '-')}"}
     for i, word in enumerate(argv):
         if word in flags:
@@ -404,8 +412,8 @@ def _values(argv: Sequence[str], name: str) -> list[str]:
                 if follower.startswith("--"):
                     break
                 words += [w.strip(" '\"") for w in follower.strip("[]").split(",")]
-            found = found + words if name == "config" else words
-    return [word for word in found if word]
+            collected = collected + words if name == "config" else words
+    return [word for word in collected if word]
 
 
 def _is_given(section: str, field: str, argv: Sequence[str], config_files: Iterable[str]) -> bool:
@@ -452,7 +460,7 @@ def _item(hint: Any) -> Any:
 
 
 def _tuples(hint: Any, value: Any) -> Any:
-    """Lists back to tuples where the dataclass says tuple; whole numbers to floats likewise."""
+    """Turn lists back to tuples, whole numbers to floats and text to paths, as the dataclass says."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         for arg in typing.get_args(hint):
@@ -484,7 +492,7 @@ _PLAIN = {
 
 
 def _one_line(message: object) -> str:
-    """Collapses an error that spans lines, and drops jsonargparse's preambles."""
+    """Join the lines of an error, and drop jsonargparse's preambles."""
     text = " ".join(str(message).split())
     text = re.sub(r"^(Parser|Validation) (error|failed): ?", "", text)
     text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1].replace('_', '-')}: ", text)
@@ -501,7 +509,15 @@ def _one_line(message: object) -> str:
 
 
 def print_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
-    """Prints columns, aligned; numbers to the right."""
+    """Print a table in aligned columns, numbers to the right.
+
+    Example:
+        >>> print_table([["simclr", 0.91], ["mae", 0.5]], ["proxy", "score"])
+        proxy   score
+        ------  -----
+        simclr   0.91
+        mae       0.5
+    """
     table = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     numeric = [all(re.fullmatch(r"[-+±.,\d%e ]*", row[i]) for row in table[1:]) for i in range(len(header))]
@@ -517,7 +533,7 @@ def print_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None
 
 
 def triples(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields for a configuration; of one number along D, H and W it is enough to say it once."""
+    """Repeat single numbers along D, H and W, in fields for a configuration, where it wants three."""
     hints = typing.get_type_hints(config)
     return {
         key: [value] * 3 if type(value) is int and hints.get(key) == tuple[int, int, int] else value

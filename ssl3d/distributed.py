@@ -1,4 +1,4 @@
-"""Embeddings of all ranks, with gradients, so that losses over the global batch stay exact."""
+"""Gathering over ranks, with gradients, so that losses over the global batch stay exact."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import distributed as dist
 
 
 def world_size() -> int:
-    """Ranks in this run; 1 outside `torch.distributed`."""
+    """Count the ranks of this run; 1 outside `torch.distributed`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 outside `torch.distributed`."""
+    """Return the rank of this process; 0 outside `torch.distributed`."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def row_counts(local: int, device: torch.device) -> list[int]:
-    """How many rows each rank holds, in the order of ranks. Every rank must call it."""
+    """Count the rows that each rank holds, in the order of ranks; every rank must call it."""
     if world_size() == 1:
         return [local]
     counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
@@ -29,15 +29,19 @@ def row_counts(local: int, device: torch.device) -> list[int]:
 
 
 def gather(x: Tensor, counts: list[int] | None = None) -> Tensor:
-    """All ranks' rows, in the order of ranks: (B of all ranks, ...) from (B, ...).
+    """Gather all ranks' rows, in the order of ranks: (B of all ranks, ...) from (B, ...).
 
-    Every rank must call it, with the same shape but for B, which may differ and may be 0. Its gradient is
+    Every rank must call it, with the same shape but for B, which may differ and may be 0. The gradient is
     summed over the ranks. So a loss that every rank computes from the gathered rows alone, and a mean
     over this rank's own rows, give the single-process gradient once DDP has averaged over ranks.
 
     Args:
-        x: This rank's rows.
-        counts: What `row_counts` gave, where it is known already.
+        x: Rows (B, ...) of this rank.
+        counts: Rows of each rank from `row_counts`, where they are known already.
+
+    Example:
+        >>> gather(torch.arange(3))  # one process
+        tensor([0, 1, 2])
     """
     if world_size() == 1:
         return x

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module, ABC):
-    """A 3D network from volumes to feature maps, for any depth D >= 1.
+    """Network from 3D volumes to feature maps, for any depth D >= 1.
 
     A subclass registered under `ssl3d.encoders` is made as `cls(config)`, `config` being its `Config`
     dataclass, whose field `in_channels` every encoder has.
@@ -18,7 +18,7 @@ class Encoder(nn.Module, ABC):
         channels: Channels of each feature map, shallow to deep.
         strides: Down-sampling of each feature map along (D, H, W), relative to the input.
         embed_dim: Length of an embedding.
-        metadata: What `encoder.json` says, on an encoder that was loaded.
+        metadata: Content of `encoder.json`, on an encoder that was loaded.
     """
 
     Config: ClassVar[type]
@@ -32,16 +32,16 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep.
+        """Compute the feature maps of (B, C, D, H, W), shallow to deep.
 
         Map i has shape (B, channels[i], ceil(D / strides[i][0]), ...). Whether the input is an image
         (D = 1) or a volume is decided here, once, from D.
         """
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (B, embed_dim) of (B, C, D, H, W): the mean over the deepest feature map."""
+        """Embed volumes (B, C, D, H, W) as (B, embed_dim): the mean over the deepest feature map."""
         return self.pool(self(x))
 
     def pool(self, maps: list[Tensor]) -> Tensor:
-        """The embedding (B, embed_dim) that belongs to the feature maps of `forward`."""
+        """Pool the feature maps of `forward` into embeddings (B, embed_dim)."""
         return maps[-1].mean(dim=(2, 3, 4))

@@ -2,7 +2,7 @@
 
 
 class Ssl3dError(Exception):
-    """Root of every error this toolkit raises on purpose.
+    """Root of every error that this toolkit raises on purpose.
 
     The command line prints the message as one line, without a traceback, and exits with `exit_status`.
     """

@@ -29,14 +29,14 @@ _DIGITS = 16  # of the digest, in a module's name
 
 
 def load_file(path: Path, title: str) -> ModuleType:
-    """Imports a file, once for each content that it has had.
+    """Import a file, once for each content that it has had.
 
     Args:
-        path: Of the file.
-        title: Begins the message of an error.
+        path: Path of the file.
+        title: Beginning of the message of an error.
 
     Raises:
-        PluginError: It cannot be read, or fails while it is imported; the message names the line.
+        PluginError: The file cannot be read, or fails while it is imported; the message names the line.
     """
     path = path.expanduser().resolve()
     try:
@@ -46,18 +46,23 @@ def load_file(path: Path, title: str) -> ModuleType:
     # No dot may be left in it: dots part the names of modules.
     place = str(path).replace("%", "%25").replace(".", "%2E")
     try:
-        return importlib.import_module(f"{_PREFIX}{place}@{digest_of(content)[:_DIGITS]}")
+        return importlib.import_module(f"{_PREFIX}{place}@{content_digest(content)[:_DIGITS]}")
     except (Exception, SystemExit) as error:
         raise PluginError(f"{title}: {what_failed(error, path)}") from error
 
 
-def digest_of(content: bytes) -> str:
-    """SHA-256 of a file's content."""
+def content_digest(content: bytes) -> str:
+    """Return the SHA-256 of a file's content."""
     return hashlib.sha256(content).hexdigest()
 
 
 def code_digest(content: bytes) -> str:
-    """SHA-256 of what a file computes: of its syntax tree, without comments, layout and docstrings."""
+    """Return the SHA-256 of what a file computes: its syntax tree without comments, layout and docstrings.
+
+    Example:
+        >>> code_digest(b"x = 1  # one") == code_digest(b"x  =  1")
+        True
+    """
     tree = ast.parse(content)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -68,15 +73,15 @@ def code_digest(content: bytes) -> str:
                 and isinstance(first.value.value, str)
             ):
                 node.body = node.body[1:]
-    return digest_of(ast.dump(tree).encode())
+    return content_digest(ast.dump(tree).encode())
 
 
 def what_failed(error: BaseException, path: Path | None = None) -> str:
-    """Why a module could not be imported, in one line, with the line of its file.
+    """Say in one line why a module could not be imported, with the line of its file.
 
     Args:
-        error: That was raised.
-        path: Of the file, where the reader knows it already: the lines told are its own.
+        error: Error that was raised.
+        path: Path of the file, where the reader knows it already; only its own lines are named then.
     """
     if isinstance(error, SyntaxError):
         return f"{_place(error.filename, error.lineno, path)}{type(error).__name__}: {error.msg}"
@@ -97,11 +102,11 @@ def _place(file: str | None, line: int | None, path: Path | None) -> str:
 
 
 class _Loader(SourceFileLoader):
-    """Compiles the file itself: bytecode beside it, told apart by seconds, may be of an older content."""
+    """Loader that compiles the file itself: bytecode beside it may be of an older content."""
 
     def get_code(self, fullname: str) -> CodeType:
         content = self.get_data(self.path)
-        if not fullname.endswith(f"@{digest_of(content)[:_DIGITS]}"):
+        if not fullname.endswith(f"@{content_digest(content)[:_DIGITS]}"):
             raise ImportError(f"{self.path} has changed since another process read it")
         code: CodeType = self.source_to_code(content, self.path)
         return code

@@ -1,4 +1,4 @@
-"""Looks up proxies, encoders, benchmarks and commands: entry points; for the first two, files as well."""
+"""Proxies, encoders, benchmarks and commands by name: entry points; for the first two, files as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ssl3d.errors import PluginError
-from ssl3d.plugin_files import code_digest, digest_of, load_file, what_failed
+from ssl3d.plugin_files import code_digest, content_digest, load_file, what_failed
 
 PROXIES = "ssl3d.proxies"
 ENCODERS = "ssl3d.encoders"
@@ -24,7 +24,7 @@ BENCHMARKS = "ssl3d.benchmarks"
 COMMANDS = "ssl3d.commands"
 
 NAMED = "SSL3D_PLUGINS"
-"""Environment variable: files and module:Class, with commas between, whose plugins count as installed."""
+"""Environment variable with files and module:Class, between commas, whose plugins count as installed."""
 
 _BASES = {PROXIES: ("ssl3d.proxy", "Proxy"), ENCODERS: ("ssl3d.encoder", "Encoder")}
 _NEEDED = {PROXIES: ("paper", "main"), ENCODERS: ("paper",)}
@@ -33,12 +33,12 @@ _OBJECT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*)")
 
 
 class Source(NamedTuple):
-    """Where a plugin came from that was named by its file or its module.
+    """Source of a plugin that was named by its file or its module.
 
     Attributes:
-        spec: The words that name it from any folder.
-        sha256: Of the file's content; empty where there is none.
-        code: Of what the file computes, see `ssl3d.plugin_files.code_digest`.
+        spec: Words that name it from any folder.
+        sha256: Hash of the file's content; empty where there is no file.
+        code: Hash of what the file computes (`ssl3d.plugin_files.code_digest`).
     """
 
     spec: str
@@ -57,14 +57,14 @@ def _installed(group: str) -> dict[str, EntryPoint]:
 
 
 def names(group: str) -> list[str]:
-    """The names registered in an entry-point group, sorted; imports none of them."""
+    """List the names registered in an entry-point group, sorted, without importing them."""
     return list(_installed(group))
 
 
 def load(group: str, name: str) -> Any:
-    """Imports one plugin by its name.
+    """Load one plugin by its name.
 
-    Besides what is registered: what `find` has found in this process, and what the environment variable
+    Known are the registered ones, what `find` has found in this process, and what the environment variable
     SSL3D_PLUGINS names. No file is run on the word of `name` itself, which may come from a stranger's card.
 
     Raises:
@@ -72,9 +72,9 @@ def load(group: str, name: str) -> Any:
     """
     points = _installed(group)
     if name not in points:
-        found = _by_name.get((group, name)) or _from_environment(group, name)
-        if found is not None:
-            return found
+        plugin = _by_name.get((group, name)) or _from_environment(group, name)
+        if plugin is not None:
+            return plugin
         raise PluginError(_unknown(group, name))
     point = points[name]
     try:
@@ -88,54 +88,57 @@ def load(group: str, name: str) -> Any:
 
 
 def find(group: str, spec: str) -> tuple[str, Any]:
-    """A plugin and its name, from what a user calls it.
+    """Find a plugin and its name, from what a user calls it.
 
     Args:
-        group: Of the entry points: `PROXIES` or `ENCODERS`.
-        spec: A registered name; `PATH/file.py`, for the one class of the kind that the file defines;
+        group: Entry-point group: `PROXIES` or `ENCODERS`.
+        spec: Registered name; `PATH/file.py`, for the one class of the kind that the file defines;
             `PATH/file.py:Class`; or `module:Class`, of a module that can be imported or that lies in the
-            working directory. The name of a class that is not registered is its attribute `name`, else
-            that of its file.
+            working directory.
+
+    Returns:
+        Name and class. The name of a class that is not registered is its attribute `name`, else that of
+        its file.
 
     Raises:
-        PluginError: There is none, it does not import, or its name is taken.
+        PluginError: There is no such plugin, it does not import, or its name is taken.
     """
     file, of_module = _FILE.fullmatch(spec), _OBJECT.fullmatch(spec)
     if file is not None:
         path = Path(file[1]).expanduser().resolve()
         title = f"{_kind(group)} {file[1]}"
         module = load_file(path, title)
-        made = _member(group, module, file[2], title)
-        source_spec = f"{path}:{made.__name__}"
+        plugin = _member(group, module, file[2], title)
+        source_spec = f"{path}:{plugin.__name__}"
     elif of_module is not None:
         title = f"{_kind(group)} {spec}"
         module = _module(of_module[1], title)
-        made = _member(group, module, of_module[2], title)
-        registered = _registered_as(group, made)
+        plugin = _member(group, module, of_module[2], title)
+        registered = _registered_as(group, plugin)
         if registered is not None:
-            return registered, made
+            return registered, plugin
         own = getattr(module, "__file__", None)
         path = Path(own) if own else Path(f"{of_module[1].rpartition('.')[2]}.py")
         source_spec = spec
     else:
         return spec, load(group, spec)
     content = path.read_bytes() if path.is_file() else b""
-    name = _own_name(made, path.stem, title)
+    name = _own_name(plugin, path.stem, title)
     if name in _installed(group):
-        return name, _same_as_installed(group, name, made, content, title)
+        return name, _same_as_installed(group, name, plugin, content, title)
     source = Source(
-        source_spec, digest_of(content) if content else "", code_digest(content) if content else ""
+        source_spec, content_digest(content) if content else "", code_digest(content) if content else ""
     )
-    _sources[group, made] = name, source
-    _by_name[group, name] = made
-    return name, made
+    _sources[group, plugin] = name, source
+    _by_name[group, name] = plugin
+    return name, plugin
 
 
 def remember(group: str, plugin: type) -> str:
-    """Makes a class that was handed over from Python known by its name, to this process.
+    """Remember a class that was handed over from Python by its name, in this process.
 
     Returns:
-        The name.
+        Name of the class.
 
     Raises:
         PluginError: Another class of that name is installed, and would be taken for it later.
@@ -152,7 +155,7 @@ def remember(group: str, plugin: type) -> str:
 
 
 def load_all(group: str) -> tuple[dict[str, Any], dict[str, PluginError]]:
-    """Imports every plugin of a group; those that fail are returned by name and break nothing."""
+    """Load every plugin of a group; those that fail are returned by name and break nothing."""
     loaded, failed = {}, {}
     for name in names(group):
         try:
@@ -163,7 +166,7 @@ def load_all(group: str) -> tuple[dict[str, Any], dict[str, PluginError]]:
 
 
 def name_of(group: str, plugin: type) -> str:
-    """The name under which a class is registered or was found, else its own, else its class's."""
+    """Return the name under which a class is registered or was found, else its `name`, else its class's."""
     registered = _registered_as(group, plugin)
     if registered is not None:
         return registered
@@ -174,35 +177,35 @@ def name_of(group: str, plugin: type) -> str:
 
 
 def spec_of(group: str, plugin: type) -> str:
-    """What names a class to `find` from any folder."""
-    found = _sources.get((group, plugin))
-    return found[1].spec if found else name_of(group, plugin)
+    """Return the words that name a class to `find` from any folder."""
+    source = _sources.get((group, plugin))
+    return source[1].spec if source else name_of(group, plugin)
 
 
 def source_of(group: str, plugin: type) -> dict[str, str] | None:
-    """What records say of where a class came from; None for what is installed."""
-    found = _sources.get((group, plugin))
-    return {"from": found[1].spec, "sha256": found[1].sha256, "code": found[1].code} if found else None
+    """Return what records say of the origin of a class; None for what is installed."""
+    source = _sources.get((group, plugin))
+    return {"from": source[1].spec, "sha256": source[1].sha256, "code": source[1].code} if source else None
 
 
 def load_recorded(group: str, name: str, record: Any) -> Any:
-    """A plugin by its name, where a checkpoint or a card says whence it came.
+    """Load a plugin by its name, where a checkpoint or a card records its origin.
 
-    Its file is not run on their word: who made them may be a stranger.
+    Its file is not run on their word, as they may be a stranger's.
 
     Args:
-        group: Of the entry points.
-        name: Of the plugin.
-        record: What `source_of` said of it then; None for one that was installed.
+        group: Entry-point group.
+        name: Name of the plugin.
+        record: Answer of `source_of` at that time; None for a plugin that was installed.
 
     Raises:
-        PluginError: It is not known here (the message says how to make it known), or computes something
-            else than then.
+        PluginError: The plugin is not known here (the message says how to make it known), or computes
+            something else than then.
     """
     if not isinstance(record, dict):
         return load(group, name)
     try:
-        made = load(group, name)
+        plugin = load(group, name)
     except PluginError as error:
         if name in _installed(group):
             raise
@@ -210,14 +213,14 @@ def load_recorded(group: str, name: str, record: Any) -> Any:
             f"{_kind(group)} {name!r} was defined in {record.get('from')}, which is run only where you say "
             f"so: set {NAMED}={record.get('from')}, or install it as a package"
         ) from error
-    changed = change_of(group, made, record)
+    changed = change_of(group, plugin, record)
     if changed:
         raise PluginError(f"{_kind(group)} {name!r}: {changed}")
-    return made
+    return plugin
 
 
 def change_of(group: str, plugin: type, record: dict[str, str]) -> str:
-    """What to say if the code of a class is not that of a record; empty if it is, or is installed now."""
+    """Say how the code of a class differs from a record; empty if it does not, or is installed now."""
     now = source_of(group, plugin)
     if now is None or now["sha256"] == record.get("sha256") or now["code"] == record.get("code"):
         return ""
@@ -248,23 +251,23 @@ def _unknown(group: str, name: str) -> str:
 
 
 def _from_environment(group: str, name: str) -> Any:
-    """The class of that name among those that SSL3D_PLUGINS names, or None."""
+    """Find the class of a name among those that SSL3D_PLUGINS names; None if it is not there."""
     if group not in _BASES:
         return None
     for spec in filter(None, map(str.strip, os.environ.get(NAMED, "").split(","))):
         if _FILE.fullmatch(spec) is None and _OBJECT.fullmatch(spec) is None:
             raise PluginError(f"{NAMED}: {spec!r} is neither PATH/file.py nor module:Class")
         try:
-            found, made = find(group, spec)
+            own_name, plugin = find(group, spec)
         except _NoneOfIt:
             continue  # it is of the other kind
-        if found == name:
-            return made
+        if own_name == name:
+            return plugin
     return None
 
 
 class _NoneOfIt(PluginError):
-    """A file or a module has no class of the kind."""
+    """Error of a file or a module that has no class of the kind."""
 
 
 def _module(name: str, title: str) -> ModuleType:
@@ -279,7 +282,7 @@ def _module(name: str, title: str) -> ModuleType:
 
 
 def _member(group: str, module: ModuleType, wanted: str | None, title: str) -> Any:
-    """The class of a module that is meant, checked as far as a run needs it.
+    """Find the class of a module that is meant, and check it as far as a run needs it.
 
     Raises:
         PluginError: There is none, there are several, or it lacks something.
@@ -287,21 +290,21 @@ def _member(group: str, module: ModuleType, wanted: str | None, title: str) -> A
     home, base_name = _BASES[group]
     base = getattr(importlib.import_module(home), base_name)
     own = {
-        name: made
-        for name, made in vars(module).items()
-        if inspect.isclass(made) and issubclass(made, base) and made.__module__ == module.__name__
+        name: plugin
+        for name, plugin in vars(module).items()
+        if inspect.isclass(plugin) and issubclass(plugin, base) and plugin.__module__ == module.__name__
     }
     there = {name: m for name, m in own.items() if not name.startswith("_") and not inspect.isabstract(m)}
     if wanted is not None:
-        made = getattr(module, wanted, None)
-        if made is None:
+        plugin = getattr(module, wanted, None)
+        if plugin is None:
             raise PluginError(
                 f"{title}: defines no {wanted} (it has {', '.join(own) or 'no ' + base_name})"
             )
-        if not inspect.isclass(made) or not issubclass(made, base):
+        if not inspect.isclass(plugin) or not issubclass(plugin, base):
             raise _NoneOfIt(f"{title}: {wanted} is no subclass of ssl3d.api.{base_name}")
     elif len(there) == 1:
-        (made,) = there.values()
+        (plugin,) = there.values()
     elif there:
         raise PluginError(
             f"{title}: defines {len(there)} classes of the kind, {' and '.join(there)}; name one of them, "
@@ -311,22 +314,22 @@ def _member(group: str, module: ModuleType, wanted: str | None, title: str) -> A
         left = [f"{name} lacks {_unwritten(m)}" for name, m in own.items() if inspect.isabstract(m)]
         why = f" ({'; '.join(left)})" if left else ""
         raise _NoneOfIt(f"{title}: defines no subclass of ssl3d.api.{base_name}{why}")
-    lacking = [name for name in _NEEDED[group] if not isinstance(getattr(made, name, None), str)]
-    if not dataclasses.is_dataclass(getattr(made, "Config", None)):
+    lacking = [name for name in _NEEDED[group] if not isinstance(getattr(plugin, name, None), str)]
+    if not dataclasses.is_dataclass(getattr(plugin, "Config", None)):
         lacking.insert(0, "Config (a dataclass)")
-    if inspect.isabstract(made):
-        lacking.append(_unwritten(made))
+    if inspect.isabstract(plugin):
+        lacking.append(_unwritten(plugin))
     if lacking:
-        raise PluginError(f"{title}: class {made.__name__} lacks {', '.join(lacking)}")
-    return made
+        raise PluginError(f"{title}: class {plugin.__name__} lacks {', '.join(lacking)}")
+    return plugin
 
 
-def _unwritten(made: Any) -> str:
-    return ", ".join(sorted(made.__abstractmethods__))
+def _unwritten(plugin: Any) -> str:
+    return ", ".join(sorted(plugin.__abstractmethods__))
 
 
-def _own_name(made: Any, stem: str, title: str) -> str:
-    name = getattr(made, "name", None)
+def _own_name(plugin: Any, stem: str, title: str) -> str:
+    name = getattr(plugin, "name", None)
     if name is None:
         return re.sub(r"\W", "_", stem)
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
@@ -339,11 +342,11 @@ def _registered_as(group: str, plugin: type) -> str | None:
     return next((name for name, point in _installed(group).items() if point.value == value), None)
 
 
-def _same_as_installed(group: str, name: str, made: Any, content: bytes, title: str) -> Any:
-    """The installed plugin of that name, if it is this very text: its author has installed it by now."""
+def _same_as_installed(group: str, name: str, plugin: Any, content: bytes, title: str) -> Any:
+    """Return the installed plugin of a name if it is this very text, which its author has installed."""
     installed = load(group, name)
     file = Path(inspect.getfile(installed))
-    same = installed.__name__ == made.__name__ and content and file.is_file()
+    same = installed.__name__ == plugin.__name__ and content and file.is_file()
     if same and file.read_bytes() == content:
         return installed
     raise PluginError(

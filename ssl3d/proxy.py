@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class StepOutput(NamedTuple):
-    """What one forward pass of a proxy gives.
+    """Output of one forward pass of a proxy.
 
     Attributes:
-        loss: Scalar, differentiable.
-        metrics: Scalars by name, detached; one of them is the proxy's `main` metric.
-        picture: Draws input, target and prediction when called; None where there is nothing to see.
+        loss: Loss, a differentiable scalar.
+        metrics: Detached scalars by name; one of them is the proxy's `main` metric.
+        picture: Function that draws input, target and prediction; None where there is nothing to see.
     """
 
     loss: Tensor
@@ -34,14 +34,14 @@ class StepOutput(NamedTuple):
 
 
 class Proxy(nn.Module, ABC):
-    """A proxy task. One file, one class, registered under the entry-point group `ssl3d.proxies`.
+    """Proxy task: one file, one class, registered under the entry-point group `ssl3d.proxies`.
 
     Attributes:
-        Config: A dataclass of options that checks itself in `__post_init__` (raise ValueError, naming
+        Config: Dataclass of options, which checks itself in `__post_init__` (by a ValueError that names
             the field). Its fields become `--<proxy>.<field>` flags.
-        paper: Citation, shown by `ssl3d proxies` and kept in checkpoints.
-        main: Name of the metric shown in the progress bar.
-        recipe: Values of `ssl3d pretrain` options (`batch_size`, `lr`, ...) that make this proxy learn;
+        paper: Citation, which `ssl3d proxies` shows and checkpoints keep.
+        main: Name of the metric that the progress line shows.
+        recipe: Values of `ssl3d pretrain` options (`batch_size`, `lr`, ...) with which this proxy learns;
             they hold where the user says nothing.
         mixed: Whether `forward` takes the whole mixed batch at once: a list of groups, and a list of
             their generators. A loss that gathers over ranks needs this, since a rank may lack a group.
@@ -60,17 +60,17 @@ class Proxy(nn.Module, ABC):
     distinct: ClassVar[bool] = True
 
     def __init__(self, config: Any, encoder: Encoder) -> None:
-        """Keeps config and encoder; subclasses add heads, sized from `encoder.channels`."""
+        """Keep config and encoder; subclasses add heads, sized by `encoder.channels`."""
         super().__init__()
         self.config = config
         self.encoder = encoder
 
     @classmethod
     def in_channels(cls, config: Any, data_channels: int) -> int:
-        """Channels of what the encoder is fed, where the volumes have `data_channels`: as many.
+        """Return the channels that the encoder is fed for volumes of `data_channels`: as many, by default.
 
-        A proxy that reads channels as something else (colours as slices) says otherwise, and what it makes
-        of volumes in `present`. The encoder is built for that many channels.
+        A proxy that reads channels as something else (colours as slices) returns another number, and
+        converts volumes in `present`. The encoder is built for that many channels.
 
         Raises:
             UsageError: Volumes with so many channels are of no use to it; the message says what would be.
@@ -78,19 +78,20 @@ class Proxy(nn.Module, ABC):
         return data_channels
 
     def present(self, volumes: Tensor) -> Tensor:
-        """Volumes (B, C, D, H, W), as stored, as the encoder takes them: as they are.
+        """Convert stored volumes (B, C, D, H, W) to what the encoder takes: by default they stay.
 
-        For what is looked at while training (the online kNN score, the measure of collapse).
+        Measures while training use it (the online kNN score, collapse).
         """
         return volumes
 
     @classmethod
     @abstractmethod
     def draw(cls, config: Any, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Reads one example's crops, in a worker, on the CPU; all randomness from `rng`.
+        """Draw one example from a volume, in a worker, on the CPU, with all randomness from `rng`.
 
-        Returns tensors by name. Examples whose names and shapes agree are stacked into one group; the
-        toolkit adds `index`, `subject` and `dataset` (int64 scalars, unique over all stores).
+        Returns:
+            Tensors by name. Examples whose names and shapes agree are stacked into one group; the toolkit
+            adds `index`, `subject` and `dataset` (int64 scalars, unique over all stores).
 
         Raises:
             DataError: This volume cannot serve (too small, nothing to see). It is set aside, by name,
@@ -99,35 +100,37 @@ class Proxy(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
-        """Augments or corrupts, encodes, and computes the loss, on the device.
+        """Augment or corrupt, encode, and compute the loss, on the device.
 
         Args:
-            batch: One group: stacked examples, first axis B.
-            rng: The step's generator for these B examples.
+            batch: Group of stacked examples, first axis B.
+            rng: Generator of the step for these B examples.
         """
 
     def setup(self, data: Collection) -> None:
-        """Sizes what depends on the data (memory banks, branches), before weights are loaded.
+        """Size what depends on the data (memory banks, branches), before weights are loaded.
 
         Where a checkpoint is loaded without its data, `data` is an outline of them
         (`ssl3d.checkpoint.outline`).
         """
 
     def outline(self) -> Mapping[str, Tensor]:
-        """What `setup` found in the data beyond what every checkpoint keeps of them, by name.
+        """Return what `setup` found in the data beyond what checkpoints keep, as small tensors by name.
 
-        Small tensors. Without the data, `setup` gets them as the attribute `found` of their outline.
+        Without the data, `setup` gets them as the attribute `found` of their outline.
         """
         return {}
 
     def start_epoch(self, epoch: int, loader: Any) -> None:
-        """Called before each pass over the data, on every rank; `loader` gives batches to cluster.
+        """Prepare a pass over the data, such as by clustering; every rank calls it.
 
-        Iterating over `loader` yields lists of groups, as `forward` gets them, every volume once.
+        Args:
+            epoch: Number of the pass.
+            loader: Iterable over lists of groups, as `forward` gets them, that hold every volume once.
         """
 
     def after_step(self, step: int, total: int) -> None:
-        """Called after each optimizer step, on every rank: moving averages, queues.
+        """Update moving averages and queues after an optimizer step; every rank calls it.
 
         A momentum teacher is a copy made in `__init__`, `copy.deepcopy(encoder).requires_grad_(False)`: the
         optimizer leaves it out, checkpoints hold it, `--init` has given the encoder its weights by then;
@@ -138,16 +141,16 @@ class Proxy(nn.Module, ABC):
         """
 
     def exports(self) -> Mapping[str, Encoder]:
-        """Other encoders than the shared one that are exported too, by the name of their folder in the run.
+        """Return other encoders to export beside the shared one, by the name of their folder in the run.
 
-        A momentum teacher, such as {"teacher": self.teacher}: RUN/teacher is then an encoder like
-        RUN/encoder, and with `--save-at` RUN/teacher-at-25 is one like RUN/encoder-at-25. They are copies
-        of the shared one, modules of the proxy.
+        With a momentum teacher, {"teacher": self.teacher}, RUN/teacher becomes an encoder like RUN/encoder,
+        and with `--save-at` RUN/teacher-at-25 one like RUN/encoder-at-25. They are copies of the shared
+        one, and modules of the proxy.
         """
         return {}
 
     def travels(self) -> Mapping[str, nn.Module]:
-        """Modules that are exported beside the encoder, by name, as they serve without the proxy.
+        """Return modules to export beside the encoder, by name, which serve without the proxy.
 
         Each has its options in a dataclass, its attribute `config`, and is made from it alone; its class
         is listed in `ssl3d.checkpoint.travellers`, whose `load_traveller` loads it.

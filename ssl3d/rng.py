@@ -12,13 +12,23 @@ from torch import Tensor
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from anything with a stable `repr`; the same in every process and version."""
+    """Return a 63-bit seed of anything with a stable `repr`, the same in every process and version.
+
+    Example:
+        >>> seed_of("view", 7)
+        7917393415210586643
+    """
     digest = hashlib.blake2b("/".join(map(repr, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def numpy_rng(*parts: object) -> np.random.Generator:
-    """A numpy generator seeded by `seed_of(*parts)`."""
+    """Return a numpy generator seeded by `seed_of(*parts)`.
+
+    Example:
+        >>> int(numpy_rng("view", 7).integers(100))
+        55
+    """
     return np.random.Generator(np.random.PCG64(seed_of(*parts)))
 
 
@@ -34,10 +44,10 @@ class BatchRng:
     its own rows and one part.
 
     Args:
-        seed: Of this step.
+        seed: Seed of this step.
         rows: Position of each of the B examples in the global batch.
-        total: Examples in the global batch, over all ranks.
-        device: Where the numbers are made.
+        total: Number of examples in the global batch, over all ranks.
+        device: Device on which the numbers are made.
     """
 
     def __init__(self, seed: int, rows: Sequence[int], total: int, device: torch.device | str = "cpu"):
@@ -49,11 +59,11 @@ class BatchRng:
         self._index = torch.as_tensor(self._rows, dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
-        """The number of examples B."""
+        """Return the number of examples B."""
         return len(self._rows)
 
     def _made(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """The rows of this rank of a draw of shape (total, *shape), made by `fill` in place."""
+        """Return this rank's rows of a draw of shape (total, *shape), made by `fill` in place."""
         each = math.prod(shape)
 
         def part(rows: int) -> Tensor:
@@ -70,34 +80,39 @@ class BatchRng:
             if self._whole:
                 fill(drawn[start:stop])
                 continue
-            made = part(stop - start)
+            part_rows = part(stop - start)
             for at, row in enumerate(self._rows):
                 if start <= row < stop:
-                    drawn[at] = made[row - start]
+                    drawn[at] = part_rows[row - start]
         return drawn
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform in [low, high), shape (B, *shape)."""
+        """Draw x ~ U(low, high), shape (B, *shape), float32."""
         drawn = self._made(shape, lambda x: x.uniform_(generator=self.generator), torch.float32)
         return drawn * (high - low) + low
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, shape (B, *shape)."""
+        """Draw x ~ N(0, 1), shape (B, *shape), float32."""
         return self._made(shape, lambda x: x.normal_(generator=self.generator), torch.float32)
 
     def chance(self, p: float, *shape: int) -> Tensor:
-        """True with probability `p`, shape (B, *shape)."""
+        """Draw True with probability `p`, shape (B, *shape)."""
         return self.uniform(*shape) < p
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers in [low, high), shape (B, *shape), int64."""
+        """Draw integers from [low, high) uniformly, shape (B, *shape), int64."""
         return self._made(shape, lambda x: x.random_(low, high, generator=self.generator), torch.int64)
 
     def permutation(self, n: int) -> Tensor:
-        """A random order of n items per example, shape (B, n), int64."""
+        """Draw a random order of n items per example, shape (B, n), int64."""
         return self.uniform(n).argsort(dim=1)
 
 
 def one_group(seed: int, size: int, device: torch.device | str = "cpu") -> BatchRng:
-    """The generator of a batch of `size` examples on one rank, as tests and notebooks need it."""
+    """Return the generator of a batch of `size` examples on one rank, as tests and notebooks need it.
+
+    Example:
+        >>> one_group(0, 2).uniform(3).shape
+        torch.Size([2, 3])
+    """
     return BatchRng(seed, range(size), size, device)

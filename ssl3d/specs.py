@@ -25,21 +25,25 @@ FOREIGN_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".tar", ".bin")
 
 
 def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
-    """The encoder that a word on the command line means, in evaluation mode.
+    """Load the encoder that a word on the command line means, in evaluation mode.
 
     Args:
-        spec: A run or its `encoder/`, with `:field=value...` for options that leave the weights as they
+        spec: Run or its `encoder/`, with `:field=value...` for options that leave the weights as they
             are, as in `RUN:stem_stride=1`; or `scratch:NAME[:kind][:field=value...]` for an untrained one,
             as in `scratch:resnet18:acs:width=32:stem_stride=1`; or `imagenet:NAME[:kind][:field=value...]
             [:weights=FILE]` for a 2D network with ImageNet's weights made 3D, as in
             `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.config.ConvertedConfig`; or
             another toolkit's weights, `FILE.pth[:kind][:field=value...]` (also .pt, .ckpt, .safetensors;
             `foreign:FILE` whatever its name), as `ssl3d.convert.foreign.from_spec` reads them.
-        seed: Of an untrained encoder's weights.
+        seed: Seed of an untrained encoder's weights.
 
     Raises:
         UsageError: The words name no encoder or no option of it.
-        CheckpointError: As `load_encoder`; weights cannot be had, or are not what they should be.
+        CheckpointError: There is no such encoder, or its weights cannot be had or are damaged.
+
+    Example:
+        >>> encoder_from("scratch:resnet10:width=4").channels
+        (4, 4, 8, 16, 32)
     """
     text = str(spec)
     if text.startswith(IMAGENET):
@@ -74,7 +78,7 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
 
 
 def is_foreign(spec: str) -> bool:
-    """Whether a word for an encoder is a file of weights that ssl3d did not write."""
+    """Tell whether a word for an encoder is a file of weights that ssl3d did not write."""
     if spec.startswith(FOREIGN):
         return True
     if spec.startswith((SCRATCH, IMAGENET)) or Path(spec).is_dir():
@@ -87,16 +91,16 @@ _FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?::[^:
 
 
 def file_and_words(spec: str) -> tuple[str, list[str]]:
-    """The file that `is_foreign` saw, and what follows it."""
+    """Split off the file that `is_foreign` saw from the words that follow it."""
     text = spec.removeprefix(FOREIGN)
-    found = None if Path(text).is_file() else _FILE.match(text)
-    if found is None:
+    match = None if Path(text).is_file() else _FILE.match(text)
+    if match is None:
         return _place_and_words(text)
-    return found[1], found[2].split(":")[1:]
+    return match[1], match[2].split(":")[1:]
 
 
 def _place_and_words(text: str) -> tuple[str, list[str]]:
-    """`RUN:field=value:...` apart; a folder whose own name looks so stays whole."""
+    """Split `RUN:field=value:...`; a folder whose own name looks so stays whole."""
     parts = re.split(r":(?=[A-Za-z_]\w*=)", text)
     there = (n for n in range(len(parts), 0, -1) if Path(":".join(parts[:n])).exists())
     end = next(there, 1)
@@ -104,7 +108,7 @@ def _place_and_words(text: str) -> tuple[str, list[str]]:
 
 
 def _whole(changes: dict[str, Any], place: str) -> dict[str, Any]:
-    """Changes to a saved encoder, single numbers as triples where its options are."""
+    """Repeat single numbers in changes to a saved encoder, where its options are triples."""
     name = str(read_card(encoder_folder(Path(place)))["architecture"])
     try:
         return triples(plugins.load(plugins.ENCODERS, name).Config, changes)
@@ -113,7 +117,12 @@ def _whole(changes: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def fitting(spec: str, channels: int) -> str:
-    """A word for an encoder whose channels are free, with the volumes' channels if it names none."""
+    """Add the volumes' channels to a word for an encoder whose channels are free, if it names none.
+
+    Example:
+        >>> fitting("scratch:resnet18", 2)
+        'scratch:resnet18:in_channels=2'
+    """
     free = spec.startswith((SCRATCH, IMAGENET)) or is_foreign(spec)
     if not free or "in_channels" in spec or channels == 1:
         return spec
@@ -122,7 +131,12 @@ def fitting(spec: str, channels: int) -> str:
 
 
 def fields_of(words: list[str]) -> dict[str, Any]:
-    """`["acs", "width=32", "stem_stride=1,1,1"]` as options."""
+    """Read options from words.
+
+    Example:
+        >>> fields_of(["acs", "width=32", "stem_stride=1,1,1"])
+        {'kind': 'acs', 'width': 32, 'stem_stride': [1, 1, 1]}
+    """
     import yaml
 
     fields: dict[str, Any] = {}
@@ -140,12 +154,12 @@ def fields_of(words: list[str]) -> dict[str, Any]:
 
 
 def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
-    """The encoder, or with pool `aggregator`, its embedding being that of the aggregator beside it.
+    """Return the encoder, with pool `aggregator` so that it embeds by the aggregator beside it.
 
     Args:
-        pool: mean or aggregator.
-        encoder: Loaded from `spec`.
-        spec: As given on the command line.
+        pool: Pooling: mean or aggregator.
+        encoder: Encoder, loaded from `spec`.
+        spec: Word for the encoder on the command line.
 
     Raises:
         CheckpointError: No aggregator travelled with this encoder.
@@ -154,11 +168,10 @@ def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
         return encoder
     from ssl3d.checkpoint.travellers import load_traveller
     from ssl3d.heads.aggregator import AggregatedEncoder, SliceAggregator
-    from ssl3d.specs import SCRATCH
 
     hint = "--pool aggregator needs an encoder that intra_inter trained"
     if spec.startswith(SCRATCH):
-        raise CheckpointError(f"{spec}: untrained, without an aggregator; {hint}")
+        raise CheckpointError(f"{spec}: is untrained and has no aggregator; {hint}")
     try:
         aggregator = load_traveller(spec, "aggregator")
     except CheckpointError as error:

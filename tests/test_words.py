@@ -25,7 +25,6 @@ LEFT = set(
     benchmarks/leaderboard/suite
     benchmarks/localize
     benchmarks/scripts
-    ssl3d
     ssl3d/encoders
     ssl3d/heads
     """.split()  # noqa: SIM905
