@@ -36,10 +36,8 @@ LEFT = set(
     ssl3d/data/scans
     ssl3d/data/store
     ssl3d/detection
-    ssl3d/encoders
     ssl3d/evaluation
     ssl3d/evaluation/statistics
-    ssl3d/heads
     ssl3d/segmentation
     ssl3d/testing
     ssl3d/training
@@ -58,7 +56,7 @@ VERBS = set(
     accept add adapt adjust advance aggregate align allow answer apply arrange ask assemble assign
     attach attend augment average balance begin blend blur bound bring broadcast build cache call
     carry change check choose clamp clear clip close cluster collect combine compare compose
-    compress compute configure confirm continue convert copy correct corrupt count crop cut decide
+    compress compute configure confirm continue convert convolve copy correct corrupt count crop cut decide
     decode declare decorrelate deform describe detach detect divide do download draw drop embed
     encode end enlarge enter erase estimate evaluate exchange exclude expand export extract fetch
     fill filter find finish fit flag flip flush fold follow force format forward freeze gather
