@@ -76,7 +76,7 @@ class CubeOrderingConfig:
         side_weight: Weight of the losses of turns and masks beside that of the order.
         normalize: Whether each cube is brought to mean 0 and deviation 1.
         detrend: Whether the linear trend of each cube's intensities is subtracted.
-        chance: Probability of each of the changes of intensity below, for each cube.
+        chance: Probability of each of bias, gamma, contrast and noise, for each cube.
         bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
             U(-b, b); 0 is none.
         gamma: Strength g of a gamma curve: exponent ~ LogUniform(1/(1 + g), 1 + g); 0 is none.

@@ -31,11 +31,11 @@ class DenseNetConfig:
         width: Channels of the first convolution.
         bottleneck: Channels inside a layer, as a multiple of the growth.
         norm: Kind of norms: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_kernel: Size of the first convolution's kernel, odd.
         stem_stride: Stride of the first convolution along D H W.
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D DenseNet.
-        pool_stride: Stride of that max-pool along D H W.
+        pool_stride: Stride of the max-pool along D H W.
         stage_strides: Strides along D H W of the three transitions between the dense blocks, which
             average over so many voxels; 1 along D keeps the depth.
         checkpointing: Whether only what each layer adds is kept for the backward pass and the rest is

@@ -25,7 +25,7 @@ class GenesisUNetConfig:
         width: Channels of the first convolution; a stage ends with twice as many as it begins with, and
             the next begins with those.
         norm: Kind of norms: batch (as published), group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         pool_strides: Strides along D H W of the three max-pools between the stages; 1 along D keeps the
             depth.
         checkpointing: Whether only each stage's input is kept for the backward pass and the rest is

@@ -24,7 +24,7 @@ class MobileNetV2Config:
             last layer's are never fewer.
         last_channels: Channels of the last layer, which is the embedding.
         norm: Kind of norms: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_stride: Stride of the first convolution along D H W.
         stage_strides: Strides along D H W of the four places that have one in the 2D network: its stages
             of 24, 32, 64 and 160 channels. All four 2 2 2 makes that network, with a total of 32.

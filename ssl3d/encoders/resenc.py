@@ -40,7 +40,7 @@ class ResEncConfig:
         norm: Kind of norms: instance (nnU-Net's), batch or group. Instance norm takes the mean out of every
             channel of every example, so that little is left for an embedding to hold if the deepest map is
             small; group norm serves proxies better that look at embeddings only.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         conv_bias: Whether the convolutions have a bias, as in nnU-Net's plans; those of shortcuts never.
         zero_init_residual: Whether residual branches begin by adding nothing, as in nnU-Net.
         checkpointing: Whether only each block's input is kept for the backward pass and the rest is

@@ -28,11 +28,11 @@ class ResNetConfig:
         in_channels: Channels of the volumes.
         width: Channels of the first stage; each later stage has twice those of the one before.
         norm: Kind of norms: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_kernel: Size of the first convolution's kernel, odd.
         stem_stride: Stride of the first convolution along D H W.
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D ResNet.
-        pool_stride: Stride of that max-pool along D H W.
+        pool_stride: Stride of the max-pool along D H W.
         stage_strides: Stride of each of the four stages along D H W; 1 along D keeps the depth.
         shortcut: Way in which a block's input takes the shape of its output where the two differ: B (1x1x1
             convolution and norm) or A (every stride-th voxel, zeros for the channels that are new; no
