@@ -205,7 +205,7 @@ class CubeOrdering(Proxy):
 
     def setup(self, data: Collection) -> None:
         """Add heads for images (D = 1), where there are any and they need their own."""
-        # Of a grid along D only an image is one cube, without an order: `draw` sets it aside.
+        # Where the grid cuts along D only, an image is one cube without an order: `draw` sets it aside.
         own = _images_differ(self.config) and math.prod(_grid(self.config, image=True)) > 1
         flat = {own and int(shape[1]) == 1 for shape in data.shapes}
         if True in flat:

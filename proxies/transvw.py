@@ -188,7 +188,7 @@ class TransVW(Proxy):
             DataError: It is an image, has no foreground, or is so small that all words coincide.
         """
         if volume.shape[1] == 1:
-            raise DataError(f"{volume.id}: an image; visual words are places in volumes")
+            raise DataError(f"{volume.id}: is an image, and visual words are places in volumes")
         for _ in range(_TRIES):
             word = int(rng.integers(config.words))
             start, size = _cut(config, volume, word, rng)

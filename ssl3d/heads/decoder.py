@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         if width < 2:
             raise ValueError(f"width must be at least 2, not {width}")
         self.out_channels = encoder.config.in_channels if out_channels is None else out_channels
-        # Of the maps with equal strides, the deepest.
+        # Where maps have equal strides, the deepest one counts.
         maps = {stride: n for n, stride in enumerate(encoder.strides)}
         deepest = encoder.strides[-1]
         # Only what is no coarser than the deepest can be met on the way up.
