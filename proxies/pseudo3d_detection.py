@@ -135,8 +135,8 @@ class Pseudo3DDetection(DetectionProxy2d):
         channels, depth = volume.shape[:2]
         if (channels, depth > 1) not in ((3, False), (1, False), (1, True)):
             raise DataError(
-                f"{volume.id}: has {channels} channels and depth {depth}; a picture has 3 or 1 channels and "
-                "depth 1"
+                f"{volume.id}: has {channels} channels and depth {depth}; a picture has 3 or 1 channels "
+                "and depth 1"
             )
         drawn = super().draw(config, volume, rng)
         drawn["crop"] = as_slices(drawn["crop"])
