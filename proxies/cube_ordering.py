@@ -77,7 +77,7 @@ class CubeOrderingConfig:
         side_weight: Weight of the losses of turns and masks beside that of the order.
         normalize: Whether each cube is brought to mean 0 and deviation 1.
         detrend: Whether the linear trend of each cube's intensities is subtracted.
-        chance: Probability of each of the changes of intensity below, for each cube.
+        chance: Probability of each of bias, gamma, contrast and noise, for each cube.
         bias: Strength b of a smooth multiplicative field, exp of a cubic polynomial whose coefficients ~
             U(-b, b); 0 is none.
         gamma: Strength g of a gamma curve: exponent ~ LogUniform(1/(1 + g), 1 + g); 0 is none.
@@ -206,7 +206,7 @@ class CubeOrdering(Proxy):
 
     def setup(self, data: Collection) -> None:
         """Add heads for images (D = 1), where there are any and they need their own."""
-        # Of a grid along D only an image is one cube, without an order: `draw` sets it aside.
+        # Where the grid cuts along D only, an image is one cube without an order: `draw` sets it aside.
         own = _images_differ(self.config) and math.prod(_grid(self.config, image=True)) > 1
         flat = {own and int(shape[1]) == 1 for shape in data.shapes}
         if True in flat:

@@ -107,7 +107,7 @@ class IntraInterConfig(Views):
             slice at least.
         target: Embeddings that masked slices are predicted as: the encoder's own without gradient
             (detach), or those of a moving average of the encoder (ema).
-        momentum: Momentum of that moving average.
+        momentum: Momentum of the moving average of the encoder, where target is ema.
         hidden: Width of the hidden layer of the 2D projection head.
         out: Length of a 2D projection.
         head_norm: Norm of the 2D projection head: layer or none.

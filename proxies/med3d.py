@@ -215,7 +215,7 @@ class Med3D(Proxy):
             x, labels = centre_crop(crop, size), centre_crop(mask.unsqueeze(1), size).squeeze(1)
         deepest = self.encoder(x)[-1]
         owners, codes = batch["dataset"].tolist(), self.codes.tolist()
-        # Of the whole group: a mean over its examples, whichever data sets they are of.
+        # The sum is over the whole group: a mean over its examples, whichever data sets they are of.
         total = deepest.float().sum() * 0
         scores: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}

@@ -193,10 +193,10 @@ class Pseudo3DClassification(Proxy):
         channels, depth, height, width = volume.shape
         if channels != 3 or depth != 1:
             raise DataError(
-                f"{volume.id}: {channels} channels and depth {depth}; a picture in colour has 3 and 1"
+                f"{volume.id}: has {channels} channels and depth {depth}; a picture in colour has 3 and 1"
             )
         if volume.label is None:
-            raise DataError(f"{volume.id}: no label, so nothing to be learned from it")
+            raise DataError(f"{volume.id}: has no label, so nothing can be learned from it")
         short = min(height, width)
         place = int(rng.integers(0, max(height, width) - short + 1))
         start = (0, place, 0) if height > width else (0, 0, place)

@@ -129,12 +129,14 @@ class Pseudo3DDetection(DetectionProxy2d):
         """Draw a crop as three slices, `crop` (1, 3, h, w), with its boxes; see `draw_boxed`.
 
         Raises:
-            DataError: It is neither a picture nor a volume of one channel, or nobody looked for boxes.
+            DataError: The volume is neither a picture nor one of one channel, or nobody looked for boxes in
+                it.
         """
         channels, depth = volume.shape[:2]
         if (channels, depth > 1) not in ((3, False), (1, False), (1, True)):
             raise DataError(
-                f"{volume.id}: {channels} channels and depth {depth}; a picture has 3 or 1, and 1"
+                f"{volume.id}: has {channels} channels and depth {depth}; a picture has 3 or 1 channels "
+                "and depth 1"
             )
         drawn = super().draw(config, volume, rng)
         drawn["crop"] = as_slices(drawn["crop"])

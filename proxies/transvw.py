@@ -46,9 +46,9 @@ class TransVWConfig(RestoreViews, Corruptions):
             reference.
         exact: Probability that a crop is cut at the very place of its word; other crops are shifted and
             zoomed.
-        zoom: Strength z of the zoom of those others: factor ~ LogUniform(1/(1 + z), 1 + z); the crop
-            is resized.
-        shift: Range s of the shift of those others: shift ~ U(-s, s) times the distance between
+        zoom: Strength z of the zoom of crops that are not exact: factor ~ LogUniform(1/(1 + z), 1 + z); the
+            crop is resized.
+        shift: Range s of the shift of crops that are not exact: shift ~ U(-s, s) times the distance between
             neighbouring words, along each axis.
         restore_weight: Weight of the restoration's error.
         word_weight: Weight of the words' cross entropy.
@@ -188,7 +188,7 @@ class TransVW(Proxy):
             DataError: It is an image, has no foreground, or is so small that all words coincide.
         """
         if volume.shape[1] == 1:
-            raise DataError(f"{volume.id}: an image; visual words are places in volumes")
+            raise DataError(f"{volume.id}: is an image, and visual words are places in volumes")
         for _ in range(_TRIES):
             word = int(rng.integers(config.words))
             start, size = _cut(config, volume, word, rng)

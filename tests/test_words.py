@@ -25,8 +25,6 @@ LEFT = set(
     benchmarks/leaderboard/suite
     benchmarks/localize
     benchmarks/scripts
-    ssl3d/encoders
-    ssl3d/heads
     """.split()  # noqa: SIM905
 )
 """Rooms that were not read again yet."""

@@ -7,11 +7,11 @@ from torch import nn
 
 
 def memory_format(encoder: nn.Module, device: torch.device | str) -> torch.memory_format:
-    """The layout in which `encoder` trains fastest on `device`.
+    """Return the memory layout in which an encoder trains fastest on a device.
 
     Args:
-        encoder: Any encoder; one without `prefers_channels_last(device)` gets channels last on CUDA only.
-        device: Where it runs.
+        encoder: Encoder; one without `prefers_channels_last(device)` gets channels last on CUDA only.
+        device: Device that it runs on.
     """
     device = torch.device(device)
     prefers = getattr(encoder, "prefers_channels_last", None)
@@ -20,13 +20,13 @@ def memory_format(encoder: nn.Module, device: torch.device | str) -> torch.memor
 
 
 def to_memory_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
-    """Has the encoders and the 3D kernels inside `module` use a memory format.
+    """Let the encoders and the 3D kernels inside a module use a memory format.
 
     `Module.to` will not do: it refuses the 2D kernels beside them.
 
     Args:
         module: An encoder, or a proxy with its encoder; changed in place and returned.
-        layout: torch.channels_last_3d or torch.contiguous_format.
+        layout: Memory format, torch.channels_last_3d or torch.contiguous_format.
     """
     for parameter in module.parameters():
         if parameter.ndim == 5:

@@ -16,28 +16,30 @@ from ssl3d.encoders.convolutions import KINDS, Triple, triple
 from ssl3d.encoders.norms import NORMS, recomputation, refuse_one_voxel
 
 
-class Options(Protocol):
-    """What `check_options` reads of a configuration."""
+class ConvolutionOptions(Protocol):
+    """Fields of a configuration that `check_options` reads."""
 
     @property
     def kind(self) -> str:
-        """Of convolutions."""
+        """Kind of the encoder's convolutions."""
 
     @property
     def norm(self) -> str:
-        """Of norms."""
+        """Kind of the encoder's norms."""
 
 
-def check_options(config: Options, at_least_1: tuple[str, ...], strides: dict[str, int | None]) -> None:
-    """Check a configuration's fields.
+def check_options(
+    config: ConvolutionOptions, at_least_1: tuple[str, ...], strides: dict[str, int | None]
+) -> None:
+    """Check the fields of a configuration.
 
     Args:
-        config: With `kind` and `norm`.
+        config: Configuration with `kind` and `norm`.
         at_least_1: Fields that hold whole numbers of at least 1.
         strides: Fields that hold one stride (None), or so many of them.
 
     Raises:
-        ValueError: Naming the field.
+        ValueError: A value cannot be used; the message names the field.
     """
     for field, allowed in (("kind", KINDS), ("norm", NORMS)):
         if getattr(config, field) not in allowed:
@@ -73,10 +75,10 @@ class ConvolutionalEncoder(Encoder):
 
     @abstractmethod
     def maps(self, x: Tensor, image: bool) -> list[Tensor]:
-        """Feature maps of (B, C, H, W) where `image`, else of (B, C, D, H, W)."""
+        """Compute feature maps of (B, C, H, W) where `image`, else of (B, C, D, H, W)."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
@@ -88,7 +90,7 @@ class ConvolutionalEncoder(Encoder):
         return self.maps(x, False)
 
     def prefers_channels_last(self, device: torch.device | str) -> bool:
-        """Whether it trains faster with the channels last in memory.
+        """Tell whether it trains faster with the channels last in memory.
 
         Measured on an AVX-512 processor, DenseNet-121 and MobileNetV2, training: every kind as fast or
         up to a third faster so, in float32 and in bfloat16, thanks to their many kernels of one tap.
@@ -96,9 +98,10 @@ class ConvolutionalEncoder(Encoder):
         return torch.device(device).type in ("cuda", "cpu")
 
     def in_layout(self, x: Tensor, image: bool) -> Tensor:
-        """The first convolution's output in the memory format of all that follows.
+        """Bring the first convolution's output into the memory format of all that follows.
 
-        After the convolution: with one channel in, its input has no layout that the output could take.
+        That comes after the convolution: with one channel in, its input has no layout that the output could
+        take.
         """
         last = self.channels_last
         if last is None:
@@ -108,25 +111,26 @@ class ConvolutionalEncoder(Encoder):
         return x.contiguous(memory_format=torch.channels_last if image else torch.channels_last_3d)
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """block(*inputs); its inside computed again in the backward pass where the options say so."""
+        """Run block(*inputs), to be computed again in the backward pass where the options say so."""
         if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            again: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=_count_once)
+            again: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=count_once)
             return again
         out: Tensor = block(*inputs)
         return out
 
 
-def _count_once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def count_once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Make the contexts of a checkpoint's two passes; batch norms count the batch in the first only."""
     return nullcontext(), recomputation()
 
 
 def max_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
-    """Max-pool of size 3, to ceil(n / stride)."""
+    """Pool the maximum over windows of size 3, to ceil(n / stride)."""
     return F.max_pool2d(x, 3, stride[1:], 1) if image else F.max_pool3d(x, 3, stride, 1)
 
 
 def average_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
-    """The mean of each cell of `stride` voxels, to ceil(n / stride): the last cells may be cut.
+    """Average each cell of `stride` voxels, to ceil(n / stride): the last cells may be cut.
 
     torchvision's pools leave out what does not fill a cell, ours do not: equal where sizes are multiples.
     """
@@ -137,6 +141,11 @@ def average_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
 
 
 def times(a: Triple, b: Triple) -> Triple:
-    """Strides one after the other."""
+    """Multiply strides that follow one another.
+
+    Example:
+        >>> times((1, 2, 2), (2, 2, 2))
+        (2, 4, 4)
+    """
     a, b = triple(a), triple(b)
     return (a[0] * b[0], a[1] * b[1], a[2] * b[2])

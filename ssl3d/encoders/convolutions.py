@@ -23,7 +23,12 @@ KINDS = ("3d", "p3d", "acs", "2.5d")
 
 
 def triple(value: int | Sequence[int]) -> Triple:
-    """One number for (D, H, W), or the three given."""
+    """Repeat one number for (D, H, W), or return the three given.
+
+    Example:
+        >>> triple(3), triple([1, 2, 2])
+        ((3, 3, 3), (1, 2, 2))
+    """
     if isinstance(value, int):
         return (value, value, value)
     depth, height, width = value
@@ -39,7 +44,7 @@ def conv3d(
     dilation: int | Triple = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv3d`, with gradients that are right on the CPU on small maps as well.
+    """Compute `torch.nn.functional.conv3d`, with right gradients on the CPU on small maps as well.
 
     There, oneDNN (torch 2.15, AVX-512) reads and writes beyond its buffers in the weight gradient of
     small padded maps: in bfloat16 with kernel 3 on depth 2, and in float32 with kernel 7 and stride 2 on
@@ -71,14 +76,14 @@ def conv2d(
     bias: Tensor | None = None,
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, with the same care as `conv3d`."""
+    """Compute `torch.nn.functional.conv2d`, with the same care as `conv3d`."""
     pads = (padding, padding) if isinstance(padding, int) else padding
     x, (height, width) = _pad_beforehand(x, weight, pads)
     return F.conv2d(x, weight, bias, stride, (height, width), dilation, groups)
 
 
 def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:
-    """Each channel with its own kernel, by 2D convolutions: those have fast kernels, 3D ones do not.
+    """Filter each channel with its own kernel, by 2D convolutions, which have fast kernels.
 
     The axis along which the kernel is flat joins the batch or the channels, whichever needs no copy with
     the channels last in memory. A kernel that is flat nowhere is the sum over its planes. Measured on one
@@ -87,25 +92,25 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Triple, padding: Triple)
     (3x3x3); in float32 7.5 / 4.0, 8.4 / 5.4, 8.8 / 1.5, 12 / 1.1, 13 / 9.1. Not measured on a GPU.
 
     Args:
-        x: (B, C, D, H, W).
-        weight: (C, 1, KD, KH, KW), any size.
-        stride: Along D, H, W; so is padding.
-        padding: Zeros on both sides.
+        x: Input (B, C, D, H, W).
+        weight: Kernels (C, 1, KD, KH, KW) of any size.
+        stride: Strides along D, H, W.
+        padding: Numbers of zeros on both sides, along D, H, W.
 
     Returns:
-        (B, C, D', H', W'), in the memory format of `x`.
+        Output (B, C, D', H', W'), in the memory format of `x`.
     """
     return _depthwise(x, weight, stride, padding).contiguous(memory_format=_format(x))
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """Channels last where `x` has them there and could have them elsewhere."""
+    """Return channels last where `x` has them there and could have them elsewhere."""
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     return torch.channels_last_3d if last else torch.contiguous_format
 
 
 def _depthwise(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:
-    """`depthwise_conv3d`, in any memory format."""
+    """Compute `depthwise_conv3d`, in any memory format."""
     size = weight.shape[2:]
     channels = x.shape[1]
     if any(2 * pad > k for pad, k in zip(padding, size, strict=True)):  # nobody needs it: no route
@@ -128,9 +133,9 @@ def _depthwise(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Te
 
 
 def _fold(x: Tensor, batch: Axes, channels: Axes, rows: Axes, columns: Axes) -> Tensor:
-    """A picture (B, C, H, W) of which each axis is made of these axes of `x`.
+    """Fold `x` into a picture (B, C, H, W), each axis of which is made of these axes of `x`.
 
-    Without a copy where that can be; otherwise the copy has the channels where `x` has them, for a plain
+    No copy is made where that can be; otherwise the copy has the channels where `x` has them, for a plain
     `reshape` would put them first.
     """
     last = x.stride(1) == 1
@@ -141,21 +146,21 @@ def _fold(x: Tensor, batch: Axes, channels: Axes, rows: Axes, columns: Axes) -> 
 
 
 def _flat_depth(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Slice join the batch."""
+    """Convolve slices as rows of the batch."""
     batch, channels, depth = x.shape[:3]
     y = conv2d(_fold(x, (0, 2), (1,), (3,), (4,)), weight, stride, padding, channels)
     return y.unflatten(0, (batch, depth)).transpose(1, 2)
 
 
 def _flat_height(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Rows join the batch, at the price of a copy."""
+    """Convolve rows of voxels as rows of the batch, at the price of a copy."""
     batch, channels, _, height = x.shape[:4]
     y = conv2d(_fold(x, (0, 3), (1,), (2,), (4,)), weight, stride, padding, channels)
     return y.unflatten(0, (batch, height)).permute(0, 2, 3, 1, 4)
 
 
 def _flat_width(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Columns join the channels, each with the same kernels."""
+    """Convolve columns as channels, each with the same kernels."""
     channels, width = x.shape[1], x.shape[4]
     y = _fold(x, (0,), (4, 1), (2,), (3,))
     y = conv2d(y, weight.repeat(width, 1, 1, 1), stride, padding, width * channels)
@@ -163,7 +168,7 @@ def _flat_width(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tup
 
 
 def _planes(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:
-    """The sum over the kernel's planes (KH, KW), each on the slices that it meets."""
+    """Sum over the kernel's planes (KH, KW), each on the slices that it meets."""
     depth, size, step, pad = x.shape[2], weight.shape[2], stride[0], padding[0]
     length = (depth + 2 * pad - size) // step + 1
     total: Tensor | None = None
@@ -187,7 +192,7 @@ def _planes(x: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tenso
 
 
 def _pad_beforehand(x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-    """Pad where the convolution itself could not be trusted to; what is left for it to pad."""
+    """Pad where the convolution cannot be trusted to, and return what is left for it to pad."""
     if not any(pads) or x.device.type != "cpu":
         return x, pads
     used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -199,22 +204,26 @@ def _pad_beforehand(x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> tuple[T
 
 
 def acs_split(channels: int) -> Triple:
-    """How many output channels see the axial (H, W), coronal (D, W) and sagittal (D, H) plane.
+    """Split output channels over the axial (H, W), coronal (D, W) and sagittal (D, H) plane.
 
-    Thirds; what is left over goes to the first ones (Yang et al., arXiv 1911.10477).
+    Each gets a third; what is left over goes to the first ones (Yang et al., arXiv 1911.10477).
+
+    Example:
+        >>> acs_split(64)
+        (22, 21, 21)
     """
     third, rest = divmod(channels, 3)
     return (third + (rest > 0), third + (rest > 1), third)
 
 
 def acs_kernel(weight: Tensor) -> Tensor:
-    """The K x K x K kernel, mostly zeros, that computes what ACS does with 2D kernels.
+    """Make the K x K x K kernel, mostly zeros, that computes what ACS does with 2D kernels.
 
     Args:
-        weight: (Cout, Cin / groups, K, K), K odd.
+        weight: 2D kernels (Cout, Cin / groups, K, K), K odd.
 
     Returns:
-        (Cout, Cin / groups, K, K, K).
+        3D kernels (Cout, Cin / groups, K, K, K).
     """
     size = weight.shape[-1]
     axial, coronal, sagittal = weight.split(acs_split(weight.shape[0]))
@@ -238,23 +247,23 @@ def acs_conv3d(
     groups: int = 1,
     whole: bool | None = None,
 ) -> Tensor:
-    """ACS convolution of a volume: each output channel's 2D kernel lies in one of three planes.
+    """Convolve a volume by ACS: each output channel's 2D kernel lies in one of three planes.
 
     Along the axis on which its kernel is flat, output i reads input `i * stride - padding +
     dilation * (K - 1) / 2`, zero outside: the same place as the centre of a K x K x K kernel, for any
     stride, dilation, padding and size.
 
     Args:
-        x: (B, Cin, D, H, W).
-        weight: (Cout, Cin / groups, K, K), K odd.
-        bias: (Cout,).
-        stride: Along D, H, W; so are padding and dilation.
-        padding: Zeros on both sides.
-        dilation: Distance between taps.
-        groups: As in `torch.conv3d`; any number that divides the channels.
-        whole: One convolution with the kernel of `acs_kernel` instead of three with flat kernels. More
-            products, fewer passes over the input. None: the three, unless there are groups that the
-            split would cut: depth-wise, each third of the channels has its input to itself.
+        x: Input (B, Cin, D, H, W).
+        weight: 2D kernels (Cout, Cin / groups, K, K), K odd.
+        bias: Bias of the output channels, (Cout,).
+        stride: Strides along D, H, W.
+        padding: Numbers of zeros on both sides, along D, H, W.
+        dilation: Distances between taps, along D, H, W.
+        groups: Number of groups of channels, which divides them, as in `torch.conv3d`.
+        whole: Whether one convolution with the kernel of `acs_kernel` is run instead of three with flat
+            kernels: more products, fewer passes over the input. None: the three, unless there are groups
+            that the split would cut: depth-wise, each third of the channels has its input to itself.
     """
     depthwise = 1 < groups == x.shape[1] == weight.shape[0]
     if whole or (groups > 1 and not depthwise):
@@ -295,12 +304,12 @@ class Convolution(nn.Module, ABC):
     (B, C, D, H, W).
 
     Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        kernel: Size K, odd.
-        stride: Along D, H, W.
-        groups: Of channels that see each other; `in_channels` of them is depth-wise.
-        dilation: Distance between taps along D, H, W.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel: Size K of the kernels, odd.
+        stride: Strides along D, H, W.
+        groups: Number of groups of channels that see each other; `in_channels` of them is depth-wise.
+        dilation: Distances between taps along D, H, W.
     """
 
     def __init__(
@@ -330,15 +339,15 @@ class Convolution(nn.Module, ABC):
                 self.weight.mul_(groups**0.5)
 
     def weight_shape(self) -> tuple[int, ...]:
-        """The 2D kernel's shape; overridden where the kernel is 3D."""
+        """Return the 2D kernel's shape; overridden where the kernel is 3D."""
         return (self.out_channels, self.in_channels // self.groups, self.kernel, self.kernel)
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, Cin, H, W) where `image`, else (B, Cin, D, H, W); every axis shrinks to ceil(n / stride)."""
+        """Convolve (B, Cin, H, W) where `image`, else (B, Cin, D, H, W); sizes become ceil(n / stride)."""
         return self.on_image(x) if image else self.on_volume(x)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """The 2D network's convolution."""
+        """Convolve images (B, C, H, W) as the 2D network does."""
         return self._in_plane(x, self.weight)
 
     def _in_plane(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -347,10 +356,10 @@ class Convolution(nn.Module, ABC):
 
     @abstractmethod
     def on_volume(self, x: Tensor) -> Tensor:
-        """The 3D network's convolution."""
+        """Convolve volumes (B, C, D, H, W) as the 3D network does."""
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Describe the layer as `print` shows it."""
         more = f", groups={self.groups}" if self.groups > 1 else ""
         more += f", dilation={self.dilation}" if self.dilation != (1, 1, 1) else ""
         return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}{more}"
@@ -360,15 +369,15 @@ class Full(Convolution):
     """K x K x K kernels. On an image only their middle plane meets anything but zeros."""
 
     def weight_shape(self) -> tuple[int, ...]:
-        """(Cout, Cin / groups, K, K, K)."""
+        """Return the 3D kernel's shape, (Cout, Cin / groups, K, K, K)."""
         return (*super().weight_shape(), self.kernel)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """Skip the planes that would meet padding only."""
+        """Convolve images, without the planes that would meet padding only."""
         return self._in_plane(x, self.weight[:, :, self.middle])
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """A plain 3D convolution."""
+        """Convolve volumes with the full kernels."""
         return conv3d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -395,14 +404,14 @@ class Pseudo3D(Convolution):
             nn.init.dirac_(self.depth_weight, groups)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """Of the depth kernel only the middle tap meets anything but zeros."""
+        """Convolve images; only the middle tap of the depth kernel meets anything but zeros."""
         x = super().on_image(x)
         if self.kernel == 1:
             return x
         return F.conv2d(x, self.depth_weight[:, :, self.middle, None, None], groups=self.groups)
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """In the plane, then across it."""
+        """Convolve volumes in the plane, then across it."""
         if self.kernel == 1:
             return conv3d(x, self.weight.unsqueeze(2), None, self.stride, groups=self.groups)
         depth, height, width = self.stride
@@ -416,7 +425,7 @@ class Flat(Convolution):
     """1 x K x K kernels, with the stride on all three axes; holds exactly the 2D network's weights."""
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """Every slice by itself."""
+        """Convolve every slice by itself."""
         pad, taps = (0, *self.padding[1:]), (1, *self.dilation[1:])
         return conv3d(x, self.weight.unsqueeze(2), None, self.stride, pad, taps, self.groups)
 
@@ -425,7 +434,7 @@ class ACS(Convolution):
     """2D kernels split over three planes (Yang et al., arXiv 1911.10477); exactly the 2D weights."""
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """Each third of the output channels in its own plane."""
+        """Convolve volumes, each third of the output channels in its own plane."""
         if self.kernel == 1:
             return conv3d(x, self.weight.unsqueeze(2), None, self.stride, groups=self.groups)
         return acs_conv3d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -443,5 +452,5 @@ def convolution(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Convolution:
-    """A convolution of kind `3d`, `p3d`, `acs` or `2.5d`; stride and dilation along (D, H, W)."""
+    """Make a convolution of kind `3d`, `p3d`, `acs` or `2.5d`; stride and dilation along (D, H, W)."""
     return _KINDS[kind](in_channels, out_channels, kernel, triple(stride), groups, triple(dilation))

@@ -24,22 +24,23 @@ class DenseNetConfig:
     """Options of a DenseNet.
 
     Attributes:
-        kind: Convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three planes)
-            or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D DenseNet's weights.
+        kind: Kind of convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three
+            planes) or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D DenseNet's weights.
         in_channels: Channels of the volumes.
         growth: Channels that each layer adds.
         width: Channels of the first convolution.
         bottleneck: Channels inside a layer, as a multiple of the growth.
-        norm: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm: Kind of norms: batch, group or instance.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_kernel: Size of the first convolution's kernel, odd.
         stem_stride: Stride of the first convolution along D H W.
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D DenseNet.
-        pool_stride: Stride of that max-pool along D H W.
+        pool_stride: Stride of the max-pool along D H W.
         stage_strides: Strides along D H W of the three transitions between the dense blocks, which
             average over so many voxels; 1 along D keeps the depth.
-        checkpointing: Keep only what each layer adds for the backward pass and compute the rest again:
-            memory linear in the depth and not quadratic, a third more time, the same gradients.
+        checkpointing: Whether only what each layer adds is kept for the backward pass and the rest is
+            computed again: memory linear in the depth and not quadratic, a third more time, the same
+            gradients.
     """
 
     kind: str = "acs"
@@ -57,7 +58,7 @@ class DenseNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         check_options(
             self,
             at_least_1=("in_channels", "growth", "width", "bottleneck", "norm_groups", "stem_kernel"),
@@ -68,7 +69,7 @@ class DenseNetConfig:
 
 
 class DenseLayer(nn.Module):
-    """What is known so far, narrowed by 1 x 1 x 1, then seen by 3 x 3 x 3: `growth` channels more."""
+    """Layer that sees all maps before it, and adds `growth` channels by 1 x 1 x 1, then 3 x 3 x 3."""
 
     def __init__(self, config: DenseNetConfig, channels: int):
         super().__init__()
@@ -79,7 +80,7 @@ class DenseLayer(nn.Module):
         self.conv2 = convolution(config.kind, inside, config.growth, 3)
 
     def forward(self, image: bool, *known: Tensor) -> Tensor:
-        """The outputs of all layers before to (B, growth, ...)."""
+        """Map the outputs of all layers before to (B, growth, ...)."""
         x = self.conv1(norm_relu(self.norm1, torch.cat(known, dim=1)), image)
         return self.conv2(norm_relu(self.norm2, x), image)
 
@@ -94,7 +95,7 @@ class Transition(nn.Module):
         self.stride = triple(stride)
 
     def forward(self, x: Tensor, image: bool) -> tuple[Tensor, Tensor]:
-        """The map before the stride, normed, and the next block's input."""
+        """Return the map before the stride, normed, and the next block's input."""
         x = norm_relu(self.norm, x)
         return x, average_pool(self.conv(x, image), self.stride, image)
 
@@ -151,11 +152,11 @@ class DenseNet(ConvolutionalEncoder):
         self.embed_dim = width
 
     def maps(self, x: Tensor, image: bool) -> list[Tensor]:
-        """The stem's map, and each dense block's after norm and ReLU."""
+        """Compute the stem's map, and each dense block's after norm and ReLU."""
         parts = self.features
         x = self.in_layout(parts["conv0"](x, image), image)
         x = norm_relu(parts["norm0"], x)
-        found = [x]
+        maps = [x]
         if self.config.stem_pool:
             x = max_pool(x, self.config.pool_stride, image)
         for n in range(4):
@@ -170,8 +171,8 @@ class DenseNet(ConvolutionalEncoder):
                 x = self.in_layout(x, image)  # torch's 3D mean puts the channels first
             else:
                 seen = norm_relu(parts["norm5"], x)
-            found.append(seen)
-        return found
+            maps.append(seen)
+        return maps
 
 
 class DenseNet121(DenseNet):

@@ -19,17 +19,17 @@ class GenesisUNetConfig:
     """Options of the encoder of Models Genesis.
 
     Attributes:
-        kind: Convolutions: 3d (full kernels, as published), p3d (1x3x3 then 3x1x1), acs (2D kernels over
-            three planes) or 2.5d (1x3x3).
+        kind: Kind of convolutions: 3d (full kernels, as published), p3d (1x3x3 then 3x1x1), acs (2D kernels
+            over three planes) or 2.5d (1x3x3).
         in_channels: Channels of the volumes.
         width: Channels of the first convolution; a stage ends with twice as many as it begins with, and
             the next begins with those.
-        norm: batch (as published), group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm: Kind of norms: batch (as published), group or instance.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         pool_strides: Strides along D H W of the three max-pools between the stages; 1 along D keeps the
             depth.
-        checkpointing: Keep only each stage's input for the backward pass and compute the rest again: less
-            memory, a third more time, the same gradients.
+        checkpointing: Whether only each stage's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     kind: str = "3d"
@@ -41,7 +41,7 @@ class GenesisUNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         check_options(self, ("in_channels", "width", "norm_groups"), {"pool_strides": 3})
 
 
@@ -55,7 +55,7 @@ class ConvNormReLU(nn.Module):
         self.bn1 = norm(config.norm, out, config.norm_groups)
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, out, ...)."""
+        """Map (B, channels, ...) to (B, out, ...)."""
         x = self.conv1(x, image)
         bias = self.conv1.get_parameter("bias").to(x.dtype)
         return norm_relu(self.bn1, x + bias.view(-1, *(1,) * (x.ndim - 2)))
@@ -71,7 +71,7 @@ class DownStage(nn.Module):
         )
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, 2 first, ...)."""
+        """Map (B, channels, ...) to (B, 2 first, ...)."""
         for part in self.ops:
             x = part(x, image)
         return x
@@ -112,18 +112,18 @@ class GenesisUNet(ConvolutionalEncoder):
         self.embed_dim = before
 
     def maps(self, x: Tensor, image: bool) -> list[Tensor]:
-        """What each stage gives."""
-        found: list[Tensor] = []
+        """Compute the map of each stage."""
+        maps: list[Tensor] = []
         for n, name in enumerate(STAGES):
             if n:
-                x = _max_pool(found[-1], triple(self.config.pool_strides[n - 1]), image)
+                x = _max_pool(maps[-1], triple(self.config.pool_strides[n - 1]), image)
             x = self.run(self.get_submodule(name), x, image)
-            found.append(self.in_layout(x, image))
-        return found
+            maps.append(self.in_layout(x, image))
+        return maps
 
 
 def _max_pool(x: Tensor, stride: Triple, image: bool) -> Tensor:
-    """The highest of each cell, to ceil(n / stride): the last cells may be cut."""
+    """Pool the maximum of each cell, to ceil(n / stride): the last cells may be cut."""
     steps = stride[1:] if image else stride
     cell = [min(step, size) for step, size in zip(steps, x.shape[2:], strict=True)]  # torch wants no larger
     return (F.max_pool2d if image else F.max_pool3d)(x, cell, steps, ceil_mode=True)

@@ -16,12 +16,19 @@ Triple = tuple[int, int, int]
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """First voxels of the windows that cover one axis, evenly spread, at least `overlap` shared.
+    """Place the windows that cover one axis, evenly spread, at least `overlap` shared.
 
     Args:
-        size: Voxels of the volume.
-        window: Voxels of a window; one window of `size` voxels is enough where it is not smaller.
+        size: Length of the volume, in voxels.
+        window: Length of a window, in voxels; one of `size` voxels is enough where it is not smaller.
         overlap: Share of a window that the next one covers too, in [0, 1).
+
+    Returns:
+        First voxels of the windows.
+
+    Example:
+        >>> window_starts(10, 4, 0.5)
+        [0, 2, 4, 6]
     """
     if size <= window:
         return [0]
@@ -39,23 +46,24 @@ def embed_volume(
     weighting: str = "even",
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """The embedding of one volume: the weighted mean of the embeddings of windows that cover it.
+    """Embed one volume: the weighted mean of the embeddings of windows that cover it.
 
     Nothing is padded. An axis shorter than the window is seen whole; a window of depth 1 is an image, as
     for an encoder that was trained on slices.
 
     Args:
-        encoder: Used in eval mode, on its own device.
-        volume: (C, D, H, W).
-        patch: Window size (D, H, W) in voxels: the crops that the encoder was trained on.
+        encoder: Encoder, used in eval mode on its own device.
+        volume: Volume (C, D, H, W).
+        patch: Size (D, H, W) of a window in voxels, that of the crops that the encoder was trained on.
         overlap: Share of a window that the next one covers too, in [0, 1).
-        batch: Windows per forward pass.
-        weighting: `even`: every voxel counts the same, however many windows cover it; `gaussian`:
-            windows near the volume's centre count more (standard deviation a quarter of each axis).
-        autocast: Such as torch.bfloat16; None for the encoder's own precision.
+        batch: Number of windows per forward pass.
+        weighting: Weights of the windows. `even`: every voxel counts the same, however many windows cover
+            it; `gaussian`: windows near the volume's centre count more (standard deviation a quarter of
+            each axis).
+        autocast: Precision of the encoder, such as torch.bfloat16; None for its own.
 
     Returns:
-        (embed_dim,) float32, on the volume's device.
+        Embedding (embed_dim,) float32, on the volume's device.
     """
     if weighting not in ("even", "gaussian"):
         raise ValueError(f"weighting is {weighting!r}; choose even or gaussian")
@@ -84,37 +92,37 @@ def embed_slices(
     batch: int = 64,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """The embeddings of a volume's slabs, one after the other along D, each on its own.
+    """Embed a volume's slabs, one after the other along D, each on its own.
 
     Args:
-        encoder: Used in eval mode, on its own device.
-        volume: (C, D, H, W).
-        slab: Slices in a slab; what is left of D by whole slabs is not seen.
-        plane: Window size (H, W), voxels; a larger slab is the mean over windows, every voxel counting
-            the same. None: slabs are seen whole.
+        encoder: Encoder, used in eval mode on its own device.
+        volume: Volume (C, D, H, W).
+        slab: Number of slices in a slab; what is left of D by whole slabs is not seen.
+        plane: Size (H, W) of a window in voxels; a larger slab is the mean over windows, every voxel
+            counting the same. None: slabs are seen whole.
         overlap: Share of a window that the next one covers too, in [0, 1).
-        batch: Slabs per forward pass.
-        autocast: Such as torch.bfloat16; None for the encoder's own precision.
+        batch: Number of slabs per forward pass.
+        autocast: Precision of the encoder, such as torch.bfloat16; None for its own.
 
     Returns:
-        (D // slab, embed_dim) float32, on the volume's device.
+        Embeddings (D // slab, embed_dim) float32, on the volume's device.
     """
     count = volume.shape[1] // slab
     window = (count * slab, *(volume.shape[2:] if plane is None else plane))
     (_, high, wide), windows = _windows(volume, window, overlap)
     slabs = volume[:, : count * slab].unflatten(1, (count, slab)).transpose(0, 1)
     ways = [_axis_weights(windows[a], n, volume.shape[1 + a], "even") for a, n in ((1, high), (2, wide))]
-    found = torch.zeros(count, encoder.embed_dim, device=volume.device)
+    embeddings = torch.zeros(count, encoder.embed_dim, device=volume.device)
     with _inference(encoder, autocast) as device:
         for first in range(0, count, batch):
             some = slabs[first : first + batch].float()
-            for (h, w), (one, other) in zip(
+            for (h, w), (along_h, along_w) in zip(
                 itertools.product(*windows[1:]), itertools.product(*ways), strict=True
             ):
                 crops = some[..., h : h + high, w : w + wide].to(device)
                 embedded = encoder.embed(crops).float().to(volume.device)
-                found[first : first + batch] += embedded * (one * other)
-    return found / (sum(ways[0]) * sum(ways[1]))
+                embeddings[first : first + batch] += embedded * (along_h * along_w)
+    return embeddings / (sum(ways[0]) * sum(ways[1]))
 
 
 def dense_features(
@@ -127,21 +135,21 @@ def dense_features(
     every: Sequence[int] = (1, 1, 1),
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """Feature maps of one volume at its own resolution, stitched from windows.
+    """Compute feature maps of one volume at its own resolution, stitched from windows.
 
     Every map is brought to the window's voxels (see `upsample`); where windows overlap, those in whose
     middle a voxel lies count more (a Gaussian, standard deviation an eighth of the window, as nnU-Net's).
     Nothing is padded.
 
     Args:
-        encoder: Used in eval mode, on its own device.
-        volume: (C, D, H, W).
-        patch: Window size (D, H, W) in voxels.
+        encoder: Encoder, used in eval mode on its own device.
+        volume: Volume (C, D, H, W).
+        patch: Size (D, H, W) of a window in voxels.
         overlap: Share of a window that the next one covers too, in [0, 1).
-        batch: Windows per forward pass.
-        levels: Which feature maps, such as `[-1]`; all of them if None.
-        every: Features at voxels 0, n, 2n, ... of each axis only: less memory.
-        autocast: Such as torch.bfloat16; None for the encoder's own precision.
+        batch: Number of windows per forward pass.
+        levels: Numbers of the feature maps, such as `[-1]`; all of them if None.
+        every: Steps n along D, H, W; only voxels 0, n, 2n, ... get features, which takes less memory.
+        autocast: Precision of the encoder, such as torch.bfloat16; None for its own.
 
     Returns:
         (sum of the maps' channels, ceil(D / every), ceil(H / every), ceil(W / every)) float32, on the
@@ -182,19 +190,23 @@ def dense_features(
 
 
 def upsample(map_: Tensor, size: Sequence[int], stride: Sequence[float]) -> Tensor:
-    """A feature map at the input's voxels, by linear interpolation.
+    """Interpolate a feature map linearly at the input's voxels.
 
     Voxel i of a map of stride s is centred on voxel i * s of the input, as in every network whose odd
     kernels are padded on both sides alike; `F.interpolate` would put it (s - 1) / 2 voxels further on,
     7.5 voxels at stride 16. Beyond the last centre the last value holds.
 
     Args:
-        map_: (B, C, d, h, w).
-        size: The input's (D, H, W).
-        stride: The map's, along (D, H, W).
+        map_: Feature map (B, C, d, h, w).
+        size: Size (D, H, W) of the input.
+        stride: Strides of the map along (D, H, W).
 
     Returns:
-        (B, C, D, H, W), in the map's precision, also under autocast.
+        Map (B, C, D, H, W), in the map's precision, also under autocast.
+
+    Example:
+        >>> upsample(torch.tensor([0.0, 2.0]).view(1, 1, 1, 1, 2), (1, 1, 4), (1, 1, 2)).flatten()
+        tensor([0., 1., 2., 2.])
     """
     return _sample(map_, [torch.arange(n, device=map_.device) for n in size], stride)
 
@@ -206,11 +218,11 @@ def recalibrate_norm(encoder: nn.Module, batches: Iterable[Tensor]) -> int:
     statistics become the mean over the batches; weights and all other modules stay as they are.
 
     Args:
-        encoder: Changed in place; a network without batch norm is left alone.
+        encoder: Encoder, changed in place; a network without batch norm is left alone.
         batches: Volumes (B, C, D, H, W) as the encoder will see them, of about equal size.
 
     Returns:
-        How many batches were seen.
+        The number of batches seen.
 
     Raises:
         ValueError: There was no batch.
@@ -254,7 +266,7 @@ def recalibrate_norm(encoder: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def _windows(volume: Tensor, patch: Sequence[int], overlap: float) -> tuple[Triple, list[list[int]]]:
-    """The window's size, and its starts along each axis."""
+    """Return the window's size, and its starts along each axis."""
     if volume.ndim != 4:
         raise ValueError(f"a volume is (C, D, H, W), got {tuple(volume.shape)}")
     if not 0 <= overlap < 1:
@@ -288,11 +300,11 @@ def _axis_weights(starts: list[int], window: int, length: int, weighting: str) -
 
 
 def gaussian_weight(positions: Sequence[Tensor], size: Triple) -> Tensor:
-    """Weight (d, h, w) of a window's voxels, largest in its middle: a Gaussian of an eighth of its sides.
+    """Weigh a window's voxels, (d, h, w), most in its middle: a Gaussian of an eighth of its sides.
 
     Args:
-        positions: Along D, H and W, in voxels of the window.
-        size: Of the window.
+        positions: Positions along D, H and W, in voxels of the window.
+        size: Size (D, H, W) of the window.
     """
     axes = []
     for position, length in zip(positions, size, strict=True):
@@ -324,7 +336,7 @@ def _sample(map_: Tensor, positions: Sequence[Tensor], stride: Sequence[float]) 
 
 @contextmanager
 def _inference(encoder: Encoder, autocast: torch.dtype | None) -> Iterator[torch.device]:
-    """Eval mode, without gradients; gives the encoder's device and puts every module's mode back."""
+    """Set eval mode, without gradients; yield the encoder's device and put every module's mode back."""
     device = next(encoder.parameters()).device
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
@@ -338,7 +350,7 @@ def _inference(encoder: Encoder, autocast: torch.dtype | None) -> Iterator[torch
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards every part of it is in the mode it was in."""
+    """Set a module to evaluation mode; afterwards every part of it is in the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -20,10 +20,10 @@ _At = Callable[[Tensor], Tensor]
 
 
 def can_mask(encoder: nn.Module) -> bool:
-    """Whether `only_visible` holds for an encoder.
+    """Tell whether `only_visible` holds for an encoder.
 
-    Not where attention would carry masked places into others, nor where slices along several axes go
-    through it, as in converted networks of kind triplanar: a mask would fit those along D alone.
+    It does not where attention would carry masked places into others, nor where slices along several axes
+    go through it, as in converted networks of kind triplanar: a mask would fit those along D alone.
     """
     return getattr(getattr(encoder, "config", None), "kind", None) != "triplanar" and not any(
         isinstance(module, nn.LayerNorm | nn.MultiheadAttention)
@@ -36,7 +36,7 @@ def can_mask(encoder: nn.Module) -> bool:
 
 @contextmanager
 def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
-    """Inside, the encoder computes from the visible voxels alone, at every one of its stages.
+    """Let an encoder compute from the visible voxels alone, at every one of its stages.
 
     What a convolution or norm gives is set to 0 wherever no voxel beneath it is visible, so that the
     pattern of the mask is the same at all depths instead of being closed layer by layer; and norms take
@@ -50,8 +50,8 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
     checkpointing in ssl3d's encoders) are so under the same mask, through `norms.recomputation`.
 
     Args:
-        encoder: With norms of torch: batch, instance or group; see `can_mask`.
-        visible: (B, 1, D, H, W), bool, of the encoder's input.
+        encoder: Encoder with norms of torch: batch, instance or group; see `can_mask`.
+        visible: Visible voxels of the encoder's input, (B, 1, D, H, W), bool.
     """
     levels: dict[tuple[int, ...], Tensor] = {}
     strides = encoder.strides if isinstance(encoder, Encoder) else ()
@@ -84,41 +84,46 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
 
 
 def visible_at(visible: Tensor, shape: tuple[int, ...], stride: Sequence[int] | None = None) -> Tensor:
-    """A mask (B, 1, D, H, W) at the resolution of a feature map: visible where any voxel beneath is.
+    """Reduce a mask (B, 1, D, H, W) to the resolution of a feature map: visible where any voxel beneath is.
 
     Voxel i of a map of stride s lies above the voxels i s to (i + 1) s - 1; the last one, above those that
     are there.
 
     Args:
-        visible: Of the voxels, bool.
-        shape: The map's (d, h, w); of an image it may leave out the depth.
-        stride: The map's, along (D, H, W). Needed where a size is no multiple of it, for then the sizes do
-            not tell it: 24 voxels become 2 at strides of 12 to 23. Without one it is the power of two
-            that gives this size, or else the smallest number that does.
+        visible: Visible voxels, bool.
+        shape: Size (d, h, w) of the map; for an image it may leave out the depth.
+        stride: Strides of the map along (D, H, W). They are needed where a size is no multiple of it, for
+            then the sizes do not tell it: 24 voxels become 2 at strides of 12 to 23. Without one it is the
+            power of two that gives this size, or else the smallest number that does.
 
     Returns:
-        (B, 1, *shape), bool.
+        Mask (B, 1, *shape), bool.
+
+    Example:
+        >>> visible = torch.tensor([True, False, False, False]).view(1, 1, 1, 1, 4)
+        >>> visible_at(visible, (1, 1, 2), (1, 1, 2)).flatten()
+        tensor([ True, False])
     """
     return _visible_at(visible, shape, () if stride is None else (stride,))
 
 
 def _visible_at(visible: Tensor, shape: tuple[int, ...], strides: Iterable[Sequence[int]]) -> Tensor:
-    """`visible_at` for a map whose stride may be, along each axis, that of any of these."""
+    """Compute `visible_at` for a map whose stride may be, along each axis, that of any of these."""
     space = shape if len(shape) == 3 else (1, *shape)
     known = tuple(zip(*strides, strict=True)) or ((), (), ())
     cell = [
         _cell(length, side, steps)
         for length, side, steps in zip(visible.shape[2:], space, known, strict=True)
     ]
-    found = F.max_pool3d(visible.float(), cell, cell, ceil_mode=True)
+    share = F.max_pool3d(visible.float(), cell, cell, ceil_mode=True)
     # Else a size that no stride gives: a finer map than its input, or convolutions that do not pad.
-    if tuple(found.shape[2:]) != tuple(space):
-        found = F.adaptive_max_pool3d(found, space)
-    return found > 0 if len(shape) == 3 else found.squeeze(2) > 0
+    if tuple(share.shape[2:]) != tuple(space):
+        share = F.adaptive_max_pool3d(share, space)
+    return share > 0 if len(shape) == 3 else share.squeeze(2) > 0
 
 
 def _cell(length: int, side: int, known: Iterable[int]) -> int:
-    """The stride that leaves `side` of `length` voxels, 1 where none does: a known one before any other."""
+    """Find the stride that leaves `side` of `length` voxels, a known one first; 1 where none does."""
     powers = (2**n for n in range(length.bit_length() + 1))
     fitting = (step for step in (*known, *powers, -(-length // side)) if -(-length // step) == side)
     return min(next(fitting, 1), length)  # torch wants no cell larger than its input
@@ -129,7 +134,7 @@ def _hide(at: _At, module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def _norm(module: Any, at: _At, x: Tensor) -> Tensor:
-    """What the norm computes, with statistics over visible places, and 0 elsewhere."""
+    """Normalise with statistics over visible places, and set 0 elsewhere."""
     if x.ndim not in (4, 5):
         return type(module).forward(module, x)
     mask, axes = at(x), tuple(range(2, x.ndim))
@@ -158,7 +163,7 @@ def _norm(module: Any, at: _At, x: Tensor) -> Tensor:
 def _statistics(
     x: Tensor, shown: Tensor, axes: tuple[int, ...], each: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance (biased) and number of values in visible places, of which each has `each` values."""
+    """Return mean, variance (biased) and number of values in visible places, each with `each` values."""
     count = (each * shown.sum(axes, keepdim=True)).clamp_min(1)
     mean = (x * shown).sum(axes, keepdim=True) / count
     var = ((x - mean).square() * shown).sum(axes, keepdim=True) / count
@@ -166,7 +171,7 @@ def _statistics(
 
 
 def _count(module: Any, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """Running statistics, as torch's batch norm keeps them."""
+    """Update the running statistics, as torch's batch norm keeps them."""
     module.num_batches_tracked.add_(1)
     share = module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
     n = count.flatten()[:1]

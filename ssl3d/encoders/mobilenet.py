@@ -17,19 +17,19 @@ class MobileNetV2Config:
     """Options of a MobileNetV2.
 
     Attributes:
-        kind: Convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three planes)
-            or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D MobileNetV2's weights.
+        kind: Kind of convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three
+            planes) or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D MobileNetV2's weights.
         in_channels: Channels of the volumes.
-        width_multiplier: Scales the channels of every layer, to multiples of 8; the last layer's is never
-            scaled down.
+        width_multiplier: Factor of the channels of every layer, which are rounded to multiples of 8; the
+            last layer's are never fewer.
         last_channels: Channels of the last layer, which is the embedding.
-        norm: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm: Kind of norms: batch, group or instance.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_stride: Stride of the first convolution along D H W.
         stage_strides: Strides along D H W of the four places that have one in the 2D network: its stages
             of 24, 32, 64 and 160 channels. All four 2 2 2 makes that network, with a total of 32.
-        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
-            less memory, a third more time, the same gradients.
+        checkpointing: Whether only each block's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     kind: str = "acs"
@@ -43,7 +43,7 @@ class MobileNetV2Config:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         check_options(
             self,
             at_least_1=("in_channels", "last_channels", "norm_groups"),
@@ -54,7 +54,12 @@ class MobileNetV2Config:
 
 
 def scaled(channels: int, multiplier: float) -> int:
-    """The multiple of 8 that is nearest to `channels * multiplier`, and no more than a tenth below it."""
+    """Scale channels to the nearest multiple of 8 that is no more than a tenth below the product.
+
+    Example:
+        >>> scaled(32, 0.75), scaled(24, 0.5)
+        (24, 16)
+    """
     exact = channels * multiplier
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * exact else rounded + 8
@@ -78,12 +83,12 @@ class ConvNormReLU6(nn.Sequential):
         )
 
     def forward(self, x: Tensor, image: bool) -> Tensor:  # type: ignore[override]
-        """(B, channels, ...) to (B, out, ...)."""
+        """Map (B, channels, ...) to (B, out, ...)."""
         return norm_relu6(self[1], self[0](x, image))
 
 
 class InvertedResidual(nn.Module):
-    """Widened by 1 x 1 x 1, filtered channel by channel, narrowed again without an activation."""
+    """Inverted residual: widened by 1 x 1 x 1, filtered channel by channel, narrowed without activation."""
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride is None and channels == out
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, out, ...)."""
+        """Map (B, channels, ...) to (B, out, ...)."""
         *layers, last_norm = self.conv
         y = x
         for layer in layers:
@@ -176,8 +181,8 @@ class MobileNetV2(ConvolutionalEncoder):
         self.embed_dim = last
 
     def maps(self, x: Tensor, image: bool) -> list[Tensor]:
-        """The outputs of the layers in `cuts`."""
-        found = []
+        """Compute the outputs of the layers in `cuts`."""
+        maps = []
         for n, layer in enumerate(self.features):
             if n == 0:
                 assert isinstance(layer, ConvNormReLU6)
@@ -185,5 +190,5 @@ class MobileNetV2(ConvolutionalEncoder):
             else:
                 x = self.run(layer, x, image)
             if n in self.cuts:
-                found.append(x)
-        return found
+                maps.append(x)
+        return maps

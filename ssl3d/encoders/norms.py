@@ -27,11 +27,12 @@ surroundings: ContextVar[Callable[[], AbstractContextManager[object]]] = Context
 
 
 class recomputation(AbstractContextManager[None]):
-    """For the second pass: batch norms leave their running statistics alone, this batch has been counted.
+    """Context of the second pass, in which batch norms leave their running statistics alone.
 
-    To be made during the first pass, as `torch.utils.checkpoint` calls its `context_fn`: what
-    `surroundings` makes then is entered again. It can be entered any number of times, since torch does so
-    once per walk through the graph: twice where gradients are looked at before the backward pass.
+    The batch has been counted in the first. It is to be made during the first pass, as
+    `torch.utils.checkpoint` calls its `context_fn`: what `surroundings` makes then is entered again. It can
+    be entered any number of times, since torch does so once per walk through the graph: twice where
+    gradients are looked at before the backward pass.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class recomputation(AbstractContextManager[None]):
 
 
 def recomputing() -> bool:
-    """Whether this is the second pass."""
+    """Tell whether this is the second pass."""
     return _recomputing.get()
 
 
@@ -75,7 +76,7 @@ class BatchNorm(nn.BatchNorm3d):
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """Group norm by torch's kernels, also fast on a CPU with channels last.
+    """Normalise groups of channels by torch's kernels, also fast on a CPU with channels last.
 
     There they take 4 (fp32) to 40 times (bf16) as long as on contiguous memory (4 x 8 channels of
     32 x 48 x 32 in bf16, forward and backward, one core, torch 2.15: 57 ms against 1.2), so the memory is
@@ -89,7 +90,7 @@ def group_norm(
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` by `group_norm`."""
+    """Group norm by `group_norm`, with `nn.GroupNorm`'s names."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each group of channels of each example."""
@@ -97,25 +98,25 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm(kind: str, channels: int, groups: int) -> nn.Module:
-    """A norm of kind `batch`, `group` or `instance`; `groups` is lowered to what divides `channels`."""
+    """Make a norm of kind `batch`, `group` or `instance`; `groups` is lowered to divide `channels`."""
     if kind == "batch":
         return BatchNorm(channels)
     return GroupNorm(channels if kind == "instance" else math.gcd(groups, channels), channels)
 
 
 def refuse_one_voxel(kind: str, size: Sequence[int], stride: Sequence[int]) -> None:
-    """Say so where an instance norm would set an encoder's deepest map to zero, whatever comes in.
+    """Refuse an input for which instance norm would set an encoder's deepest map to zero.
 
     Args:
-        kind: Of the encoder's norms.
-        size: (D, H, W) of its input, voxels.
-        stride: Of its deepest map, along (D, H, W).
+        kind: Kind of the encoder's norms.
+        size: Size (D, H, W) of its input, voxels.
+        stride: Strides of its deepest map along (D, H, W).
 
     Raises:
-        UsageError: It is instance norm, and that map has one voxel.
+        UsageError: The kind is instance, and that map has one voxel.
     """
     if kind == "instance" and all(length <= step for length, step in zip(size, stride, strict=True)):
-        given, step = (" x ".join(map(str, one)) for one in (size, stride))
+        given, step = (" x ".join(map(str, sides)) for sides in (size, stride))
         raise UsageError(
             f"instance norm makes nothing of a map of 1 voxel, which is the deepest of {given} with "
             f"stride {step}: take larger crops, smaller strides or norm group"
@@ -123,7 +124,7 @@ def refuse_one_voxel(kind: str, size: Sequence[int], stride: Sequence[int]) -> N
 
 
 def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual)."""
+    """Compute relu(norm(x) + residual), the residual being optional."""
     x = module(x)
     if residual is not None:
         x = x + residual
@@ -131,5 +132,5 @@ def norm_relu(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> T
 
 
 def norm_relu6(module: nn.Module, x: Tensor) -> Tensor:
-    """min(relu(norm(x)), 6)."""
+    """Compute min(relu(norm(x)), 6) of an input."""
     return F.relu6(module(x), inplace=True)

@@ -26,25 +26,25 @@ class ResEncConfig:
     their crops of 128 to 224 voxels, and differ in the memory that crops and batches fill.
 
     Attributes:
-        kind: Convolutions: 3d (full kernels, nnU-Net's), p3d (1x3x3 then 3x1x1), acs (2D kernels over
-            three planes) or 2.5d (1x3x3).
+        kind: Kind of convolutions: 3d (full kernels, nnU-Net's), p3d (1x3x3 then 3x1x1), acs (2D kernels
+            over three planes) or 2.5d (1x3x3).
         in_channels: Channels of the volumes.
-        stages: Stages, each at half the resolution of the one before; 6 for ResEnc-M, -L and -XL.
+        stages: Number of stages, each at half the resolution of the one before; 6 for ResEnc-M, -L and -XL.
         width: Channels of the first stage; each later stage has twice those of the one before.
-        max_width: Most channels of a stage: 320 in nnU-Net's 3D plans.
-        blocks: Residual blocks of each stage; empty for nnU-Net's 1, 3, 4, 6, 6, 6, ...
+        max_width: Largest number of channels of a stage, 320 in nnU-Net's 3D plans.
+        blocks: Numbers of residual blocks of the stages; empty for nnU-Net's 1, 3, 4, 6, 6, 6, ...
         strides: Stride of each stage along D H W; empty for 1, then 2 along all. 1 along D keeps the
             depth.
         kernels: Kernel of each stage along D H W, odd, as in nnU-Net's plans for thick slices (1 3 3);
             empty for 3 everywhere. Needs kind 3d.
-        norm: instance (nnU-Net's), batch or group. Instance norm takes the mean out of every channel of
-            every example, so that little is left for an embedding to hold if the deepest map is small;
-            group norm serves proxies better that look at embeddings only.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm: Kind of norms: instance (nnU-Net's), batch or group. Instance norm takes the mean out of every
+            channel of every example, so that little is left for an embedding to hold if the deepest map is
+            small; group norm serves proxies better that look at embeddings only.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         conv_bias: Whether the convolutions have a bias, as in nnU-Net's plans; those of shortcuts never.
-        zero_init_residual: Begin with residual branches that add nothing, as nnU-Net does.
-        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
-            less memory, a third more time, the same gradients.
+        zero_init_residual: Whether residual branches begin by adding nothing, as in nnU-Net.
+        checkpointing: Whether only each block's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     kind: str = "3d"
@@ -62,7 +62,7 @@ class ResEncConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         for field, allowed in (("kind", KINDS), ("norm", NORMS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
@@ -94,17 +94,17 @@ class Cuboid(Convolution):
         self.pads = (sizes[0] // 2, sizes[1] // 2, sizes[2] // 2)
 
     def weight_shape(self) -> tuple[int, ...]:
-        """(Cout, Cin, kD, kH, kW)."""
+        """Return the kernel's shape, (Cout, Cin, kD, kH, kW)."""
         return (self.out_channels, self.in_channels, *self.sizes)
 
     def on_image(self, x: Tensor) -> Tensor:
-        """Skip the planes that would meet padding only."""
+        """Convolve images, without the planes that would meet padding only."""
         middle = self.weight[:, :, self.pads[0], None]
         pads, stride = (0, *self.pads[1:]), (1, *self.stride[1:])
         return conv3d(x.unsqueeze(2), middle, None, stride, pads).squeeze(2)
 
     def on_volume(self, x: Tensor) -> Tensor:
-        """A plain 3D convolution."""
+        """Convolve volumes with the full kernels."""
         return conv3d(x, self.weight, None, self.stride, self.pads)
 
 
@@ -131,7 +131,7 @@ class ConvNorm(nn.Module):
         self.all_modules = nn.ModuleList([self.conv, self.norm])
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, out, ...); no activation."""
+        """Map (B, channels, ...) to (B, out, ...); no activation."""
         x = self.conv(x, image)
         if self.conv.bias is not None:
             x = x + self.conv.get_parameter("bias").to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
@@ -140,14 +140,14 @@ class ConvNorm(nn.Module):
 
 
 class Pool(nn.Module):
-    """The mean over each stride's voxels; at an odd end, over those that are there."""
+    """Mean over each stride's voxels; at an odd end, over those that are there."""
 
     def __init__(self, stride: Triple):
         super().__init__()
         self.stride = stride
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """Every axis shrinks to ceil(n / stride)."""
+        """Shrink every axis to ceil(n / stride)."""
         stride = self.stride[1:] if image else self.stride
         # torch refuses windows that are larger than the map.
         window = tuple(min(step, size) for step, size in zip(stride, x.shape[2:], strict=True))
@@ -168,7 +168,7 @@ class Block(nn.Module):
             self.skip.append(ConvNorm(config, channels, out, (1, 1, 1)))
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, out, ...)."""
+        """Map (B, channels, ...) to (B, out, ...)."""
         y = self.conv2(_activate(self.conv1(x, image)), image)
         for part in self.skip:
             x = part(x, image)
@@ -227,7 +227,7 @@ class ResEnc(Encoder):
                     nn.init.zeros_(module.conv2.norm.get_parameter("weight"))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"

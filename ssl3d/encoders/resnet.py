@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl3d.encoder import Encoder
+from ssl3d.encoders.convolutional import count_once, max_pool, times
 from ssl3d.encoders.convolutions import KINDS, Triple, convolution, triple
-from ssl3d.encoders.norms import NORMS, norm, norm_relu, recomputation, refuse_one_voxel
+from ssl3d.encoders.norms import NORMS, norm, norm_relu, refuse_one_voxel
 
 ShortcutType = Literal["B", "A"]
 
@@ -23,27 +23,28 @@ class ResNetConfig:
     """Options of a ResNet.
 
     Attributes:
-        kind: Convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three planes)
-            or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D ResNet's weights.
+        kind: Kind of convolutions: 3d (full kernels), p3d (1x3x3 then 3x1x1), acs (2D kernels over three
+            planes) or 2.5d (1x3x3). acs and 2.5d hold exactly a 2D ResNet's weights.
         in_channels: Channels of the volumes.
         width: Channels of the first stage; each later stage has twice those of the one before.
-        norm: batch, group or instance.
-        norm_groups: Groups of the group norm; lowered to what divides the channels.
+        norm: Kind of norms: batch, group or instance.
+        norm_groups: Number of groups of the group norm, lowered to what divides the channels.
         stem_kernel: Size of the first convolution's kernel, odd.
         stem_stride: Stride of the first convolution along D H W.
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D ResNet.
-        pool_stride: Stride of that max-pool along D H W.
+        pool_stride: Stride of the max-pool along D H W.
         stage_strides: Stride of each of the four stages along D H W; 1 along D keeps the depth.
-        shortcut: How a block's input takes the shape of its output where the two differ: B (1x1x1
+        shortcut: Way in which a block's input takes the shape of its output where the two differ: B (1x1x1
             convolution and norm) or A (every stride-th voxel, zeros for the channels that are new; no
             parameters), as MedicalNet has it in its ResNet-18 and -34.
-        dilated: Let stages 3 and 4 dilate their kernels by what they would have strided, as Med3D does:
+        dilated: Whether stages 3 and 4 dilate their kernels by what they would have strided, as in Med3D:
             stride 1 with dilations of 2 and 4, so that the deepest maps are four times as fine.
-        high_resolution: Fine maps, for dense tasks: the first convolution and the third stage have stride
-            1 and the max-pool goes, whatever the options above say (Zhang et al., arXiv 2201.01426).
-        zero_init_residual: Begin with residual branches that add nothing.
-        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
-            less memory, a third more time, the same gradients.
+        high_resolution: Whether the maps are fine, for dense tasks: the first convolution and the third
+            stage have stride 1 and the max-pool goes, whatever the options above say (Zhang et al., arXiv
+            2201.01426).
+        zero_init_residual: Whether residual branches begin by adding nothing.
+        checkpointing: Whether only each block's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     kind: str = "acs"
@@ -63,7 +64,7 @@ class ResNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         for field, allowed in (("kind", KINDS), ("norm", NORMS), ("shortcut", get_args(ShortcutType))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
@@ -80,13 +81,13 @@ class ResNetConfig:
             _check_stride("stage_strides", stride)
 
     def stem(self) -> tuple[Triple, bool]:
-        """Stride of the first convolution, and whether the max-pool follows."""
+        """Return the stride of the first convolution, and whether the max-pool follows."""
         if self.high_resolution:
             return (1, 1, 1), False
         return triple(self.stem_stride), self.stem_pool
 
     def steps(self) -> list[tuple[Triple, Triple]]:
-        """Stride and dilation of each stage."""
+        """Return stride and dilation of each stage."""
         strides = [triple(stride) for stride in self.stage_strides]
         if self.high_resolution:
             strides[2] = (1, 1, 1)
@@ -97,7 +98,7 @@ class ResNetConfig:
             (strides[0], (1, 1, 1)),
             (strides[1], (1, 1, 1)),
             ((1, 1, 1), third),
-            ((1, 1, 1), _times(third, strides[3])),
+            ((1, 1, 1), times(third, strides[3])),
         ]
 
 
@@ -110,14 +111,14 @@ class Shortcut(nn.Sequential):
     """1 x 1 x 1 convolution and norm, `downsample.0` and `downsample.1`."""
 
     def forward(self, x: Tensor, image: bool) -> Tensor:  # type: ignore[override]
-        """The block's input in the shape of its output."""
+        """Bring the block's input into the shape of its output."""
         return self[1](self[0](x, image))
 
 
 class ZeroPadding(nn.Module):
-    """Every stride-th voxel, and zeros for new channels (He et al.'s option A); it has no parameters.
+    """Shortcut of every stride-th voxel, and zeros for new channels (He et al.'s option A).
 
-    Differs from MedicalNet, whose shortcut passes no gradient on.
+    It has no parameters. Differs from MedicalNet, whose shortcut passes no gradient on.
     """
 
     def __init__(self, new_channels: int, stride: Triple):
@@ -125,7 +126,7 @@ class ZeroPadding(nn.Module):
         self.new_channels, self.stride = new_channels, stride
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """The block's input in the shape of its output."""
+        """Bring the block's input into the shape of its output."""
         last = torch.channels_last if image else torch.channels_last_3d
         layout = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
         for axis, step in enumerate(self.stride[1:] if image else self.stride, 2):
@@ -135,7 +136,7 @@ class ZeroPadding(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: `branch` plus the shortcut, then ReLU."""
+    """Residual block: its branch plus the shortcut, then ReLU."""
 
     expansion: ClassVar[int]
     last_norm: ClassVar[str]
@@ -153,12 +154,12 @@ class Block(nn.Module):
         )
 
     def shortcut(self, x: Tensor, image: bool) -> Tensor:
-        """The input, in the shape of the output."""
+        """Bring the input into the shape of the output."""
         return x if self.downsample is None else self.downsample(x, image)
 
 
 class BasicBlock(Block):
-    """Two 3 x 3 x 3 convolutions (He et al., arXiv 1512.03385)."""
+    """Residual block of two 3 x 3 x 3 convolutions (He et al., arXiv 1512.03385)."""
 
     expansion = 1
     last_norm = "bn2"
@@ -172,13 +173,13 @@ class BasicBlock(Block):
         self.downsample = self._shortcut(config, channels, width, stride)
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, width, ...)."""
+        """Map (B, channels, ...) to (B, width, ...)."""
         y = norm_relu(self.bn1, self.conv1(x, image))
         return norm_relu(self.bn2, self.conv2(y, image), self.shortcut(x, image))
 
 
 class Bottleneck(Block):
-    """1, 3 and 1 voxels wide, with the stride on the middle one (torchvision's, "V1.5")."""
+    """Residual block of convolutions 1, 3 and 1 voxels wide, the middle one strided ("V1.5")."""
 
     expansion = 4
     last_norm = "bn3"
@@ -195,7 +196,7 @@ class Bottleneck(Block):
         self.downsample = self._shortcut(config, channels, out, stride)
 
     def forward(self, x: Tensor, image: bool) -> Tensor:
-        """(B, channels, ...) to (B, 4 width, ...)."""
+        """Map (B, channels, ...) to (B, 4 width, ...)."""
         y = norm_relu(self.bn1, self.conv1(x, image))
         y = norm_relu(self.bn2, self.conv2(y, image))
         return norm_relu(self.bn3, self.conv3(y, image), self.shortcut(x, image))
@@ -208,14 +209,10 @@ class Stage(nn.Sequential):
         """Pass `image` on to every block."""
         for block in self:
             if checkpointing:
-                x = checkpoint(block, x, image, use_reentrant=False, context_fn=_count_once)
+                x = checkpoint(block, x, image, use_reentrant=False, context_fn=count_once)
             else:
                 x = block(x, image)
         return x
-
-
-def _count_once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), recomputation()
 
 
 class ResNet(Encoder):
@@ -256,7 +253,7 @@ class ResNet(Encoder):
         strides = [first]
         reached = first
         if self.pools:
-            reached = _times(reached, config.pool_stride)
+            reached = times(reached, config.pool_stride)
         for n, (depth, (stride, dilation)) in enumerate(zip(self.depths, config.steps(), strict=True)):
             width = config.width * 2**n
             blocks = []
@@ -264,7 +261,7 @@ class ResNet(Encoder):
                 before = channels[-1] if k == 0 else width * block.expansion
                 blocks.append(block(config, before, width, stride if k == 0 else (1, 1, 1), dilation))
             self.add_module(f"layer{n + 1}", Stage(*blocks))
-            reached = _times(reached, stride)
+            reached = times(reached, stride)
             channels.append(width * block.expansion)
             strides.append(reached)
         self.channels, self.strides = tuple(channels), tuple(strides)
@@ -275,7 +272,7 @@ class ResNet(Encoder):
                     nn.init.zeros_(module.get_parameter(f"{module.last_norm}.weight"))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
@@ -289,8 +286,7 @@ class ResNet(Encoder):
         x = norm_relu(self.bn1, self.conv1(x, image).contiguous(memory_format=self._layout(x, image)))
         maps = [x]
         if self.pools:
-            stride = self.config.pool_stride
-            x = F.max_pool2d(x, 3, stride[1:], 1) if image else F.max_pool3d(x, 3, stride, 1)
+            x = max_pool(x, self.config.pool_stride, image)
         again = self.config.checkpointing and self.training and torch.is_grad_enabled()
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, image, again)
@@ -298,7 +294,7 @@ class ResNet(Encoder):
         return [m.unsqueeze(2) for m in maps] if image else maps
 
     def prefers_channels_last(self, device: torch.device | str) -> bool:
-        """Whether it trains faster with the channels last in memory."""
+        """Tell whether it trains faster with the channels last in memory."""
         return faster_channels_last(self.config, device)
 
     def _layout(self, x: Tensor, image: bool) -> torch.memory_format:
@@ -311,17 +307,13 @@ class ResNet(Encoder):
 
 
 def faster_channels_last(config: ResNetConfig, device: torch.device | str) -> bool:
-    """Whether a ResNet trains faster with the channels last in memory.
+    """Tell whether a ResNet trains faster with the channels last in memory.
 
     Measured by benchmarks/scripts/speed_encoder.py on an AVX-512 processor: flat kernels, and three thin
     convolutions above all, gain about a sixth; full kernels are as fast or faster with channels first.
     """
     kind = torch.device(device).type
     return kind == "cuda" or (kind == "cpu" and config.kind != "3d")
-
-
-def _times(a: Triple, b: Triple) -> Triple:
-    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
 
 
 class ResNet10(ResNet):
@@ -331,36 +323,36 @@ class ResNet10(ResNet):
 
 
 class ResNet18(ResNet):
-    """ResNet-18."""
+    """ResNet-18: two basic blocks per stage."""
 
     block, depths = BasicBlock, (2, 2, 2, 2)
 
 
 class ResNet34(ResNet):
-    """ResNet-34."""
+    """ResNet-34: 3, 4, 6 and 3 basic blocks."""
 
     block, depths = BasicBlock, (3, 4, 6, 3)
 
 
 class ResNet50(ResNet):
-    """ResNet-50: bottleneck blocks."""
+    """ResNet-50: 3, 4, 6 and 3 bottleneck blocks."""
 
     block, depths = Bottleneck, (3, 4, 6, 3)
 
 
 class ResNet101(ResNet):
-    """ResNet-101: bottleneck blocks."""
+    """ResNet-101: 3, 4, 23 and 3 bottleneck blocks."""
 
     block, depths = Bottleneck, (3, 4, 23, 3)
 
 
 class ResNet152(ResNet):
-    """ResNet-152: bottleneck blocks."""
+    """ResNet-152: 3, 8, 36 and 3 bottleneck blocks."""
 
     block, depths = Bottleneck, (3, 8, 36, 3)
 
 
 class ResNet200(ResNet):
-    """ResNet-200: bottleneck blocks."""
+    """ResNet-200: 3, 24, 36 and 3 bottleneck blocks."""
 
     block, depths = Bottleneck, (3, 24, 36, 3)

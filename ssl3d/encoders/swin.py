@@ -23,21 +23,21 @@ class SwinConfig:
 
     Attributes:
         in_channels: Channels of the volumes.
-        patch: Voxels along D H W of a token of the first map; 1 along D where slices are thick.
+        patch: Size of a token of the first map, in voxels along D H W; 1 along D where slices are thick.
         width: Channels of the first map; each later one has twice those of the one before. 48 in
             SwinUNETR.
-        depths: Blocks of each of the four stages; windows are shifted in every other one.
-        heads: Attention heads of the first stage, doubled in each later one; lowered to what divides the
-            width.
-        window: Tokens along D H W that see each other; 7 7 7 in SwinUNETR. 4 leaves nothing to pad in
-            crops of 32, 64 or 96 voxels.
+        depths: Numbers of blocks of the four stages; windows are shifted in every other one.
+        heads: Number of attention heads of the first stage, doubled in each later one; lowered to what
+            divides the width.
+        window: Size of a window, in tokens along D H W that see each other; 7 7 7 in SwinUNETR. 4 leaves
+            nothing to pad in crops of 32, 64 or 96 voxels.
         mlp_ratio: Hidden width of a block's perceptron, as a multiple of its channels.
-        drop_path: Share of blocks skipped per example while training, at the last block; from 0 at the
-            first it rises linearly.
-        merging: mergingv2 takes all eight tokens together; merging is that of SwinUNETR's published
-            weights, which takes some of them twice and leaves others out.
-        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
-            less memory, a third more time, the same gradients.
+        drop_path: Probability that the last block is skipped for an example while training; from 0 at the
+            first block it rises linearly.
+        merging: Way of merging tokens between stages: mergingv2 takes all eight tokens together; merging,
+            that of SwinUNETR's published weights, takes some of them twice and leaves others out.
+        checkpointing: Whether only each block's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     in_channels: int = 1
@@ -52,7 +52,7 @@ class SwinConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         for field in ("in_channels", "width", "heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
@@ -118,7 +118,7 @@ class Swin(Encoder):
         self.embed_dim = self.channels[-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"
@@ -146,19 +146,19 @@ def _monai() -> Any:
 
 
 def _as_map(x: Tensor) -> Tensor:
-    """(B, d, h, w, C) normalised over C, as (B, C, d, h, w)."""
+    """Normalise (B, d, h, w, C) over C, and return (B, C, d, h, w)."""
     return F.layer_norm(x, x.shape[-1:]).movedim(-1, 1)
 
 
 def _run(block: Any, x: Tensor) -> Tensor:
-    """MONAI's block on (B, d, h, w, C), with its own modules."""
+    """Run MONAI's block on (B, d, h, w, C), with its own modules."""
     x = x + block.drop_path(_attend(block, block.norm1(x)))
     x = x + block.drop_path(block.mlp(block.norm2(x)))
     return x
 
 
 def _attend(block: Any, x: Tensor) -> Tensor:
-    """Attention within windows of (B, d, h, w, C); as in MONAI, a window's padding is seen as zeros."""
+    """Attend within windows of (B, d, h, w, C); as in MONAI, a window's padding is seen as zeros."""
     monai, attention = _monai(), block.attn
     batch, depth, height, width = x.shape[:4]
     window, shift = monai.get_window_size((depth, height, width), block.window_size, block.shift_size)
@@ -186,19 +186,24 @@ def _attend(block: Any, x: Tensor) -> Tensor:
 
 
 def relative_index(window: Triple, largest: Triple, device: torch.device | str = "cpu") -> Tensor:
-    """Rows of the table of position biases for every pair of a window's tokens.
+    """Look up the rows of the table of position biases for every pair of a window's tokens.
 
     Args:
-        window: Tokens along D H W; at most `largest`.
-        largest: The window for which the table has a row per displacement, in raster order.
-        device: Of the result.
+        window: Size of the window in tokens along D H W; at most `largest`.
+        largest: Window for which the table has a row per displacement, in raster order.
+        device: Device of the result.
 
     Returns:
-        (n, n), where n is the number of tokens.
+        Numbers of rows (n, n), n being the number of tokens.
+
+    Example:
+        >>> relative_index((1, 1, 2), (1, 1, 2))
+        tensor([[1, 0],
+                [2, 1]])
     """
     axes = [torch.arange(side, device=device) for side in window]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
     apart = places[:, :, None] - places[:, None, :]
-    d, h, w = (one + side - 1 for one, side in zip(apart, largest, strict=True))
+    d, h, w = (steps + side - 1 for steps, side in zip(apart, largest, strict=True))
     index: Tensor = (d * (2 * largest[1] - 1) + h) * (2 * largest[2] - 1) + w
     return index

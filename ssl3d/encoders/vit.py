@@ -20,17 +20,17 @@ class ViTConfig:
 
     Attributes:
         in_channels: Channels of the volumes.
-        patch: Voxels along D H W of a token. 1 along D sees every slice of a thin slab by itself.
+        patch: Size of a token, in voxels along D H W. 1 along D sees every slice of a thin slab by itself.
         width: Length of a token.
-        layers: Transformer blocks.
-        heads: Attention heads; lowered to what divides the width.
+        layers: Number of transformer blocks.
+        heads: Number of attention heads; lowered to what divides the width.
         mlp_ratio: Hidden width of a block's perceptron, as a multiple of the width.
-        grid: Tokens along D H W for which position embeddings are learned; for any other size they are
-            interpolated. 8 8 8 is a crop of 64 voxels with patches of 8.
-        maps: Feature maps, from evenly spaced blocks, the last one's among them.
-        dropout: Share of values dropped after every linear layer while training.
-        checkpointing: Keep only each block's input for the backward pass and compute the rest again:
-            less memory, a third more time, the same gradients.
+        grid: Numbers of tokens along D H W for which position embeddings are learned; for any other size
+            they are interpolated. 8 8 8 is a crop of 64 voxels with patches of 8.
+        maps: Number of feature maps, from evenly spaced blocks, the last one's among them.
+        dropout: Dropout rate after every linear layer while training.
+        checkpointing: Whether only each block's input is kept for the backward pass and the rest is
+            computed again: less memory, a third more time, the same gradients.
     """
 
     in_channels: int = 1
@@ -45,7 +45,7 @@ class ViTConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the ranges of all fields."""
         for field in ("in_channels", "width", "layers", "heads", "maps"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
@@ -64,12 +64,16 @@ class ViTConfig:
 def repeat_edges(x: Tensor, multiples: Triple, first: int = 2) -> Tensor:
     """Lengthen three axes to multiples, by repeating the last slice along each.
 
-    Concatenation, since the backward pass of replication padding is not deterministic on CUDA.
+    It concatenates, since the backward pass of replication padding is not deterministic on CUDA.
 
     Args:
-        x: Any tensor.
-        multiples: What each axis is to be a multiple of.
-        first: The first of the three axes.
+        x: Tensor with at least three axes.
+        multiples: Numbers that the lengths of the axes are to be multiples of.
+        first: Number of the first of the three axes.
+
+    Example:
+        >>> repeat_edges(torch.arange(3).view(1, 1, 1, 1, 3), (1, 1, 2)).flatten()
+        tensor([0, 1, 2, 2])
     """
     for axis, multiple in enumerate(multiples, start=first):
         missing = -x.shape[axis] % multiple
@@ -80,18 +84,22 @@ def repeat_edges(x: Tensor, multiples: Triple, first: int = 2) -> Tensor:
 
 
 def resampling(target: int, source: int, like: Tensor) -> Tensor:
-    """Linear interpolation from `source` to `target` points, antialiased where they become fewer.
+    """Make a matrix of linear interpolation between numbers of points, antialiased where they become fewer.
 
-    A matrix, since the gradient of torch's own interpolation is not deterministic on CUDA. Points lie in
-    the middle of equal cells (torch's `align_corners=False`), and every source counts for some target.
+    It is a matrix, since the gradient of torch's own interpolation is not deterministic on CUDA. Points lie
+    in the middle of equal cells (torch's `align_corners=False`), and every source counts for some target.
 
     Args:
-        target: Points wanted.
-        source: Points there are.
-        like: For the result's device and dtype.
+        target: Number of points wanted.
+        source: Number of points there are.
+        like: Tensor of the result's device and dtype.
 
     Returns:
-        (target, source); rows sum to 1.
+        Matrix (target, source), whose rows sum to 1.
+
+    Example:
+        >>> resampling(2, 1, torch.zeros(1)).flatten()
+        tensor([1., 1.])
     """
     scale = max(1.0, source / target)
     centres = (torch.arange(target, device=like.device, dtype=like.dtype) + 0.5) * (source / target) - 0.5
@@ -126,7 +134,7 @@ class Tokens(nn.Module):
         self.ln = nn.LayerNorm(config.width, eps=1e-6)
 
     def positions(self, sides: tuple[int, ...]) -> Tensor:
-        """Position embeddings (1, d h w, E) for a grid of tokens of any size."""
+        """Interpolate the position embeddings to a grid of tokens of any size: (1, d h w, E)."""
         if tuple(sides) == tuple(self.config.grid):
             return self.pos_embedding
         table = self.pos_embedding.unflatten(1, self.config.grid)
@@ -138,18 +146,18 @@ class Tokens(nn.Module):
             return torch.einsum("bdhwe,xd,yh,zw->bxyze", table, d, h, w).flatten(1, 3)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps (B, E, d, h, w) of embedded patches (B, E, d, h, w)."""
+        """Compute feature maps (B, E, d, h, w) of embedded patches (B, E, d, h, w)."""
         sides = x.shape[2:]
         x = self.dropout(x.flatten(2).transpose(1, 2) + self.positions(sides))
         again = self.config.checkpointing and self.training and torch.is_grad_enabled()
         layers, maps = self.config.layers, self.config.maps
         wanted = {(n + 1) * layers // maps for n in range(maps)}
-        found = []
+        outputs = []
         for n, layer in enumerate(self.layers.values(), start=1):
             x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
             if n in wanted:
-                found.append(self.ln(x).transpose(1, 2).unflatten(2, sides))
-        return found
+                outputs.append(self.ln(x).transpose(1, 2).unflatten(2, sides))
+        return outputs
 
 
 class ViT(Encoder):
@@ -186,7 +194,7 @@ class ViT(Encoder):
         self.embed_dim = config.width
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of (B, C, D, H, W), shallow to deep."""
+        """Compute feature maps of (B, C, D, H, W), shallow to deep."""
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"the encoder takes (B, {self.config.in_channels}, D, H, W), got {tuple(x.shape)}"

@@ -20,24 +20,24 @@ AXES = "DHW"
 
 @dataclass
 class AggregatorConfig:
-    """What an aggregator is made of, and the slices it was trained on.
+    """Options of an aggregator, and the slices that it was trained on.
 
     Attributes:
         features: Length of a slice's embedding, the encoder's `embed_dim`.
         width: Length of a token, and of the volume's embedding.
-        pooling: How slices are brought together: deformable (attention to places between slices that are
-            learned), attention (to every slice), or mean (of the projected slices, no attention).
-        layers: Of attention and feed-forward network.
-        heads: Of the attention; each has its own offsets.
+        pooling: Way of bringing slices together: deformable (attention to learned places between slices),
+            attention (to every slice), or mean (of the projected slices, no attention).
+        layers: Number of layers of attention and feed-forward network.
+        heads: Number of heads of the attention; each has its own offsets.
         hidden: Width of the feed-forward network.
-        downsample: Slices per key and value of the deformable attention.
+        downsample: Number of slices per key and value of the deformable attention.
         offset_scale: Largest offset, in distances between two keys.
-        offset_kernel: Neighbouring slices that an offset is worked out from, odd.
-        dropout: In training.
-        slices: Slices of a volume that it was trained on; 0 for any number.
-        slab: Adjacent slices in a slab.
-        axis: The axis that the slices lie across.
-        plane: Size of the slices seen in training, voxels.
+        offset_kernel: Number of neighbouring slices that an offset is worked out from, odd.
+        dropout: Dropout rate in training.
+        slices: Number of slices of a volume that it was trained on; 0 for any number.
+        slab: Number of adjacent slices in a slab.
+        axis: Axis that the slices lie across.
+        plane: Size of the slices seen in training, in voxels.
     """
 
     features: int
@@ -73,13 +73,13 @@ class AggregatorConfig:
 
 
 class Attended(NamedTuple):
-    """What one layer looked at.
+    """Places that one layer looked at.
 
     Attributes:
-        places: Of its N keys along the slices, from 0 to S - 1, (B, H, N).
-        offsets: How far they are from their regular places, in slices, (B, H, N).
-        attention: Of every slice to every key, (B, H, S, N).
-        keys: Which keys there are; False for those of padding, (B, N).
+        places: Places of its N keys along the slices, from 0 to S - 1, (B, H, N).
+        offsets: Distances of the keys from their regular places, in slices, (B, H, N).
+        attention: Attention of every slice to every key, (B, H, S, N).
+        keys: Whether each key is there; False for those of padding, (B, N).
     """
 
     places: Tensor
@@ -89,7 +89,7 @@ class Attended(NamedTuple):
 
 
 class SliceAggregator(nn.Module):
-    """A volume's embedding from those of its slices, by deformable self-attention along the slices.
+    """Module from the embeddings of slices to a volume's, by deformable self-attention along the slices.
 
     After Nguyen et al., Joint Self-Supervised Image-Volume Representation Learning with Intra-Inter
     Contrastive Clustering, AAAI 2023 (arXiv:2212.01893), and the deformable attention of Xia et al.,
@@ -98,10 +98,10 @@ class SliceAggregator(nn.Module):
     and tokens know their place along the volume, from 0 at the first slice to 1 at the last one, so that
     slices in another order are another volume.
 
-    Works for any number of slices, 1 included (an image). Computes in float32 whatever the autocast.
+    It works for any number of slices, 1 included (an image), and in float32 whatever the autocast.
 
     Args:
-        config: See there.
+        config: Options of the aggregator.
 
     Attributes:
         embed_dim: Length of a volume's embedding.
@@ -123,12 +123,12 @@ class SliceAggregator(nn.Module):
     def forward(
         self, embeddings: Tensor, mask: Tensor | None = None, details: list[Attended] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attend along the slices, and takes the mean.
+        """Attend along the slices, and take the mean.
 
         Args:
-            embeddings: Of slices in their order, (B, S, F).
+            embeddings: Embeddings of slices in their order, (B, S, F).
             mask: True where there is a slice, (B, S); False is padding, anywhere. None: all are slices.
-            details: Gets what each layer attended to appended, for pictures and metrics.
+            details: List to which the places that each layer attended to are appended.
 
         Returns:
             Tokens (B, S, E), 0 at padding, and embeddings of length 1, (B, E); 0 where nothing was given.
@@ -139,7 +139,7 @@ class SliceAggregator(nn.Module):
     def attend(
         self, tokens: Tensor, mask: Tensor | None = None, details: list[Attended] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, from projected tokens (B, S, E), some of which may have been replaced."""
+        """Attend as `forward` does, from projected tokens (B, S, E), some of them replaced."""
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
             batch, count, _ = tokens.shape
@@ -173,7 +173,7 @@ class SliceAggregator(nn.Module):
         batch: int = 64,
         autocast: torch.dtype | None = None,
     ) -> Tensor:
-        """The embedding (E,) of a volume (C, D, H, W): slices, encoder, aggregator; as it was trained.
+        """Embed a volume (C, D, H, W), (E,): slices, encoder, aggregator; as it was trained.
 
         Air before the first slice that shows something, and after the last one, is not looked at, as in
         training: it does not change the embedding. A volume of more slices than `config.slices` is taken
@@ -182,10 +182,10 @@ class SliceAggregator(nn.Module):
         window. An image (D = 1) is a single slice.
 
         Args:
-            encoder: That the aggregator was trained with.
-            volume: Of any size.
-            batch: Windows per pass through the encoder.
-            autocast: Of the encoder, such as torch.bfloat16.
+            encoder: Encoder that the aggregator was trained with.
+            volume: Volume (C, D, H, W) of any size.
+            batch: Number of windows per pass through the encoder.
+            autocast: Precision of the encoder, such as torch.bfloat16.
 
         Raises:
             DataError: The volume is thinner than one slab.
@@ -202,12 +202,13 @@ class SliceAggregator(nn.Module):
         return F.normalize(pooled.mean(dim=0), dim=0).to(volume.device)
 
     def lay_flat(self, volume: Tensor) -> Tensor:
-        """A volume (C, D, H, W) with the axis that slices lie across as its depth; an image as it is.
+        """Lay a volume (C, D, H, W) so that the axis that slices lie across is its depth.
 
-        Slices of air at both ends are cut off (see `shown_slices`), down to one slab.
+        An image stays as it is. Slices of air at both ends are cut off (see `shown_slices`), down to one
+        slab.
 
         Raises:
-            DataError: It is thinner than one slab.
+            DataError: The volume is thinner than one slab.
         """
         if volume.shape[1] == 1:
             return volume
@@ -224,16 +225,16 @@ class SliceAggregator(nn.Module):
 
 
 class AggregatedEncoder(Encoder):
-    """An encoder whose embedding of a volume is an aggregator's, of the volume's slices.
+    """Encoder whose embedding of a volume is an aggregator's, of the volume's slices.
 
     Feature maps are the encoder's own, of the volume as a whole.
 
     Attributes:
-        version: Raised when the same weights give other embeddings; records and caches hold it.
+        version: Version, raised when the same weights give other embeddings; records and caches hold it.
 
     Args:
-        encoder: Trained with the aggregator.
-        aggregator: Its pooling.
+        encoder: Encoder that was trained with the aggregator.
+        aggregator: Aggregator that pools its slices.
     """
 
     paper: ClassVar[str] = ""
@@ -252,16 +253,16 @@ class AggregatedEncoder(Encoder):
         self.metadata = getattr(encoder, "metadata", {})
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The encoder's feature maps of (B, C, D, H, W)."""
+        """Compute the encoder's feature maps of (B, C, D, H, W)."""
         maps: list[Tensor] = self.encoder(x)
         return maps
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (B, width) of volumes (B, C, D, H, W), without gradients."""
+        """Embed volumes (B, C, D, H, W), without gradients: (B, width)."""
         return torch.stack([self.aggregator.embed_volume(self.encoder, volume) for volume in x])
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Embeddings (B, width) of volumes (B, C, D, H, W), with gradients.
+        """Embed volumes (B, C, D, H, W), with gradients: (B, width).
 
         Slices are seen whole, and all of a volume's in one stack.
         """
@@ -273,23 +274,23 @@ class AggregatedEncoder(Encoder):
         return embeddings
 
     def stacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder sees of volumes (B, C, D, H, W).
+        """Stack what the encoder sees of volumes (B, C, D, H, W).
 
         Returns:
-            Slabs (B, S, C, slab, h, w), S of the volume with the most; and which are a volume's own,
-            (B, S), the rest being air that fills up.
+            Slabs (B, S, C, slab, h, w), S of the volume with the most; and whether each is a volume's own,
+            (B, S), or air that fills up.
         """
         slab = 1 if x.shape[2] == 1 else self.aggregator.config.slab
         flat = [self.aggregator.lay_flat(volume) for volume in x]
-        counts = torch.tensor([one.shape[1] // slab for one in flat], device=x.device)
+        counts = torch.tensor([volume.shape[1] // slab for volume in flat], device=x.device)
         most = int(counts.max())
-        filled = torch.stack([with_air(one, most * slab)[:, : most * slab] for one in flat])
+        filled = torch.stack([with_air(volume, most * slab)[:, : most * slab] for volume in flat])
         mask = torch.arange(most, device=x.device) < counts.unsqueeze(1)
         return filled.unflatten(2, (most, slab)).transpose(1, 2), mask
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward network, each with a residual, LayerNorm after it and dropout."""
+    """Layer of attention and a feed-forward network, each with a residual, LayerNorm and dropout."""
 
     def __init__(self, config: AggregatorConfig) -> None:
         super().__init__()
@@ -302,9 +303,9 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
-        """(B, S, E), slices first, and how many there are, (B,)."""
-        found, attended = self.attention(tokens, lengths)
-        tokens = self.norm_attention(tokens + self.dropout(found))
+        """Transform tokens (B, S, E), slices first, of volumes with so many slices, (B,)."""
+        seen, attended = self.attention(tokens, lengths)
+        tokens = self.norm_attention(tokens + self.dropout(seen))
         return self.norm_feed(tokens + self.dropout(self.feed(tokens))), attended
 
 
@@ -316,7 +317,7 @@ class SliceAttention(nn.Module):
     there is a key for every slice and no offset: plain multi-head attention.
 
     Args:
-        config: Of the aggregator.
+        config: Options of the aggregator.
     """
 
     def __init__(self, config: AggregatorConfig) -> None:
@@ -331,7 +332,7 @@ class SliceAttention(nn.Module):
         self.scale = config.offset_scale * self.downsample
         if self.deformable:
             each = width // config.heads
-            # Of a depth-wise convolution along the slices, shared by the heads.
+            # Taps of a depth-wise convolution along the slices, shared by the heads.
             self.offset_taps = nn.Parameter(torch.empty(each, config.offset_kernel))
             self.offset_bias = nn.Parameter(torch.zeros(each))
             self.offset_out = nn.Parameter(torch.empty(config.heads, each))
@@ -342,14 +343,14 @@ class SliceAttention(nn.Module):
             nn.init.normal_(self.offset_out, std=0.02)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
-        """Attend.
+        """Attend to places along the slices.
 
         Args:
-            tokens: (B, S, E), slices first, padding after them, 0.
-            lengths: How many slices each has, (B,).
+            tokens: Tokens (B, S, E), slices first, padding after them, 0.
+            lengths: Number of slices of each volume, (B,).
 
         Returns:
-            (B, S, E), and what was looked at.
+            Tokens (B, S, E), and the places that were looked at.
         """
         count = tokens.shape[1]
         query, key, value = (
@@ -371,12 +372,12 @@ class SliceAttention(nn.Module):
         # A volume of padding alone has no key: finite values keep the softmax, and its gradient, finite.
         logits = logits.masked_fill(~present[:, None, None, :], torch.finfo(logits.dtype).min)
         attention = logits.softmax(dim=3)
-        found = (attention @ value).transpose(1, 2).flatten(2)
+        seen = (attention @ value).transpose(1, 2).flatten(2)
         attended = Attended(moved.detach(), offsets.detach(), attention.detach(), present)
-        return self.to_out(found), attended
+        return self.to_out(seen), attended
 
     def _offsets(self, query: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
-        """How far each key moves, in slices, (B, H, N), from queries (B, H, S, E / H)."""
+        """Compute how far each key moves, in slices, (B, H, N), from queries (B, H, S, E / H)."""
         count, taps = query.shape[2], self.offset_taps.shape[1]
         # Unfolded by hand: a product is exact on every device and needs no padded convolution. Queries of
         # padding are 0, as what lies beyond the ends is.
@@ -388,15 +389,19 @@ class SliceAttention(nn.Module):
 
 
 def regular_places(lengths: Tensor, count: int, downsample: int) -> tuple[Tensor, Tensor]:
-    """Evenly spread places of keys along the slices, each in the middle of its share.
+    """Place keys evenly along the slices, each in the middle of its share.
 
     Args:
-        lengths: Slices of each volume, (B,).
-        count: Slices of the longest, S.
-        downsample: Slices per key.
+        lengths: Number of slices of each volume, (B,).
+        count: Number S of slices of the longest volume.
+        downsample: Number of slices per key.
 
     Returns:
-        Places (B, N), N = ceil(S / downsample), of volumes in 0 to length - 1; and which there are.
+        Places (B, N), N = ceil(S / downsample), in 0 to length - 1; and whether each key is there, (B, N).
+
+    Example:
+        >>> regular_places(torch.tensor([4]), 4, 2)
+        (tensor([[0.5000, 2.5000]]), tensor([[True, True]]))
     """
     most = -(-count // downsample)
     keys = (lengths + downsample - 1).div(downsample, rounding_mode="floor")
@@ -409,15 +414,19 @@ def regular_places(lengths: Tensor, count: int, downsample: int) -> tuple[Tensor
 
 
 def interpolation(places: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """Matrices (B, H, N, S) that interpolate linearly between slices at places (B, H, N).
+    """Make matrices (B, H, N, S) that interpolate linearly between slices at places (B, H, N).
 
-    As matrices, so that neither the result nor a gradient depends on the order of sums. The gradient of a
-    place is the difference of the slices around it, of the next one where it lies on a slice.
+    They are matrices, so that neither the result nor a gradient depends on the order of sums. The gradient
+    of a place is the difference of the slices around it, of the next one where it lies on a slice.
 
     Args:
-        places: From 0 to length - 1.
-        lengths: Slices of each volume, (B,).
-        count: S.
+        places: Places from 0 to length - 1.
+        lengths: Number of slices of each volume, (B,).
+        count: Number S of slices.
+
+    Example:
+        >>> interpolation(torch.tensor([[[0.25]]]), torch.tensor([3]), 3)
+        tensor([[[[0.7500, 0.2500, 0.0000]]]])
     """
     last = (lengths - 1).clamp(min=0)[:, None, None]
     low = places.detach().floor().long().clamp(min=0)
@@ -431,10 +440,10 @@ def interpolation(places: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 
 def place_encoding(lengths: Tensor, count: int, width: int) -> Tensor:
-    """Sines and cosines (B, S, width) of where each slice lies, from 0 (first) to 1 (last).
+    """Encode where each slice lies, from 0 (first) to 1 (last), in sines and cosines (B, S, width).
 
-    Relative to the stack, not in mm: the distances between slices tell volumes apart, and a task that
-    asks which volume it is would be solved without looking.
+    Places are relative to the stack, not in mm: the distances between slices tell volumes apart, and a task
+    that asks which volume it is would be solved without looking.
     """
     last = (lengths - 1).clamp(min=1).float().unsqueeze(1)
     place = torch.arange(count, device=lengths.device) / last
@@ -446,10 +455,11 @@ def place_encoding(lengths: Tensor, count: int, width: int) -> Tensor:
 
 
 def interleaved(count: int, size: int) -> list[range]:
-    """Evenly spaced stacks of about `size` slabs each that together hold `count` slabs, each once.
+    """Divide `count` slabs among evenly spaced stacks of about `size` slabs each.
 
-    >>> interleaved(5, 2)
-    [range(0, 5, 3), range(1, 5, 3), range(2, 5, 3)]
+    Example:
+        >>> interleaved(5, 2)
+        [range(0, 5, 3), range(1, 5, 3), range(2, 5, 3)]
     """
     step = max(1, -(-count // size)) if size else 1
     return [range(first, count, step) for first in range(step)]
@@ -457,11 +467,11 @@ def interleaved(count: int, size: int) -> list[range]:
 
 @torch.no_grad()
 def shown_slices(volume: Tensor, share: float = 0.1) -> tuple[int, int]:
-    """First slice and end (exclusive), along D of (C, D, H, W), of what is not air.
+    """Find the first slice and the end (exclusive), along D of (C, D, H, W), of what is not air.
 
-    By the rule of `Volume.foreground_box`, but for its blocks, which are one slice deep here, so that
-    slices of air more or less change nothing: foreground is brighter than the darkest voxel by a tenth of
-    the way to the brightest, in any channel, and a slice counts that has a block with a `share` of it or
+    The rule is that of `Volume.foreground_box`, but for its blocks, which are one slice deep here, so
+    that slices of air more or less change nothing: foreground is brighter than the darkest voxel by a tenth
+    of the way to the brightest, in any channel, and a slice counts that has a block with a `share` of it or
     more. The whole volume where no slice has.
     """
     from ssl3d.data.store.writer import block_size
@@ -476,7 +486,7 @@ def shown_slices(volume: Tensor, share: float = 0.1) -> tuple[int, int]:
 
 
 def with_air(volume: Tensor, depth: int) -> Tensor:
-    """(C, D, H, W) with slices of its darkest value after the last one, until there are `depth`."""
+    """Pad (C, D, H, W) with slices of its darkest value after the last one, until there are `depth`."""
     lacking = depth - volume.shape[1]
     if lacking <= 0:
         return volume
@@ -485,7 +495,7 @@ def with_air(volume: Tensor, depth: int) -> Tensor:
 
 
 def attended_offset(details: Sequence[Attended]) -> Tensor:
-    """Mean absolute offset of the keys, in slices; 0 without layers."""
+    """Average the absolute offset of the keys, in slices; 0 without layers."""
     if not details:
         return torch.zeros(())
     total = torch.stack([(d.offsets.abs() * d.keys[:, None]).sum() for d in details]).sum()

@@ -19,7 +19,7 @@ _GROUPS = 8
 
 
 class Decoder(nn.Module):
-    """From an encoder's feature maps to (B, out_channels, D, H, W), in steps of a factor 2 at most.
+    """Decoder of an encoder's feature maps to (B, out_channels, D, H, W), in steps of a factor 2 at most.
 
     On the way from the deepest map up, each step brings what is there to the next resolution by linear
     interpolation, adds the encoder's map of that resolution where there is one (`skips`), and applies a
@@ -30,22 +30,22 @@ class Decoder(nn.Module):
     A step has `width` channels at half resolution, half of them at full resolution and twice as many per
     halving below, up to eight times: full resolution costs most, so the whole is lighter than a ResNet.
 
-    Any strides and sizes, and images (D = 1), which run in 2D. Differs from the U-Net (Ronneberger et
-    al., MICCAI 2015): skips are added after 1 x 1 x 1 convolutions instead of concatenated, one
+    Any strides and sizes will do, and images (D = 1), which run in 2D. Differs from the U-Net (Ronneberger
+    et al., MICCAI 2015): skips are added after 1 x 1 x 1 convolutions instead of concatenated, one
     convolution per step instead of two, and interpolation instead of transposed convolutions.
 
     Args:
-        encoder: Whose maps are decoded; only its `channels`, `strides` and `config.in_channels` are
-            read, it is not kept.
-        out_channels: As many as the encoder's input has if None.
-        width: Channels at half resolution.
+        encoder: Encoder whose maps are decoded; only its `channels`, `strides` and `config.in_channels`
+            are read, it is not kept.
+        out_channels: Number of output channels; None for that of the encoder's input.
+        width: Number of channels at half resolution.
         skips: Whether the shallower maps are used too. Without them the deepest map must hold
             everything that comes out.
-        norm: batch, group or instance. `instance` takes the mean and scale of every channel from each
-            example, and with them much of what an absolute grey value is restored from.
+        norm: Kind of norms: batch, group or instance. `instance` takes the mean and scale of every channel
+            from each example, and with them much of what an absolute grey value is restored from.
 
     Attributes:
-        sources: Which of the encoder's maps are decoded.
+        sources: Numbers of the encoder's maps that are decoded.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         if width < 2:
             raise ValueError(f"width must be at least 2, not {width}")
         self.out_channels = encoder.config.in_channels if out_channels is None else out_channels
-        # Of the maps with equal strides, the deepest.
+        # Where maps have equal strides, the deepest one counts.
         maps = {stride: n for n, stride in enumerate(encoder.strides)}
         deepest = encoder.strides[-1]
         # Only what is no coarser than the deepest can be met on the way up.
@@ -87,14 +87,14 @@ class Decoder(nn.Module):
         self.out = nn.Conv3d(channels, self.out_channels, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Decode `encoder(x)`.
+        """Decode the feature maps of an input.
 
         Args:
-            maps: What the encoder gave, shallow to deep.
-            size: (D, H, W) of the encoder's input.
+            maps: Feature maps of the encoder, shallow to deep.
+            size: Size (D, H, W) of the encoder's input.
 
         Returns:
-            (B, out_channels, D, H, W).
+            Values (B, out_channels, D, H, W).
         """
         x, reached = maps[-1], self._deepest
         for n, (stride, source) in enumerate(self._stages):
@@ -116,9 +116,13 @@ def _within(stride: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def stride_path(start: Triple, stops: Sequence[Triple]) -> list[Triple]:
-    """Strides from `start` (left out) over `stops` to full resolution, no step of more than a factor 2.
+    """List strides from `start` (left out) over `stops` to full resolution, in steps of at most a factor 2.
 
     An encoder of stride 1 stays where it is: one step at full resolution.
+
+    Example:
+        >>> stride_path((4, 8, 8), [(1, 1, 1)])
+        [(2, 4, 4), (1, 2, 2), (1, 1, 1)]
     """
     path = [start]
     for stop in stops:
@@ -131,7 +135,7 @@ def stride_path(start: Triple, stops: Sequence[Triple]) -> list[Triple]:
 
 
 def conv3x3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """A padded 3 x 3 x 3 convolution; one in 2D, with the same outcome, where the depth is 1."""
+    """Convolve with padded 3 x 3 x 3 kernels; in 2D, with the same outcome, where the depth is 1."""
     if x.shape[2] == 1:
         return conv2d(x.squeeze(2), weight[:, :, 1], (1, 1), 1).unsqueeze(2)
     return conv3d(x, weight, padding=1)

@@ -1,4 +1,4 @@
-"""Heads on an encoder's embedding."""
+"""Projection heads on an encoder's embedding."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ def projection_head(
     norm_last: bool = True,
     bias_last: bool = True,
 ) -> nn.Module:
-    """A projection head of lightly: `layers` linear layers, ReLU between them, (B, in) to (B, out).
+    """Make lightly's projection head: linear layers with ReLU between them, (B, in) to (B, out).
 
     With norm `batch`, two layers and `norm_last` it is lightly's `SimCLRProjectionHead`; with three
     layers and without `norm_last` its `BarlowTwinsProjectionHead`.
 
     Args:
-        in_features: The encoder's `embed_dim`.
-        hidden: Width between.
-        out: Width of the projection.
-        layers: Linear layers, at least 1.
-        norm: `batch`, or, so that every example stands alone (batches of a few, gradients equal over any
-            number of ranks), `layer` or `none`.
+        in_features: Length of the embeddings, the encoder's `embed_dim`.
+        hidden: Width of the hidden layers.
+        out: Length of a projection.
+        layers: Number of linear layers, at least 1.
+        norm: Norm of the layers: `batch`, or, so that every example stands alone (batches of a few,
+            gradients equal over any number of ranks), `layer` or `none`.
         norm_last: Whether the last layer is normalised too.
         bias_last: Whether a last layer without norm has a bias; losses that standardise need none.
 
     Raises:
         ValueError: `norm` is unknown or `layers` below 1.
+
+    Example:
+        >>> import torch
+        >>> projection_head(32, 64, 16)(torch.rand(4, 32)).shape
+        torch.Size([4, 16])
     """
     from lightly.models.modules.heads import ProjectionHead
 

@@ -241,7 +241,7 @@ class _Occupancy:
         extents = [np.diff(edges) for edges in self.edges]
         self.voxels = share * extents[0][:, None, None] * extents[1][:, None] * extents[2]
         if not self.voxels.any():
-            raise DataError(f"{volume.id}: no foreground, nothing to draw a crop from")
+            raise DataError(f"{volume.id}: has no foreground to draw a crop from")
 
     def covered(self, axis: int, starts: np.ndarray, size: int) -> np.ndarray:
         """Measure the share of each block's extent within [start, start + size): (starts, blocks)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl3d.errors import UsageError
 
-# Those of torchio 1.2 that keep the shape, need no labels, and take their randomness from torch.
+# Transforms of torchio 1.2 that keep the shape, need no labels, and take their randomness from torch.
 TORCHIO = (
     "RandomAffine",
     "RandomAnisotropy",

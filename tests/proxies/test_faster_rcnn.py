@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ssl3d
-from ssl3d.api import DataError, UsageError, numpy_rng, one_group, score_boxes
+from ssl3d.api import DataError, UsageError, flat_parameters, numpy_rng, one_group, score_boxes
 from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.data.open import open_data
@@ -142,7 +142,7 @@ def test_an_unusable_encoder_is_named(rectangles):
 
 def parts_of(proxy):
     return {
-        part: torch.cat([p.detach().reshape(-1).clone() for p in proxy._parameters_of(part)])
+        part: flat_parameters(proxy._part(part)).clone()
         for part in ("encoder", "pyramid", "rpn", "roi", "second")
     }
 

@@ -18,9 +18,8 @@ from ssl3d.checkpoint import snapshot
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
-from ssl3d.objectives.masked_slices import interpolate_block, mask_block, standardise
+from ssl3d.objectives.masked_slices import mask_block
 from ssl3d.rng import numpy_rng, one_group, seed_of
-from ssl3d.views.stacks import draw_stack
 from ssl3d_proxies.intra_inter import (
     IntraInter,
     IntraInterConfig,
@@ -262,44 +261,6 @@ def test_slices_come_in_order_and_lie_flat(axis, stack, phantoms):
     assert drawn["places"].diff().min() > 0
 
 
-class Box:
-    """A volume that is all foreground."""
-
-    def __init__(self, depth, spacing=1.0):
-        self.shape, self.spacing, self.id = (1, depth, 32, 32), (spacing, 1.0, 1.0), "box"
-
-    def foreground_box(self):
-        return (0, 0, 0), self.shape[1:]
-
-
-@pytest.mark.parametrize("stack", ["spread", "random", "block"])
-@pytest.mark.parametrize("slab", [1, 3])
-@pytest.mark.parametrize("depth", [3, 4, 7, 12, 20, 41])
-def test_stacks_lie_in_the_volume_without_overlap(stack, slab, depth):
-    seen = set()
-    for seed in range(30):
-        starts, places = draw_stack(Box(depth), 0, 6, slab, numpy_rng(seed), stack)
-        assert len(starts) == min(6, depth // slab)
-        assert min(starts) >= 0 and max(starts) + slab <= depth
-        assert all(b - a >= slab for a, b in itertools.pairwise(starts))
-        assert all(0 <= place <= 1 for place in places)
-        seen |= set(starts)
-    if depth == 20 and slab == 1:
-        assert seen == set(range(20))
-
-
-def test_a_block_has_regular_steps_in_mm():
-    starts, _ = draw_stack(Box(40, spacing=2.0), 0, 4, 1, numpy_rng(0), "block", step_mm=6.0)
-    assert np.diff(starts).tolist() == [3, 3, 3]
-    starts, _ = draw_stack(Box(7, spacing=2.0), 0, 4, 1, numpy_rng(0), "block", step_mm=6.0)  # closer
-    assert np.diff(starts).tolist() == [2, 2, 2]
-
-
-def test_a_spread_stack_reaches_from_end_to_end():
-    starts, _ = draw_stack(Box(50), 0, 5, 1, numpy_rng(1))
-    assert starts[0] < 10 and starts[-1] >= 40 and set(np.diff(starts)) <= {9, 10, 11}
-
-
 def test_an_image_is_a_stack_of_one(phantoms):
     config = config_of(slab=3)
     drawn = IntraInter.draw(config, Image(phantoms[0]), numpy_rng(0))
@@ -397,37 +358,6 @@ def test_every_pooling_trains(pooling, phantoms):
 # Masked slices ------------------------------------------------------------------------------------
 
 
-def test_one_block_of_slices_is_masked():
-    mask = mask_block(one_group(0, 500), 20, (0.1, 0.3))
-    lengths = mask.sum(1)
-    assert lengths.min() == 2 and lengths.max() == 6
-    assert ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]).max() == 1  # a single block
-    assert mask.float().mean(0).min() > 0.03  # anywhere
-    assert (mask_block(one_group(0, 50), 2, (0.1, 0.3)).sum(1) == 1).all()
-    assert (mask_block(one_group(0, 50), 3, (0.9, 0.95)).sum(1) == 2).all()  # never all
-
-
-def test_interpolation_of_the_neighbours_by_hand():
-    x = torch.tensor([10.0, 20, 30, 70, 90])[None, :, None]
-
-    def between(*masked):
-        mask = torch.zeros(1, 5, dtype=torch.bool)
-        mask[0, list(masked)] = True
-        return interpolate_block(x, mask)[mask][:, 0].tolist()
-
-    assert between(2) == pytest.approx([45])
-    assert between(1, 2) == pytest.approx([30, 50])
-    assert between(0, 1) == [30, 30]
-    assert between(3, 4) == [30, 30]
-
-
-def test_targets_are_standardised_over_all_groups():
-    a, b = torch.randn(3, 2, 5, 4) * 7 + 3, torch.randn(2, 2, 3, 4) * 7 + 3
-    flat = torch.cat([x.flatten(0, 2) for x in standardise([a, b], a)])
-    assert torch.allclose(flat.mean(0), torch.zeros(4), atol=1e-5)
-    assert torch.allclose(flat.std(0, correction=0), torch.ones(4), atol=2e-3)
-
-
 def test_the_error_is_of_masked_slices_alone(phantoms):
     config = config_of(weights=(0, 0, 1), chance=0.0)
     proxy = make(config, phantoms).eval()
@@ -453,14 +383,6 @@ def test_the_error_is_of_masked_slices_alone(phantoms):
         changed = x.clone()
         changed[slices] *= torch.linspace(0.5, 2, x.shape[2])
         assert bool((predict(changed) - predict(x)).abs().max() > 1e-6) == reaches
-
-
-def test_no_gradient_runs_through_the_targets(phantoms):
-    config = config_of(weights=(0, 0, 1))
-    proxy = make(config, phantoms)
-    x = torch.randn(2, 2, 6, proxy.encoder.embed_dim, requires_grad=True)
-    target = standardise([x], x)[0]
-    assert not target.requires_grad
 
 
 def test_targets_of_a_moving_average(phantoms):

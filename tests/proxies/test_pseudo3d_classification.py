@@ -367,7 +367,7 @@ def test_coloured_volumes_are_no_pictures(tmp_path):
     data = collection(tmp_path, noise(2, (3, 5, 8, 8)), [0, 1])
     with pytest.raises(DataError, match="none of the 2 volumes is a picture"):
         made(data, crop=16)
-    with pytest.raises(DataError, match="p/0: 3 channels and depth 5"):
+    with pytest.raises(DataError, match="p/0: has 3 channels and depth 5"):
         Pseudo3DClassification.draw(Pseudo3DClassificationConfig(), data[0], numpy_rng(0))
 
 

@@ -132,7 +132,7 @@ def test_wrong_encoders_and_data_are_named(coco):
     with pytest.raises(UsageError, match="have 2 channels"):
         Pseudo3DDetection.in_channels(Pseudo3DDetectionConfig(), 2)
     assert Pseudo3DDetection.in_channels(Pseudo3DDetectionConfig(), 3) == 1
-    with pytest.raises(DataError, match="3 channels and depth 4"):
+    with pytest.raises(DataError, match="has 3 channels and depth 4"):
         Pseudo3DDetection.draw(Pseudo3DDetectionConfig(), _Thick(), np.random.default_rng(0))
     for field, value in (("slab", 5), ("shuffle", 2.0), ("std", 0.0)):
         with pytest.raises(ValueError, match=field):

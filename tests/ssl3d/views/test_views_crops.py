@@ -99,7 +99,7 @@ def test_no_foreground_is_an_error_that_names_the_volume():
         lambda v: draw_crop(v, (4, 4, 4), numpy_rng(0)),
         lambda v: draw_positions(v, 0, 2, numpy_rng(0)),
     ):
-        with pytest.raises(DataError, match="fake: no foreground"):
+        with pytest.raises(DataError, match="fake: has no foreground"):
             call(Fake(np.zeros((10, 10, 10), bool)))
 
 
