@@ -1,4 +1,4 @@
-"""Who is scored: encoders given, untrained ones of their kind, rows without a network; and records."""
+"""Contestants: the encoders given, untrained ones of their kind, rows without a network; and records."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from ssl3d_benchmarks.trivial_rows import TRIVIAL, VERSION
 
 if TYPE_CHECKING:
     from ssl3d.api import Benchmark, Collection, Encoder
-    from ssl3d_benchmarks.task import Job, Task
+    from ssl3d_benchmarks.task import SplitData, TrainingSubset
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant to be; the encoder is made when its turn comes, so that one is in memory at a time.
+    """Contestant whose encoder is made when its turn comes, so that one is in memory at a time.
 
     Attributes:
-        name: Row name.
-        kind: As of a contestant.
+        name: Name of the row in tables.
+        kind: Kind of contestant: encoder, untrained or trivial.
         group: Architecture, by which untrained rows stand beside encoders.
-        make: Gives the encoder; None for a trivial row.
-        source: As given on the command line.
+        make: Function that returns the encoder; None for a trivial row.
+        source: Encoder as given on the command line.
         recalibrate: Whether the norm statistics are taken anew.
-        in_channels: Of the encoder; 0 for a trivial row.
+        in_channels: Channels that the encoder takes; 0 for a trivial row.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Entry:
 
 
 def named(spec: str) -> tuple[str, str]:
-    """`NAME=ENCODER` taken apart; the name is empty where none is given."""
+    """Split `NAME=ENCODER` into both; the name is empty where none is given."""
     name, _, encoder = spec.partition("=")
     if encoder and name and all(c.isalnum() or c in "-_.+" for c in name):
         return name, encoder
@@ -69,9 +69,10 @@ def named(spec: str) -> tuple[str, str]:
 
 
 def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encoder, Entry]]:
-    """Every word for an encoder, its name taken off, with its encoder (untrained: seed 0) and its entry.
+    """Load every encoder that the command line names, one after the other.
 
-    The entry of a `scratch:` word is of kind `untrained`, named by its architecture.
+    Yields the word without its name, the encoder (seed 0 where it is untrained) and its entry. The entry
+    of a `scratch:` word is of kind `untrained`, named by its architecture.
 
     Raises:
         CheckpointError: An encoder cannot be loaded.
@@ -96,7 +97,7 @@ def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encod
 
 
 def untrained(entry: Entry, seed: int, like: Encoder) -> Entry:
-    """The entry of an untrained encoder of the same architecture (and aggregator) as another."""
+    """Return the entry of an untrained encoder with the architecture (and aggregator) of `like`."""
     words = architecture(like)
     return Entry(
         f"{entry.group}, seed {seed}",
@@ -109,12 +110,12 @@ def untrained(entry: Entry, seed: int, like: Encoder) -> Entry:
 
 
 def trivial_entries(names: Sequence[str] = TRIVIAL) -> list[Entry]:
-    """The rows without a network."""
+    """Return an entry for each row without a network."""
     return [Entry(name, "trivial", "", None, "trivial") for name in names]
 
 
 def trivial_contestant(entry: Entry, measured: Sequence[int] = ()) -> Contestant:
-    """A row without a network; `measured` are the mask values that it measures."""
+    """Return the contestant of a row without a network, which measures the mask values `measured`."""
     return Contestant(
         entry.name,
         "trivial",
@@ -126,7 +127,7 @@ def trivial_contestant(entry: Entry, measured: Sequence[int] = ()) -> Contestant
 
 
 def with_norm(entry: Entry, encoder: Encoder, asked: str) -> list[Entry]:
-    """The entry as it is (asked: no), with norm statistics taken anew (yes), or both."""
+    """Return the entry as it is (asked: no), with norm statistics taken anew (yes), or both."""
     again = replace(entry, name=f"{entry.name}, norm recalibrated", recalibrate=True)
     if not has_batch_norm(encoder) or asked == "no":
         return [entry]
@@ -134,14 +135,14 @@ def with_norm(entry: Entry, encoder: Encoder, asked: str) -> list[Entry]:
 
 
 def has_batch_norm(encoder: Encoder) -> bool:
-    """Whether it has norm statistics to take anew."""
+    """Return whether an encoder has norm statistics to take anew."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in encoder.modules())
 
 
 def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contestant:
-    """The contestant of an entry, from its encoder's metadata."""
+    """Describe the contestant of an entry by the metadata of its encoder."""
     card: dict[str, Any] = encoder.metadata
     details = dict(details)
     if entry.kind == "untrained":
@@ -169,7 +170,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
 
 
 def pooling_digest(encoder: Encoder) -> str:
-    """The digest by which records and caches know an encoder; with an aggregator, of its pooling too."""
+    """Return the digest by which records know an encoder; with an aggregator, its pooling is part of it."""
     digest = encoder_digest(encoder)
     if not isinstance(encoder, AggregatedEncoder):
         return digest
@@ -179,28 +180,27 @@ def pooling_digest(encoder: Encoder) -> str:
 def record(
     contestant: Contestant,
     benchmark: Benchmark,
-    version: int,
-    task: Task,
-    job: Job,
+    split: SplitData,
+    subset: TrainingSubset,
     seed: int,
     settings: dict[str, Any],
 ) -> Result:
-    """The record to be of a contestant on a subset, with what decides its key, and its flags.
+    """Begin the record of a contestant on a subset: all that decides its key, and its flags.
 
-    A test subject that pretraining saw, by identity, file or voxels, is counted; the record is then not
-    ranked.
+    Test subjects that pretraining saw, by identity, file or voxels, are counted; a record with such
+    subjects is not ranked.
     """
-    test = np.any([fold.test for fold in task.folds], axis=0)
-    tested = task.data.select(np.flatnonzero(test))
+    test = np.any([fold.test for fold in split.folds], axis=0)
+    tested = split.data.select(np.flatnonzero(test))
     return Result(
         task=benchmark.task,
-        version=version,
-        dataset=sorted(set(task.data.datasets)),
-        data_digest=task.data.digest(),
-        split=counts(task, job),
-        split_digest=task.digest,
-        fraction=float(job.fraction),
-        repeat=job.repeat,
+        version=benchmark.task_version,
+        dataset=sorted(set(split.data.datasets)),
+        data_digest=split.data.digest(),
+        split=counts(split, subset),
+        split_digest=split.digest,
+        fraction=float(subset.fraction),
+        repeat=subset.repeat,
         seed=seed,
         contestant=contestant.described(),
         settings=settings,
@@ -217,18 +217,18 @@ def record(
 
 
 def check_channels(entries: Sequence[Entry], data: Collection) -> None:
-    """Raises a DataError where an encoder takes other channels than the data has."""
-    found = sorted({int(n) for n in data.shapes[:, 0]})
+    """Raise a DataError where an encoder takes other channels than the data has."""
+    channels = sorted({int(n) for n in data.shapes[:, 0]})
     for entry in entries:
-        if entry.in_channels and found != [entry.in_channels]:
+        if entry.in_channels and channels != [entry.in_channels]:
             raise DataError(
-                f"{entry.name}: takes {entry.in_channels} channels, the data has "
-                f"{' and '.join(map(str, found))}"
+                f"{entry.name} takes {entry.in_channels} channels, but the data has "
+                f"{' and '.join(map(str, channels))}; give an encoder that takes as many"
             )
 
 
 def fitting_all(specs: Sequence[str], data: Collection) -> tuple[str, ...]:
-    """Encoders that saw no volumes take the data's channels unless told otherwise."""
+    """Let encoders that saw no volumes take the channels of the data, unless they name their own."""
     channels = {int(n) for n in data.shapes[:, 0]}
     if channels == {1} or len(channels) > 1:
         return tuple(specs)
@@ -238,38 +238,39 @@ def fitting_all(specs: Sequence[str], data: Collection) -> tuple[str, ...]:
 
 
 def architecture(encoder: Encoder) -> str:
-    """`scratch:NAME:field=value...` with the fields that are not at their default."""
+    """Return `scratch:NAME:field=value...` with the fields that are not at their default."""
     words = ["scratch:" + str(encoder.metadata["architecture"])]
-    for one in dataclasses.fields(encoder.config):
-        value = getattr(encoder.config, one.name)
-        default = one.default
-        if one.default_factory is not dataclasses.MISSING:
-            default = one.default_factory()
+    for field in dataclasses.fields(encoder.config):
+        value = getattr(encoder.config, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if value != default:
-            words.append(f"{one.name}={_word(value)}")
+            words.append(f"{field.name}={_word(value)}")
     return ":".join(words)
 
 
 def pooled(pool: str) -> str:
-    """What a row's name says of its pooling."""
+    """Return the part of a row's name that says its pooling."""
     return "" if pool == "mean" else f", {pool}"
 
 
 def pool_details(pool: str) -> dict[str, str]:
-    """What a record says of its pooling, its version with it; nothing where it is the mean."""
+    """Return the pooling and its version for a record; nothing where it is the mean."""
     return {} if pool == "mean" else {"pool": f"{pool} v{AggregatedEncoder.version}"}
 
 
 RECALIBRATION_VOLUMES = 256
+"""Training volumes that norm statistics are taken from at most."""
 
 
 def recalibrate(encoder: Encoder, train: Collection, window: Sequence[int], device: str) -> None:
-    """Takes the norm statistics anew from training volumes, without labels, on the probe's own input."""
+    """Take the norm statistics anew from training volumes, without labels, on the probe's own input."""
     from ssl3d.api import recalibrate_norm
 
     batches = _batches(train, window, device)
     if isinstance(encoder, AggregatedEncoder):
-        # Sees slices, and so do its norms.
+        # The encoder inside sees slices, and so do its norms.
         stacks = map(encoder.stacks, batches)
         recalibrate_norm(encoder.encoder, (slabs[own] for slabs, own in stacks))
     else:
@@ -277,7 +278,7 @@ def recalibrate(encoder: Encoder, train: Collection, window: Sequence[int], devi
 
 
 def _batches(train: Collection, window: Sequence[int], device: str) -> Iterator[Any]:
-    """Batches of equal training volumes (or their central windows); at most 256 volumes, spread evenly."""
+    """Yield batches of equal training volumes or their central windows, of evenly spread volumes."""
     import torch
 
     from ssl3d_benchmarks.features import BATCH_VOXELS
@@ -301,7 +302,7 @@ def _maker(spec: str, seed: int, pool: str) -> Callable[[], Encoder]:
 
 
 def _untrained(words: str, seed: int, like: Encoder) -> Callable[[], Encoder]:
-    """Makes an untrained encoder, with an untrained aggregator where `like` has one."""
+    """Return a function that makes an untrained encoder, with an aggregator where `like` has one."""
     aggregator = like.aggregator.config if isinstance(like, AggregatedEncoder) else None
 
     def make() -> Encoder:

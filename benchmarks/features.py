@@ -39,18 +39,18 @@ def embeddings(
     mask_classes: tuple[int, ...],
     report: Callable[[int, int], None] | None = None,
 ) -> Array:
-    """Features of every volume, (N, n) float32, from the cache where they are in it.
+    """Compute the features of every volume, (N, n) float32, or read them from the cache.
 
     A volume that the window holds goes through the encoder whole, together with others of its shape; a
     larger one window by window, the embeddings averaged.
 
     Args:
-        contestant: An encoder, or a trivial row (`details["features"]`).
-        data: The volumes.
-        window: Largest input along (D, H, W), the same for every contestant.
-        precision: `32` or `bf16`.
-        mask_classes: What the trivial rows measure.
-        report: Called with (done, total).
+        contestant: Encoder, or trivial row (`details["features"]`).
+        data: Volumes to embed.
+        window: Largest input along (D, H, W), voxels, the same for every contestant.
+        precision: Precision of the forward pass, `32` or `bf16`.
+        mask_classes: Mask values that the trivial rows measure.
+        report: Function that is called with the numbers of volumes done and in total.
     """
     settings = (VERSION, contestant.digest, data.digest(), window, precision, mask_classes)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:24]
@@ -73,9 +73,9 @@ def embeddings(
             done += len(positions)
             if report:
                 report(done, len(data))
-    found = np.stack([row for row in rows if row is not None]).astype(np.float32)
-    _save(path, found)
-    return found
+    stacked = np.stack([row for row in rows if row is not None]).astype(np.float32)
+    _save(path, stacked)
+    return stacked
 
 
 def _encoded(
@@ -95,10 +95,10 @@ def _encoded(
 
                 for position in same:
                     image = data[position].read().to(device)
-                    one = embed_volume(
+                    embedding = embed_volume(
                         encoder, image, window, autocast=torch.bfloat16 if precision == "bf16" else None
                     )
-                    yield [position], one.float().cpu().numpy()[None]
+                    yield [position], embedding.float().cpu().numpy()[None]
                 continue
             size = max(1, BATCH_VOXELS // int(np.prod(shape)))
             for start in range(0, len(same), size):
@@ -109,10 +109,10 @@ def _encoded(
 
 def _load(path: Path, rows: int) -> Array | None:
     try:
-        found: Array = np.load(path, allow_pickle=False)
+        features: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there, or cut short: computed again
         return None
-    return found if found.ndim == 2 and len(found) == rows else None
+    return features if features.ndim == 2 and len(features) == rows else None
 
 
 def _save(path: Path, features: Array) -> None:

@@ -1,7 +1,7 @@
 """Locks of jobs: files that one process holds, on one machine or on many that share a folder.
 
-Not `fcntl` locks, which network file systems often do without: a file that is made by one alone, touched
-now and then by who holds it, and taken from a holder who is dead or silent.
+Network file systems often lack `fcntl` locks. A lock is therefore a file that one process alone can make;
+its holder touches it now and then, and a holder that is dead or silent loses it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BEAT = 20.0
-"""Seconds between two signs of life of a job in work."""
+"""Seconds between two signs of life of a running job."""
 SILENT = 180.0
-"""Seconds without one after which another machine takes the job."""
+"""Seconds without a sign of life after which another machine takes the job."""
 WAIT = 5.0
-"""Seconds between two looks, when all that is left is in the hands of others."""
+"""Seconds between two looks, when other processes hold all the jobs that are left."""
 
 _held: dict[Path, str] = {}
-"""Locks that this process took, and what it wrote into them."""
+"""Locks that this process took, with the text that it wrote into them."""
 
 
 def take(lock: Path) -> bool:
-    """Whether the lock is now ours. One whose holder is dead or silent is broken.
+    """Try to take a lock, from a dead or silent holder too, and return whether it is ours.
 
     Args:
-        lock: The file, in a folder that is there.
+        lock: File of the lock, in a folder that exists.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     token = secrets.token_hex(8)  # the number of a process may come again
     mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
@@ -51,7 +51,7 @@ def take(lock: Path) -> bool:
 
 
 def release(lock: Path) -> None:
-    """Lets a lock go, if it is still ours: the job of one who was silent for long has a new holder."""
+    """Remove a lock if it is still ours; after a long silence the job has a new holder."""
     with contextlib.suppress(OSError):
         if _is_ours(lock):
             lock.unlink()
@@ -60,7 +60,7 @@ def release(lock: Path) -> None:
 
 @contextlib.contextmanager
 def holding(lock: Path) -> Iterator[None]:
-    """Touches a lock of ours now and then, so that others see that its holder lives; then lets it go."""
+    """Hold a lock of ours: touch it now and then, as a sign of life, and release it at the end."""
     stop = threading.Event()
 
     def beat() -> None:
@@ -84,18 +84,18 @@ def _is_ours(lock: Path) -> bool:
 
 
 def _broken(lock: Path, token: str) -> bool:
-    """Takes away a lock that was found abandoned; False if a live one had come in its place.
+    """Remove an abandoned lock; return False where a live one had come in its place.
 
     Raises:
-        FileNotFoundError: Another was faster.
+        FileNotFoundError: Another process was faster.
     """
-    # Renamed before it goes: of two who find it abandoned, one succeeds.
+    # It is renamed before it is removed: of two processes that find it abandoned, one succeeds.
     grave = lock.with_name(f"{lock.name}.{token}")
     lock.rename(grave)
     try:
         if _abandoned(grave):
             return True
-        # Another had broken it already, and this is its own. Who came in this moment keeps what it took.
+        # Another process had broken it already, and this is its lock; a third that came now keeps its own.
         with contextlib.suppress(FileExistsError):
             try:
                 os.link(grave, lock)
@@ -108,7 +108,7 @@ def _broken(lock: Path, token: str) -> bool:
 
 
 def _abandoned(lock: Path) -> bool:
-    """Whether the holder of a lock is dead (on this machine) or silent (on any)."""
+    """Return whether the holder of a lock is dead (on this machine) or silent (on any)."""
     silent = time.time() - lock.stat().st_mtime
     try:
         holder = json.loads(lock.read_text(encoding="utf-8"))

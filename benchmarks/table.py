@@ -1,4 +1,4 @@
-"""What the tables that protocols print have in common: rows, their runs, and cells as text."""
+"""Rows, their runs, and cells as text: what the tables that protocols print have in common."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A record, and where it stands in the table.
+    """A record and its place in the table.
 
     Attributes:
-        kind: `encoder`, `untrained` or `trivial`.
+        kind: Kind of contestant: `encoder`, `untrained` or `trivial`.
         group: Architecture; untrained rows stand beside the encoders of theirs.
-        result: The record.
+        result: Record with the scores.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def recalibrated(self) -> bool:
-        """Whether its norm statistics were taken anew."""
+        """Whether the norm statistics were taken anew."""
         return bool(self.result.contestant.get("norm_recalibrated"))
 
 
@@ -40,8 +40,8 @@ class Line:
     """One contestant at one fraction.
 
     Attributes:
-        rows: Its records, by seed and subset.
-        runs: Its main score over subjects, seeds and subsets.
+        rows: Records of the contestant, by seed and subset.
+        runs: Main score over subjects, seeds and subsets.
     """
 
     rows: list[Row]
@@ -49,26 +49,26 @@ class Line:
 
     @property
     def first(self) -> Row:
-        """Any of its records."""
+        """First of the contestant's records."""
         return self.rows[0]
 
     @property
     def subsets(self) -> list[int]:
-        """Of the training data, the same for all its seeds."""
+        """Subsets of the training data, the same for all seeds."""
         return sorted({row.result.repeat for row in self.rows})
 
     @property
     def name(self) -> str:
-        """Of the contestant."""
+        """Name of the contestant."""
         return str(self.first.result.contestant["name"])
 
     def mean(self, score: str) -> float:
-        """A score, mean over seeds and subsets."""
+        """Average a score over seeds and subsets."""
         return float(np.mean([row.result.scores[score] for row in self.rows]))
 
 
 def make_line(rows: Sequence[Row], benchmark: Benchmark) -> Line:
-    """Resamples the main score of a contestant, or of several that differ in the seed of their weights."""
+    """Resample the main score of a contestant, or of several that differ in the seed of their weights."""
     grid: dict[tuple[int, str], dict[int, Row]] = {}
     for row in rows:  # untrained encoders of a probe have their seeds in their names
         seed = (row.result.seed, str(row.result.contestant["name"]))
@@ -81,8 +81,8 @@ def make_line(rows: Sequence[Row], benchmark: Benchmark) -> Line:
             predictions = sorted(
                 row.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id")))
             )
-            clusters, found = benchmark.score_functions(predictions)
-            line.append(found[benchmark.main])
+            clusters, functions = benchmark.score_functions(predictions)
+            line.append(functions[benchmark.main])
         scores.append(line)
     assert clusters is not None
     return Line([row for of_seed in kept for row in of_seed], statistics.runs_of(scores, clusters))
@@ -92,45 +92,45 @@ T = TypeVar("T")
 
 
 def same_subsets(grid: Mapping[Any, Mapping[int, T]]) -> list[list[T]]:
-    """Seeds x subsets of the training data, from what there is by seed and by subset.
+    """Return the cells seeds x subsets, with the same subsets of the training data for every seed.
 
-    The subsets are those that the seeds with the most of them have, of several choices the most usual;
-    seeds with others (a job failed) are left out.
+    The subsets kept are those of the seeds that have the most, and of several choices the most frequent;
+    seeds with other subsets (a job failed) are left out.
     """
-    found = Counter(tuple(sorted(by_subset)) for by_subset in grid.values()).most_common()
-    usual = max(found, key=lambda item: (len(item[0]), item[1]))[0]
-    return [[one[k] for k in usual] for _, one in sorted(grid.items()) if tuple(sorted(one)) == usual]
+    choices = Counter(tuple(sorted(by_subset)) for by_subset in grid.values()).most_common()
+    usual = max(choices, key=lambda item: (len(item[0]), item[1]))[0]
+    return [[cells[k] for k in usual] for _, cells in sorted(grid.items()) if tuple(sorted(cells)) == usual]
 
 
 def difference_of(a: Line, b: Line) -> statistics.Difference:
-    """Of two contestants; their subsets are paired where they are the same."""
+    """Return the difference between two contestants, paired by subset where these are the same."""
     return statistics.paired_difference(a.runs, b.runs, a.subsets == b.subsets)
 
 
-def detectable(found: Sequence[statistics.Difference], main: str) -> list[str]:
-    """The smallest difference that the test set shows, the median over comparisons, as a line or none."""
-    known = [one for one in found if np.isfinite(one.error) and one.error > 0]
-    told = [one.detectable for one in known if np.isfinite(one.detectable)]
-    if told:
+def detectable(differences: Sequence[statistics.Difference], main: str) -> list[str]:
+    """Report the smallest difference that the test set can show, as a line or none."""
+    known = [gain for gain in differences if np.isfinite(gain.error) and gain.error > 0]
+    smallest = [gain.detectable for gain in known if np.isfinite(gain.detectable)]
+    if smallest:
         return [
-            f"minimum detectable difference in {main}: {np.median(told):.3f} ((t[.975] + t[.8]) x the "
+            f"minimum detectable difference in {main}: {np.median(smallest):.3f} ((t[.975] + t[.8]) x the "
             "standard error of a paired difference; alpha .05, power .8)"
         ]
     return [f"minimum detectable difference in {main}: unknown, too few seeds or subsets"] * bool(known)
 
 
 def number(value: Any) -> str:
-    """As a table shows it."""
+    """Format a number for a table."""
     return f"{value:.3f}" if np.isfinite(value) else "-"
 
 
 def signed(value: float) -> str:
-    """As a table shows a difference."""
+    """Format a difference, with its sign, for a table."""
     return f"{value:+.3f}" if np.isfinite(value) else "-"
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
-    """Columns of equal width, a line below the first row."""
+    """Align columns of text and draw a line below the first row."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines

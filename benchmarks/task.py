@@ -1,4 +1,4 @@
-"""What every protocol shares about data: targets and classes, folds and their digest, nested subsets."""
+"""Targets and classes, folds and their digest, nested subsets: what every protocol shares about data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FOLDS_LEAK_HELP = (
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of the data in each part, as masks (N,)."""
+    """Masks (N,) of the training, validation and test volumes."""
 
     train: Array
     val: Array
@@ -43,16 +43,16 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned: the data with its targets, its folds and their digest.
+class SplitData:
+    """Data with its targets, split into training, validation and test volumes.
 
     Attributes:
-        data: The volumes that have a target.
-        config: The benchmark's options, with the target and the classes resolved.
-        folds: One, unless cross-validated.
-        digest: Of the folds.
-        how: How the split was made.
-        strata: Class of each volume for stratified subsets, None for values and masks.
+        data: Volumes that have a target.
+        config: Options of the benchmark, with the target and the classes resolved.
+        folds: Parts of the data; a single fold, unless cross-validated.
+        digest: Hash of the folds.
+        how: Origin of the split, for tables and records.
+        strata: Class of each volume for stratified subsets; None for values and masks.
     """
 
     data: Collection
@@ -64,35 +64,35 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A subset of the training data.
+class TrainingSubset:
+    """Part of the training and validation data, by which learning with fewer labels is measured.
 
     Attributes:
-        fraction: Of the training subjects.
-        repeat: Which subset of that size.
-        subsets: Per fold, the rows of train and of val, as masks (N,).
+        fraction: Share of the training subjects.
+        repeat: Number of the subset among those of its size.
+        folds: Masks (N,) of the training and of the validation volumes, for each fold.
     """
 
     fraction: float
     repeat: int
-    subsets: tuple[tuple[Array, Array], ...]
+    folds: tuple[tuple[Array, Array], ...]
 
 
 # Targets ------------------------------------------------------------------------------------------
 
 
 def known_label(label: Any) -> bool:
-    """Whether it is one."""
+    """Return whether a volume has a label: neither None, nor empty, nor NaN."""
     return label is not None and label != "" and not (isinstance(label, float) and np.isnan(label))
 
 
 def find_target(data: Collection, asked: str, where: str) -> str:
-    """The kind of target: as said, or by what the labels are.
+    """Return the kind of target: the one asked for, or the one that the labels suggest.
 
     Args:
-        data: All of it.
+        data: All volumes, with and without a label.
         asked: auto, classes, ordinal, real or masks.
-        where: The data's name, for messages.
+        where: Name of the data, for messages.
 
     Raises:
         DataError: The data has no labels and no masks (or not what was asked for).
@@ -112,15 +112,15 @@ def find_target(data: Collection, asked: str, where: str) -> str:
     if not labels:
         return "masks"
     if masks:
-        say("the data has masks too: --target masks probes them")
+        say("the data has masks too; use --target masks to probe them")
     return kind_of_labels(labels, where)
 
 
 def kind_of_labels(labels: Sequence[Any], where: str) -> str:
-    """`real` if one is a fraction, else `classes`.
+    """Return `real` if a label is a fraction, else `classes`.
 
     Raises:
-        DataError: Most are fractions, and some are no number at all.
+        DataError: Most labels are fractions, and some are no number at all.
     """
     odd = [label for label in labels if not _is_number(label)]
     fractions = [label for label in labels if _is_number(label) and not float(label).is_integer()]
@@ -134,17 +134,17 @@ def kind_of_labels(labels: Sequence[Any], where: str) -> str:
 
 
 def mask_values(data: Collection) -> tuple[int, ...]:
-    """The values in the masks, sorted, 0 among them."""
+    """Return the values in the masks, sorted, 0 among them."""
     from ssl3d.api import mask_values as values_in
 
     return tuple(sorted({0}.union(*(values_in(volume).tolist() for volume in data))))
 
 
 def class_names(data: Collection) -> tuple[str, ...]:
-    """The labels as classes, in their order.
+    """Return the labels as classes, in their order.
 
     Raises:
-        DataError: There is one class only, or so many that they are none.
+        DataError: There is one class only, or there are too many to be classes.
     """
     labels = set(data.labels)
     try:
@@ -164,12 +164,12 @@ def class_names(data: Collection) -> tuple[str, ...]:
 
 
 def tell_lone_values(data: Collection, values: Sequence[set[int]], help: str = "") -> None:
-    """Says which mask values one subject alone has: the mean over classes counts each as much as any other.
+    """Warn of mask values that one subject alone has; the mean over classes counts each value equally.
 
     Args:
         data: Volumes with masks.
-        values: Of each one's mask.
-        help: What else can be done about it.
+        values: Values in the mask of each volume.
+        help: Further advice that ends the warning.
     """
     people = data.subject_codes
     if len(np.unique(people)) < 4:
@@ -178,13 +178,13 @@ def tell_lone_values(data: Collection, values: Sequence[set[int]], help: str = "
         own = [k for k, has in enumerate(values) if value in has]
         if len(np.unique(people[own])) == 1:
             say(
-                f"mask value {value}: in the mask of one subject alone ({data[own[0]].id}), and scored as "
-                f"a class as much as any other; if it is none, correct the mask{help}"
+                f"mask value {value} is in the mask of one subject alone ({data[own[0]].id}) and is scored "
+                f"like any other class; if it is no class, correct the mask{help}"
             )
 
 
 def mask_names(data: Collection) -> tuple[str, ...]:
-    """The mask values as classes, background first.
+    """Return the mask values as classes, background first, with a warning of lone ones.
 
     Raises:
         DataError: Every mask is empty.
@@ -200,7 +200,7 @@ def mask_names(data: Collection) -> tuple[str, ...]:
 
 
 def check_numbers(labels: Array, target: str) -> None:
-    """Raises a DataError for a label that is no number, or none that there is an end to."""
+    """Raise a DataError for a label that is no finite number."""
     for label in labels:
         if not _is_number(label):
             raise DataError(f"--target {target}: label {label!r} is not a number")
@@ -217,7 +217,7 @@ def _is_number(label: Any) -> bool:
 
 
 def leak_help(result: Result) -> str:
-    """What to do about test subjects that pretraining saw."""
+    """Return advice about test subjects that pretraining saw."""
     return _FOLDS_LEAK_HELP if int(result.split.get("folds") or 0) > 1 else _LEAK_HELP
 
 
@@ -231,21 +231,21 @@ def split_up(
     seed: int = 0,
     choose: bool = False,
     noun: str = "a probe",
-) -> Task:
-    """The data that has a target, in its folds.
+) -> SplitData:
+    """Split the data that has a target into its folds.
 
     The split is that of the whole data, as pretraining makes it, so that test subjects are the same.
 
     Args:
-        whole: All the data.
-        known: Which volumes have a target (N,).
-        config: Kept by the task.
-        strata: Class of each volume that is known, or None.
-        where: The data's name, for messages.
-        folds: Of a cross-validation by subject; 0 for the split of pretraining.
-        seed: Of the folds.
+        whole: All volumes, with and without a target.
+        known: Mask (N,) of the volumes that have a target.
+        config: Options of the benchmark, which the result keeps.
+        strata: Class of each volume that has a target, or None.
+        where: Name of the data, for messages.
+        folds: Number of folds of a cross-validation by subject; 0 for the split of pretraining.
+        seed: Seed of the folds.
         choose: Whether folds need validation subjects (a sixth of the training subjects).
-        noun: What needs subjects, for messages.
+        noun: Name of the method that needs subjects, for messages.
 
     Raises:
         DataError: There are too few subjects.
@@ -258,26 +258,26 @@ def split_up(
         if folds > people:
             raise UsageError(f"--folds {folds}: the data has {people} subjects")
         number = statistics.grouped_folds(data.subject_codes, strata, folds, seed)
-        made = [_fold(data, number == k, strata, choose, seed) for k in range(folds)]
+        all_folds = [_fold(data, number == k, strata, choose, seed) for k in range(folds)]
         how = f"{folds}-fold cross-validation by subject"
         digest = split_digest(data, [str(k) for k in number])
     else:
-        made = [Fold(parts == "train", parts == "val", parts == "test")]
+        all_folds = [Fold(parts == "train", parts == "val", parts == "test")]
         how = "the data's own split" if any(data.splits) else "house split by subject"
         digest = split_digest(data, list(parts))
-    for fold in made:
+    for fold in all_folds:
         codes = data.subject_codes
         train, test = len(np.unique(codes[fold.train])), len(np.unique(codes[fold.test]))
-        if train < 2 or test < 2 - (len(made) > 1):  # the folds' test subjects are scored together
+        if train < 2 or test < 2 - (len(all_folds) > 1):  # the folds' test subjects are scored together
             raise DataError(
                 f"{where}: {train} subjects to train on and {test} to test on; {noun} "
                 "needs two of each: give more data, or use --folds"
             )
-    return Task(data, config, made, digest, how, strata)
+    return SplitData(data, config, all_folds, digest, how, strata)
 
 
 def _fold(data: Collection, test: Array, strata: Array | None, choose: bool, seed: int) -> Fold:
-    """One fold; what must choose on validation subjects gets a sixth of the training subjects."""
+    """Return one fold; with `choose`, a sixth of the training subjects become validation subjects."""
     rest = np.flatnonzero(~test)
     val = np.zeros(len(data), dtype=bool)
     people = data.subject_codes[rest]
@@ -287,44 +287,46 @@ def _fold(data: Collection, test: Array, strata: Array | None, choose: bool, see
     return Fold(~test & ~val, val, test)
 
 
-def headline(task: Task, target: str, classes: Sequence[str]) -> str:
-    """One line: the data, the target, how many subjects for what."""
-    people = task.data.subject_codes
-    if len(task.folds) > 1:
+def headline(split: SplitData, target: str, classes: Sequence[str]) -> str:
+    """Describe data, target and numbers of subjects in one line."""
+    people = split.data.subject_codes
+    if len(split.folds) > 1:
         counts = f"{len(np.unique(people))} subjects"
     else:
-        fold = task.folds[0]
+        fold = split.folds[0]
         sizes = [len(np.unique(people[part])) for part in (fold.train, fold.val, fold.test)]
         counts = f"{sizes[0]} / {sizes[1]} / {sizes[2]} subjects to train, choose, test"
-    names = ", ".join(sorted(set(task.data.datasets)))
-    what = f"{target} ({', '.join(classes)})" if classes else target
-    return f"{names}: {what}; {len(task.data)} volumes, {counts}, {task.how}"
+    names = ", ".join(sorted(set(split.data.datasets)))
+    about = f"{target} ({', '.join(classes)})" if classes else target
+    return f"{names}: {about}; {len(split.data)} volumes, {counts}, {split.how}"
 
 
 # Subsets ------------------------------------------------------------------------------------------
 
 
-def jobs(task: Task, fractions: Sequence[float], repeats: int, seed: int) -> Iterator[Job]:
-    """Nested subsets, the same for every contestant; largest fraction first, validation shrinks too."""
+def training_subsets(
+    split: SplitData, fractions: Sequence[float], repeats: int, seed: int
+) -> Iterator[TrainingSubset]:
+    """Draw nested subsets, the largest first, the same for all contestants; validation shrinks too."""
     for fraction in sorted(set(fractions), reverse=True):
         for repeat in range(1 if fraction == 1 else repeats):
-            subsets = []
-            for number, fold in enumerate(task.folds):
+            folds = []
+            for number, fold in enumerate(split.folds):
                 key = (seed, repeat, number)
-                train = _subset(task, fold.train, fractions, key, fraction, 2)
-                val = _subset(task, fold.val, fractions, (*key, "val"), fraction, 1)
-                subsets.append((train, val))
-            yield Job(fraction, repeat, tuple(subsets))
+                train = _subset(split, fold.train, fractions, key, fraction, 2)
+                val = _subset(split, fold.val, fractions, (*key, "val"), fraction, 1)
+                folds.append((train, val))
+            yield TrainingSubset(fraction, repeat, tuple(folds))
 
 
 def _subset(
-    task: Task, rows: Array, fractions: Sequence[float], seed: object, fraction: float, least: int
+    split: SplitData, rows: Array, fractions: Sequence[float], seed: object, fraction: float, least: int
 ) -> Array:
     if fraction == 1 or not rows.any():
         return rows
     inside = np.flatnonzero(rows)
-    strata = None if task.strata is None else task.strata[inside]
-    chosen = statistics.nested_subsets(task.data.subject_codes[inside], strata, fractions, seed, least)[
+    strata = None if split.strata is None else split.strata[inside]
+    chosen = statistics.nested_subsets(split.data.subject_codes[inside], strata, fractions, seed, least)[
         fraction
     ]
     kept = np.zeros(len(rows), dtype=bool)
@@ -332,18 +334,18 @@ def _subset(
     return kept
 
 
-def counts(task: Task, job: Job) -> dict[str, Any]:
-    """Subjects and volumes of each part (of the first fold), for a record."""
-    people = task.data.subject_codes
-    test = np.any([fold.test for fold in task.folds], axis=0)
-    found: dict[str, Any] = {"how": task.how, "folds": len(task.folds)}
-    train, val = job.subsets[0]
+def counts(split: SplitData, subset: TrainingSubset) -> dict[str, Any]:
+    """Count subjects and volumes of each part (of the first fold), for a record."""
+    people = split.data.subject_codes
+    test = np.any([fold.test for fold in split.folds], axis=0)
+    parts: dict[str, Any] = {"how": split.how, "folds": len(split.folds)}
+    train, val = subset.folds[0]
     for name, rows in (("train", train), ("val", val), ("test", test)):
-        found[name] = {"subjects": len(np.unique(people[rows])), "volumes": int(rows.sum())}
-    found["train"]["of_subjects"] = len(np.unique(people[task.folds[0].train]))
-    return found
+        parts[name] = {"subjects": len(np.unique(people[rows])), "volumes": int(rows.sum())}
+    parts["train"]["of_subjects"] = len(np.unique(people[split.folds[0].train]))
+    return parts
 
 
 def say(text: str) -> None:
-    """To the terminal, not into what is piped on."""
+    """Print a line on stderr, so that a pipe gets results alone."""
     print(text, file=sys.stderr, flush=True)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 VERSION = 1
-"""Raised when a feature changes: part of the trivial rows' digests."""
+"""Version of the features, part of the digests of trivial rows; raised when a feature changes."""
 
 TRIVIAL = ("volume only", "shape features", "pooled voxels")
-"""The rows of tasks that have one target per volume."""
+"""Names of the trivial rows of tasks that have one target per volume."""
 
 FEATURES = (
     "log volume",
@@ -48,12 +48,12 @@ _POOLED = 7
 
 
 def trivial_features(name: str, volume: Volume, classes: Sequence[int] = ()) -> Array:
-    """One trivial row's features of a volume, (n,).
+    """Compute the features of a volume for one trivial row, (n,).
 
     Args:
-        name: One of `TRIVIAL`.
-        volume: Read whole.
-        classes: Mask classes to measure, each on its own; without, what is brighter than the threshold.
+        name: Name of the row, one of `TRIVIAL`.
+        volume: Volume, which is read whole.
+        classes: Mask values to measure, each on its own; without any, the voxels above Otsu's threshold.
     """
     if name == "pooled voxels":
         return pooled_voxels(volume.read())
@@ -64,7 +64,7 @@ def trivial_features(name: str, volume: Volume, classes: Sequence[int] = ()) -> 
 
 
 def pooled_voxels(image: Tensor) -> Array:
-    """Means over a grid of at most 7 x 7 x 7 boxes, per channel; (C x cells,)."""
+    """Average a volume over a grid of at most 7 x 7 x 7 boxes, per channel; (C x cells,)."""
     import torch.nn.functional as F
 
     from ssl3d.api import fit_size
@@ -75,7 +75,7 @@ def pooled_voxels(image: Tensor) -> Array:
 
 
 def bright(image: Tensor) -> Array:
-    """The voxels (D, H, W) above Otsu's threshold (first channel); of a binary volume, the object."""
+    """Return the voxels (D, H, W) above Otsu's threshold in the first channel."""
     values = image[0].numpy().astype(np.float64)
     if values.min() == values.max():
         return np.zeros(values.shape, dtype=bool)
@@ -87,19 +87,19 @@ def bright(image: Tensor) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         apart = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
     between = np.nan_to_num(below * above * apart**2)
-    # Of a binary volume every threshold in the gap is equally good: the middle one.
+    # Of a binary volume every threshold in the gap is equally good; the middle one is taken.
     best = np.flatnonzero(between >= between.max() * (1 - 1e-9))
     return values > edges[1 + int(best[len(best) // 2])]
 
 
 def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
-    """The features named in `FEATURES` of an object (D, H, W), voxels of `spacing` mm; zeros if empty."""
+    """Compute the `FEATURES` of an object (D, H, W) with voxels of `spacing` mm; zeros if it is empty."""
     from scipy import ndimage
 
-    found = np.zeros(len(FEATURES))
+    values = np.zeros(len(FEATURES))
     points = np.argwhere(mask)
     if not len(points):
-        return found
+        return values
     step = np.asarray(spacing, dtype=np.float64)
     low, high = points.min(axis=0), points.max(axis=0) + 1
     # With a rim, so that the object has a surface where it touches the volume's edge.
@@ -116,7 +116,7 @@ def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
     thickness = ndimage.distance_transform_edt(object_, sampling=step)[object_]
     labels, components = ndimage.label(object_)
     sizes = np.bincount(labels.ravel())[1:]
-    found[:] = [
+    values[:] = [
         np.log(volume),
         np.log(surface),
         np.pi ** (1 / 3) * (6 * volume) ** (2 / 3) / surface,
@@ -131,11 +131,11 @@ def shape_features(mask: Array, spacing: Sequence[float]) -> Array:
         np.log(components),
         sizes.max() / sizes.sum(),
     ]
-    return found
+    return values
 
 
 def _solidity(points: Array, voxels: int) -> float:
-    """Volume over that of the convex hull of the surface voxels' corners (in the plane, if flat)."""
+    """Divide the volume of voxels by that of the convex hull of their corners (an area if flat)."""
     from scipy.spatial import ConvexHull
 
     wide = [axis for axis in range(3) if np.ptp(points[:, axis]) > 0]
@@ -149,10 +149,10 @@ def _solidity(points: Array, voxels: int) -> float:
 
 
 def intensity_maps(image: Tensor) -> Tensor:
-    """The dense probe's trivial row: grey values, smoothed ones and the position, (F, D, H, W).
+    """Return the features of the dense probe's trivial row: intensities and positions, (F, D, H, W).
 
-    Per channel the intensity and its Gaussian means of 1, 2 and 4 voxels; then the three coordinates in
-    [-1, 1], their squares and products.
+    They are, per channel, the intensity and its Gaussian means of 1, 2 and 4 voxels; then the three
+    coordinates in [-1, 1], their squares and products.
     """
     import torch
     from scipy import ndimage

@@ -1,4 +1,4 @@
-"""Whether a trained network is above what needs no training: a broken recipe must not pass for a result."""
+"""The check whether a trained network beats what needs no training: a broken recipe is no result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from ssl3d.api import statistics
 
 LEAST = 0.01
-"""Gain over the floor that counts as one."""
+"""Smallest gain over the floor that counts as one."""
 
 
 def unlearned(
@@ -17,10 +17,10 @@ def unlearned(
 
     Args:
         name: Name of the network's row.
-        runs: Its main score over subjects, seeds and subsets.
-        floor: That of a row without a network, on the same subsets; or the score of guessing.
-        floor_name: Name of that row, or what guessing is.
-        main: Name of the score, higher being better.
+        runs: Main score of the network over subjects, seeds and subsets.
+        floor: Main score of a row without a network, on the same subsets; or the score of guessing.
+        floor_name: Name of that row, or the word for guessing.
+        main: Name of the main score, higher being better.
     """
     if isinstance(floor, float):
         own = statistics.nested_interval(runs)
@@ -47,5 +47,5 @@ def unlearned(
 
 
 def floor_words(floor: str | float) -> str:
-    """Return what a floor is called in a sentence."""
+    """Return the name of a floor in a sentence."""
     return floor if isinstance(floor, str) else "guessing"

@@ -25,16 +25,16 @@ def score(
     Args:
         encoder: Runs, encoder folders, `scratch:...` or `imagenet:...`.
         data: Stores, scans or phantoms[:N].
-        out: Folder of the records.
-        task: classification, segmentation or detection.
-        task_options: Of the task, as in `{"patch": (32, 32, 32)}` for `--segmentation.patch 32 32 32`.
-        options: Of the command, with underscores, as in `steps=500, fractions=(0.1, 1.0)`.
+        out: Folder for the records.
+        task: Downstream task: classification, segmentation or detection.
+        task_options: Options of the task: `{"patch": (32, 32, 32)}` for `--segmentation.patch 32 32 32`.
+        options: Options of the command, with underscores: `steps=500, fractions=(0.1, 1.0)`.
 
     Returns:
-        The records.
+        The records, one per job.
 
     Raises:
-        Ssl3dError: As the command does; TrainingError if a job failed.
+        Ssl3dError: The command would end with this error too; TrainingError if a job failed.
     """
     from ssl3d.api import TrainingError
     from ssl3d_benchmarks.finetune.options import FinetuneOptions

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Finetune(Benchmark):
     """Fine-tuning as a benchmark: an encoder trained on a downstream task, scored by the task.
 
-    Made with a `FinetuneTask`; `ssl3d finetune` says how contestants are trained.
+    Its recipe of training is that of `ssl3d finetune`.
     """
 
     Config: ClassVar[type] = FinetuneOptions
@@ -31,37 +31,37 @@ class Finetune(Benchmark):
         "classes": "auc", "ordinal": "spearman", "real": "r2", "masks": "dice", "boxes": "cpm"
     }  # fmt: skip
 
-    def __init__(self, work: FinetuneTask) -> None:
-        """Takes the task, its data known."""
-        super().__init__(work.config)
-        self.work = work
-        self.target = work.target
+    def __init__(self, downstream: FinetuneTask) -> None:
+        """Take the downstream task, which knows its data."""
+        super().__init__(downstream.config)
+        self.downstream = downstream
+        self.target = downstream.target
 
     @property
     def main(self) -> str:
-        """The score that ranks contestants and chooses steps."""
-        return self.work.mains[self.target]
+        """Name of the score that ranks contestants and chooses steps."""
+        return self.downstream.mains[self.target]
 
     @property
     def task(self) -> str:
-        """`finetune-NAME/TARGET`."""
-        return f"{self.name}-{self.work.name}/{self.target}"
+        """Name of the task in records, `finetune-NAME/TARGET`."""
+        return f"{self.name}-{self.downstream.name}/{self.target}"
 
     @property
     def task_version(self) -> int:
-        """Return the version of frame and task together: either changes the scores."""
-        return 100 * self.version + self.work.version
+        """Version of frame and task together: either changes the scores."""
+        return 100 * self.version + self.downstream.version
 
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """The task's."""
-        return self.work.score_functions(predictions)
+        """Return the clusters and score functions of the downstream task."""
+        return self.downstream.score_functions(predictions)
 
     def score(
         self, contestant: Contestant, train: Collection, val: Collection, test: Collection, seed: int
     ) -> Scores:
-        """Trains a copy of the contestant's encoder by the task's recipe, and scores it on `test`."""
+        """Train a copy of the contestant's encoder by the task's recipe, and score it on `test`."""
         from ssl3d_benchmarks.finetune.recipe import score_by_recipe
 
-        return score_by_recipe(self, self.work, contestant, train, val, test, seed)
+        return score_by_recipe(self, self.downstream, contestant, train, val, test, seed)

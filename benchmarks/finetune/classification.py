@@ -53,25 +53,28 @@ _MEDMNIST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ClassificationConfig:
-    """How a volume is classified.
+    """Options of classification, ordinal regression and regression.
 
     Attributes:
-        target: What is learned: classes, ordinal (ordered integers), real, or auto: by what the labels are.
-        crop: Largest input of the encoder along D H W. A larger volume gives crops with foreground in
-            training, and is the mean over windows that cover it when it is predicted.
-        pad: Surround smaller volumes by their lowest value, to the largest volume or the crop, in training
-            and prediction. Without it volumes of each shape go through the encoder apart, and batch norm
-            sees them apart: of scans that all have shapes of their own, one at a time.
-        dropout: Before the last layer.
-        label_smoothing: Of the classes.
-        class_weights: balanced weighs classes by the inverse of their frequency in the training part.
+        target: Kind of target to learn: classes, ordinal (ordered integers), real, or auto to decide by the
+            labels.
+        crop: Largest input of the encoder along D H W, voxels. A larger volume is trained on crops with
+            foreground, and predicted as the mean over windows that cover it.
+        pad: Whether to surround smaller volumes by their lowest value, to the largest volume or the crop.
+            Without it, volumes of each shape go through the encoder, and so through batch norm, apart:
+            one at a time, where every scan has a shape of its own.
+        dropout: Probability of dropout before the last layer.
+        label_smoothing: Share of label smoothing over the classes.
+        class_weights: Weights of the classes in the loss: none, or balanced (inverse to the frequency in
+            the training part).
         flip: Probability of mirroring along each axis, in training.
-        shift: Largest shift along each axis as a share of its length, filled up with the edge.
-        contrast: Largest change of the intensity's scale, as a share, and of its mean, in standard
-            deviations of the crop.
-        scale: Of the intensities; random multiplies by a number from 0 to 1 in training and by one half
-            after it; medmnist does so for AdrenalMNIST3D and VesselMNIST3D (known by the names of the data
-            sets), as MedMNIST's code does, and for no other.
+        shift: Largest shift s along each axis as a share of its length, drawn from U(-s, s); the edge fills
+            the gap.
+        contrast: Largest change c of the intensities: their scale is multiplied by U(1 - c, 1 + c), and
+            their mean is moved by U(-c, c) standard deviations of the crop.
+        scale: Dimming of the intensities: random multiplies them by U(0, 1) in training and by 1/2
+            afterwards; medmnist does so for AdrenalMNIST3D and VesselMNIST3D alone (known by the names
+            of the data sets), as the code of MedMNIST does.
     """
 
     target: Literal["auto", "classes", "ordinal", "real"] = "auto"
@@ -86,28 +89,28 @@ class ClassificationConfig:
     scale: Literal["none", "random", "medmnist"] = "none"
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check the value of every field."""
         if len(self.crop) != 3 or min(self.crop) < 1:
-            raise ValueError(f"crop: {list(self.crop)}; three sizes from 1")
+            raise ValueError(f"crop: {list(self.crop)}; give three sizes from 1")
         for name, below in (("dropout", 1.0), ("label_smoothing", 1.0), ("shift", 0.5), ("contrast", 1.0)):
             if not 0 <= getattr(self, name) < below:
-                raise ValueError(f"{name}: {getattr(self, name)}; from 0 to below {below:g}")
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 0 and below {below:g}")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip: {self.flip}; a probability")
+            raise ValueError(f"flip: {self.flip} must be a probability, from 0 to 1")
 
 
 class Classifier(nn.Module):
-    """An encoder, its pooled features, dropout and a linear layer.
+    """Encoder with pooled features, dropout and a linear layer.
 
     Attributes:
-        weights: Of the classes in the loss (K,).
+        weights: Weights of the classes in the loss (K,).
         centre: Mean of the training values; 0 for classes.
-        spread: Their standard deviation; 1 for classes.
+        spread: Standard deviation of the training values; 1 for classes.
 
     Args:
-        encoder: Pools as it does itself: the mean over its deepest map, or its aggregator.
-        outputs: Classes, or 1 for values.
-        dropout: Before the last layer.
+        encoder: Encoder with its own pooling: the mean over its deepest map, or its aggregator.
+        outputs: Number of classes, or 1 for values.
+        dropout: Probability of dropout before the last layer.
     """
 
     weights: Tensor
@@ -124,15 +127,15 @@ class Classifier(nn.Module):
         self.register_buffer("spread", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, or standardised values (B, outputs) of (B, C, D, H, W)."""
+        """Compute logits, or standardised values, (B, outputs) of volumes (B, C, D, H, W)."""
         return self.read(self.embed(x))
 
     def read(self, embeddings: Tensor) -> Tensor:
-        """The head on embeddings (B, F)."""
+        """Apply the head to embeddings (B, F)."""
         return self.head(self.dropout(embeddings))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (B, F), with gradients."""
+        """Embed volumes (B, C, D, H, W) as (B, F), with gradients."""
         if not isinstance(self.encoder, AggregatedEncoder):
             embeddings: Tensor = self.encoder.embed(x)
             return embeddings
@@ -140,11 +143,11 @@ class Classifier(nn.Module):
 
 
 class Classification(FinetuneTask):
-    """Classes, ordered integers or real values of volumes and images.
+    """Classification and regression of volumes and images: classes, ordered integers or real values.
 
-    Scores are those of the linear probe: AUC and accuracy as MedMNIST's evaluator has them, balanced
-    accuracy; Spearman's correlation, mean absolute error and R2 of values. Classes are learned with cross
-    entropy, values, standardised on the training part, with the squared error.
+    The scores are those of the linear probe. Classes have the AUC and the accuracy of MedMNIST's evaluator,
+    and balanced accuracy; values have Spearman's correlation, mean absolute error and R2. The loss is the
+    cross-entropy of classes, and the squared error of values, standardised on the training part.
     """
 
     Config = ClassificationConfig
@@ -178,25 +181,25 @@ class Classification(FinetuneTask):
         },
     }
     trivial = TRIVIAL
-    # Its rows without a network measure outlines, and are ahead of good networks where those tell most.
+    # The rows without a network measure outlines, and beat good networks where outlines decide.
     floors: ClassVar[Mapping[str, str | float]] = {"classes": 0.5, "ordinal": 0.0, "real": 0.0}
 
     config: ClassificationConfig
 
     def __init__(self, config: ClassificationConfig, data: Collection) -> None:
-        """Finds the kind of target and the classes."""
+        """Find the kind of target and the classes."""
         self.config = config
         self.target = _target(config, data)
         names = {str(name).lower() for name in data.datasets}
         shapes = all(name.startswith(("adrenalmnist", "vesselmnist")) for name in names)
         most = np.max([shape[1:] for shape in data.shapes], axis=0)
-        # An axis of all volumes that has one voxel stays so: they are images.
+        # An axis with one voxel in all volumes keeps it: they are images.
         self._least = np.minimum(most, config.crop) if config.pad else np.ones(3, dtype=int)
         self.dimmed = config.scale == "random" or (config.scale == "medmnist" and shapes)
         if self.target != "classes":
             check_numbers(data.labels, self.target)
         self.classes = class_names(data) if self.target == "classes" else ()
-        # Of every volume, or the trivial rows would measure different things.
+        # All volumes need a mask, or the trivial rows would measure different things.
         measured = mask_values(data)[1:] if data.has_mask.all() else ()
         self._probe = LinearProbe(
             LinearProbeConfig(target=self.target, classes=self.classes, mask_classes=measured)
@@ -204,20 +207,20 @@ class Classification(FinetuneTask):
 
     @classmethod
     def known(cls, config: ClassificationConfig, data: Collection) -> NDArray[np.bool_]:
-        """Volumes that have a label."""
+        """Return a mask (N,) of the volumes that have a label."""
         _target(config, data)
         return np.array([known_label(label) for label in data.labels], dtype=bool)
 
     def strata(self, data: Collection) -> Array | None:
-        """The classes."""
+        """Return the class of each volume (N,); None for real values."""
         if self.target == "real":
             return None
         return np.array([str(label) for label in data.labels])
 
     def settings(self) -> dict[str, Any]:
-        """Its options, the target and the classes resolved."""
+        """Return the options, with the target and the classes resolved."""
         given = dataclasses.asdict(self.config)
-        if not given["pad"]:  # so that records from before there was such an option are found
+        if not given["pad"]:  # records from before this option are found again
             del given["pad"]
         return {
             **given,
@@ -227,11 +230,11 @@ class Classification(FinetuneTask):
         }
 
     def model(self, encoder: Encoder, train: Collection) -> Classifier:
-        """The encoder with a linear head."""
+        """Build the encoder with a linear head."""
         return Classifier(encoder, max(len(self.classes), 1), self.config.dropout)
 
     def start(self, model: nn.Module, train: Collection) -> None:
-        """Class weights, or mean and spread of the values, of the training subjects."""
+        """Set class weights, or mean and spread of the values, from the training subjects."""
         assert isinstance(model, Classifier)
         targets = self._probe.targets(train)
         if self.target != "classes":
@@ -243,7 +246,7 @@ class Classification(FinetuneTask):
             model.weights.copy_(torch.as_tensor(weights, dtype=torch.float32))
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The volume, or a crop with foreground of what the crop does not hold; and its target."""
+        """Draw the volume, or a crop with foreground where it is larger than the crop; and its target."""
         shape = volume.shape[1:]
         if self._fits(shape):
             image = volume.read()
@@ -260,35 +263,35 @@ class Classification(FinetuneTask):
     def loss(
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy, or the squared error of standardised values."""
+        """Compute the cross-entropy, or the squared error of standardised values."""
         assert isinstance(model, Classifier)
-        found = model(self._augment(batch["image"], rng)).float()
+        outputs = model(self._augment(batch["image"], rng)).float()
         target = batch["target"]
         if self.target != "classes":
             standard = (target - model.centre) / model.spread
-            error = F.mse_loss(found[:, 0], standard)
+            error = F.mse_loss(outputs[:, 0], standard)
             return error, {"mse": error.detach()}
         loss = F.cross_entropy(
-            found, target, weight=model.weights, label_smoothing=self.config.label_smoothing
+            outputs, target, weight=model.weights, label_smoothing=self.config.label_smoothing
         )
-        return loss, {"accuracy": (found.detach().argmax(1) == target).float().mean()}
+        return loss, {"accuracy": (outputs.detach().argmax(1) == target).float().mean()}
 
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
-        """The target, and the classes' probabilities or the value."""
+        """Predict the probabilities of the classes, or the value, beside the target."""
         assert isinstance(model, Classifier)
         device = next(model.parameters()).device
         image = self._dimmed(self._padded(volume.read()).to(device))
         if self._fits(image.shape[1:]):
-            found = model(image[None])
+            outputs = model(image[None])
         elif isinstance(model.encoder, AggregatedEncoder):
-            found = model.read(model.encoder.embed(image[None]))
+            outputs = model.read(model.encoder.embed(image[None]))
         else:
             amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-            found = model.read(embed_volume(model.encoder, image, self.config.crop, autocast=amp)[None])
-        return self._row(model, found, [volume.label])[0]
+            outputs = model.read(embed_volume(model.encoder, image, self.config.crop, autocast=amp)[None])
+        return self._rows(model, outputs, [volume.label])[0]
 
     def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
-        """As `predict`, volumes of a shape in batches."""
+        """Predict volumes, those of a shape in batches."""
         assert isinstance(model, Classifier)
         device = next(model.parameters()).device
         rows: list[dict[str, Any] | None] = [None] * len(data)
@@ -304,21 +307,21 @@ class Classification(FinetuneTask):
             for start in range(0, len(same), size):
                 chosen = same[start : start + size]
                 batch = torch.stack([self._padded(data[position].read()) for position in chosen]).to(device)
-                found = self._row(model, model(self._dimmed(batch)), [labels[k] for k in chosen])
-                for position, row in zip(chosen, found, strict=True):
+                predicted = self._rows(model, model(self._dimmed(batch)), [labels[k] for k in chosen])
+                for position, row in zip(chosen, predicted, strict=True):
                     rows[position] = row
         return [row for row in rows if row is not None]
 
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """Those of the linear probe."""
+        """Return the clusters and score functions of the linear probe."""
         return self._probe.score_functions(predictions)
 
     def predict_trivial(
         self, name: str, train: Collection, val: Collection, test: Collection, seed: int
     ) -> list[dict[str, Any]]:
-        """A linear model on hand-made features, as the linear probe has it; val is not used."""
+        """Fit a linear model on hand-made features, as the linear probe does; val is not used."""
         probe = LinearProbe(self._probe.config)
         measured = self._probe.config.mask_classes if name != "pooled voxels" else ()
         row = Contestant(
@@ -328,7 +331,7 @@ class Classification(FinetuneTask):
         return probe.score(row, train, val, test, seed).predictions
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
-        """Adds a line to `predictions.csv`: who, the target, and each class's probability or the value."""
+        """Add a line to `predictions.csv`: volume, target, and probabilities of classes or the value."""
         row = self.predict(model, volume)
         path = folder / "predictions.csv"
         said = row["probability"] if self.classes else [row["prediction"]]
@@ -341,13 +344,13 @@ class Classification(FinetuneTask):
             writer.writerow([volume.dataset, volume.subject, volume.id, row["target"], *said])
         return path
 
-    # Within ---------------------------------------------------------------------------------------
+    # Details --------------------------------------------------------------------------------------
 
     def _fits(self, shape: Sequence[int]) -> bool:
         return all(n <= most for n, most in zip(shape, self.config.crop, strict=True))
 
     def _padded(self, x: Tensor) -> Tensor:
-        """(C, D, H, W) in the middle of its channels' lowest values, of `_least` voxels along each axis."""
+        """Pad (C, D, H, W) to `_least` voxels along each axis with the lowest value of each channel."""
         lacking = np.maximum(self._least - x.shape[1:], 0)
         if not lacking.any():
             return x
@@ -379,15 +382,15 @@ class Classification(FinetuneTask):
             x = x * rng.uniform()[wide]
         return x
 
-    def _row(self, model: Classifier, found: Tensor, labels: Sequence[Any]) -> list[dict[str, Any]]:
-        found = found.double().cpu()
+    def _rows(self, model: Classifier, outputs: Tensor, labels: Sequence[Any]) -> list[dict[str, Any]]:
+        outputs = outputs.double().cpu()
         if self.target != "classes":
-            values = (found[:, 0] * model.spread.double().cpu() + model.centre.double().cpu()).tolist()
+            values = (outputs[:, 0] * model.spread.double().cpu() + model.centre.double().cpu()).tolist()
             return [
                 {"target": float(label), "prediction": value}
                 for label, value in zip(labels, values, strict=True)
             ]
-        probability = found.softmax(dim=1).tolist()
+        probability = outputs.softmax(dim=1).tolist()
         return [
             {"target": str(label), "probability": row}
             for label, row in zip(labels, probability, strict=True)
@@ -395,11 +398,11 @@ class Classification(FinetuneTask):
 
 
 def shifted(x: Tensor, shares: Tensor) -> Tensor:
-    """Moves each example by whole voxels, the edge repeated.
+    """Shift each example by whole voxels and repeat the edge.
 
     Args:
-        x: (B, C, D, H, W).
-        shares: Of each axis' length, (B, 3).
+        x: Volumes (B, C, D, H, W).
+        shares: Shifts as shares of the length of each axis, (B, 3).
     """
     for axis in range(3):
         length = x.shape[axis + 2]
@@ -414,7 +417,7 @@ def shifted(x: Tensor, shares: Tensor) -> Tensor:
 
 
 def _target(config: ClassificationConfig, data: Collection) -> str:
-    """classes, ordinal or real."""
+    """Return the kind of target: classes, ordinal or real."""
     asked = config.target
     where = ", ".join(sorted(set(data.datasets))) or "the data"
     labels = [label for label in data.labels if known_label(label)]

@@ -1,4 +1,4 @@
-"""`ssl3d finetune`: encoders trained on a downstream task, beside the same network from scratch."""
+"""The command `ssl3d finetune`: encoders trained on a downstream task, beside networks from scratch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ssl3d_benchmarks.finetune.options import FinetuneOptions
 
 summary = "train encoders on classes, masks or boxes, beside the same network from scratch"
 
-EPILOG = """Defaults of the training are the task's own recipe; a flag goes above a preset, a preset above
-the recipe. Records are found again by what decides their scores: nothing is computed twice, and a job that
-was killed goes on from its last checkpoint."""
+EPILOG = """The recipe of the task sets the defaults of the training; a preset goes above the recipe, and a
+flag above both. Nothing is computed twice: a record is found again by all that decides its scores, and a
+job that was killed goes on from its last checkpoint."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; 1 where a job failed."""
+    """Run the command and return its exit status: 1 where a job failed."""
     from ssl3d_benchmarks.finetune.protocol import TASKS, task_class
 
     parsed = parse(

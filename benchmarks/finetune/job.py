@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from ssl3d.api import (
     Benchmark,
+    Contestant,
     Result,
     UsageError,
     autocast,
@@ -39,7 +40,7 @@ from ssl3d_benchmarks.finetune.train import (
     train,
     weights_digest,
 )
-from ssl3d_benchmarks.task import Fold, Job, Task, say
+from ssl3d_benchmarks.task import SplitData, TrainingSubset, say
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Encoder
@@ -49,16 +50,16 @@ APART = (
     "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
 )  # fmt: skip
-"""Options that a record's settings do not hold: they change no score, or stand elsewhere in the record."""
+"""Options that settings leave out: they change no score, or the record holds them elsewhere."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: one encoder and its learning rates.
+    """Row of the table: one contestant and its learning rates.
 
     Attributes:
-        entries: Per seed, who is trained: the same encoder, or one from scratch for each seed.
-        rates: Learning rates to try.
+        entries: Contestant of each seed: always the same encoder, or one from scratch for each seed.
+        rates: Learning rates to try; none for a row without a network.
     """
 
     entries: dict[int, Entry]
@@ -66,144 +67,162 @@ class Arm:
 
     @property
     def first(self) -> Entry:
-        """Of any seed."""
+        """Contestant of the first seed."""
         return next(iter(self.entries.values()))
 
 
-def job_name(entry: Entry, job: Job, seed: int) -> str:
-    """For people: contestant, fraction and repeat, seed."""
-    part = "" if job.fraction == 1 else f", {job.fraction:g} of the subjects, subset {job.repeat}"
-    return f"{entry.name}{part}, seed {seed}"
-
-
 def settings_of(
-    learned: FinetuneTask, options: FinetuneOptions, job: Job, rates: Sequence[float]
+    task: FinetuneTask, options: FinetuneOptions, subset: TrainingSubset, rates: Sequence[float]
 ) -> dict[str, Any]:
-    """What a record keeps of the options: all that changes its scores.
+    """Return the options that a record keeps: all that change its scores.
 
     `training` is the same for all rows of a run; `rates` is the row's own.
     """
     training = {
-        one.name: getattr(options, one.name) for one in dataclasses.fields(options) if one.name not in APART
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in APART
     }
-    plain: dict[str, Any] = json.loads(json.dumps(learned.settings(), default=str))
+    share = "all" if subset.fraction == 1 else f"{subset.fraction:g} of the training subjects, nested"
     return {
-        "task": plain,
+        "task": json.loads(json.dumps(task.settings(), default=str)),
         "training": json.loads(json.dumps(training)),
         "preset": options.preset,
         "rates": list(rates),
-        "fractions": "all" if job.fraction == 1 else f"{job.fraction:g} of the training subjects, nested",
+        "fractions": share,
     }
 
 
-class Held(Exception):
-    """Another process is at this job."""
+class HeldElsewhere(Exception):
+    """Another process is running this job."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """One arm on one subset with one seed: a job of fine-tuning."""
+class FinetuneJob:
+    """Fine-tuning of one arm on one subset of the training data with one seed.
+
+    Attributes:
+        arm: Contestant and its learning rates.
+        benchmark: Benchmark that scores the predictions.
+        task: Downstream task to learn.
+        split: Data, split into folds.
+        subset: Part of the training data to use.
+        seed: Seed of the training.
+        options: Options of the command, resolved.
+        device: Device that trains.
+    """
 
     arm: Arm
     benchmark: Benchmark
-    learned: FinetuneTask
-    task: Task
-    job: Job
+    task: FinetuneTask
+    split: SplitData
+    subset: TrainingSubset
     seed: int
     options: FinetuneOptions
     device: torch.device
 
     @property
     def entry(self) -> Entry:
-        """Who is trained."""
+        """Contestant that is trained."""
         return self.arm.entries[self.seed]
 
     @property
     def name(self) -> str:
-        """For people."""
-        return job_name(self.entry, self.job, self.seed)
+        """Name of the job in messages: contestant, fraction and repeat, seed."""
+        part = self.subset
+        share = "" if part.fraction == 1 else f", {part.fraction:g} of the subjects, subset {part.repeat}"
+        return f"{self.entry.name}{share}, seed {self.seed}"
+
+    def begin_record(self, contestant: Contestant, settings: dict[str, Any]) -> Result:
+        """Begin the record of this job, whose key says whether it was done before."""
+        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings)
+
+    def folds(self) -> Iterator[tuple[Collection, Collection, Collection]]:
+        """Yield the training, validation and test volumes of each fold."""
+        for fold, (fit, choose) in zip(self.split.folds, self.subset.folds, strict=True):
+            train, val, test = (self.split.data.select(np.flatnonzero(m)) for m in (fit, choose, fold.test))
+            yield train, val, test
 
 
-def run_job(work: Work) -> Result:
-    """The record of a job, found or made.
+def run_job(job: FinetuneJob) -> Result:
+    """Return the record of a job: read it where it exists, else train, score and write it.
 
     Raises:
-        Held: Another process is making it.
-        UsageError: The folder cannot be written to.
+        HeldElsewhere: Another process is running the job.
+        UsageError: The folder of the records cannot be written to.
     """
-    options = work.options
-    assert work.entry.make is not None
-    encoder = work.entry.make()
-    contestant = described(work.entry, encoder, pool_details(options.pool))
-    settings = settings_of(work.learned, options, work.job, work.arm.rates)
-    version = work.benchmark.task_version
-    result = record(contestant, work.benchmark, version, work.task, work.job, work.seed, settings)
+    if job.entry.make is None:
+        return _run_trivial(job)
+    options = job.options
+    encoder = job.entry.make()
+    contestant = described(job.entry, encoder, pool_details(options.pool))
+    result = job.begin_record(contestant, settings_of(job.task, options, job.subset, job.arm.rates))
     unsaved = "" if not options.save_predictions else "; its predictions are saved with --overwrite only"
 
     def look() -> Result | None:
-        found = None if options.overwrite else find_result(result, options.out)
-        if found is not None:
-            say(f"{work.name}: record found in {options.out}{unsaved}")
-        return found
+        existing = None if options.overwrite else find_result(result, options.out)
+        if existing is not None:
+            say(f"{job.name}: record found in {options.out}{unsaved}")
+        return existing
 
-    found = look()
-    if found is not None:
-        return found
+    existing = look()
+    if existing is not None:
+        return existing
     lock = options.out / ".jobs" / f"{result.key}.lock"
     _take(lock)
     with locks.holding(lock):
-        found = look()  # made by another, just before the lock was taken
-        return found or _make(work, encoder, result)
+        existing = look()  # another process may have made it just before the lock was taken
+        return existing or _train_and_score(job, encoder, result)
 
 
 def _take(lock: Path) -> None:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         if not locks.take(lock):
-            raise Held
+            raise HeldElsewhere
     except OSError as error:
         raise UsageError(f"cannot write {lock}: {error.strerror}") from error
 
 
-def _make(work: Work, encoder: Encoder, result: Result) -> Result:
-    """Trains, scores and writes. Everything of a job that is not finished lies in `OUT/.jobs/KEY/`."""
-    folder = work.options.out / ".jobs" / result.key
+def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Result:
+    """Train, score and write the record; until then everything lies in `OUT/.jobs/KEY/`."""
+    folder = job.options.out / ".jobs" / result.key
     began = time.perf_counter()
     parts: list[dict[str, Any]] = []
-    for number, (fold, (fit, choose)) in enumerate(zip(work.task.folds, work.job.subsets, strict=True)):
+    for number, (fit, choose, test) in enumerate(job.folds()):
         path = folder / f"fold-{number}.json"
-        part = None if work.options.overwrite else _read_json(path)
+        part = None if job.options.overwrite else _read_json(path)
         if part is None:
             plan = TrainingPlan(
-                work.benchmark,
-                work.learned,
-                work.task.data.select(np.flatnonzero(fit)),
-                work.task.data.select(np.flatnonzero(choose)),
-                work.options,
-                work.seed,
-                work.device,
-                work.name if len(work.task.folds) == 1 else f"{work.name}, fold {number}",
-                folder / f"fold-{number}",
-                say,
+                benchmark=job.benchmark,
+                task=job.task,
+                train=fit,
+                val=choose,
+                options=job.options,
+                seed=job.seed,
+                device=job.device,
+                name=job.name if len(job.split.folds) == 1 else f"{job.name}, fold {number}",
+                folder=folder / f"fold-{number}",
+                say=say,
             )
-            if work.options.overwrite:
+            if job.options.overwrite:
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)
             part = score_fold(
-                plan, lambda: copy.deepcopy(encoder), work.arm.rates, work.task.data, fold, result.key
+                plan, lambda: copy.deepcopy(encoder), rates=job.arm.rates, test=test, key=result.key
             )
             _write_json(path, part)
             shutil.rmtree(folder / f"fold-{number}", ignore_errors=True)
         parts.append(part)
-    merged = work.benchmark.summarise([row for part in parts for row in part["predictions"]])
+    merged = job.benchmark.summarise([row for part in parts for row in part["predictions"]])
     result.scores, result.intervals = merged.scores, merged.intervals
     result.predictions = merged.predictions
-    told = [part["details"] for part in parts]
+    details = [part["details"] for part in parts]
     result.compute["finetune"] = _compute([part["compute"] for part in parts])
-    result.compute["details"] = told[0] if len(told) == 1 else told
-    write_result(result, work.options.out)
+    result.compute["details"] = details[0] if len(details) == 1 else details
+    write_result(result, job.options.out)
     shutil.rmtree(folder, ignore_errors=True)
-    chosen = ", ".join(f"{one['lr']:g}" for one in told)
-    say(f"{work.name}: {work.benchmark.main} {result.scores[work.benchmark.main]:.3f}"
+    chosen = ", ".join(f"{of_fold['lr']:g}" for of_fold in details)
+    say(f"{job.name}: {job.benchmark.main} {result.scores[job.benchmark.main]:.3f}"
         f" (learning rate {chosen}; {time.perf_counter() - began:.0f} s)")  # fmt: skip
     return result
 
@@ -211,12 +230,26 @@ def _make(work: Work, encoder: Encoder, result: Result) -> Result:
 def score_fold(
     plan: TrainingPlan,
     make: Callable[[], Encoder],
+    *,
     rates: Sequence[float],
-    data: Collection,
-    fold: Fold,
+    test: Collection,
     key: str = "",
 ) -> dict[str, Any]:
-    """Trains with every learning rate, takes the best on val, and only then predicts test."""
+    """Train with every learning rate, keep the best by validation score, and only then predict.
+
+    Args:
+        plan: Settings of the training.
+        make: Function that returns the encoder to start from, always the same.
+        rates: Learning rates to try.
+        test: Volumes to predict at the end.
+        key: Key of the record, by which predictions and pictures are named; empty for no pictures.
+
+    Returns:
+        `predictions`, `details` and `compute`, as JSON holds them.
+
+    Raises:
+        Diverged: The loss is no number with any of the learning rates.
+    """
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     trials: list[Trial] = []
@@ -228,14 +261,13 @@ def score_fold(
             trials.append(error.trial)
             if kept is None and len(trials) == len(rates):
                 raise
-            plan.say(f"{error}: this learning rate is out")
+            plan.say(f"{error}; this learning rate is left out")
             continue
         trials.append(trial)
         if kept is None or trial.value > kept[1].value or not np.isfinite(kept[1].value):
             kept = model, trial
     assert kept is not None
     model, best = kept
-    test = data.select(np.flatnonzero(fold.test))
     began = time.perf_counter()
     predictions = predict(plan, model, test)
     seconds = time.perf_counter() - began
@@ -254,9 +286,13 @@ def score_fold(
             "validation": {plan.benchmark.main: best.best.get("score")},
             "curve": best.curve,
             "trials": [
-                {"lr": one.lr, plan.benchmark.main: one.best.get("score"), "step": one.best.get("step")}
-                | ({} if one.step == one.total else {"diverged": one.step + 1})
-                for one in trials
+                {
+                    "lr": trial.lr,
+                    plan.benchmark.main: trial.best.get("score"),
+                    "step": trial.best.get("step"),
+                }
+                | ({} if trial.step == trial.total else {"diverged": trial.step + 1})
+                for trial in trials
             ],
             "weights": weights_digest(model.state_dict()),
         },
@@ -275,36 +311,36 @@ def score_fold(
 
 
 def _compute(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over folds; of memory the largest."""
-    found: dict[str, Any] = {}
+    """Sum the costs over folds; of memory the largest counts."""
+    total: dict[str, Any] = {}
     for name, value in parts[0].items():
         values = [part[name] for part in parts]
         if name in ("device", "threads"):
-            found[name] = value
+            total[name] = value
         elif name == "peak_memory_bytes":
-            found[name] = max(values)
+            total[name] = max(values)
         else:
-            found[name] = round(sum(values), 3)
-    found["seconds_per_step"] = round(found["training_seconds"] / max(found["steps"], 1), 5)
-    return found
+            total[name] = round(sum(values), 3)
+    total["seconds_per_step"] = round(total["training_seconds"] / max(total["steps"], 1), 5)
+    return total
 
 
 def _save_predictions(plan: TrainingPlan, model: nn.Module, test: Collection, key: str) -> None:
     folder = plan.options.out / "predictions" / f"{_slug(plan.name)}-{key[:8]}"
-    shutil.rmtree(folder, ignore_errors=True)  # of the same job, by a run before
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run of the same job may have left it
     folder.mkdir(parents=True)
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
-        written = [plan.learned.save_prediction(model, volume, folder) for volume in test]
+        written = [plan.task.save_prediction(model, volume, folder) for volume in test]
     if not any(written):
         folder.rmdir()
     else:
-        say(f"{plan.name}: {sum(map(bool, written))} predictions in {folder}")
+        say(f"{plan.name}: {sum(map(bool, written))} predictions written to {folder}")
 
 
 def _save_picture(plan: TrainingPlan, model: nn.Module, test: Collection, key: str) -> None:
-    """Predictions beside the truth on some test volumes, where the task draws them."""
+    """Save a picture of predictions beside the truth, where the task draws one."""
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
-        figure = plan.learned.picture(model, test)
+        figure = plan.task.picture(model, test)
     if figure is not None:
         plan.options.out.mkdir(parents=True, exist_ok=True)
         path = plan.options.out / f"{_slug(plan.name)}-test-{key[:8]}.png"
@@ -316,30 +352,22 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")[:80]
 
 
-def run_trivial(
-    entry: Entry,
-    benchmark: Benchmark,
-    learned: FinetuneTask,
-    task: Task,
-    job: Job,
-    seed: int,
-    options: FinetuneOptions,
-) -> Result:
-    """The record of a row without a network, on the same subset and test subjects."""
-    contestant = trivial_contestant(entry)
-    # Nothing is trained, but on a subset; which one, the seed of the split says where it is not 0.
-    training = {} if job.fraction == 1 or not options.split_seed else {"split_seed": options.split_seed}
-    settings = {**settings_of(learned, options, job, ()), "training": training, "preset": ""}
-    result = record(contestant, benchmark, benchmark.task_version, task, job, seed, settings)
-    found = None if options.overwrite else find_result(result, options.out)
-    if found is not None:
-        return found
+def _run_trivial(job: FinetuneJob) -> Result:
+    """Return the record of a row without a network, on the same subset and test subjects."""
+    options = job.options
+    # Nothing is trained; the seed of the split matters where the row is fitted to a subset of the data.
+    seeded = job.subset.fraction < 1 and options.split_seed
+    training = {"split_seed": options.split_seed} if seeded else {}
+    settings = {**settings_of(job.task, options, job.subset, ()), "training": training, "preset": ""}
+    result = job.begin_record(trivial_contestant(job.entry), settings)
+    existing = None if options.overwrite else find_result(result, options.out)
+    if existing is not None:
+        return existing
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    for fold, (fit, choose) in zip(task.folds, job.subsets, strict=True):
-        train, val, test = (task.data.select(np.flatnonzero(mask)) for mask in (fit, choose, fold.test))
-        rows += learned.predict_trivial(entry.name, train, val, test, seed)
-    merged = benchmark.summarise(rows)
+    for fit, choose, test in job.folds():
+        rows += job.task.predict_trivial(job.entry.name, fit, choose, test, job.seed)
+    merged = job.benchmark.summarise(rows)
     result.scores, result.intervals, result.predictions = merged.scores, merged.intervals, rows
     result.compute["finetune"] = {"training_seconds": round(time.perf_counter() - began, 3)}
     write_result(result, options.out)
@@ -348,10 +376,10 @@ def run_trivial(
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or cut short: made again
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a file that is missing or cut short is made again
         return None
-    return found
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

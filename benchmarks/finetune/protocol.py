@@ -1,4 +1,4 @@
-"""Fine-tuning: what a task must bring, and the protocol that trains every contestant on it alike."""
+"""The contract of a downstream task, and the names of the tasks."""
 
 from __future__ import annotations
 
@@ -34,27 +34,31 @@ TASKS: dict[str, str] = {
 
 
 class FinetuneTask(ABC):
-    """What is learned downstream: the model, its loss, its predictions and their scores.
+    """Downstream task: the model, its loss, its predictions and their scores.
 
-    The frame owns everything else: who is trained, on which subjects, with which optimizer and schedule,
-    which step is kept, records and tables. A task is made once per run and never told which contestant
-    it serves. It must pickle (workers draw with it).
+    The frame owns everything else: contestants, subjects, optimizer and schedule, the choice of the step,
+    records and tables. A task is made once per run and never learns which contestant it serves. It must
+    pickle, since workers draw with it.
 
     Attributes:
-        Config: Dataclass of its own options, flags `--NAME.*`.
-        name: As in `TASKS`; records are of task `finetune-NAME/TARGET`.
-        version: Raised whenever the same contestant on the same data would get another score.
-        description: One line.
-        reference: Where model and metrics come from.
-        mains: Kind of target -> the score that ranks contestants and chooses steps, higher being better.
-        recipe: Defaults of the frame's options for this task, by field of `finetune_command.Options`
+        Config: Dataclass of the task's own options, flags `--NAME.*`.
+        name: Key of the task in `TASKS`; its records are of task `finetune-NAME/TARGET`.
+        version: Version of the scores, raised whenever the same contestant on the same data would get
+            another score.
+        description: Description of the task in one line.
+        reference: Publications from which model and metrics come.
+        mains: Kind of target -> score that ranks contestants and chooses steps, higher being better.
+        recipe: Defaults of the frame's options for this task, by field of `FinetuneOptions`
             (steps or epochs, batch_size, lr, lr_scratch, optimizer, ...).
-        presets: Name -> as `recipe`, for `--preset`; a key of the form `NAME.field` sets an option of
-            the task's own.
+        presets: Name -> options for `--preset`, by the fields of `recipe`; a key of the form `NAME.field`
+            sets an option of the task's own.
         trivial: Names of the rows without a network that belong beside its results.
-        floors: Kind of target -> what a network that learned its task is above: a row named in `trivial`,
-            or the score of guessing. Below it, tables and reports say so loudly.
+        floors: Kind of target -> level that a network must exceed to have learned its task: a row named in
+            `trivial`, or the score of guessing. Tables and reports warn of a network below it.
+        config: Options of the task, resolved.
         target: Kind of target, a key of `mains`; set by `__init__`.
+        names: Names of the classes as tables show them.
+        classes: Classes of the target; empty for values.
     """
 
     Config: ClassVar[type]
@@ -75,11 +79,11 @@ class FinetuneTask(ABC):
 
     @abstractmethod
     def __init__(self, config: Any, data: Collection) -> None:
-        """Finds classes, spacings and the like.
+        """Find classes, spacings and other properties of the data.
 
         Args:
-            config: Its options.
-            data: All volumes that have a target (`known`), of train, val and test.
+            config: Options of the task.
+            data: All volumes that have a target (`known`), for training, validation and test.
 
         Raises:
             DataError: There is nothing to learn, such as one class only.
@@ -87,127 +91,128 @@ class FinetuneTask(ABC):
 
     @classmethod
     def scorer(cls, settings: Mapping[str, Any], target: str) -> FinetuneTask:
-        """The task as far as `score_functions` goes, from what a record says: reports have no data.
+        """Restore the task from a record, as far as `score_functions` needs it: reports have no data.
 
         Args:
-            settings: As `settings` made them; `classes` are there as `names` and `classes`.
-            target: Of the record.
+            settings: Settings in the record; their `classes` become `names` and `classes`.
+            target: Kind of target in the record.
         """
-        made = object.__new__(cls)
-        made.target = target
-        known = {one.name for one in dataclasses.fields(cls.Config)}
+        task = object.__new__(cls)
+        task.target = target
+        known = {field.name for field in dataclasses.fields(cls.Config)}
         given = {key: _tupled(value) for key, value in settings.items() if key in known}
-        made.config = cls.Config(**given)
-        made.names = made.classes = tuple(map(str, settings.get("classes") or ()))
-        return made
+        task.config = cls.Config(**given)
+        task.names = task.classes = tuple(map(str, settings.get("classes") or ()))
+        return task
 
     @classmethod
     def known(cls, config: Any, data: Collection) -> NDArray[np.bool_]:
-        """Which volumes have a target, (N,); the others are left out and counted.
+        """Return a mask (N,) of the volumes that have a target; the others are left out and counted.
 
         Raises:
-            DataError: None has one; the message says what to give.
+            DataError: No volume has a target; the message says what to give.
         """
         return np.ones(len(data), dtype=bool)
 
     def strata(self, data: Collection) -> Array | None:
-        """Class of each volume (N,), by which subsets and folds are stratified; None for none."""
+        """Return the class of each volume (N,), by which subsets and folds are stratified, or None."""
         return None
 
     def settings(self) -> dict[str, Any]:
-        """What a record keeps of the task's options, resolved; everything here changes the record's key."""
+        """Return the resolved options that a record keeps; each of them is part of the record's key."""
         return dataclasses.asdict(self.config)
 
     @abstractmethod
     def model(self, encoder: Encoder, train: Collection) -> nn.Module:
-        """The whole network; its attribute `encoder` is that encoder. New weights follow torch's seed.
+        """Build the network around an encoder, which becomes its attribute `encoder`.
 
-        What it is made of may follow from the training subjects, and from no others.
+        New weights follow torch's seed. The architecture may depend on the training subjects alone.
         """
 
     def start(self, model: nn.Module, train: Collection) -> None:
-        """Sets what follows from the training subjects alone, such as class weights; before training.
+        """Set properties of the training subjects, such as class weights, before the training.
 
-        It goes into buffers of the model: the same task object serves every subset.
+        They go into buffers of the model, since the same task object serves every subset.
         """
         return
 
     @abstractmethod
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One training example, on the CPU, in a worker: reading and cutting.
+        """Draw one training example by reading and cutting, on the CPU, in a worker.
 
         Examples of equal names and shapes are stacked; `loss` runs once for each such group of a batch,
-        so tensors of varying length (boxes) are padded. `index`, `subject` and `dataset` are added.
+        so tensors of varying length (boxes) must be padded. The frame adds `index`, `subject` and
+        `dataset`.
         """
 
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of stacked examples on the device, and values for the log; augments by `rng`."""
+        """Compute the mean loss of stacked examples, augmented by `rng`, and values for the log."""
 
     @abstractmethod
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
-        """What the scores of one volume are computed from, as JSON holds it.
+        """Predict one volume: all that its scores are computed from, as JSON holds it.
 
         The model is in evaluation mode, without gradients, in the run's precision. The frame adds
         `dataset`, `subject` and `id`.
         """
 
     def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
-        """`predict` of every volume, in order; overridden where batches are faster."""
+        """Predict every volume, in order; tasks override this where batches are faster."""
         return [self.predict(model, volume) for volume in data]
 
     def predict_for_choosing(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
-        """As `predict_all`, of validation volumes, by no more labels than training may see of its own."""
+        """Predict validation volumes, scored by no more labels than training has of each volume."""
         return self.predict_all(model, data)
 
     @abstractmethod
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """As `Benchmark.score_functions`: clusters, and scores as functions of resampling weights."""
+        """Return clusters, and scores as functions of resampling weights (`Benchmark.score_functions`)."""
 
     def predict_trivial(
         self, name: str, train: Collection, val: Collection, test: Collection, seed: int
     ) -> list[dict[str, Any]]:
-        """Predictions of a row named in `trivial`, with `dataset`, `subject` and `id`."""
+        """Predict by a row named in `trivial`; the rows have `dataset`, `subject` and `id`."""
         raise NotImplementedError(name)
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
-        """Writes a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""
+        """Write a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""
         return None
 
     def picture(self, model: nn.Module, data: Collection) -> Any:
-        """A matplotlib figure of predictions beside the truth on some of `data`, or None."""
+        """Draw a matplotlib figure of predictions beside the truth on some of `data`, or None."""
         return None
 
 
 def _tupled(value: Any) -> Any:
-    """JSON's lists as an option has them."""
+    """Convert the lists of JSON to tuples, as options have them."""
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def task_class(name: str) -> type[FinetuneTask]:
-    """The class of a task.
+    """Return the class of a task by its name.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no task of that name.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"--task {name}: is none of {', '.join(TASKS)}{hint}")
+        raise UsageError(f"--task {name} is none of {', '.join(TASKS)}{hint}")
     module, _, kind = TASKS[name].partition(":")
-    found: type[FinetuneTask] = getattr(importlib.import_module(module), kind)
-    return found
+    task: type[FinetuneTask] = getattr(importlib.import_module(module), kind)
+    return task
 
 
 def patch_within(patch: Sequence[int], data: Collection) -> tuple[int, int, int]:
     """Return the patch (D, H, W), voxels, no larger than the largest volume along any axis.
 
-    The limit is that volume's side, up to the next multiple of 8 where it is more than one voxel: of images
-    alone the patch has depth 1. What an image among volumes gives, `fit_size` says.
+    The limit is the side of that volume, rounded up to a multiple of 8 where it is more than one voxel, so
+    the patch has depth 1 if all volumes are images. `fit_size` fits it to an image among volumes.
     """
     largest = np.asarray(data.shapes)[:, 1:].max(axis=0).tolist()
     limits = [1 if side == 1 else -(-side // 8) * 8 for side in largest]
@@ -216,9 +221,9 @@ def patch_within(patch: Sequence[int], data: Collection) -> tuple[int, int, int]
 
 
 def file_name(volume: Volume) -> str:
-    """Of a volume's prediction, without suffix: data set and id, another for every volume.
+    """Return the file name of a volume's prediction, without suffix: data set and id, unique by volume.
 
-    What a file name should not hold becomes `_`; a hash then keeps `p1/t1` and `p1_t1` apart.
+    Characters that a file name should not hold become `_`; a hash then keeps `p1/t1` and `p1_t1` apart.
     """
     # Ids of several data sets in one store begin with the data set's name.
     own = volume.id.removeprefix(f"{volume.dataset}/")

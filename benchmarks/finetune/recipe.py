@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: what a task proposes, below what was asked for."""
+"""Recipes of fine-tuning: defaults that a task proposes for the options not given."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ssl3d.api import Benchmark, Contestant, Scores, UsageError
 from ssl3d_benchmarks.finetune.job import score_fold
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.train import TrainingPlan
-from ssl3d_benchmarks.task import Fold
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection
 
 
 def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[FinetuneOptions, Any]:
-    """The options with the task's recipe and the preset below what was asked for.
+    """Fill the options that were not given from the preset and from the recipe of the task.
 
     Args:
-        options: As given.
-        config: The task's own options.
+        options: Options of the command.
+        config: Options of the task.
         asked: Names of the options that were given, those of the task as TASK.FIELD.
 
     Raises:
@@ -36,7 +33,7 @@ def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[Fin
     if options.preset:
         if options.preset not in kind.presets:
             known = ", ".join(kind.presets) or "none"
-            raise UsageError(f"--preset {options.preset}: {options.task} has {known}")
+            raise UsageError(f"--preset {options.preset}: --task {options.task} has {known}")
         below |= kind.presets[options.preset]
         lasting = {"steps", "epochs"} & set(kind.presets[options.preset])
         for name in {"steps", "epochs"} - lasting if lasting else ():
@@ -46,13 +43,15 @@ def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[Fin
     if options.steps or options.epochs:
         below = {key: value for key, value in below.items() if key not in ("steps", "epochs")}
     if "lr" in asked:
-        below.pop("lr_scratch", None)  # it was chosen beside another learning rate
+        below.pop("lr_scratch", None)  # it belongs to another learning rate
     own = {key: value for key, value in below.items() if "." not in key and key not in asked}
     options = replace(options, **own)
     own = {key: value for key, value in below.items() if "." in key and key not in asked}
     inner = {key.partition(".")[2]: value for key, value in own.items()}
     if options.tune and "lr_scratch" in asked:
-        raise UsageError("--lr-scratch beside --tune: give --tune-scratch, as many as --tune")
+        raise UsageError(
+            "--lr-scratch beside --tune: give --tune-scratch instead, with as many rates as --tune"
+        )
     if options.lr is None and not options.tune:
         raise UsageError(f"--lr: {options.task} has no learning rate of its own; give --lr or --tune")
     if not options.steps and not options.epochs:
@@ -62,27 +61,25 @@ def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[Fin
 
 def score_by_recipe(
     benchmark: Benchmark,
-    learned: FinetuneTask,
+    task: FinetuneTask,
     contestant: Contestant,
-    train_data: Collection,
+    train: Collection,
     val: Collection,
     test: Collection,
     seed: int,
 ) -> Scores:
-    """A contestant trained by the task's recipe: the whole protocol in one call, without records."""
+    """Train a contestant by the task's recipe and score it: the whole protocol, without records."""
     if contestant.encoder is None:
-        rows = learned.predict_trivial(contestant.name, train_data, val, test, seed)
+        rows = task.predict_trivial(contestant.name, train, val, test, seed)
         return benchmark.summarise(rows)
-    options, _ = resolve(FinetuneOptions(("given",), task=learned.name), learned.config, set())
+    options, _ = resolve(FinetuneOptions(("given",), task=task.name), task.config, set())
     encoder = contestant.encoder
     device = next(encoder.parameters()).device
-    plan = TrainingPlan(benchmark, learned, train_data, val, options, seed, device, contestant.name)
-    everything = np.ones(len(test), dtype=bool)
+    plan = TrainingPlan(benchmark, task, train, val, options, seed, device, contestant.name)
     rate = options.lr_scratch if contestant.kind == "untrained" and options.lr_scratch else options.lr
     assert rate is not None
     began = time.perf_counter()
-    fold = Fold(~everything, ~everything, everything)
-    part = score_fold(plan, lambda: copy.deepcopy(encoder), (rate,), test, fold)
+    part = score_fold(plan, lambda: copy.deepcopy(encoder), rates=(rate,), test=test)
     scores = benchmark.summarise(part["predictions"])
     scores.details, scores.seconds = part["details"], time.perf_counter() - began
     return scores

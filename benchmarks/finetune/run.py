@@ -1,28 +1,18 @@
-"""Fine-tuning from options to records: who is trained, on what; jobs can stop anywhere and go on."""
+"""Fine-tuning from options to records: contestants, data and jobs, which can stop anywhere and go on."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ssl3d.api import (
-    DataError,
-    Result,
-    Ssl3dError,
-    UsageError,
-    device_of,
-    encoder_from,
-    open_data_for,
-)
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, encoder_from, open_data_for
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import (
-    Entry,
     check_channels,
     fitting_all,
     given,
@@ -31,24 +21,21 @@ from ssl3d_benchmarks.contestants import (
     untrained,
 )
 from ssl3d_benchmarks.finetune.benchmark import Finetune
-from ssl3d_benchmarks.finetune.job import Arm, Held, Work, job_name, run_job, run_trivial
+from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
-from ssl3d_benchmarks.task import Job, Task, headline, jobs, say, split_up
-
-if TYPE_CHECKING:
-    pass
+from ssl3d_benchmarks.task import SplitData, headline, say, split_up, training_subsets
 
 
 @dataclass
 class Outcome:
-    """What a run came to.
+    """Records and failures of a whole run.
 
     Attributes:
-        rows: Of the table, one per record.
-        failed: Names of the jobs that failed, and why.
+        rows: Rows of the table, one per record.
+        failed: Names of the jobs that failed, with the reasons.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -56,13 +43,13 @@ class Outcome:
 
 
 def run(options: FinetuneOptions, config: Any) -> Outcome:
-    """Trains and scores every arm on every subset, writes records, table and pictures, prints the table.
+    """Train and score every arm on every subset; write records, table and pictures; print the table.
 
     Args:
-        options: Resolved.
-        config: The task's own options.
+        options: Options of the command, resolved.
+        config: Options of the task, resolved.
     """
-    make_arms(options)  # a wrong path is said before anything is read
+    make_arms(options)  # a wrong path is reported before anything is read
     configs = _configs(options, config)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -70,86 +57,90 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
     outcome = Outcome()
-    for number, one in enumerate(configs):
-        task, benchmark = make_task(options, one)
-        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, task.data)))
-        check_channels([arm.first for arm in arms], task.data)
+    for number, own_config in enumerate(configs):
+        split, benchmark = make_task(options, own_config)
+        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, split.data)))
+        check_channels([arm.first for arm in arms], split.data)
         if number == 0:
-            classes = getattr(benchmark.work, "classes", ())
-            say(headline(task, benchmark.target, [str(name) for name in classes]))
+            classes = getattr(benchmark.downstream, "classes", ())
+            say(headline(split, benchmark.target, [str(name) for name in classes]))
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
-        _run(outcome, arms, task, benchmark, options, device)
-    _finish(outcome, benchmark, task, options)
+        _run(outcome, _jobs(arms, split, benchmark, options, device))
+    _finish(outcome, benchmark, split, options)
     return outcome
 
 
 def _configs(options: FinetuneOptions, config: Any) -> list[Any]:
-    """The task's options, for each number of annotated slices."""
+    """Return the options of the task, for each number of annotated slices."""
     if not options.sparse_slices:
         return [config]
     if not hasattr(config, "sparse_slices"):
-        raise UsageError(f"--sparse-slices: {options.task} learns no slices; it is for --task segmentation")
-    return [replace(config, sparse_slices=0 if one == "all" else int(one)) for one in options.sparse_slices]
+        raise UsageError(f"--sparse-slices: --task {options.task} has no slices; use --task segmentation")
+    numbers = [0 if words == "all" else int(words) for words in options.sparse_slices]
+    return [replace(config, sparse_slices=number) for number in numbers]
 
 
-def _run(
-    outcome: Outcome,
+def _jobs(
     arms: Sequence[Arm],
-    task: Task,
+    split: SplitData,
     benchmark: Finetune,
     options: FinetuneOptions,
     device: torch.device,
-) -> None:
-    """Every arm on every subset; what another process has in hand comes last."""
-    todo: list[tuple[Entry, Job, int, Callable[[], Result]]] = []
-    for job in jobs(task, options.fractions, options.repeats, options.split_seed):
-        for seed in options.seeds:
-            for arm in arms:
-                work = Work(arm, benchmark, benchmark.work, task, job, seed, options, device)
-                todo.append((work.entry, job, seed, partial(run_job, work)))
-        for entry in () if options.no_trivial else trivial_entries(benchmark.work.trivial):
-            seed = options.seeds[0]
-            trivial = partial(run_trivial, entry, benchmark, benchmark.work, task, job, seed, options)
-            todo.append((entry, job, seed, trivial))
+) -> list[FinetuneJob]:
+    """Plan every arm on every subset with every seed; rows without a network have the first seed alone."""
+    first = options.seeds[0]
+    names = () if options.no_trivial else benchmark.downstream.trivial
+    trivial = [Arm({first: entry}, ()) for entry in trivial_entries(names)]
+    return [
+        FinetuneJob(arm, benchmark, benchmark.downstream, split, subset, seed, options, device)
+        for subset in training_subsets(split, options.fractions, options.repeats, options.split_seed)
+        for seed, arm in [
+            *((seed, arm) for seed in options.seeds for arm in arms),
+            *((first, arm) for arm in trivial),
+        ]
+    ]
+
+
+def _run(outcome: Outcome, jobs: Sequence[FinetuneJob]) -> None:
+    """Run every job; those that other processes hold come last."""
     rows: dict[int, Row] = {}
-    left = list(range(len(todo)))
+    left = list(range(len(jobs)))
     waiting = False
     while left:
         before, left = left, []
         for number in before:
             try:
-                row = _try(outcome, *todo[number])
-            except Held:
+                row = _try(outcome, jobs[number])
+            except HeldElsewhere:
                 left.append(number)
                 continue
             if row is not None:
                 rows[number] = row
         if left == before:
             if not waiting:
-                say(f"{len(left)} left, in the hands of another process: waiting")
+                say(f"waiting for {len(left)} job{'s' * (len(left) > 1)} that another process is running")
             waiting = True
             time.sleep(locks.WAIT)
     outcome.rows += [rows[number] for number in sorted(rows)]
 
 
-def _try(outcome: Outcome, entry: Entry, job: Job, seed: int, work: Callable[[], Result]) -> Row | None:
-    """Runs one job; a failure is told by name and ends this job only."""
-    name = job_name(entry, job, seed)
+def _try(outcome: Outcome, job: FinetuneJob) -> Row | None:
+    """Run one job; a failure is reported by name and ends this job only."""
     try:
-        return Row(entry.kind, entry.group, work())
-    except Held:
+        return Row(job.entry.kind, job.entry.group, run_job(job))
+    except HeldElsewhere:
         raise
     except Exception as error:
         if not isinstance(error, Ssl3dError):
             traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        outcome.failed[name] = reason
-        say(f"failed: {name}: {reason}")
+        outcome.failed[job.name] = reason
+        say(f"failed: {job.name}: {reason}")
         return None
 
 
-def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: FinetuneOptions) -> None:
+def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: FinetuneOptions) -> None:
     if outcome.rows:
         from ssl3d_benchmarks.finetune.table import (
             blocks_of,
@@ -161,7 +152,7 @@ def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Finetune
 
         blocks = blocks_of(outcome.rows, benchmark)
         note_warnings(outcome.rows, benchmark, options.out)
-        text = format_table(blocks, benchmark, task.how)
+        text = format_table(blocks, benchmark, split.how)
         print(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         pictures = draw_curves(outcome.rows, benchmark, options.out)
@@ -174,11 +165,11 @@ def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Finetune
             say(f"  {name}: {reason}")
 
 
-# The task and the arms ----------------------------------------------------------------------------
+# The data and the arms ----------------------------------------------------------------------------
 
 
-def make_task(options: FinetuneOptions, config: Any) -> tuple[Task, Finetune]:
-    """The data in its folds, and the benchmark.
+def make_task(options: FinetuneOptions, config: Any) -> tuple[SplitData, Finetune]:
+    """Return the data, split into folds, and the benchmark of the task.
 
     Raises:
         DataError: There is nothing to learn, or there are too few subjects.
@@ -188,30 +179,30 @@ def make_task(options: FinetuneOptions, config: Any) -> tuple[Task, Finetune]:
     data = open_data_for(trained, options.data)
     where = " ".join(options.data)
     if not len(data):
-        raise DataError(f"{where}: holds no volumes")
+        raise DataError(f"{where} holds no volumes")
     kind = task_class(options.task)
     known = kind.known(config, data)
     if not known.any():
-        raise DataError(f"{where}: none of the {len(data)} volumes has a target for {options.task}")
+        raise DataError(f"{where}: none of the {len(data)} volumes has a target for --task {options.task}")
     if (~known).any():
-        say(f"{int((~known).sum())} of {len(data)} volumes have no target for {options.task}: left out")
+        count = int((~known).sum())
+        say(f"{count} of {len(data)} volumes have no target for {options.task} and are left out")
     chosen = data.select(known)
-    work: FinetuneTask = kind(config, chosen)
-    benchmark = Finetune(work)
-    task = split_up(
-        data, known, config, work.strata(chosen), where, options.folds, options.split_seed,
+    task: FinetuneTask = kind(config, chosen)
+    split = split_up(
+        data, known, config, task.strata(chosen), where, options.folds, options.split_seed,
         choose=True, noun="fine-tuning",
     )  # fmt: skip
-    choosing = bool(task.folds[0].val.any())
+    choosing = bool(split.folds[0].val.any())
     if options.tune and not choosing:
-        raise DataError(f"{where}: no validation subjects, which --tune chooses on: give more data")
+        raise DataError(f"{where} has no validation subjects, which --tune chooses on; give more data")
     if not choosing and options.keep == "best":
-        say("no validation subjects: the last step is taken")
-    return task, benchmark
+        say("there are no validation subjects: the weights of the last step are kept")
+    return split, Finetune(task)
 
 
 def make_arms(options: FinetuneOptions) -> list[Arm]:
-    """The encoders given, and for each architecture among them the same network from scratch.
+    """Return an arm for each encoder given, and for the same network from scratch of each architecture.
 
     Raises:
         CheckpointError: An encoder cannot be loaded.

@@ -26,13 +26,13 @@ BESIDE = 4
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of a table that stand together: of one fraction and one number of annotated slices.
+    """Part of a table: the rows of one fraction and one number of annotated slices.
 
     Attributes:
-        rows: The records.
-        lines: The contestants.
-        warnings: A sentence for every network that is not shown to have learned its task.
-        unchecked: Why nothing can be said of that; empty where it can.
+        rows: Records of the block.
+        lines: Contestants of the block.
+        warnings: Sentences about the networks that are not shown to have learned their task.
+        unchecked: Reason why this was not checked; empty where it was.
     """
 
     rows: list[Row]
@@ -51,7 +51,7 @@ def _block_of(rows: list[Row], benchmark: Finetune) -> Block:
     for row in rows:
         by_name.setdefault(str(row.result.contestant["name"]), []).append(row)
     lines = [make_line(group, benchmark) for group in by_name.values()]
-    floor = benchmark.work.floors.get(benchmark.target)
+    floor = benchmark.downstream.floors.get(benchmark.target)
     if floor is None or all(line.first.kind == "trivial" for line in lines):
         return Block(rows, lines, [])
     if isinstance(floor, str) and all(line.name != floor for line in lines):
@@ -62,19 +62,19 @@ def _block_of(rows: list[Row], benchmark: Finetune) -> Block:
 
 def _warnings(lines: Sequence[Line], floor: str | float, main: str) -> list[str]:
     """Return a sentence for every network that is not clearly above the floor, which is among the lines."""
-    runs = floor if isinstance(floor, float) else next(one.runs for one in lines if one.name == floor)
+    runs = floor if isinstance(floor, float) else next(line.runs for line in lines if line.name == floor)
     networks = [line for line in lines if line.first.kind != "trivial"]
-    told = [unlearned(line.name, line.runs, runs, floor_words(floor), main) for line in networks]
-    return [words for words in told if words]
+    sentences = [unlearned(line.name, line.runs, runs, floor_words(floor), main) for line in networks]
+    return [words for words in sentences if words]
 
 
 def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> None:
     """Write into every record whether its network learned its task (`flags["warnings"]`).
 
-    From the record alone, and the row without a network on its subset: other seeds and subsets change
-    nothing, and where that row is missing the record stays as it is.
+    The answer depends on the record alone, and on the row without a network on its subset: other seeds and
+    subsets change nothing, and where that row is missing the record stays as it is.
     """
-    floor = benchmark.work.floors.get(benchmark.target)
+    floor = benchmark.downstream.floors.get(benchmark.target)
     if floor is None:
         return
     for same in _blocks(rows):
@@ -87,30 +87,30 @@ def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> Non
             beside = lines.get(row.result.repeat)
             if row.kind == "trivial" or (isinstance(floor, str) and beside is None):
                 continue
-            found = [make_line([row], benchmark), *([beside] if beside else [])]
-            words, flags = _warnings(found, floor, benchmark.main), row.result.flags
+            pair = [make_line([row], benchmark), *([beside] if beside else [])]
+            words, flags = _warnings(pair, floor, benchmark.main), row.result.flags
             if flags.get("warnings", []) != words:
                 flags["warnings"] = words
                 write_result(row.result, folder)
 
 
 def format_table(blocks: Sequence[Block], benchmark: Finetune, how: str) -> str:
-    """The table as text, one block per fraction and number of annotated slices, with its notes."""
+    """Format the table as text, one block per fraction and number of annotated slices, with notes."""
     return "\n\n".join(_block(block, benchmark, how) for block in blocks)
 
 
 def annotated_slices(result: Result) -> int:
-    """Annotated slices per volume that were trained on; 0 for all."""
+    """Return the number of annotated slices per volume that were trained on; 0 for all."""
     return int(result.settings["task"].get("sparse_slices") or 0)
 
 
 def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that stand together: most data first, all slices first."""
+    """Group the rows that stand together, those with most data and most slices first."""
 
     def key(row: Row) -> tuple[float, float]:
         return -row.result.fraction, -(annotated_slices(row.result) or float("inf"))
 
-    return [[row for row in rows if key(row) == one] for one in sorted({key(row) for row in rows})]
+    return [[row for row in rows if key(row) == place] for place in sorted({key(row) for row in rows})]
 
 
 def _block(block: Block, benchmark: Finetune, how: str) -> str:
@@ -130,23 +130,23 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
             "",
         ]
     ]
-    found: list[statistics.Difference] = []
+    differences: list[statistics.Difference] = []
     for line in lines:
         difference, p = "", ""
         beside = scratch.get(line.first.group)
         if line.first.kind == "encoder" and beside is not None:
             gain = difference_of(line, beside)
-            found.append(gain)
+            differences.append(gain)
             difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
             p = number(gain.p) if gain.p >= 0.001 else "<.001"
         own = statistics.nested_interval(line.runs)
         score = f"{number(own.value)} [{number(own.low)}, {number(own.high)}]"
         means = [_mean(line, name) for name in others]
         table.append([line.name, score, *means, difference, p, *_chosen(line), _notes(line)])
-    if not found:
+    if not differences:
         networks = [line for line in lines if line.first.kind != "trivial"]
         pairs = [(a, b) for k, a in enumerate(networks) for b in networks[k + 1 :]]
-        found = [difference_of(a, b) for a, b in pairs]
+        differences = [difference_of(a, b) for a, b in pairs]
     train, tested, val = (result.split[part] for part in ("train", "test", "val"))
     most = max(lines, key=lambda line: len(line.rows))
     seeds = len({row.result.seed for row in most.rows})
@@ -161,11 +161,11 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
         text += ["", *aligned([["contestant", *further]] + [
             [line.name, *(_mean(line, name) for name in further)] for line in lines
         ]), ""]  # fmt: skip
-    text += detectable(found, benchmark.main)
-    one = "" if seeds > 1 else "; one seed: how much seeds differ is not in them"
+    text += detectable(differences, benchmark.main)
+    lone = "" if seeds > 1 else "; one seed: the spread between seeds is not in them"
     text.append(
-        f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} "
-        f"subset{'s' * (subsets > 1)} of the training data{one}; differences are paired, p is not corrected"
+        f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} subset"
+        f"{'s' * (subsets > 1)} of the training data{lone}; differences are paired, p is not corrected"
     )
     if any(row.result.flags.get("seen_test_subjects") for row in rows):
         text.append(f"not ranked: pretraining saw subjects of the test part; {leak_help(result)}")
@@ -193,16 +193,16 @@ def _sparse(result: Result) -> str:
 
 
 def _chosen(line: Line) -> list[str]:
-    """Learning rates and best steps over the records."""
+    """Return the cells with learning rates and best steps over the records."""
     details: list[dict[str, Any]] = []
     for row in line.rows:
-        found = row.result.compute.get("details") or []
-        details += found if isinstance(found, list) else [found]
+        folds = row.result.compute.get("details") or []
+        details += folds if isinstance(folds, list) else [folds]
     if not details:
         return ["", ""]
-    rates = sorted({float(one["lr"]) for one in details})
-    steps = [one["best_step"] for one in details if one["best_step"] is not None]
-    total = max(int(one["steps"]) for one in details)
+    rates = sorted({float(fold["lr"]) for fold in details})
+    steps = [fold["best_step"] for fold in details if fold["best_step"] is not None]
+    total = max(int(fold["steps"]) for fold in details)
     best = f"{np.median(steps):.0f}/{total}" if steps else f"-/{total}"
     return [" ".join(f"{rate:g}" for rate in rates), best]
 
@@ -223,9 +223,9 @@ def _notes(line: Line) -> str:
 
 
 def curve_of(result: Result) -> list[tuple[int, float]]:
-    """(step, validation score) of a record, mean over its folds where they were scored alike."""
-    found = result.compute.get("details") or []
-    folds = found if isinstance(found, list) else [found]
+    """Return (step, validation score) of a record, averaged over folds at the steps that all have."""
+    details = result.compute.get("details") or []
+    folds = details if isinstance(details, list) else [details]
     points: dict[int, list[float]] = {}
     for fold in folds:
         for point in fold.get("curve", ()):
@@ -235,7 +235,7 @@ def curve_of(result: Result) -> list[tuple[int, float]]:
 
 
 def draw_curves(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[Path]:
-    """Score on the validation subjects against steps, one picture per fraction and number of slices."""
+    """Draw validation scores against steps, one picture per fraction and number of slices."""
     paths = []
     for same in _blocks(rows):
         chosen = [row for row in same if curve_of(row.result)]
@@ -252,7 +252,7 @@ def draw_curves(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[
 
 
 def curve_figure(rows: Sequence[Row], main: str) -> Any:
-    """Mean over seeds and subsets as a line, each of them as a thin one; the best steps' mean as a dot."""
+    """Draw the mean curve of every contestant as a line, and each seed and subset as a thin one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -277,7 +277,7 @@ def curve_figure(rows: Sequence[Row], main: str) -> Any:
 
 
 def draw_slices(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[Path]:
-    """Score against annotated slices per volume, a picture per fraction; none for one number of slices."""
+    """Draw scores against annotated slices per volume, one picture per fraction with several numbers."""
     paths = []
     for fraction in sorted({row.result.fraction for row in rows}, reverse=True):
         chosen = [row for row in rows if row.result.fraction == fraction]
@@ -292,7 +292,7 @@ def draw_slices(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> list[
 
 
 def slices_figure(rows: Sequence[Row], benchmark: Finetune) -> Any:
-    """Test score with its interval against annotated slices, all of them at the right end."""
+    """Draw test scores with intervals against annotated slices, all slices at the right end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -308,10 +308,10 @@ def slices_figure(rows: Sequence[Row], benchmark: Finetune) -> Any:
                 if row.result.contestant["name"] == name and annotated_slices(row.result) == count
             ]
             if group:
-                found = statistics.nested_interval(make_line(group, benchmark).runs)
+                score = statistics.nested_interval(make_line(group, benchmark).runs)
                 places.append(place + 0.04 * (k - (len(names) - 1) / 2))
-                values.append(found.value)
-                spread.append((found.value - found.low, found.high - found.value))
+                values.append(score.value)
+                spread.append((score.value - score.low, score.high - score.value))
         plot.errorbar(
             places, values, np.array(spread).T, marker="o", capsize=3, linewidth=1.2, label=name[-60:]
         )

@@ -1,4 +1,4 @@
-"""One training: a model on one subset, scored on validation subjects as it goes, resumed when killed."""
+"""Training of a model on one subset: scored on validation subjects as it goes, resumed when killed."""
 
 from __future__ import annotations
 
@@ -41,26 +41,27 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.finetune.protocol import FinetuneTask
 
 FORMAT = 1
-TOLD_EVERY = 30.0
-"""Seconds between lines about a training that goes on."""
+REPORT_EVERY = 30.0
+"""Seconds between two lines about the progress of a training."""
 
 
 @dataclass
 class Trial:
-    """A training with one learning rate, as far as it has come.
+    """State of a training with one learning rate.
 
     Attributes:
         lr: Peak learning rate.
-        total: Steps of the whole.
-        step: Steps done.
-        curve: Per scoring: step, score on the validation subjects (None where there are none), mean
-            training loss since the scoring before.
-        best: The scoring whose weights are kept: step and score.
-        weights: Those weights (the model's state), on the CPU.
-        seconds: Spent on steps, reading included.
-        waited: Of these, on reading.
+        total: Number of steps of the whole training.
+        step: Number of steps done.
+        curve: Step, score on the validation subjects (None where there are none) and mean training loss
+            since the last entry, for each scoring.
+        best: Step and score of the scoring whose weights are kept.
+        weights: State of the model at that scoring, on the CPU.
+        seconds: Seconds spent on steps, reading included.
+        waited: Seconds spent on reading.
         scoring: Seconds spent on validation.
-        flops: Of one step.
+        flops: Floating-point operations of one step.
+        losses: Training losses since the last scoring.
     """
 
     lr: float
@@ -77,29 +78,30 @@ class Trial:
 
     @property
     def value(self) -> float:
-        """The validation score of the weights kept; NaN without validation subjects."""
-        found = self.best.get("score")
-        return math.nan if found is None else float(found)
+        """Validation score of the weights kept; NaN without validation subjects."""
+        score = self.best.get("score")
+        return math.nan if score is None else float(score)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training needs beside the model.
+    """Settings and data of a training.
 
     Attributes:
-        benchmark: Scores.
+        benchmark: Benchmark that scores the predictions.
+        task: Downstream task to learn.
         train: Volumes to train on.
         val: Volumes to choose the step on; may be empty.
-        options: Of the frame.
-        seed: Everything random follows from it.
-        device: Where it runs.
-        name: Of the job, for messages.
-        folder: For checkpoints; None for none.
-        say: Told what a person should know.
+        options: Options of the command, resolved.
+        seed: Seed of everything random in the training.
+        device: Device that trains.
+        name: Name of the job, for messages.
+        folder: Folder of the checkpoints; None for no checkpoints.
+        say: Function that prints a message.
     """
 
     benchmark: Benchmark
-    learned: FinetuneTask
+    task: FinetuneTask
     train: Collection
     val: Collection
     options: FinetuneOptions
@@ -111,12 +113,12 @@ class TrainingPlan:
 
     @property
     def batch_size(self) -> int:
-        """Volumes per step: no more than there are."""
+        """Number of volumes per step, no larger than the training part."""
         return min(self.options.batch_size, len(self.train))
 
     @property
     def total(self) -> int:
-        """Steps."""
+        """Number of steps of the training."""
         return self.options.steps or self.options.epochs * -(-len(self.train) // self.batch_size)
 
 
@@ -124,7 +126,7 @@ class Diverged(TrainingError):
     """The loss is no longer a number.
 
     Attributes:
-        trial: As far as it came.
+        trial: Training up to that step.
     """
 
     def __init__(self, message: str, trial: Trial):
@@ -133,11 +135,11 @@ class Diverged(TrainingError):
 
 
 def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[nn.Module, Trial]:
-    """Trains with one learning rate; the model comes back with the weights kept.
+    """Train with one learning rate and return the model with the weights kept.
 
     Args:
-        plan: See there.
-        make: Gives the encoder to start from, always the same.
+        plan: Settings and data of the training.
+        make: Function that returns the encoder to start from, always the same.
         lr: Peak learning rate.
 
     Raises:
@@ -145,8 +147,7 @@ def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[n
         TrainingError: A batch norm sees a single number per channel.
     """
     options = plan.options
-    work = plan.learned
-    model = build(work, make(), plan.train, plan.seed, plan.device)
+    model = build(plan.task, make(), plan.train, plan.seed, plan.device)
     frozen = freeze(model, options.freeze, options.freeze_norm)
     optimizer = optimizer_of(model, options)
     trial = Trial(lr, plan.total)
@@ -161,13 +162,13 @@ def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[n
 
 
 def build(
-    work: FinetuneTask, encoder: Encoder, data: Collection, seed: int, device: torch.device
+    task: FinetuneTask, encoder: Encoder, data: Collection, seed: int, device: torch.device
 ) -> nn.Module:
-    """The model around an encoder; new weights follow from the seed, whatever drew numbers before."""
+    """Build the model around an encoder; new weights follow from the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
-        model = work.model(encoder, data)
-    work.start(model, data)
+        model = task.model(encoder, data)
+    task.start(model, data)
     model.to(device)
     layout = memory_format(_inner(encoder), device)
     if layout is not torch.contiguous_format:
@@ -176,8 +177,8 @@ def build(
 
 
 def _inner(encoder: Encoder) -> Encoder:
-    found: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder
-    return found
+    inner: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder
+    return inner
 
 
 def _run(
@@ -193,20 +194,20 @@ def _run(
     workers = options.workers if options.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = Loader(
         plan.train,
-        {"finetune": (_Drawing, plan.learned)},  # type: ignore[dict-item]
+        {"finetune": (_Drawing, plan.task)},  # type: ignore[dict-item]
         plan.batch_size,
         seed=seed_of(plan.seed, "order"),
         workers=workers,
         start_step=trial.step,
         steps=trial.total,
         balance=False,
-        on_set_aside=lambda name, reason: plan.say(f"{plan.name}: set aside: {name}: {reason}"),
+        on_set_aside=lambda name, reason: plan.say(f"{plan.name}: volume {name} is set aside: {reason}"),
     )
     if trial.step == 0 and 0 in points and not trial.curve:
         _score(plan, model, trial)
     set_training(model, frozen)
     saved = began = time.perf_counter()
-    going = _Going(plan, trial)
+    progress = _Progress(plan, trial)
     for batch in loader:
         trial.waited += batch.waited
         for group in optimizer.param_groups:
@@ -235,27 +236,27 @@ def _run(
         ):
             _save(path, trial, model, optimizer)
             saved = time.perf_counter()
-        going.step(value, now - began)
+        progress.step(value, now - began)
         began = time.perf_counter()
 
 
-class _Going:
-    """Says on stderr how far a training is, where it takes long; nothing of it is recorded."""
+class _Progress:
+    """Lines on stderr about the progress of a long training; no record has them."""
 
     def __init__(self, plan: TrainingPlan, trial: Trial):
         self._plan, self._trial, self._first = plan, trial, trial.step
-        self._began = self._told = time.perf_counter()
+        self._began = self._printed = time.perf_counter()
         self._losses: list[float] = []
         self._seconds = 0.0
 
     def step(self, loss: float, seconds: float) -> None:
-        """After each step: a line, if the last is long ago and there are steps to come."""
+        """Print a line after a step, if the last is long ago and there are steps to come."""
         self._losses.append(loss)
         self._seconds += seconds
         now, trial = time.perf_counter(), self._trial
-        if now - self._told < TOLD_EVERY or trial.step >= trial.total:
+        if now - self._printed < REPORT_EVERY or trial.step >= trial.total:
             return
-        # All that went by, scoring too: of that there is more to come as well.
+        # The time that went by includes scoring, since more scoring is to come as well.
         left = (now - self._began) / (trial.step - self._first) * (trial.total - trial.step)
         count = len(self._losses)
         print(
@@ -264,14 +265,14 @@ class _Going:
             file=sys.stderr,
             flush=True,
         )
-        self._told, self._losses, self._seconds = now, [], 0.0
+        self._printed, self._losses, self._seconds = now, [], 0.0
 
 
 LONE_HELP = "--freeze-norm or, of volumes of several shapes, --classification.pad true"
 
 
 def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:
-    """Loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
+    """Return the loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
     from torch.utils.flop_counter import FlopCounterMode
 
     count = sum(len(group.rows) for group in groups)
@@ -279,11 +280,11 @@ def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Tr
     counter = None if trial.flops else FlopCounterMode(display=False)
     with counter or contextlib.nullcontext():
         for group in groups:
-            # The same numbers for a row, whichever group it is in.
+            # A row draws the same numbers, whichever group it is in.
             rng = BatchRng(seed_of(plan.seed, "views", trial.step), group.rows, group.total, plan.device)
             lone = lone_values(plan.name, len(group.rows), LONE_HELP)
             with autocast(plan.device, plan.options.precision), lone:
-                loss, _ = plan.learned.loss(model, group.tensors, rng)
+                loss, _ = plan.task.loss(model, group.tensors, rng)
             part = loss.float() * (len(group.rows) / count)
             part.backward()
             total += float(part.detach())
@@ -293,11 +294,11 @@ def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Tr
 def predict(
     plan: TrainingPlan, model: nn.Module, data: Collection, choosing: bool = False
 ) -> list[dict[str, Any]]:
-    """Predictions of volumes, each with who it is; `choosing` sees no more labels than training."""
+    """Predict volumes, and name each in its row; with `choosing`, by no more labels than training sees."""
     model.eval()
-    work = plan.learned
+    task = plan.task
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
-        rows = (work.predict_for_choosing if choosing else work.predict_all)(model, data)
+        rows = (task.predict_for_choosing if choosing else task.predict_all)(model, data)
     about = zip(data.datasets, data.subjects, data.ids, strict=True)
     return [
         {"dataset": str(dataset), "subject": str(subject), "id": str(name), **row}
@@ -319,7 +320,7 @@ def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
         }
     )
     trial.losses = []
-    # Of equal scores the later: it has been trained more. A score that is none is no reason to stay.
+    # Of equal scores the later one counts: it was trained longer. A NaN never replaces a score.
     before = trial.best.get("score")
     better = before is None or (math.isfinite(value) and value >= before)
     if plan.options.keep == "last":
@@ -331,33 +332,33 @@ def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
 
 
 class _Drawing:
-    """Lets the toolkit's loader draw for a task, in place of a proxy."""
+    """Adapter by which the toolkit's loader draws for a task, in place of a proxy."""
 
     @staticmethod
-    def draw(work: FinetuneTask, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One training example."""
-        return work.draw(volume, rng)
+    def draw(task: FinetuneTask, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Draw one training example."""
+        return task.draw(volume, rng)
 
 
 def scoring_steps(points: Sequence[float], total: int) -> set[int]:
-    """Shares of the steps (at most 1) or steps, as steps; the last one is always among them.
+    """Convert shares of the steps (at most 1) or steps to steps; the last one is always among them.
 
     >>> sorted(scoring_steps((0.001, 0.5, 7), 10))
     [1, 5, 7, 10]
     """
-    found = {total}
+    steps = {total}
     for point in points:
         if point == 0:
-            found.add(0)
+            steps.add(0)
         elif point <= 1:
-            found.add(max(1, round(point * total)))
+            steps.add(max(1, round(point * total)))
         elif point <= total:
-            found.add(int(point))
-    return found
+            steps.add(int(point))
+    return steps
 
 
 def rate(step: int, total: int, peak: float, options: FinetuneOptions) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then as the schedule falls."""
+    """Return the learning rate of a step (from 0): linear warm-up, then the fall of the schedule."""
     rising = round(options.warmup * total)
     if step < rising:
         return peak * (step + 1) / rising
@@ -376,21 +377,21 @@ def rate(step: int, total: int, peak: float, options: FinetuneOptions) -> float:
 
 
 def stages_of(encoder: Encoder) -> dict[str, int]:
-    """Stage of every parameter of an encoder, by name: the first feature map that depends on it.
+    """Find the stage of every parameter of an encoder, by name: the first feature map that depends on it.
 
-    Found by differentiating each map, so it holds for any encoder. What no map depends on (an
-    aggregator) counts as beyond the last stage.
+    Each map is differentiated, so this holds for any encoder. Parameters that no map depends on (those of
+    an aggregator) count as beyond the last stage.
     """
     inner = _inner(encoder)
     prefix = "encoder." if inner is not encoder else ""
     count = len(inner.strides)
-    found = {name: count for name, _ in encoder.named_parameters()}
+    stages = {name: count for name, _ in encoder.named_parameters()}
     named = [(prefix + name, parameter) for name, parameter in inner.named_parameters()]
     modes = [(part, part.training) for part in inner.modules()]
     wanted = [parameter.requires_grad for _, parameter in named]
     device = named[0][1].device
-    # A volume, whatever the depth of the data: of an image some kernels see nothing. Two cells of the
-    # deepest map: of one, instance norm makes nothing.
+    # The input is a volume, whatever the depth of the data: some kernels see nothing of an image. The
+    # deepest map has two cells, since instance norm makes zeros of a single one.
     size = [max(step, 8) * cells for step, cells in zip(inner.strides[-1], (1, 1, 2), strict=True)]
     inner.eval()
     try:
@@ -405,40 +406,40 @@ def stages_of(encoder: Encoder) -> dict[str, int]:
                 )
                 for (name, _), gradient in zip(named, reached, strict=True):
                     if gradient is not None:
-                        found[name] = stage
+                        stages[name] = stage
     finally:
         for (_, parameter), needed in zip(named, wanted, strict=True):
             parameter.requires_grad_(needed)
         for part, training in modes:
             part.training = training
-    return found
+    return stages
 
 
 def check_freeze(encoder: Encoder, asked: str) -> None:
-    """Raises a UsageError where an encoder has fewer stages than shall be frozen."""
+    """Raise a UsageError where an encoder has fewer stages than shall be frozen."""
     count = len(_inner(encoder).strides)
     if asked.isdigit() and int(asked) > count:
         raise UsageError(f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all")
 
 
 def encoders_of(model: nn.Module) -> list[Encoder]:
-    """The model's `encoder`, and that of every other stage: a coarse one begins with a copy."""
-    found: list[Encoder] = []
+    """List the encoders in a model: its `encoder`, and the copy that a coarse stage has."""
+    encoders: list[Encoder] = []
     above: list[str] = []
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "encoder" and not any(name.startswith(one) for one in above):
+        if name.rpartition(".")[2] == "encoder" and not any(name.startswith(prefix) for prefix in above):
             above.append(f"{name}.")  # an aggregator's encoder is part of it
-            found.append(module)
-    return found
+            encoders.append(module)
+    return encoders
 
 
 def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
-    """Stops parameters of the encoders from training; gives the modules that stay in evaluation mode.
+    """Freeze parameters of the encoders and return the modules that stay in evaluation mode.
 
     Args:
-        model: With its `encoder`, and others of that name in it.
-        asked: none, all, or the first so many stages.
-        norms: Whether the encoder's batch norms stay as they are too.
+        model: Model with its `encoder`, and perhaps others of that name in it.
+        asked: Stages to freeze: none, all, or a number of first stages.
+        norms: Whether the batch norms of the encoder are frozen too.
     """
     return [module for encoder in encoders_of(model) for module in _freeze(encoder, asked, norms)]
 
@@ -466,14 +467,14 @@ def _freeze(encoder: Encoder, asked: str, norms: bool) -> list[nn.Module]:
 
 
 def set_training(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
-    """Training mode for all but what is frozen: its norm statistics stay too."""
+    """Set training mode for all but the frozen modules, whose norm statistics stay too."""
     model.train()
     for module in frozen:
         module.eval()
 
 
 def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay.
+    """Group the trainable parameters by learning rate and weight decay.
 
     The head has the full learning rate (`scale` 1), the encoder's last stage `layer_decay` of it, each
     stage before it `layer_decay` of the next. Biases, norms and other vectors are not decayed.
@@ -498,7 +499,7 @@ def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) 
 
 
 def optimizer_of(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
-    """The optimizer; learning rates are set at every step."""
+    """Build the optimizer, whose learning rates are set at every step."""
     groups: list[dict[str, Any]] = [
         {key: value for key, value in group.items() if key != "names"}
         for group in parameter_groups(model, options.layer_decay, options.weight_decay)
@@ -512,7 +513,7 @@ def optimizer_of(model: nn.Module, options: FinetuneOptions) -> torch.optim.Opti
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Hash of a model's weights and buffers."""
+    """Hash the weights and buffers of a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
@@ -546,25 +547,25 @@ def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opt
 def _resume(
     path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan
 ) -> None:
-    """Takes up a checkpoint, if there is one and it can be read."""
+    """Restore a checkpoint, if there is one and it can be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-        plan.say(f"{plan.name}: {path} cannot be read; starting at step 0")
+        plan.say(f"{plan.name}: {path} cannot be read; the training starts at step 0")
         return
     if state.get("format") != FORMAT or state["trial"]["total"] != trial.total:
-        plan.say(f"{plan.name}: {path} is of another training; starting at step 0")
+        plan.say(f"{plan.name}: {path} belongs to another training; this one starts at step 0")
         return
     if state["threads"] != torch.get_num_threads():
         plan.say(
-            f"{plan.name}: begun with {state['threads']} threads, goes on with {torch.get_num_threads()}: "
-            "sums may differ in their last bits"
+            f"{plan.name}: the training began with {state['threads']} threads and goes on with "
+            f"{torch.get_num_threads()}, so sums may differ in their last bits"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for key, value in state["trial"].items():
         setattr(trial, key, value)
     if trial.step < trial.total:
-        plan.say(f"{plan.name}: goes on at step {trial.step} of {trial.total}")
+        plan.say(f"{plan.name}: the training goes on at step {trial.step} of {trial.total}")

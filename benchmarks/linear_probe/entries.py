@@ -19,7 +19,7 @@ from ssl3d_benchmarks.contestants import (
     untrained,
     with_norm,
 )
-from ssl3d_benchmarks.task import Fold, Task
+from ssl3d_benchmarks.task import Fold, SplitData
 
 if TYPE_CHECKING:
     from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
@@ -48,7 +48,7 @@ def contestants(options: FrozenEncoderOptions) -> list[Entry]:
     return trained + [entry for rows in beside.values() for entry in rows] + trivial_entries()
 
 
-def build(entry: Entry, task: Task, fold: Fold, options: FrozenEncoderOptions) -> Contestant:
+def build(entry: Entry, task: SplitData, fold: Fold, options: FrozenEncoderOptions) -> Contestant:
     """Build the contestant, with norm statistics of this fold's training volumes if asked for."""
     if entry.make is None:
         return trivial_contestant(entry, task.config.mask_classes if entry.name != "pooled voxels" else ())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
     from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
     from ssl3d_benchmarks.table import Row
-    from ssl3d_benchmarks.task import Task
+    from ssl3d_benchmarks.task import SplitData
 
 Array = NDArray[Any]
 
@@ -26,7 +26,7 @@ PEOPLE = 3
 def draw(
     rows: Sequence[Row],
     benchmark: LinearProbe,
-    task: Task,
+    task: SplitData,
     entries: Sequence[Entry],
     options: FrozenEncoderOptions,
 ) -> list[Path]:
@@ -46,7 +46,7 @@ def draw(
 
 
 def _draw(
-    entry: Entry, benchmark: LinearProbe, task: Task, options: FrozenEncoderOptions, path: Path
+    entry: Entry, benchmark: LinearProbe, task: SplitData, options: FrozenEncoderOptions, path: Path
 ) -> None:
     from ssl3d_benchmarks.linear_probe.entries import build
 

@@ -38,18 +38,18 @@ from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
 from ssl3d_benchmarks.linear_probe.table import format_table
 from ssl3d_benchmarks.table import Row
 from ssl3d_benchmarks.task import (
-    Job,
-    Task,
+    SplitData,
+    TrainingSubset,
     check_numbers,
     class_names,
     find_target,
     headline,
-    jobs,
     known_label,
     mask_names,
     mask_values,
     say,
     split_up,
+    training_subsets,
 )
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
 
@@ -88,7 +88,7 @@ def run(options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe
 
 def make_task(
     data: Collection, options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe
-) -> Task:
+) -> SplitData:
     """Find the target, leave out the volumes that have none, and split the rest.
 
     Raises:
@@ -144,7 +144,7 @@ def _none(data: Collection) -> tuple[str, ...]:
 
 
 def score_entry(
-    entry: Entry, benchmark: LinearProbe, task: Task, options: FrozenEncoderOptions
+    entry: Entry, benchmark: LinearProbe, task: SplitData, options: FrozenEncoderOptions
 ) -> list[Row]:
     """Score one contestant on every fraction and repeat, or read the records that exist already."""
     if benchmark.target == "masks" and entry.make is None:
@@ -152,7 +152,7 @@ def score_entry(
             return []
         entry = replace(entry, name="intensities and position")
     repeats = options.repeats or (5 if task.config.target == "masks" else 20)
-    subsets = list(jobs(task, options.fractions, repeats, options.seed))
+    subsets = list(training_subsets(task, options.fractions, repeats, options.seed))
     built = [build(entry, task, fold, options) for fold in task.folds[:1]]
     # Every fold has its own norm statistics; the record's digest covers them all.
     several = entry.recalibrate and len(task.folds) > 1
@@ -177,7 +177,7 @@ def score_entry(
         for position, job in enumerate(subsets):
             if records[position]:
                 continue
-            train, val = job.subsets[number]
+            train, val = job.folds[number]
             fit, choose, test = (task.data.select(np.flatnonzero(rows)) for rows in (train, val, fold.test))
             parts[position].append(benchmark.score(own, fit, choose, test, options.seed))
     for position, result in enumerate(results):
@@ -197,12 +197,16 @@ def score_entry(
 
 
 def _record(
-    contestant: Contestant, benchmark: LinearProbe, task: Task, job: Job, options: FrozenEncoderOptions
+    contestant: Contestant,
+    benchmark: LinearProbe,
+    task: SplitData,
+    job: TrainingSubset,
+    options: FrozenEncoderOptions,
 ) -> Result:
     fraction = job.fraction
     subset = "all" if fraction == 1 else f"{fraction:g} of the training subjects, nested"
     settings = {**dataclasses.asdict(task.config), "fractions": subset}
-    return record(contestant, benchmark, benchmark.task_version, task, job, options.seed, settings)
+    return record(contestant, benchmark, task, job, options.seed, settings)
 
 
 def _progress(name: str) -> Callable[[int, int], None] | None:

@@ -1,4 +1,4 @@
-"""Predicted boxes written for other programs: JSON and CSV, in the scanner's coordinates."""
+"""Files of predicted boxes for other programs: JSON and CSV, in the scanner's coordinates."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ Array = NDArray[Any]
 def write_boxes(
     path: Path, volume: Volume, boxes: Array, scores: Array, labels: Array, classes: Sequence[str]
 ) -> Path:
-    """Writes boxes as JSON to `path`, and as CSV beside it.
+    """Write boxes as JSON to `path`, and as CSV beside it, and return `path`.
 
-    Per box: `score`, `label`, `voxels` (z1 y1 x1 z2 y2 x2 on the stored grid, upper corner exclusive),
-    and in mm of the scanner (RAS+): `centre`, `size` along the stored axes D H W, `low` and `high` of the
-    smallest upright box round it. `box` is centre and upright size, x y z w h d, as MONAI's LUNA16 lists
-    have it. A scan without a known orientation has coordinates along its own axes: `space` says so.
-
-    Returns:
-        `path`.
+    Each box has `score`, `label` and `voxels` (z1 y1 x1 z2 y2 x2 on the stored grid, upper corner
+    exclusive), and in mm of the scanner (RAS+) `centre`, `size` along the stored axes D H W, and `low` and
+    `high` of the smallest upright box round it. `box` is centre and upright size, x y z w h d, the form of
+    MONAI's LUNA16 lists. A scan without a known orientation has coordinates along its own axes; `space`
+    says so.
     """
     matrix = np.asarray(volume.affine, dtype=np.float64)
     entries: list[dict[str, Any]] = []
@@ -69,11 +67,11 @@ def write_boxes(
 
 
 def to_mm(affine: Array, box: Array) -> Array:
-    """The eight corners of a box in voxels, (8, 3) mm; the affine is of the voxels' middles."""
+    """Convert a box in voxels to its eight corners, (8, 3) mm; the affine maps the middles of voxels."""
     ends = [(box[axis] - 0.5, box[axis + 3] - 0.5) for axis in range(3)]
     corners = np.array(list(itertools.product(*ends)))
-    found: Array = corners @ affine[:3, :3].T + affine[:3, 3]
-    return found
+    moved: Array = corners @ affine[:3, :3].T + affine[:3, 3]
+    return moved
 
 
 def _rounded(values: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Detections beside the truth, and FROC curves."""
+"""Pictures of detections beside the truth, and of FROC curves."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _SHOWN = 5  # detections of a volume that are drawn at most
 
 
 def detection_picture(
-    volumes: Sequence[Volume], truths: Sequence[Array], found: Sequence[Any], scores: DetectionScores
+    volumes: Sequence[Volume], truths: Sequence[Array], detections: Sequence[Any], scores: DetectionScores
 ) -> Figure:
-    """Per volume the slice through its largest object with truth and detections; the FROC curve of all.
+    """Draw truth and detections on the slice through each volume's largest object, and the FROC curve.
 
     Args:
-        volumes: Whose first channel is shown.
-        truths: Boxes (n, 6) of each.
-        found: `boxes`, `scores` and `labels` of each.
-        scores: Of all rows.
+        volumes: Volumes to show, by their first channel.
+        truths: True boxes (n, 6) of each volume.
+        detections: Predicted `boxes`, `scores` and `labels` of each volume.
+        scores: Scores over all test volumes.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -38,8 +38,8 @@ def detection_picture(
     panels = figure.subplots(1, len(volumes) + 1, squeeze=False, width_ratios=[2.6] * len(volumes) + [3.4])[
         0
     ]
-    for panel, volume, boxes, one in zip(panels, volumes, truths, found, strict=False):
-        _slice(panel, volume, boxes, one)
+    for panel, volume, boxes, predicted in zip(panels, volumes, truths, detections, strict=False):
+        _slice(panel, volume, boxes, predicted)
     draw_froc(panels[-1], {"": scores})
     handles = [Patch(color=_TRUE, label="truth"), Patch(color=_FOUND, label="detected, with score")]
     figure.legend(handles=handles, loc="outside lower left", ncol=2, fontsize=8, frameon=False)
@@ -47,7 +47,7 @@ def detection_picture(
 
 
 def froc_picture(curves: Mapping[str, DetectionScores]) -> Figure:
-    """FROC curves of several contestants in one panel."""
+    """Draw the FROC curves of several contestants in one panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
@@ -56,7 +56,7 @@ def froc_picture(curves: Mapping[str, DetectionScores]) -> Figure:
 
 
 def draw_froc(panel: Axes, curves: Mapping[str, DetectionScores]) -> None:
-    """Sensitivity against false positives per scan, one line per name, and the CPM of each."""
+    """Draw sensitivity against false positives per scan, a line and the CPM for each name."""
     for name, scores in curves.items():
         wrong, caught, _ = scores.froc_curve()
         cpm = float(scores.froc().cpm[0])
@@ -76,10 +76,10 @@ def draw_froc(panel: Axes, curves: Mapping[str, DetectionScores]) -> None:
     panel.legend(fontsize=7, loc="lower right")
 
 
-def _slice(panel: Axes, volume: Volume, boxes: Array, found: Any) -> None:
+def _slice(panel: Axes, volume: Volume, boxes: Array, predicted: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    pick = boxes if len(boxes) else found.boxes
+    pick = boxes if len(boxes) else predicted.boxes
     at = volume.shape[1] // 2
     if len(pick):
         largest = pick[int((pick[:, 3:] - pick[:, :3]).prod(axis=1).argmax())]
@@ -87,7 +87,7 @@ def _slice(panel: Axes, volume: Volume, boxes: Array, found: Any) -> None:
     image = volume.read((at, 0, 0), (1, *volume.shape[2:]))[0, 0].numpy()
     low, high = np.percentile(image, (1, 99.5))
     _, y, x = volume.spacing
-    # In patient space rows run upwards: anterior is on top; pictures begin at their top.
+    # In patient space rows run upwards, so that anterior is on top; pictures begin at their top.
     origin = "upper" if volume.orientation == "unknown" else "lower"
     panel.imshow(image, "gray", vmin=low, vmax=high, origin=origin, aspect=y / x)  # type: ignore[arg-type]
 
@@ -109,14 +109,14 @@ def _slice(panel: Axes, volume: Volume, boxes: Array, found: Any) -> None:
     for box in boxes:
         if box[0] <= at < box[3]:
             draw(box, _TRUE, "-")
-    here = [n for n, box in enumerate(found.boxes) if box[0] <= at + 0.5 < box[3]][:_SHOWN]
+    here = [n for n, box in enumerate(predicted.boxes) if box[0] <= at + 0.5 < box[3]][:_SHOWN]
     for n in here:
-        alpha = 0.25 + 0.75 * min(float(found.scores[n]), 1.0)  # unsure ones are pale
-        draw(found.boxes[n], _FOUND, "--", alpha)
+        alpha = 0.25 + 0.75 * min(float(predicted.scores[n]), 1.0)  # unsure ones are pale
+        draw(predicted.boxes[n], _FOUND, "--", alpha)
         panel.text(
-            found.boxes[n][5],
-            found.boxes[n][4],
-            f"{found.scores[n]:.2f}",
+            predicted.boxes[n][5],
+            predicted.boxes[n][4],
+            f"{predicted.scores[n]:.2f}",
             color=_FOUND,
             fontsize=6,
             alpha=alpha,

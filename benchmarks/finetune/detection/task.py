@@ -1,4 +1,4 @@
-"""Fine-tuning for detection: boxes of objects in volumes and images; FROC and average precision."""
+"""Fine-tuning for detection: boxes of objects, scored by FROC and average precision."""
 
 from __future__ import annotations
 
@@ -58,30 +58,31 @@ USUAL = 50
 
 @dataclass
 class DetectionConfig(BoxViews3d):
-    """Options of detection. Those of augmentation act on image and boxes alike.
+    """Options of detection; those of augmentation act on image and boxes alike.
 
     Attributes:
-        model: retinanet (one stage, MONAI's parts), faster-rcnn (two stages), both for volumes and
-            images; faster-rcnn-2d (two stages, torchvision's parts) for images.
-        boxes: Where boxes come from: stored with the data (COCO, CSV or MONAI JSON lists when it was
-            prepared, phantoms), or the connected components of the masks.
-        one_class: Count all objects as one class.
+        model: Detector: retinanet (one stage, parts of MONAI) or faster-rcnn (two stages), both for volumes
+            and images; faster-rcnn-2d (two stages, parts of torchvision) for images.
+        boxes: Source of the boxes: stored with the data (phantoms, or prepared from COCO, CSV or MONAI JSON
+            lists), or the connected components of the masks.
+        one_class: Whether all objects count as one class.
         min_voxels: Smallest component of a mask that is an object, voxels.
-        patch: Voxels D H W of training crops and prediction windows; no larger than the largest volume.
+        patch: Size D H W of training crops and prediction windows, voxels; no larger than the largest
+            volume.
         scored_crop: Height and width of the part of each image that is predicted and scored, at a place
-            that follows from the image's name; 0 0 for all of it. For data whose objects lie in the
+            drawn from the image's name; 0 0 for the whole image. For data whose objects lie in the
             middle of every image.
-        channels: Width of the pyramid and of the heads on it.
-        anchors: Anchor shapes per place (in 3D), found from the training boxes.
-        cells: Cells of its level that an object spans per axis, about (in 3D).
+        channels: Number of channels of the feature pyramid and of the heads on it.
+        anchors: Number of anchor shapes per place, found from the training boxes (in 3D).
+        cells: Approximate number of cells of its pyramid level that an object spans per axis (in 3D).
         overlap: Share of a prediction window that the next one covers too.
-        windows: Windows predicted at a time.
-        merge: What becomes of boxes that several windows have of one object: nms (the best stays) or
-            clusters (their weighted mean, as nnDetection has it).
-        merge_iou: Overlap above which two boxes of a class are of one object.
-        least_score: Least score of a box that is kept.
-        detections: Most boxes of a volume.
-        froc_iou: Least overlap with an object to have found it, in the FROC scores.
+        windows: Number of windows predicted at a time.
+        merge: Merging of the boxes that several windows predict of one object: nms (the best box is kept)
+            or clusters (their weighted mean, as in nnDetection).
+        merge_iou: Overlap (IoU) above which two boxes of a class belong to one object.
+        least_score: Smallest score of a box that is kept.
+        detections: Largest number of boxes per volume.
+        froc_iou: Smallest overlap (IoU) with an object that counts as a hit in the FROC scores.
     """
 
     model: Literal["retinanet", "faster-rcnn", "faster-rcnn-2d"] = "retinanet"
@@ -102,7 +103,7 @@ class DetectionConfig(BoxViews3d):
     froc_iou: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         for name, known in (
             ("model", ("retinanet", "faster-rcnn", "faster-rcnn-2d")),
@@ -129,24 +130,24 @@ class DetectionConfig(BoxViews3d):
 
 
 class Objects(NamedTuple):
-    """The truth of one volume.
+    """True objects of one volume.
 
     Attributes:
-        boxes: (n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels.
-        labels: (n,) int64, class indices.
+        boxes: Boxes (n, 6) float32, z1 y1 x1 z2 y2 x2 in voxels.
+        labels: Class indices (n,) int64.
     """
 
     boxes: Array
     labels: Array
 
 
-class Found(NamedTuple):
-    """What is predicted in one volume, or in the part of it that is scored.
+class Predicted(NamedTuple):
+    """Objects predicted in one volume, or in the part of it that is scored.
 
     Attributes:
-        boxes: (n, 6), in voxels of the volume, the surest first.
-        scores: (n,).
-        labels: (n,), class indices.
+        boxes: Boxes (n, 6) in voxels of the volume, by falling score.
+        scores: Scores (n,) from 0 to 1.
+        labels: Class indices (n,).
     """
 
     boxes: Array
@@ -157,12 +158,12 @@ class Found(NamedTuple):
 class Detection(FinetuneTask):
     """Detection of objects: a box, a class and a score for each.
 
-    Crops, most of them with an object, augmented with their boxes; prediction by overlapping windows whose
-    boxes are merged. The main score, `cpm`, is the mean sensitivity at 1/8 to 8 false positives per scan
-    (an overlap of .1 is a hit); `ap_0.1` to `ap_0.5` are average precisions over all points, means over
-    classes. A scan is a volume or an image.
+    Training sees crops, most of them with an object, augmented with their boxes. Overlapping windows
+    predict a volume, and their boxes are merged. The main score, `cpm`, is the mean sensitivity at 1/8 to 8
+    false positives per scan (an overlap of 0.1 is a hit); `ap_0.1` to `ap_0.5` are average precisions over
+    all points, averaged over classes. A scan is a volume or an image.
 
-    The trivial row *usual places* knows where objects lie in the training volumes, and nothing else.
+    The trivial row *usual places* knows the places of objects in the training volumes, and nothing else.
     """
 
     Config = DetectionConfig
@@ -204,14 +205,14 @@ class Detection(FinetuneTask):
     config: DetectionConfig
 
     def __init__(self, config: DetectionConfig, data: Collection) -> None:
-        """Finds the objects of every volume and plans the anchors' levels.
+        """Find the objects of every volume and their classes.
 
         Raises:
             DataError: No volume has an object, or the model takes images only.
         """
         self.config, self.target = config, "boxes"
-        found = {volume.index: _objects(config, volume) for volume in data}
-        values = sorted({int(value) for one in found.values() for value in one.labels})
+        objects = {volume.index: _objects(config, volume) for volume in data}
+        values = sorted({int(value) for own in objects.values() for value in own.labels})
         if not values:
             raise DataError(
                 f"the {len(data)} volumes hold no object: none of their boxes lists has an entry"
@@ -229,16 +230,16 @@ class Detection(FinetuneTask):
         self.classes = ("object",) if config.one_class else _class_names(data, values)
         index = {value: n for n, value in enumerate(values)}
         self.objects: dict[int, Objects] = {}
-        for number, one in found.items():
-            kinds = [0 if config.one_class else index[int(value)] for value in one.labels]
-            self.objects[number] = Objects(one.boxes, np.array(kinds, np.int64))
+        for number, own in objects.items():
+            kinds = [0 if config.one_class else index[int(value)] for value in own.labels]
+            self.objects[number] = Objects(own.boxes, np.array(kinds, np.int64))
         self.patch: Triple = patch_within(config.patch, data)
         if config.model == "faster-rcnn" and ((depths == 1).any() or self.patch[0] == 1):
             self.version = 2  # the level that a box of an image is read from followed from its depth too
         self._check_patch(data)
 
     def _check_patch(self, data: Collection) -> None:
-        """Raises a DataError where no crop holds enough of any object for it to be asked for."""
+        """Raise a DataError where no crop holds enough of any object for it to be learned."""
         c = self.config
         shares = []
         for volume in data:
@@ -261,21 +262,21 @@ class Detection(FinetuneTask):
 
     @classmethod
     def known(cls, config: DetectionConfig, data: Collection) -> NDArray[np.bool_]:
-        """Which volumes somebody looked for objects in, though there may be none."""
-        found = np.asarray(data.has_mask if config.boxes == "masks" else data.has_boxes, dtype=bool)
-        if not found.any():
+        """Return a mask (N,) of the volumes that have a list of boxes, empty or not."""
+        searched = np.asarray(data.has_mask if config.boxes == "masks" else data.has_boxes, dtype=bool)
+        if not searched.any():
             other = data.has_mask if config.boxes == "stored" else data.has_boxes
             hint = (
-                "; --detection.boxes " + ("masks" if config.boxes == "stored" else "stored")
+                "; use --detection.boxes " + ("masks" if config.boxes == "stored" else "stored")
                 if other.any()
                 else "; prepare them with a COCO, CSV or MONAI JSON list of boxes beside them"
             )
-            what = "mask" if config.boxes == "masks" else "list of boxes"
-            raise DataError(f"none of the {len(data)} volumes has a {what}{hint}")
-        return found
+            source = "mask" if config.boxes == "masks" else "list of boxes"
+            raise DataError(f"none of the {len(data)} volumes has a {source}{hint}")
+        return searched
 
     def settings(self) -> dict[str, Any]:
-        """The options, resolved."""
+        """Return the options, with patch and classes resolved."""
         return {
             **dataclasses.asdict(self.config),
             "patch": list(self.patch),
@@ -286,7 +287,7 @@ class Detection(FinetuneTask):
     # Training -------------------------------------------------------------------------------------
 
     def model(self, encoder: Encoder, train: Collection) -> nn.Module:
-        """The detector over the encoder's maps; its levels follow from the training subjects' boxes."""
+        """Build the detector over the encoder's maps, with levels fitted to the training boxes."""
         c = self.config
         boxes = self._boxes_of(train)
         if not len(boxes):
@@ -307,7 +308,7 @@ class Detection(FinetuneTask):
         return TwoStageDetector3d(encoder, plan, TwoStage3dConfig(**common))  # type: ignore[arg-type]
 
     def _config_2d(self, encoder: Encoder, boxes: Array) -> TwoStageConfig:
-        """Levels and anchors that reach down to the smaller of the training boxes."""
+        """Return levels and anchors that reach down to the smaller of the training boxes."""
         c = self.config
         sides = np.sqrt((boxes[:, 4] - boxes[:, 1]) * (boxes[:, 5] - boxes[:, 2]))
         small = float(np.quantile(sides, 0.2))
@@ -327,21 +328,21 @@ class Detection(FinetuneTask):
         )
 
     def start(self, model: nn.Module, train: Collection) -> None:
-        """Anchors of the sizes that the boxes of the training subjects have."""
+        """Set the anchors to the sizes of the boxes of the training subjects."""
         if isinstance(model, RetinaNet3d | TwoStageDetector3d):
             plan: AnchorPlan = model.plan
             shapes = fit_shapes(self._boxes_of(train), plan, self.config.cells)
             model.shapes.copy_(shapes.to(model.shapes.device))
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """A crop `image` (C, d, h, w) with the margin of its augmentation, and the boxes in it."""
+        """Draw a crop `image` (C, d, h, w), with the margin of its augmentation, and the boxes in it."""
         boxes, labels = self.objects[volume.index]
         return draw_boxed3d(self.config, volume, boxes, labels, fit_size(volume, self.patch), rng)
 
     def loss(
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the detector's losses on augmented crops; and each of them."""
+        """Compute the sum of the detector's losses on augmented crops, and each of them."""
         moved = move_boxed3d(self.config, batch, fit_size(batch["image"], self.patch), rng)
         boxes = moved.boxes
         if isinstance(model, TwoStageDetector2d):
@@ -353,7 +354,7 @@ class Detection(FinetuneTask):
     # Prediction -----------------------------------------------------------------------------------
 
     def region(self, volume: Volume) -> tuple[Triple, Triple]:
-        """Start and size of the part of a volume that is scored."""
+        """Return start and size of the part of a volume that is scored."""
         _, depth, height, width = volume.shape
         if tuple(self.config.scored_crop) == (0, 0):
             return (0, 0, 0), (depth, height, width)
@@ -363,7 +364,7 @@ class Detection(FinetuneTask):
         return start, (depth, h, w)
 
     def truth(self, volume: Volume) -> Objects:
-        """The objects in the scored part; those less than `visible` of which lies in it are no objects."""
+        """Return the objects of which at least a share `visible` lies in the scored part."""
         boxes, labels = self.objects[volume.index]
         start, size = self.region(volume)
         low, high = np.array(start * 2), np.add(start, size)
@@ -374,8 +375,8 @@ class Detection(FinetuneTask):
         kept = share >= self.config.visible
         return Objects(cut[kept], labels[kept])
 
-    def detect(self, model: nn.Module, volume: Volume) -> Found:
-        """Boxes of the scored part, window by window."""
+    def detect(self, model: nn.Module, volume: Volume) -> Predicted:
+        """Predict the boxes of the scored part, window by window, and merge them."""
         c = self.config
         start, size = self.region(volume)
         device = next(model.parameters()).device
@@ -387,8 +388,8 @@ class Detection(FinetuneTask):
         for first in range(0, len(places), c.windows):
             some = places[first : first + c.windows]
             crops = [image[:, d : d + window[0], h : h + window[1], w : w + window[2]] for d, h, w in some]
-            for place, one in zip(some, model.detect(torch.stack(crops).to(device)), strict=True):  # type: ignore[operator]
-                own = one.boxes.float().cpu()
+            for place, predicted in zip(some, model.detect(torch.stack(crops).to(device)), strict=True):  # type: ignore[operator]
+                own = predicted.boxes.float().cpu()
                 if own.shape[1] == 4:
                     low, high = own.new_zeros(len(own), 1), own.new_ones(len(own), 1)
                     own = torch.cat([low, own[:, :2], high, own[:, 2:]], dim=1)
@@ -397,8 +398,8 @@ class Detection(FinetuneTask):
                 if c.merge == "nms":
                     kept = _in_core(own, place, ways, window)
                 boxes.append(own[kept])
-                scores.append(one.scores.float().cpu()[kept])
-                labels.append(one.labels.cpu()[kept])
+                scores.append(predicted.scores.float().cpu()[kept])
+                labels.append(predicted.labels.cpu()[kept])
                 seen.append(_covering(own[kept], ways, window))
         joined, sure, kinds = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
         if c.merge == "nms":
@@ -408,17 +409,17 @@ class Detection(FinetuneTask):
             joined, sure, heads = weighted_clusters(joined, sure, c.merge_iou, kinds, torch.cat(seen))
             joined, sure, kinds = joined[: c.detections], sure[: c.detections], kinds[heads][: c.detections]
         moved = joined + joined.new_tensor(start * 2)
-        return Found(moved.numpy().astype(np.float64), sure.numpy().astype(np.float64), kinds.numpy())
+        return Predicted(moved.numpy().astype(np.float64), sure.numpy().astype(np.float64), kinds.numpy())
 
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
-        """Boxes, scores and classes found, and the truth, in voxels of the volume."""
+        """Predict boxes, scores and classes, beside the truth, in voxels of the volume."""
         return self._row(self.detect(model, volume), self.truth(volume))
 
-    def _row(self, found: Found, truth: Objects) -> dict[str, Any]:
+    def _row(self, predicted: Predicted, truth: Objects) -> dict[str, Any]:
         return {
-            "boxes": np.round(found.boxes, 2).tolist(),
-            "scores": [float(f"{score:.5g}") for score in found.scores],
-            "labels": found.labels.tolist(),
+            "boxes": np.round(predicted.boxes, 2).tolist(),
+            "scores": [float(f"{score:.5g}") for score in predicted.scores],
+            "labels": predicted.labels.tolist(),
             "truth": np.round(truth.boxes.astype(np.float64), 2).tolist(),
             "truth_labels": truth.labels.tolist(),
         }
@@ -426,28 +427,28 @@ class Detection(FinetuneTask):
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """`cpm`, `froc_0.125` to `froc_8`, `ap_0.1` to `ap_0.5`, and `ap_0.1` of each class of several."""
+        """Return `cpm`, `froc_0.125` to `froc_8`, `ap_0.1` to `ap_0.5`, and `ap_0.1` of each class."""
         clusters = np.array([f"{row['dataset']}/{row['subject']}" for row in predictions])
         by_overlap = {
             iou: scores_of(predictions, iou, self.config.detections)
             for iou in sorted({*OVERLAPS, self.config.froc_iou})
         }
         froc = by_overlap[self.config.froc_iou]
-        found: dict[str, statistics.Statistic] = {"cpm": lambda weights: froc.froc(weights).cpm}
+        functions: dict[str, statistics.Statistic] = {"cpm": lambda weights: froc.froc(weights).cpm}
         for column, rate in enumerate(RATES):
-            found[f"froc_{rate:g}"] = _sensitivity(froc, column)
+            functions[f"froc_{rate:g}"] = _sensitivity(froc, column)
         for iou in OVERLAPS:
-            found[f"ap_{iou:g}"] = _precision(by_overlap[iou])
+            functions[f"ap_{iou:g}"] = _precision(by_overlap[iou])
         if len(self.classes) > 1:
             lowest = by_overlap[OVERLAPS[0]]
             for kind in lowest.classes:
-                found[f"ap_{OVERLAPS[0]:g}_{self.classes[kind]}"] = _class_precision(lowest, kind)
-        return clusters, found
+                functions[f"ap_{OVERLAPS[0]:g}_{self.classes[kind]}"] = _class_precision(lowest, kind)
+        return clusters, functions
 
     def predict_trivial(
         self, name: str, train: Collection, val: Collection, test: Collection, seed: int
     ) -> list[dict[str, Any]]:
-        """The boxes of the training volumes at their places, stretched; the surer the more agree."""
+        """Predict the boxes of the training volumes at their places, scored by how many agree."""
         if name != "usual places":
             raise NotImplementedError(name)
         places, kinds = [], []
@@ -463,20 +464,20 @@ class Detection(FinetuneTask):
         for volume in test:
             start, size = self.region(volume)
             here = relative[kept] * np.array(size * 2) + np.array(start * 2)
-            row = self._row(Found(here, scores.numpy()[kept], labels[kept]), self.truth(volume))
+            row = self._row(Predicted(here, scores.numpy()[kept], labels[kept]), self.truth(volume))
             rows.append({"dataset": volume.dataset, "subject": volume.subject, "id": volume.id, **row})
         return rows
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
-        """Writes the boxes in the scanner's mm as JSON, and as CSV beside it."""
+        """Write the boxes in the scanner's mm as JSON, and as CSV beside it."""
         from ssl3d_benchmarks.finetune.detection.files import write_boxes
 
-        found = self.detect(model, volume)
+        predicted = self.detect(model, volume)
         folder.mkdir(parents=True, exist_ok=True)
-        return write_boxes(folder / f"{file_name(volume)}.json", volume, *found, self.classes)
+        return write_boxes(folder / f"{file_name(volume)}.json", volume, *predicted, self.classes)
 
     def picture(self, model: nn.Module, data: Collection) -> Any:
-        """The slices with the largest objects of some volumes, truth and detections; the FROC curve."""
+        """Draw truth and detections on slices of some volumes, and the FROC curve of all."""
         from ssl3d_benchmarks.finetune.detection.pictures import detection_picture
 
         of_subject: dict[str, Volume] = {}
@@ -485,17 +486,17 @@ class Detection(FinetuneTask):
                 of_subject.setdefault(f"{volume.dataset}/{volume.subject}", volume)
         shown = (list(of_subject.values()) or list(data))[:4]
         rows = [self.predict(model, volume) for volume in data]
-        found = [self.detect(model, volume) for volume in shown]
+        predicted = [self.detect(model, volume) for volume in shown]
         return detection_picture(
             shown,
             [self.truth(volume).boxes for volume in shown],
-            found,
+            predicted,
             scores_of(rows, self.config.froc_iou, self.config.detections),
         )
 
 
 def scores_of(predictions: Sequence[Mapping[str, Any]], iou: float, limit: int | None) -> DetectionScores:
-    """The detections of rows matched to their truths."""
+    """Match the detections of rows to their truths."""
     return DetectionScores(
         [Detections(row["boxes"], row["scores"], row["labels"]) for row in predictions],
         [Truths(row["truth"], row["truth_labels"]) for row in predictions],
@@ -508,11 +509,14 @@ def scores_of(predictions: Sequence[Mapping[str, Any]], iou: float, limit: int |
 
 
 def _objects(config: DetectionConfig, volume: Volume) -> Objects:
-    """Boxes and values of a volume, as the data has them."""
+    """Read boxes and values of a volume, or find them in its mask."""
     if config.boxes == "stored":
         boxes, labels = volume.boxes, volume.box_labels
         if boxes is None or labels is None:
-            raise DataError(f"{volume.dataset}/{volume.id}: nobody looked for boxes in it")
+            raise DataError(
+                f"{volume.dataset}/{volume.id} has no list of boxes, not even an empty one; prepare it "
+                "with its boxes, or use --detection.boxes masks"
+            )
         solid = (boxes[:, 3:] > boxes[:, :3]).all(axis=1)
         return Objects(boxes[solid], labels[solid])
     mask = volume.read_mask().numpy()
@@ -523,7 +527,7 @@ def _objects(config: DetectionConfig, volume: Volume) -> Objects:
 
 
 def _class_names(data: Collection, values: Sequence[int]) -> tuple[str, ...]:
-    """Names of box labels where the stores know them."""
+    """Return the names of box labels where the stores know them."""
     known: dict[str, str] = {}
     for settings in data.settings:
         for names in (settings.get("box_labels") or {}).values():
@@ -536,9 +540,10 @@ def _class_names(data: Collection, values: Sequence[int]) -> tuple[str, ...]:
 def _in_core(
     boxes: Tensor, place: Sequence[int], ways: Sequence[list[int]], window: Sequence[int]
 ) -> Tensor:
-    """Whether a window is the one that sees a box best: cores meet in the middle of the overlaps.
+    """Return whether a window sees a box best; the cores of windows meet in the middle of the overlaps.
 
-    Two voxels wider than that, so that no object is lost between two windows that place it differently.
+    Cores are two voxels wider than that, so that no object is lost between two windows that place it
+    differently.
     """
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
     kept = torch.ones(len(boxes), dtype=torch.bool)
@@ -552,7 +557,7 @@ def _in_core(
 
 
 def _covering(boxes: Tensor, ways: Sequence[list[int]], window: Sequence[int]) -> Tensor:
-    """How many windows hold the middle of each box, (n,)."""
+    """Count the windows that hold the middle of each box, (n,)."""
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
     count = torch.ones(len(boxes))
     for axis, (starts, length) in enumerate(zip(ways, window, strict=True)):
@@ -563,8 +568,8 @@ def _covering(boxes: Tensor, ways: Sequence[list[int]], window: Sequence[int]) -
 
 
 def _volumes(boxes: Array) -> Array:
-    found: Array = np.clip(boxes[:, 3:] - boxes[:, :3], 0, None).prod(axis=1)
-    return found
+    sizes: Array = np.clip(boxes[:, 3:] - boxes[:, :3], 0, None).prod(axis=1)
+    return sizes
 
 
 def _sensitivity(scores: DetectionScores, column: int) -> statistics.Statistic:

@@ -1,4 +1,4 @@
-"""What of a volume's mask is annotated, and which crops are trained on."""
+"""Annotated slices of masks, and the places of training crops."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Triple = tuple[int, int, int]
 Box = tuple[int, int, int, int, int, int]
 
 SLAB = 32
-"""Slices of a mask read at a time: a whole one of a CT takes a gigabyte."""
+"""Slices of a mask read at a time, since the whole mask of a CT takes a gigabyte."""
 KEPT = 1000
-"""Voxels of each class remembered per volume, to put crops on."""
+"""Voxels of each class that are remembered per volume, to centre crops on."""
 
 
 @dataclass
 class Annotation:
-    """What is known of a volume's mask without reading it again.
+    """Summary of a volume's mask, which spares reading it again.
 
     Attributes:
-        slices: Annotated slices along D, increasing; None where all are.
-        box: Of all annotated objects, in voxels; None where there are none.
-        places: Class index -> some of its annotated voxels (n, 3), int16.
+        slices: Annotated slices along D, increasing; None where all are annotated.
+        box: Box round all annotated objects, in voxels; None where there are none.
+        places: Class index -> sample of its annotated voxels (n, 3), int16.
     """
 
     slices: Array | None
@@ -41,7 +41,12 @@ class Annotation:
 
 
 def mask_values(data: Collection, ignore: int, tell: bool = False) -> tuple[int, ...]:
-    """Values in the masks, sorted, 0 among them, `ignore` not; with `tell` those of one subject are told.
+    """Return the sorted values in the masks, with 0 and without `ignore`.
+
+    Args:
+        data: Volumes with masks.
+        ignore: Mask value of voxels without an annotation.
+        tell: Whether to warn of values that one subject alone has.
 
     Raises:
         DataError: There is background only.
@@ -52,16 +57,16 @@ def mask_values(data: Collection, ignore: int, tell: bool = False) -> tuple[int,
         for _, slab in slabs(volume):
             own |= set(np.unique(slab).tolist())
         each.append(own - {ignore})
-    found = {0}.union(*each) - {ignore}
+    values = {0}.union(*each) - {ignore}
     if tell:
         tell_lone_values(data, each, ", or give --segmentation.classes or --segmentation.ignore")
-    if len(found) == 1:
+    if len(values) == 1:
         raise DataError(f"the masks of all {len(data)} volumes are empty: there is nothing to segment")
-    return tuple(sorted(found))
+    return tuple(sorted(values))
 
 
 def slabs(volume: Volume) -> Any:
-    """First slice and mask (d, H, W) of one slab after the other."""
+    """Yield the first slice and the mask (d, H, W) of one slab after the other."""
     depth, height, width = volume.shape[1:]
     for first in range(0, depth, SLAB):
         size = (min(SLAB, depth - first), height, width)
@@ -69,7 +74,7 @@ def slabs(volume: Volume) -> Any:
 
 
 def class_table(values: Sequence[int], ignore: int) -> Array:
-    """Mask value -> class index, -1 for `ignore`, 0 for what is not named; for `class_indices`."""
+    """Build the table for `class_indices`: mask value -> class index, -1 for `ignore`, 0 for others."""
     table = np.zeros(2 + max(*values, ignore), np.int16)  # the last entry is for all larger values
     table[list(values)] = np.arange(len(values))
     if ignore >= 0:
@@ -78,20 +83,20 @@ def class_table(values: Sequence[int], ignore: int) -> Array:
 
 
 def class_indices(table: Array, mask: Array) -> Array:
-    """Class indices of mask values, int16."""
-    found: Array = table[np.clip(mask, 0, len(table) - 1)]
-    return found
+    """Look up the class indices of mask values, int16."""
+    indices: Array = table[np.clip(mask, 0, len(table) - 1)]
+    return indices
 
 
 def annotate(volume: Volume, table: Array, number: int, choice: str, seed: int) -> Annotation:
-    """Chooses the annotated slices of a volume, and notes where its objects are on them.
+    """Choose the annotated slices of a volume, and note the places of its objects on them.
 
     Args:
-        volume: With a mask.
-        table: Of `class_table`.
-        number: Of annotated slices; 0 for all.
-        choice: As of `sparse_slices`.
-        seed: As of `sparse_slices`.
+        volume: Volume with a mask.
+        table: Table of class indices by `class_table`.
+        number: Number of annotated slices; 0 for all.
+        choice: Choice of the slices: random or equidistant.
+        seed: Seed of the choice, beside the name of the volume.
     """
     occupied = np.zeros(volume.shape[1], dtype=bool)
     slices: Array | None = None
@@ -100,7 +105,7 @@ def annotate(volume: Volume, table: Array, number: int, choice: str, seed: int) 
             occupied[first : first + len(slab)] = (class_indices(table, slab) > 0).any(axis=(1, 2))
         slices = sparse_slices(occupied, number, choice, (seed, volume.dataset, volume.id))
     rng = numpy_rng("annotated voxels", volume.dataset, volume.id)
-    found: dict[int, list[Array]] = {}
+    voxels: dict[int, list[Array]] = {}
     counts: dict[int, list[int]] = {}
     low, high = np.full(3, 2**31), np.full(3, -1)
     for first, slab in slabs(volume):
@@ -115,8 +120,8 @@ def annotate(volume: Volume, table: Array, number: int, choice: str, seed: int) 
             at[:, 0] = chosen[at[:, 0]] + first
             low, high = np.minimum(low, at.min(axis=0)), np.maximum(high, at.max(axis=0))
             counts.setdefault(k, []).append(len(at))
-            found.setdefault(k, []).append(at if len(at) <= KEPT else at[rng.choice(len(at), KEPT, False)])
-    places = {k: _some(found[k], counts[k], rng) for k in found}
+            voxels.setdefault(k, []).append(at if len(at) <= KEPT else at[rng.choice(len(at), KEPT, False)])
+    places = {k: _some(voxels[k], counts[k], rng) for k in voxels}
     box = None if not places else tuple(int(n) for n in (*low, *(high + 1)))
     return Annotation(slices, box, places)  # type: ignore[arg-type]
 
@@ -126,7 +131,7 @@ def _within(slices: Array, first: int, length: int) -> Array:
 
 
 def _some(parts: list[Array], counts: list[int], rng: np.random.Generator) -> Array:
-    """Of voxels kept per slab, `KEPT` of all, each voxel of the volume as likely."""
+    """Draw `KEPT` of the voxels kept per slab, each voxel of the volume with equal probability."""
     voxels = np.concatenate(parts)
     if len(voxels) > KEPT:
         weight = np.concatenate(
@@ -137,17 +142,17 @@ def _some(parts: list[Array], counts: list[int], rng: np.random.Generator) -> Ar
 
 
 def sparse_slices(occupied: Array, number: int, choice: str, seed: Sequence[object]) -> Array:
-    """Which slices along D an annotator with time for a few would have drawn: nested in `number`.
+    """Choose the slices along D that an annotator with time for a few would have drawn.
 
-    The slices of a smaller number are among those of a larger one. `random`: drawn among the slices that
-    hold an object. `equidistant`: middle, quarters, eighths of the slices that hold one. When all of
-    those are taken, the nearest others follow. A volume without any object: all slices count alike.
+    The slices of a smaller number are among those of a larger one. `random` draws them among the slices
+    that hold an object; `equidistant` takes the middle, quarters and eighths of these. When all of these
+    are taken, the nearest others follow. In a volume without any object all slices count alike.
 
     Args:
-        occupied: Whether a slice holds an object, (D,).
-        number: How many; all slices if there are no more.
-        choice: random or equidistant.
-        seed: Of the volume.
+        occupied: Mask (D,) of the slices that hold an object.
+        number: Number of slices to choose, at most all of them.
+        choice: Choice of the slices: random or equidistant.
+        seed: Seed of the volume.
 
     Returns:
         (min(number, D),) int64, increasing.
@@ -171,7 +176,7 @@ def sparse_slices(occupied: Array, number: int, choice: str, seed: Sequence[obje
 
 
 def _halving(n: int) -> float:
-    """1/2, 1/4, 3/4, 1/8, 5/8, ...: the van der Corput sequence."""
+    """Return an element of the van der Corput sequence: 1/2, 1/4, 3/4, 1/8, 5/8, ..."""
     value, share = 0.0, 0.5
     while n:
         value += share * (n & 1)
@@ -188,18 +193,19 @@ def place_patch(
     rng: np.random.Generator,
     region: Box | None = None,
 ) -> Triple:
-    """Draws the start of a training crop, which holds at least one annotated slice.
+    """Draw the start of a training crop, which holds at least one annotated slice.
 
-    With probability `oversample` the crop is put on a voxel of a class, each class of the volume as
-    likely; otherwise it is drawn uniformly. A volume smaller than the crop lies in its middle.
+    With probability `oversample` the crop is centred on a voxel of a class, each class of the volume with
+    equal probability; otherwise it is drawn uniformly. A volume smaller than the crop lies in its middle.
 
     Args:
-        shape: Of the volume, (D, H, W).
-        patch: Of the crop.
-        annotation: Of the volume.
-        oversample: In [0, 1].
-        rng: All randomness.
-        region: Crops are drawn from this box where it is larger than they are, else round it.
+        shape: Shape of the volume, (D, H, W).
+        patch: Size of the crop, (D, H, W).
+        annotation: Summary of the volume's mask.
+        oversample: Share of crops on a class, in [0, 1].
+        rng: Source of all randomness.
+        region: Box from which crops are drawn where it is larger than they are, and round which they lie
+            where it is smaller.
     """
     low, high = _range(shape, patch, region)
     if annotation.places and rng.random() < oversample:
@@ -210,11 +216,11 @@ def place_patch(
         if annotation.slices is None or ((start[0] <= voxel[0]) and (voxel[0] < start[0] + patch[0])):
             return (int(start[0]), int(start[1]), int(start[2]))
     if annotation.slices is not None:
-        # Starts that hold a slice drawn among those that any start of the range can hold.
+        # A slice is drawn among those that some start of the range can hold; the crop must hold it.
         near = annotation.slices[(annotation.slices >= low[0]) & (annotation.slices < high[0] + patch[0])]
         if len(near):
             chosen = int(near[int(rng.integers(len(near)))])
-        else:  # the region ends before the first annotated slice: leave it
+        else:  # no crop in the region holds an annotated slice, so the crop leaves the region
             chosen = int(annotation.slices[np.abs(annotation.slices - low[0]).argmin()])
             whole_low, whole_high = _range(shape, patch, None)
             low[0], high[0] = whole_low[0], whole_high[0]
@@ -225,7 +231,7 @@ def place_patch(
 
 
 def _range(shape: Sequence[int], patch: Triple, region: Box | None) -> tuple[Array, Array]:
-    """First and last start along every axis."""
+    """Return the first and the last start along every axis."""
     room = np.array(shape) - np.array(patch)
     low = np.where(room < 0, -((-room) // 2), 0)
     high = np.where(room < 0, low, room)

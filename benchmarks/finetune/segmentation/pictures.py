@@ -1,4 +1,4 @@
-"""Predicted segmentations beside the truth."""
+"""Pictures of predicted segmentations beside the truth."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#d6616b", "#e7ba52", "#
 def segmentation_picture(
     volumes: Sequence[Volume], truth: Sequence[Array], predicted: Sequence[Array], names: Sequence[str]
 ) -> Figure:
-    """A row per volume: axial, coronal and sagittal slice, each with the truth and with the prediction.
+    """Draw a row per volume: axial, coronal and sagittal slice, each with the truth and the prediction.
 
-    Slices go through the middle of the true objects (of the predicted ones, or the volume, if there are
-    none). Images (D = 1) have one pair.
+    The slices go through the middle of the true objects (of the predicted ones, or of the volume, if there
+    are none). Images (D = 1) have a single pair.
 
     Args:
-        volumes: Whose first channel is shown.
-        truth: Class indices (D, H, W), negative where unknown.
-        predicted: Class indices (D, H, W).
-        names: Of the classes, background first.
+        volumes: Volumes to show, by their first channel.
+        truth: True class indices (D, H, W), negative where unknown.
+        predicted: Predicted class indices (D, H, W).
+        names: Names of the classes, background first.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -38,17 +38,17 @@ def segmentation_picture(
     planes = 1 if volumes[0].shape[1] == 1 else 3
     figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
     axes = figure.subplots(len(volumes), 2 * planes, squeeze=False)
-    for row, volume, true, found in zip(axes.tolist(), volumes, truth, predicted, strict=True):
+    for row, volume, true, labels in zip(axes.tolist(), volumes, truth, predicted, strict=True):
         image = volume.read()[0].numpy()
         low, high = np.percentile(image, (1, 99))
-        at = _middle(true, found)
+        at = _middle(true, labels)
         for plane in range(planes):
             others = [axis for axis in range(3) if axis != plane]
             aspect = volume.spacing[others[0]] / volume.spacing[others[1]]
-            for panel, labels, title in zip(
-                row[2 * plane : 2 * plane + 2], (true, found), ("truth", "predicted"), strict=True
+            for panel, shown, title in zip(
+                row[2 * plane : 2 * plane + 2], (true, labels), ("truth", "predicted"), strict=True
             ):
-                # Rows run upwards: anterior and superior are on top.
+                # Rows run upwards, so that anterior and superior are on top.
                 panel.imshow(
                     image.take(at[plane], axis=plane),
                     "gray",
@@ -57,7 +57,7 @@ def segmentation_picture(
                     origin="lower",
                     aspect=aspect,
                 )
-                _outline(panel, labels.take(at[plane], axis=plane), len(names))
+                _outline(panel, shown.take(at[plane], axis=plane), len(names))
                 panel.set_axis_off()
                 if volume is volumes[0]:
                     panel.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}, {title}", fontsize=8)
@@ -80,8 +80,8 @@ def _colour(k: int) -> str:
     return _COLOURS[(k - 1) % len(_COLOURS)]
 
 
-def _middle(true: Array, found: Array) -> tuple[int, int, int]:
-    mask = true > 0 if (true > 0).any() else found > 0
+def _middle(true: Array, predicted: Array) -> tuple[int, int, int]:
+    mask = true > 0 if (true > 0).any() else predicted > 0
     if not mask.any():
         return (true.shape[0] // 2, true.shape[1] // 2, true.shape[2] // 2)
     d, h, w = (int(mask.sum(axis=tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))

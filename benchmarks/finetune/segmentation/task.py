@@ -1,4 +1,4 @@
-"""Fine-tuning for segmentation: patches in, windows out; sparse annotation, slices, coarse to fine."""
+"""Fine-tuning for segmentation: training on patches, prediction by windows; also from few slices."""
 
 from __future__ import annotations
 
@@ -53,49 +53,53 @@ Triple = tuple[int, int, int]
 IGNORE = -1
 MEASURES = ("dice", "hd95", "surface_dice")
 KEPT_BYTES = 500_000_000
-"""Of shrunk volumes, which the coarse stage sees, kept in memory by each process."""
+"""Bytes of shrunk volumes, for the coarse stage, that each process keeps in memory."""
 ATLAS = (48, 48, 48)
-"""Cells of the average mask."""
+"""Cells of the average mask along D H W."""
 
 
 @dataclass
 class SegmentationConfig(Views):
-    """Options of segmentation. Those of augmentation act on image and mask alike.
+    """Options of segmentation; those of augmentation act on image and mask alike.
 
     Attributes:
-        head: unet (U-shaped, with a skip of the input at full resolution), med3d (transposed
-            convolutions on the deepest map), denseaspp (dilated ones) or linear (1x1x1, for frozen
-            encoders).
+        head: Decoder on the encoder: unet (U-shaped, with a skip of the input at full resolution), med3d
+            (transposed convolutions on the deepest map), denseaspp (dilated convolutions) or linear
+            (1x1x1, for frozen encoders).
         width: Channels of the head at half resolution; 32 gives med3d its 256 and 128 channels.
-        head_norm: batch, group or instance; group learns several times slower.
-        deep_supervision: Whether the coarser steps of the unet head are trained too; the finer ones then
-            add to what these find.
-        patch: Voxels D H W of training crops and prediction windows; no larger than the largest volume.
-        slicewise: Segment slice by slice with the encoder as a 2D network (crops of depth 1).
-        oversample: Share of the crops that are put on a voxel of a class, each class as likely.
+        head_norm: Normalisation in the head: batch, group or instance; group learns several times slower.
+        deep_supervision: Whether the coarser steps of the unet head are trained too; the finer steps then
+            refine their predictions.
+        patch: Size D H W of training crops and prediction windows, voxels; no larger than the largest
+            volume.
+        slicewise: Whether to segment slice by slice, with the encoder as a 2D network (crops of depth 1).
+        oversample: Share of the crops that are centred on a voxel of a class, each class with equal
+            probability.
         axes: Axes 0 to 2 (D H W) along which crops are turned, rotated, stretched and shifted.
         flip_axes: Axes along which crops are mirrored, with probability `flip`, and predictions with
-            `mirror`. Not those across which classes are told apart by their place (anterior and
-            posterior hippocampus along H: mirrored there, its Dice was .3 after 120 steps, else .8).
+            `mirror`. Leave out axes along which place tells classes apart: mirrored along H, the anterior
+            and posterior hippocampus had a Dice of 0.3 after 120 steps, else 0.8.
         classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
-        ignore: Mask value of voxels that nobody annotated; -1 if there is none.
-        sparse_slices: Annotated slices per volume, chosen along D once per volume; 0 for all. Training
-            and the choice of what is kept see these alone; test subjects are scored on all slices.
-        sparse_choice: random (among the slices with objects) or equidistant; a smaller number's slices
-            are among a larger one's.
-        sparse_seed: Chooses the slices, together with the volume's name.
-        batch_dice: Soft Dice over the batch, or the mean over its crops.
+        ignore: Mask value of voxels without an annotation; -1 if there is none.
+        sparse_slices: Number of annotated slices per volume, chosen along D once per volume; 0 for all.
+            Training and the choice of the step see these alone; test subjects are scored on all slices.
+        sparse_choice: Choice of the annotated slices: random (among those with objects) or equidistant; the
+            slices of a smaller number are among those of a larger one.
+        sparse_seed: Seed of the choice of slices, beside the name of the volume.
+        batch_dice: Whether the soft Dice is taken over the whole batch, not averaged over its crops.
         dice_background: Whether background counts in the soft Dice.
-        ce_weight: Of the cross-entropy in the loss.
-        dice_weight: Of the soft Dice in the loss.
+        ce_weight: Weight of the cross-entropy in the loss.
+        dice_weight: Weight of the soft Dice in the loss.
         overlap: Share of a prediction window that the next one covers too.
-        windows: Windows predicted at a time.
-        mirror: Predict copies mirrored along `flip_axes` too and average: 8 times the work for three.
-        tolerance: Of the surface Dice, mm; 0 for 1 mm, or the largest voxel side where that is more.
-        stages: 2: a coarse network finds the region in the shrunk volume, and the fine one segments it.
-        coarse: Voxels D H W to which volumes are shrunk for the coarse stage.
-        margin: Share of the region's sides added on each side when predicting; up to twice as much,
-            drawn, when training.
+        windows: Number of windows predicted at a time.
+        mirror: Whether to average predictions over copies mirrored along `flip_axes`: 8 times the work for
+            three axes.
+        tolerance: Tolerance of the surface Dice, mm; 0 for 1 mm, or the largest voxel side if that is more.
+        stages: Number of stages; with 2, a coarse network finds the region in the shrunk volume, and a
+            fine one segments it.
+        coarse: Size D H W of the shrunk volume for the coarse stage, voxels.
+        margin: Margin m on each side of the region, as a share of its sides, in prediction; U(0, 2 m) in
+            training.
     """
 
     head: Literal["unet", "med3d", "denseaspp", "linear"] = "unet"
@@ -130,7 +134,7 @@ class SegmentationConfig(Views):
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that cannot be used."""
+        """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         for name in ("patch", "coarse"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
@@ -163,12 +167,12 @@ class SegmentationConfig(Views):
 class Segmentation(FinetuneTask):
     """Segmentation of volumes from masks: every voxel gets a class.
 
-    Crops, a third of them on objects, augmented with their masks; cross-entropy and soft Dice;
-    prediction by overlapping windows. Scores are means over a subject's volumes, per class and over
-    classes: Dice, the 95th percentile of the surface distance in mm, surface Dice. See
-    `ssl3d.segmentation.metrics` for empty masks. They are taken on the stored grid.
+    Training sees crops, a third of them on objects, augmented with their masks; the loss is cross-entropy
+    plus soft Dice. Overlapping windows predict a volume. Scores are means over a subject's volumes, per
+    class and over classes: Dice, the 95th percentile of the surface distance in mm, surface Dice; they are
+    taken on the stored grid. `ssl3d.segmentation.metrics` defines them for empty masks.
 
-    The trivial row *average mask* is what the training masks say of a voxel's relative place alone.
+    The trivial row *average mask* predicts each voxel from its relative place in the training masks alone.
     """
 
     Config = SegmentationConfig
@@ -208,7 +212,7 @@ class Segmentation(FinetuneTask):
     config: SegmentationConfig
 
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
-        """Reads every mask once: its classes, its slices and where its objects are."""
+        """Read every mask once: its classes, its slices and the places of its objects."""
         self.config, self.target = config, "masks"
         values = config.classes or mask_values(data, config.ignore, tell=True)
         if config.classes:
@@ -219,15 +223,15 @@ class Segmentation(FinetuneTask):
         self.patch = patch_within((1, *config.patch[1:]) if config.slicewise else config.patch, data)
         images = bool((np.asarray(data.shapes)[:, 1] == 1).any())
         if config.sparse_slices:
-            self.version = 3  # the step is chosen on annotated slices alone
+            self.version = 3  # the step is chosen by annotated slices alone
         if images or self.patch[0] == 1:
             # Crops of depth 1 were single voxels; of images, areas were scored instead of contours.
             self.version = 4
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._slices = {
-            f"{volume.dataset}/{volume.id}": found.tolist()
+            f"{volume.dataset}/{volume.id}": slices.tolist()
             for volume in data
-            if (found := self.annotations[volume.index].slices) is not None
+            if (slices := self.annotations[volume.index].slices) is not None
         }
         self._shrunk: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -236,37 +240,37 @@ class Segmentation(FinetuneTask):
         return annotate(volume, self._table, c.sparse_slices, c.sparse_choice, c.sparse_seed)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Shrunk volumes are made again where they are needed."""
+        """Leave out shrunk volumes, which each process makes again."""
         return {**self.__dict__, "_shrunk": {}}
 
     @classmethod
     def known(cls, config: SegmentationConfig, data: Collection) -> NDArray[np.bool_]:
-        """Which volumes have a mask."""
-        found = np.asarray(data.has_mask, dtype=bool)
-        if not found.any():
+        """Return a mask (N,) of the volumes that have one."""
+        masked = np.asarray(data.has_mask, dtype=bool)
+        if not masked.any():
             raise DataError(
                 f"none of the {len(data)} volumes has a mask; give masks in a column `mask` of a CSV, "
                 "by `ssl3d prepare --masks seg` (label maps beside their scans, seg in their names), or "
                 "as a folder in MSD or nnU-Net layout"
             )
-        return found
+        return masked
 
     def settings(self) -> dict[str, Any]:
-        """The options, resolved; the annotated slices of each volume where there are few."""
-        found = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
+        """Return the options, resolved, and the annotated slices of each volume where there are few."""
+        own = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
         if self._slices:
-            found["annotated"] = self._slices
-        return found
+            own["annotated"] = self._slices
+        return own
 
     def annotated_slices(self, volume: Volume) -> Array:
-        """The slices along D on which a volume is annotated for training."""
+        """Return the slices along D on which a volume is annotated for training."""
         slices = self.annotations[volume.index].slices
         return np.arange(volume.shape[1]) if slices is None else slices
 
     # Training -------------------------------------------------------------------------------------
 
     def model(self, encoder: Encoder, train: Collection) -> nn.Module:
-        """Encoder and head; a coarse stage before them if there are two."""
+        """Build encoder and head, and a coarse stage before them if there are two stages."""
         c = self.config
         head = segmentation_head(
             c.head, encoder, len(self.values), c.width, c.head_norm, c.deep_supervision
@@ -274,17 +278,17 @@ class Segmentation(FinetuneTask):
         return CoarseToFine(encoder, head) if c.stages == 2 else SegmentationNetwork(encoder, head)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """A crop `image` (C, d, h, w) with the margin that its augmentation needs, and its `target`.
+        """Draw a crop `image` (C, d, h, w), with the margin that its augmentation needs, and its `target`.
 
         Targets are class indices, `IGNORE` outside the volume and on slices that are not annotated.
         """
         annotation = self.annotations[volume.index]
         size = fit_size(volume, self.patch)
         region = None
-        found: dict[str, Tensor] = {}
+        example: dict[str, Tensor] = {}
         if self.config.stages == 2:
             image, target = self._coarse(volume)
-            found = {"coarse_image": image, "coarse_target": target}
+            example = {"coarse_image": image, "coarse_target": target}
             if annotation.box is not None:
                 by = rng.uniform(0, 2 * self.config.margin, 3)
                 region = expanded(annotation.box, by.tolist(), volume.shape[1:], (1, 1, 1))
@@ -292,13 +296,13 @@ class Segmentation(FinetuneTask):
         margin = view_margin(self.config, size, self.config.axes)
         begin = [s - m for s, m in zip(start, margin, strict=True)]
         extent = [n + 2 * m for n, m in zip(size, margin, strict=True)]
-        found["image"] = volume.read(begin, extent)
-        found["target"] = torch.from_numpy(self._target(volume, begin, extent))
-        found["spacing"] = torch.tensor(volume.spacing, dtype=torch.float32)
-        return found
+        example["image"] = volume.read(begin, extent)
+        example["target"] = torch.from_numpy(self._target(volume, begin, extent))
+        example["spacing"] = torch.tensor(volume.spacing, dtype=torch.float32)
+        return example
 
     def _target(self, volume: Volume, start: Sequence[int], size: Sequence[int]) -> Array:
-        """Class indices of a crop, int16."""
+        """Read the class indices of a crop, int16."""
         target = class_indices(self._table, volume.read_mask(start, size).numpy())
         for axis, (begin, length, limit) in enumerate(zip(start, size, volume.shape[1:], strict=True)):
             inside = np.arange(begin, begin + length)
@@ -310,7 +314,7 @@ class Segmentation(FinetuneTask):
         return target
 
     def _coarse(self, volume: Volume) -> tuple[Tensor, Tensor]:
-        """The whole volume and its target (0, 1, IGNORE), shrunk; read once by each process."""
+        """Return the whole volume and its target (0, 1, IGNORE), shrunk; each process reads it once."""
         if volume.index in self._shrunk:
             return self._shrunk[volume.index]
         size = fit_size(volume, self.config.coarse)
@@ -325,7 +329,7 @@ class Segmentation(FinetuneTask):
     def loss(
         self, model: nn.Module, batch: dict[str, Tensor], rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy and soft Dice of augmented crops; that of the coarse stage added."""
+        """Compute cross-entropy and soft Dice of augmented crops, and add that of the coarse stage."""
         image, target, spacing = batch["image"], batch["target"], batch["spacing"]
         total, values = self._one_loss(model, image, target, rng, self.patch, spacing)
         if self.config.stages == 2:
@@ -346,7 +350,7 @@ class Segmentation(FinetuneTask):
         spacing: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         c, size = self.config, fit_size(image, size)
-        # `axes` of the views would mirror along all that may be moved.
+        # The views would mirror along all of `axes`, so their own flip is off.
         views = dataclasses.replace(c, flip=0.0)
         x, moved = augment_labelled(views, image, target, rng, size, spacing, c.axes)
         x, truth = _mirrored(x, moved.long(), rng.chance(c.flip, 3), c.flip_axes)
@@ -354,8 +358,8 @@ class Segmentation(FinetuneTask):
         shares = [0.5**n for n in range(len(logits))]
         weights = (c.ce_weight, c.dice_weight)
         total, values = image.new_zeros(()), dict[str, Tensor]()
-        for n, one in enumerate(logits):
-            loss, parts = dice_ce_loss(one, truth, c.batch_dice, c.dice_background, weights)
+        for n, level in enumerate(logits):
+            loss, parts = dice_ce_loss(level, truth, c.batch_dice, c.dice_background, weights)
             total = total + shares[n] / sum(shares) * loss
             values = values or dict(parts)
         values["dice"] = _batch_dice(logits[0].detach(), truth)
@@ -364,12 +368,12 @@ class Segmentation(FinetuneTask):
     # Prediction -----------------------------------------------------------------------------------
 
     def labels(self, model: nn.Module, volume: Volume) -> Array:
-        """Predicted class indices of a volume, (D, H, W) int16, on the stored grid."""
-        found, _ = self._labels(model, volume)
-        return found
+        """Predict the class indices of a volume, (D, H, W) int16, on the stored grid."""
+        labels, _ = self._labels(model, volume)
+        return labels
 
     def _labels(self, model: nn.Module, volume: Volume) -> tuple[Array, tuple[int, ...] | None]:
-        """And the region that the coarse stage found."""
+        """Predict class indices; also return the region that the coarse stage found."""
         c, shape = self.config, volume.shape[1:]
         device = next(model.parameters()).device
         size = fit_size(volume, self.patch)
@@ -380,7 +384,7 @@ class Segmentation(FinetuneTask):
             whole = volume.read().to(device)
             box = region = find_region(model.coarse, whole, fit_size(whole, c.coarse), c.margin, size)
         start, extent = _padded(box, size)
-        found = predict_windows(
+        probability = predict_windows(
             lambda x: model(x)[0].float().softmax(dim=1),
             volume.read(start, extent),
             size,
@@ -394,11 +398,11 @@ class Segmentation(FinetuneTask):
             slice(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, extent, shape, strict=True)
         )
         there = tuple(slice(cut.start - s, cut.stop - s) for cut, s in zip(here, start, strict=True))
-        labels[here] = found.argmax(dim=0)[there].cpu().numpy()
+        labels[here] = probability.argmax(dim=0)[there].cpu().numpy()
         return labels, region
 
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
-        """Dice, HD95 and surface Dice by class; voxels predicted and true."""
+        """Predict a volume and return Dice, HD95, surface Dice and voxel counts by class."""
         labels, region = self._labels(model, volume)
         row = self._scored(labels, volume)
         if region is not None:
@@ -406,7 +410,7 @@ class Segmentation(FinetuneTask):
         return row
 
     def predict_for_choosing(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
-        """Scores on the annotated slices alone: who draws few has no others to choose a step on."""
+        """Score by the annotated slices alone: an annotator of few has no others to choose a step by."""
         return [
             self._scored(self.labels(model, volume), volume, self.annotations[volume.index].slices)
             for volume in data
@@ -421,34 +425,34 @@ class Segmentation(FinetuneTask):
         for k, name in enumerate(self.names):
             if k == 0:
                 continue
-            one, other = labels == k, truth == k
-            scores = mask_scores(one, other, volume.spacing, self.config.tolerance or None)
+            predicted, true = labels == k, truth == k
+            scores = mask_scores(predicted, true, volume.spacing, self.config.tolerance or None)
             for measure in MEASURES:
                 row[measure][name] = getattr(scores, measure)
-            row["voxels"][name] = [int(one.sum()), int(other.sum())]
+            row["voxels"][name] = [int(predicted.sum()), int(true.sum())]
         return row
 
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
-        """`dice`, `hd95` (mm, lower is better) and `surface_dice`: mean over classes, and by class.
+        """Return `dice`, `hd95` (mm, lower is better) and `surface_dice`, over classes and by class.
 
         The clusters are subjects; several volumes of one count as their mean.
         """
-        found: dict[str, statistics.Statistic] = {}
+        functions: dict[str, statistics.Statistic] = {}
         clusters: Array = np.zeros(0)
         for measure in MEASURES:
             clusters, table = _by_subject(predictions, measure, self.names[1:])
-            found[measure] = _over_classes(table)
+            functions[measure] = _over_classes(table)
             if table.shape[1] > 1:
                 for column, name in enumerate(self.names[1:]):
-                    found[f"{measure}_{name}"] = _of_class(table, column)
-        return clusters, found
+                    functions[f"{measure}_{name}"] = _of_class(table, column)
+        return clusters, functions
 
     def predict_trivial(
         self, name: str, train: Collection, val: Collection, test: Collection, seed: int
     ) -> list[dict[str, Any]]:
-        """The average of the annotated training masks, each stretched to the volume."""
+        """Predict the average of the annotated training masks, each stretched to the volume."""
         if name != "average mask":
             raise NotImplementedError(name)
         counts = torch.zeros(len(self.values), *ATLAS)
@@ -458,7 +462,7 @@ class Segmentation(FinetuneTask):
             one_hot = torch.nn.functional.one_hot(target.clamp(min=0), len(self.values)).movedim(-1, 0)
             counts += shrunk(one_hot * known, ATLAS)
         share = counts / counts.sum(dim=0, keepdim=True).clamp(min=1e-6)
-        share[0] += (counts.sum(dim=0) == 0).float()  # where nobody annotated anything
+        share[0] += (counts.sum(dim=0) == 0).float()  # places without any annotation
         rows = []
         for volume in test:
             here = torch.nn.functional.interpolate(share[None], volume.shape[1:], mode="trilinear")[0]
@@ -468,9 +472,9 @@ class Segmentation(FinetuneTask):
         return rows
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
-        """Writes mask values as NIfTI on the scan's own grid.
+        """Write mask values as NIfTI on the scan's own grid.
 
-        Where the record does not know that grid, the file is on the store's, and says so in its name:
+        Where the store does not know that grid, the file is on the stored grid and says so in its name:
         `..._stored_grid.nii.gz`.
         """
         values = np.array(self.values)[self.labels(model, volume)]
@@ -482,7 +486,7 @@ class Segmentation(FinetuneTask):
         return path
 
     def picture(self, model: nn.Module, data: Collection) -> Any:
-        """The slices with the largest objects of some volumes: image, truth, prediction."""
+        """Draw slices through the objects of some volumes, with truth and prediction."""
         from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
 
         shown = data[:4]
@@ -492,7 +496,7 @@ class Segmentation(FinetuneTask):
 
 
 def _check_classes(config: SegmentationConfig, data: Collection) -> None:
-    """Raises a DataError for a class that no mask has."""
+    """Raise a DataError for a class that no mask has."""
     there = mask_values(data, config.ignore)
     absent = sorted(set(config.classes) - set(there))
     if absent:
@@ -503,7 +507,7 @@ def _check_classes(config: SegmentationConfig, data: Collection) -> None:
 
 
 def _padded(box: Sequence[int], size: Triple) -> tuple[list[int], list[int]]:
-    """Start and size of what is read for a box: a box smaller than the crop lies in its middle."""
+    """Return start and size of the crop that is read for a box; a smaller box lies in its middle."""
     start, extent = [], []
     for axis in range(3):
         length = box[axis + 3] - box[axis]
@@ -514,7 +518,7 @@ def _padded(box: Sequence[int], size: Triple) -> tuple[list[int], list[int]]:
 
 
 def _mirrored(x: Tensor, target: Tensor, chosen: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Images (B, C, D, H, W) and targets (B, D, H, W), along those `axes` that are `chosen` (B, 3)."""
+    """Mirror images (B, C, D, H, W) and targets (B, D, H, W) along the `axes` that are `chosen` (B, 3)."""
     for axis in axes:
         flags = chosen[:, axis].view(-1, 1, 1, 1)
         x = torch.where(flags.unsqueeze(1), x.flip(axis + 2), x)
@@ -523,7 +527,7 @@ def _mirrored(x: Tensor, target: Tensor, chosen: Tensor, axes: Sequence[int]) ->
 
 
 def _batch_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean Dice over the classes that the batch has, for the log."""
+    """Average the Dice over the classes that the batch has, for the log."""
     known = target != IGNORE
     best, predicted = logits[:, 0], torch.zeros_like(target)
     for k in range(1, logits.shape[1]):  # argmax over a strided axis takes a tenth of a step on the CPU
@@ -531,16 +535,16 @@ def _batch_dice(logits: Tensor, target: Tensor) -> Tensor:
         best = torch.maximum(best, logits[:, k])
     values = []
     for k in range(1, logits.shape[1]):
-        one, other = (predicted == k) & known, target == k
-        size = one.sum() + other.sum()
-        values.append(torch.where(other.any(), 2 * (one & other).sum() / size.clamp(min=1), torch.nan))
+        here, true = (predicted == k) & known, target == k
+        size = here.sum() + true.sum()
+        values.append(torch.where(true.any(), 2 * (here & true).sum() / size.clamp(min=1), torch.nan))
     return torch.stack(values).nanmean().nan_to_num(0.0)
 
 
 def _by_subject(
     predictions: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]
 ) -> tuple[Array, Array]:
-    """Subjects (S,), and the mean over the volumes of each, by class (S, K), NaN where undefined."""
+    """Return subjects (S,) and the mean over the volumes of each, by class (S, K), NaN where undefined."""
     people: dict[str, list[list[float]]] = {}
     for row in predictions:
         values = [row[measure][name] for name in names]
@@ -548,9 +552,9 @@ def _by_subject(
         person.append([np.nan if value is None else float(value) for value in values])
     table = np.full((len(people), len(names)), np.nan)
     for number, volumes in enumerate(people.values()):
-        for column, found in enumerate(np.array(volumes).T):
-            if np.isfinite(found).any():
-                table[number, column] = np.nanmean(found)
+        for column, scores in enumerate(np.array(volumes).T):
+            if np.isfinite(scores).any():
+                table[number, column] = np.nanmean(scores)
     return np.array(list(people)), table
 
 

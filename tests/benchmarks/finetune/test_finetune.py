@@ -56,7 +56,7 @@ from ssl3d_benchmarks.finetune.train import (
     set_training,
     stages_of,
 )
-from ssl3d_benchmarks.task import jobs
+from ssl3d_benchmarks.task import training_subsets
 
 SPEC = "scratch:resnet10:acs:width=4"
 SHORT = ["--steps", "6", "--batch-size", "4", "--threads", "1", "--no-trivial"]
@@ -185,7 +185,7 @@ def test_a_long_training_alone_says_how_far_it_is(two_classes, tmp_path, capsys,
     words = ["finetune", "scratch:resnet10:width=4", "--data", two_classes, *SHORT, "--no-scratch"]
     assert main([*words, "--out", str(tmp_path / "short")]) == 0
     assert "s a step" not in capsys.readouterr().err
-    monkeypatch.setattr(train, "TOLD_EVERY", 0.0)
+    monkeypatch.setattr(train, "REPORT_EVERY", 0.0)
     assert main([*words, "--out", str(tmp_path / "long")]) == 0
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if "s a step" in line]
@@ -277,8 +277,9 @@ def test_subsets_are_nested_and_validation_shrinks_too(two_classes):
         ClassificationConfig(),
         set(),
     )
-    task, _ = make_task(options, config)
-    found = {(job.fraction, job.repeat): job.subsets[0] for job in jobs(task, options.fractions, 2, 0)}
+    split, _ = make_task(options, config)
+    subsets = training_subsets(split, options.fractions, 2, 0)
+    found = {(subset.fraction, subset.repeat): subset.folds[0] for subset in subsets}
     assert len(found) == 5
     for repeat in range(2):
         quarter, half, whole = found[0.25, repeat], found[0.5, repeat], found[1.0, 0]
@@ -355,7 +356,7 @@ def test_a_rate_that_diverges_is_out_and_the_others_stay(two_classes, tmp_path, 
     good, with_bad, bad = (str(tmp_path / name) for name in ("good", "with_bad", "bad"))
     assert main([*arguments, "--tune", "1e-3", "--out", good]) == 0
     assert main([*arguments, "--tune", "1e30", "1e-3", "--out", with_bad]) == 0
-    assert "learning rate 1e+30" in (said := capsys.readouterr().err) and "is out" in said
+    assert "learning rate 1e+30" in (said := capsys.readouterr().err) and "is left out" in said
     (alone,), (beside,) = records(tmp_path / "good"), records(tmp_path / "with_bad")
     details = beside.compute["details"]
     assert details["lr"] == 1e-3 and alone.scores == beside.scores
@@ -484,7 +485,7 @@ def test_a_job_in_the_hands_of_another_process_is_waited_for(two_classes, tmp_pa
     capsys.readouterr()
     assert main([*arguments, "--out", str(out)]) == 0
     said = capsys.readouterr().err
-    assert "1 left, in the hands of another process: waiting" in said and said.count("(learning rate") == 1
+    assert "waiting for 1 job that another process is running" in said and said.count("(learning rate") == 1
     assert len(records(out)) == 2
 
 
@@ -657,7 +658,7 @@ def test_a_task_without_a_learning_rate_asks_for_one(monkeypatch):
         ([0, 1] * 4, ["--lr", "0"], "--lr: "),
         ([0, 1] * 4, ["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2"),
         ([0, 1] * 4, ["--task", "classificaton"], "did you mean classification"),
-        ([0, 1] * 4, ["--preset", "medmnst"], "--preset medmnst: classification has medmnist"),
+        ([0, 1] * 4, ["--preset", "medmnst"], "--preset medmnst: --task classification has medmnist"),
         ([0, 1] * 4, ["--freeze", "9"], "--freeze 9: the encoder has 5 stages"),
         ([0, 1] * 4, ["--freeze", "half"], "--freeze: "),
         ([0, 1] * 4, ["--tune", "1", "2", "--tune-scratch", "1"], "every row gets the same number"),

@@ -568,7 +568,7 @@ def test_a_mask_value_of_one_subject_alone_is_told(tmp_path, capsys):
         write_part(tmp_path / "s.partial", f"{k}", entry, image, mask=mask)
     assemble(tmp_path / "s.partial", tmp_path / "s.h5", {}, [])
     data = open_data([tmp_path / "s.h5"])
-    told = "mask value 255: in the mask of one subject alone (v4)"
+    told = "mask value 255 is in the mask of one subject alone (v4)"
     assert mask_names(data) == ("0", "1", "2", "255")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told)

@@ -223,7 +223,7 @@ def test_channels_of_an_untrained_encoder_follow_the_data(cache, tmp_path, capsy
     assemble(parts, tmp_path / "s.h5", {}, [])
     arguments = ["--data", str(tmp_path / "s.h5"), "--out", str(tmp_path / "out"), "--untrained", "1"]
     assert main(["linear-probe", f"{SPEC}:in_channels=3", *arguments]) == 2
-    assert "takes 3 channels, the data has 2" in capsys.readouterr().err
+    assert "takes 3 channels, but the data has 2" in capsys.readouterr().err
     assert main(["linear-probe", SPEC, *arguments, "--recalibrate", "no"]) == 0
     assert "in_channels=2" in capsys.readouterr().out
 
