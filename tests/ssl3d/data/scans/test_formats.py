@@ -8,11 +8,24 @@ import pytest
 from PIL import Image
 
 import ssl3d.data
+from ssl3d.data.geometry import UNKNOWN, unknown_affine
 from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import phantom_store
+from ssl3d.data.preparation.prepare import PrepareOptions, prepare
+from ssl3d.data.scans import read as read_module
 from ssl3d.data.scans.find import find
 from ssl3d.data.scans.found import Wanted
-from ssl3d.data.scans.read import FORMATS, LISTS, STORES, header_spacing, read, suffix_of, without_suffix
+from ssl3d.data.scans.read import (
+    FORMATS,
+    LISTS,
+    STORES,
+    Format,
+    Pixels,
+    header_spacing,
+    read,
+    suffix_of,
+    without_suffix,
+)
 from ssl3d.errors import DataError
 
 SUFFIXES = {suffix for form in FORMATS for suffix in form.suffixes}
@@ -78,3 +91,23 @@ def test_an_archive_of_rows_is_no_single_scan(tmp_path):
 def test_suffixes_are_cut_off_whole(name, suffix, bare):
     assert suffix_of(Path(name)) == suffix
     assert without_suffix(name) == bare
+
+
+def test_a_further_format_is_one_entry_of_the_table(scans, tmp_path, monkeypatch):
+    def read_plain(files, max_voxels):
+        return Pixels(np.load(files[0])[None], unknown_affine((3.0, 1.0, 1.0)), UNKNOWN, (4, 6, 8))
+
+    form = Format("numpy", (".npy",), "volume", read_plain, lambda files: (3.0, 1.0, 1.0))
+    monkeypatch.setitem(read_module._BY_SUFFIX, ".npy", form)
+    (tmp_path / "d").mkdir()
+    volume = np.arange(4 * 6 * 8, dtype=np.float32).reshape(4, 6, 8)
+    np.save(tmp_path / "d" / "p1_t1.npy", volume)
+    prepare(PrepareOptions((str(tmp_path / "d"),), str(tmp_path / "s.h5"), normalize="none", workers=0))
+    (stored,) = open_data([tmp_path / "s.h5"])
+    assert (stored.id, stored.subject) == ("d/p1_t1", "p1")
+    np.testing.assert_array_equal(stored.read()[0].numpy(), volume)
+    (tmp_path / "l.csv").write_text("path,label\nd/p1_t1.npy,1\n", encoding="utf-8")
+    assert find([tmp_path / "l.csv"], Wanted()).scans[0].label == 1
+    (tmp_path / "s.h5").rename(tmp_path / "d" / "s.h5")
+    with pytest.raises(DataError, match=r"holds stores \(s.h5\) and scans \(p1_t1.npy\)"):
+        open_data([tmp_path / "d"])
