@@ -1,4 +1,4 @@
-"""Leaderboards: suites of jobs, and reports of what they found."""
+"""Leaderboards: suites of jobs, and reports of their records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run_suite(suite: str | Path, out: str | Path = "runs/leaderboard", **options
     Args:
         suite: Name of a built-in suite, or a YAML file.
         out: Folder of the records.
-        options: Of the command, with underscores.
+        options: Options of the command, with underscores.
 
     Returns:
         The exit status: 0, or 1 if a job failed.
@@ -32,7 +32,7 @@ def read_report(results: Words, **options: Any) -> Report:
 
     Args:
         results: Folders of records.
-        options: `published`, `resamples`, as of `ssl3d leaderboard report`.
+        options: `published` and `resamples` of `ssl3d leaderboard report`.
     """
     from ssl3d_benchmarks.leaderboard.report.output import read_report as read
 

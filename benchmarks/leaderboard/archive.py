@@ -1,4 +1,4 @@
-"""Packs the records of a suite into one archive, which is read as their folder is."""
+"""Archives of the records of a suite, which are read as their folders are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ssl3d.api import pack_records
 
 @dataclass(frozen=True)
 class PackOptions:
-    """Packs the records below a folder, and the tables beside them, into RESULTS/records.tar.xz.
+    """Pack the records below a folder, and the tables beside them, into RESULTS/records.tar.xz.
 
     Attributes:
         results: Folder of records, as `ssl3d leaderboard run` writes it.
-        remove: Whether the packed files are removed once the archive was read back.
+        remove: Whether the packed files are removed after the archive was read back.
     """
 
     results: Path = field(metadata={"positional": True})

@@ -1,4 +1,4 @@
-"""`ssl3d leaderboard`: run a suite of contestants on tasks, and report what came out."""
+"""`ssl3d leaderboard`: run a suite of contestants on tasks, and report their scores."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from collections.abc import Sequence
 
 from ssl3d.api import UsageError, parse
 
-summary = "run contestants on a suite of tasks, and report which is better and how surely"
+summary = "run contestants on a suite of tasks, and report which is better and how certain that is"
 
 USAGE = """usage: ssl3d leaderboard {run,report,pack} [options]
 
-  run SUITE --out RESULTS      do the jobs of a suite: pretraining, scores; stops anywhere, goes on again
-  report RESULTS --out DIR     one HTML page, Markdown and CSV of the records in a folder or an archive
-  pack RESULTS                 one archive of the records in a folder, which is read as the folder is
+  run SUITE --out RESULTS      run the pretraining and the scoring of a suite; it can be stopped and resumed
+  report RESULTS --out DIR     write an HTML page, Markdown and CSV of the records in a folder or an archive
+  pack RESULTS                 pack the records of a folder into one archive, which is read as the folder is
 
-`ssl3d leaderboard run --help`, `report --help` and `pack --help` tell their options.
+`ssl3d leaderboard run --help`, `report --help` and `pack --help` list their options.
 """
 
-REPORT_EPILOG = """Rows that cannot be compared (task version, split, data or preprocessing) are refused by
-name. Contestants whose pretraining saw test subjects are shown and not ranked. Nothing is trained."""
+REPORT_EPILOG = """Records that cannot be compared, because their task version, split, data or preprocessing
+differ, are refused by name. Contestants whose pretraining saw test subjects are shown but not
+ranked. Nothing is trained."""
 
 PACK_EPILOG = """`ssl3d leaderboard report` and `run` read the archive as they read the folder, and
-`tar xJf` unpacks it. Records that are made later lie beside it as files, until
+`tar xJf` unpacks it. Records that are made later lie beside it as files until
 the folder is packed again."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command."""
+    """Run the command and return its exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2

@@ -17,6 +17,8 @@ from ssl3d_benchmarks.leaderboard.report.statistics import reference_of
 Published = Mapping[str, Any]
 """Row of published numbers: its name, source, note and scores."""
 
+CI, RANGE = "[95\u00a0%\u00a0CI]", "[95\u00a0%\u00a0range]"
+"""Ends of headings, in one piece where a heading is broken into lines."""
 UNKNOWN = "–"
 """Cell of a value that the records do not have."""
 LOWER_IS_BETTER = ("hd95", "mae")
@@ -238,7 +240,7 @@ COLUMNS = (
     Column("version", lambda board, arm: board.table.version),
     Column("dataset", **_same(lambda board: " ".join(board.table.dataset))),
     Column("fraction", lambda board, arm: board.fraction, published=lambda board, row: ("", 1)),
-    Column("rank", lambda board, arm: arm.rank, "rank [95\u00a0%\u00a0range]", lambda board, arm: rank_text(arm),
+    Column("rank", lambda board, arm: arm.rank, f"rank {RANGE}", lambda board, arm: rank_text(arm),
            published=lambda board, row: ("published", None)),
     Column("rank_low", lambda board, arm: arm.rank_interval and arm.rank_interval[0]),
     Column("rank_high", lambda board, arm: arm.rank_interval and arm.rank_interval[1]),
@@ -248,7 +250,7 @@ COLUMNS = (
     Column("kind", lambda board, arm: arm.kind, published=lambda board, row: ("", "published")),
     Column("section", lambda board, arm: arm.section),
     Column("score", **_same(lambda board: board.table.main)),
-    Column("value", lambda board, arm: arm.interval.value, "{score} [95\u00a0%\u00a0CI]",
+    Column("value", lambda board, arm: arm.interval.value, f"{{score}} {CI}",
            lambda board, arm: _interval_text(arm),
            published=lambda board, row: (number(row[board.table.main]), row[board.table.main])),
     Column("low", lambda board, arm: arm.interval.low),
@@ -258,7 +260,7 @@ COLUMNS = (
     Column("subsets", lambda board, arm: arm.subsets),
     Column("subjects", lambda board, arm: arm.runs.subjects),
     Column("reference", _reference),
-    Column("gain", lambda board, arm: arm.gain and arm.gain.value, "gain over {reference} [95\u00a0%\u00a0CI]",
+    Column("gain", lambda board, arm: arm.gain and arm.gain.value, f"gain over {{reference}} {CI}",
            lambda board, arm: _difference_text(arm.gain),
            lambda arm: _difference_tone(arm.gain, arm.p_holm)),
     Column("gain_low", lambda board, arm: arm.gain and arm.gain.low),
@@ -271,7 +273,7 @@ COLUMNS = (
            lambda board, arm: "" if _detectable(arm) is None else number(_detectable(arm))),
     Column("detectable", lambda board, arm: board.detectable),
     Column("imagenet_gain", lambda board, arm: arm.over_imagenet and arm.over_imagenet.value,
-           "gain over ImageNet [95\u00a0%\u00a0CI]", lambda board, arm: _difference_text(arm.over_imagenet),
+           f"gain over ImageNet {CI}", lambda board, arm: _difference_text(arm.over_imagenet),
            lambda arm: _difference_tone(arm.over_imagenet, arm.p_imagenet_holm)),
     Column("imagenet_low", lambda board, arm: arm.over_imagenet and arm.over_imagenet.low),
     Column("imagenet_high", lambda board, arm: arm.over_imagenet and arm.over_imagenet.high),

@@ -24,7 +24,7 @@ PUBLISHED = Path(__file__).parents[2] / "suites" / "published"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Options of a report: one HTML page that needs nothing else, Markdown and CSV.
+    """Write a report of records: one HTML page that needs no other file, Markdown and CSV.
 
     Attributes:
         results: Folders of records, as benchmarks write them, or archives of `ssl3d leaderboard pack`. All

@@ -1,4 +1,4 @@
-"""Reads every command of a suite before its first job: a typing error is not to be found hours later."""
+"""Reads every command of a suite before its first job, so that a typing error costs no hours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCORERS = {"linear-probe": LinearProbeOptions, "knn": KNNOptions, "finetune": Fi
 
 
 def check(plan: SuitePlan) -> None:
-    """Whether the commands of a suite's jobs can be read, and its untrained encoders made.
+    """Check that the commands of a suite's jobs can be read, and its untrained encoders made.
 
     Raises:
         UsageError: One cannot; the message names the store, run, contestant or task.
@@ -24,7 +24,7 @@ def check(plan: SuitePlan) -> None:
     suite = plan.suite
     there = {(job.kind, job.name.split(":")[1]) for job in plan.jobs}
     for kind, name in sorted(
-        there, key=lambda one: ("prepare", "measure", "pretrain", "score").index(one[0])
+        there, key=lambda pair: ("prepare", "measure", "pretrain", "score").index(pair[0])
     ):
         job = next(job for job in plan.jobs if (job.kind, job.name.split(":")[1]) == (kind, name))
         where = {"prepare": "stores", "measure": "runs", "pretrain": "runs", "score": "tasks"}[kind]
@@ -39,7 +39,7 @@ def check(plan: SuitePlan) -> None:
         except Ssl3dError as error:
             raise UsageError(f"suite {suite.name}: {where}: {error}") from error
     for name, text in suite.contestants.items():
-        word = plan.words(text)[0] if plan.words(text) else ""
+        word = (plan.commands.words(text) or [""])[0]
         try:
             if not word:
                 raise UsageError("no encoder")
@@ -50,14 +50,14 @@ def check(plan: SuitePlan) -> None:
 
 
 def _run(plan: SuitePlan, name: str) -> None:
-    given = {word.partition("=")[0] for word in plan.words(plan.suite.runs[name])}
+    given = {word.partition("=")[0] for word in plan.commands.words(plan.suite.runs[name])}
     theirs = {"--seed": "seeds", "--out": "folder for runs"}
     if plan.suite.budget:
         theirs |= {"--steps": "budget", "--epochs": "budget"}
     for flag, by in theirs.items():
         if flag in given:
-            raise UsageError(f"{flag} is given by the suite's {by}")
-    request_of(plan.pretraining(name, 1, 0))
+            raise UsageError(f"{flag} is set by the suite's {by}, so leave it out")
+    request_of(plan.commands.pretraining(name, 1, 0))
 
 
 def _score(command: list[str]) -> None:
@@ -66,7 +66,7 @@ def _score(command: list[str]) -> None:
     protocol, *words = command
     given = [word.partition("=")[0] for word in words]
     if given.count("--out") > 1:
-        raise UsageError("options: --out is the suite's to give: a folder per task")
+        raise UsageError("options: --out is set by the suite, a folder for each task, so leave it out")
     if "--data" not in given:
         raise UsageError("options: --data is missing")
     plugins: Any = None

@@ -1,4 +1,4 @@
-"""What a leaderboard run consists of: the suite file, checked, and the jobs that it means."""
+"""The suite file, which says what a leaderboard run consists of; read and checked."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PROTOCOLS = ("linear-probe", "knn", "finetune")
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """Who is scored on what.
+    """A task of a suite, and who is scored on it.
 
     Attributes:
-        name: Of the folder that its records go to.
-        protocol: A command that scores encoders.
+        name: Name of the task, and of the folder that its records go to.
+        protocol: Command that scores encoders.
         runs: Patterns of names of runs.
         contestants: Patterns of names of contestants that are not pretrained here.
-        options: What follows the encoders on the command line.
+        options: Words that follow the encoders on the command line.
         curve: Whether the encoders on the way are scored too, in a folder NAME-curve.
     """
 
@@ -45,23 +45,23 @@ class SuiteTask:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite file.
+    """A suite file, read and checked.
 
     Attributes:
-        name: Of the file, without .yaml.
-        description: One line.
+        name: Name of the file, without .yaml.
+        description: Description in one line.
         encoder: Options of `ssl3d pretrain` for every run that names no encoder.
-        seeds: Of pretraining; every run is done once for each.
-        budget: `flops`, of every run; or `run` and `steps`, a run whose FLOPs every run spends; or
-            empty, and runs say themselves how long they take.
-        stores: Name -> what `ssl3d prepare` makes it of: paths below the root of the data, then options;
-            of several ways, apart by |, the first whose paths are all there. Or phantoms:N.
-        runs: Name -> what follows `ssl3d pretrain`.
-        contestants: Name -> an encoder that is not pretrained here, or not as it is: `imagenet:...`,
+        seeds: Seeds of pretraining; every run is done once for each.
+        budget: `flops` of every run; or `run` and `steps`, a run whose FLOPs every run spends; or empty,
+            where each run has a length of its own.
+        stores: Names with the words of `ssl3d prepare`: paths below the root of the data, then options; of
+            several ways, separated by |, the first whose paths are all there. Or phantoms:N.
+        runs: Names with the words that follow `ssl3d pretrain`.
+        contestants: Names with an encoder that is not pretrained here, or not as it is: `imagenet:...`,
             `scratch:...`, a path, `{RUN}:high_resolution=true`.
-        tasks: What is scored.
-        published: Names of files with published numbers, shown beside.
-        first: The first seed of the file, whichever are to be done: contestants name runs of this one.
+        tasks: Tasks that are scored.
+        published: Names of files with published numbers, shown beside the records.
+        first: First seed of the file, whichever are to be done: contestants name runs of this one.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Suite:
 
 
 def protocols() -> list[str]:
-    """What a task may be scored by: the benchmarks here, and those that packages bring with a command."""
+    """List the protocols of tasks: the benchmarks here, and those that packages bring with a command."""
     from ssl3d.api import plugins
 
     brought = set(plugins.names(plugins.BENCHMARKS)) & set(plugins.names(plugins.COMMANDS))
@@ -86,14 +86,14 @@ def protocols() -> list[str]:
 
 
 def built_in() -> list[str]:
-    """Names of the suites that come with ssl3d."""
+    """List the names of the suites that come with ssl3d."""
     return sorted(
         path.stem for path in SUITES.glob("*.yaml") if "tasks" in path.read_text(encoding="utf-8")
     )
 
 
 def load_suite(name: str | Path) -> Suite:
-    """Reads a suite: the name of a built-in one, or a YAML file.
+    """Read a suite: the name of a built-in one, or a YAML file.
 
     Raises:
         UsageError: There is no such suite, or something in it cannot be meant.
@@ -117,7 +117,7 @@ def load_suite(name: str | Path) -> Suite:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that is given twice: YAML keeps the last without a word."""
+    """Loader that refuses a name given twice: YAML keeps the last without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -220,6 +220,3 @@ def _known(path: Path, where: str, content: Mapping[str, Any], keys: frozenset[s
 
 def _plain(name: str) -> bool:
     return bool(name) and all(c.isalnum() or c in "-_.+" for c in name) and name[0] not in "-."
-
-
-# Jobs ---------------------------------------------------------------------------------------------

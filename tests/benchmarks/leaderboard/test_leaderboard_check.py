@@ -7,8 +7,9 @@ from ssl3d import plugins
 from ssl3d.cli import main
 from ssl3d.errors import UsageError
 from ssl3d_benchmarks.leaderboard.suite.check import check
-from ssl3d_benchmarks.leaderboard.suite.made import options_in
-from ssl3d_benchmarks.leaderboard.suite.plan import Places, SuitePlan
+from ssl3d_benchmarks.leaderboard.suite.commands import Places
+from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
+from ssl3d_benchmarks.leaderboard.suite.provenance import options_in
 from ssl3d_benchmarks.leaderboard.suite.suite import load_suite
 
 SUITE = {
@@ -48,7 +49,7 @@ def test_a_good_suite_passes(tmp_path):
         (task("--data {scans} --recalibrat no"), "tasks: masks: .*recalibrat"),
         (task("--data {scans} --recalibrate maybe"), "tasks: masks: .*'maybe' is none of"),
         (task("--target masks"), "tasks: masks: options: --data is missing"),
-        (task("--data {scans} --out foo"), "tasks: masks: options: --out is the suite's"),
+        (task("--data {scans} --out foo"), "tasks: masks: options: --out is set by the suite"),
         (
             task("--data {scans} --task segmentaton", "finetune"),
             "tasks: masks: .*did you mean segmentation",
@@ -60,16 +61,16 @@ def test_a_good_suite_passes(tmp_path):
         ({"runs": {"simclr": "--data {scans}"}}, "runs: simclr: .*--proxy"),
         (
             {"runs": {"simclr": "--proxy simclr --seed 3"}},
-            "runs: simclr: --seed is given by the suite's seeds",
+            "runs: simclr: --seed is set by the suite's seeds",
         ),
         (
             {"runs": {"simclr": "--proxy simclr --steps 10"}, "budget": {"flops": 1e9}},
-            "runs: simclr: --steps is given by the suite's budget",
+            "runs: simclr: --steps is set by the suite's budget",
         ),
         ({"contestants": {"plain": "scratch:resnet10:widt=8"}}, "contestants: plain: .*widt"),
         ({"contestants": {"plain": "scratch:resnet11"}}, "contestants: plain: .*resnet11"),
         ({"stores": {"scans": "folder --spacin 1 1 1"}}, "stores: scans: .*spacin"),
-        ({"runs": {"simclr": "--proxy 'simclr"}}, "are no words: No closing quotation"),
+        ({"runs": {"simclr": "--proxy 'simclr"}}, "cannot be split into words: No closing quotation"),
         ({"budget": {"run": "simclr", "steps": -3}}, "budget: steps is -3, must be a number above 0"),
         (
             {"tasks": {"masks": {"runs": 3, "options": "--data x"}}},

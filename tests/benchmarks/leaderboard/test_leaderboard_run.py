@@ -19,9 +19,13 @@ import yaml
 from ssl3d.errors import UsageError
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard.suite import run as suite_run
-from ssl3d_benchmarks.leaderboard.suite.made import Made, options_in
-from ssl3d_benchmarks.leaderboard.suite.plan import Job, Places, SuitePlan
-from ssl3d_benchmarks.leaderboard.suite.run import Runner, RunOptions, Worker, run, submit
+from ssl3d_benchmarks.leaderboard.suite import runner
+from ssl3d_benchmarks.leaderboard.suite.commands import Places
+from ssl3d_benchmarks.leaderboard.suite.jobs import Job
+from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
+from ssl3d_benchmarks.leaderboard.suite.provenance import Provenance, options_in
+from ssl3d_benchmarks.leaderboard.suite.run import RunOptions, Worker, run, submit
+from ssl3d_benchmarks.leaderboard.suite.runner import Runner
 from ssl3d_benchmarks.leaderboard.suite.suite import load_suite
 
 # Stands in for `ssl3d`: writes down what it was asked, then makes a file, fails, or waits.
@@ -66,15 +70,9 @@ elif any("FAIL" in word for word in rest):
 """
 
 
-class Jobs:
-    """What a runner wants of a plan."""
-
-    def __init__(self, *jobs):
-        self.jobs = list(jobs)
-        self.suite = type("Suite", (), {"name": "mine"})()
-
-    def plugin_files(self):
-        return ["net.py"]
+def runner_of(marks, *jobs):
+    """A runner of some jobs."""
+    return Runner("mine", list(jobs), marks, plugin_files=["net.py"])
 
 
 def job(name, *words, needs=(), product=None, missing="", inputs=(), kind="score", after=()):
@@ -89,7 +87,7 @@ def marks(tmp_path, monkeypatch):
     script = tmp_path / "fake.py"
     script.write_text(FAKE, encoding="utf-8")
     front = (sys.executable, str(script), str(tmp_path / "said"))
-    monkeypatch.setattr(suite_run, "FRONT", front)
+    monkeypatch.setattr(runner, "FRONT", front)
     monkeypatch.setattr(locks, "WAIT", 0.05)
     (tmp_path / "marks").mkdir()
     return tmp_path / "marks"
@@ -102,19 +100,19 @@ def said(marks):
 
 def test_the_plugins_that_a_suite_names_are_known_to_its_jobs(marks, monkeypatch, tmp_path):
     words = "import os; open(os.environ['WHERE'], 'w').write(os.environ['SSL3D_PLUGINS'])"
-    monkeypatch.setattr(suite_run, "FRONT", (sys.executable, "-c", words))
+    monkeypatch.setattr(runner, "FRONT", (sys.executable, "-c", words))
     monkeypatch.setenv("WHERE", str(tmp_path / "told"))
     monkeypatch.setenv("SSL3D_PLUGINS", "own.py")
-    assert Runner(Jobs(job("score:a", "go")), marks).run() == 0
+    assert runner_of(marks, job("score:a", "go")).run() == 0
     assert (tmp_path / "told").read_text() == "own.py,net.py"
 
 
 def test_what_is_done_is_not_done_again(marks, tmp_path, capsys):
     made = tmp_path / "made"
-    jobs = Jobs(job("prepare:a", "make", made, product=made), job("score:a", "say", 1, needs=["prepare:a"]))
-    assert Runner(jobs, marks).run() == 0
+    jobs = [job("prepare:a", "make", made, product=made), job("score:a", "say", 1, needs=["prepare:a"])]
+    assert runner_of(marks, *jobs).run() == 0
     assert said(marks) == [f"make {made}", "say 1"]
-    assert Runner(jobs, marks).run() == 0
+    assert runner_of(marks, *jobs).run() == 0
     assert len(said(marks)) == 2
     assert "2 jobs, 2 done before" in capsys.readouterr().out
     assert not list(marks.glob("*.lock"))
@@ -123,21 +121,21 @@ def test_what_is_done_is_not_done_again(marks, tmp_path, capsys):
 def test_another_command_or_another_input_is_done_again(marks, tmp_path):
     card = tmp_path / "card"
     card.write_text("one", encoding="utf-8")
-    assert Runner(Jobs(job("score:a", "say", 1, inputs=[card])), marks).run() == 0
-    assert Runner(Jobs(job("score:a", "say", 2, inputs=[card])), marks).run() == 0
+    assert runner_of(marks, job("score:a", "say", 1, inputs=[card])).run() == 0
+    assert runner_of(marks, job("score:a", "say", 2, inputs=[card])).run() == 0
     card.write_text("two", encoding="utf-8")
-    assert Runner(Jobs(job("score:a", "say", 2, inputs=[card])), marks).run() == 0
+    assert runner_of(marks, job("score:a", "say", 2, inputs=[card])).run() == 0
     assert said(marks) == ["say 1", "say 2", "say 2"]
 
 
 def test_a_failure_is_told_and_stops_only_what_needs_it(marks, capsys):
-    jobs = Jobs(
+    jobs = [
         job("score:a", "fail", "file"),
         job("score:b", "say", "b", needs=["score:a"]),
         job("score:c", "say", "c", needs=["score:b"]),
         job("score:d", "say", "d"),
-    )
-    assert Runner(jobs, marks).run() == 1
+    ]
+    assert runner_of(marks, *jobs).run() == 1
     assert said(marks) == ["fail file", "say d"]
     out = capsys.readouterr().out
     assert "failed score:a: there is no file; log: " in out
@@ -145,28 +143,28 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(marks, capsys):
     assert "not done score:c" in out
     assert "1 of 4 jobs done" in out
     # The next time it is tried again.
-    jobs.jobs[0] = job("score:a", "say", "a")
-    assert Runner(jobs, marks).run() == 0
+    jobs[0] = job("score:a", "say", "a")
+    assert runner_of(marks, *jobs).run() == 0
     assert said(marks)[2:] == ["say a", "say b", "say c"]
 
 
 def test_a_job_that_is_killed_has_failed(marks, capsys):
-    assert Runner(Jobs(job("score:a", "die")), marks).run() == 1
+    assert runner_of(marks, job("score:a", "die")).run() == 1
     assert "killed by signal 9 (out of memory?)" in capsys.readouterr().out
 
 
 def test_a_job_that_leaves_nothing_has_failed(marks, tmp_path, capsys):
-    assert Runner(Jobs(job("prepare:a", "say", product=tmp_path / "none")), marks).run() == 1
+    assert runner_of(marks, job("prepare:a", "say", product=tmp_path / "none")).run() == 1
     assert "ended well, but" in capsys.readouterr().out
 
 
 def test_missing_data_is_skipped_with_all_that_needs_it(marks, capsys):
-    jobs = Jobs(
+    jobs = [
         job("prepare:a", "say", product=marks / "x", missing="data/a", kind="prepare"),
         job("score:a", "say", "a", needs=["prepare:a"]),
         job("score:b", "say", "b"),
-    )
-    assert Runner(jobs, marks).run() == 0
+    ]
+    assert runner_of(marks, *jobs).run() == 0
     assert said(marks) == ["say b"]
     out = capsys.readouterr().out
     assert "skipped prepare:a: data/a is missing" in out
@@ -178,14 +176,14 @@ def test_the_lock_of_a_dead_worker_is_broken(marks):
     dead.wait()
     lock = marks / "score__a.lock"
     lock.write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid}), encoding="utf-8")
-    assert Runner(Jobs(job("score:a", "say", "a")), marks).run() == 0
+    assert runner_of(marks, job("score:a", "say", "a")).run() == 0
     assert said(marks) == ["say a"]
 
 
 def test_the_lock_of_a_silent_worker_elsewhere_is_broken_and_that_of_a_live_one_is_not(marks):
     lock = marks / "score__a.lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}), encoding="utf-8")
-    runner = Runner(Jobs(job("score:a", "say", "a")), marks)
+    runner = runner_of(marks, job("score:a", "say", "a"))
     assert runner._free() is None
     long_ago = time.time() - 2 * locks.SILENT
     os.utime(lock, (long_ago, long_ago))
@@ -201,29 +199,29 @@ def test_a_job_in_the_hands_of_another_is_waited_for(marks, monkeypatch, capsys)
         mark = {"state": "done", "digest": mine.digest()}
         (marks / "score__a.json").write_text(json.dumps(mark), encoding="utf-8")
 
-    monkeypatch.setattr(suite_run.time, "sleep", other_is_done)
-    assert Runner(Jobs(mine, job("score:b", "say", "b", needs=["score:a"])), marks).run() == 0
+    monkeypatch.setattr(runner.time, "sleep", other_is_done)
+    assert runner_of(marks, mine, job("score:b", "say", "b", needs=["score:a"])).run() == 0
     assert said(marks) == ["say b"]
-    assert "in the hands of others" in capsys.readouterr().out
+    assert "other workers do the rest" in capsys.readouterr().out
 
 
 WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from test_leaderboard_run import Jobs, job
+from test_leaderboard_run import job
 from ssl3d_benchmarks import locks
-from ssl3d_benchmarks.leaderboard.suite import run as leaderboard_run
-leaderboard_run.FRONT, locks.WAIT = {front!r}, 0.05
-jobs = Jobs(*[job(f"score:{{n}}", {words}) for n in range({count})])
-sys.exit(leaderboard_run.Runner(jobs, Path({marks!r})).run())
+from ssl3d_benchmarks.leaderboard.suite import runner
+runner.FRONT, locks.WAIT = {front!r}, 0.05
+jobs = [*[job(f"score:{{n}}", {words}) for n in range({count})]]
+sys.exit(runner.Runner("mine", jobs, Path({marks!r})).run())
 """
 
 
 def started(marks, count, words):
     text = WORKER.format(
         here=str(Path(__file__).parent),
-        front=suite_run.FRONT,
+        front=runner.FRONT,
         words=words,
         count=count,
         marks=str(marks),
@@ -265,7 +263,7 @@ def test_after_kill_9_the_job_is_done_again(marks):
     while sys.platform.startswith("linux") and "saved" not in said(marks):  # the job went with its worker
         assert time.time() < deadline
         time.sleep(0.05)
-    assert Runner(Jobs(job("score:0", "say", "again")), marks).run() == 0
+    assert runner_of(marks, job("score:0", "say", "again")).run() == 0
     assert said(marks)[-1] == "say again"
 
 
@@ -306,7 +304,7 @@ def done(marks, status=0, out="out", work="work", root="data", **changes):
     (base / work).mkdir(exist_ok=True)
     plan = SuitePlan(load_suite(base / "mine.yaml"), Places(base / root, base / work, base / out))
     before = len(said(marks))
-    assert Runner(plan, base / out / ".jobs").run() == status
+    assert Runner("mine", plan.jobs, base / out / ".jobs").run() == status
     told = []
     for line in said(marks)[before:]:
         words = line.split()
@@ -449,7 +447,7 @@ def test_a_configuration_is_compared_by_what_it_means(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded), encoding="utf-8")
 
     def difference(text):
-        return Made(tmp_path, lambda: [options_in(text.split())]).difference()
+        return Provenance(tmp_path, lambda: [options_in(text.split())]).difference()
 
     same = "--proxy simclr --precision 32 --holdout .10 --lr 2e-3 --data {x} --resnet18.stem-stride 1 2 2"
     more = (
@@ -478,23 +476,23 @@ def test_a_store_may_have_been_made_in_any_of_its_ways(marks):
 
 
 def test_the_first_of_a_task_may_fail_be_skipped_or_never_come(marks):
-    jobs = Jobs(
+    jobs = [
         job("score:bad", "fail", "weights"),
         job("score:lost", "say", "never", needs=["score:bad"]),
         job("prepare:gone", "say", missing="data", kind="prepare", product=marks / "x"),
         job("score:skipped", "say", needs=["prepare:gone"]),
         *(job(f"score:{n}", "say", n, after=[n]) for n in ("score:bad", "score:lost", "score:skipped")),
         job("score:free", "say", "free", after=["score:in-no-plan"]),
-    )
-    assert Runner(jobs, marks).run() == 1
+    ]
+    assert runner_of(marks, *jobs).run() == 1
     assert sorted(said(marks)) == [
         "fail weights", "say free", "say score:bad", "say score:lost", "say score:skipped"
     ]  # fmt: skip
 
 
 def test_a_job_comes_after_those_that_compute_what_it_finds(marks):
-    jobs = Jobs(job("score:b", "say", "b", after=["score:a"]), job("score:a", "say", "a"))
-    assert Runner(jobs, marks).run() == 0
+    jobs = [job("score:b", "say", "b", after=["score:a"]), job("score:a", "say", "a")]
+    assert runner_of(marks, *jobs).run() == 0
     assert said(marks) == ["say a", "say b"]
 
 
@@ -532,12 +530,12 @@ def test_whatever_is_wrong_with_a_job_ends_that_job_only(marks, capsys):
     def wrong():
         raise TypeError("of two\nlines")
 
-    jobs = Jobs(
+    jobs = [
         Job("score:digest", "score", wrong),
         Job("prepare:command", "prepare", wrong, product=marks / "x"),
         job("score:good", "say", "good"),
-    )
-    assert Runner(jobs, marks).run() == 1
+    ]
+    assert runner_of(marks, *jobs).run() == 1
     assert said(marks) == ["say good"]
     out = capsys.readouterr().out
     assert "failed score:digest: TypeError: of two lines" in out
@@ -547,16 +545,16 @@ def test_whatever_is_wrong_with_a_job_ends_that_job_only(marks, capsys):
 
 def test_what_failed_elsewhere_since_the_start_is_not_tried_again(marks, capsys):
     def jobs(*words):
-        return Jobs(job("score:bad", *words), job("score:good", "say", "good"))
+        return [job("score:bad", *words), job("score:good", "say", "good")]
 
-    late = Runner(jobs("fail", "file"), marks)  # began before the other's failure
-    other = Runner(jobs("say", "another"), marks)
-    assert Runner(jobs("fail", "file"), marks).run() == 1
+    late = runner_of(marks, *jobs("fail", "file"))  # began before the other's failure
+    other = runner_of(marks, *jobs("say", "another"))
+    assert runner_of(marks, *jobs("fail", "file")).run() == 1
     assert late.run() == 1
     assert said(marks) == ["fail file", "say good"]
     assert f"failed score:bad: there is no file (on {socket.gethostname()})" in capsys.readouterr().out
     assert other.run() == 0  # that was another job
-    assert Runner(jobs("fail", "file"), marks).run() == 1  # a new start tries again
+    assert runner_of(marks, *jobs("fail", "file")).run() == 1  # a new start tries again
     assert said(marks)[2:] == ["say another", "fail file"]
 
 
@@ -602,11 +600,11 @@ def with_one_contestant(tmp_path, name, **options):
 
 
 def test_what_submitit_calls_off_is_queued_again_and_goes_on(marks, tmp_path, monkeypatch):
-    front = suite_run.FRONT
+    front = runner.FRONT
 
     class Mine(Worker):
         def __call__(self):
-            suite_run.FRONT = front
+            runner.FRONT = front
             suite_run.check = lambda plan: None  # the words mean something to the front alone
             super().__call__()
 

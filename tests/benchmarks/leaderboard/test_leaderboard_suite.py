@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from ssl3d.errors import UsageError
-from ssl3d_benchmarks.leaderboard.suite.plan import Places, SuitePlan
+from ssl3d_benchmarks.leaderboard.suite.commands import Places
+from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
 from ssl3d_benchmarks.leaderboard.suite.suite import built_in, load_suite
 
 SUITE = {
@@ -77,10 +78,10 @@ def test_a_run_may_begin_with_one_that_comes_later_in_the_file(tmp_path):
 def test_runs_spend_the_flops_of_the_reference(tmp_path):
     measured(tmp_path, simclr=30, vit=90)
     plan = planned(tmp_path)
-    assert plan.steps("simclr") == 100
-    assert plan.steps("vit") == 33
-    assert planned(tmp_path, budget={"flops": 1e4}).steps("vit") == 111
-    assert planned(tmp_path, budget={}).steps("vit") is None
+    assert plan.commands.steps("simclr") == 100
+    assert plan.commands.steps("vit") == 33
+    assert planned(tmp_path, budget={"flops": 1e4}).commands.steps("vit") == 111
+    assert planned(tmp_path, budget={}).commands.steps("vit") is None
 
 
 def test_commands_are_those_that_one_would_type(tmp_path):
@@ -292,4 +293,4 @@ def test_an_encoder_of_a_file_is_known_to_the_jobs_that_score_it(tmp_path):
         budget={"flops": 1e9},
         tasks={"t": {"runs": ["*"], "options": "--data {scans}"}},
     )
-    assert plan.plugin_files() == ["nets/mine.py", "nets:Mine"]
+    assert plan.commands.plugin_files() == ["nets/mine.py", "nets:Mine"]

@@ -9,7 +9,8 @@ from ssl3d.training.options import request_of
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import TASKS, task_class
 from ssl3d_benchmarks.knn.command import KNNOptions
-from ssl3d_benchmarks.leaderboard.suite.plan import Places, SuitePlan
+from ssl3d_benchmarks.leaderboard.suite.commands import Places
+from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
 from ssl3d_benchmarks.leaderboard.suite.suite import SUITES, load_suite
 from ssl3d_benchmarks.linear_probe.options import LinearProbeOptions
 
@@ -38,7 +39,7 @@ def test_a_suites_commands_parse(name, tmp_path):
     places = Places(Path("/data"), tmp_path, tmp_path / "out")
     plan = SuitePlan(suite, places)
     for run in suite.runs:
-        asked = request_of(plan.pretraining(run, 3, 0))
+        asked = request_of(plan.commands.pretraining(run, 3, 0))
         assert asked.plan is not None and asked.plan.options.steps == 3, run
     for job in plan.jobs:
         if job.kind == "score":

@@ -1,4 +1,4 @@
-"""What stores and runs were made with: a note beside each, compared before it counts as done.
+"""Provenance of stores and runs: a note of how each was made, compared before it counts as done.
 
 Stores and runs outlive a change of the suite, and several folders of records share them: that a file is
 there does not say that it is the one that is meant now.
@@ -32,30 +32,30 @@ IDLE = frozenset(
     ["out", "overwrite", "resume", "save-at", "workers", "threads", "accelerator", "devices", "nodes",
      "checkpoint-every", "log-every", "eval-every"]
 )  # fmt: skip
-"""Flags that change nothing of what is made, but where, how fast, and how often it is looked at."""
+"""Flags that change nothing of a product, but where, how fast, and how often it is looked at."""
 
 
 def options_in(words: Sequence[str], apart: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The options of a command, in no order; of one that is given twice, the last.
+    """Collect the options of a command, in no order; of one that is given twice, the last.
 
     Args:
-        words: What follows the command's name.
+        words: Words after the command's name.
         apart: Flags to leave out, beside those that change nothing.
     """
-    found: dict[str, list[str]] = {"": []}
+    options: dict[str, list[str]] = {"": []}
     flag = ""
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             flag = flag.replace("_", "-")
-            found[flag] = [value] if equals else []
+            options[flag] = [value] if equals else []
         else:
-            found[flag].append(_with_code(word) if flag in ("proxy", "encoder") else word)
-    return {key: values for key, values in found.items() if key not in IDLE and key not in apart}
+            options[flag].append(_with_code(word) if flag in ("proxy", "encoder") else word)
+    return {key: values for key, values in options.items() if key not in IDLE and key not in apart}
 
 
 def _with_code(word: str) -> str:
-    """A plugin named by its file, with what the file computes: another proxy makes another run."""
+    """Add to a plugin's file the hash of what it computes: another proxy makes another run."""
     path = Path(re.sub(r"(?<=[.]py):\w+$", "", word))
     if path.suffix != ".py" or not path.is_file():
         return word
@@ -66,14 +66,15 @@ def _with_code(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a store or a run is made with.
+class Provenance:
+    """Options and sources that a store or a run is made with.
 
     Attributes:
-        path: Of the store, or the folder of the run: what one deletes to have it made anew.
-        ways: What it may have been made with, found when its turn comes; the first is that of now.
+        path: Store, or folder of the run, which one deletes to have it made anew.
+        ways: Options that it may have been made with, computed when its turn comes; the first are those of
+            now.
         sources: Stores and runs that it is made of, by name.
-        along: What has to be deleted with it, being made with the same options.
+        along: Paths that have to be deleted with it, being made with the same options.
     """
 
     path: Path
@@ -82,12 +83,12 @@ class Made:
     along: Callable[[], Sequence[Path]] = tuple
 
     def now(self) -> dict[str, Any]:
-        """What a note holds if it is made now."""
+        """Return what a note holds if the product is made now."""
         options = {key: list(values) for key, values in self.ways()[0].items()}
         return {"options": options, "sources": {name: _digest(path) for name, path in self.sources.items()}}
 
     def note(self) -> None:
-        """Writes down what it is made with: before it is begun, for it may be stopped and go on.
+        """Write down what the product is made with: before it is begun, for it may be stopped and go on.
 
         Raises:
             OSError: It cannot be written.
@@ -95,13 +96,13 @@ class Made:
         write_whole(_note(self.path), yaml.safe_dump(self.now(), sort_keys=False))
 
     def difference(self) -> str:
-        """Why what is there is not what would be made now; empty if it is, or if nobody knows."""
+        """Say why what is there is not what would be made now; empty if it is, or if nobody knows."""
         ways, then = self.ways(), _note_of(self.path)
         if not isinstance(then.get("options"), dict):
-            why = _told_by_config(_read(self.path / "config.yaml"), ways[0])
+            why = _difference_from_config(_read(self.path / "config.yaml"), ways[0])
             return self._refusal(f"made with other options: {why}") if why else ""
-        if all(_told(then["options"], way) for way in ways):
-            return self._refusal(f"made with other options: {_told(then['options'], ways[0])}")
+        if all(_difference(then["options"], way) for way in ways):
+            return self._refusal(f"made with other options: {_difference(then['options'], ways[0])}")
         known = then.get("sources") or {}
         for name, path in self.sources.items():
             # Where a source has no note, nobody knows what it was.
@@ -120,25 +121,25 @@ def _note(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     return {}
 
 
 def _note_of(path: Path) -> dict[str, Any]:
-    """The note about a store or run; empty where there is none, and for a link to another's."""
+    """Read the note about a store or run; empty where there is none, and for a link to another's."""
     return {} if path.is_symlink() else _read(_note(path))
 
 
 def _digest(path: Path) -> str:
-    """Of the note about a source; empty if it has none."""
-    found = _note_of(path)
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
+    """Hash the note about a source; empty if it has none."""
+    note = _note_of(path)
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16] if note else ""
 
 
-def _told(then: Options, now: Options) -> str:
-    """How two ways differ, in words; empty if they do not."""
+def _difference(then: Options, now: Options) -> str:
+    """Say how two ways differ; empty if they do not."""
     flags = [
         flag
         for flag in dict.fromkeys([*then, *now])
@@ -149,20 +150,20 @@ def _told(then: Options, now: Options) -> str:
     return f"{_flags(then, flags)} then, {_flags(now, flags)} now"
 
 
-def _told_by_config(config: Mapping[str, Any], now: Options) -> str:
-    """How a run's own configuration differs from what is asked for, as far as it tells."""
+def _difference_from_config(config: Mapping[str, Any], now: Options) -> str:
+    """Say how a run's own configuration differs from what is asked for, as far as it has it."""
     then: dict[str, list[str]] = {}
     for flag, values in now.items():
-        found: Any = config
+        value: Any = config
         for key in flag.replace("-", "_").split("."):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        recorded = found if isinstance(found, list) else [found]
-        if found is None or flag in ("init", "preset") or (flag == "encoder" and "init" in now):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        recorded = value if isinstance(value, list) else [value]
+        if value is None or flag in ("init", "preset") or (flag == "encoder" and "init" in now):
             continue  # the architecture is that of the run it began with
         if flag == "data" and not (_phantoms(values) and _phantoms(recorded)):
             continue  # the same data lie in other folders
         if not _agrees(values, recorded):
-            then[flag] = [_text(one) for one in recorded]
+            then[flag] = [_text(entry) for entry in recorded]
     return f"{_flags(then, list(then))} then, {_flags(now, list(then))} now" if then else ""
 
 
@@ -171,35 +172,35 @@ def _phantoms(values: Sequence[Any]) -> bool:
 
 
 def _agrees(given: Sequence[str], recorded: Sequence[Any]) -> bool:
-    """Whether words can mean what a configuration holds."""
+    """Return whether words can mean what a configuration holds."""
     values = [_value(word) for word in given]
     if len(values) == 1 and isinstance(values[0], list):
         values = values[0]
-    known = [_value(one) for one in recorded]
+    known = [_value(entry) for entry in recorded]
     if values == known or not values:
         return True
     if len(values) == 1:  # one number for every axis
-        return all(values[0] == one for one in known)
+        return all(values[0] == entry for entry in known)
     return False
 
 
 def _value(word: Any) -> Any:
-    """A word as a number, a list or what else it says."""
+    """Read a word as a number, a list or what else it says."""
     if isinstance(word, str):
         with contextlib.suppress(ValueError):
             return float(word)
         with contextlib.suppress(yaml.YAMLError):
-            found = yaml.safe_load(word)
-            return _value(found) if not isinstance(found, str) else found
+            content = yaml.safe_load(word)
+            return _value(content) if not isinstance(content, str) else content
     if isinstance(word, list | tuple):
-        return [_value(one) for one in word]
+        return [_value(entry) for entry in word]
     return float(word) if isinstance(word, int | float) else word
 
 
-def _same(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return [_value(word) for word in one] == [_value(word) for word in other]
+def _same(then: Sequence[str] | None, now: Sequence[str] | None) -> bool:
+    if then is None or now is None:
+        return then is now
+    return [_value(word) for word in then] == [_value(word) for word in now]
 
 
 def _text(value: Any) -> str:
