@@ -17,16 +17,15 @@ from ssl3d.api import (
     Ssl3dError,
     UsageError,
     device_of,
-    encoder_from,
     open_data_for,
 )
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import (
     Entry,
+    Loaded,
     check_channels,
     fitting_all,
     given,
-    named,
     trivial_entries,
     untrained,
 )
@@ -62,7 +61,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         options: Resolved.
         config: The task's own options.
     """
-    make_arms(options)  # a wrong path is said before anything is read
+    loaded = Loaded()
+    make_arms(options, loaded)  # a wrong path is said before anything is read
     configs = _configs(options, config)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -71,8 +71,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         raise UsageError(f"--out {options.out}: not a folder")
     outcome = Outcome()
     for number, one in enumerate(configs):
-        task, benchmark = make_task(options, one)
-        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, task.data)))
+        task, benchmark = make_task(options, one, loaded)
+        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, task.data)), loaded)
         check_channels([arm.first for arm in arms], task.data)
         if number == 0:
             classes = getattr(benchmark.work, "classes", ())
@@ -169,15 +169,14 @@ def _finish(outcome: Outcome, benchmark: Finetune, task: Task, options: Finetune
 # The task and the arms ----------------------------------------------------------------------------
 
 
-def make_task(options: FinetuneOptions, config: Any) -> tuple[Task, Finetune]:
+def make_task(options: FinetuneOptions, config: Any, loaded: Loaded | None = None) -> tuple[Task, Finetune]:
     """The data in its folds, and the benchmark.
 
     Raises:
         DataError: There is nothing to learn, or there are too few subjects.
     """
-    specs = [named(spec)[1] for spec in options.encoder]
-    trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
-    data = open_data_for(trained, options.data)
+    loaded = Loaded() if loaded is None else loaded
+    data = open_data_for(loaded.trained(options.encoder), options.data)
     where = " ".join(options.data)
     if not len(data):
         raise DataError(f"{where}: holds no volumes")
@@ -202,7 +201,7 @@ def make_task(options: FinetuneOptions, config: Any) -> tuple[Task, Finetune]:
     return task, benchmark
 
 
-def make_arms(options: FinetuneOptions) -> list[Arm]:
+def make_arms(options: FinetuneOptions, loaded: Loaded | None = None) -> list[Arm]:
     """The encoders given, and for each architecture among them the same network from scratch.
 
     Raises:
@@ -214,7 +213,7 @@ def make_arms(options: FinetuneOptions) -> list[Arm]:
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:
