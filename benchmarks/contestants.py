@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,22 @@ def named(spec: str) -> tuple[str, str]:
     return "", spec
 
 
-def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encoder, Entry]]:
+class Loaded(dict[str, "Encoder"]):
+    """Encoders of one command by their words, each loaded when it is first asked for, and then kept."""
+
+    def __missing__(self, spec: str) -> Encoder:
+        self[spec] = encoder = encoder_from(spec, seed=0)
+        return encoder
+
+    def trained(self, specs: Sequence[str]) -> list[Encoder]:
+        """Return the encoders among the words, names taken off, that are not untrained ones."""
+        words = [named(spec)[1] for spec in specs]
+        return [self[spec] for spec in words if not spec.startswith("scratch:")]
+
+
+def given(
+    specs: Sequence[str], pool: str = "mean", loaded: Loaded | None = None
+) -> Iterator[tuple[str, Encoder, Entry]]:
     """Load every encoder that the command line names, one after the other.
 
     Yields the word without its name, the encoder (seed 0 where it is untrained) and its entry. The entry
@@ -78,10 +94,11 @@ def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encod
         CheckpointError: An encoder cannot be loaded.
         UsageError: A name is given twice.
     """
+    loaded = Loaded() if loaded is None else loaded
     names: set[str] = set()
     for text in specs:
         called, spec = named(text)
-        encoder = pooled_by(pool, encoder_from(spec, seed=0), spec)
+        encoder = pooled_by(pool, loaded[spec], spec)
         words = architecture(encoder)
         group = words + pooled(pool)
         channels = encoder.config.in_channels
@@ -92,7 +109,7 @@ def given(specs: Sequence[str], pool: str = "mean") -> Iterator[tuple[str, Encod
             if name in names:
                 raise UsageError(f"{called or spec}: given twice")
             names.add(name)
-            entry = Entry(name, "encoder", group, _maker(spec, 0, pool), spec, in_channels=channels)
+            entry = Entry(name, "encoder", group, _copier(encoder), spec, in_channels=channels)
         yield spec, encoder, entry
 
 
@@ -297,8 +314,9 @@ def _batches(train: Collection, window: Sequence[int], device: str) -> Iterator[
             yield torch.stack(volumes).to(device)
 
 
-def _maker(spec: str, seed: int, pool: str) -> Callable[[], Encoder]:
-    return lambda: pooled_by(pool, encoder_from(spec, seed=seed), spec)
+def _copier(encoder: Encoder) -> Callable[[], Encoder]:
+    """Return a function that copies an encoder: what a fold or a seed does to it stays with the copy."""
+    return lambda: copy.deepcopy(encoder)
 
 
 def _untrained(words: str, seed: int, like: Encoder) -> Callable[[], Encoder]:

@@ -194,9 +194,7 @@ def _parser(
         allow_abbrev=False,  # a mistyped flag must not become another one
         formatter_class=DefaultHelpFormatter,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of options, above which every flag stands"
-    )
+    parser.add_argument("--config", action="config", help="YAML file of options, which flags override")
     defaults = {"": _add_fields(parser, options, "")}
     for name, config in configs.items():
         group = parser.add_argument_group(f"options of {name}")

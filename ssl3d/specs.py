@@ -171,7 +171,7 @@ def pooled_by(pool: str, encoder: Encoder, spec: str) -> Encoder:
 
     hint = "--pool aggregator needs an encoder that intra_inter trained"
     if spec.startswith(SCRATCH):
-        raise CheckpointError(f"{spec}: is untrained and has no aggregator; {hint}")
+        raise CheckpointError(f"{spec}: untrained, without an aggregator; {hint}")
     try:
         aggregator = load_traveller(spec, "aggregator")
     except CheckpointError as error:

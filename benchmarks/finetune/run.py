@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, encoder_from, open_data_for
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, open_data_for
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import (
+    Loaded,
     check_channels,
     fitting_all,
     given,
-    named,
     trivial_entries,
     untrained,
 )
@@ -49,7 +49,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         options: Options of the command, resolved.
         config: Options of the task, resolved.
     """
-    make_arms(options)  # a wrong path is reported before anything is read
+    loaded = Loaded()
+    make_arms(options, loaded)  # a wrong path is reported before anything is read
     configs = _configs(options, config)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -58,8 +59,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         raise UsageError(f"--out {options.out}: not a folder")
     outcome = Outcome()
     for number, own_config in enumerate(configs):
-        split, benchmark = make_task(options, own_config)
-        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, split.data)))
+        split, benchmark = make_task(options, own_config, loaded)
+        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, split.data)), loaded)
         check_channels([arm.first for arm in arms], split.data)
         if number == 0:
             classes = getattr(benchmark.downstream, "classes", ())
@@ -168,15 +169,16 @@ def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: Fi
 # The data and the arms ----------------------------------------------------------------------------
 
 
-def make_task(options: FinetuneOptions, config: Any) -> tuple[SplitData, Finetune]:
+def make_task(
+    options: FinetuneOptions, config: Any, loaded: Loaded | None = None
+) -> tuple[SplitData, Finetune]:
     """Return the data, split into folds, and the benchmark of the task.
 
     Raises:
         DataError: There is nothing to learn, or there are too few subjects.
     """
-    specs = [named(spec)[1] for spec in options.encoder]
-    trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
-    data = open_data_for(trained, options.data)
+    loaded = Loaded() if loaded is None else loaded
+    data = open_data_for(loaded.trained(options.encoder), options.data)
     where = " ".join(options.data)
     if not len(data):
         raise DataError(f"{where} holds no volumes")
@@ -201,7 +203,7 @@ def make_task(options: FinetuneOptions, config: Any) -> tuple[SplitData, Finetun
     return split, Finetune(task)
 
 
-def make_arms(options: FinetuneOptions) -> list[Arm]:
+def make_arms(options: FinetuneOptions, loaded: Loaded | None = None) -> list[Arm]:
     """Return an arm for each encoder given, and for the same network from scratch of each architecture.
 
     Raises:
@@ -213,7 +215,7 @@ def make_arms(options: FinetuneOptions) -> list[Arm]:
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:

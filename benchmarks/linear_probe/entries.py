@@ -10,6 +10,7 @@ from ssl3d.api import (
 )
 from ssl3d_benchmarks.contestants import (
     Entry,
+    Loaded,
     described,
     given,
     pool_details,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
 
 
-def contestants(options: FrozenEncoderOptions) -> list[Entry]:
+def contestants(options: FrozenEncoderOptions, loaded: Loaded | None = None) -> list[Entry]:
     """List the encoders, the untrained ones of each architecture, and the trivial rows.
 
     Raises:
@@ -34,7 +35,7 @@ def contestants(options: FrozenEncoderOptions) -> list[Entry]:
     """
     trained: list[Entry] = []
     beside: dict[str, list[Entry]] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded):
         scratch = spec.startswith("scratch:")
         if not scratch:
             trained += with_norm(entry, encoder, options.recalibrate)

@@ -21,16 +21,15 @@ from ssl3d.api import (
     Result,
     Scores,
     UsageError,
-    encoder_from,
     find_result,
     open_data_for,
     write_result,
 )
 from ssl3d_benchmarks.contestants import (
     Entry,
+    Loaded,
     check_channels,
     fitting_all,
-    named,
     record,
 )
 from ssl3d_benchmarks.linear_probe.entries import build, contestants
@@ -61,11 +60,10 @@ Array = NDArray[Any]
 
 def run(options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe) -> list[Row]:
     """Score every contestant, write records, table and pictures, and print the table."""
-    contestants(options)  # a wrong path is reported before anything is read
-    specs = [named(spec)[1] for spec in options.encoder]
-    trained = [encoder_from(spec) for spec in specs if not spec.startswith("scratch:")]
-    task = make_task(open_data_for(trained, options.data), options, protocol)
-    entries = contestants(replace(options, encoder=fitting_all(options.encoder, task.data)))
+    loaded = Loaded()
+    contestants(options, loaded)  # a wrong path is reported before anything is read
+    task = make_task(open_data_for(loaded.trained(options.encoder), options.data), options, protocol)
+    entries = contestants(replace(options, encoder=fitting_all(options.encoder, task.data)), loaded)
     check_channels(entries, task.data)
     classes = task.config.classes if task.config.target in ("classes", "masks") else ()
     say(headline(task, task.config.target, classes))

@@ -81,7 +81,7 @@ class PretrainOptions:
         out: Folder of the run; runs/<proxy>-<n> if left out.
         overwrite: Permission to delete the run that is in `out`.
         resume: Folder of a run to go on with, under its own options.
-        preset: Name of a set of options, above which every flag stands: gpu-96, pseudo3d or quick.
+        preset: Name of a set of options, which flags override: gpu-96, pseudo3d or quick.
     """
 
     proxy: tuple[str, ...] = ()

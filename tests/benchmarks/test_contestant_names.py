@@ -1,7 +1,10 @@
 """A contestant can be given a name; options of encoders, which hold `=` too, are none."""
 
 import pytest
+import torch
 
+from ssl3d.checkpoint.encoders import save_encoder
+from ssl3d.specs import encoder_from
 from ssl3d_benchmarks.contestants import given, named
 
 
@@ -26,3 +29,24 @@ def test_an_untrained_encoder_is_called_by_its_architecture_whatever_its_name():
     assert spec == "scratch:resnet10:width=4"
     assert (entry.kind, entry.name) == ("untrained", "scratch:resnet10:width=4")
     assert encoder.config.width == 4
+
+
+def test_an_encoder_is_loaded_once_for_all_that_a_command_does_with_it(tmp_path, monkeypatch):
+    from ssl3d_benchmarks import contestants
+
+    saved = str(save_encoder(encoder_from("scratch:resnet10:width=4"), tmp_path / "encoder"))
+    loads = []
+
+    def load(spec, seed):
+        loads.append(spec)
+        return encoder_from(spec, seed)
+
+    monkeypatch.setattr(contestants, "encoder_from", load)
+    loaded = contestants.Loaded()
+    (encoder,) = loaded.trained([f"mine={saved}", "scratch:resnet10:width=4"])
+    ((_, again, entry),) = contestants.given([f"mine={saved}"], loaded=loaded)
+    assert again is encoder and loads == [saved]
+    first, second = entry.make(), entry.make()
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert next(second.parameters()).any() and next(encoder.parameters()).any() and loads == [saved]

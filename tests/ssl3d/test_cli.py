@@ -36,7 +36,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
 
 @pytest.mark.parametrize(
     ("argv", "said"),
-    [(["pretrian"], "Did you mean pretrain"), (["--steps", "3"], "the command comes first")],
+    [(["pretrian"], "Did you mean pretrain"), (["--steps", "3"], "a command must come first")],
 )
 def test_wrong_words_give_one_line_and_status_2(argv, said, capsys):
     assert cli.main(argv) == 2

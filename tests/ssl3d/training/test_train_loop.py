@@ -354,6 +354,24 @@ def test_runs_are_numbered_by_default(tiny_plugins, phantoms, small, tmp_path, m
         assert str(run.folder) == f"runs/tiny-{number}"
 
 
+def test_init_loads_the_encoder_once(train, monkeypatch):
+    from ssl3d.training import build, pretrain
+
+    first = train("a", steps=1)
+    loads = []
+
+    def load(spec, seed):
+        loads.append(spec)
+        return encoder_from(spec, seed)
+
+    encoder_from = pretrain.encoder_from
+    for module in (build, pretrain):
+        monkeypatch.setattr(module, "encoder_from", load)
+    second = train("b", init=str(first.folder), steps=1)
+    assert loads == [str(first.folder)]
+    assert second.encoder.metadata["init"]["sha256"] == first.encoder.metadata["sha256"]
+
+
 def test_a_run_starts_from_an_encoder(train, phantoms):
     first = train("a", steps=3)
     second = train("b", init=str(first.folder), steps=1, lr=1e-12)
