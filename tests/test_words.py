@@ -16,10 +16,6 @@ ROOMS = sorted(
 )
 LEFT = set(
     """
-    benchmarks
-    benchmarks/finetune
-    benchmarks/finetune/detection
-    benchmarks/finetune/segmentation
     benchmarks/knn
     benchmarks/leaderboard
     benchmarks/leaderboard/report
