@@ -142,7 +142,7 @@ def test_data_without_objects_is_refused_by_name(tmp_path):
 
 def test_data_without_boxes_is_refused_with_a_hint(tmp_path):
     made = a_store(tmp_path / "none.h5", [("p0", np.ones((8, 8, 8)), np.ones((8, 8, 8), int), None, None)])
-    with pytest.raises(DataError, match=r"has a list of boxes; --detection[.]boxes masks"):
+    with pytest.raises(DataError, match=r"has a list of boxes; use --detection[.]boxes masks"):
         Detection.known(DetectionConfig(), made)
     assert Detection.known(DetectionConfig(boxes="masks"), made).tolist() == [True]
 
