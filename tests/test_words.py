@@ -21,12 +21,7 @@ LEFT = set(
     benchmarks/finetune/detection
     benchmarks/finetune/segmentation
     benchmarks/knn
-    benchmarks/leaderboard
-    benchmarks/leaderboard/report
-    benchmarks/leaderboard/suite
     benchmarks/linear_probe
-    benchmarks/localize
-    benchmarks/scripts
     proxies
     ssl3d
     ssl3d/checkpoint
