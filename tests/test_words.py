@@ -16,8 +16,6 @@ ROOMS = sorted(
 )
 LEFT = set(
     """
-    benchmarks/localize
-    benchmarks/scripts
     """.split()  # noqa: SIM905
 )
 """Rooms that were not read again yet."""

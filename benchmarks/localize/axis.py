@@ -9,18 +9,20 @@ import numpy as np
 
 from ssl3d.api import DataError
 
-_FEWEST = 4  # slices that a crop must have to be placed
+FEWEST = 4
+"""Slices that a crop must have to be placed."""
 
-_ROUNDS = 3  # of aligning the reference volumes with their own mean curve
+_ROUNDS = 3
+"""Rounds of aligning the reference volumes with their own mean curve."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The scores along one volume, or a part of it.
+    """The scores along one volume, or along a part of it.
 
     Attributes:
         mm: Centres of the slabs along the axis, mm from the volume's first voxel, increasing.
-        scores: Of the slabs.
+        scores: Scores of the slabs.
     """
 
     mm: np.ndarray
@@ -28,18 +30,19 @@ class Profile:
 
     @property
     def middle(self) -> float:
-        """Half way between the first and the last slab, mm."""
+        """Position half way between the first and the last slab, mm."""
         return float(self.mm[0] + self.mm[-1]) / 2
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a profile lies on the common axis.
+    """Place of a profile on the common axis.
 
     Attributes:
-        offset: Common axis = offset + mm, or offset - mm where flipped.
-        flipped: The volume's axis runs against the common one.
-        misfit: Mean |score - reference score| there.
+        offset: Position of the volume's first voxel on the common axis, in mm. A position is offset + mm,
+            or offset - mm where flipped.
+        flipped: Whether the volume's axis runs against the common one.
+        misfit: Mean |score - reference score| at that place.
     """
 
     offset: float
@@ -47,7 +50,7 @@ class Placement:
     misfit: float
 
     def __call__(self, mm: np.ndarray) -> np.ndarray:
-        """Positions on the common axis, mm."""
+        """Return positions on the common axis, mm."""
         return self.offset - mm if self.flipped else self.offset + mm
 
 
@@ -57,18 +60,18 @@ class Axis:
 
     Attributes:
         mm: Positions, increasing, evenly spaced.
-        scores: Monotone.
+        scores: Expected scores, monotone.
     """
 
     mm: np.ndarray
     scores: np.ndarray
 
     def at(self, mm: np.ndarray) -> np.ndarray:
-        """Expected scores; beyond the ends, those of the ends."""
+        """Interpolate the expected scores; beyond the ends, they are those of the ends."""
         return np.interp(mm, self.mm, self.scores)
 
     def place(self, profile: Profile, flips: bool = False) -> Placement:
-        """The offset (and direction, with `flips`) whose expected scores are nearest, in the mean.
+        """Find the offset (and direction, with `flips`) whose expected scores are nearest, in the mean.
 
         Offsets are tried at every quarter of the axis' step, such that the profile's middle lies on it.
         """
@@ -83,9 +86,9 @@ class Axis:
             good = np.flatnonzero(misfits <= misfits.min() + 1e-12)
             chosen = int(good[len(good) // 2])
             offset = middles[chosen] + (profile.middle if flipped else -profile.middle)
-            found = Placement(float(offset), flipped, float(misfits[chosen]))
-            if best is None or found.misfit < best.misfit:
-                best = found
+            placement = Placement(float(offset), flipped, float(misfits[chosen]))
+            if best is None or placement.misfit < best.misfit:
+                best = placement
         assert best is not None
         return best
 
@@ -93,7 +96,7 @@ class Axis:
 def common_axis(
     profiles: Sequence[Profile], flips: Sequence[bool] | None = None
 ) -> tuple[Axis, list[Placement]]:
-    """Aligns reference profiles with one another, and fits a monotone curve (isotonic regression).
+    """Align reference profiles with one another, and fit a monotone curve (isotonic regression).
 
     The zero of the axis is where the middles of the profiles lie on average. `flips` says which of them
     may run against the axis.

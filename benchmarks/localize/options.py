@@ -9,21 +9,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LocalizeOptions:
-    """Places volumes and crops of them on the axis that a sorting run has learnt.
+    """Place volumes and crops of them on the axis that a sorting run has learnt.
 
     Attributes:
-        run: A run of `ssl3d pretrain --proxy sorting`.
-        data: What to place: stores, folders of stores, phantoms[:N], or scans (prepared into a cache
-            first). Volumes of people that pretraining saw are not placed.
-        reference: Volumes that make the common axis; if left out, those of the data whose people
+        run: Folder of a run of `ssl3d pretrain --proxy sorting`.
+        data: Volumes to place: stores, folders of stores, phantoms[:N], or scans, which are prepared into a
+            cache first. Volumes of subjects that pretraining saw are not placed.
+        reference: Volumes that make the common axis. If left out, those of the data whose subjects
             pretraining saw, or else the training part of its house split.
         out: Folder for localize.json, localize.csv and localize.png.
-        crops: Partial crops cut from every placed volume, to measure the error.
-        share: Least and largest length of those crops, as a share of the volume's foreground.
-        references: Most reference volumes to use.
-        proxy: Name of the proxy of the run to use, if it has several that score slices.
-        device: auto, cpu, cuda or mps.
-        seed: Of the crops, and of the choice of reference volumes.
+        crops: Number of partial crops cut from every placed volume to measure the error.
+        share: Smallest and largest length of those crops, as a share of the volume's foreground.
+        references: Largest number of reference volumes.
+        proxy: Name of the proxy of the run, if several of them score slices.
+        device: Device of the network: auto, cpu, cuda or mps.
+        seed: Seed of the crops, and of the choice of reference volumes.
     """
 
     run: Path = field(metadata={"positional": True})
@@ -38,7 +38,7 @@ class LocalizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         if self.crops < 0:
             raise ValueError(f"crops is {self.crops}, must be 0 or more")
         if self.references < 1:

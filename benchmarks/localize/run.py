@@ -21,7 +21,7 @@ from ssl3d.api import (
     open_data_for,
     print_table,
 )
-from ssl3d_benchmarks.localize.axis import _FEWEST, Axis, Placement, Profile, common_axis
+from ssl3d_benchmarks.localize.axis import FEWEST, Axis, Placement, Profile, common_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,24 +38,24 @@ class Row:
     """One placed volume or crop; lengths in mm on the common axis unless said otherwise.
 
     Attributes:
-        volume: Id.
-        dataset: Data set.
-        subject: Subject.
+        volume: Id of the volume.
+        dataset: Name of the data set.
+        subject: Name of the subject.
         kind: volume or crop.
-        first_slice: First slice looked at, in the volume.
-        last_slice: Last slice looked at.
-        spacing: mm between slices.
-        first: Where the first slice lies.
-        last: Where the last slice lies.
+        first_slice: First slice that was scored, counted in the volume.
+        last_slice: Last slice that was scored.
+        spacing: Distance between slices, mm.
+        first: Position of the first slice.
+        last: Position of the last slice.
         flipped: Whether the volume runs against the axis.
         misfit: Mean |score - expected score|.
         tau: Kendall's tau between position and score, in the direction of the axis.
         inside: Share of slices whose score the reference curve reaches.
-        error: Of a crop, mean |position - position when the whole volume is placed|.
-        error_slices: The same, in slices.
-        centre_error: The same if the crop is put into the middle of its volume, unseen.
-        frame_error: Of a crop, mean |position - mm from the middle of its volume|, which no network told;
-            it holds how differently volumes of the data are cut.
+        error: Error of a crop: mean |position - position when the whole volume is placed|.
+        error_slices: The same error in slices.
+        centre_error: The same error if the crop is put into the middle of its volume, unseen.
+        frame_error: Mean |position - mm from the middle of the volume| of a crop, which needs no network
+            and includes how differently the volumes are cut.
     """
 
     volume: str
@@ -80,10 +80,10 @@ class Row:
 def place_volume(
     proxy: Any, volume: Volume, axis: Axis, crops: int, share: tuple[float, float], seed: int
 ) -> tuple[list[Row], Profile, Placement]:
-    """Places a volume, then `crops` random parts of it as if nothing else had been scanned.
+    """Place a volume, then `crops` random parts of it as if nothing else had been scanned.
 
     Returns:
-        A row for the volume and one per crop, its profile and placement.
+        A row for the volume and one per crop; the volume's profile and placement.
 
     Raises:
         DataError: The volume is too short.
@@ -97,7 +97,7 @@ def place_volume(
     rng = numpy_rng("localize", seed, volume.dataset, volume.id)
     for _ in range(crops):
         length = round(rng.uniform(*share) * count)
-        length = min(count, max(length, _FEWEST + slab - 1))
+        length = min(count, max(length, FEWEST + slab - 1))
         start = first + int(rng.integers(count - length + 1))
         part = _profile(proxy, volume, start, start + length)
         where = axis.place(part, flips)
@@ -138,10 +138,10 @@ def _row(kind: str, proxy: Any, volume: Volume, profile: Profile, where: Placeme
 
 def _profile(proxy: Any, volume: Volume, start: int | None = None, stop: int | None = None) -> Profile:
     positions, scores = proxy.profile(volume, start, stop)
-    if len(positions) < _FEWEST:
+    if len(positions) < FEWEST:
         raise DataError(
-            f"{volume.id}: has {len(positions)} slices along {proxy.config.axis} to place, {_FEWEST} are "
-            "needed"
+            f"{volume.id} has {len(positions)} slices along {proxy.config.axis}, but {FEWEST} are "
+            "needed to place it"
         )
     return Profile(positions * _spacing(proxy, volume), scores)
 
@@ -156,10 +156,10 @@ def _may_flip(proxy: Any, volume: Volume) -> bool:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts, and median and 90th percentile of the errors of crops."""
+    """Count volumes and crops, and compute median and 90th percentile of the errors of crops."""
     crops = [row for row in rows if row.kind == "crop"]
     whole = [row for row in rows if row.kind == "volume"]
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "volumes": len(whole),
         "subjects": len({(row.dataset, row.subject) for row in whole}),
         "crops": len(crops),
@@ -169,15 +169,15 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     for name in ("error", "error_slices", "centre_error", "frame_error"):
         values = [getattr(row, name) for row in crops]
         if values:
-            found[name] = {"median": float(np.median(values)), "p90": float(np.percentile(values, 90))}
-    return found
+            summary[name] = {"median": float(np.median(values)), "p90": float(np.percentile(values, 90))}
+    return summary
 
 
 # The command --------------------------------------------------------------------------------------
 
 
 def localize(options: LocalizeOptions) -> None:
-    """Makes the common axis, places every unseen volume, writes and prints what was found.
+    """Make the common axis, place every unseen volume, and write and print the results.
 
     Raises:
         UsageError: The run has no proxy that scores slices.
@@ -201,14 +201,14 @@ def localize(options: LocalizeOptions) -> None:
     rejected: list[str] = []
     for volume in unseen:
         try:
-            found, profile, where = place_volume(
+            placed, profile, where = place_volume(
                 proxy, volume, axis, options.crops, options.share, options.seed
             )
         except DataError as error:
             print(f"left out: {error}")
             rejected.append(str(error))
             continue
-        rows += found
+        rows += placed
         curves.append((profile, where))
     if not rows:
         raise DataError("none of the volumes can be placed; see above")
@@ -220,19 +220,20 @@ def _scoring_proxy(options: LocalizeOptions) -> tuple[str, Any]:
     able: dict[str, Proxy] = {name: proxy for name, proxy in proxies.items() if hasattr(proxy, "profile")}
     if options.proxy and options.proxy not in able:
         raise UsageError(
-            f"--proxy {options.proxy}: the run's proxies that score slices: {', '.join(able) or 'none'}"
+            f"--proxy {options.proxy} does not score slices; of the run's proxies, these do: "
+            f"{', '.join(able) or 'none'}"
         )
     if not able:
         raise UsageError(
-            f"{options.run}: trained {', '.join(proxies)}, none of which scores slices; pretrain "
-            "with --proxy sorting"
+            f"{options.run} trained {', '.join(proxies)}, which do not score slices; pretrain with "
+            "--proxy sorting"
         )
     name = options.proxy or next(iter(able))
     return name, able[name].to(device_of(options.device)).eval()
 
 
 def _choose(options: LocalizeOptions, proxy: Any) -> tuple[Collection, Collection, str]:
-    """Reference volumes, volumes to place, and where the former came from."""
+    """Choose reference volumes and volumes to place, and say where the former came from."""
     data = open_data_for([proxy.encoder], list(options.data))
     known = set(getattr(proxy.encoder, "metadata", {}).get("identities", []))
 
@@ -255,8 +256,8 @@ def _choose(options: LocalizeOptions, proxy: Any) -> tuple[Collection, Collectio
         unseen = data.select(np.flatnonzero(parts != "train"))
     if not len(unseen):
         raise DataError(
-            f"{' '.join(options.data)}: all of its {len(data)} volumes are of people that pretraining saw "
-            "or that are the reference; give others with --data"
+            f"{' '.join(options.data)}: all {len(data)} volumes are of subjects that pretraining saw or "
+            "that are the reference; give others with --data"
         )
     if not len(reference):
         raise DataError(
@@ -278,7 +279,7 @@ def _write(
     curves: Sequence[tuple[Profile, Placement]],
     rejected: Sequence[str],
 ) -> None:
-    found = summarize(rows)
+    scores = summarize(rows)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "localize.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
@@ -290,7 +291,7 @@ def _write(
         "data": list(options.data),
         "reference": {"volumes": references, "from": how},
         "crops": {"per_volume": options.crops, "share": list(options.share), "seed": options.seed},
-        "scores": found,
+        "scores": scores,
         "axis": {"mm": axis.mm.tolist(), "scores": axis.scores.tolist()},
         "rows": [asdict(row) for row in rows],
         "rejected": list(rejected),
@@ -314,23 +315,27 @@ def _write(
     )
     if len(shown) > 20:
         print(f"... and {len(shown) - 20} more in {options.out / 'localize.csv'}")
-    if found["crops"]:
+    if scores["crops"]:
         titles = {
             "error": "position error of crops, mm",
             "error_slices": "position error of crops, slices",
-            "centre_error": "the same, guessing the middle of the volume, mm",
-            "frame_error": "error against mm from the volume's middle, mm",
+            "centre_error": "position error if the middle of the volume is guessed, mm",
+            "frame_error": "difference from the distance to the volume's middle, mm",
         }
         print()
         print_table(
-            [[text, f"{found[k]['median']:.2f}", f"{found[k]['p90']:.2f}"] for k, text in titles.items()],
-            [f"{found['crops']} crops of {found['subjects']} unseen subjects", "median", "90 %"],
+            [[text, f"{scores[k]['median']:.2f}", f"{scores[k]['p90']:.2f}"] for k, text in titles.items()],
+            [
+                f"{scores['crops']} crops of {scores['subjects']} unseen subjects",
+                "median",
+                "90th percentile",
+            ],
         )
     print(f"\n{options.out / 'localize.png'}, .csv and .json")
 
 
 def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Sequence[Row]) -> Figure:
-    """Left: the reference curve and the placed volumes. Right: where crops were put, against the truth."""
+    """Draw the reference curve with the placed volumes, and the places of crops against the truth."""
     from matplotlib.figure import Figure
 
     crops = [row for row in rows if row.kind == "crop"]
@@ -342,14 +347,14 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     left.plot(axis.mm, axis.scores, color="k", linewidth=2, label="reference")
     left.set(xlabel="common axis, mm", ylabel="score", title=f"{len(curves)} unseen volumes")
     left.legend()
-    truth, found = [], []
+    truth, placed = [], []
     for row in crops:
         volume = whole[row.dataset, row.volume]
         sign = -1 if volume.flipped else 1
         middle = (row.first_slice + row.last_slice - 2 * volume.first_slice) / 2 * row.spacing
         truth.append(volume.first + sign * middle)
-        found.append((row.first + row.last) / 2)
-    right.scatter(truth, found, s=8, alpha=0.5)
+        placed.append((row.first + row.last) / 2)
+    right.scatter(truth, placed, s=8, alpha=0.5)
     ends = [axis.mm[0], axis.mm[-1]]
     right.plot(ends, ends, color="k", linewidth=0.8)
     title = "crops"
@@ -357,5 +362,5 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
         median = np.median([row.error for row in crops if row.error is not None])
         guess = np.median([row.centre_error for row in crops if row.centre_error is not None])
         title = f"{len(crops)} crops: median error {median:.1f} mm\n(guessing the middle: {guess:.1f} mm)"
-    right.set(xlabel="true middle of the crop, mm", ylabel="where it was put, mm", title=title)
+    right.set(xlabel="true middle of the crop, mm", ylabel="estimated middle, mm", title=title)
     return figure

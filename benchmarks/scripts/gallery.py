@@ -19,11 +19,12 @@ import numpy as np
 from ssl3d.api import Collection, Loader, Proxy, house_split, load_proxies, one_group, open_data
 
 DATA = "phantoms:64"
-SHOWN = 6  # examples in a picture
+SHOWN = 6
+"""Examples in a picture."""
 
 
 def main() -> None:
-    """Trains each proxy for one step and for many, and draws what it says of the same people."""
+    """Train each proxy for one step and for many, and draw its output for the same subjects."""
     parser = argparse.ArgumentParser(description="Pictures of every proxy, before and after training.")
     parser.add_argument("--proxy", nargs="+", help="default: all")
     parser.add_argument("--steps", type=int, default=300)
@@ -35,26 +36,26 @@ def main() -> None:
     test = data.select(np.flatnonzero(house_split(data) == "test"))
     for name in options.proxy or installed():
         began = time.perf_counter()
-        found = {}
+        looks = {}
         for moment, steps in (("before", 1), ("after", options.steps)):
             run = pretrained(name, steps, options.work)
-            found[moment] = look(name, load_proxies(run)[name], test)
+            looks[moment] = look(name, load_proxies(run)[name], test)
         seconds = time.perf_counter() - began
-        save(options.out / f"{name}.png", name, options.steps, found)
-        record(options.out / "gallery.json", name, options.steps, found)
-        before, after = (found[moment]["metrics"][found[moment]["main"]] for moment in ("before", "after"))
-        print(f"{name}: {found['after']['main']} {before:.3f} -> {after:.3f}, {seconds:.0f} s", flush=True)
+        save(options.out / f"{name}.png", name, options.steps, looks)
+        record(options.out / "gallery.json", name, options.steps, looks)
+        before, after = (looks[moment]["metrics"][looks[moment]["main"]] for moment in ("before", "after"))
+        print(f"{name}: {looks['after']['main']} {before:.3f} -> {after:.3f}, {seconds:.0f} s", flush=True)
 
 
 def installed() -> list[str]:
-    """Names of the proxies."""
+    """List the names of the proxies."""
     from importlib.metadata import entry_points
 
     return sorted(point.name for point in entry_points(group="ssl3d.proxies"))
 
 
 def pretrained(name: str, steps: int, work: Path) -> Path:
-    """A run on the training people, made where it is not there."""
+    """Return a run on the training subjects, pretrained where it is not there."""
     import ssl3d
 
     folder = work / f"{name}-{steps}"
@@ -67,7 +68,7 @@ def pretrained(name: str, steps: int, work: Path) -> Path:
 
 
 def look(name: str, proxy: Proxy, people: Collection) -> dict[str, Any]:
-    """The picture and metrics of one batch of people, the same for every call."""
+    """Return the picture and metrics of one batch of subjects, the same for every call."""
     import torch
 
     batch = next(iter(Loader(people, {name: (type(proxy), proxy.config)}, SHOWN, seed=0, steps=1)))
@@ -81,18 +82,18 @@ def look(name: str, proxy: Proxy, people: Collection) -> dict[str, Any]:
     return {"main": proxy.main, "metrics": metrics, "figure": out.picture() if out.picture else None}
 
 
-def save(path: Path, name: str, steps: int, found: dict[str, Any]) -> None:
-    """Both pictures, one above the other."""
+def save(path: Path, name: str, steps: int, looks: dict[str, Any]) -> None:
+    """Write both pictures, one above the other."""
     from PIL import Image, ImageDraw
 
     pictures = []
     for moment, title in (("before", "after 1 step"), ("after", f"after {steps} steps")):
-        if found[moment]["figure"] is None:
+        if looks[moment]["figure"] is None:
             return
         file = BytesIO()
-        found[moment]["figure"].savefig(file, dpi=64, format="png")
-        told = f"{found[moment]['main']} {found[moment]['metrics'][found[moment]['main']]:.3f}"
-        pictures.append((f"{name}, {title}: {told}", Image.open(file).convert("RGB")))
+        looks[moment]["figure"].savefig(file, dpi=64, format="png")
+        score = f"{looks[moment]['main']} {looks[moment]['metrics'][looks[moment]['main']]:.3f}"
+        pictures.append((f"{name}, {title}: {score}", Image.open(file).convert("RGB")))
     width = max(picture.width for _, picture in pictures)
     whole = Image.new("RGB", (width, sum(picture.height + 18 for _, picture in pictures)), "white")
     top = 0
@@ -103,11 +104,11 @@ def save(path: Path, name: str, steps: int, found: dict[str, Any]) -> None:
     whole.quantize(64).save(path, optimize=True)
 
 
-def record(path: Path, name: str, steps: int, found: dict[str, Any]) -> None:
-    """Adds a proxy's metrics to the record."""
+def record(path: Path, name: str, steps: int, looks: dict[str, Any]) -> None:
+    """Add a proxy's metrics to the record."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known[name] = {"steps": steps, "main": found["after"]["main"]}
-    known[name] |= {moment: found[moment]["metrics"] for moment in ("before", "after")}
+    known[name] = {"steps": steps, "main": looks["after"]["main"]}
+    known[name] |= {moment: looks[moment]["metrics"] for moment in ("before", "after")}
     path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 
 

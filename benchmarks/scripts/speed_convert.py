@@ -30,17 +30,20 @@ KINDS = ("2d", "acs", "soft-acs", "2.5d", "i3d", "p3d", "triplanar", "3d")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures all, prints a table, writes JSON."""
+    """Measure all arms, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet18", "mobilenet_v2"])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--depths", nargs="+", type=int, default=[9, 28])
     parser.add_argument(
-        "--size", type=int, default=64, help="of a slice; smaller ones vanish in the strides"
+        "--size", type=int, default=64, help="side of a slice; smaller ones vanish in the strides"
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed, the fastest counts, after an untimed one"
+        "--steps",
+        type=int,
+        default=3,
+        help="timed steps, of which the fastest counts, after an untimed one",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("bf16", "32"), default="32")
@@ -54,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         network, kind, depth = options.worker.split(",")
         # What a library prints must not be taken for the answer.
         with contextlib.redirect_stdout(sys.stderr):
-            found = measure(network, kind, int(depth), options)
-        print(json.dumps(found))
+            result = measure(network, kind, int(depth), options)
+        print(json.dumps(result))
         return
     given = list(sys.argv[1:] if argv is None else argv)
     arms = [f"{n},{k},{d}" for n in options.networks for d in options.depths for k in options.kinds]
@@ -73,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"round {turn + 1} of {options.rounds}, {arm}: {step:.0f} ms", file=sys.stderr, flush=True
             )
     medians = {
-        arm: {key: statistics.median(one[key] for one in all_) for key in all_[0]}
-        for arm, all_ in measured.items()
+        arm: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for arm, results in measured.items()
     }
     import torch
 
@@ -85,17 +88,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report(medians, options, machine)
     if options.json:
-        told = {
+        content = {
             "options": {k: v for k, v in vars(options).items() if k not in ("json", "worker")},
             "machine": machine,
             "measured": measured,
             "medians": medians,
         }
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def report(medians: dict[str, dict[str, float]], options: argparse.Namespace, machine: str) -> None:
-    """Prints the table."""
+    """Print the table of the medians."""
     precision = "bf16" if options.precision == "bf16" else "fp32"
     print(
         f"{options.batch} volumes of D x {options.size} x {options.size}, {precision}, {options.clock} "
@@ -113,7 +116,7 @@ def report(medians: dict[str, dict[str, float]], options: argparse.Namespace, ma
 
 
 def measure(network: str, kind: str, depth: int, options: argparse.Namespace) -> dict[str, float]:
-    """One arm, in this process."""
+    """Measure one arm in this process."""
     import torch
 
     if options.threads:
@@ -153,7 +156,7 @@ def measure(network: str, kind: str, depth: int, options: argparse.Namespace) ->
 
 
 def make(network: str, kind: str) -> Any:
-    """A module from the input to the deepest map."""
+    """Make a module from the input to the deepest map."""
     from torch import nn
 
     from ssl3d.api import ConvertedConfig, ConvertedEncoder, network_2d
@@ -174,7 +177,7 @@ def make(network: str, kind: str) -> Any:
 
 
 def plain_3d(module: Any) -> Any:
-    """Replaces a network's 2D layers by torch's 3D ones, in place."""
+    """Replace a network's 2D layers by torch's 3D ones, in place."""
     from torch import nn
 
     def threefold(value: Any) -> tuple[int, int, int]:
@@ -202,7 +205,7 @@ def plain_3d(module: Any) -> Any:
 
 
 def peak(device: Any, reset: bool = False) -> float:
-    """Peak memory so far, MB; counted anew where that can be."""
+    """Read the peak memory so far, MB; it is counted anew where that can be."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""How fast random crops come: from the store, from NIfTI files read each time, from torchio's Queue.
+"""How fast random crops are read: from the store, from NIfTI files read each time, from torchio's Queue.
 
 All three read the same files in the same run with the same number of workers. It also prints what
 opening a large collection costs, simulated.
@@ -31,11 +31,11 @@ REPEATS = 3
 
 
 class Crop(Proxy):
-    """One random crop of `config` voxels; for drawing only."""
+    """A proxy that draws one random crop of `config` voxels, and is never trained."""
 
     @classmethod
     def draw(cls, config: tuple[int, int, int], volume: Any, rng: np.random.Generator) -> dict[str, Any]:
-        """A random crop."""
+        """Draw one random crop of a volume."""
         start = [
             int(rng.integers(max(1, n - s + 1))) for n, s in zip(volume.shape[1:], config, strict=True)
         ]
@@ -43,7 +43,7 @@ class Crop(Proxy):
 
 
 class ReadEachTime(Dataset[Any]):
-    """One random crop per item; the whole file is read for it."""
+    """A data set of one random crop per item, for which the whole file is read."""
 
     def __init__(self, paths: Sequence[Path], size: int):
         self.paths, self.size = list(paths), size
@@ -99,7 +99,7 @@ WAYS = {
 
 
 def rate(crops: Iterator[int], seconds: float) -> float:
-    """Crops per second after the first batch, which pays for starting the workers."""
+    """Count crops per second after the first batch, which pays for starting the workers."""
     next(crops)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -108,17 +108,17 @@ def rate(crops: Iterator[int], seconds: float) -> float:
 
 
 def scans(folder: Path, size: int, limit: int) -> list[Path]:
-    """The first files under a folder that a crop of this size fits into."""
+    """Find the first files under a folder that a crop of this size fits into."""
     import nibabel
 
-    found = []
+    files = []
     for path in sorted(folder.rglob("*.nii*")):
         fits = min(nibabel.nifti1.Nifti1Image.from_filename(path).shape[:3]) >= size
         if fits and not any(word in str(path) for word in ("label", "mask", "seg")):
-            found.append(path)
-        if len(found) == limit:
+            files.append(path)
+        if len(files) == limit:
             break
-    return found
+    return files
 
 
 def phantom_files(folder: Path, count: int) -> list[Path]:
@@ -134,22 +134,22 @@ def phantom_files(folder: Path, count: int) -> list[Path]:
 
 
 def choose(folder: Path | None, size: int, limit: int, temporary: Path) -> list[tuple[str, list[Path]]]:
-    """What to read: the folder asked for, else the shared data (small and large scans), else phantoms."""
+    """Choose the files: of the folder asked for, else of the shared data, else phantoms."""
     shared = Path(os.environ.get("SSL3D_DATA") or Path(__file__).parents[3] / "shared" / "data")
     folders = [folder] if folder else [shared / "hippocampus", shared / "brain_tumour"]
-    found = [(f.name, scans(f, size, limit)) for f in folders if f.is_dir()]
-    found = [(name, paths) for name, paths in found if len(paths) >= 2]
-    if found:
-        return found
-    made = temporary / "phantoms"
-    if not made.exists():
-        made.mkdir()
-        phantom_files(made, 8)
-    return [("phantoms", sorted(made.iterdir()))]
+    every = [(path.name, scans(path, size, limit)) for path in folders if path.is_dir()]
+    enough = [(name, paths) for name, paths in every if len(paths) >= 2]
+    if enough:
+        return enough
+    phantoms = temporary / "phantoms"
+    if not phantoms.exists():
+        phantoms.mkdir()
+        phantom_files(phantoms, 8)
+    return [("phantoms", sorted(phantoms.iterdir()))]
 
 
 def resident() -> float:
-    """Memory of this process in MB; NaN where /proc does not tell."""
+    """Read the memory of this process in MB; NaN without /proc."""
     try:
         return (
             int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
@@ -184,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="per way and size")
-    parser.add_argument("--files", type=int, default=40, help="at most so many")
-    parser.add_argument("--volumes", type=int, default=100_000, help="simulated, to open")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per way and size")
+    parser.add_argument("--files", type=int, default=40, help="largest number of files")
+    parser.add_argument("--volumes", type=int, default=100_000, help="simulated volumes to open")
     options = parser.parse_args(argv)
 
     print(
@@ -198,19 +198,21 @@ def main(argv: list[str] | None = None) -> None:
         temporary = Path(name)
         os.environ["SSL3D_CACHE"] = str(temporary / "cache")
         for size in options.sizes:
-            for what, paths in choose(options.data, size, options.files, temporary):
+            for source, paths in choose(options.data, size, options.files, temporary):
                 with contextlib.redirect_stderr(io.StringIO()):
                     collection = open_data(paths)  # prepared before anything is measured
                 rates = {}
                 for way, crops in WAYS.items():
                     # The best of several: what else runs on the machine only ever slows it.
-                    made = crops(paths, size, options.workers)
-                    rates[way] = max(rate(made, options.seconds / REPEATS) for _ in range(REPEATS))
-                    del made
+                    stream = crops(paths, size, options.workers)
+                    rates[way] = max(rate(stream, options.seconds / REPEATS) for _ in range(REPEATS))
+                    del stream
                 slowest = rates["torchio Queue"]
                 figures = ", ".join(f"{way} {r:.0f} ({r / slowest:.1f}x)" for way, r in rates.items())
                 shape = "x".join(str(int(n)) for n in np.median(collection.shapes[:, 1:], axis=0))
-                print(f"{size}^3 from {len(paths)} files of {what}, median {shape}: {figures}", flush=True)
+                print(
+                    f"{size}^3 from {len(paths)} files of {source}, median {shape}: {figures}", flush=True
+                )
         if options.volumes:
             for shards in (1, 100):
                 open_many(temporary, options.volumes, shards)

@@ -27,7 +27,7 @@ DTYPES = ("bf16", "fp32")
 
 @dataclass
 class Timing:
-    """One line of the table."""
+    """Timing of one encoder, a line of the table."""
 
     seconds: float
     matrix: float
@@ -36,17 +36,17 @@ class Timing:
 
     @property
     def share(self) -> float:
-        """Of the matrix-product rate, all taps counted."""
+        """Share of the matrix-product rate, all taps counted."""
         return self.nominal / self.seconds / self.matrix
 
     @property
     def share_in_data(self) -> float:
-        """Of the matrix-product rate, without the taps on the padding."""
+        """Share of the matrix-product rate, without the taps on the padding."""
         return self.in_data / self.seconds / self.matrix
 
 
 def fastest(call: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
-    """Seconds of the fastest call, after two to warm up."""
+    """Measure the seconds of the fastest call, after two to warm up."""
     call(), call()
     best = float("inf")
     for _ in range(repeats):
@@ -57,7 +57,7 @@ def fastest(call: Callable[[], object], clock: Callable[[], float], repeats: int
 
 
 def count(encoder: Any, x: Any) -> tuple[float, float]:
-    """Operations of a training step's convolutions: over all taps, and over those inside the data.
+    """Count the operations of a training step's convolutions, over all taps and over those in the data.
 
     Three products per convolution: output, input gradient (none for the first layer) and weight gradient.
     """
@@ -66,7 +66,7 @@ def count(encoder: Any, x: Any) -> tuple[float, float]:
     totals = [0.0, 0.0]
 
     def inside(size: int, kernel: int, stride: int, padding: int, out: int) -> int:
-        """Pairs of output and tap, along one axis, that read the data and not the padding."""
+        """Count pairs of output and tap, along one axis, that read the data and not the padding."""
         return sum(0 <= o * stride - padding + k < size for o in range(out) for k in range(kernel))
 
     class Counter(TorchDispatchMode):
@@ -94,7 +94,7 @@ def count(encoder: Any, x: Any) -> tuple[float, float]:
 def measure(
     encoder: Any, x: Any, dtype: Any, channels_last: bool | None, clock: Callable[[], float], repeats: int
 ) -> Timing:
-    """Times training steps of `encoder` on `x`; `channels_last` None leaves the choice to the encoder."""
+    """Measure training steps of `encoder` on `x`; `channels_last` None leaves the choice to the encoder."""
     import torch
 
     from ssl3d.api import to_memory_format
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", default=["3d", "acs"])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 32])
     parser.add_argument("--sizes", type=int, nargs="+", default=[28])
-    parser.add_argument("--depth", type=int, help="of the input; default: as its height and width")
+    parser.add_argument("--depth", type=int, help="depth of the input; default: its height and width")
     parser.add_argument("--norms", nargs="+", default=["batch", "group"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument(

@@ -42,16 +42,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures all, prints a table, writes JSON."""
+    """Measure all arms, print a table and write JSON."""
     names = sorted(point.name for point in entry_points(group="ssl3d.proxies"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["phantoms:64"])
     parser.add_argument("--proxies", nargs="+", default=names, choices=names)
     parser.add_argument(
-        "--crops", type=int, default=64, help="of 32 x 32 x 32, through the encoder, a step"
+        "--crops", type=int, default=64, help="crops of 32 x 32 x 32 that go through the encoder in a step"
     )
     parser.add_argument("--encoder", default="scratch:resnet18:acs:width=32")
-    parser.add_argument("--steps", type=int, default=6, help="timed, after 2 untimed ones")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after 2 untimed ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine")
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.worker:
         # What a plugin prints must not be taken for the answer.
         with contextlib.redirect_stdout(sys.stderr):
-            found = measure(options.worker, options)
-        print(json.dumps(found))
+            result = measure(options.worker, options)
+        print(json.dumps(result))
         return
     given = list(sys.argv[1:] if argv is None else argv)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in options.proxies}
@@ -81,22 +81,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"round {turn + 1} of {options.rounds}, {name}: {step:.0f} ms", file=sys.stderr, flush=True
             )
     medians = {
-        name: {key: statistics.median(one[key] for one in all_) for key in all_[0]}
-        for name, all_ in measured.items()
+        name: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for name, results in measured.items()
     }
     report(medians, options)
     if options.json:
-        told = {
+        content = {
             "options": {k: v for k, v in vars(options).items() if k not in ("json", "worker")},
             "machine": machine(options.device),
             "measured": measured,
             "medians": medians,
         }
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def config_of(name: str, cls: Any) -> Any:
-    """Options of the size that the budget is counted in."""
+    """Make the options of the size that the budget is counted in."""
     own = dict(OPTIONS.get(name, {}))
     if "crop" not in own and len(getattr(cls.Config(), "crop", ())) == 3:
         own["crop"] = (32, 32, 32)
@@ -104,7 +104,7 @@ def config_of(name: str, cls: Any) -> Any:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One proxy, in this process."""
+    """Measure one proxy in this process."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,7 +140,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     prepared = clock() - start
 
     def loss_of(batch: Any, step: int) -> Any:
-        """Of a batch's groups, weighted by their examples, as in `ssl3d pretrain`."""
+        """Compute the loss of a batch's groups, weighted by their examples, as in `ssl3d pretrain`."""
         groups = [group.to(device) for group in batch.groups]
         rngs = [BatchRng(step, group.rows, group.total, device) for group in groups]
         with torch.autocast(device.type, torch.bfloat16, options.precision == "bf16"):
@@ -198,7 +198,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 class _Once:
-    """Every volume once, as `Proxy.start_epoch` gets it."""
+    """An iterable of every volume once, as `Proxy.start_epoch` gets it."""
 
     def __init__(self, loader: Any, name: str, device: Any) -> None:
         self.loader, self.name, self.device = loader, name, device
@@ -209,7 +209,7 @@ class _Once:
 
 
 def memory(device: Any) -> float:
-    """Peak memory so far, MB."""
+    """Read the peak memory so far, MB."""
     if device.type == "cuda":
         import torch
 
@@ -225,7 +225,7 @@ def memory(device: Any) -> float:
 
 
 def synchronize(device: Any) -> None:
-    """Waits for the device."""
+    """Wait for the device to finish."""
     if device.type == "cuda":
         import torch
 
@@ -233,7 +233,7 @@ def synchronize(device: Any) -> None:
 
 
 def machine(device: str) -> str:
-    """What the numbers were taken on, in words."""
+    """Name the machine that the numbers were taken on."""
     if device.startswith("cuda"):
         import torch
 
@@ -247,23 +247,23 @@ def machine(device: str) -> str:
 
 
 def report(medians: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    """Prints the table."""
+    """Print the table of the medians."""
     from ssl3d.api import print_table
 
     rows = [
         [
             name,
-            f"{one['volumes']:.0f}",
-            f"{one['voxels'] / CROP:.1f}",
-            f"{1e3 * one['step_s']:.0f}",
-            f"{one['volumes_per_s']:.1f}",
-            f"{one['flops'] / 1e9:.1f}",
-            f"{one['peak_mb']:.0f}",
-            f"{one['step_mb']:.0f}",
-            f"{1e3 * one['draw_s']:.0f}",
-            f"{one['prepare_s']:.1f}",
+            f"{row['volumes']:.0f}",
+            f"{row['voxels'] / CROP:.1f}",
+            f"{1e3 * row['step_s']:.0f}",
+            f"{row['volumes_per_s']:.1f}",
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['peak_mb']:.0f}",
+            f"{row['step_mb']:.0f}",
+            f"{1e3 * row['draw_s']:.0f}",
+            f"{row['prepare_s']:.1f}",
         ]
-        for name, one in sorted(medians.items(), key=lambda item: item[1]["step_s"])
+        for name, row in sorted(medians.items(), key=lambda item: item[1]["step_s"])
     ]
     print(
         f"{options.encoder}, {options.precision}, {' '.join(options.data)}, {machine(options.device)}; "

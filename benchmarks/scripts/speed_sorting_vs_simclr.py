@@ -39,17 +39,17 @@ CONTESTANTS = {
 
 
 def slices_of(contestant: str, slices: int) -> int:
-    """Slices per volume that a contestant draws."""
+    """Count the slices per volume that a contestant draws."""
     return slices // 2 if contestant.endswith("same passes") else slices
 
 
 def passes_of(contestant: str, volumes: int, slices: int) -> int:
-    """Slices that go through the encoder in a step."""
+    """Count the slices that go through the encoder in a step."""
     return volumes * slices_of(contestant, slices) * (1 if contestant == "sorting" else 2)
 
 
 def flags_of(contestant: str, slices: int, crop: int) -> dict[str, Any]:
-    """Options of the proxy."""
+    """Return the options of the proxy."""
     count = slices_of(contestant, slices)
     if contestant == "sorting":
         return {"slices": count, "crop": (crop, crop)}
@@ -59,18 +59,20 @@ def flags_of(contestant: str, slices: int, crop: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["phantoms:32"])
-    parser.add_argument("--volumes", type=int, default=8, help="per step")
-    parser.add_argument("--slices", type=int, default=8, help="per volume, even")
+    parser.add_argument("--volumes", type=int, default=8, help="volumes per step")
+    parser.add_argument("--slices", type=int, default=8, help="slices per volume, an even number")
     parser.add_argument("--crop", type=int, default=64, help="side of the slices")
     parser.add_argument("--encoder", default="scratch:resnet18:acs:width=32")
-    parser.add_argument("--steps", type=int, default=8, help="timed, after 2 untimed ones")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps, after 2 untimed ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--train-steps", type=int, default=0, help="of pretraining, for the quality")
-    parser.add_argument("--out", type=Path, help="runs and probe; a temporary folder if left out")
+    parser.add_argument("--train-steps", type=int, default=0, help="steps of pretraining, for the quality")
+    parser.add_argument(
+        "--out", type=Path, help="folder for runs and probe; a temporary folder if left out"
+    )
     parser.add_argument("--json", type=Path, help="the measurements as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -80,33 +82,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(options.worker, options)))
         return
     given = list(sys.argv[1:] if argv is None else argv)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     for turn in range(options.rounds):
         names = list(CONTESTANTS)
         for name in names[turn % 3 :] + names[: turn % 3]:
             command = [sys.executable, str(Path(__file__).resolve()), *given, "--worker", name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            measured[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
     medians = {
-        name: {key: statistics.median(one[key] for one in all_) for key in all_[0]}
-        for name, all_ in found.items()
+        name: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for name, results in measured.items()
     }
     report(medians, options)
     if options.json:
-        told = {
+        content = {
             "options": vars(options) | {"out": None, "json": None},
             "machine": platform.processor() or platform.machine(),
-            "measured": found,
+            "measured": measured,
             "medians": medians,
         }
-        options.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if options.train_steps:
         with tempfile.TemporaryDirectory() as temporary:
             quality(options, options.out or Path(temporary))
 
 
 def measure(contestant: str, options: argparse.Namespace) -> dict[str, float]:
-    """One contestant, in this process: seconds per step, of drawing, and memory in MB."""
+    """Measure one contestant in this process: seconds per step, of drawing, and memory in MB."""
     import torch
 
     from ssl3d.api import BatchRng, encoder_from, numpy_rng, open_data
@@ -129,7 +131,7 @@ def measure(contestant: str, options: argparse.Namespace) -> dict[str, float]:
     for step in range(options.steps + 2):
         chosen = numpy_rng("speed", step).permutation(len(volumes))[: options.volumes]
         drawn = [cls.draw(config, volumes[int(i)], numpy_rng("speed", step, int(i))) for i in chosen]
-        batch = {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
+        batch = {key: torch.stack([example[key] for example in drawn]) for key in drawn[0]}
         batch["subject"] = torch.tensor([people[int(volumes.subject_codes[i])] for i in chosen])
         batch["index"] = torch.as_tensor(chosen)
         batch["dataset"] = torch.zeros(len(chosen), dtype=torch.int64)
@@ -159,7 +161,7 @@ def measure(contestant: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(device: Any) -> float:
-    """Peak memory so far, MB."""
+    """Read the peak memory so far, MB."""
     if device.type == "cuda":
         import torch
 
@@ -188,21 +190,21 @@ def report(medians: dict[str, dict[str, float]], options: argparse.Namespace) ->
 
     own = medians["sorting"]
     rows = []
-    for name, one in medians.items():
+    for name, row in medians.items():
         passes = passes_of(name, options.volumes, options.slices)
         rows.append(
             [
                 name,
                 str(options.volumes * slices_of(name, options.slices)),
                 str(passes),
-                f"{1e3 * one['step_s']:.0f}",
-                f"{one['step_s'] / own['step_s']:.2f}",
-                f"{1e3 * one['step_s'] / passes:.2f}",
-                f"{1e3 * one['draw_s']:.0f}",
-                f"{one['peak_mb']:.0f}",
-                f"{one['peak_mb'] / own['peak_mb']:.2f}",
-                f"{one['step_mb']:.0f}",
-                f"{one['step_mb'] / max(own['step_mb'], 1e-9):.2f}",
+                f"{1e3 * row['step_s']:.0f}",
+                f"{row['step_s'] / own['step_s']:.2f}",
+                f"{1e3 * row['step_s'] / passes:.2f}",
+                f"{1e3 * row['draw_s']:.0f}",
+                f"{row['peak_mb']:.0f}",
+                f"{row['peak_mb'] / own['peak_mb']:.2f}",
+                f"{row['step_mb']:.0f}",
+                f"{row['step_mb'] / max(own['step_mb'], 1e-9):.2f}",
             ]
         )
     print(
@@ -215,7 +217,7 @@ def report(medians: dict[str, dict[str, float]], options: argparse.Namespace) ->
 
 
 def quality(options: argparse.Namespace, out: Path) -> None:
-    """Pretrains every contestant alike, and probes them side by side."""
+    """Pretrain every contestant alike, and probe them side by side."""
     name, *words = options.encoder.removeprefix("scratch:").split(":")
     encoder = ["--encoder", name]
     for word in words:
@@ -248,7 +250,7 @@ def quality(options: argparse.Namespace, out: Path) -> None:
 
 
 def ssl3d(words: Sequence[str]) -> str:
-    """Runs a command of ssl3d in a fresh process; what it printed."""
+    """Run a command of ssl3d in a fresh process, and return what it printed."""
     done = subprocess.run([sys.executable, "-m", "ssl3d", *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"ssl3d {' '.join(words)}: {done.stderr.strip()}")

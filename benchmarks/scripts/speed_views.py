@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per measurement")
     options = parser.parse_args(argv)
 
     import SimpleITK as sitk
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             batched = _milliseconds(call, options.seconds) / options.batch
             other, ratio = "", ""
             if transform:
-                made = getattr(torchio, transform)(copy=False, **arguments)
-                single = _milliseconds(partial(made, torch.randn(1, *size)), options.seconds)
+                theirs = getattr(torchio, transform)(copy=False, **arguments)
+                single = _milliseconds(partial(theirs, torch.randn(1, *size)), options.seconds)
                 other, ratio = f"{single:.2f}", f"{single / batched:.1f}x"
             print(f"{side:>5} {name:>14} {batched:>8.2f} {other:>8} {ratio:>6}", flush=True)
 

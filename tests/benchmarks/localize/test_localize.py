@@ -151,7 +151,7 @@ def test_crops_are_a_function_of_the_seed():
 
 
 def test_a_volume_of_few_slices_is_refused():
-    with pytest.raises(DataError, match="has 3 slices along D to place, 4 are needed"):
+    with pytest.raises(DataError, match="has 3 slices along D, but 4 are needed to place it"):
         place_volume(Oracle(), scan(count=8), AXIS, 1, (0.3, 0.6), 0)
 
 
@@ -183,7 +183,7 @@ def test_the_command_places_unseen_phantoms(run, tmp_path, capsys):
     assert len(rows) == scores["crops"] + scores["volumes"]
     assert {row["kind"] for row in rows} == {"volume", "crop"}
     assert (out / "localize.png").stat().st_size > 5000
-    assert "guessing the middle of the volume" in capsys.readouterr().out
+    assert "if the middle of the volume is guessed" in capsys.readouterr().out
 
 
 def test_people_seen_in_pretraining_are_not_placed(run, tmp_path):
@@ -200,7 +200,7 @@ def test_a_reference_that_is_all_there_is(run, tmp_path, capsys):
     words = ["--data", "phantoms:24", "--reference", "phantoms:24", "--out", str(tmp_path)]
     assert cli.main(["localize", str(run), *words]) == 2
     error = capsys.readouterr().err
-    assert "all of its 24 volumes" in error
+    assert "all 24 volumes are" in error
     assert error.count("\n") == 1
 
 
@@ -209,7 +209,7 @@ def test_a_reference_that_is_all_there_is(run, tmp_path, capsys):
     [
         (["nowhere"], "nowhere"),
         (["{run}", "--share", "0.9", "0.1"], "share"),
-        (["{run}", "--proxy", "simclr"], "score slices: sorting"),
+        (["{run}", "--proxy", "simclr"], "these do: sorting"),
         (["{run}", "--data", "nothing-here.h5"], "nothing-here.h5"),
     ],
 )
