@@ -2,15 +2,24 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from ssl3d.encoder import Encoder
-from ssl3d.encoders.inference import dense_features, embed_volume, recalibrate_norm, upsample, window_starts
+from ssl3d.encoders.inference import (
+    dense_features,
+    embed_volume,
+    gaussian_weight,
+    recalibrate_norm,
+    upsample,
+    window_starts,
+)
 from ssl3d.encoders.resnet import ResNet10, ResNetConfig
 
 
@@ -88,6 +97,22 @@ def test_windows_of_depth_1_are_images():
     probe = Identity()
     embed_volume(probe, torch.randn(1, 3, 8, 8), (1, 8, 8), batch=2)
     assert probe.seen == [(2, 1, 1, 8, 8), (1, 1, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("size", [(16, 16, 16), (9, 24, 7), (1, 12, 2), (48, 32, 40)])
+def test_window_weights_are_those_of_nnunet(size):
+    """nnU-Net v2: a unit impulse at n // 2, filtered, scaled to 10, its zeros in half precision raised."""
+    impulse = np.zeros(size)
+    impulse[tuple(n // 2 for n in size)] = 1
+    golden = gaussian_filter(impulse, [n / 8 for n in size], 0, mode="constant", cval=0)
+    golden = golden / golden.max() * 10
+    weight = gaussian_weight([torch.arange(n) for n in size], size)
+    np.testing.assert_allclose(10 * weight, golden, rtol=1e-5)
+    half = golden.astype(np.float16)
+    half[half == 0] = half[half != 0].min()
+    np.testing.assert_allclose(10 * weight, half.astype(np.float64), rtol=1e-3, atol=1e-7)
+    some = [torch.arange(n)[1::3] if n > 1 else torch.arange(n) for n in size]
+    assert torch.equal(gaussian_weight(some, size), weight[np.ix_(*[p.numpy() for p in some])])
 
 
 @pytest.mark.parametrize("every", [(1, 1, 1), (2, 3, 1)])
