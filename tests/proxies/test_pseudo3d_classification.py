@@ -374,7 +374,7 @@ def test_coloured_volumes_are_no_pictures(tmp_path):
 def test_a_picture_without_a_label_is_set_aside(tmp_path):
     data = collection(tmp_path, noise(3), [0, 1, None])
     assert made(data, crop=16).names == [0, 1]
-    with pytest.raises(DataError, match="p/2: no label"):
+    with pytest.raises(DataError, match="p/2: has no label"):
         Pseudo3DClassification.draw(Pseudo3DClassificationConfig(crop=16), data[2], numpy_rng(0))
 
 

@@ -308,7 +308,7 @@ def test_images_alone_are_refused(tmp_path):
     data = store(tmp_path, [np.ones((1, 30, 30))] * 3)
     with pytest.raises(DataError, match=r"0 subjects .* at least 2"):
         make().setup(data)
-    with pytest.raises(DataError, match="v0: an image"):
+    with pytest.raises(DataError, match="v0: is an image"):
         TransVW.draw(TransVWConfig(), data[0], numpy_rng(0))
 
 
