@@ -101,7 +101,7 @@ def _mean_score(name: str) -> Column:
         return None if None in values else float(np.mean(np.array(values, dtype=float)))
 
     def published(board: Board, row: Published) -> tuple[str, Any]:
-        return (f"{row[name]:.3f}", row[name]) if name in row else ("", None)
+        return number(row.get(name)), row.get(name)
 
     return Column(
         f"score_{name}",

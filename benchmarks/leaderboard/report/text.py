@@ -26,9 +26,8 @@ OVER_TASKS = (
     "of that task."
 )
 ABOUT_SCORES = (
-    "Every score of the task, as the mean over seeds and subsets. Nobody is ranked by the scores after the "
-    "first. An arrow ↓ marks a score of which a lower value is better, and a dash (–) a score that is "
-    "undefined or not in the records."
+    "All scores of the task, as means over seeds and subsets (↓: lower is better; –: undefined or not in "
+    "the records). Only the first one ranks."
 )
 
 
