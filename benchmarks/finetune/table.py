@@ -72,7 +72,8 @@ def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> Non
     """Write into every record whether its network learned its task (`flags["warnings"]`).
 
     The answer depends on the record alone, and on the row without a network on its subset: other seeds and
-    subsets change nothing, and where that row is missing the record stays as it is.
+    subsets change nothing, and where that row is missing the record stays as it is. So does one that lies
+    in an archive alone.
     """
     floor = benchmark.downstream.floors.get(benchmark.target)
     if floor is None:
@@ -89,7 +90,7 @@ def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> Non
                 continue
             pair = [make_line([row], benchmark), *([beside] if beside else [])]
             words, flags = _warnings(pair, floor, benchmark.main), row.result.flags
-            if flags.get("warnings", []) != words:
+            if flags.get("warnings", []) != words and (folder / row.result.filename).is_file():
                 flags["warnings"] = words
                 write_result(row.result, folder)
 

@@ -1001,7 +1001,7 @@ def test_the_table_that_a_probe_prints_says_what_the_leaderboard_says(tmp_path):
 def test_a_sixth_score_of_finetuning_is_printed_and_its_absence_too():
     from ssl3d_benchmarks.finetune.benchmark import Finetune
     from ssl3d_benchmarks.finetune.protocol import task_class
-    from ssl3d_benchmarks.finetune.table import format_table
+    from ssl3d_benchmarks.finetune.table import blocks_of, format_table
     from ssl3d_benchmarks.table import Row
 
     names = ("dice_1", "hd95", "hd95_1", "surface_dice", "surface_dice_1", "volume_error")
@@ -1014,7 +1014,7 @@ def test_a_sixth_score_of_finetuning_is_printed_and_its_absence_too():
     del results[1].scores["volume_error"]
     rows = [Row(one.contestant["kind"], one.contestant["group"], one) for one in results]
     benchmark = Finetune(task_class("segmentation").scorer({"classes": [0, 1]}, "masks"))
-    shown = format_table(rows, benchmark, "house split")
+    shown = format_table(blocks_of(rows, benchmark), benchmark, "house split")
     words = [line.split() for line in shown.splitlines()]
     assert all(sum(name in line for line in words) == 1 for name in names)
     assert ["runs/alpha-0", "14.000", "15.000"] in words and ["scratch:resnet18", "14.000", "-"] in words
