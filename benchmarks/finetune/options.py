@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Fine-tunes encoders on a downstream task and compares them with the same network from scratch.
+    """Fine-tune encoders on a downstream task, and compare them with the same network from scratch.
 
     Attributes:
         encoder: One or several encoders: a run or its encoder/ folder (RUN:stem_stride=1 changes an option

@@ -21,7 +21,7 @@ Records are reused: the same contestant on the same split with the same options 
 
 @dataclass(frozen=True)
 class KNNOptions(FrozenEncoderOptions):
-    """Scores frozen encoders by the labels of the nearest training subjects.
+    """Score frozen encoders by the labels of the nearest training subjects.
 
     Attributes:
         neighbours: Number of training rows that vote, at most as many as there are.

@@ -85,7 +85,7 @@ class FrozenEncoderOptions:
 
 @dataclass(frozen=True)
 class LinearProbeOptions(FrozenEncoderOptions):
-    """Probes frozen encoders with a linear model.
+    """Probe frozen encoders with a linear model.
 
     Attributes:
         target: Kind of target to predict: classes, ordinal (ordered integers), real, masks (dense probe),

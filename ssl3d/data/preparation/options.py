@@ -19,7 +19,7 @@ from ssl3d.data.scans.read import STORES
 
 @dataclasses.dataclass
 class PrepareOptions:
-    """Turns folders and files of scans into one store, ready for training.
+    """Turn folders and files of scans into one store, ready for training.
 
     Attributes:
         sources: Folders and files of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST .npz, PNG, JPEG, BMP and
