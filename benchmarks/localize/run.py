@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from ssl3d.api import (
     numpy_rng,
     open_data_for,
     print_table,
+    whole_file,
+    write_whole,
 )
 from ssl3d_benchmarks.localize.axis import FEWEST, Axis, Placement, Profile, common_axis
 
@@ -280,11 +283,10 @@ def _write(
     rejected: Sequence[str],
 ) -> None:
     scores = summarize(rows)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "localize.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, list(asdict(rows[0])))
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
     record = {
         "run": str(options.run),
         "proxy": name,
@@ -296,8 +298,13 @@ def _write(
         "rows": [asdict(row) for row in rows],
         "rejected": list(rejected),
     }
-    (options.out / "localize.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    picture(axis, curves, rows).savefig(options.out / "localize.png", dpi=120)
+    try:
+        write_whole(options.out / "localize.csv", lines.getvalue())
+        write_whole(options.out / "localize.json", json.dumps(record, indent=1))
+        with whole_file(options.out / "localize.png") as temporary:
+            picture(axis, curves, rows).savefig(temporary, format="png", dpi=120)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: cannot be written ({error.strerror})") from error
     shown = [row for row in rows if row.kind == "volume"]
     print_table(
         [

@@ -134,7 +134,8 @@ def pack_records(folder: Path, remove: bool = False) -> tuple[Path, int]:
         if remove:
             _remove(folder, contents)
     except OSError as error:
-        raise UsageError(f"cannot pack {folder}: {error.strerror}: {error.filename}") from error
+        where = f": {error.filename}" if error.filename else ""  # a full disk names no file
+        raise UsageError(f"cannot pack {folder}: {error.strerror}{where}") from error
     return archive, len(contents)
 
 

@@ -79,7 +79,7 @@ def build_encoder(plan: PretrainPlan, config: Any, initial: Encoder | None) -> E
     """Return the encoder to begin with: that of --init, or one with new weights of the run's seed.
 
     Args:
-        plan: PretrainPlan of the run.
+        plan: Plan of the run.
         config: Options of a new encoder, with as many channels as the proxies feed it.
         initial: Encoder of --init; None where there is none, or a checkpoint's weights will follow.
 

@@ -92,7 +92,7 @@ def metadata(
     """Return what `encoder.json` says of a run beside architecture and steps.
 
     Args:
-        plan: PretrainPlan of the run, everything decided.
+        plan: Plan of the run, everything decided.
         data: Volumes to train on.
         digest: Digest of those volumes.
         before: Card of the encoder that --init starts from; None where the run starts from new weights.

@@ -179,8 +179,8 @@ class Runner:
             if job.provenance and not job.begun():
                 job.provenance.note()
             status, why = self._execute(job, words)
-        except OSError as error:  # a full disk
-            why = f"{error.strerror}: {error.filename}"
+        except OSError as error:  # a full disk, which names no file
+            why = ": ".join(filter(None, [error.strerror, error.filename]))
         except Exception as error:
             why = _line(error)
         if self.child.asked:

@@ -265,6 +265,17 @@ def test_an_archive_that_reads_back_otherwise_is_thrown_away(folder, monkeypatch
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_full_disk_names_no_file_that_it_does_not_know(folder, monkeypatch):
+    def full(data):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(record_archive.lzma, "compress", full)
+    with pytest.raises(UsageError, match=r"No space left on device$"):
+        record_archive.pack_records(folder, remove=True)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_nothing_to_pack_is_said(tmp_path):
     with pytest.raises(UsageError, match="no record to pack"):
         record_archive.pack_records(tmp_path)

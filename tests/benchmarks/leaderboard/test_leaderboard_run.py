@@ -153,6 +153,17 @@ def test_a_job_that_is_killed_has_failed(marks, capsys):
     assert "killed by signal 9 (out of memory?)" in capsys.readouterr().out
 
 
+def test_a_full_disk_ends_a_job_and_names_no_file_that_it_does_not_know(marks, monkeypatch, capsys):
+    worker = runner_of(marks, job("score:a", "say"))
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker.child, "run", full)
+    assert worker.run() == 1
+    assert worker.failed == {"score:a": "No space left on device"}
+
+
 def test_a_job_that_leaves_nothing_has_failed(marks, tmp_path, capsys):
     assert runner_of(marks, job("prepare:a", "say", product=tmp_path / "none")).run() == 1
     assert "ended well, but" in capsys.readouterr().out

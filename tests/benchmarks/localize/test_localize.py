@@ -219,3 +219,26 @@ def test_wrong_input_is_one_line_and_status_2(run, words, message, capsys, tmp_p
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_holds_nothing_half_written(run, capsys, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    words = ["--data", "phantoms:24", "--crops", "0", "--out", str(tmp_path / "file" / "out")]
+    assert cli.main(["localize", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (Not a directory)" in error
+    assert error.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_results_of_before(run, monkeypatch, tmp_path):
+    words = ["localize", str(run), "--data", "phantoms:24", "--crops", "0", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert cli.main(words) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
