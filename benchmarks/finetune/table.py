@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.api import statistics, write_result
+from ssl3d.api import Ssl3dError, statistics, write_result
 from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
 from ssl3d_benchmarks.task import leak_help
 from ssl3d_benchmarks.unlearned import floor_words, unlearned
@@ -92,7 +93,10 @@ def note_warnings(rows: Sequence[Row], benchmark: Finetune, folder: Path) -> Non
             words, flags = _warnings(pair, floor, benchmark.main), row.result.flags
             if flags.get("warnings", []) != words and (folder / row.result.filename).is_file():
                 flags["warnings"] = words
-                write_result(row.result, folder)
+                with contextlib.suppress(
+                    OSError, Ssl3dError
+                ):  # a folder to read alone: it is printed anyway
+                    write_result(row.result, folder)
 
 
 def format_table(blocks: Sequence[Block], benchmark: Finetune, how: str) -> str:
