@@ -225,7 +225,9 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
                 word = {"nargs": "?"}
             kind = _item(hints[field.name]) if several else hints[field.name]
             # jsonargparse wants no default here; `parse` leaves out what was not given.
-            parser.add_argument(field.name, type=kind, help=text, **word)
+            action = parser.add_argument(field.name, type=kind, help=text, **word)
+            # argparse calls any number of words without a default required, and the help would say so.
+            action.required = missing
         else:
             flag = f"--{prefix}{field.name.replace('_', '-')}"
             parser.add_argument(flag, type=hints[field.name], help=text, required=missing, **extra)

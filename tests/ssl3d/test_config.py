@@ -1,5 +1,5 @@
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -175,6 +175,24 @@ def test_wrong_input_gives_one_line_that_names_the_flag(argv, said):
         run(*argv)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_words_that_may_be_left_out_are_not_called_required(capsys):
+    @dataclass
+    class Listed:
+        """List things.
+
+        Attributes:
+            which: Names; all if left out.
+        """
+
+        which: tuple[str, ...] = field(default=(), metadata={"positional": True})
+
+    assert parse("list", Listed, []).options.which == ()
+    assert parse("list", Listed, ["a", "b"]).options.which == ("a", "b")
+    with pytest.raises(SystemExit):
+        parse("list", Listed, ["--help"])
+    assert "required" not in capsys.readouterr().out
 
 
 def test_a_broken_configuration_file_is_named(tmp_path):
