@@ -371,4 +371,5 @@ def test_records_are_reported_with_their_curve(tmp_path):
     assert main(report) == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "No record was refused." in text  # scored anew with the records' own overlap
-    assert "FROC: the share of the objects" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "FROC: the share of the objects" in page
