@@ -79,7 +79,7 @@ from .data.phantoms import (
     phantom_store as phantom_store,
     simulated_index as simulated_index,
 )
-from .data.preparation.prepare import PrepareOptions as PrepareOptions
+from .data.preparation.options import PrepareOptions as PrepareOptions
 from .data.scans.boxes import around_mask as around_mask
 from .data.split import house_split as house_split
 from .data.store.collection import Collection as Collection

@@ -219,8 +219,8 @@ def test_two_ranks_find_the_weights_of_one(kind, tiny_plugins, phantoms, flags, 
     [
         (["--weights", "0", "1"], "weights"),
         (["--balance-alpha", "-1"], "balance"),
-        (["--precision", "16"], "not with precision 16"),
-        (["--strategy", "fsdp"], "not with strategy fsdp"),
+        (["--precision", "16"], "which precision 16 does not give"),
+        (["--strategy", "fsdp"], "which strategy fsdp does not give"),
     ],
 )
 def test_what_cannot_be_balanced_is_refused_in_one_line(words, message, tiny_plugins, capsys):
