@@ -64,6 +64,7 @@ from .checkpoint.weights import (
 )
 from .convert.config import ConvertedConfig as ConvertedConfig
 from .convert.encoder import ConvertedEncoder as ConvertedEncoder
+from .convert.foreign import load_foreign as load_foreign
 from .convert.networks import network_2d as network_2d
 
 # Volumes
