@@ -65,13 +65,13 @@ def add_mask_labels(contents: Found, dataset: str, described: dict[str, Any]) ->
 
 
 def _values_of(value: Any) -> list[int]:
-    """Return the mask's values that a label of `dataset.json` stands for; none where it is no such thing."""
+    """Return the values that a label of `dataset.json` stands for; none where it is no such thing."""
     several = value if isinstance(value, list) else [value]
     return [int(each) for each in several] if all(_is_value(str(each)) for each in several) else []
 
 
 def _add_regions(contents: Found, dataset: str, regions: dict[str, list[int]], order: Any) -> None:
-    """Add regions with the class that a prediction writes for each: all labels but background and ignored."""
+    """Add regions, with the class that a prediction writes for each."""
     classes = order if isinstance(order, list) and all(_is_value(str(each)) for each in order) else []
     if len(classes) != len(regions):
         contents.notes.append(
