@@ -308,6 +308,10 @@ from .errors import (
     TrainingError as TrainingError,
     UsageError as UsageError,
 )
+from .documents import (
+    parse_json as parse_json,
+    parse_yaml as parse_yaml,
+)
 from .files import (
     whole_file as whole_file,
     write_whole as write_whole,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ssl3d.documents import parse_yaml
 from ssl3d.errors import PluginError, UsageError
 
 
@@ -431,13 +432,11 @@ def _is_given(section: str, field: str, argv: Sequence[str], config_files: Itera
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"--config {path}: not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: holds no options (expected `name: value` lines)")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ssl3d.checkpoint.card import check_format
+from ssl3d.documents import parse_yaml
 from ssl3d.errors import CheckpointError, TrainingError
 from ssl3d.files import sync_folder
 
@@ -131,14 +132,12 @@ def config_of(run: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder is not a run.
     """
-    import yaml
-
     path = Path(run) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{run}: is no run (config.yaml: {error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not YAML") from error
     if not isinstance(content, dict) or "proxy" not in content:
         raise CheckpointError(f"{path}: does not hold the options of a run (it has no `proxy`)")

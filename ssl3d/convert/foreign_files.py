@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d.documents import parse_json
 from ssl3d.errors import CheckpointError
 
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
@@ -197,6 +197,6 @@ def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error

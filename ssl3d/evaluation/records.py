@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d.checkpoint.card import versions
+from ssl3d.documents import parse_json
 from ssl3d.errors import DataError, Ssl3dError, UsageError
 from ssl3d.evaluation.record_archive import find_record, record_bytes
 from ssl3d.files import write_whole
@@ -139,8 +140,8 @@ def read_result(path: Path) -> Result:
         DataError: The file is not a record, or one of a newer format; or the archive is damaged.
     """
     try:
-        content = json.loads(record_bytes(Path(path)).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(record_bytes(Path(path)).decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
     try:
         return _result_from(content, str(path))

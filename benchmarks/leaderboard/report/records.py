@@ -21,6 +21,8 @@ from ssl3d.api import (
     Result,
     Ssl3dError,
     UsageError,
+    parse_json,
+    parse_yaml,
     read_result,
     record_bytes,
     record_files,
@@ -400,11 +402,11 @@ def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
 
 def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: list[Refused]) -> None:
     try:
-        content = json.loads(record_bytes(path).decode("utf-8"))
+        content = parse_json(record_bytes(path).decode("utf-8"))
     except DataError as error:  # a damaged archive
         refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         refused.append(Refused(where, "", f"not readable: {' '.join(str(error).split())}"))
         return
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):
@@ -561,11 +563,9 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
 
 def _add_published(tables: list[Table], path: Path) -> None:
     """Put a file's published numbers beside the tables of their data sets."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no file of published numbers: {' '.join(str(error).split())}") from error
     try:
         source, scores = str(content["source"]), content["scores"]

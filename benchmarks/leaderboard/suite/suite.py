@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ssl3d.api import UsageError
+from ssl3d.api import UsageError, parse_yaml
 
 SUITES = Path(__file__).parents[2] / "suites"
 
@@ -108,10 +108,10 @@ def load_suite(name: str | Path) -> Suite:
                 f"no suite {name}: {hint}built in are {', '.join(built_in())}; or name a .yaml"
             )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return _checked(path.stem, path, content)
 

@@ -7,14 +7,15 @@ lies beside it says nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.preparation.parts import stamp, with_voxels
+from ssl3d.data.preparation.parts import stamp
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.boxes import list_files
-from ssl3d.data.scans.folders import walk
+from ssl3d.data.scans.folders import walk, with_voxels
 from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of
 from ssl3d.errors import DataError
 
@@ -66,7 +67,7 @@ def _of_folder(root: Path) -> Iterator[Path]:
 def _of_list(path: Path) -> Iterator[Path]:
     yield path.parent / "dataset.json"  # modality and names of the labels
     for named in csv_lists.named_in(path):
-        if named.is_dir():
+        if os.path.isdir(named):  # a name of any length
             yield from walk(named)
         else:
             yield named

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ssl3d.amounts import count_of
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.preparation.match import channel_onto, mask_onto
@@ -258,6 +259,8 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     """Split a scan into a `Pixels` per volume to be stored, its first axis the channels."""
     scan, recipe = task.scan, task.recipe
     voxels = pixels.voxels
+    if scan.frames_are_channels and len(voxels) == len(scan.channels):
+        return [pixels]
     if pixels.colours:
         if recipe.colour == "rgb":
             return [pixels]
@@ -270,12 +273,11 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     picture = pixels.orientation == UNKNOWN and voxels.shape[1] == 1
     if recipe.colour == "rgb" and picture and len(voxels) == 1:
         return [dataclasses.replace(pixels, voxels=np.repeat(voxels, 3, axis=0), colours=True)]
+    if scan.frames_are_channels:
+        count = count_of(len(voxels), "frame")
+        raise DataError(f"{count}, but dataset.json names {len(scan.channels)} channels")
     if len(voxels) == 1 or len(scan.files) > 1:
         return [pixels]
-    if scan.frames_are_channels:
-        if len(voxels) == len(scan.channels):
-            return [pixels]
-        raise DataError(f"{len(voxels)} frames, but dataset.json names {len(scan.channels)} channels")
     if recipe.frames == "channels":
         return [pixels]
     if recipe.frames == "refuse":

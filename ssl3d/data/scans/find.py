@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from ssl3d.data.scans.folders import (
     one_person_each,
     tokens,
     walk,
+    with_voxels,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import (
@@ -49,7 +51,7 @@ from ssl3d.data.scans.subjects import relative, subjects_by_name, subjects_of
 from ssl3d.errors import DataError
 
 _LOOKED_FOR = f"looked for {KNOWN_FORMATS}, dataset.json and CSV lists"
-_HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
+_NO_RAW_SCANS = frozenset(("derivatives", "sourcedata", "code", "stimuli"))  # folders of a BIDS tree
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -84,6 +86,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
     contents = _distinct(contents)
+    contents.left_out = _left_out(contents, [Path(source) for source in sources])
     contents.notes += _in_two_splits(contents.scans)
     return contents
 
@@ -118,7 +121,7 @@ def _find_file(source: Path, wanted: Wanted) -> Found:
     from ssl3d.data.scans.arrays import from_arrays
     from ssl3d.data.scans.boxes import unread_boxes
 
-    if not source.exists():
+    if not os.path.exists(source):
         raise DataError(f"{source}: {missing(source)}")
     source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
     in_json = source.name == "dataset.json"
@@ -156,10 +159,10 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     from ssl3d.data.scans.series import from_dicom
 
     contents, files = Found(), []
-    bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+    bids = _is_bids(root)
     dicom: dict[Path, list[Path]] = defaultdict(list)
-    dead: list[Path] = []
-    for path in walk(root, skip=_HEADERLESS if bids else frozenset(), dead=dead):
+    lost: list[tuple[Path, str]] = []
+    for path in walk(root, skip=_NO_RAW_SCANS if bids else frozenset(), lost=lost):
         if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS:
             continue
         form = format_of(path)
@@ -173,7 +176,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             dicom[path.parent].append(path)
         else:
             files.append(path)
-    contents.rejected += [(relative(path, root), missing(path)) for path in dead]
+    contents.rejected += [(relative(path, root), reason) for path, reason in lost]
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
@@ -181,6 +184,50 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
         contents.rejected += part.rejected
         contents.notes += part.notes
     return contents
+
+
+def _is_bids(root: Path) -> bool:
+    return any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+
+
+# What was found and is not used -------------------------------------------------------------------
+
+
+def _left_out(contents: Found, sources: Sequence[Path]) -> list[tuple[str, str]]:
+    """List (path, reason) of the files in folders that are neither used nor refused, in a stable order.
+
+    Documents and lists (`NO_SCANS`) are not counted, nor is what `walk` passes over.
+    """
+    left: dict[str, str] = {}
+    used = {whole for scan in contents.scans for path in scan.all_files for whole in with_voxels(path)}
+    real = {path.resolve() for path in used}
+    refused = {name for name, _ in contents.rejected}
+    for source in sources:
+        if not source.is_dir():
+            continue
+        bids, listed = _is_bids(source), (source / "dataset.json").is_file()
+        for path in walk(source):
+            name = relative(path, source)
+            if path in used or name in refused or path.name.upper() == "DICOMDIR":
+                continue
+            if suffix_of(path) in NO_SCANS or path.resolve() in real:
+                continue
+            first = name.split("/")[0]
+            if bids and first in _NO_RAW_SCANS and "/" in name:
+                left.setdefault(name, f"in {first}/ of a BIDS data set, which holds no raw scans")
+            else:
+                left.setdefault(name, _why_left_out(path, source, listed))
+    return sorted(left.items())
+
+
+def _why_left_out(path: Path, root: Path, listed: bool) -> str:
+    """Say why a file that is no document was not used."""
+    if format_of(path) is None:
+        suffix = suffix_of(path)
+        return f"files named *{suffix} are not read" if suffix else "no ending, and not DICOM"
+    if looks_like_label(path, root):
+        return "a label map of no scan"
+    return "not listed in dataset.json" if listed else "no scan (a channel, a mask or a report by its name)"
 
 
 # Plain files --------------------------------------------------------------------------------------
