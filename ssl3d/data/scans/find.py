@@ -81,7 +81,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    contents = _distinct(contents)
+    contents = _distinct(contents.printable())
     contents.notes += _in_two_splits(contents.scans)
     return contents
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+from ssl3d.amounts import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,33 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def printable(self) -> Found:
+        """Return the same with every name as text that stores, tables and terminals take; files stay."""
+        return Found(
+            [_printable_scan(scan) for scan in self.scans],
+            [(printable(source), printable(reason)) for source, reason in self.rejected],
+            [printable(note) for note in self.notes],
+            _printable_names(self.label_names),
+            _printable_names(self.box_names),
+        )
+
+
+def _printable_scan(scan: Scan) -> Scan:
+    texts: dict[str, Any] = {
+        name: printable(getattr(scan, name)) for name in ("id", "dataset", "subject", "source", "modality")
+    }
+    texts["channels"] = tuple(map(printable, scan.channels))
+    if isinstance(scan.label, str):
+        texts["label"] = printable(scan.label)
+    return dataclasses.replace(scan, **texts)
+
+
+def _printable_names(names: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    return {
+        printable(dataset): {printable(key): printable(name) for key, name in own.items()}
+        for dataset, own in names.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
