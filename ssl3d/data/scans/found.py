@@ -65,6 +65,9 @@ class Found:
         notes: Lines that the user should read.
         label_names: Mask value -> structure, per data set.
         box_names: Box label -> kind of object, per data set.
+        ignore_labels: Mask value of voxels that nobody annotated, per data set that has one.
+        regions: Regions of a data set whose structures overlap, in the order of the list, each with
+            `name`, the mask's `values` in it, and the `class` that a prediction writes for it.
     """
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
@@ -72,33 +75,24 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    ignore_labels: dict[str, int] = dataclasses.field(default_factory=dict)
+    regions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def printable(self) -> Found:
         """Return the same with every name as text that stores, tables and terminals take; files stay."""
-        return Found(
-            [_printable_scan(scan) for scan in self.scans],
-            [(printable(source), printable(reason)) for source, reason in self.rejected],
-            [printable(note) for note in self.notes],
-            _printable_names(self.label_names),
-            _printable_names(self.box_names),
-        )
+        return Found(**_printable(vars(self)))
 
 
-def _printable_scan(scan: Scan) -> Scan:
-    texts: dict[str, Any] = {
-        name: printable(getattr(scan, name)) for name in ("id", "dataset", "subject", "source", "modality")
-    }
-    texts["channels"] = tuple(map(printable, scan.channels))
-    if isinstance(scan.label, str):
-        texts["label"] = printable(scan.label)
-    return dataclasses.replace(scan, **texts)
-
-
-def _printable_names(names: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    return {
-        printable(dataset): {printable(key): printable(name) for key, name in own.items()}
-        for dataset, own in names.items()
-    }
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printable, value))
+    if isinstance(value, Scan):
+        return Scan(**_printable(vars(value)))
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
