@@ -18,7 +18,7 @@ from ssl3d.data.scans.folders import walk
 from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of
 from ssl3d.errors import DataError
 
-FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
+FOUND = 3  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
 
 
 def state_of(root: Path) -> list[list[Any]]:

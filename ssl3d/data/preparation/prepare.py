@@ -92,7 +92,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
             "nothing to do"
         )
         return Summary(out, 0, 0, len(refused), empty_shard=True)
-    signed = _signed(scans, refused, options)
+    signed = _signed(scans, refused, contents, options)
     summary = _finished(out, signed, options)
     if summary is not None:
         say(f"{out}: already prepared: {count_of(summary.volumes, 'volume')}, {summary.rejected} rejected")
@@ -105,6 +105,8 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
             "options": plain_options(options),
             "spacing": medians or spacing,
             "mask_labels": contents.label_names,
+            "mask_ignore": contents.ignore_labels,
+            "mask_regions": contents.regions,
             "box_labels": _box_names(contents, options),
             "version": VERSION,
         }
@@ -233,12 +235,15 @@ def _box_names(contents: Found, options: PrepareOptions) -> dict[str, dict[str, 
 
 
 def _signed(
-    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], options: PrepareOptions
+    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], contents: Found, options: PrepareOptions
 ) -> dict[str, Any]:
     stamps: dict[Path, tuple[int, int]] = {}
+    data: list[Any] = [[key_of(scan, stamps) for scan in scans], sorted(refused)]
+    if contents.ignore_labels or contents.regions:  # else it is as before there were such things
+        data += [contents.ignore_labels, contents.regions]
     return {
         "options": digest_of([VERSION, plain_options(options)]),
-        "data": digest_of([[key_of(scan, stamps) for scan in scans], sorted(refused)]),
+        "data": digest_of(data),
         "found": len(scans),
     }
 

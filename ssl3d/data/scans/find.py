@@ -72,6 +72,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         contents.rejected += here.rejected
         contents.notes += here.notes
         contents.label_names.update(here.label_names)
+        contents.ignore_labels.update(here.ignore_labels)
+        contents.regions.update(here.regions)
         for dataset, names in here.box_names.items():
             contents.box_names.setdefault(dataset, {}).update(names)
     if wanted.label and all(scan.label is None for scan in contents.scans):
