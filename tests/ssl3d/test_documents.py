@@ -39,8 +39,6 @@ def test_aliases_are_bounded():
         parse_yaml("a: &a [*a]")
 
 
-@pytest.mark.parametrize(
-    "text", ["a: &x [1, 2]\nb: *x", "", "null", "a: {b: [1, 2.5, yes]}"]
-)
+@pytest.mark.parametrize("text", ["a: &x [1, 2]\nb: *x", "", "null", "a: {b: [1, 2.5, yes]}"])
 def test_plain_yaml_is_read_as_ever(text):
     assert parse_yaml(text) == yaml.safe_load(text)

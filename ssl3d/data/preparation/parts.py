@@ -16,8 +16,8 @@ import numpy as np
 
 from ssl3d.amounts import count_of
 from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
-from ssl3d.data.scans.folders import with_voxels
 from ssl3d.data.scans.found import Scan
+from ssl3d.data.scans.read import with_voxels
 from ssl3d.errors import DataError
 
 _BATCH = 4096  # records read at once
@@ -28,7 +28,7 @@ def stamp(path: Path) -> tuple[int, int]:
     """Read size and time of change of a file; zeros if it is gone."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # no system call takes a name with a lone surrogate
+    except (OSError, ValueError):  # ValueError: a name in a header that no file can have
         return 0, 0
     return status.st_size, status.st_mtime_ns
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ssl3d.amounts import count_of, duration, size
+from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.data.cache import cache_folder
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import keys
@@ -74,7 +74,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     """
 
     def say(line: str) -> None:
-        print(line, file=output or sys.stdout, flush=True)
+        print(printable(line), file=output or sys.stdout, flush=True)
 
     begun = time.monotonic()
     out = options.store()
@@ -138,7 +138,9 @@ def _make_store(
             names = reuse_parts(work.scans, work.recipe, folder, work.say)
             rejected = [*refused, *make_parts(work, names)]
             keep_only(folder, names)
-            rows = [{"path": path, "reason": reason} for path, reason in sorted(rejected)]
+            rows = [
+                {"path": printable(path), "reason": printable(reason)} for path, reason in sorted(rejected)
+            ]
             if any(folder.glob("*.part")):
                 from ssl3d.data.store.writer import assemble
 

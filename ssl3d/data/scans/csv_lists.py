@@ -412,9 +412,7 @@ def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
     for name, column in columns.items():
         if table.words_for_missing[column] and not (of_boxes and name == "label"):
             count = count_of(table.words_for_missing[column], "cell")
-            notes.append(
-                f"{path.name}: {count} of n/a or the like in {column.strip()}, taken for none"
-            )
+            notes.append(f"{path.name}: {count} of n/a or the like in {column.strip()}, taken for none")
     if "label" in columns and not of_boxes:
         notes += _odd_labels(path, table, columns)
     return notes

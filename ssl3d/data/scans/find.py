@@ -31,7 +31,6 @@ from ssl3d.data.scans.folders import (
     one_person_each,
     tokens,
     walk,
-    with_voxels,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import (
@@ -45,6 +44,7 @@ from ssl3d.data.scans.read import (
     is_whole,
     stem_of,
     suffix_of,
+    with_voxels,
     without_suffix,
 )
 from ssl3d.data.scans.subjects import relative, subjects_by_name, subjects_of
@@ -85,8 +85,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    contents = _distinct(contents)
     contents.left_out = _left_out(contents, [Path(source) for source in sources])
+    contents = _distinct(contents.printable())
     contents.notes += _in_two_splits(contents.scans)
     return contents
 
@@ -187,7 +187,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
 
 
 def _is_bids(root: Path) -> bool:
-    return any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+    return any(path.is_dir() for path in root.glob("sub-*"))
 
 
 # What was found and is not used -------------------------------------------------------------------
@@ -200,34 +200,37 @@ def _left_out(contents: Found, sources: Sequence[Path]) -> list[tuple[str, str]]
     """
     left: dict[str, str] = {}
     used = {whole for scan in contents.scans for path in scan.all_files for whole in with_voxels(path)}
-    real = {path.resolve() for path in used}
+    real: set[Path] = set()  # looked up for what is left only: a link to a file that is used
     refused = {name for name, _ in contents.rejected}
     for source in sources:
         if not source.is_dir():
             continue
-        bids, listed = _is_bids(source), (source / "dataset.json").is_file()
+        bids = _is_bids(source)
         for path in walk(source):
             name = relative(path, source)
             if path in used or name in refused or path.name.upper() == "DICOMDIR":
                 continue
-            if suffix_of(path) in NO_SCANS or path.resolve() in real:
+            if suffix_of(path) in NO_SCANS:
+                continue
+            real = real or {scan_file.resolve() for scan_file in used}
+            if path.resolve() in real:
                 continue
             first = name.split("/")[0]
             if bids and first in _NO_RAW_SCANS and "/" in name:
                 left.setdefault(name, f"in {first}/ of a BIDS data set, which holds no raw scans")
             else:
-                left.setdefault(name, _why_left_out(path, source, listed))
+                left.setdefault(name, _why_left_out(path, source))
     return sorted(left.items())
 
 
-def _why_left_out(path: Path, root: Path, listed: bool) -> str:
+def _why_left_out(path: Path, root: Path) -> str:
     """Say why a file that is no document was not used."""
     if format_of(path) is None:
         suffix = suffix_of(path)
         return f"files named *{suffix} are not read" if suffix else "no ending, and not DICOM"
     if looks_like_label(path, root):
         return "a label map of no scan"
-    return "not listed in dataset.json" if listed else "no scan (a channel, a mask or a report by its name)"
+    return "no scan, channel or mask by the folder's lists and layout"
 
 
 # Plain files --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.found import Wanted
-from ssl3d.data.scans.read import format_by_suffix, is_detached, is_picture, stem_of, suffix_of
+from ssl3d.data.scans.read import format_by_suffix, is_picture, stem_of, suffix_of
 from ssl3d.data.scans.subjects import relative, split_of
 
 LABEL_NAME = re.compile(
@@ -22,8 +22,6 @@ LABEL_NAME = re.compile(
 LABEL_FOLDER = re.compile(
     r"(?:labels?|masks?|segmentations?|annotations?|ground_?truth)(?:tr|ts|val?)?", re.IGNORECASE
 )
-
-_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 def walk(
@@ -78,16 +76,6 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _may_be_a_scan(path: Path) -> bool:
     """Tell whether a name may be that of a scan; many of DICOM's have no suffix, or a number."""
     return format_by_suffix(path) is not None or not re.search("[a-z]", suffix_of(path))
-
-
-def with_voxels(path: Path) -> Iterator[Path]:
-    """Yield the file, and the one that holds its voxels, where that is another."""
-    yield path
-    if is_detached(path) and path.is_file():
-        with open(path, "rb") as file:
-            match = _VOXELS.search(file.read(1 << 16))
-        if match:
-            yield path.parent / match[1].decode(errors="replace")
 
 
 def missing(path: Path) -> str:

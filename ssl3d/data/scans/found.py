@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ssl3d.amounts import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
@@ -77,6 +79,22 @@ class Found:
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     ignore_labels: dict[str, int] = dataclasses.field(default_factory=dict)
     regions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def printable(self) -> Found:
+        """Return the same with every name as text that stores, tables and terminals take; files stay."""
+        return Found(**_printable(vars(self)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printable, value))
+    if isinstance(value, Scan):
+        return Scan(**_printable(vars(value)))
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
