@@ -16,7 +16,7 @@ from ssl3d.data.preparation.parts import stamp
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.boxes import list_files
 from ssl3d.data.scans.folders import walk
-from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of, with_voxels
+from ssl3d.data.scans.read import LISTS, NO_SCANS, OWN_TABLES, suffix_of, with_voxels
 from ssl3d.errors import DataError
 
 FOUND = 3  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
@@ -50,7 +50,8 @@ def state_of(root: Path) -> list[list[Any]]:
 
 
 def _of_folder(root: Path) -> Iterator[Path]:
-    read = {*root.glob("*.csv"), *list_files(root), root / "dataset.json"} - {root / "rejected.csv"}
+    read = {*root.glob("*.csv"), *list_files(root), root / "dataset.json"}
+    read -= {root / name for name in OWN_TABLES}
     for path in walk(root):
         if suffix_of(path) not in NO_SCANS or path in read:
             yield path

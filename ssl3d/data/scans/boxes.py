@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.data.scans.read import without_suffix
+from ssl3d.data.scans.read import OWN_TABLES, without_suffix
 from ssl3d.data.scans.tables import NotText, number, read_json, read_table
 from ssl3d.errors import DataError
 
@@ -434,7 +434,7 @@ def list_files(root: Path) -> Iterator[Path]:
             # MONAI's; a dataset.json without a number is a list of masks, BIDS's describes its folder.
             monai = {*folder.glob("dataset_*.json"), *folder.glob("*boxes*.json")}
             yield from sorted(monai - {folder / "dataset_description.json"})
-            yield from sorted(path for path in folder.glob("*.csv") if path.name != "rejected.csv")
+            yield from sorted(path for path in folder.glob("*.csv") if path.name not in OWN_TABLES)
 
 
 def _add(

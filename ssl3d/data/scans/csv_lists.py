@@ -24,6 +24,7 @@ from ssl3d.data.scans.folders import (
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
 from ssl3d.data.scans.read import (
+    OWN_TABLES,
     is_picture,
     is_slice,
     is_whole,
@@ -295,7 +296,7 @@ def _listings(contents: Found, root: Path, series: Container[Path]) -> tuple[lis
             continue
         if (
             names is None
-            or path.name == "rejected.csv"
+            or path.name in OWN_TABLES
             or not any(_is_there(root / name, series) for name in names[:50])
         ):
             continue

@@ -12,6 +12,7 @@ from ssl3d.amounts import count_of
 from ssl3d.data.scans.found import Wanted
 from ssl3d.data.scans.read import format_by_suffix, is_picture, stem_of, suffix_of
 from ssl3d.data.scans.subjects import relative, split_of
+from ssl3d.errors import is_transient
 
 LABEL_NAME = re.compile(
     r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|labels?|labelmaps?"
@@ -63,6 +64,8 @@ def _entries(folder: Path, lost: list[tuple[Path, str]]) -> Iterator[Path]:
     try:
         return iter(sorted(folder.iterdir()))
     except OSError as error:
+        if is_transient(error):
+            raise
         lost.append((folder, f"a folder that cannot be read: {error.strerror}"))
         return iter(())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.documents import parse_json
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 _MISSING = frozenset(("n/a", "na", "nan", "null", "none", "-", "<na>", "#n/a"))
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
@@ -115,6 +115,8 @@ def read_json(path: Path) -> Any:
             raise NotText(f"{path}: {size:,} bytes of JSON; lists have at most {_LARGEST_JSON:,}")
         return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
+        if is_transient(error):
+            raise
         raise NotText(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise NotText(f"{path}: not JSON ({error})") from error
@@ -129,6 +131,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
+        if is_transient(error):
+            raise
         raise NotText(f"{path}: {error.strerror}") from error
     marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     for encoding in ("utf-16",) if marked else ("utf-8-sig", "cp1252"):
