@@ -70,11 +70,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def transient_told(what: str, advice: str = "call again") -> Iterator[None]:
+def transient_reported(subject: str, advice: str = "call again") -> Iterator[None]:
     """Raise errors that are no fault of the data as one line.
 
     Args:
-        what: Subject of the line.
+        subject: Subject of the line.
         advice: End of the line.
 
     Raises:
@@ -85,11 +85,11 @@ def transient_told(what: str, advice: str = "call again") -> Iterator[None]:
     except (OSError, MemoryError) as error:
         if not is_transient(error):
             raise
-        reason = "no space left on the disk" if is_full(error) else told(error)
-        raise TransientError(f"{what}: {reason}; {advice}") from error
+        reason = "no space left on the disk" if is_full(error) else reason_of(error)
+        raise TransientError(f"{subject}: {reason}; {advice}") from error
 
 
-def told(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return what an error says, on one line."""
     if isinstance(error, MemoryError):
         return "out of memory"

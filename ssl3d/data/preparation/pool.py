@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from ssl3d.errors import is_transient, told
+from ssl3d.errors import is_transient, reason_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -171,8 +171,8 @@ def _result_of(function: Callable[[T], R], task: T) -> R | Died:
         return function(task)
     except Exception as error:  # reported by the caller, with the task's name
         if is_transient(error):
-            return Died(told(error), transient=True)
-        return Died(f"{type(error).__name__}: {told(error)[:300]}")
+            return Died(reason_of(error), transient=True)
+        return Died(f"{type(error).__name__}: {reason_of(error)[:300]}")
 
 
 def _death(code: int | None) -> Died:

@@ -38,7 +38,7 @@ from ssl3d.data.preparation.remarks import left_out_lines, remarks
 from ssl3d.data.preparation.work import Work, make_parts, median_spacings, worker_count
 from ssl3d.data.scans.find import find, in_part
 from ssl3d.data.scans.found import Found, Scan
-from ssl3d.errors import DataError, TransientError, is_transient, told, transient_told
+from ssl3d.errors import DataError, TransientError, is_transient, reason_of, transient_reported
 
 _LOOK_AGAIN = 1.0  # seconds between two looks at a store that another process makes
 
@@ -83,7 +83,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         print(printable(line), file=output or sys.stdout, flush=True)
 
     out = options.store()
-    with transient_told(str(out), f"what is done stays in {out.name}.partial: call again"):
+    with transient_reported(str(out), f"what is done stays in {out.name}.partial: call again"):
         return _prepare(options, out, say)
 
 
@@ -171,24 +171,24 @@ def _make_store(
     try:
         with locked(folder, out):
             names = reuse_parts(work.scans, work.recipe, folder, work.say)
-            made = make_parts(work, names)
-            rejected = sorted([*refused, *made.rejected])
+            parts = make_parts(work, names)
+            rejected = sorted([*refused, *parts.rejected])
             keep_only(folder, names)
             if any(folder.glob("*.part")):
                 from ssl3d.data.store.writer import assemble
 
                 _check_room(folder, out)
                 rows = [{"path": printable(path), "reason": printable(reason)} for path, reason in rejected]
-                assemble(folder, out, {**settings, "label_like": made.label_like}, rows)
+                assemble(folder, out, {**settings, "label_like": parts.label_like}, rows)
             elif overwrite:
                 out.unlink(missing_ok=True)
             write_beside(out, "rejected.csv", rejected)
-            write_beside(out, "left_out.csv", [*left_out, *made.label_like])
+            write_beside(out, "left_out.csv", [*left_out, *parts.label_like])
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         if is_transient(error):
             raise
-        raise DataError(f"{out}: {told(error)}") from error
+        raise DataError(f"{out}: {reason_of(error)}") from error
     return rejected
 
 

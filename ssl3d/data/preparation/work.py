@@ -31,6 +31,7 @@ from ssl3d.data.scans.read import is_whole, suffix_of
 from ssl3d.errors import DataError, TransientError
 
 _SAMPLE = 4  # scans of each format timed before the estimate
+_STORE_ITSELF = 130_000  # bytes of a store but its volumes
 _ROWS = "rows"  # of an archive, which are alike, and are read in their order
 _LABEL_LIKE = "its values are those of a label map"
 
@@ -123,7 +124,7 @@ def make_parts(work: Work, names: Sequence[str]) -> Made:
     missing = [i for i, name in enumerate(names) if not (work.folder / f"{name}.part").exists()]
     if len(missing) < len(names):
         work.say(f"going on: {len(names) - len(missing)} of {count_of(len(names), 'scan')} are done")
-    made = Made()
+    parts = Made()
     progress = Progress(len(missing))
     estimate = Estimate(
         {i: _kind(work.scans[i]) for i in missing}, {i: _weight(work.scans[i]) for i in missing}
@@ -131,7 +132,7 @@ def make_parts(work: Work, names: Sequence[str]) -> Made:
     order = estimate.sample + [i for i in missing if i not in set(estimate.sample)]
     places = {names[i]: i for i in missing}
     started, unspaced = time.monotonic(), 0
-    tasks = _tasks(work, names, order, made.rejected)
+    tasks = _tasks(work, names, order, parts.rejected)
     for number, (task, result) in enumerate(pool.run(process, tasks, work.workers, start_worker), start=1):
         seconds, written = 0.0, 0
         if isinstance(result, pool.Died):
@@ -140,25 +141,25 @@ def make_parts(work: Work, names: Sequence[str]) -> Made:
                     f"{task.scan.source}: {result.reason}, twice, the second time alone; what is done "
                     f"stays in {work.folder.name}: call again"
                 )
-            made.rejected.append((task.scan.source, result.reason))
+            parts.rejected.append((task.scan.source, result.reason))
         else:
             if result.full:
                 raise OSError(errno.ENOSPC, "no space left on the disk")
-            made.rejected += result.rejected
+            parts.rejected += result.rejected
             seconds, written = result.seconds, result.size
             unspaced += result.unspaced
             if result.label_like:
-                made.label_like.append((task.scan.source, _LABEL_LIKE))
+                parts.label_like.append((task.scan.source, _LABEL_LIKE))
         if estimate.add(places[task.name], seconds, written):
             progress.clear()
-            work.say(_told(work, len(missing), *estimate.whole()))
+            work.say(_estimate_line(work, len(missing), *estimate.whole()))
         progress.show(number, time.monotonic() - started)
     progress.clear()
     if unspaced:
         work.say(f"{count_of(unspaced, 'scan')} without a spacing: not resampled")
-    if made.label_like:
-        work.say(label_note(sorted(path for path, _ in made.label_like)))
-    return made
+    if parts.label_like:
+        work.say(label_note(sorted(path for path, _ in parts.label_like)))
+    return parts
 
 
 class Estimate:
@@ -198,7 +199,7 @@ class Estimate:
 
     def whole(self) -> tuple[float, float]:
         """Return the seconds of work and the bytes that all scans take."""
-        seconds = written = 0.0
+        seconds, written = 0.0, float(_STORE_ITSELF)
         for kind, drawn in self._drawn.items():
             share = self._totals[kind] / len(drawn)
             seconds += share * sum(self._taken[i][0] / self._weights[i] for i in drawn)
@@ -234,7 +235,7 @@ def _weight(scan: Scan) -> float:
     return float(sum(stamp(path)[0] for group in scan.files for path in group)) or 1.0
 
 
-def _told(work: Work, count: int, seconds: float, disk: float) -> str:
+def _estimate_line(work: Work, count: int, seconds: float, disk: float) -> str:
     """Write the line that tells time and disk of the whole."""
     free = shutil.disk_usage(work.out.parent).free
     warning = " (NOT ENOUGH)" if 2 * disk > free else ""

@@ -492,7 +492,7 @@ def _numbers(
     return numbers
 
 
-def _numbers_in(cells: Sequence[str], where: str, what: str) -> list[float]:
+def _numbers_in(cells: Sequence[str], where: str, kind: str) -> list[float]:
     """Read the numbers of some cells, NaN where one is empty or says infinity.
 
     Raises:
@@ -503,7 +503,7 @@ def _numbers_in(cells: Sequence[str], where: str, what: str) -> list[float]:
         value is None and text and not re.fullmatch("[+-]?inf(inity)?", text.lower())
         for text, value in zip(cells, values, strict=True)
     ):
-        raise DataError(f"{where}: {', '.join(cells)} are not {what}")
+        raise DataError(f"{where}: {', '.join(cells)} are not {kind}")
     return [np.nan if value is None else value for value in values]
 
 

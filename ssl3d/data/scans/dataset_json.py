@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.amounts import count_of
-from ssl3d.data.scans.folders import LABEL_NAME, dataset_name, first_few, missing, missing_masks, walk
+from ssl3d.data.scans.folders import (
+    LABEL_NAME,
+    dataset_name,
+    first_few,
+    missing,
+    missing_masks,
+    walk,
+    words_of,
+)
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
 from ssl3d.data.scans.read import is_picture, is_whole, stem_of, suffix_of, without_suffix
 from ssl3d.data.scans.subjects import person_of, relative, subjects_of
@@ -353,8 +361,9 @@ def _masks_of(cases: Collection[str], maps: Mapping[str, Path]) -> dict[str, Pat
 
 def _telling_words(name: str) -> tuple[str, ...]:
     """Return a name's words but for those that say image or label."""
-    words = [word for word in re.split(r"[_\-. ]+", name.lower()) if word]
-    return tuple(word for word in words if not (_IMAGE_WORD.fullmatch(word) or LABEL_NAME.search(word)))
+    return tuple(
+        word for word in words_of(name) if not (_IMAGE_WORD.fullmatch(word) or LABEL_NAME.search(word))
+    )
 
 
 def _unmatched(

@@ -20,7 +20,6 @@ from ssl3d.data.scans.dataset_json import from_dataset_json, from_nnunet
 from ssl3d.data.scans.folders import (
     LABEL_FOLDER,
     LABEL_NAME,
-    bare,
     class_folders,
     dataset_name,
     first_few,
@@ -31,6 +30,7 @@ from ssl3d.data.scans.folders import (
     one_person_each,
     tokens,
     walk,
+    without_part,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import (
@@ -245,7 +245,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     scans: list[Path] = []
     maps: list[Path] = []
     for path in files:
-        like_mask = bool(wanted.masks) and bare(wanted.masks) in tokens(path)
+        like_mask = without_part(tokens(path), wanted.masks) is not None
         natural = wanted.colour == "rgb" and is_picture(path)  # `mask` may be its class
         named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
         label = like_mask or named_so
@@ -294,7 +294,7 @@ def _no_masks(roots: Sequence[Path], part: str) -> str:
             if not is_whole(path):
                 continue
             words = tokens(path)
-            matching += bare(part) in words
+            matching += without_part(words, part) is not None
             named = [word for word in words if LABEL_NAME.search(word)]
             parents = relative(path.parent, root).split("/")
             named = named or [f"{folder}/" for folder in parents if LABEL_FOLDER.fullmatch(folder)]
@@ -317,8 +317,7 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
     The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
     names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
     """
-    part = bare(part)
-    rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
+    rest = {path: own for path in maps if (own := without_part(tokens(path), part)) is not None}
     by_name = {(path.parent, tuple(others)): path for path, others in rest.items()}
     here: dict[Path, list[Path]] = {}
     for path in scans:
@@ -360,9 +359,11 @@ def _distinct(contents: Found) -> Found:
     seen: set[Any] = set()
     scans: list[Scan] = []
     ids: Counter[str] = Counter()
+    twice: list[str] = []
     for scan in contents.scans:
         key = (tuple(path.resolve() for group in scan.files for path in group), scan.member)
         if key in seen:
+            twice.append(scan.source)
             continue
         seen.add(key)
         ids[scan.id] += 1
@@ -370,5 +371,7 @@ def _distinct(contents: Found) -> Found:
             scan = dataclasses.replace(scan, id=f"{scan.id}~{ids[scan.id]}")
         scans.append(scan)
     contents.scans = scans
+    if twice:
+        contents.notes.append(f"{count_of(len(twice), 'scan')} found twice, taken once: {first_few(twice)}")
     contents.notes = list(dict.fromkeys(contents.notes))
     return contents

@@ -71,7 +71,7 @@ def _entries(folder: Path, lost: list[tuple[Path, str]]) -> Iterator[Path]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Identify a folder by its device and number there, whatever the path that led to it."""
+    """Return the device and number of a folder, the same whatever path led to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -137,12 +137,26 @@ def first_few(names: Sequence[str]) -> str:
 
 def tokens(path: Path) -> list[str]:
     """Split a file's name at _, -, . and blanks into parts in lower case."""
-    return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
+    return words_of(stem_of(path))
 
 
-def bare(part: str) -> str:
-    """Strip a part of file names as `tokens` does: `_lesion` is `lesion`."""
-    return part.strip("_-. ").lower()
+def words_of(name: str) -> list[str]:
+    """Split a name at _, -, . and blanks into words in lower case: `_t1.post` is t1 and post."""
+    return [word for word in re.split(r"[_\-. ]+", name.lower()) if word]
+
+
+def without_part(words: Sequence[str], part: str) -> list[str] | None:
+    """Return the words of a name without those of a part of it; None where the part is not in it.
+
+    Example:
+        >>> without_part(["p1", "t1", "post"], "T1.post"), without_part(["p1", "t1"], "t1.post")
+        (['p1'], None)
+    """
+    sought = words_of(part)
+    for start in range(len(words) - len(sought) + 1):
+        if sought and list(words[start : start + len(sought)]) == sought:
+            return [*words[:start], *words[start + len(sought) :]]
+    return None
 
 
 def class_folders(
