@@ -699,9 +699,9 @@ def encode(
             both = encoder.pool(maps), stage_features(encoder, maps)
         else:
             both = (encoder.embed(torch.cat(rows)),) * 2
-        for found, joined in zip((embeddings, features), both, strict=True):
+        for by_group, joined in zip((embeddings, features), both, strict=True):
             for n, part in zip(same, joined.split([len(row) for row in rows]), strict=True):
-                found[n] = part.unflatten(0, views[n].shape[:3])
+                by_group[n] = part.unflatten(0, views[n].shape[:3])
     return [embeddings[n] for n in range(len(views))], [features[n] for n in range(len(views))]
 
 
