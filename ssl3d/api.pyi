@@ -314,5 +314,6 @@ from .files import (
 )
 from .amounts import (
     duration as duration,
+    printable as printable,
     size as size,
 )

@@ -56,9 +56,9 @@ PARTS: Mapping[str, Kinds] = {
     "split.folds": COUNT,
     **{f"split.{part}": OBJECT for part in ("train", "val", "test")},
     **{
-        f"split.{part}.{what}": COUNT
+        f"split.{part}.{count}": COUNT
         for part in ("train", "val", "test")
-        for what in ("subjects", "of_subjects", "volumes")
+        for count in ("subjects", "of_subjects", "volumes")
     },
     "compute.details": (LIST, OBJECT),
     "flags.seen_test_subjects": COUNT,
@@ -80,7 +80,7 @@ def check_parts(content: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where}: not a result record: it is nested deeper than {DEEPEST} levels")
     for place, kinds in PARTS.items():
         value = _at(content, place)
-        if value is not None and not any(_is(value, kind) for kind in _several(kinds)):
+        if value not in (None, "") and not any(_is(value, kind) for kind in _several(kinds)):
             said = " or ".join(_several(kinds))
             raise DataError(f"{where}: {place} is {_short(value)}, expected {said}")
     for part, kind in (("scores", NUMBER), ("versions", WORD)):

@@ -8,6 +8,7 @@ from importlib.resources import files
 from math import isfinite
 from typing import Any, NamedTuple
 
+from ssl3d.api import printable
 from ssl3d_benchmarks.leaderboard.report import charts, figures, text
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
@@ -102,11 +103,11 @@ def page(
     for board in boards:
         parts.append(_board(board, *_curves_at(board, boards), pictures))
     parts += [_refused(refused), _conditions(conditions)]
-    body = "\n".join(parts)
+    body = "\n".join(map(printable, "\n".join(parts).split("\n")))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(printable(title))}</title>'
         f"<style>\n{beside('page.css')}</style></head>\n"
         f"<body><main>\n{body}\n</main><script>\n{beside('page.js')}</script></body></html>\n"
     )

@@ -1172,14 +1172,36 @@ def test_ranks_and_a_gain_that_disagree_say_what_each_resamples(tmp_path):
     )
 
 
-ODD = (None, True, -1, 0.5, 1e308, 10**400, "x", "", "\ud800", [], [1], [[]], {}, {"x": 1}, {"x": {"y": []}})
+ODD = (
+    None,
+    True,
+    -1,
+    0.5,
+    1e308,
+    10**400,
+    "x",
+    "",
+    "\ud800",
+    [],
+    [1],
+    [[]],
+    {},
+    {"x": 1},
+    {"x": {"y": []}},
+)
 """Values that belong nowhere in a record."""
 
 
 def places(value, way=()):
     """The way to every part of a record, but for all predictions after the first."""
     yield way
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(inner, (*way, key))
 
 
@@ -1216,7 +1238,9 @@ def check_odd_records(folder, number, seed):
             raise AssertionError(where) from error
         names = {arm.label for board in found.boards for arm in board.arms}
         assert {"beta", "gamma"} <= names, where
-        assert "alpha" in " ".join(names) or found.records.refused or len(way) == 1 or way[0] == "contestant", where
+        assert (
+            "alpha" in " ".join(names) or found.records.refused or len(way) == 1 or way[0] == "contestant"
+        ), where
 
 
 def test_odd_records_are_refused_by_name_or_read(tmp_path):

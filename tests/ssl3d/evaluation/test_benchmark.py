@@ -136,7 +136,11 @@ def nested(depth):
         ("scores.auc", [1], "scores.auc is [1], expected a number"),
         ("intervals.auc", 5, "interval of auc is 5, expected [low, high]"),
         ("intervals.auc", ["a", "b"], "interval of auc is ['a', 'b'], expected [low, high]"),
-        ("contestant.pretraining.steps", "many", "contestant.pretraining.steps is 'many', expected a whole"),
+        (
+            "contestant.pretraining.steps",
+            "many",
+            "contestant.pretraining.steps is 'many', expected a whole",
+        ),
         ("contestant.pretraining.proxies", 7, "contestant.pretraining.proxies is 7, expected an object"),
         ("contestant.pretraining.compute", {"seconds": True}, "compute.seconds is True, expected a number"),
         ("contestant.pretraining.compute", {"flops": 10**400}, "expected a number"),
