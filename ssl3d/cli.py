@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ssl3d import plugins
+from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
 
 USAGE = """usage: ssl3d COMMAND [options]
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except Ssl3dError as error:
-        print(f"ssl3d: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ssl3d: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         # The reader (head, less) went away; Python would complain again while closing stdout.

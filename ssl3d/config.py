@@ -136,8 +136,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
+_BEFORE = "before"
+
+
+def added_option(default: Any, before: Any) -> Any:
+    """Declare an option that was added to a dataclass later, for its default means something new.
+
+    Args:
+        default: Value where the user gives none.
+        before: Value that files mean which were written before there was the option.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     rings: str = added_option("published", before="none")
+        >>> from_dict(Options, {}, "here").rings, from_dict(Options, {}, "a run", recorded=True).rings
+        ('published', 'none')
+    """
+    return dataclasses.field(default=default, metadata={_BEFORE: before})
+
+
+def as_before(config: type) -> dict[str, Any]:
+    """Collect the values that files mean which were written before there were these options."""
+    fields = dataclasses.fields(config)
+    return {field.name: field.metadata[_BEFORE] for field in fields if _BEFORE in field.metadata}
+
+
+def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: bool = False) -> Any:
     """Build a dataclass from what `to_dict` returned; types are restored, unknown keys refused.
+
+    Args:
+        config: The dataclass.
+        values: Options by name.
+        where: Beginning of the message of an error.
+        recorded: Whether ssl3d wrote the values, all that there were: an option that is missing was
+            added since, and means what it meant before (see `added_option`).
 
     Raises:
         UsageError: A key is unknown or a value unusable; the message starts with `where`.
@@ -149,12 +182,13 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(config)
     fields = {key: _tuples(hints[key], value) for key, value in values.items()}
     try:
-        return config(**fields)
+        return config(**((as_before(config) if recorded else {}) | fields))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
 
 
-_TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word after it is not its value
+_BARE = (bool, bool | None)  # a bare flag is true, so another word after it is not its value
+_TRUTH = ("true", "false", "yes", "no", "null", "none")
 
 
 # Parsing ------------------------------------------------------------------------------------------
@@ -331,7 +365,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
             if not words or words[0].startswith("--"):
                 raise UsageError("--config: names no file; give one after it")
             # As text, not as a path: a lone word for a list option is made a list on the way.
-            first += ["--config", _normal_yaml(words.pop(0), hints)]
+            first += ["--config", _normal_yaml(words.pop(0), hints, configs)]
             continue
         if (section, field) == ("", "print_config"):
             rest.append("--print_config")
@@ -355,9 +389,11 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
                     if single and any(a not in (type(None),) for a in scalars):
                         listed = single if not _numeric_sequence(hint, single) else listed
             rest.append(f"{flag}={listed}")
-        elif words and not re.match(r"--\w", words[0]) and (hint is not bool or words[0].lower() in _TRUTH):
+        elif (
+            words and not re.match(r"--\w", words[0]) and (hint not in _BARE or words[0].lower() in _TRUTH)
+        ):
             rest.append(f"{flag}={words.pop(0)}")
-        elif hint is bool:
+        elif hint in _BARE:
             rest.append(f"{flag}=true")
         elif field == "help":
             rest.append(word)
@@ -366,8 +402,12 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
     return first + rest
 
 
-def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
-    """Write a configuration file as JSON, with single values of sequence options wrapped into lists."""
+def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any], configs: Mapping[str, type]) -> str:
+    """Write a configuration file as JSON, with single values of sequence options wrapped into lists.
+
+    A section that names every option but some that were added later was written out by an earlier
+    version (a run's `config.yaml`, `--print_config`): those it lacks mean what they meant then.
+    """
 
     def fold(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
         folded: dict[str, Any] = {}
@@ -383,7 +423,13 @@ def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
                 folded[name] = value
         return folded
 
-    return json.dumps(fold("", _read_yaml(path)))
+    folded = fold("", _read_yaml(path))
+    for name, config in configs.items():
+        section, added = folded.get(name), as_before(config)
+        others = {field.name for field in dataclasses.fields(config)} - set(added)
+        if isinstance(section, dict) and others <= set(section):
+            folded[name] = added | section
+    return json.dumps(folded)
 
 
 def _numeric_sequence(hint: Any, word: str) -> bool:
