@@ -114,7 +114,7 @@ class Model(nn.Module, ABC):
         """
 
     def predict(self, volume: Any, flip: bool = False) -> Any:
-        """Predict one volume.
+        """Predict one volume for its user.
 
         Args:
             volume: `Volume` of `ssl3d.api.open_data`, or a tensor (C, D, H, W); prepared as the training
