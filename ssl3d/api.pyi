@@ -344,5 +344,6 @@ from .files import (
 )
 from .amounts import (
     duration as duration,
+    printable as printable,
     size as size,
 )

@@ -192,15 +192,15 @@ def finish(result: Result, folder: Path, out: Path, options: FinetuneOptions, co
     intervals = {name: [_finite(end) for end in ends] for name, ends in result.intervals.items()}
     place = out / FOLDER / Path(result.filename).stem
     for number in range(count):
-        made = folder / f"fold-{number}.model"
+        source = folder / f"fold-{number}.model"
         target = place / f"fold-{number}" if count > 1 else place
-        if not made.is_dir():  # moved already, before a kill
+        if not source.is_dir():  # moved already, before a kill
             continue
-        amend_model(made, {"scores": scores, "intervals": intervals, "fold": number, "folds": count})
+        amend_model(source, {"scores": scores, "intervals": intervals, "fold": number, "folds": count})
         try:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            made.rename(target)
+            source.rename(target)
         except OSError as error:
             raise UsageError(f"cannot write {target}: {error.strerror}") from error
     if BEST in options.keep_models:
