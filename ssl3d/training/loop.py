@@ -269,7 +269,8 @@ class Loop:
         held = weights * moments
         memory = peak_memory(self.fabric.device) + held
         self.log.say(
-            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; {count_of(left, 'step')} of "
+            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; "
+            f"{count_of(left, 'step')} of "
             f"{count_of(self.options.batch_size, 'volume')}, {self.flops_per_step:.3g} FLOPs a step"
         )
         self.log.say(
