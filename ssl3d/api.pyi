@@ -22,6 +22,7 @@ from .encoders.inference import (
 )
 from .encoders.masking import (
     can_mask as can_mask,
+    norm_visible as norm_visible,
     only_visible as only_visible,
     visible_at as visible_at,
 )
@@ -102,6 +103,7 @@ from .views.compose import (
 from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
+    corrupt_once as corrupt_once,
     relative_error as relative_error,
     restoration_error as restoration_error,
 )
@@ -140,7 +142,11 @@ from .views.restore import (
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )
-from .views.spatial import centre_crop as centre_crop
+from .views.spatial import (
+    centre_crop as centre_crop,
+    elastic as elastic,
+    flip_in_turn as flip_in_turn,
+)
 from .views.stacks import draw_stack as draw_stack
 
 # Objectives
@@ -181,8 +187,9 @@ from .objectives.visual_words import (
     word_places as word_places,
 )
 from .objectives.masked_slices import (
-    interpolate_block as interpolate_block,
+    interpolate_masked as interpolate_masked,
     mask_block as mask_block,
+    mask_scattered as mask_scattered,
     standardise as standardise,
 )
 from .objectives.pair_clustering import (
@@ -198,6 +205,8 @@ from .heads.aggregator import (
     Attended as Attended,
     SliceAggregator as SliceAggregator,
     attended_offset as attended_offset,
+    stage_features as stage_features,
+    stage_width as stage_width,
 )
 from .heads.decoder import (
     Decoder as Decoder,
@@ -299,6 +308,7 @@ from .evaluation.records import (
 # Options, errors, files and words
 from .config import (
     Plugins as Plugins,
+    added_option as added_option,
     parse as parse,
     print_table as print_table,
 )
@@ -316,5 +326,6 @@ from .files import (
 )
 from .amounts import (
     duration as duration,
+    printable as printable,
     size as size,
 )

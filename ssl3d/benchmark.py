@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ssl3d.evaluation.records import KINDS
-from ssl3d.evaluation.statistics.intervals import RESAMPLES, interval
-from ssl3d.evaluation.statistics.metrics import Array, Statistic
+from ssl3d.evaluation.statistics.intervals import RESAMPLES, class_support, interval, why_no_interval
+from ssl3d.evaluation.statistics.metrics import Array, Statistic, bounds_of
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -175,13 +175,19 @@ class Benchmark(ABC):
         return
 
     def summarise(self, predictions: list[dict[str, Any]], resamples: int = RESAMPLES) -> Scores:
-        """Summarise predictions as scores and their intervals over the test subjects."""
+        """Summarise predictions as scores and their intervals over the test subjects.
+
+        Where a class has too few of them, the ends of every interval are NaN.
+        """
         clusters, statistics = self.score_functions(predictions)
         intervals = {
-            name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()
+            name: interval(value, clusters, resamples=resamples, bounds=bounds_of(name))
+            for name, value in statistics.items()
         }
+        few = bool(why_no_interval(class_support(predictions), 0.0))
+        unknown = (float("nan"), float("nan"))
         return Scores(
             {name: score.value for name, score in intervals.items()},
-            {name: (score.low, score.high) for name, score in intervals.items()},
+            {name: unknown if few else (score.low, score.high) for name, score in intervals.items()},
             predictions,
         )

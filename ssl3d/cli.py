@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ssl3d import plugins
+from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
 
 USAGE = """usage: ssl3d COMMAND [options]
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except Ssl3dError as error:
-        line = " ".join(str(error).split())
+        line = printable(" ".join(str(error).split()))
         print(line if line.startswith("ssl3d ") else f"ssl3d: {line}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:

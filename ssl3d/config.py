@@ -197,9 +197,11 @@ def print_config(
 
     printed = kept(options, {key: value for key, value in values.items() if key not in configs})
     for name in configs:
-        section = kept(configs[name], values.get(name, {}))
+        own = values.get(name, {})
+        section = kept(configs[name], own)
         if section:
-            printed[name] = section
+            # Without these the file would look as if an earlier version had written it.
+            printed[name] = section | {key: own[key] for key in as_before(configs[name]) if key in own}
     sys.stdout.write(dump_yaml(printed))
 
 
@@ -227,8 +229,41 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
+_BEFORE = "before"
+
+
+def added_option(default: Any, before: Any) -> Any:
+    """Declare an option that was added to a dataclass later, for its default means something new.
+
+    Args:
+        default: Value where the user gives none.
+        before: Value that files mean which were written before there was the option.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     rings: str = added_option("published", before="none")
+        >>> from_dict(Options, {}, "here").rings, from_dict(Options, {}, "a run", recorded=True).rings
+        ('published', 'none')
+    """
+    return dataclasses.field(default=default, metadata={_BEFORE: before})
+
+
+def as_before(config: type) -> dict[str, Any]:
+    """Collect the values that files mean which were written before there were these options."""
+    fields = dataclasses.fields(config)
+    return {field.name: field.metadata[_BEFORE] for field in fields if _BEFORE in field.metadata}
+
+
+def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: bool = False) -> Any:
     """Build a dataclass from what `to_dict` returned; types are restored, unknown keys refused.
+
+    Args:
+        config: The dataclass.
+        values: Options by name.
+        where: Beginning of the message of an error.
+        recorded: Whether ssl3d wrote the values, all that there were: an option that is missing was
+            added since, and means what it meant before (see `added_option`).
 
     Raises:
         UsageError: A key is unknown or a value unusable; the message starts with `where`.
@@ -241,7 +276,7 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(config)
     fields = {key: _tuples(hints[key], value) for key, value in values.items()}
     try:
-        return config(**fields)
+        return config(**((as_before(config) if recorded else {}) | fields))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
 
@@ -277,7 +312,8 @@ def _today(options: type, argv: Sequence[str]) -> list[str]:
     return words
 
 
-_TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word after it is not its value
+_BARE = (bool, bool | None)  # a bare flag is true, so another word after it is not its value
+_TRUTH = ("true", "false", "yes", "no", "null", "none")
 
 
 # Parsing ------------------------------------------------------------------------------------------
@@ -484,7 +520,7 @@ def _normalize(
             if not words or words[0].startswith("--"):
                 raise UsageError("--config: names no file; give one after it")
             # As text, not as a path: a lone word for a list option is made a list on the way.
-            first += ["--config", _normal_yaml(contents[words.pop(0)], hints)]
+            first += ["--config", _normal_yaml(contents[words.pop(0)], hints, configs)]
             continue
         flag = f"--{section + '.' if section else ''}{field.replace('_', '-')}"
         hint = hints.get((section, field))
@@ -505,17 +541,27 @@ def _normalize(
                     if single and any(a not in (type(None),) for a in scalars):
                         listed = single if not _numeric_sequence(hint, single) else listed
             rest.append(f"{flag}={listed}")
-        elif words and not re.match(r"--\w", words[0]) and (hint is not bool or words[0].lower() in _TRUTH):
+        elif (
+            words and not re.match(r"--\w", words[0]) and (hint not in _BARE or words[0].lower() in _TRUTH)
+        ):
             rest.append(f"{flag}={words.pop(0)}")
-        elif hint is bool:
+        elif hint in _BARE:
             rest.append(f"{flag}=true")
         else:
             rest.append(flag)
     return first + rest
 
 
-def _normal_yaml(content: Mapping[str, Any], hints: Mapping[tuple[str, str], Any]) -> str:
-    """Write a configuration file as JSON, with single values of sequence options wrapped into lists."""
+def _normal_yaml(
+    content: Mapping[str, Any],
+    hints: Mapping[tuple[str, str], Any],
+    configs: Mapping[str, type],
+) -> str:
+    """Write a configuration file as JSON, with single values of sequence options wrapped into lists.
+
+    A section that names every option but some that were added later was written out by an earlier
+    version (a run's `config.yaml`, `--print_config`): those it lacks mean what they meant then.
+    """
 
     def fold(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
         folded: dict[str, Any] = {}
@@ -531,7 +577,13 @@ def _normal_yaml(content: Mapping[str, Any], hints: Mapping[tuple[str, str], Any
                 folded[name] = value
         return folded
 
-    return json.dumps(fold("", content))
+    folded = fold("", content)
+    for name, config in configs.items():
+        section, added = folded.get(name), as_before(config)
+        others = {field.name for field in dataclasses.fields(config)} - set(added)
+        if isinstance(section, dict) and others <= set(section):
+            folded[name] = added | section
+    return json.dumps(folded)
 
 
 def _numeric_sequence(hint: Any, word: str) -> bool:

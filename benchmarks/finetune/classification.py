@@ -323,12 +323,15 @@ class Classification(FinetuneTask):
     ) -> list[dict[str, Any]]:
         """Fit a linear model on hand-made features, as the linear probe does; val is not used."""
         probe = LinearProbe(self._probe.config)
-        measured = self._probe.config.mask_classes if name != "pooled voxels" else ()
         row = Contestant(
             name, "trivial", f"{name} v{VERSION}",
-            details={"features": name, "mask_classes": list(measured)},
+            details={"features": name, "mask_classes": list(self.measured(name))},
         )  # fmt: skip
         return probe.score(row, train, val, test, seed).predictions
+
+    def measured(self, name: str) -> Sequence[int]:
+        """Return the mask values that a row without a network measures."""
+        return self._probe.config.mask_classes if name != "pooled voxels" else ()
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Add a line to `predictions.csv`: volume, target, and probabilities of classes or the value."""

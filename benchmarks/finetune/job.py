@@ -359,7 +359,7 @@ def _run_trivial(job: FinetuneJob) -> Result:
     seeded = job.subset.fraction < 1 and options.split_seed
     training = {"split_seed": options.split_seed} if seeded else {}
     settings = {**settings_of(job.task, options, job.subset, ()), "training": training, "preset": ""}
-    result = job.begin_record(trivial_contestant(job.entry), settings)
+    result = job.begin_record(trivial_contestant(job.entry, job.task.measured(job.entry.name)), settings)
     existing = None if options.overwrite else find_result(result, options.out)
     if existing is not None:
         return existing

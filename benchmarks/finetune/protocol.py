@@ -179,6 +179,10 @@ class FinetuneTask(ABC):
         """Predict by a row named in `trivial`; the rows have `dataset`, `subject` and `id`."""
         raise NotImplementedError(name)
 
+    def measured(self, name: str) -> Sequence[int]:
+        """Return the mask values that a row of `trivial` measures on test volumes; none for no mask."""
+        return ()
+
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Write a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""
         return None

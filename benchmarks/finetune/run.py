@@ -26,7 +26,7 @@ from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
-from ssl3d_benchmarks.task import SplitData, headline, say, split_up, training_subsets
+from ssl3d_benchmarks.task import SplitData, headline, say, show, split_up, training_subsets
 
 
 @dataclass
@@ -154,12 +154,12 @@ def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: Fi
         blocks = blocks_of(outcome.rows, benchmark)
         note_warnings(outcome.rows, benchmark, options.out)
         text = format_table(blocks, benchmark, split.how)
-        print(text)
+        show(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         pictures = draw_curves(outcome.rows, benchmark, options.out)
         for path in [*pictures, *draw_slices(outcome.rows, benchmark, options.out)]:
-            print(f"picture: {path}")
-        print(f"records: {options.out}")
+            show(f"picture: {path}")
+        show(f"records: {options.out}")
     if outcome.failed:
         say(f"{len(outcome.failed)} of {len(outcome.failed) + len(outcome.rows)} jobs failed:")
         for name, reason in outcome.failed.items():

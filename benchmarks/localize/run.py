@@ -25,6 +25,7 @@ from ssl3d.api import (
     write_whole,
 )
 from ssl3d_benchmarks.localize.axis import FEWEST, Axis, Placement, Profile, common_axis
+from ssl3d_benchmarks.task import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,14 +189,14 @@ def localize(options: LocalizeOptions) -> None:
     """
     name, proxy = _scoring_proxy(options)
     reference, unseen, how = _choose(options, proxy)
-    print(f"{len(reference)} reference volumes ({how}), {len(unseen)} to place", flush=True)
+    show(f"{len(reference)} reference volumes ({how}), {len(unseen)} to place")
     profiles, flips = [], []
     for volume in reference:
         try:
             profiles.append(_profile(proxy, volume))
             flips.append(_may_flip(proxy, volume))
         except DataError as error:
-            print(f"left out: {error}")
+            show(f"left out: {error}")
     if not profiles:
         raise DataError("none of the reference volumes can be used; see above")
     axis, _ = common_axis(profiles, flips)
@@ -208,7 +209,7 @@ def localize(options: LocalizeOptions) -> None:
                 proxy, volume, axis, options.crops, options.share, options.seed
             )
         except DataError as error:
-            print(f"left out: {error}")
+            show(f"left out: {error}")
             rejected.append(str(error))
             continue
         rows += placed
@@ -321,7 +322,7 @@ def _write(
         ["volume", "first slice, mm", "last slice, mm", "flipped", "tau", "inside"],
     )
     if len(shown) > 20:
-        print(f"... and {len(shown) - 20} more in {options.out / 'localize.csv'}")
+        show(f"... and {len(shown) - 20} more in {options.out / 'localize.csv'}")
     if scores["crops"]:
         titles = {
             "error": "position error of crops, mm",
@@ -338,7 +339,7 @@ def _write(
                 "90th percentile",
             ],
         )
-    print(f"\n{options.out / 'localize.png'}, .csv and .json")
+    show(f"\n{options.out / 'localize.png'}, .csv and .json")
 
 
 def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Sequence[Row]) -> Figure:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.amounts import printable
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.errors import DataError
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(described, indent=1, default=plain_value))
     else:
-        print("\n".join(_LINES[described["kind"]](described)))
+        print("\n".join(map(printable, _LINES[described["kind"]](described))))
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -316,7 +316,10 @@ def make_plan(
 
 
 def plan_from(
-    values: Mapping[str, Any], where: str, classes: Mapping[str, Any] | None = None
+    values: Mapping[str, Any],
+    where: str,
+    classes: Mapping[str, Any] | None = None,
+    recorded: bool = False,
 ) -> PretrainPlan:
     """Make a plan of plain values: a run's `config.yaml`, or keyword arguments from Python.
 
@@ -324,6 +327,8 @@ def plan_from(
         values: Options by name; the options of proxies and of the encoder are dictionaries by name.
         where: Beginning of the message of an error.
         classes: Proxies and encoders that are not registered, by name.
+        recorded: Whether a run recorded the values: options that are missing mean what they meant before
+            there were any.
 
     Raises:
         UsageError: An option is unknown or its value unusable.
@@ -343,12 +348,13 @@ def plan_from(
     options, proxies, encoder = _found(options, where, classes)
     configured: dict[str, tuple[Any, Any]] = {}
     for name, proxy in proxies.items():
-        configured[name] = proxy, config.from_dict(proxy.Config, values.get(name) or {}, f"{where}, {name}")
+        own_section = values.get(name) or {}
+        configured[name] = proxy, config.from_dict(proxy.Config, own_section, f"{where}, {name}", recorded)
     unknown = sorted(set(values) - known - set(configured) - {options.encoder})
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     section = values.get(options.encoder) or {}
-    encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}")
+    encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}", recorded)
     return make_plan(options, set(own), configured, encoder, encoder_config)
 
 

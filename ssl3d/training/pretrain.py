@@ -157,7 +157,7 @@ def resume(
         if name != "resume":
             values[name] = getattr(changes, name)
     try:
-        plan = plan_from(values, str(folder / "config.yaml"))
+        plan = plan_from(values, str(folder / "config.yaml"), recorded=True)
     except PluginError as error:
         raise PluginError(
             f"{error}; --resume needs it: put it back, or write its new name into config.yaml"

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl3d.command_help import HelpSection
-from ssl3d.config import Plugins, from_dict, parse, to_dict
+from ssl3d.config import Plugins, added_option, as_before, from_dict, parse, to_dict
 from ssl3d.errors import PluginError, UsageError
 from ssl3d.yaml_files import parse_yaml
 
@@ -334,6 +335,55 @@ def test_dataclasses_round_trip_through_plain_values():
     assert from_dict(Options, to_dict(options), "file") == options
     with pytest.raises(UsageError, match="file: unknown option nonsense"):
         from_dict(Options, {"data": ["a"], "nonsense": 1}, "file")
+
+
+@dataclass
+class Grown:
+    """Options, of which one came later.
+
+    Attributes:
+        width: Width of the thing.
+        rings: Rings around it.
+    """
+
+    width: int = 3
+    rings: str = added_option("published", before="none")
+
+
+def test_an_option_that_a_record_lacks_means_what_it_meant_before():
+    assert as_before(Grown) == {"rings": "none"}
+    assert from_dict(Grown, {"width": 4}, "a run", recorded=True) == Grown(4, "none")
+    assert from_dict(Grown, {"width": 4, "rings": "two"}, "a run", recorded=True) == Grown(4, "two")
+    assert from_dict(Grown, {"width": 4}, "a user's words") == Grown(4, "published")
+
+
+@pytest.mark.parametrize(
+    ("section", "rings"),
+    [
+        ({"width": 4}, "none"),  # all that there was
+        ({"width": 4, "rings": "two"}, "two"),
+        ({}, "published"),  # what a user writes
+    ],
+)
+def test_a_configuration_file_of_before_keeps_its_meaning(section, rings, tmp_path):
+    @dataclass
+    class Choice:
+        """Options.
+
+        Attributes:
+            kind: Kind of the thing.
+        """
+
+        kind: str = "grown"
+
+    named = Plugins({"kind": lambda name: Grown}, {"kind": ["grown"]})
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"kind": "grown", "grown": section}), encoding="utf-8"
+    )
+    parsed = parse("test", Choice, ["--config", str(tmp_path / "run.yaml")], named)
+    assert parsed.sections["grown"].rings == rings
+    parsed = parse("test", Choice, ["--config", str(tmp_path / "run.yaml"), "--grown.rings", "five"], named)
+    assert parsed.sections["grown"].rings == "five"
 
 
 @pytest.mark.parametrize(
