@@ -332,6 +332,8 @@ from .config import (
     parse as parse,
     print_table as print_table,
 )
+from .command_help import HelpSection as HelpSection
+from .yaml_files import read_yaml as read_yaml
 from .errors import (
     DataError as DataError,
     Ssl3dError as Ssl3dError,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from ssl3d.api import HelpSection
 
 SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
@@ -113,6 +115,20 @@ class FinetuneOptions:
     threads: int = 0
     workers: int = -1
     overwrite: bool = False
+
+    help_sections: ClassVar[tuple[HelpSection, ...]] = (
+        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "split_seed")),
+        HelpSection(
+            "training",
+            ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
+            ("lr_scratch", "tune_scratch", "optimizer", "momentum", "weight_decay", "schedule",
+             "milestones", "gamma", "warmup", "clip", "eval_at", "keep", "checkpoint_seconds"),
+        ),
+        HelpSection("encoder", ("freeze", "pool"), ("layer_decay", "freeze_norm")),
+        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial",)),
+        HelpSection("hardware", ("device", "workers"), ("precision", "threads")),
+    )  # fmt: skip
+    """Sections of the help."""
 
     def __post_init__(self) -> None:
         """Check the value of every field."""
