@@ -1,4 +1,4 @@
-"""`ssl3d info`: what a store, a run, an encoder, results or a scan holds."""
+"""`ssl3d info`: what a store, a run, an encoder, a model, results or a scan holds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ssl3d.errors import DataError
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
 
-summary = "show what a store, a run, an encoder, results or a scan holds"
+summary = "show what a store, a run, an encoder, a model, results or a scan holds"
 
 
 @dataclasses.dataclass
 class InfoOptions:
-    """Show what a store, a folder of stores, a run, an encoder, results or a scan holds.
+    """Show what a store, a folder of stores, a run, an encoder, a model, results or a scan holds.
 
     Attributes:
-        path: Store (.h5), folder of stores, run, encoder, folder of results or their archive (.tar.xz),
-            scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt, .safetensors).
+        path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
+            their archive (.tar.xz), scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt,
+            .safetensors).
         json: Whether to print JSON, with everything that the lines leave out.
     """
 
@@ -62,6 +63,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             return _of_run(place)
         if (place / "encoder.json").is_file():
             return _of_encoder(place)
+        if (place / "model.json").is_file() or any(place.glob("fold-*/model.json")):
+            return _of_model(place)
         if records := records_of(place):
             return describe_results(place, records)
         if any(place.rglob("*.h5")):
@@ -69,6 +72,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _of_folder(place)
     if place.name in ("encoder.json", "encoder.safetensors"):
         return _of_encoder(place.parent)
+    if place.name in ("model.json", "model.safetensors"):
+        return _of_model(place)
     if records := records_of(place):
         return describe_results(place, records)
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
@@ -186,6 +191,21 @@ def _of_encoder(path: Path) -> dict[str, Any]:
         "path": str(path),
         "bytes": weights.stat().st_size if weights.is_file() else 0,
         "card": card,
+    }
+
+
+def _of_model(path: Path) -> dict[str, Any]:
+    from ssl3d.checkpoint.models import WEIGHTS, check_model, model_folders
+
+    folders = model_folders(path)
+    card, *_ = [check_model(folder) for folder in folders]
+    training = card["training"] | {"subjects": len(card["training"]["subjects"])}  # hashes
+    return {
+        "kind": "model",
+        "path": str(path),
+        "models": len(folders),
+        "bytes": sum((folder / WEIGHTS).stat().st_size for folder in folders),
+        "card": card | {"training": training},
     }
 
 
@@ -364,6 +384,28 @@ def _encoder_lines(info: dict[str, Any]) -> list[str]:
     return [*lines, "  --json prints the whole card"]
 
 
+def _model_lines(info: dict[str, Any]) -> list[str]:
+    card = info["card"]
+    several = f"{info['models']} models, one for each fold," if info["models"] > 1 else "a model,"
+    classes = ", ".join(f"{kind['value']} {kind['name']}" for kind in card["classes"])
+    spacing = card["spacing"]
+    lines = [
+        f"{info['path']}: {several} {info['bytes'] / 1e6:,.1f} MB of weights",
+        f"  task: {card['task']['record']}, version {card['task']['version']}; "
+        f"{classes or 'a value'}; trained as {card['contestant']['name']}",
+        f"  takes: channels {' or '.join('+'.join(names) for names in card['channels'])}; spacing "
+        f"{_words(spacing['low'])} to {_words(spacing['high'])} mm (D, H, W), median "
+        f"{_words(spacing['median'])}; orientation {', '.join(card['orientations'])}; normalised as "
+        f"{', '.join(card['normalize'])}",
+    ]
+    for name, score in (card.get("scores") or {}).items():
+        low, high = (card.get("intervals") or {}).get(name, (None, None))
+        interval = "" if low is None else f" [{low:.4g}, {high:.4g}]"
+        lines.append(f"  {name}: {'undefined' if score is None else f'{score:.4g}'}{interval}")
+    rest = ("architecture", "training", "citations", "precision", "record", "versions")
+    return lines + [f"  {key}: {_words(card[key])}" for key in rest if key in card]
+
+
 def _folder_lines(info: dict[str, Any]) -> list[str]:
     lines = [
         f"{info['path']}: {info['volumes']:,} scans of {info['subjects']:,} subjects "
@@ -424,6 +466,7 @@ _LINES = {
     "store": _store_lines,
     "run": _run_lines,
     "encoder": _encoder_lines,
+    "model": _model_lines,
     "results": result_lines,
     "scans": _folder_lines,
     "scan": _scan_lines,

@@ -26,7 +26,7 @@ def records_of(path: Path) -> list[Path]:
 
     if path.is_file():
         return record_files(path) if path.name.endswith(ARCHIVE) else []
-    return [found for found in record_files(path) if _RECORD.fullmatch(found.name)]
+    return [place for place in record_files(path) if _RECORD.fullmatch(place.name)]
 
 
 def describe_results(path: Path, paths: Sequence[Path]) -> dict[str, Any]:
@@ -39,11 +39,11 @@ def describe_results(path: Path, paths: Sequence[Path]) -> dict[str, Any]:
 
     records: list[Result] = []
     refused = []
-    for found in paths:
+    for place in paths:
         try:
-            records.append(read_result(found))
+            records.append(read_result(place))
         except DataError as error:
-            refused.append({"path": str(found), "reason": str(error).removeprefix(f"{found}: ")})
+            refused.append({"path": str(place), "reason": str(error).removeprefix(f"{place}: ")})
     if not records:
         raise DataError(f"{path}: none of its {len(refused)} records can be read: {refused[0]['reason']}")
     groups: dict[tuple[Any, ...], list[Result]] = {}

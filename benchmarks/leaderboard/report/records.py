@@ -22,6 +22,7 @@ from ssl3d.api import (
     Ssl3dError,
     UsageError,
     read_result,
+    read_yaml,
     record_bytes,
     record_files,
     statistics,
@@ -607,11 +608,9 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
 
 def _add_published(tables: list[Table], path: Path) -> None:
     """Put a file's published numbers beside the tables of their data sets."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no file of published numbers: {' '.join(str(error).split())}") from error
     try:
         source, scores = str(content["source"]), content["scores"]
