@@ -92,8 +92,10 @@ def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
     if benchmark.target == "classes":
         for k, name in enumerate(benchmark.config.classes):
             mine = target == k
-            tone = {"color": colour(k + 1), "label": f"{name} ({mine.sum()})"}
-            plot.scatter(points[mine, 0], points[mine, 1], s=14, alpha=0.8, **tone)
+            plot.scatter(
+                points[mine, 0], points[mine, 1], s=14, alpha=0.8, color=colour(k + 1),
+                label=f"{name} ({mine.sum()})",
+            )  # fmt: skip
         plot.legend(title="class (test rows)", fontsize=8)
     else:
         figure.colorbar(plot.scatter(points[:, 0], points[:, 1], c=target, s=14), label="target")
