@@ -54,6 +54,13 @@ from .specs import (
     pooled_by as pooled_by,
 )
 from .checkpoint.encoders import load_encoder as load_encoder
+from .checkpoint.models import (
+    amend_model as amend_model,
+    load_model as load_model,
+    model_folders as model_folders,
+    read_model_card as read_model_card,
+    save_model as save_model,
+)
 from .checkpoint.proxies import load_proxies as load_proxies
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
@@ -227,7 +234,10 @@ from .segmentation.network import (
     shrunk_mask as shrunk_mask,
 )
 from .segmentation.save import save_segmentation as save_segmentation
-from .segmentation.windows import predict_windows as predict_windows
+from .segmentation.windows import (
+    predict_slabs as predict_slabs,
+    predict_windows as predict_windows,
+)
 
 # Detection
 from .detection.anchors3d import (
@@ -283,6 +293,16 @@ from .training.loader import Loader as Loader
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
 
+# Kept models and what they predict
+from .model import (
+    BoxPrediction as BoxPrediction,
+    LabelPrediction as LabelPrediction,
+    MaskPrediction as MaskPrediction,
+    Model as Model,
+    Prediction as Prediction,
+    best_class as best_class,
+)
+
 # Benchmarks, records and statistics
 from .benchmark import (
     Benchmark as Benchmark,
@@ -312,6 +332,8 @@ from .config import (
     parse as parse,
     print_table as print_table,
 )
+from .command_help import HelpSection as HelpSection
+from .yaml_files import read_yaml as read_yaml
 from .errors import (
     DataError as DataError,
     Ssl3dError as Ssl3dError,
@@ -324,5 +346,6 @@ from .files import (
 )
 from .amounts import (
     duration as duration,
+    printable as printable,
     size as size,
 )
