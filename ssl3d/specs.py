@@ -12,9 +12,9 @@ from ssl3d import plugins
 from ssl3d.checkpoint.card import WEIGHTS, encoder_folder, read_card
 from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.config import from_dict, to_dict, triples
-from ssl3d.documents import parse_yaml
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, UsageError
+from ssl3d.yaml_files import parse_yaml
 
 SCRATCH = "scratch:"
 

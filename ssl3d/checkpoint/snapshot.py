@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ssl3d.checkpoint.card import check_format
-from ssl3d.documents import parse_yaml
 from ssl3d.errors import CheckpointError, TrainingError
 from ssl3d.files import sync_folder
+from ssl3d.yaml_files import read_yaml
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -134,7 +134,7 @@ def config_of(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "config.yaml"
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise CheckpointError(f"{run}: is no run (config.yaml: {error.strerror})") from error
     except ValueError as error:

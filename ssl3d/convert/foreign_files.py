@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl3d.documents import parse_json
 from ssl3d.errors import CheckpointError
+from ssl3d.json_files import parse_json
 
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
 # What wrappers put between a module's name and its parameters' names: torch.compile, FSDP, checkpointing.

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl3d.documents import parse_json
 from ssl3d.errors import DataError, is_transient
+from ssl3d.json_files import parse_json
 
 _MISSING = frozenset(("n/a", "na", "nan", "null", "none", "-", "<na>", "#n/a"))
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
