@@ -66,7 +66,8 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     same, tables = f"the same network {reference}", _tables(len(known))
     if not won:
         worse = f", and one is significantly worse on {down}" if down else ""
-        return f"{head}, no pretrained encoder is shown better than {same} on any of {tables}{worse}{more}."
+        where = f"any of {tables}" if len(known) > 1 else "the only table"
+        return f"{head}, no pretrained encoder is shown better than {same} on {where}{worse}{more}."
     board, arm = max(won, key=lambda pair: _gain(pair[1]))
     worse = f" and significantly worse on {down}" if down else ""
     return (
@@ -94,7 +95,7 @@ def why_untold(board: Board, arm: Arm) -> str:
         return arm.why_unranked
     if arm.gain is None or reference is None:
         return f"there is no row of the same network {scratch_words(board.table.protocol)}"
-    ended = tuple(f"{one.title} ended at" for one in (arm, reference))
+    ended = tuple(f"{row.title} ended at" for row in (arm, reference))
     if any(words.startswith(ended) for words in board.unlearned):
         return "a network is not shown to have learned its task"
     if not isfinite(arm.gain.low):

@@ -324,9 +324,9 @@ def _table_of(
             for column in others
         ]
         notes = by_key["notes"].cell(board, arm) if "notes" in by_key else ""
-        rows.append(
-            Row(arm.title, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair), settings_of(arm))
-        )
+        # Beside the notes alone: a table of all scores repeats neither.
+        settings = settings_of(arm) if "notes" in by_key else ""
+        rows.append(Row(arm.title, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair), settings))
     for row in text.published_rows(board) if published else ():
         cells = [Cell(*column.published(board, row)) for column in others]
         rows.append(Row(row["name"], cells, kind="k-published"))
