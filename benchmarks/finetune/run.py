@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, open_data_for
-from ssl3d_benchmarks import locks
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, locks, open_data_for
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,
