@@ -20,10 +20,9 @@ from ssl3d.amounts import count_of, printable
 from ssl3d.checkpoint.card import versions
 from ssl3d.data.identity import identity_hash
 from ssl3d.data.preparation.parts import digest_of
-from ssl3d.data.preparation.process import is_full
 from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.scans.arrays import Rows
-from ssl3d.errors import DataError, Ssl3dError, UsageError
+from ssl3d.errors import DataError, Ssl3dError, TransientError, UsageError, is_full, is_transient, reason_of
 from ssl3d.files import write_whole
 from ssl3d.prediction import tables
 from ssl3d.prediction.ensemble import Ensemble
@@ -57,7 +56,8 @@ def predict(options: PredictOptions) -> Summary:
 
     Raises:
         CheckpointError: A model is missing or damaged.
-        DataError: No scan is found, or the disk is full.
+        DataError: No scan is found, or a file cannot be written.
+        TransientError: The disk is full.
         UsageError: The models do not go together, or an option does not go with them.
     """
     if options.threads:
@@ -128,7 +128,8 @@ class Work:
         """Predict one scan, and return False where another process holds it.
 
         Raises:
-            DataError: The disk is full.
+            TransientError: The disk is full.
+            DataError: A file cannot be written.
         """
         if self._is_done(number):
             return True
@@ -143,9 +144,10 @@ class Work:
             raise self._told(error) from error
         return True
 
-    def _told(self, error: OSError) -> DataError:
-        why = "no space left on the disk" if is_full(error) else error.strerror or str(error)
-        return DataError(f"{self.options.out}: {why}; what is predicted stays: call again")
+    def _told(self, error: OSError) -> Ssl3dError:
+        why = "no space left on the disk" if is_full(error) else reason_of(error)
+        kind = TransientError if is_transient(error) else DataError
+        return kind(f"{self.options.out}: {why}; what is predicted stays: call again")
 
     def _do(self, number: int, rows: Rows) -> None:
         item, key = self.inputs.items[number], self.keys[number]
