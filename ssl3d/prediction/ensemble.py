@@ -43,11 +43,11 @@ class Ensemble:
         self.models: list[Model] = [load_model(folder).to(device) for folder in folders]
         first = self.cards[0]
         for folder, card in zip(folders[1:], self.cards[1:], strict=True):
-            for what in ("task", "classes", "channels"):
-                if _told(card, what) != _told(first, what):
+            for aspect in ("task", "classes", "channels"):
+                if _told(card, aspect) != _told(first, aspect):
                     raise UsageError(
-                        f"{folder} and {folders[0]} do not predict the same: {what} {_told(card, what)} "
-                        f"and {_told(first, what)}"
+                        f"{folder} and {folders[0]} do not predict the same: {aspect} {_told(card, aspect)} "
+                        f"and {_told(first, aspect)}"
                     )
         self.kind: str = first["task"]["name"]
         self.classes: list[dict[str, Any]] = first["classes"]
@@ -112,9 +112,9 @@ def mean_slabs(streams: Sequence[Iterator[Tensor]]) -> Iterator[Tensor]:
             waiting[n] = slab[:, depth:] if slab.shape[1] > depth else next(streams[n], None)
 
 
-def _told(card: dict[str, Any], what: str) -> Any:
-    if what == "task":
+def _told(card: dict[str, Any], aspect: str) -> Any:
+    if aspect == "task":
         return card["task"]["record"]
-    if what == "channels":
+    if aspect == "channels":
         return card["architecture"]["config"]["in_channels"]
-    return [kind["value"] for kind in card[what]]
+    return [kind["value"] for kind in card[aspect]]
