@@ -150,8 +150,8 @@ def _table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str
     for wanted in minutes:
         cells = []
         for side in sides:
-            found = [r for r in rows if r["asked"]["side"] == side and r["asked"]["minutes"] == wanted]
-            cells.append(f"{found[0]['dice']:.3f}" if found else "")
+            matching = [r for r in rows if r["asked"]["side"] == side and r["asked"]["minutes"] == wanted]
+            cells.append(f"{matching[0]['dice']:.3f}" if matching else "")
         lines.append(f"| {wanted:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -367,15 +367,17 @@ def _nnunet(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
         [trainer.network.state_dict()], trainer.dataset_json, "nnUNetTrainer",
         trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
-    found = root / f"predicted-{arguments.minutes[0]:g}"
-    found.mkdir(parents=True, exist_ok=True)
+    predictions = root / f"predicted-{arguments.minutes[0]:g}"
+    predictions.mkdir(parents=True, exist_ok=True)
     cases = [[str(raw / "imagesTs" / f"case_{n:04d}_0000.nii.gz")] for n in range(len(test))]
-    predictor.predict_from_files_sequential(cases, [str(found / f"case_{n:04d}") for n in range(len(test))])
+    predictor.predict_from_files_sequential(
+        cases, [str(predictions / f"case_{n:04d}") for n in range(len(test))]
+    )
     labels = []
     for number in range(len(test)):
-        array = np.asarray(nibabel.nifti1.load(found / f"case_{number:04d}.nii.gz").dataobj).transpose(
-            2, 1, 0
-        )
+        array = np.asarray(
+            nibabel.nifti1.load(predictions / f"case_{number:04d}.nii.gz").dataobj
+        ).transpose(2, 1, 0)
         labels.append(np.array(values)[array.astype(int)])
     settings = trainer.configuration_manager
     return labels, {
@@ -438,7 +440,7 @@ def _monai(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
             order += rng.permutation(len(examples)).tolist()
         chosen, order = order[:batch], order[batch:]
         drawn = [augmented(dict(examples[n]))[0] for n in chosen]
-        image, label = (torch.stack([one[key].as_tensor() for one in drawn]) for key in keys)
+        image, label = (torch.stack([crop[key].as_tensor() for crop in drawn]) for key in keys)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * min(clock.share, 1)))
         optimizer.zero_grad()

@@ -64,7 +64,7 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentationPlan:
     """Settings that follow from a fingerprint, and why.
 
     Attributes:
@@ -114,9 +114,9 @@ def fixed_sides(
     Returns:
         Axis -> what lies on a fixed side, in words.
     """
-    found: dict[int, str] = {}
-    centres = [{k: at.mean(axis=0) for k, at in one.items()} for one in places]
-    extents = [{k: np.ptp(at.astype(np.int64), axis=0) + 1 for k, at in one.items()} for one in places]
+    sided: dict[int, str] = {}
+    centres = [{k: at.mean(axis=0) for k, at in own.items()} for own in places]
+    extents = [{k: np.ptp(at.astype(np.int64), axis=0) + 1 for k, at in own.items()} for own in places]
     for axis in range(3):
         for k in range(1, len(names)):
             offsets = [
@@ -125,7 +125,7 @@ def fixed_sides(
                 if k in own
             ]
             if _one_sided(offsets, 0.1):
-                found[axis] = f"{names[k]} lies on one side of the volume"
+                sided[axis] = f"{names[k]} lies on one side of the volume"
                 break
         for j, k in itertools.combinations(range(1, len(names)), 2):
             away = [
@@ -134,9 +134,9 @@ def fixed_sides(
                 if j in own and k in own
             ]
             if _one_sided(away, 0.25):
-                found[axis] = f"{names[j]} and {names[k]} lie in one order"
+                sided[axis] = f"{names[j]} and {names[k]} lie in one order"
                 break
-    return found
+    return sided
 
 
 def _one_sided(offsets: Sequence[float], least: float) -> bool:
@@ -176,7 +176,7 @@ def patch_of(shape: Sequence[int], spacing: Sequence[float], voxels: int) -> Tri
     return (d, h, w)
 
 
-def plan_by_rule(data: Fingerprint, given: Mapping[str, Any]) -> Plan:
+def plan_by_rule(data: Fingerprint, given: Mapping[str, Any]) -> SegmentationPlan:
     """Plan a segmentation by rule.
 
     * *Slices*: where voxels are more than 3 times as long along D as in the plane, each slice is an image
@@ -248,7 +248,7 @@ def plan_by_rule(data: Fingerprint, given: Mapping[str, Any]) -> Plan:
         "batch_size": (batch, f"crops of {voxels} voxels, about {STEP_VOXELS} a step"),
         "steps": (steps, f"{data.count} volumes"),
     }
-    return Plan(config, training, tuple(lines))
+    return SegmentationPlan(config, training, tuple(lines))
 
 
 def _by(size: Sequence[int]) -> str:
