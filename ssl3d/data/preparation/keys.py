@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.preparation.parts import stamp, with_voxels
+from ssl3d.data.preparation.parts import stamp
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.boxes import list_files
 from ssl3d.data.scans.folders import walk
-from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of
+from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of, with_voxels
 from ssl3d.errors import DataError
 
-FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
+FOUND = 3  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
 
 
 def state_of(root: Path) -> list[list[Any]]:

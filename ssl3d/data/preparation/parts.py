@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,10 @@ import numpy as np
 from ssl3d.amounts import count_of
 from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.scans.found import Scan
-from ssl3d.data.scans.read import is_detached
+from ssl3d.data.scans.read import with_voxels
 from ssl3d.errors import DataError
 
 _BATCH = 4096  # records read at once
-_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
@@ -30,19 +28,9 @@ def stamp(path: Path) -> tuple[int, int]:
     """Read size and time of change of a file; zeros if it is gone."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name in a header that no file can have
         return 0, 0
     return status.st_size, status.st_mtime_ns
-
-
-def with_voxels(path: Path) -> Iterator[Path]:
-    """Yield the file, and the one that holds its voxels, where that is another."""
-    yield path
-    if is_detached(path) and path.is_file():
-        with open(path, "rb") as file:
-            match = _VOXELS.search(file.read(1 << 16))
-        if match:
-            yield path.parent / match[1].decode(errors="replace")
 
 
 def digest_of(value: Any) -> str:

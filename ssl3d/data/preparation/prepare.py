@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ssl3d.amounts import count_of, duration, size
+from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.data.cache import cache_folder
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import keys
@@ -74,7 +74,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     """
 
     def say(line: str) -> None:
-        print(line, file=output or sys.stdout, flush=True)
+        print(printable(line), file=output or sys.stdout, flush=True)
 
     begun = time.monotonic()
     out = options.store()
@@ -92,7 +92,7 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
             "nothing to do"
         )
         return Summary(out, 0, 0, len(refused), empty_shard=True)
-    signed = _signed(scans, refused, options)
+    signed = _signed(scans, refused, contents, options)
     summary = _finished(out, signed, options)
     if summary is not None:
         say(f"{out}: already prepared: {count_of(summary.volumes, 'volume')}, {summary.rejected} rejected")
@@ -105,6 +105,8 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
             "options": plain_options(options),
             "spacing": medians or spacing,
             "mask_labels": contents.label_names,
+            "mask_ignore": contents.ignore_labels,
+            "mask_regions": contents.regions,
             "box_labels": _box_names(contents, options),
             "version": VERSION,
         }
@@ -136,7 +138,9 @@ def _make_store(
             names = reuse_parts(work.scans, work.recipe, folder, work.say)
             rejected = [*refused, *make_parts(work, names)]
             keep_only(folder, names)
-            rows = [{"path": path, "reason": reason} for path, reason in sorted(rejected)]
+            rows = [
+                {"path": printable(path), "reason": printable(reason)} for path, reason in sorted(rejected)
+            ]
             if any(folder.glob("*.part")):
                 from ssl3d.data.store.writer import assemble
 
@@ -233,12 +237,15 @@ def _box_names(contents: Found, options: PrepareOptions) -> dict[str, dict[str, 
 
 
 def _signed(
-    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], options: PrepareOptions
+    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], contents: Found, options: PrepareOptions
 ) -> dict[str, Any]:
     stamps: dict[Path, tuple[int, int]] = {}
+    data: list[Any] = [[key_of(scan, stamps) for scan in scans], sorted(refused)]
+    if contents.ignore_labels or contents.regions:  # else it is as before there were such things
+        data += [contents.ignore_labels, contents.regions]
     return {
         "options": digest_of([VERSION, plain_options(options)]),
-        "data": digest_of([[key_of(scan, stamps) for scan in scans], sorted(refused)]),
+        "data": digest_of(data),
         "found": len(scans),
     }
 

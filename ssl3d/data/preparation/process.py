@@ -18,7 +18,7 @@ from ssl3d.data.preparation.normalize import decide, foreground, normalize
 from ssl3d.data.scans.boxes import around_mask, from_world, within
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.itk import quiet_sitk
-from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of
+from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of, with_voxels
 from ssl3d.data.store.record import Record
 from ssl3d.errors import DataError
 
@@ -131,7 +131,9 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
         outcome.label_like = True
         return
     volumes = _frames(pixels, task, notes)
-    sha256 = task.sha256 or sha256_of([path for group in scan.files for path in group])
+    sha256 = task.sha256 or sha256_of(
+        [whole for group in scan.files for path in group for whole in with_voxels(path)]
+    )
     outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
     several = len(volumes) > 1
     # Frame 0 is written last: where it stands, the others do too.

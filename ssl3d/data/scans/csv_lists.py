@@ -14,7 +14,7 @@ import numpy as np
 
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
-from ssl3d.data.scans.dataset_json import read_json_object
+from ssl3d.data.scans.dataset_json import add_mask_labels, read_json_object
 from ssl3d.data.scans.dicom import dicom_tags
 from ssl3d.data.scans.folders import dataset_name, in_class_folders, missing, walk
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
@@ -74,8 +74,7 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
     wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
     dataset = dataset_name(root, wanted)
     modality = _modality(described)
-    if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
-        contents.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
+    add_mask_labels(contents, dataset, described)
     of_boxes = lists_boxes(path)
     seen: set[Path] = set()
     contents.notes += _unused(path, of_boxes, wanted.label)

@@ -32,17 +32,66 @@ def from_dataset_json(root: Path, wanted: Wanted) -> Found:
         contents = _from_listed(root, named, described, names)
     else:
         contents = from_nnunet(root, named, names)
-    labels = described.get("labels") or {}
-    if isinstance(labels, dict):
-        numbered = all(str(key).isdigit() for key in labels)
-        pairs = labels.items() if numbered else ((v, k) for k, v in labels.items())
-        contents.label_names[dataset_name(root, named)] = {str(value): str(name) for value, name in pairs}
+    add_mask_labels(contents, dataset_name(root, named), described)
     return contents
+
+
+def add_mask_labels(contents: Found, dataset: str, described: dict[str, Any]) -> None:
+    """Add what a `dataset.json` says of its masks: names of the values, what is ignored, regions.
+
+    `labels` maps values to names (Medical Segmentation Decathlon), or names to values; nnU-Net calls the
+    value of voxels that nobody annotated `ignore`, and lists several values where structures overlap, with
+    `regions_class_order` for what a prediction writes.
+    """
+    labels = described.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        return
+    if all(_is_value(str(key)) for key in labels):
+        contents.label_names[dataset] = {str(value): str(name) for value, name in labels.items()}
+        return
+    values = {str(name): _values_of(value) for name, value in labels.items()}
+    odd = sorted(name for name, own in values.items() if not own)
+    if odd:
+        contents.notes.append(
+            f"dataset.json: labels not used, as they are no values of a mask: {', '.join(odd)}"
+        )
+    ignored = next((name for name in values if name.lower() == "ignore"), "")
+    if len(values.get(ignored, ())) == 1:
+        contents.ignore_labels[dataset] = values.pop(ignored)[0]
+    contents.label_names[dataset] = {str(own[0]): name for name, own in values.items() if len(own) == 1}
+    if any(len(own) > 1 for own in values.values()):
+        regions = {name: own for name, own in values.items() if own and own != [0]}
+        _add_regions(contents, dataset, regions, described.get("regions_class_order"))
+
+
+def _values_of(value: Any) -> list[int]:
+    """Return the values that a label of `dataset.json` stands for; none where it is no such thing."""
+    several = value if isinstance(value, list) else [value]
+    return [int(each) for each in several] if all(_is_value(str(each)) for each in several) else []
+
+
+def _add_regions(contents: Found, dataset: str, regions: dict[str, list[int]], order: Any) -> None:
+    """Add regions, with the class that a prediction writes for each."""
+    classes = order if isinstance(order, list) and all(_is_value(str(each)) for each in order) else []
+    if len(classes) != len(regions):
+        contents.notes.append(
+            f"dataset.json: {len(regions)} regions, and regions_class_order is {str(order)[:60]}; expected "
+            "a number for each, so the regions are numbered in their order"
+        )
+        classes = list(range(1, len(regions) + 1))
+    contents.regions[dataset] = [
+        {"name": name, "values": values, "class": int(number)}
+        for (name, values), number in zip(regions.items(), classes, strict=True)
+    ]
+
+
+def _is_value(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def _channel_names(channels: dict[Any, Any]) -> tuple[str, ...]:
     """Put the channels in their order: by number -> name, or name -> number, or as they are written."""
-    if all(str(key).isdigit() for key in channels):
+    if all(_is_value(str(key)) for key in channels):
         return tuple(str(channels[key]) for key in sorted(channels, key=int))
     if all(isinstance(value, int) for value in channels.values()):
         return tuple(str(name) for name in sorted(channels, key=lambda name: int(channels[name])))

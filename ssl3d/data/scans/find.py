@@ -72,6 +72,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         contents.rejected += here.rejected
         contents.notes += here.notes
         contents.label_names.update(here.label_names)
+        contents.ignore_labels.update(here.ignore_labels)
+        contents.regions.update(here.regions)
         for dataset, names in here.box_names.items():
             contents.box_names.setdefault(dataset, {}).update(names)
     if wanted.label and all(scan.label is None for scan in contents.scans):
@@ -81,7 +83,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    contents = _distinct(contents)
+    contents = _distinct(contents.printable())
     contents.notes += _in_two_splits(contents.scans)
     return contents
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from ssl3d.data.geometry import Triple
 from ssl3d.data.scans.dicom import has_dicom_preamble
 from ssl3d.data.scans.dicom_voxels import dicom_spacing, read_dicom
-from ssl3d.data.scans.itk import itk_spacing, read_itk
+from ssl3d.data.scans.itk import detached_voxels, itk_spacing, read_itk
 from ssl3d.data.scans.nifti import nifti_spacing, read_nifti
 from ssl3d.data.scans.pictures import picture_spacing, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
@@ -36,7 +36,7 @@ class Format:
             (arrays with a volume per row, which `ssl3d.data.scans.arrays` reads).
         read: Reader of a file, or of the files of a series, given the largest number of voxels allowed.
         header: Reader of the spacing (D, H, W) in mm from the header alone.
-        detached: Suffixes, of these, of files that are headers and name another file with the voxels.
+        others: Finder of the further files that a file needs, such as that with the voxels of a header.
         signed: Test of a file's first bytes, which tells the format where the suffix does not.
     """
 
@@ -45,7 +45,7 @@ class Format:
     kind: Literal["volume", "picture", "slice", "rows"]
     read: Callable[[Sequence[Path], int | None], Pixels]
     header: Callable[[Sequence[Path]], Triple]
-    detached: tuple[str, ...] = ()
+    others: Callable[[Path], Iterable[Path]] = lambda path: ()
     signed: Callable[[Path], bool] | None = None
 
 
@@ -62,8 +62,8 @@ _DICOM = Format(
 )
 FORMATS = (
     Format("NIfTI", (".nii.gz", ".nii"), "volume", read_nifti, nifti_spacing),
-    Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached=(".nhdr",)),
-    Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached=(".mhd",)),
+    Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached_voxels),
+    Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached_voxels),
     _DICOM,
     Format("MedMNIST .npz", (".npz",), "rows", _refuse_rows, _rows_spacing),
     Format("PNG", (".png",), "picture", read_picture, picture_spacing),
@@ -81,7 +81,6 @@ NO_SCANS = frozenset((*LISTS, *STORES, ".json", ".txt", ".md", ".pdf", ".xml", "
 
 _BY_SUFFIX = {suffix: form for form in FORMATS for suffix in form.suffixes}
 _COMPOUND = tuple(suffix for suffix in _BY_SUFFIX if suffix.count(".") > 1)
-_DETACHED = tuple(suffix for form in FORMATS for suffix in form.detached)
 
 
 def suffix_of(path: Path) -> str:
@@ -133,9 +132,12 @@ def is_slice(path: Path) -> bool:
     return form is not None and form.kind == "slice"
 
 
-def is_detached(path: Path) -> bool:
-    """Tell by the suffix whether a file is a header alone, which names another file with the voxels."""
-    return suffix_of(path) in _DETACHED
+def with_voxels(path: Path) -> Iterator[Path]:
+    """Yield a file, and the others without which it is no scan."""
+    yield path
+    form = format_by_suffix(path)
+    if form is not None and path.is_file():
+        yield from form.others(path)
 
 
 def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
