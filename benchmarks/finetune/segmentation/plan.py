@@ -22,7 +22,7 @@ THICK = 3.0
 PATCH_VOXELS = 2**17
 SLICE_VOXELS = 2**15
 """Most voxels of a patch, in 3D and of slices."""
-STEP_VOXELS = 2**18
+STEP_VOXELS = 5 * 2**15
 """Voxels of all crops of a step."""
 MOST_CROPS = 32
 """Most crops of a step."""
@@ -182,7 +182,7 @@ def plan_by_rule(data: Fingerprint, given: Mapping[str, Any]) -> SegmentationPla
     * *Slices*: where voxels are more than 3 times as long along D as in the plane, each slice is an image
       (nnU-Net takes its 2D network into account there too); a patch that was given decides by its depth.
     * *Patch*: a cube in mm of 2^17 voxels at most (slices: a square of 2^15), cut to the median volume.
-    * *Crops of a step*: as many as make 2^18 voxels, from 2 to 32.
+    * *Crops of a step*: as many as make 5 x 2^15 voxels, from 2 to 32.
     * *Axes*: turned and stretched along all but the one with long voxels or with few in the patch
       (nnU-Net's ratio 3); mirrored along those of them on which nothing lies on a fixed side.
     * *Soft Dice*: over the batch for slices, and where a patch is less than a quarter of the median volume

@@ -24,17 +24,17 @@ from ssl3d_benchmarks.finetune.train import update_average
 
 # Count, shape, spacing, classes -> what the rules of the docstring give, worked out by hand.
 PLANS = {
-    # 40 * 56 * 40 = 89,600 voxels, two of which are within 2^18; 750 * 27^(1/3) = 2,250 steps.
+    # 40 * 56 * 40 = 89,600 voxels, one of which is within 5 * 2^15; 750 * 27^(1/3) = 2,250 steps.
     "whole volumes": (
         (27, (36, 50, 35), (1, 1, 1), 3),
         {"slicewise": False, "patch": (40, 56, 40), "axes": (0, 1, 2), "batch_dice": False, "width": 16},
         (2, 2250),
     ),
-    # 176^2 = 30,976 <= 2^15 < 184^2; 2^18 // 30,976 = 8; 750 * 2 = 1,500.
+    # 176^2 = 30,976 <= 2^15 < 184^2; 5 * 2^15 // 30,976 = 5; 750 * 2 = 1,500.
     "thick slices": (
         (8, (10, 192, 192), (10, 1.5, 1.5), 4),
         {"slicewise": True, "patch": (1, 176, 176), "axes": (1, 2), "batch_dice": True, "width": 16},
-        (8, 1500),
+        (5, 1500),
     ),
     # A ratio of 3 itself is not thick. An edge of 72 mm gives 24 * 72 * 72 = 124,416 voxels, the next one,
     # 80 mm, 24 * 80 * 80 = 153,600 and so too many.
@@ -53,7 +53,7 @@ PLANS = {
     "thick along H": (
         (8, (64, 16, 64), (1, 5, 1), 2),
         {"slicewise": False, "patch": (64, 16, 64), "axes": (0, 2), "batch_dice": False, "width": 16},
-        (4, 1500),
+        (2, 1500),
     ),
     "flat patch": (
         (8, (8, 300, 300), (1, 1, 1), 2),
@@ -87,7 +87,7 @@ def test_what_is_given_is_kept_and_decides_the_rest():
     found = plan_by_rule(thick, {"patch": (8, 96, 96)})
     assert found.config["slicewise"] is False and "patch" not in found.config
     assert found.config["axes"] == (1, 2) and found.config["flip_axes"] == (1,)
-    assert found.training["batch_size"][0] == 2**18 // (8 * 96 * 96)
+    assert found.training["batch_size"][0] == 2
     assert "W: 1 and 2 lie in one order" in found.lines[-1]
     kept = plan_by_rule(thick, {"slicewise": False, "axes": (2,), "flip_axes": (0, 1), "width": 4})
     assert kept.config.keys() == {"patch", "batch_dice"}
@@ -166,7 +166,7 @@ def test_the_fingerprint_is_that_of_the_training_volumes_alone(tmp_path):
     assert task.reasons[-1] == "steps 1500: 8 volumes"
     deep = planned(options, task, both[len(first) :])
     assert task.patch == (40, 40, 32) and not task.config.slicewise and task.flip_axes == (0, 1)
-    assert deep.batch_size == 2**18 // (40 * 40 * 32)
+    assert deep.batch_size == 5 * 2**15 // (40 * 40 * 32)
     asked, _ = resolve(FinetuneOptions(("x",), task="segmentation", steps=7), task.config, {"steps"})
     assert planned(asked, task, both).steps == 7 and not any("steps" in line for line in task.reasons)
 
