@@ -46,8 +46,8 @@ class Ensemble:
             for aspect in ("task", "classes", "channels"):
                 if _told(card, aspect) != _told(first, aspect):
                     raise UsageError(
-                        f"{folder} and {folders[0]} do not predict the same: {aspect} {_told(card, aspect)} "
-                        f"and {_told(first, aspect)}"
+                        f"{folder} and {folders[0]} do not predict the same: {aspect} "
+                        f"{_told(card, aspect)} and {_told(first, aspect)}"
                     )
         self.kind: str = first["task"]["name"]
         self.classes: list[dict[str, Any]] = first["classes"]
