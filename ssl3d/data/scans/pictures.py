@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def read_picture(files: Sequence[Path], max_voxels: int | None) -> Pixels:
         picture: Image.Image = opened
         check_size(picture.size, max_voxels)
         pages = getattr(picture, "n_frames", 1)
+        if picture.format == "PNG":
+            _check_png(files[0])
         if pages > 1 and picture.format != "MPO":  # a telephone's JPEG, whose second page is a preview
             raise DataError(f"{pages} pages in one picture; save them one by one, or as NIfTI")
         picture = ImageOps.exif_transpose(picture)  # as it is to be looked at
@@ -45,6 +48,29 @@ def read_picture(files: Sequence[Path], max_voxels: int | None) -> Pixels:
         eight_bit=voxels.dtype == np.uint8,
         colours=colours,
     )
+
+
+def _check_png(path: Path) -> None:
+    """Refuse a PNG of which a check sum does not hold; Pillow does not look at that of the pixels.
+
+    Raises:
+        DataError: The file is damaged or cut short.
+    """
+    with open(path, "rb") as file:
+        file.seek(8)
+        kind = b""
+        while kind != b"IEND":
+            head = file.read(8)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            total = zlib.crc32(kind)
+            while length:
+                block = file.read(min(length, 1 << 20))
+                if not block:
+                    raise DataError("cut short: its last part does not end")
+                total, length = zlib.crc32(block, total), length - len(block)
+            if file.read(4) != total.to_bytes(4, "big"):
+                name = kind.decode("ascii", "replace")
+                raise DataError(f"damaged: the check sum of {name} does not hold" if name else "cut short")
 
 
 def picture_spacing(files: Sequence[Path]) -> Triple:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Literal
 import numpy as np
 
 from ssl3d.data.geometry import Triple
-from ssl3d.data.scans.dicom import has_dicom_preamble
+from ssl3d.data.scans.dicom_pixels import looks_like_dicom
 from ssl3d.data.scans.dicom_voxels import dicom_spacing, read_dicom
-from ssl3d.data.scans.itk import detached_voxels, itk_spacing, read_itk
-from ssl3d.data.scans.nifti import nifti_spacing, read_nifti
+from ssl3d.data.scans.itk import itk_spacing, read_itk
+from ssl3d.data.scans.itk_files import detached_voxels
+from ssl3d.data.scans.nifti import nifti_spacing, pair_of, read_nifti, read_pair
 from ssl3d.data.scans.pictures import picture_spacing, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
 from ssl3d.errors import DataError
@@ -58,10 +60,25 @@ def _rows_spacing(files: Sequence[Path]) -> Triple:
 
 
 _DICOM = Format(
-    "DICOM", (".dcm", ".dicom", ".ima"), "slice", read_dicom, dicom_spacing, signed=has_dicom_preamble
+    "DICOM",
+    (".dcm", ".dcm.gz", ".dicom", ".ima"),
+    "slice",
+    read_dicom,
+    dicom_spacing,
+    signed=looks_like_dicom,
 )
 FORMATS = (
     Format("NIfTI", (".nii.gz", ".nii"), "volume", read_nifti, nifti_spacing),
+    Format(
+        "NIfTI or Analyze in two files",
+        (".img", ".hdr", ".img.gz", ".hdr.gz"),
+        "volume",
+        read_pair,
+        nifti_spacing,
+        others=pair_of,
+    ),
+    Format("FreeSurfer", (".mgz", ".mgh"), "volume", read_nifti, nifti_spacing),
+    Format("MINC", (".mnc",), "volume", read_nifti, nifti_spacing),
     Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached_voxels),
     Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached_voxels),
     _DICOM,
@@ -130,6 +147,11 @@ def is_slice(path: Path) -> bool:
     """Tell by the suffix or the first bytes whether a file is DICOM, and so perhaps one of a series."""
     form = format_of(path)
     return form is not None and form.kind == "slice"
+
+
+def is_header_of_another(path: Path) -> bool:
+    """Tell whether a file is the header of an image in two files, whose other file is the scan."""
+    return suffix_of(path) in (".hdr", ".hdr.gz") and all(other.is_file() for other in pair_of(path))
 
 
 def with_voxels(path: Path) -> Iterator[Path]:
@@ -219,10 +241,13 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def _check_file(path: Path) -> None:
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for whoever writes into it
+            raise DataError("no regular file, but a folder, a pipe or a device")
+        if status.st_size == 0:
             raise DataError("empty file")
-    except OSError as error:
-        raise DataError(error.strerror or "cannot be opened") from error
+    except (OSError, ValueError) as error:
+        raise DataError(getattr(error, "strerror", None) or "cannot be opened") from error
 
 
 def _odd(voxels: np.ndarray) -> float:
