@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
+from ssl3d_benchmarks.leaderboard.report.columns import gain_text
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 
 def answer(boards: Sequence[Board]) -> list[str]:
@@ -112,7 +114,8 @@ def _gains(family: _Family) -> list[str]:
     if blind:
         lines.append(
             f"{family.head}: nothing can be said on {'; '.join(blind)}, because the row "
-            f"{scratch_words(family.protocol)} is missing or pretraining saw test subjects."
+            f"{scratch_words(family.protocol)} is missing or has one seed, a class has too few test "
+            "subjects, or pretraining saw test subjects."
         )
     return lines
 
@@ -184,7 +187,7 @@ def _tested(board: Board, section: str) -> list[Arm]:
     return [
         arm
         for arm in board.of_kind("pretrained")
-        if arm.gain and not arm.why_unranked and arm.section == section
+        if arm.gain and np.isfinite(arm.gain.low) and not arm.why_unranked and arm.section == section
     ]
 
 
@@ -228,7 +231,8 @@ def _without_networks(boards: Sequence[Board]) -> list[str]:
             continue
         best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
         if row.interval.value > best.interval.value:
-            words = f"{row.label} {row.interval.value:.3f}, best network {best.interval.value:.3f}"
+            masks = f", {TRUE_MASKS}" * reads_true_masks(row.first.result.contestant)
+            words = f"{row.label} {row.interval.value:.3f}{masks}, best network {best.interval.value:.3f}"
             title = board.table.title.partition(":")[0]
             ahead.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
     if not ahead:
@@ -247,8 +251,7 @@ def _bracketed(names: Sequence[str]) -> str:
 
 
 def _gained(arm: Arm) -> str:
-    gain = arm.gain
-    return f"{arm.label} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else arm.label
+    return f"{arm.label} {gain_text(arm.gain)}".strip()
 
 
 def _shown(arm: Arm) -> bool:

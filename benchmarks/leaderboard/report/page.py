@@ -8,6 +8,7 @@ from importlib.resources import files
 from math import isfinite
 from typing import Any, NamedTuple
 
+from ssl3d.api import printable
 from ssl3d_benchmarks.leaderboard.report import charts, figures, text
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
@@ -32,10 +33,13 @@ HOW_TO_READ = (
     "The detectable gain is the smallest true gain that a test at alpha .05 finds with a power of 0.8: "
     "t[.975] + t[.8] standard errors, at the degrees of freedom of the gain. With fewer than three "
     "degrees of freedom it is not given.",
-    "The range in brackets after a rank holds 95 % of the ranks over resamples of subjects and seeds. Rows "
-    "without a network, published numbers, and encoders whose pretraining saw test subjects have no rank. "
-    "Encoders pretrained with labels are ranked among themselves.",
-    "FLOPs, time and memory are those of pretraining.",
+    "The range in brackets after a rank holds 95 % of the ranks over resamples of subjects, with seeds and "
+    "subsets drawn as they were seen to vary. It is surer than the interval of a gain, which also counts "
+    "how little a few seeds and subsets tell of their variance. Where they disagree, the gain decides. "
+    "Rows without a network, published numbers, and encoders whose pretraining saw test subjects have no "
+    "rank. Encoders pretrained with labels are ranked among themselves.",
+    "FLOPs, time and memory are those of one pretraining: the time is the mean over all seeds of a "
+    "contestant, the memory the largest.",
     "In the charts, a circle is a pretrained encoder, a square an ImageNet conversion, a diamond a network "
     "untrained or from scratch, a triangle a row without a network, and a cross a published number. The "
     "dashed line is the untrained or from-scratch row.",
@@ -99,11 +103,11 @@ def page(
     for board in boards:
         parts.append(_board(board, *_curves_at(board, boards), pictures))
     parts += [_refused(refused), _conditions(conditions)]
-    body = "\n".join(parts)
+    body = "\n".join(map(printable, "\n".join(parts).split("\n")))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(printable(title))}</title>'
         f"<style>\n{beside('page.css')}</style></head>\n"
         f"<body><main>\n{body}\n</main><script>\n{beside('page.js')}</script></body></html>\n"
     )
