@@ -74,7 +74,7 @@ def pair_of(path: Path) -> Iterator[Path]:
     """Yield the other file of an image in two, NAME.hdr and NAME.img, whether it is there or not."""
     stem, dot, suffix = path.name.removesuffix(".gz").rpartition(".")
     other = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}.get(suffix, "img")
-    yield path.with_name(f"{stem}{dot}{other}{'.gz' if is_zipped(path) else ''}")
+    yield path.with_name(f"{stem}{dot}{other}{path.name[len(stem + dot + suffix) :]}")
 
 
 def read_pair(files: Sequence[Path], max_voxels: int | None) -> Pixels:
@@ -122,7 +122,7 @@ def _voxels(image: Any) -> np.ndarray:
     # FreeSurfer's go on behind the voxels.
     behind = isinstance(image, MGHImage)
     spare = 1 << 26 if behind else max(bytes_of_voxels // max(proxy.shape) - 1, 0)
-    zipped = is_zipped(path) or path.suffix.lower() == ".mgz"
+    zipped = is_zipped(path)
     check_promise(path, proxy.offset + bytes_of_voxels, zipped, spare)
     if not zipped:
         return np.asanyarray(proxy)

@@ -24,8 +24,9 @@ _SPARE = 1 << 16  # bytes behind the voxels that mean nothing
 
 
 def is_zipped(path: Path) -> bool:
-    """Tell by its name whether a file is gzipped."""
-    return path.suffix.lower() == ".gz"
+    """Tell by its first bytes whether a file is gzipped."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def check_promise(path: Path, needed: int, zipped: bool = False, spare: int = _SPARE) -> None:
