@@ -268,6 +268,33 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool
     return shape, dtype, fortran
 
 
+def frames_of_row(row: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the frames (F, D, H, W) of a row, and whether they are red, green, blue.
+
+    A row is (H, W) or (D, H, W); a channel axis comes last, of 1 or 3 values: (H, W, 3), (D, H, W, 1).
+
+    Raises:
+        DataError: The row has another number of axes, or nothing tells channels from slices.
+    """
+    shape = row.shape
+    colours = row.ndim in (3, 4) and shape[-1] == 3 and shape[-2] != 3
+    if colours:
+        row = np.moveaxis(row, -1, 0)
+    elif row.ndim in (3, 4) and shape[-1] == 1 != shape[-2]:
+        row = row[..., 0][None]
+    elif row.ndim == 4 or (row.ndim == 3 and min(shape[0], shape[-1]) in (2, 3, 4) and shape[1] > 4):
+        raise DataError(
+            f"rows of shape {shape}: channels or slices? Save channels last, as (H, W, 3), slices as "
+            "(D, H, W, 1)"
+        )
+    else:
+        row = row[None]
+    frames = row[:, None] if row.ndim == 3 else row
+    if frames.ndim != 4:
+        raise DataError(f"rows of shape {shape}; expected (H, W), (H, W, 3), (D, H, W) or (D, H, W, 1)")
+    return frames, colours
+
+
 class RowReader:
     """Reader of an array's rows in rising order, one at a time: memory of a row, not of the file.
 

@@ -18,6 +18,7 @@ RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
 FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no slices of a volume
 _TAGS = {
     "charset": "0008|0005",
+    "type": "0008|0008",
     "modality": "0008|0060",
     "patient": "0010|0020",
     "study": "0020|000d",

@@ -221,9 +221,9 @@ def _check_length(file: BinaryIO, header: Dataset, length: int) -> None:
     here = min(length, left)
     spare = -(-columns * samples * bits // 8) + 1  # some pad: less than a row
     if not needed <= here <= needed + spare:
-        what = "cut short" if left < length else "damaged"
+        fault = "cut short" if left < length else "damaged"
         raise DataError(
-            f"{what}: {here:,} bytes of pixels, but its header promises {needed:,} ({frames} x {rows} x "
+            f"{fault}: {here:,} bytes of pixels, but its header promises {needed:,} ({frames} x {rows} x "
             f"{columns} of {samples} x {bits} bits)"
         )
 

@@ -20,6 +20,7 @@ from ssl3d.data.scans.dicom import (
     stack_affine,
 )
 from ssl3d.data.scans.dicom_frames import read_frames
+from ssl3d.data.scans.dicom_mosaic import is_mosaic, read_mosaics
 from ssl3d.data.scans.dicom_pixels import dicom_image, dicom_information
 from ssl3d.data.scans.itk import affine_of, pixels_of, quiet_sitk, unplaced_pixels
 from ssl3d.data.scans.pixels import Pixels, check_size, placed_pixels
@@ -44,7 +45,12 @@ def read_dicom(files: Sequence[Path], max_voxels: int | None, header_only: bool 
     header = dicom_information(files[0])
     check_size((*header.GetSize(), len(files)), max_voxels)
     film = first["modality"] in FILMS  # of several frames: a film, not a volume
-    if len(files) > 1:
+    if is_mosaic(first):
+        timed = sorted(
+            zip(slices_of(tags), files, strict=True), key=lambda pair: (pair[0].phase, pair[0].key)
+        )
+        pixels = read_mosaics([path for _, path in timed], header_only)
+    elif len(files) > 1:
         pixels = _read_series(tags, header_only)
     elif frame_count(first) > 1 and not film:
         pixels = _read_multiframe(files[0], header, header_only)
