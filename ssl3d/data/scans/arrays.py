@@ -15,7 +15,8 @@ from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import sha256_of, stem_of
 from ssl3d.data.scans.streams import DEFLATED
 from ssl3d.data.scans.subjects import relative, split_of
-from ssl3d.errors import DataError
+from ssl3d.data.scans.tables import cell
+from ssl3d.errors import DataError, is_transient
 
 _SPLITS = ("train", "val", "test")
 PACKED = "masks_packed"
@@ -48,9 +49,11 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
             _split_arrays(path, source, dataset, shapes, split, contents)
         if not splits:
             _flat_arrays(path, source, dataset, shapes, contents)
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged files
+        if is_transient(error):
+            raise
         reason = (
             "empty file" if path.stat().st_size == 0 else f"unreadable: {error or type(error).__name__}"
         )
@@ -143,7 +146,7 @@ def _labels(values: np.ndarray) -> list[Label]:
         return ["+".join(str(i) for i in np.flatnonzero(row)) or "none" for row in rows]
     column = rows[:, 0]
     if column.dtype.kind == "U":
-        return [text or None for text in column.tolist()]
+        return [cell(text) or None for text in column.tolist()]
     real = column.dtype.kind == "f" and bool((column != np.rint(column)).any())
     return [float(value) if real else int(value) for value in column]
 
@@ -187,7 +190,7 @@ def _flat_arrays(
         contents.box_names[dataset] = {"1": "nodule"}
     counts: Counter[str] = Counter()
     for index in range(count):
-        subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
+        subject = (cell(str(subjects[index])) if subjects is not None else "") or f"{index:05d}"
         counts[subject] += 1
         contents.scans.append(
             Scan(
@@ -214,7 +217,7 @@ def _split_words(path: Path, words: np.ndarray) -> list[str]:
     """
     splits = []
     for index, word in enumerate(map(str, words.tolist())):
-        split = split_of(word)
+        split = split_of(cell(word))
         if split is None:
             raise DataError(f"{path}, row {index}: split {word!r}; known: train, val, test, or nothing")
         splits.append(split)
@@ -251,9 +254,9 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except MemoryError:
-        raise
     except Exception as error:  # zlib.error has no public root
+        if is_transient(error):
+            raise
         raise DamagedArchive(f"unreadable: {type(error).__name__}: {error}") from error
     if damaged is not None:
         raise DamagedArchive(f"damaged: the check sum of {damaged.removesuffix('.npy')} does not hold")
@@ -369,9 +372,11 @@ class Rows:
             if member == "images" and self._packed[path]:
                 mask = self._unpacked(self._reader(path, PACKED)[index], row.shape)
             return row, mask, self._digests[path]
-        except (DataError, MemoryError):
+        except DataError:
             raise
         except Exception as error:  # zlib.error has no public root
+            if is_transient(error):
+                raise
             raise DataError(f"unreadable: {type(error).__name__}: {error}") from error
 
     def _reader(self, path: Path, member: str) -> RowReader:

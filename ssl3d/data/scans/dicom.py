@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl3d.amounts import printable
 from ssl3d.data.scans.dicom_pixels import dicom_information
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
 FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no slices of a volume
@@ -81,6 +81,8 @@ def dicom_tags(path: Path) -> dict[str, str]:
     except DataError:
         raise
     except Exception as error:  # pydicom, which rewrites some files, raises nearly anything
+        if is_transient(error):
+            raise
         raise DataError("not readable as DICOM") from error
     keys = set(reader.GetMetaDataKeys())
     tags = {name: reader.GetMetaData(key).strip() if key in keys else "" for name, key in _TAGS.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssl3d.data.scans.dicom import Slice
 from ssl3d.data.scans.dicom_pixels import plain_dicom
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -53,9 +53,11 @@ def read_frames(path: Path) -> Frames:
             stacked = header.get(wanted[2]) == _SLICE_VECTOR
     except InvalidDicomError:
         return Frames([], [], False)
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:
+        if is_transient(error):
+            raise
         raise ValueError(f"its header is damaged: {error}") from error
     return Frames([place for place in slices if place] if all(slices) else [], rescale, stacked)
 

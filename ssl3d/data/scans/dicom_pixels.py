@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ssl3d.data.scans.itk import image_of, information
 from ssl3d.data.scans.streams import copy_of, is_zipped
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -170,9 +170,11 @@ def _rewrite(path: Path, plain: Path, *, inflate: bool, decode: bool) -> None:
             meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7")
             meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID", "1.2.3")
             dataset.save_as(plain, enforce_file_format=True)
-    except (MemoryError, DataError):
+    except DataError:
         raise
     except Exception as error:  # pydicom raises nearly anything on damaged files
+        if is_transient(error):
+            raise
         raise DataError(f"damaged DICOM: {' '.join(str(error).split())[:150]}") from error
 
 

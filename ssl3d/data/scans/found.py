@@ -62,6 +62,7 @@ class Found:
     Attributes:
         scans: Scans in a stable order.
         rejected: (path relative to its root, reason) of what is listed or named, but of no use.
+        left_out: (path relative to its root, reason) of files found and not used, and no fault of theirs.
         notes: Lines that the user should read.
         label_names: Mask value -> structure, per data set.
         box_names: Box label -> kind of object, per data set.
@@ -72,6 +73,7 @@ class Found:
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ssl3d.data.scans.itk_files import detached_voxels
 from ssl3d.data.scans.nifti import nifti_spacing, pair_of, read_nifti, read_pair
 from ssl3d.data.scans.pictures import picture_spacing, read_label_picture, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,8 @@ KNOWN_FORMATS = ", ".join(form.name for form in FORMATS)
 """Names of the formats, for messages."""
 
 LISTS = (".csv", ".tsv")
+OWN_TABLES = ("rejected.csv", "left_out.csv")
+"""Tables that `ssl3d prepare` writes beside a store, which are no lists of scans."""
 STORES = (".h5", ".hdf5")
 NO_SCANS = frozenset((*LISTS, *STORES, ".json", ".txt", ".md", ".pdf", ".xml", ".xlsx", ".yaml", ".yml"))
 """Suffixes of files that are never looked into for a scan."""
@@ -188,9 +190,9 @@ def read(files: Sequence[Path], max_voxels: int | None = None, labels: bool = Fa
             return ((labels and form.read_labels) or form.read)(files, max_voxels)
     except DataError:
         raise
-    except MemoryError as error:
-        raise DataError("does not fit into memory") from error
     except Exception as error:  # the readers raise nearly anything on damaged files
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -205,6 +207,8 @@ def header_spacing(files: Sequence[Path]) -> Triple:
     except DataError:
         raise
     except Exception as error:
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -249,12 +253,14 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def _check_file(path: Path) -> None:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for whoever writes into it
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for whoever writes into it
             raise DataError("no regular file, but a folder, a pipe or a device")
-        if status.st_size == 0:
-            raise DataError("empty file")
+        with open(path, "rb") as file:  # ITK does not tell why it cannot open a file
+            if not os.fstat(file.fileno()).st_size:
+                raise DataError("empty file")
     except (OSError, ValueError) as error:
+        if is_transient(error):
+            raise
         raise DataError(getattr(error, "strerror", None) or "cannot be opened") from error
 
 
