@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
@@ -11,6 +12,7 @@ from typing import NoReturn
 from ssl3d import plugins
 from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
+from ssl3d.training.preempt import Stoppable, Stopped, name_of
 
 USAGE = """usage: ssl3d COMMAND [options]
 
@@ -21,14 +23,18 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed) or 2 (wrong input).
+    """Run one command and return its exit status: 0, 1 (failed), 2 (wrong input), or 128 + a signal's number.
 
     A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
     line, and `main(argv) -> int | None`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not sys.warnoptions:  # what other packages do with torch.jit is no news to who trains
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", kind)
     try:
-        return _run(argv)
+        with Stoppable():
+            return _run(argv)
     except Ssl3dError as error:
         line = printable(" ".join(str(error).split()))
         print(line if line.startswith("ssl3d ") else f"ssl3d: {line}", file=sys.stderr)
@@ -40,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ssl3d: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(f"ssl3d: stopped by {name_of(stop.signum)}", file=sys.stderr)
+        return 128 + stop.signum
 
 
 def _run(argv: list[str]) -> int:
