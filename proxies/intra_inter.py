@@ -504,7 +504,8 @@ class IntraInter(Proxy):
 
     def _encode(self, encoder: Encoder, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Embed slices, and compute the features of which volumes are pooled."""
-        return encode(encoder, views, self.config.slice_features == "stages")
+        stages = self.config.slice_features == "stages" and self.aggregator is not None
+        return encode(encoder, views, stages)
 
     def _aggregate(self, features: Tensor, details: list[Attended] | None = None) -> Tensor:
         """Pool features of slices (B, 2, S, F) to embeddings of volumes (B, 2, E)."""

@@ -71,8 +71,8 @@ class SimCLR(Proxy):
     augmentations of grey values instead of colour; pairs of one subject are not each other's negatives
     unless asked, for they may show the same; AdamW instead of LARS in the recipe, for batches of tens
     instead of 4096, and with them a temperature of 0.2 instead of 0.1; a head 512 wide instead of 2048.
-    BatchNorm sees both views at once, as in the paper, but each rank's own examples, where the paper's
-    sees those of all.
+    The loss is the mean over both directions, which the released code sums. BatchNorm sees both views at
+    once, as in the paper, but each rank's own examples, where the paper's sees those of all.
     """
 
     Config = SimCLRConfig

@@ -54,6 +54,13 @@ from .specs import (
     pooled_by as pooled_by,
 )
 from .checkpoint.encoders import load_encoder as load_encoder
+from .checkpoint.models import (
+    amend_model as amend_model,
+    load_model as load_model,
+    model_folders as model_folders,
+    read_model_card as read_model_card,
+    save_model as save_model,
+)
 from .checkpoint.proxies import load_proxies as load_proxies
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
@@ -227,7 +234,10 @@ from .segmentation.network import (
     shrunk_mask as shrunk_mask,
 )
 from .segmentation.save import save_segmentation as save_segmentation
-from .segmentation.windows import predict_windows as predict_windows
+from .segmentation.windows import (
+    predict_slabs as predict_slabs,
+    predict_windows as predict_windows,
+)
 
 # Detection
 from .detection.anchors3d import (
@@ -282,6 +292,16 @@ from .training.device import (
 from .training.loader import Loader as Loader
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
+
+# Kept models and what they predict
+from .model import (
+    BoxPrediction as BoxPrediction,
+    LabelPrediction as LabelPrediction,
+    MaskPrediction as MaskPrediction,
+    Model as Model,
+    Prediction as Prediction,
+    best_class as best_class,
+)
 
 # Benchmarks, records and statistics
 from .benchmark import (

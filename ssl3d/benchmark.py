@@ -16,6 +16,7 @@ from ssl3d.evaluation.statistics.metrics import Array, Statistic, bounds_of
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
     from ssl3d.encoder import Encoder
+    from ssl3d.model import Model
 
 
 @dataclass
@@ -169,6 +170,19 @@ class Benchmark(ABC):
         Returns:
             Per row of the weights, the subject it belongs to; and per score its statistic.
         """
+
+    @classmethod
+    def restore(cls, encoder: Encoder, card: dict[str, Any]) -> Model:
+        """Build a model that the benchmark kept, with new weights, for `ssl3d.load_model`; optional.
+
+        Args:
+            encoder: Encoder of the model's architecture.
+            card: Content of `model.json`.
+
+        Raises:
+            ValueError: The benchmark keeps no models, or the card is not one of its own.
+        """
+        raise ValueError(f"the benchmark {cls.name} keeps no models")
 
     def prepare(self, contestant: Contestant, data: Collection) -> None:
         """Prepare once what every `score` of this contestant needs, such as its features; optional."""

@@ -63,6 +63,9 @@ class FinetuneOptions:
         no_trivial: Whether to leave out the rows without a network.
         save_predictions: Whether to write the predictions on the test subjects (NIfTI, CSV, JSON) under
             OUT/predictions.
+        keep_models: Arms whose trained networks are kept under OUT/models, for ssl3d predict: best (the arm
+            and seed with the best score on the validation subjects, at the largest fraction; all, where
+            there are no such subjects), all, none, or names of rows.
         checkpoint_seconds: Seconds between two checkpoints of a training.
         device: Device that computes: auto, cpu, cuda or mps.
         threads: Number of CPU threads; 0 for torch's own number.
@@ -106,6 +109,7 @@ class FinetuneOptions:
     no_scratch: bool = False
     no_trivial: bool = False
     save_predictions: bool = False
+    keep_models: tuple[str, ...] = ("best",)
     checkpoint_seconds: float = 60.0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 0

@@ -20,6 +20,7 @@ from ssl3d_benchmarks.contestants import (
     trivial_entries,
     untrained,
 )
+from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.forecast import forecast
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
@@ -165,10 +166,21 @@ def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: Fi
         for path in [*pictures, *draw_slices(outcome.rows, benchmark, options.out)]:
             show(f"picture: {path}")
         show(f"records: {options.out}")
+        _say_models(outcome, options)
     if outcome.failed:
         say(f"{len(outcome.failed)} of {len(outcome.failed) + len(outcome.rows)} jobs failed:")
         for name, reason in outcome.failed.items():
             say(f"  {name}: {reason}")
+
+
+def _say_models(outcome: Outcome, options: FinetuneOptions) -> None:
+    """Print the folders of the models that are kept, and how one predicts."""
+    places = {kept.kept_of(row.result, options.out) for row in outcome.rows} - {None}
+    for place in sorted(map(str, places)):
+        show(f"model: {place} (ssl3d predict {place} --data SCANS --out predicted)")
+    trained = any(row.kind != "trivial" for row in outcome.rows)
+    if trained and not places and kept.NONE not in options.keep_models:
+        say(f"no model of these records is kept in {options.out}; --overwrite trains and keeps them")
 
 
 # The data and the arms ----------------------------------------------------------------------------

@@ -343,7 +343,10 @@ def _write(
 
 
 def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Sequence[Row]) -> Figure:
-    """Draw the reference curve with the placed volumes, and the places of crops against the truth."""
+    """Draw the reference curve with the placed volumes, and the places of crops against those of the scans.
+
+    What a crop is compared with is no anatomical truth: it is where the same encoder places the whole scan.
+    """
     from matplotlib.figure import Figure
 
     crops = [row for row in rows if row.kind == "crop"]
@@ -353,7 +356,7 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     for profile, where in curves[:60]:
         left.plot(where(profile.mm), profile.scores, color="tab:blue", alpha=0.35, linewidth=0.8)
     left.plot(axis.mm, axis.scores, color="k", linewidth=2, label="reference")
-    left.set(xlabel="common axis, mm", ylabel="score", title=f"{len(curves)} unseen volumes")
+    left.set(xlabel="common axis, mm", ylabel="slice score", title=f"{len(curves)} unseen volumes")
     left.legend()
     truth, placed = [], []
     for row in crops:
@@ -369,6 +372,12 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     if crops:
         median = np.median([row.error for row in crops if row.error is not None])
         guess = np.median([row.centre_error for row in crops if row.centre_error is not None])
-        title = f"{len(crops)} crops: median error {median:.1f} mm\n(guessing the middle: {guess:.1f} mm)"
-    right.set(xlabel="true middle of the crop, mm", ylabel="estimated middle, mm", title=title)
+        title = (
+            f"{len(crops)} crops: median difference {median:.1f} mm\n(the middle guessed: {guess:.1f} mm)"
+        )
+    right.set(
+        xlabel="middle of the crop, mm, from the same encoder's placement of the whole scan",
+        ylabel="middle of the crop, mm, from the crop alone",
+        title=title,
+    )
     return figure

@@ -24,18 +24,18 @@ PACKAGES = (
 """Packages whose versions encoders and records keep."""
 
 
-def check_format(number: Any, where: str) -> None:
-    """Refuse what is of a newer format, or of none.
+def check_format(number: Any, where: str, newest: int = FORMAT) -> None:
+    """Refuse what is of a newer format than `newest`, or of none.
 
     Raises:
         CheckpointError: The format is unknown; the message begins with `where`.
     """
     if not isinstance(number, int):
         raise CheckpointError(f"{where}: is no file of ssl3d (format {number!r})")
-    if number > FORMAT:
+    if number > newest:
         raise CheckpointError(
             f"{where}: written by a newer ssl3d "
-            f"(format {number}, this one reads up to {FORMAT}); update ssl3d"
+            f"(format {number}, this one reads up to {newest}); update ssl3d"
         )
 
 

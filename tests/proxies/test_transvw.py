@@ -120,6 +120,11 @@ def test_words_of_noise_stay_at_chance():
     assert accuracy(train(make(**EASY), noise(), steps=30), noise()) < 0.4
 
 
+def test_words_of_noise_stay_at_chance_however_it_is_deformed_and_corrupted():
+    proxy = make(words=4, word_weight=1.0)
+    assert accuracy(train(proxy, noise(), steps=30), noise()) < 0.4
+
+
 def test_with_a_cue_put_in_even_those_of_noise_are_easy():
     assert accuracy(train(make(**EASY), noise(2.0), steps=30), noise(2.0)) > 0.6
 
