@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import NoReturn
 from ssl3d import plugins
 from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
+from ssl3d.files import NOT_OURS
 from ssl3d.training.preempt import Stoppable, Stopped, name_of
 
 USAGE = """usage: ssl3d COMMAND [options]
@@ -23,7 +25,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed), 2 (wrong input), or 128 + a signal's number.
+    """Run one command and return its exit status: 0, 1 (failed), 2 (wrong input), 128 + number of a signal.
 
     A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
     line, and `main(argv) -> int | None`.
@@ -34,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", kind)
     try:
         with Stoppable():
-            return _run(argv)
+            status = _run(argv)
+            sys.stdout.flush()
+            return status
     except Ssl3dError as error:
         line = printable(" ".join(str(error).split()))
         print(line if line.startswith("ssl3d ") else f"ssl3d: {line}", file=sys.stderr)
@@ -43,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"ssl3d: {where}{os.strerror(error.errno)}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is still to be written to a full device stays away
+            sys.stdout.flush()
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("ssl3d: interrupted", file=sys.stderr)
         return 130

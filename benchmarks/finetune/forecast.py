@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ def forecast(jobs: Sequence[FinetuneJob]) -> str:
     """Return how many trainings jobs take, and how long; empty where none of them trains.
 
     Args:
-        jobs: Jobs of a run; those whose records exist are counted too, as nothing was looked up yet.
+        jobs: Jobs of a run; those that a record spares are counted too, as none was looked for yet.
     """
     lengths: list[int] = []
     for job in jobs:
@@ -41,21 +40,20 @@ def forecast(jobs: Sequence[FinetuneJob]) -> str:
         line += (
             f", about {duration(seconds * total)} in all ({seconds:.2g} s a step) and the time of scoring"
         )
-    return f"{line}; what has a record is not trained again"
+    return line
 
 
 def _seconds_a_step(jobs: Sequence[FinetuneJob]) -> float:
     """Time a few steps of the first training on copies that are thrown away; 0 where it cannot train."""
-    job = next(job for job in jobs if job.entry.make is not None)
+    job, make = next((job, job.entry.make) for job in jobs if job.entry.make is not None)
     fit = next(job.folds())[0]
-    encoder = job.entry.make() if job.entry.make is not None else None
     seconds = {}
     # The first step also counts FLOPs, so that it is slower than the others.
     for steps in (1, 1 + _TIMED):
         plan = _plan(job, fit)
         plan = replace(plan, options=replace(plan.options, steps=steps, epochs=0, eval_at=(1.0,)))
         with contextlib.suppress(Ssl3dError):  # the training itself will say so
-            seconds[steps] = train(plan, lambda: copy.deepcopy(encoder), job.arm.rates[0])[1].seconds
+            seconds[steps] = train(plan, make, job.arm.rates[0])[1].seconds
     return max(seconds[1 + _TIMED] - seconds[1], 0.0) / _TIMED if len(seconds) == 2 else 0.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -114,6 +115,18 @@ def keep_only(folder: Path, names: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+class BeingMadeError(DataError):
+    """Another process is making the store."""
+
+
+def wait_until_made(folder: Path) -> None:
+    """Wait until no process makes the store whose parts lie in a folder."""
+    import fcntl
+
+    with contextlib.suppress(FileNotFoundError), open(folder / "lock", "r+", encoding="utf-8") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+
+
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
     """Make the folder of the parts, and refuse a second `prepare` of the same store at the same time."""
@@ -129,7 +142,7 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{out}: another ssl3d prepare is making it right now") from error
+            raise BeingMadeError(f"{out}: another ssl3d prepare is making it right now") from error
         yield
     finally:
         lock.close()

@@ -20,6 +20,7 @@ from ssl3d.data.preparation.options import PrepareOptions as PrepareOptions
 from ssl3d.data.preparation.options import other_options, plain_options
 from ssl3d.data.preparation.parts import (
     VERSION,
+    BeingMadeError,
     digest_of,
     keep_only,
     key_of,
@@ -29,6 +30,7 @@ from ssl3d.data.preparation.parts import (
     reuse_parts,
     store_counts,
     store_settings,
+    wait_until_made,
     write_rejected,
 )
 from ssl3d.data.preparation.process import is_full
@@ -184,7 +186,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
         options: Options of `PrepareOptions`.
 
     Raises:
-        DataError: Nothing is usable.
+        DataError: Nothing is usable, or the cache cannot be written.
     """
     # Not resolved: of a link into an annex the name is the scan's, that of what it points to is not.
     roots = [Path(os.path.abspath(path)) for path in paths]
@@ -199,11 +201,22 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     out = cache / f"{name}-{key}.h5"
     if out.is_file():
         return out
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{cache}: the cache cannot be written ({error.strerror}); name another folder in SSL3D_CACHE"
+        ) from error
     unkeyed["workers"] = options.get("workers")
     full = PrepareOptions(sources=tuple(map(str, roots)), out=str(out), **unkeyed)
     print(f"preparing {', '.join(map(str, paths))} into {out}", file=sys.stderr)
-    summary = prepare(full, output=sys.stderr)
+    while True:
+        try:
+            summary = prepare(full, output=sys.stderr)
+            break
+        except BeingMadeError:
+            print(f"waiting for another process, which is preparing {out}", file=sys.stderr)
+            wait_until_made(out.with_name(f"{out.name}.partial"))
     if not summary.volumes:
         raise DataError(
             f"{paths[0]}: nothing usable in it ({summary.rejected} rejected, see {cache}/rejected.csv)"
