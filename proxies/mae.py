@@ -99,10 +99,10 @@ class MAE(Proxy):
     `remask` has SparK's standardised targets and the norms of its maps (densify norms). Differs from
     SparK: three quarters are masked, not 60 % (`ratio`); deviations are of each channel on its own (there
     of all together) and divide by the number of voxels, not one less; the decoder takes maps through 1 x 1
-    x 1 convolutions, not 3 x 3, to sizes by interpolation, not transposed convolutions; where windows of a
-    max-pool overlap, they see one place beyond the visible, as SparK's do; a batch norm's statistics are
-    each process's own (there of all); AdamW instead of LAMB, and few steps. nnssl's SparK for volumes has
-    plain targets and instance norms instead (`norm_targets false` is the first of these).
+    x 1 convolutions, not 3 x 3, to sizes by interpolation, not transposed convolutions; a max-pool whose
+    windows overlap gives values one place beyond the visible, which SparK masks; a batch norm's statistics
+    are each process's own (there of all); AdamW instead of LAMB, and few steps. nnssl's SparK for volumes
+    has plain targets and instance norms instead (`norm_targets false` is the first of these).
 
     `token` is the default: the encoder runs as it will run later, on whole maps, and may be of any kind,
     with blocks of any size. In a small trial (hippocampus MR, blocks of 8 voxels at a stride of 8, 100

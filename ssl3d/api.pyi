@@ -340,6 +340,7 @@ from .errors import (
     TrainingError as TrainingError,
     UsageError as UsageError,
 )
+from .json_files import parse_json as parse_json
 from .files import (
     whole_file as whole_file,
     write_whole as write_whole,

@@ -16,6 +16,7 @@ from ssl3d.errors import DataError, Ssl3dError, UsageError
 from ssl3d.evaluation.record_archive import find_record, record_bytes
 from ssl3d.evaluation.record_types import check_parts
 from ssl3d.files import write_whole
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -140,8 +141,8 @@ def read_result(path: Path) -> Result:
         DataError: The file is not a record, or one of a newer format; or the archive is damaged.
     """
     try:
-        content = json.loads(record_bytes(Path(path)).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(record_bytes(Path(path)).decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
     try:
         return _result_from(content, str(path))

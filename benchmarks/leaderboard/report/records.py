@@ -21,6 +21,7 @@ from ssl3d.api import (
     Result,
     Ssl3dError,
     UsageError,
+    parse_json,
     read_result,
     read_yaml,
     record_bytes,
@@ -443,11 +444,11 @@ def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
 
 def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: list[Refused]) -> None:
     try:
-        content = json.loads(record_bytes(path).decode("utf-8"))
+        content = parse_json(record_bytes(path).decode("utf-8"))
     except DataError as error:  # a damaged archive
         refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         refused.append(Refused(where, "", f"not readable: {' '.join(str(error).split())}"))
         return
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):

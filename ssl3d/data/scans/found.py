@@ -62,6 +62,7 @@ class Found:
     Attributes:
         scans: Scans in a stable order.
         rejected: (path relative to its root, reason) of what is listed or named, but of no use.
+        left_out: (path relative to its root, reason) of files found and not used, and no fault of theirs.
         notes: Lines that the user should read.
         label_names: Mask value -> structure, per data set.
         box_names: Box label -> kind of object, per data set.
@@ -72,11 +73,24 @@ class Found:
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     ignore_labels: dict[str, int] = dataclasses.field(default_factory=dict)
     regions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: Found) -> None:
+        """Add what was found elsewhere, names of structures and of objects too."""
+        self.scans += other.scans
+        self.rejected += other.rejected
+        self.left_out += other.left_out
+        self.notes += other.notes
+        self.label_names.update(other.label_names)
+        self.ignore_labels.update(other.ignore_labels)
+        self.regions.update(other.regions)
+        for dataset, names in other.box_names.items():
+            self.box_names.setdefault(dataset, {}).update(names)
 
     def printable(self) -> Found:
         """Return the same with every name as text that stores, tables and terminals take; files stay."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from ssl3d.data.scans.itk import detached_voxels, itk_spacing, read_itk
 from ssl3d.data.scans.nifti import nifti_spacing, read_nifti
 from ssl3d.data.scans.pictures import picture_spacing, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,8 @@ KNOWN_FORMATS = ", ".join(form.name for form in FORMATS)
 """Names of the formats, for messages."""
 
 LISTS = (".csv", ".tsv")
+OWN_TABLES = ("rejected.csv", "left_out.csv")
+"""Tables that `ssl3d prepare` writes beside a store, which are no lists of scans."""
 STORES = (".h5", ".hdf5")
 NO_SCANS = frozenset((*LISTS, *STORES, ".json", ".txt", ".md", ".pdf", ".xml", ".xlsx", ".yaml", ".yml"))
 """Suffixes of files that are never looked into for a scan."""
@@ -158,9 +161,9 @@ def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
             return (format_by_suffix(files[0]) or _DICOM).read(files, max_voxels)
     except DataError:
         raise
-    except MemoryError as error:
-        raise DataError("does not fit into memory") from error
     except Exception as error:  # the readers raise nearly anything on damaged files
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -175,6 +178,8 @@ def header_spacing(files: Sequence[Path]) -> Triple:
     except DataError:
         raise
     except Exception as error:
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -219,9 +224,12 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def _check_file(path: Path) -> None:
     try:
-        if path.stat().st_size == 0:
-            raise DataError("empty file")
+        with open(path, "rb") as file:  # ITK does not tell why it cannot open a file
+            if not os.fstat(file.fileno()).st_size:
+                raise DataError("empty file")
     except OSError as error:
+        if is_transient(error):
+            raise
         raise DataError(error.strerror or "cannot be opened") from error
 
 

@@ -492,7 +492,11 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
         (("1", "x"), ["1", "x"]),
         (("nan", "1"), [None, 1]),
         (("1.5", "N/A", "", "2"), [1.5, None, None, 2.0]),
-        (("none", "1"), ["none", "1"]),
+        (("none", "-", "1"), [None, None, 1]),
+        (("1_0", "10"), ["1_0", "10"]),
+        (("007", "7"), ["007", "7"]),
+        (("\u0661", "1"), ["\u0661", "1"]),
+        (("infinity", "1"), ["infinity", "1"]),
     ],
 )
 def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
@@ -584,7 +588,7 @@ def test_what_of_a_list_is_not_used_is_said(scans, tmp_path):
     assert find([path], Wanted()).notes == [*notes, subjects]
     assert find([tmp_path], Wanted()).notes[1:] == notes
     path.write_text("path,patient,label\na.nii.gz,p,NA\nb.nii.gz,p,\nc.nii.gz,q,nan\n", encoding="utf-8")
-    assert find([path], Wanted()).notes == ["l.csv: 2 labels of nan, NA, N/A or null: taken for none"]
+    assert find([path], Wanted()).notes == ["l.csv: 2 cells of n/a or the like in label, taken for none"]
     path.write_text("path,subject,label,split,mask\na.nii.gz,p,1,,\n", encoding="utf-8")
     assert find([path], Wanted()).notes == []
 
