@@ -55,6 +55,7 @@ def dice_words(truth: Array, predicted: Array, titles: Sequence[str]) -> str:
         titles: Names of the classes, background first.
 
     Example:
+        >>> import numpy as np
         >>> dice_words(np.array([0, 1, 1]), np.array([0, 1, 0]), ["0", "1 (liver)", "2"])
         'Dice 1 (liver) 0.67, 2 –'
     """

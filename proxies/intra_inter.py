@@ -113,7 +113,8 @@ class IntraInterConfig(Views):
         mask_share: Share of a volume's slices that are masked: share ~ U(low, high), and one slice at
             least.
         masks: Place of the masked slices: one block in each view (block), or scattered over the slices and
-            the same in both views (scattered), as released, where neighbours that are seen give much away.
+            the same in both views (scattered), as released, where more of them have neighbours that are
+            seen.
         target: Embeddings that masked slices are predicted as: the encoder's own without gradient
             (detach), or those of a moving average of the encoder (ema).
         momentum: Momentum of the moving average of the encoder, where target is ema.
@@ -274,7 +275,7 @@ class IntraInter(Proxy):
     Differs from the paper: the three losses are joined unless asked for in stages, so that one run does;
     the masked loss is on masked slices only, whose targets have no gradient and are standardised over the
     batch, since a joint loss would be least with all slices alike; a view's masked slices are one block,
-    since scattered ones can be guessed from their neighbours (`masks scattered` is the paper's way);
+    since most scattered ones have seen neighbours on both sides (`masks scattered` is the paper's way);
     slices are drawn anew in each step, and augmented in plane; prototypes scale with the data instead of
     3000; the aggregator is small; every slice is augmented on its own by the views of all contrastive
     proxies, since what slices share of an augmentation is a short cut to masked ones, where the paper

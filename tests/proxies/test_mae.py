@@ -1,5 +1,6 @@
 """Masked autoencoding: what is hidden, what it learns, and what it must not be able to learn from."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl3d.api import BatchRng, UsageError, one_group, only_visible
+from ssl3d.api import BatchRng, UsageError, one_group, only_visible, open_data
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoders.resnet import ResNet10
+from ssl3d.testing import check_proxy
 from ssl3d_proxies.mae import MAE, Blocks, MAEConfig, blur_in, mask_blocks, normalise, visible_mean
 
 
@@ -178,6 +180,11 @@ def test_remasked_maps_are_normalised_over_what_is_visible_before_tokens_come(si
         assert torch.allclose(proxy.norms[str(n)].running_mean, flat.running_mean, atol=1e-5)
         assert torch.allclose(proxy.norms[str(n)].running_var, flat.running_var, rtol=1e-3, atol=1e-5)
         assert (maps[n].movedim(1, -1)[hidden] == proxy.tokens[str(n)].flatten()).all()
+
+
+def test_remask_keeps_the_contract(store_of, small, tiny_encoder):
+    config = dataclasses.replace(small("mae"), masking="remask")
+    check_proxy("mae", config, encoder=tiny_encoder, data=open_data([store_of("mae")]))
 
 
 def test_a_run_of_before_has_plain_targets_and_no_norms():

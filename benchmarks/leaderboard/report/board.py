@@ -22,6 +22,7 @@ class Arm:
         runs: Resamples of the main score.
         interval: Main score with its interval.
         label: Short name, different for every contestant of the table.
+        title: The same with the names that people use.
         gain: Difference from the same network untrained or from scratch.
         over_imagenet: Difference from the best ImageNet conversion.
         p_holm: p of `gain`, corrected over the table.
@@ -40,6 +41,7 @@ class Arm:
     runs: statistics.Runs
     interval: statistics.Interval
     label: str = ""
+    title: str = ""
     gain: statistics.Difference | None = None
     over_imagenet: statistics.Difference | None = None
     p_holm: float | None = None

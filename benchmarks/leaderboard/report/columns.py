@@ -173,6 +173,30 @@ def notes_of(board: Board, arm: Arm) -> list[str]:
     return notes
 
 
+def settings_of(arm: Arm) -> str:
+    """Return the full settings of a contestant's pretraining and network in words."""
+    who, about = arm.first.result.contestant, arm.first.pretraining
+    data = _data(arm)
+    volumes = f"{data.get('volumes', '?')} volumes of {_datasets(arm) or '?'}" if data else ""
+    steps = f"{arm.first.steps:,} steps" if arm.first.steps else ""
+    words = {
+        "recorded as": "; ".join(
+            sorted({str(record.result.contestant["name"]) for record in arm.records()})
+        ),
+        "network": str(who.get("group") or who.get("source") or "").removeprefix("scratch:"),
+        "pretrained": ", ".join(part for part in (steps, volumes) if part),
+        "patch": " x ".join(map(str, about["patch"])) if isinstance(about.get("patch"), list) else "",
+        "batch size": about.get("batch_size"),
+        "optimizer": about.get("optimizer"),
+        "learning rate": about.get("lr"),
+        "started from": (arm.first.recipe.get("init") or {}).get("from"),
+        "pooling": who.get("pool"),
+        "learning rates tried": " ".join(f"{rate:g}" for rate in arm.first.rates),
+        "weights": str(who["digest"])[:12],
+    }
+    return "; ".join(f"{key} {value}" for key, value in words.items() if value)
+
+
 def number(value: float | None) -> str:
     """Return a score with three decimals, or a dash where there is none."""
     return f"{value:.3f}" if value is not None and isfinite(value) else UNKNOWN
@@ -241,8 +265,9 @@ COLUMNS = (
     Column("rank_low", lambda board, arm: arm.rank_interval and arm.rank_interval[0]),
     Column("rank_high", lambda board, arm: arm.rank_interval and arm.rank_interval[1]),
     Column("first_share", lambda board, arm: arm.first_share),
-    Column("contestant", lambda board, arm: arm.label, "contestant", lambda board, arm: arm.label,
+    Column("contestant", lambda board, arm: arm.label, "contestant", lambda board, arm: arm.title,
            published=lambda board, row: (row["name"], row["name"])),
+    Column("title", lambda board, arm: arm.title, published=lambda board, row: ("", row["name"])),
     Column("kind", lambda board, arm: arm.kind, published=lambda board, row: ("", "published")),
     Column("section", lambda board, arm: arm.section),
     Column("score", **_same(lambda board: board.table.main)),

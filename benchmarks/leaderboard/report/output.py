@@ -106,7 +106,13 @@ def report(options: ReportOptions) -> Report:
     refused = numbers.records.refused
     contents = {
         "index.html": page(
-            options.title, numbers.boards, numbers.overall, refused, made_with, options.pictures
+            options.title,
+            numbers.boards,
+            numbers.overall,
+            refused,
+            made_with,
+            options.pictures,
+            options.resamples,
         ),
         "report.md": markdown_text(options.title, numbers.boards, numbers.overall, refused, made_with),
         "scores.csv": csv_text(numbers.boards),

@@ -228,7 +228,7 @@ def _missing(board: Board) -> list[str]:
     words = "from-scratch" if trained else "untrained"
     lines = []
     lacking = [
-        arm.label for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
+        arm.title for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
     ]
     if not board.of_kind("scratch"):
         lines.append(f"There is no {words} row, so no score here can be called a gain.")
@@ -237,7 +237,7 @@ def _missing(board: Board) -> list[str]:
     few = [arm for arm in board.of_kind("scratch") if arm.seeds < UNTRAINED_SEEDS]
     if few and not trained:
         lines.append(
-            f"{few[0].label} has {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, and "
+            f"{few[0].title} has {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, and "
             f"{UNTRAINED_SEEDS} are required."
             + " Gains over one seed have no interval: it does not tell how much another would change them."
             * (few[0].seeds == 1)
@@ -246,7 +246,7 @@ def _missing(board: Board) -> list[str]:
 
 
 def _unequal_tuning(board: Board) -> list[str]:
-    tries = {arm.label: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
+    tries = {arm.title: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
     if len(set(tries.values())) < 2:
         return []
     counts = "; ".join(
@@ -281,13 +281,13 @@ def _notes(board: Board) -> list[str]:
             f"The wall time or the peak memory of pretraining is unknown (–) for {len(unmeasured)} of "
             f"{len(pretrained)} encoders, because their checkpoints do not have it."
         )
-    blind = [arm.label for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
+    blind = [arm.title for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
     if blind:
         lines.append(
             f"It is unknown whether {', '.join(blind)} learned from labels of test subjects, because the "
             "weights do not say which subjects they saw."
         )
-    by_name = [arm.label for arm in pretrained if arm.flags.get("seen_test_volumes") is None]
+    by_name = [arm.title for arm in pretrained if arm.flags.get("seen_test_volumes") is None]
     if by_name:
         rows = "all pretrained rows" if len(by_name) == len(pretrained) else ", ".join(by_name)
         lines.append(
@@ -328,7 +328,7 @@ def _ranks_and_gains(board: Board) -> list[str]:
         (low, high), (other_low, other_high) = arm.rank_interval, reference.rank_interval
         if (high < other_low or low > other_high) and arm.gain.low <= 0 <= arm.gain.high:
             return [
-                f"The ranks of {arm.label} and of {reference.label} do not overlap, yet the gain may be "
+                f"The ranks of {arm.title} and of {reference.title} do not overlap, yet the gain may be "
                 "zero. A range of ranks resamples the test subjects and draws seeds and subsets as they "
                 "were seen to vary. The interval of a gain also counts how little a few seeds and subsets "
                 "tell of how much they vary, and decides."
@@ -353,7 +353,7 @@ def _unlearned(board: Board) -> list[str]:
         return []
     networks = [arm for arm in board.arms if arm.kind != "trivial"]
     sentences = [
-        unlearned(arm.label, arm.runs, level, floor_words(floor), board.table.main) for arm in networks
+        unlearned(arm.title, arm.runs, level, floor_words(floor), board.table.main) for arm in networks
     ]
     return [words for words in sentences if words]
 

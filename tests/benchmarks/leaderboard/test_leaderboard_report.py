@@ -240,7 +240,7 @@ def test_page_markdown_and_csv_agree(made):
     ours = [row for row in rows if row["kind"] != "published"]
     assert len(ours) == 9
     for row in ours:
-        name, score = row["contestant"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
+        name, score = row["title"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
         assert cells[name][2].startswith(score)
         line = next(line for line in markdown.splitlines() if f"| {name} |" in line and score in line)
         rank = cells[name][1]
@@ -657,7 +657,7 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     assert "significantly better on 0 of 1 table and some" in " ".join(lines)
     head = "Segmentation (linear-probe): an encoder pretrained with labels, which is ranked apart, is"
     assert lines[-1].startswith(head)
-    assert "better than the same network untrained on 1 of 1 table (set (med3d))" in lines[-1]
+    assert "better than the same network untrained on 1 of 1 table (set (Med3D))" in lines[-1]
     assert {k: v.p_holm for k, v in before.items()} == {
         k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own
@@ -843,8 +843,8 @@ def test_the_style_has_a_colour_for_every_curve():
 def test_encoders_pretrained_with_labels_have_a_table_of_their_own(made):
     text = (made / "index.html").read_text(encoding="utf-8")
     page, own = text.split("<h3>Pretrained with labels: ranked among themselves</h3>")
-    assert "med3d" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
-    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "med3d"
+    assert "Med3D" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
+    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "Med3D"
     assert "1 (1–1), with labels" in own
 
 
@@ -864,8 +864,8 @@ def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
 
 def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
     text = (made / "index.html").read_text(encoding="utf-8")
-    assert re.search(r'data-v="leak">leak<small>NOT RANKED: pretraining saw 3 test subjects', text)
-    assert re.search(r'data-v="beta">beta<small>2 seeds</small>', text)
+    assert re.search(r'data-v="leak">.*?</details><small>NOT RANKED: pretraining saw 3 test subjects', text)
+    assert re.search(r'data-v="beta"><details><summary>beta</summary>.*?</details><small>2 seeds<', text)
     assert ">notes<" not in text and text.count("Published: Someone 2020") == 1
 
 
@@ -1269,3 +1269,115 @@ def test_names_are_no_html_no_formulas_and_no_escape_codes(tmp_path, capsys):
     cells = [cell for row in csv.reader(table.splitlines()) for cell in row]
     assert any(cell.startswith("'=1+1") for cell in cells)
     assert not any(re.match(r"[=+@\t\r]|-(?!\d)", cell) for cell in cells)
+
+
+def test_the_first_screen_is_two_sentences_a_matrix_and_gains(made, report):
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
+
+    said = in_short(report.boards)
+    assert len(said) == 2
+    assert said[0].startswith("Frozen, a pretrained encoder is significantly better than the same network")
+    assert "on 1 of 1 table and significantly worse on 1" in said[0] and "alpha +0.09" in said[0]
+    assert said[1].startswith("The smallest gain that could have been shown is 0.0")
+    text = (made / "index.html").read_text(encoding="utf-8")
+    before = text.partition("<h2>Tables</h2>")[0]
+    assert all(x in before for x in said) and before.index(said[0]) < before.index('class="wide matrix"')
+    assert before.index('class="wide matrix"') < before.index("Gains with 95 % intervals")
+
+
+def cells_of(boards):
+    """The cells of the matrix by the name of their row: class and words."""
+    from ssl3d_benchmarks.leaderboard.report.overview import matrix
+
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', matrix(boards))
+    return {
+        html.unescape(re.sub("<.*", "", name)): [
+            (look, html.unescape(re.sub("<[^>]*>", "", words)))
+            for look, words in re.findall(r'<td(?: class="(\w+)")?[^>]*>(.*?)</td>', cells)
+        ]
+        for name, cells in rows
+    }
+
+
+def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
+    found = arms(report)
+    cells = cells_of(report.boards)
+    for label in ("alpha", "beta", "gamma", "leak"):
+        (name,) = [row for row in cells if row.startswith(label)]
+        ((look, words),) = cells[name]
+        gain = found[label].gain.value
+        assert words.startswith(f"{gain:+.2f}".replace("0.", ".").replace("-", "\u2212"))
+        if label == "leak":  # it saw test subjects: nothing can be told
+            assert look == "untold" and "\u25cf" not in words
+            continue
+        assert look.startswith("up" if gain > 0 else "down")
+        assert ("\u25cf" in words) == (found[label].p_holm < 0.05)
+    (alpha,), (gamma,) = cells["alpha, own data"], cells["gamma, own data"]
+    assert alpha[0] == "up3" and gamma[0] == "down2"
+
+
+def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
+    """The best of them would have stood for the method."""
+    rows = usual()
+    other = record("runs/alpha-0", gain=-0.1)
+    other.contestant |= {"name": "other/alpha_slow-0", "digest": "other"}
+    (board,) = read_report([write(tmp_path, [*rows, other])], resamples=100).boards
+    names = [name for name in cells_of([board]) if name.startswith("alpha")]
+    assert len(names) == 2 and len({tuple(cells_of([board])[name]) for name in names}) == 2
+
+
+def test_what_did_not_learn_tells_nothing(report):
+    from ssl3d_benchmarks.leaderboard.report.overview import why_untold
+
+    board, alpha = report.boards[0], arms(report)["alpha"]
+    assert not why_untold(board, alpha)
+    board.unlearned.append("alpha ended at dice 0.1, no better than")
+    try:
+        assert why_untold(board, alpha) == "a network is not shown to have learned its task"
+    finally:
+        board.unlearned.pop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "group", "title"),
+    [
+        ("pretrained", "simclr, own data", "", "SimCLR, own data"),
+        ("pretrained", "mae + sorting", "", "MAE + Slice sorting"),
+        ("pretrained", "my_proxy", "", "my_proxy"),
+        ("pretrained", "swav after ImageNet", "", "SwAV after ImageNet"),
+        (
+            "pretrained",
+            "swav, resnet18:width=32",
+            "scratch:resnet18:width=32",
+            "SwAV, ResNet-18 ACS width 32",
+        ),
+        ("imagenet", "ImageNet mobilenet_v2:i3d:strides=[1,1,1]", "", "ImageNet MobileNetV2 I3D"),
+    ],
+)
+def test_names_are_those_that_people_use(kind, label, group, title):
+    from types import SimpleNamespace
+
+    from ssl3d_benchmarks.leaderboard.report.names import titled
+
+    who = {"group": group, "architecture": {"name": "resnet18", "config": {"kind": "acs"}}}
+    result = SimpleNamespace(contestant=who)
+    arm = SimpleNamespace(label=label, kind=kind, first=SimpleNamespace(result=result))
+    assert titled(arm) == title
+    if kind == "imagenet":  # where two have the same name
+        assert titled(arm, True) == "ImageNet MobileNetV2 I3D strides 1"
+
+
+def test_the_methods_paragraph_says_what_was_done(report, made):
+    from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
+
+    words = methods_paragraph(report.boards, 400)
+    assert "on set (60 training and 30 test subjects)" in words and "400 resamples" in words
+    assert "ResNet-18" in words or "resnet18" in words
+    assert "the nearest" not in words and "a linear model on the features" in words
+    assert "Methods, to paste into a paper" in (made / "index.html").read_text(encoding="utf-8")
+
+
+def test_full_settings_are_one_click_away(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    row = re.search(r'data-v="beta"><details><summary>beta</summary><small>(.*?)</small>', text)[1]
+    assert "recorded as runs/beta-0; runs/beta-1" in row and "100 steps, 50 volumes of set" in row
