@@ -167,7 +167,7 @@ class Monitor:
         ]
 
     def _draw(self, record: Mapping[str, Any]) -> None:
-        """Redraw the line of progress, with as many words as the terminal has room for."""
+        """Draw the line of progress, with as many words as the terminal has room for."""
         width = shutil.get_terminal_size().columns - 1
         filled = round(10 * int(record["step"]) / self.total)
         text = f"[{'#' * filled}{'.' * (10 - filled)}]"

@@ -239,19 +239,19 @@ class plain_errors:
             needed = "make room" if error.errno in FULL_DISK else "mend that"
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 needed = "raise `ulimit -n`, or give --workers 0"
-            what = f"{self._where}: {os.strerror(error.errno)}"
+            failure = f"{self._where}: {os.strerror(error.errno)}"
         elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             needed = "give fewer --workers, or smaller crops"
-            what = f"{self._where}: a process that reads data has died, as it does where memory is short"
+            failure = f"{self._where}: a process that reads data has died, as it does where memory is short"
         elif isinstance(error, RuntimeError) and "Too many open files" in str(error):
             needed = "raise `ulimit -n`, or give --workers 0"
-            what = f"{self._where}: too many open files"
+            failure = f"{self._where}: too many open files"
         else:
             return
         if self.folder is None or not (self.folder / "config.yaml").is_file():
-            raise TrainingError(f"{what}; nothing is saved: {needed}, and start again") from error
+            raise TrainingError(f"{failure}; nothing is saved: {needed}, and start again") from error
         raise TrainingError(
-            f"{what}; checkpoints are intact: {needed}, then ssl3d pretrain --resume {self.folder}"
+            f"{failure}; checkpoints are intact: {needed}, then ssl3d pretrain --resume {self.folder}"
         ) from error
 
     @property
