@@ -24,11 +24,11 @@ from ssl3d.api import (
     UsageError,
     autocast,
     find_result,
+    locks,
     peak_memory,
     write_result,
     write_whole,
 )
-from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
@@ -82,7 +82,8 @@ def settings_of(
     training = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
-        if field.name not in APART
+        # Without an average a record's key is that of the versions that had none.
+        if field.name not in APART and (field.name != "ema" or options.ema)
     }
     share = "all" if subset.fraction == 1 else f"{subset.fraction:g} of the training subjects, nested"
     return {
@@ -320,6 +321,7 @@ def score_fold(
                 for trial in trials
             ],
             "weights": weights_digest(model.state_dict()),
+            **({"plan": list(plan.task.reasons)} if plan.task.reasons else {}),
         },
         "compute": {
             "steps": steps,

@@ -40,6 +40,7 @@ from ssl3d.api import (
     statistics,
     weighted_clusters,
     window_starts,
+    write_boxes,
 )
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
 
@@ -234,7 +235,7 @@ class Detection(FinetuneTask):
         for number, own in objects.items():
             kinds = [0 if config.one_class else index[int(value)] for value in own.labels]
             self.objects[number] = Objects(own.boxes, np.array(kinds, np.int64))
-        self.patch: Triple = patch_within(config.patch, data)
+        self.patch: Triple = patch_within(config.patch, data.shapes)
         if config.model == "faster-rcnn" and ((depths == 1).any() or self.patch[0] == 1):
             self.version = 2  # the level that a box of an image is read from followed from its depth too
         self._check_patch(data)
@@ -506,8 +507,6 @@ class Detection(FinetuneTask):
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Write the boxes in the scanner's mm as JSON, and as CSV beside it."""
-        from ssl3d_benchmarks.finetune.detection.files import write_boxes
-
         predicted = self.detect(model, volume)
         folder.mkdir(parents=True, exist_ok=True)
         return write_boxes(folder / f"{file_name(volume)}.json", volume, *predicted, self.classes)
