@@ -55,6 +55,8 @@ def label(arms: Sequence[Arm], table: Table) -> None:
 METHODS = {
     "simclr": "SimCLR",
     "barlow_twins": "Barlow Twins",
+    "pcl": "Positional contrast",
+    "glcl": "Global and local contrast",
     "mae": "MAE",
     "models_genesis": "Models Genesis",
     "transvw": "TransVW",
