@@ -62,8 +62,9 @@ def remade(cls: type[Layer], layer: nn.Module) -> Layer:
 class Convolution(Folded, nn.Conv2d):
     """A 2D convolution over volumes; on an image it is the 2D convolution.
 
-    Depth has the stride, dilation and padding of height and width, the smaller where they differ. Where
-    a volume is so thin that nothing would be left, kernels keep their middle along depth, stride 1.
+    Depth has the stride, dilation and padding of height and width, the smaller where they differ (`Flat`
+    has the stride alone). Where a volume is so thin that nothing would be left, kernels keep their middle
+    along depth, stride 1.
 
     Attributes:
         like_tensorflow: Whether to pad as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
@@ -162,12 +163,21 @@ class Convolution(Folded, nn.Conv2d):
 
 
 class Flat(Convolution):
-    """2.5D: the 2D kernel on every slice, with the stride on all three axes."""
+    """2.5D: the 2D kernel on every slice by itself; where it strides, on the first of each stride's slices.
 
-    def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
+    So depth gets ceil(D / stride), whatever the 2D layer's kernel and padding, as in ACSConv.
+    """
+
+    def on_volume(self, x: Tensor) -> Tensor:
         """Apply the 2D kernel to every slice."""
-        k = 1 if shrunk else along_depth(self.kernel_size)
-        return planar(x, self.weight, self.bias, 0, k, stride, dilation, pads, self.groups)
+        depth, height, width = self._strides()
+        pads = ((0, 0), *self._pads(x.shape[2:])[1:])
+        x = x[:, :, ::depth]
+        if self.padding_mode != "zeros":
+            x = pad_volume(x, [n for axis in reversed(pads) for n in axis], self.padding_mode)
+            pads = ((0, 0), (0, 0), (0, 0))
+        steps, gaps = (1, height, width), (1, *pair(self.dilation))
+        return _padded_conv3d(x, self.weight.unsqueeze(2), self.bias, steps, gaps, pads, self.groups)
 
 
 class ACS(Convolution):
