@@ -313,14 +313,16 @@ class _Swap:
             except Exception:  # whatever a network raises that wants another size
                 continue
             run = _Run(fx.GraphModule(deep, graph))
-            try:
-                found = run.run(image.unsqueeze(2).expand(-1, -1, 5, -1, -1))
-            except Exception as error:  # of what is in the network
-                reason = " ".join(str(error).partition("While executing")[0].split())[:160]
-                raise UsageError(
-                    f"to_3d: {type(module).__name__} cannot be folded at {run.at}: {reason}"
-                ) from error
-            if isinstance(expected, Tensor) and expected.ndim != 4 and found.shape != expected.shape:
+            for depth in (5, side):  # some want multiples of their strides, along depth too
+                try:
+                    found = run.run(image.unsqueeze(2).expand(-1, -1, depth, -1, -1))
+                    break
+                except Exception as error:  # of what is in the network
+                    reason = " ".join(str(error).partition("While executing")[0].split())[:160]
+            else:
+                raise UsageError(f"to_3d: {type(module).__name__} cannot be folded at {run.at}: {reason}")
+            both = isinstance(expected, Tensor) and isinstance(found, Tensor)  # not maps, nor several
+            if both and expected.ndim != 4 and found.shape != expected.shape:
                 raise UsageError(
                     f"to_3d: {type(module).__name__} cannot be folded: of 2 volumes it would give "
                     f"{tuple(found.shape)}, not {tuple(expected.shape)} as of 2 images"
