@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,7 +85,13 @@ def make_line(rows: Sequence[Row], benchmark: Benchmark) -> Line:
             line.append(functions[benchmark.main])
         scores.append(line)
     assert clusters is not None
-    return Line([row for of_seed in kept for row in of_seed], statistics.runs_of(scores, clusters))
+    runs = statistics.runs_of(
+        scores,
+        clusters,
+        support=statistics.class_support(kept[0][0].result.predictions),
+        bounds=statistics.bounds_of(benchmark.main),
+    )
+    return Line([row for of_seed in kept for row in of_seed], runs)
 
 
 T = TypeVar("T")
@@ -107,6 +113,23 @@ def difference_of(a: Line, b: Line) -> statistics.Difference:
     return statistics.paired_difference(a.runs, b.runs, a.subsets == b.subsets)
 
 
+def with_interval(score: statistics.Interval | statistics.Difference, text: Callable[[float], str]) -> str:
+    """Format a number with its 95 % interval; the number alone where there is none."""
+    ends = f" [{text(score.low)}, {text(score.high)}]" if np.isfinite(score.low) else ""
+    return text(score.value) + ends
+
+
+def why_no_interval(lines: Sequence[Line]) -> list[str]:
+    """Say why the scores of a table have no intervals, as a line or none."""
+    reasons = [
+        statistics.why_no_interval(
+            line.runs.support, line.runs.undefined, int(line.first.result.split.get("folds") or 0) < 2
+        )
+        for line in lines
+    ]
+    return [reason for reason in dict.fromkeys(reasons) if reason][:1]
+
+
 def detectable(differences: Sequence[statistics.Difference], main: str) -> list[str]:
     """Report the smallest difference that the test set can show, as a line or none."""
     known = [gain for gain in differences if np.isfinite(gain.error) and gain.error > 0]
@@ -116,7 +139,9 @@ def detectable(differences: Sequence[statistics.Difference], main: str) -> list[
             f"minimum detectable difference in {main}: {np.median(smallest):.3f} ((t[.975] + t[.8]) x the "
             "standard error of a paired difference; alpha .05, power .8)"
         ]
-    return [f"minimum detectable difference in {main}: unknown, too few seeds or subsets"] * bool(known)
+    return [f"minimum detectable difference in {main}: unknown, too few subjects, seeds or subsets"] * bool(
+        known
+    )
 
 
 def number(value: Any) -> str:

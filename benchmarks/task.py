@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import DataError, UsageError, house_split, split_digest, statistics
+from ssl3d.api import DataError, UsageError, house_split, printable, split_digest, statistics
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Result
@@ -348,4 +348,9 @@ def counts(split: SplitData, subset: TrainingSubset) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """Print a line on stderr, so that a pipe gets results alone."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print the lines of a text on stdout, with what no terminal takes in names escaped."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)

@@ -5,7 +5,7 @@ A network that does not beat them has learnt nothing that the outline or the gre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,9 @@ VERSION = 1
 
 TRIVIAL = ("volume only", "shape features", "pooled voxels")
 """Names of the trivial rows of tasks that have one target per volume."""
+
+TRUE_MASKS = "computed from the true masks"
+"""Words for a row that reads the masks of the test volumes, which no encoder sees."""
 
 FEATURES = (
     "log volume",
@@ -45,6 +48,11 @@ FEATURES = (
 )
 
 _POOLED = 7
+
+
+def reads_true_masks(contestant: Mapping[str, Any]) -> bool:
+    """Return whether a record's contestant reads the true masks of the test volumes."""
+    return bool(contestant.get("mask_classes"))
 
 
 def trivial_features(name: str, volume: Volume, classes: Sequence[int] = ()) -> Array:

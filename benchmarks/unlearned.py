@@ -22,13 +22,16 @@ def unlearned(
         floor_name: Name of that row, or the word for guessing.
         main: Name of the main score, higher being better.
     """
+    # A warning is no claim: it is given from an interval that would be too narrow to be printed, too.
+    runs = runs._replace(support={})
     if isinstance(floor, float):
         own = statistics.nested_interval(runs)
         value, low, high, level = own.value - floor, own.low - floor, own.high - floor, floor
     else:
         # A row without a network is the same for every seed: nothing of it is luck of a seed.
         seeds = len(runs.each)
-        floor = floor._replace(each=floor.each[:1].repeat(seeds, 0), drawn=floor.drawn[:1].repeat(seeds, 0))
+        each, drawn = floor.each[:1].repeat(seeds, 0), floor.drawn[:1].repeat(seeds, 0)
+        floor = floor._replace(each=each, drawn=drawn, support={})
         gain = statistics.paired_difference(runs, floor, runs.each.shape == floor.each.shape)
         value, low, high, level = gain.value, gain.low, gain.high, floor.value
     if value >= LEAST and not low <= 0:  # one test subject has no interval

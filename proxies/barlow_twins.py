@@ -60,10 +60,13 @@ class BarlowTwins(Proxy):
     Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins: Self-Supervised Learning via Redundancy Reduction,
     ICML 2021 (arXiv:2103.03230).
 
-    Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; projections of 256 numbers instead of 8192, as batches are of tens and not
-    of 2048 (the paper has 4 numbers per example); AdamW instead of LARS in the recipe. Both views pass
-    the network in one batch, so its BatchNorm sees both; features are standardised over the global
+    Differs from the paper: crops that overlap, or slices, of volumes instead of resized crops of
+    photographs, and augmentations of grey values instead of colour, by one law for both views (the paper
+    blurs the first always, the second seldom, and solarises that one now and then); projections of 256
+    numbers instead of 8192, as batches are of tens and not of 2048 (the paper has 4 numbers per example),
+    and hidden layers of 512; AdamW instead of LARS in the recipe, whose biases there have a rate of their
+    own. Both views pass the network in one batch, so its BatchNorm sees both, where the paper's sees one
+    view of all ranks at a time; features are standardised over the global
     batch, as in the paper's pseudocode, on any number of ranks.
     """
 

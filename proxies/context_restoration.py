@@ -67,10 +67,11 @@ class ContextRestoration(Proxy):
     In each crop pairs of equal patches change places, a light decoder restores the crop from the
     encoder's feature maps, and the loss is the mean squared error over all voxels.
 
-    Differs from the paper: patches are 3D (2D in images), and no two of a crop overlap, so that what
-    moved is known exactly. How many is set by the share of the foreground that moves, in place of a fixed
-    number of swaps, and their sides by those of the crop. One U-shaped decoder for all later tasks, where
-    the paper trains a plainer one for classification. `swap_patches` says how patches are laid out.
+    The authors' code was not found; this is after the paper. Differs from it: patches are 3D (2D in
+    images), and no two of a crop overlap, so that what moved is known exactly. How many pairs are swapped
+    is set by the share of the foreground that moves, in place of a fixed number of swaps, and their sides
+    by those of the crop. One U-shaped decoder for all later tasks, where the paper trains a plainer one
+    for classification. Crops are mirrored at random before. `swap_patches` says how patches are laid out.
 
     With an encoder whose stem has a stride, no map shows single voxels to copy, so skips are on: they
     restore better (`mean_error` 0.54 against 0.60 after 100 small steps on hippocampus MR). Without them

@@ -1,4 +1,4 @@
-"""Cube ordering: put the shuffled cubes of a crop back into their places (Rubik's cube, Rubik's cube+)."""
+"""Cube ordering: put the shuffled cubes of a crop back into their places (jigsaw, Rubik's cube, cube+)."""
 
 from __future__ import annotations
 
@@ -166,17 +166,25 @@ class CubeOrdering(Proxy):
     or the place of each cube. With `turns`, cubes are also turned by 180 degrees, which two more heads
     tell (Rubik's cube); with `masks` parts of some are blanked out, which another tells (Rubik's cube+).
 
+    By default, without turns and masks, it is a plain jigsaw: Noroozi, Favaro: Unsupervised Learning of
+    Visual Representations by Solving Jigsaw Puzzles, ECCV 2016 (arXiv:1603.09246); in 3D Taleb et al.: 3D
+    Self-Supervised Methods for Medical Imaging, NeurIPS 2020 (arXiv:2006.03829). With `turns H W` it is
     Zhuang, Li, Hu, Ma, Yang, Zheng: Self-supervised Feature Learning for 3D Medical Images by Playing a
-    Rubik's Cube, MICCAI 2019 (arXiv:1910.02241). Zhu, Li, Hu, Ma, Zhou, Zheng: Rubik's Cube+, Medical
-    Image Analysis 2020. Widths of the heads after Zhang, Li, Zhou, Wang: A review of self-supervised,
-    generative, and few-shot deep learning methods for data-limited magnetic resonance imaging, and its
-    code Medical-SSL (arXiv:2209.12157), whose appendix finds that one more layer in the heads of the
-    turns collapses training.
+    Rubik's Cube, MICCAI 2019 (arXiv:1910.02241), and with masks too Zhu, Li, Hu, Ma, Zhou, Zheng: Rubik's
+    Cube+, Medical Image Analysis 2020. Widths of the heads after Zhang, Li, Zhou, Wang: A review of
+    self-supervised, generative, and few-shot deep learning methods for data-limited magnetic resonance
+    imaging, and its code Medical-SSL (arXiv:2209.12157), whose appendix finds that one more layer in the
+    heads of the turns collapses training.
 
-    Differs from the papers: permutations of a guaranteed least distance (PGL(2, 7) for 8 cubes: 6 of the
-    8 places; the greedy sets in use have 2); jitter beside the gap, and intensities normalised, detrended
-    and changed per cube; both turns of a cube are drawn independently, so that chance is one half;
-    optionally places instead of permutations.
+    Differs from all of them: permutations of a guaranteed least distance (PGL(2, 7) for 8 cubes: 6 of the
+    8 places; the greedy sets in use have 2), so that no two cubes decide; jitter beside the gap, and
+    intensities normalised, detrended and changed per cube, so that neither borders nor brightness give
+    places away; optionally places instead of permutations. Differs from the jigsaws: 2 x 2 x 2 cubes, for
+    which small scans have room, instead of 3 x 3 pieces or 3 x 3 x 3 cubes (`grid`); Taleb et al. cut from
+    whole volumes of 128³, without a gap, and have wider heads with dropout. Differs from the Rubik's
+    cubes: a gap of 3 voxels and a jitter of 3, where theirs is about 10, as crops are small; both turns of
+    a cube are drawn independently, so that chance is one half (in Medical-SSL a cube has one turn or
+    none); AdamW instead of Adam.
 
     An example whose known cubes fit more than one permutation is undecidable; it does not train the
     order and counts in `undecidable` (and, as it falls, in `order_accuracy`).
@@ -184,6 +192,7 @@ class CubeOrdering(Proxy):
 
     Config = CubeOrderingConfig
     paper: ClassVar[str] = (
+        "Taleb et al.: 3D Self-Supervised Methods for Medical Imaging, NeurIPS 2020 (jigsaw); with turns "
         "Zhuang, Li, Hu, Ma, Yang, Zheng: Self-supervised Feature Learning for 3D Medical Images by "
         "Playing a Rubik's Cube, MICCAI 2019"
     )

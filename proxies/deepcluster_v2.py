@@ -87,12 +87,13 @@ class DeepClusterV2(Proxy):
     Contrasting Cluster Assignments, NeurIPS 2020 (arXiv:2006.09882), appendix D; after Caron,
     Bojanowski, Joulin, Douze: Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018.
 
-    Differs from the paper: instead of photographs, places in volumes, which stay the same through the
-    run (crops anywhere would make a cluster a matter of the subject alone), and augmentations of grey
-    values instead of colour; two views, no small crops; clusters scale with the data instead of 3000; a
-    head 512 wide instead of 2048; AdamW instead of LARS in the recipe. The paper clusters at every pass
-    over 1.3 million images; a pass here may be two steps, too few to learn anything of new targets, so
-    that a number of steps lies between. The bank is filled by a pass over the data before the first.
+    Differs from the paper: instead of photographs, places in volumes, which stay the same through the run
+    (crops anywhere would make a cluster a matter of the subject alone), and augmentations of grey values
+    instead of colour; two views, no small crops, which the paper has beside them; clusters scale with the
+    data instead of 3000; a head 512 wide instead of 2048; AdamW instead of LARS in the recipe. The paper
+    clusters at every pass over 1.3 million images; a pass here may be two steps, too few to learn anything
+    of new targets, so that a number of steps lies between. The bank is filled by a pass over the data
+    before the first.
 
     On held-out subjects, which are not in the bank, a head's target is the centroid nearest to the view
     it is of, predicted from the other.

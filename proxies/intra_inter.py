@@ -24,6 +24,7 @@ from ssl3d.api import (
     TrainingError,
     ViewRng,
     Views,
+    added_option,
     apply_torchio,
     attended_offset,
     augment,
@@ -36,9 +37,10 @@ from ssl3d.api import (
     flat_parameters,
     follow,
     gather,
-    interpolate_block,
+    interpolate_masked,
     lay_flat,
     mask_block,
+    mask_scattered,
     momentum_teacher,
     projection_head,
     read_slab,
@@ -46,6 +48,8 @@ from ssl3d.api import (
     row_counts,
     shard,
     slab_size,
+    stage_features,
+    stage_width,
     standardise,
     view_margin,
     world_size,
@@ -88,6 +92,9 @@ class IntraInterConfig(Views):
         stages: Order of the losses: all at once (joint), or intra, then masked slices on the frozen
             encoder, then inter end to end (staged).
         stage_shares: Shares of the steps that the three stages take; they sum to 1.
+        slice_features: Features of a slice that are pooled and predicted: the averages of the encoder's
+            last four stages and its embedding, each of length 1, side by side (stages), as published; or
+            its embedding alone (last).
         pooling: Way from slices to a volume's embedding: deformable (attention), attention, or mean, with
             which no slice can be predicted from others: it needs weights 1 1 0.
         prototypes: Numbers of clusters, intra and inter; 0 takes a tenth of the items that the data have
@@ -103,8 +110,11 @@ class IntraInterConfig(Views):
         freeze: Share of the training in which swav's prototypes stay as they began.
         clusterings: Number of deepcluster_v2's clusterings, each from its own start; they take the banks
             of the two views in turn.
-        mask_share: Share of a volume's slices that are masked, in one block: share ~ U(low, high), and one
-            slice at least.
+        mask_share: Share of a volume's slices that are masked: share ~ U(low, high), and one slice at
+            least.
+        masks: Place of the masked slices: one block in each view (block), or scattered over the slices and
+            the same in both views (scattered), as released, where more of them have neighbours that are
+            seen.
         target: Embeddings that masked slices are predicted as: the encoder's own without gradient
             (detach), or those of a moving average of the encoder (ema).
         momentum: Momentum of the moving average of the encoder, where target is ema.
@@ -116,6 +126,7 @@ class IntraInterConfig(Views):
         heads: Heads of the aggregator's attention.
         downsample: Slices per key of the deformable attention.
         offset_scale: Largest offset of the deformable attention, in distances between keys.
+        position_bias: Whether the attention has a bias of the distance between slice and key.
         dropout: Dropout rate of the aggregator.
     """
 
@@ -136,6 +147,7 @@ class IntraInterConfig(Views):
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     stages: Literal["joint", "staged"] = "joint"
     stage_shares: tuple[float, float, float] = (0.4, 0.2, 0.4)
+    slice_features: Literal["stages", "last"] = added_option("stages", before="last")
     pooling: Literal["deformable", "attention", "mean"] = "deformable"
     prototypes: tuple[int, int] = (0, 0)
     temperature: float = 0.1
@@ -146,6 +158,7 @@ class IntraInterConfig(Views):
     freeze: float = 0.0
     clusterings: int = 2
     mask_share: tuple[float, float] = (0.1, 0.3)
+    masks: Literal["block", "scattered"] = "block"
     target: Literal["detach", "ema"] = "detach"
     momentum: float = 0.99
     hidden: int = 512
@@ -156,6 +169,7 @@ class IntraInterConfig(Views):
     heads: int = 4
     downsample: int = 2
     offset_scale: float = 2.0
+    position_bias: bool = added_option(True, before=False)
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -205,7 +219,7 @@ class IntraInterConfig(Views):
             raise ValueError(f"stage_shares {shares} gives steps to a loss of weight 0: {self.weights}")
 
     def aggregator(self, features: int) -> AggregatorConfig:
-        """Return the options of the aggregator for embeddings of a length."""
+        """Return the options of the aggregator for slices of so many features."""
         return AggregatorConfig(
             features,
             width=self.width,
@@ -215,11 +229,13 @@ class IntraInterConfig(Views):
             hidden=2 * self.width,
             downsample=self.downsample,
             offset_scale=self.offset_scale,
+            position_bias=self.position_bias,
             dropout=self.dropout,
             slices=self.slices,
             slab=self.slab,
             axis=self.axis,
             plane=self.plane,
+            slice_features=self.slice_features,
         )
 
     def weights_at(self, progress: float) -> tuple[float, float, float]:
@@ -250,18 +266,29 @@ class IntraInter(Proxy):
     (arXiv:2212.01893).
 
     2D images and slices of volumes pass through the shared encoder. *Intra*: both views of a slice or an
-    image belong to the same cluster. A deformable attention along the slices makes their embeddings one
-    embedding of the volume. *Inter*: both views of a volume belong to the same cluster. *Masked*: a block
-    of slice tokens is replaced by a learned one, and the slices' embeddings are predicted from the rest.
+    image belong to the same cluster. A slice's features are the averages of the encoder's last four stages
+    and its embedding, each scaled to length 1, side by side; a deformable attention along the slices, with
+    a continuous bias of their distances, makes them one embedding of the volume. *Inter*: both views of a
+    volume belong to the same cluster. *Masked*: some slices' tokens are replaced by a learned one, and the
+    slices' features are predicted from the rest.
 
-    Differs from the paper: the three losses are joined unless asked for in stages; the masked loss is on
-    masked slices only, whose targets have no gradient and are standardised over the batch, since a joint
-    loss would be least with all slices alike; slices are drawn anew in each step, and augmented in plane;
-    prototypes scale with the data instead of 3000; the aggregator is small; every slice is augmented on
-    its own, since what slices share of an augmentation is a short cut to masked ones. Differs from the
-    released code: attention runs along the slices (there along the features), the projection of the
-    tokens is trained and saved, views are drawn anew in each epoch, and the entries of the memory bank
-    of several data sets do not collide. Pooling by plain attention or the mean is for ablation.
+    Differs from the paper: the three losses are joined unless asked for in stages, so that one run does;
+    the masked loss is on masked slices only, whose targets have no gradient and are standardised over the
+    batch, since a joint loss would be least with all slices alike; a view's masked slices are one block,
+    since most scattered ones have seen neighbours on both sides (`masks scattered` is the paper's way);
+    slices are drawn anew in each step, and augmented in plane; prototypes scale with the data instead of
+    3000; the aggregator is small; every slice is augmented on its own by the views of all contrastive
+    proxies, since what slices share of an augmentation is a short cut to masked ones, where the paper
+    gives each view of a volume one transform of torchio (`augmentation volume` and `torchio`). The recipe
+    is that of the other proxies here, so that they compare: AdamW and some hundred steps, instead of SGD
+    with LARS (LARC, rate 0.01, weight decay 1e-6) for 105 epochs in 2D and twice 100 in 3D.
+
+    Differs from the released code: attention runs along the slices (there along the features), as
+    `SliceAggregator` says in full; the projection of the tokens is trained and saved; predicted are the
+    features before it, not what a random projection leaves of them; the error is a mean over masked
+    slices, where there that over all is divided by the number of masked ones; views are drawn anew in each
+    epoch, where a cache there keeps the first ones; and the entries of the memory bank of several data
+    sets do not collide. Pooling by plain attention or the mean is for ablation.
 
     In the frozen stage of `stages` staged the encoder keeps its parameters exactly, so no other proxy can
     learn on it meanwhile, and norms use the statistics that they have; its weights are held once more.
@@ -294,11 +321,12 @@ class IntraInter(Proxy):
         check_slab(encoder, config.slab)
         _, inter, masked = config.weights
         self.aggregator = self.teacher = None
+        features = encoder.embed_dim if config.slice_features == "last" else stage_width(encoder)
         if inter or masked:
-            self.aggregator = SliceAggregator(config.aggregator(encoder.embed_dim))
+            self.aggregator = SliceAggregator(config.aggregator(features))
         if masked:
             self.mask_token = nn.Parameter(torch.randn(config.width) * 0.02)
-            self.decoder = nn.Linear(config.width, encoder.embed_dim)
+            self.decoder = nn.Linear(config.width, features)
             if config.target == "ema":
                 self.teacher = momentum_teacher(encoder)
         self._add_clusterings([], [])
@@ -406,7 +434,8 @@ class IntraInter(Proxy):
         intra, inter, masked = config.weights_at(progress)
         how = (progress < config.freeze, progress >= config.queue_from)
         stacks = self._embed(groups, rngs)
-        loss = torch.stack([e.float().sum() for e in stacks.embedded]).sum() * 0
+        seen = stacks.embedded if self.intra is not None and intra else stacks.features
+        loss = torch.stack([e.float().sum() for e in seen]).sum() * 0
         metrics: dict[str, Tensor] = {}
         picture = Picture(stacks.views[stacks.longest])
         if self.intra is not None and intra:
@@ -470,40 +499,45 @@ class IntraInter(Proxy):
         """Augment the groups of a batch and embed their slices, without gradient where frozen."""
         views = [augment_stack(self.config, group, each) for group, each in zip(groups, rngs, strict=True)]
         if not self.config.frozen_at(float(self.progress)):
-            return Stacks(groups, rngs, views, encode(self.encoder, views))
+            return Stacks(groups, rngs, views, *self._encode(self.encoder, views))
         with torch.no_grad(), evaluating(self.encoder):
-            return Stacks(groups, rngs, views, encode(self.encoder, views))
+            return Stacks(groups, rngs, views, *self._encode(self.encoder, views))
 
-    def _aggregate(self, embedded: Tensor, details: list[Attended] | None = None) -> Tensor:
-        """Pool embeddings of slices (B, 2, S, F) to those of volumes (B, 2, E)."""
+    def _encode(self, encoder: Encoder, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Embed slices, and compute the features of which volumes are pooled."""
+        stages = self.config.slice_features == "stages" and self.aggregator is not None
+        return encode(encoder, views, stages)
+
+    def _aggregate(self, features: Tensor, details: list[Attended] | None = None) -> Tensor:
+        """Pool features of slices (B, 2, S, F) to embeddings of volumes (B, 2, E)."""
         assert self.aggregator is not None  # there is one wherever volumes count
-        pooled: Tensor = self.aggregator(embedded.flatten(0, 1), details=details)[1]
-        return pooled.unflatten(0, embedded.shape[:2])
+        pooled: Tensor = self.aggregator(features.flatten(0, 1), details=details)[1]
+        return pooled.unflatten(0, features.shape[:2])
 
     def _volumes(self, stacks: Stacks, picture: Picture | None = None) -> tuple[Tensor, Tensor]:
         """Pool the volumes of a batch: embeddings (R, 2, E) and codes (R,)."""
         pooled, codes = [], []
         for n in stacks.volumes:
             details = picture.details if picture is not None and n == stacks.longest else None
-            pooled.append(self._aggregate(stacks.embedded[n], details))
+            pooled.append(self._aggregate(stacks.features[n], details))
             codes.append(stacks.groups[n]["index"])
-        rows = _joined(pooled, (2, self.config.width), stacks.embedded[0])
+        rows = _joined(pooled, (2, self.config.width), stacks.features[0])
         return rows, _joined(codes, (), stacks.groups[0]["index"])
 
     # Masked slices ------------------------------------------------------------------------------------
 
     def _masked(self, stacks: Stacks, picture: Picture) -> tuple[Tensor, dict[str, Tensor]]:
-        """Predict the embeddings of masked slices: the error over all ranks' masked slices, and metrics."""
-        like = stacks.embedded[0]
+        """Predict the features of masked slices: the error over all ranks' masked slices, and metrics."""
+        like = stacks.features[0]
         with torch.no_grad():
-            known = stacks.embedded if self.teacher is None else encode(self.teacher, stacks.views)
+            known = stacks.features if self.teacher is None else self._encode(self.teacher, stacks.views)[1]
         targets = standardise([known[n] for n in stacks.volumes], like)
         sums: list[Tensor] = []
         offsets: list[Tensor] = []
         for n, target in zip(stacks.volumes, targets, strict=True):
-            mask = mask_block(ViewRng(stacks.rngs[n], 2), target.shape[2], self.config.mask_share)
+            mask = self._mask(stacks.rngs[n], target.shape[2])
             details: list[Attended] = []
-            tokens = stacks.embedded[n].flatten(0, 1)
+            tokens = stacks.features[n].flatten(0, 1)
             sums.append(self._masked_errors(tokens, target.flatten(0, 1), mask, details))
             offsets.append(attended_offset(details))
             if n == stacks.longest:
@@ -522,6 +556,13 @@ class IntraInter(Proxy):
             metrics["offset"] = torch.stack(offsets).mean()
         return error, metrics
 
+    def _mask(self, rng: BatchRng, count: int) -> Tensor:
+        """Choose the masked slices of both views of each stack of `count` slices, (2 B, count)."""
+        share = self.config.mask_share
+        if self.config.masks == "block":
+            return mask_block(ViewRng(rng, 2), count, share)
+        return mask_scattered(ViewRng(rng, 2, shared=True), count, share)
+
     def _masked_errors(
         self, tokens: Tensor, target: Tensor, mask: Tensor, details: list[Attended]
     ) -> Tensor:
@@ -535,7 +576,7 @@ class IntraInter(Proxy):
             projected = self.aggregator.project(tokens.float())
             hidden = torch.where(mask.unsqueeze(2), self.mask_token, projected)
             attended, _ = self.aggregator.attend(hidden, details=details)
-            guesses = (self.decoder(attended), torch.zeros_like(target), interpolate_block(target, mask))
+            guesses = (self.decoder(attended), torch.zeros_like(target), interpolate_masked(target, mask))
             errors = [(guess - target).square().mean(2) for guess in guesses]
             return torch.stack([(error * mask).sum() for error in errors] + [mask.sum().float()])
 
@@ -558,16 +599,16 @@ class IntraInter(Proxy):
                 own = {name: shard(value) for name, value in group.items()}
                 if not len(own["index"]):
                     continue
-                embedded = encode(self.encoder, [plain_stack(self.config, own)])
+                embedded, features = self._encode(self.encoder, [plain_stack(self.config, own)])
                 if "intra" in levels:
-                    features, codes = slice_rows(self.config, [own], embedded)
-                    rows["intra"].append((levels["intra"].project(features), codes))
+                    slices, codes = slice_rows(self.config, [own], embedded)
+                    rows["intra"].append((levels["intra"].project(slices), codes))
                 if "inter" in levels and embedded[0].shape[2] > 1:
-                    rows["inter"].append((self._aggregate(embedded[0]), own["index"]))
+                    rows["inter"].append((self._aggregate(features[0]), own["index"]))
         for name, level in levels.items():
             bank = level.bank
-            features = _joined([f for f, _ in rows[name]], (2, bank.features.shape[2]), bank.features)
-            bank.write(_joined([c for _, c in rows[name]], (), bank.codes), features)
+            written = _joined([f for f, _ in rows[name]], (2, bank.features.shape[2]), bank.features)
+            bank.write(_joined([c for _, c in rows[name]], (), bank.codes), written)
 
 
 # Stacks of slices ----------------------------------------------------------------------------------
@@ -582,12 +623,14 @@ class Stacks:
         rngs: Generator of each group.
         views: Augmented slices of each group, (B, 2, S, C, slab, h, w).
         embedded: Embeddings of those slices, (B, 2, S, F).
+        features: Features of those slices that are pooled and predicted, (B, 2, S, F').
     """
 
     groups: Sequence[Group]
     rngs: Sequence[BatchRng]
     views: Sequence[Tensor]
     embedded: Sequence[Tensor]
+    features: Sequence[Tensor]
 
     @property
     def longest(self) -> int:
@@ -638,19 +681,30 @@ def plain_stack(config: IntraInterConfig, batch: Group) -> Tensor:
     return centre_crop(x.flatten(0, 2), (x.shape[4], *config.plane)).unflatten(0, x.shape[:3])
 
 
-def encode(encoder: Encoder, views: Sequence[Tensor]) -> list[Tensor]:
+def encode(
+    encoder: Encoder, views: Sequence[Tensor], stages: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     """Embed stacks (B, 2, S, C, slab, h, w) to (B, 2, S, F), equal slabs of all groups in one batch.
 
     So norms see slices and images of all data sets together.
+
+    Returns:
+        Embeddings, and features of the encoder's stages beside them; the embeddings again without `stages`.
     """
     embeddings: dict[int, Tensor] = {}
+    features: dict[int, Tensor] = {}
     for shape in sorted({tuple(x.shape[3:]) for x in views}):
         same = [n for n, x in enumerate(views) if tuple(x.shape[3:]) == shape]
         rows = [views[n].flatten(0, 2) for n in same]
-        embedded = encoder.embed(torch.cat(rows)).split([len(row) for row in rows])
-        for n, part in zip(same, embedded, strict=True):
-            embeddings[n] = part.unflatten(0, views[n].shape[:3])
-    return [embeddings[n] for n in range(len(views))]
+        if stages:
+            maps = encoder(torch.cat(rows))
+            both = encoder.pool(maps), stage_features(encoder, maps)
+        else:
+            both = (encoder.embed(torch.cat(rows)),) * 2
+        for by_group, joined in zip((embeddings, features), both, strict=True):
+            for n, part in zip(same, joined.split([len(row) for row in rows]), strict=True):
+                by_group[n] = part.unflatten(0, views[n].shape[:3])
+    return [embeddings[n] for n in range(len(views))], [features[n] for n in range(len(views))]
 
 
 def slice_rows(

@@ -18,9 +18,11 @@ from ssl3d.api import (
     RestoreViews,
     StepOutput,
     UsageError,
+    added_option,
     can_mask,
     draw_one,
     mirror_one,
+    norm_visible,
     only_visible,
     relative_error,
     restoration_picture,
@@ -48,8 +50,10 @@ class MAEConfig(RestoreViews):
             ever; `remask` sets masked places to zero again after every convolution and norm of the
             encoder, whose statistics leave them out, and puts learned tokens into its maps for the
             decoder.
+        densify_norm: Whether maps pass a batch norm, of visible places alone, before tokens are put into
+            them, with masking remask.
         norm_targets: Whether the target of each block is standardised: its values less their mean, over
-            their standard deviation.
+            their standard deviation. None does it as published: with masking remask, not with token.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, or the deepest one alone.
     """
@@ -57,7 +61,8 @@ class MAEConfig(RestoreViews):
     block: tuple[int, ...] = ()
     ratio: float = 0.75
     masking: Literal["token", "remask"] = "token"
-    norm_targets: bool = False
+    densify_norm: bool = added_option(True, before=False)
+    norm_targets: bool | None = None
     width: int = 32
     skips: bool = True
 
@@ -71,6 +76,11 @@ class MAEConfig(RestoreViews):
         if self.width < 2:
             raise ValueError(f"width must be at least 2, not {self.width}")
 
+    @property
+    def standardised(self) -> bool:
+        """Whether the targets are standardised."""
+        return self.masking == "remask" if self.norm_targets is None else self.norm_targets
+
 
 class MAE(Proxy):
     """The network must work out what lies in the hidden three quarters of a crop from the rest of it.
@@ -80,15 +90,25 @@ class MAE(Proxy):
     (Tian et al., Designing BERT for Convolutional Networks, ICLR 2023).
 
     Differs from the papers: an encoder of maps instead of tokens, so masked places are computed too; the
-    light decoder of all restoring proxies instead of a transformer or a mirrored U-Net; blocks scaled to
-    the crop. nnssl puts zeros where something is masked, here the value is learned. The loss is theirs:
-    the mean squared error over masked voxels, of the background too, since where the body ends is to be
-    worked out as well.
+    light decoder of all restoring proxies instead of a transformer or a mirrored U-Net, so that they
+    compare; blocks scaled to the crop, since crops are small. nnssl puts zeros where something is masked,
+    here the value is learned. The loss is theirs: the mean squared error over masked voxels, of the
+    background too, since where the body ends is to be worked out as well; `token` takes plain grey values
+    as nnssl does, where He et al. standardise patches (`norm_targets true`).
+
+    `remask` has SparK's standardised targets and the norms of its maps (densify norms). Differs from
+    SparK: three quarters are masked, not 60 % (`ratio`); deviations are of each channel on its own (there
+    of all together) and divide by the number of voxels, not one less; the decoder takes maps through 1 x 1
+    x 1 convolutions, not 3 x 3, to sizes by interpolation, not transposed convolutions; a max-pool whose
+    windows overlap gives values one place beyond the visible, which SparK masks; a batch norm's statistics
+    are each process's own (there of all); AdamW instead of LAMB, and few steps. nnssl's SparK for volumes
+    has plain targets and instance norms instead (`norm_targets false` is the first of these).
 
     `token` is the default: the encoder runs as it will run later, on whole maps, and may be of any kind,
     with blocks of any size. In a small trial (hippocampus MR, blocks of 8 voxels at a stride of 8, 100
-    steps, one seed) it restored better than `remask` (relative error 0.67 against 0.73) and left
-    better features (balanced accuracy of a linear dense probe 0.86 against 0.83, untrained 0.76).
+    steps, one seed) it restored better than `remask` without norms and standardised targets (relative
+    error 0.67 against 0.73) and left better features (balanced accuracy of a linear dense probe 0.86
+    against 0.83, untrained 0.76).
 
     On stacks of thick slices (cardiac cine MR, 10 mm) the defaults left features worse than an untrained
     encoder's, and `block 8 8 8, ratio 0.6` did not (the best of eight settings tried, one seed).
@@ -126,6 +146,10 @@ class MAE(Proxy):
             for n in self.decoder.sources:
                 token = nn.init.trunc_normal_(torch.empty(encoder.channels[n], 1, 1, 1), std=0.02)
                 self.tokens[str(n)] = nn.Parameter(token)
+            if config.densify_norm:
+                self.norms = nn.ModuleDict(
+                    {str(n): nn.BatchNorm3d(encoder.channels[n]) for n in self.decoder.sources}
+                )
         self.block_of(config.crop)
 
     def block_of(self, size: Sequence[int]) -> tuple[int, int, int]:
@@ -172,14 +196,14 @@ class MAE(Proxy):
         predicted = self.decoder(maps, original.shape[2:])
         with torch.autocast(original.device.type, enabled=False):
             predicted, image = predicted.float(), original.float()
-            target = normalise(image, blocks) if config.norm_targets else image
+            target = normalise(image, blocks) if config.standardised else image
             error = (predicted - target).square().mean(1, keepdim=True) * masked
             loss = (error.sum((1, 2, 3, 4)) / masked.sum((1, 2, 3, 4))).mean()
             metrics = self._metrics(predicted.detach(), target, image, masked, foreground, blocks)
 
         def picture() -> Any:
             filled = predicted.detach()
-            if config.norm_targets:
+            if config.standardised:
                 mean, deviation = block_statistics(image, blocks)
                 filled = filled * deviation + mean
             return restoration_picture(image, seen, torch.where(masked, filled, image))
@@ -196,6 +220,8 @@ class MAE(Proxy):
             maps = self.encoder(seen)
         for n in self.decoder.sources:
             known = visible_at(~masked, tuple(maps[n].shape[2:]), self.encoder.strides[n])
+            if self.config.densify_norm:
+                maps[n] = norm_visible(self.norms[str(n)], maps[n], known)
             maps[n] = torch.where(known, maps[n], self.tokens[str(n)].to(maps[n].dtype))
         return seen, maps
 
@@ -212,7 +238,7 @@ class MAE(Proxy):
         body = foreground.unsqueeze(1)
         asked = masked & body
         mean, blurred = visible_mean(image, ~masked, body), blur_in(image, ~masked, blocks)
-        if self.config.norm_targets:  # whoever knows nothing guesses 0 there
+        if self.config.standardised:  # whoever knows nothing guesses 0 there
             mean, blurred = torch.zeros_like(mean), normalise(blurred, blocks)
         error, guess, blur = (
             ((y - target).square() * asked).sum() for y in (predicted, mean.expand_as(target), blurred)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,8 +15,10 @@ from ssl3d.api import (
     Proxy,
     RestoreViews,
     StepOutput,
+    added_option,
     corrupt,
     draw_one,
+    flip_in_turn,
     mirror_one,
     restoration_error,
     restoration_picture,
@@ -33,12 +35,17 @@ class ModelsGenesisConfig(RestoreViews, Corruptions):
     """Options of the Models Genesis proxy.
 
     Attributes:
-        flip: Probability that input and target are mirrored, along each axis.
+        flip: Probability that input and target are mirrored: of the first time, and of each further one
+            after it, with mirror in_turn; along each axis with mirror axes.
+        mirror: Way of mirroring: in_turn, up to three times along H, along W or not at all, each as
+            likely, which leaves 73 % as they are, as released; or axes, along each of D, H and W on its
+            own, which leaves 22 %.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, as in a U-Net.
     """
 
     flip: float = 0.4
+    mirror: Literal["in_turn", "axes"] = added_option("in_turn", before="axes")
     width: int = 32
     skips: bool = True
 
@@ -55,16 +62,17 @@ class ModelsGenesis(Proxy):
 
     Zhou, Sodha, Pang, Gotway, Liang: Models Genesis, Medical Image Analysis 67, 2021 (arXiv:2004.07882).
 
-    A crop runs through a random curve of its grey values, has its voxels shuffled within small blocks,
-    and noise painted over boxes or over all but boxes; encoder and decoder restore it. Probabilities,
-    curves and boxes are those of the released code.
+    A crop has its voxels shuffled within small blocks, runs through a random curve of its grey values,
+    and has noise painted over boxes or over all but boxes; encoder and decoder restore it. Probabilities,
+    mirroring, curves and boxes are those of the released code.
 
     Differs from the paper: its CT lies in one window, brought to [0, 1]; here each crop's own range takes
     the place of that window for curves and noise, the encoder sees the corrupted crop in the grey values
     that the data were prepared to (as it will downstream), and squared errors are divided by the square
-    of that range, or by 1 where the range is smaller. Shuffled blocks do not overlap, so that no value
-    is lost or doubled. Crops are 32³ instead of 64 x 64 x 32; any encoder with a light decoder instead
-    of a 3D U-Net; AdamW instead of SGD.
+    of that range, or by 1 where the range is smaller; so the decoder ends without their sigmoid. Shuffled
+    blocks do not overlap, so that no value is lost or doubled. Crops are 32³ instead of 64 x 64 x 32, for
+    small scans; any encoder with a light decoder instead of a 3D U-Net, so that proxies compare; AdamW and
+    some hundred steps instead of SGD at a rate of 1 until the error on other scans stops falling.
     """
 
     Config = ModelsGenesisConfig
@@ -92,7 +100,7 @@ class ModelsGenesis(Proxy):
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Corrupt the crops and restore them; handing back the input as it came has relative_error 1."""
-        original, _ = mirror_one(self.config, batch, rng, self.training)
+        original = self._mirror(batch, rng)
         corrupted, done = corrupt(self.config, original, rng)
         restored = self.decoder(self.encoder(corrupted), original.shape[2:])
         error = restoration_error(restored, corrupted, original)
@@ -104,3 +112,10 @@ class ModelsGenesis(Proxy):
         # The middle slices: what boxes leave of an example lies there rather than at its ends.
         shown = [x[:, :, x.shape[2] // 2, None] for x in (original, corrupted, restored)]
         return StepOutput(error.loss, metrics, lambda: restoration_picture(*shown))
+
+    def _mirror(self, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
+        """Mirror the crops at random while training."""
+        config = self.config
+        if config.mirror == "axes":
+            return mirror_one(config, batch, rng, self.training)[0]
+        return flip_in_turn(batch["crop"], rng, config.flip) if self.training else batch["crop"]

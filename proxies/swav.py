@@ -98,14 +98,17 @@ class SwAV(Proxy):
     Caron, Misra, Mairal, Goyal, Bojanowski, Joulin: Unsupervised Learning of Visual Features by
     Contrasting Cluster Assignments, NeurIPS 2020 (arXiv:2006.09882).
 
-    Differs from the paper: crops or slices of volumes instead of photographs, and augmentations of grey
-    values instead of colour; prototypes scale with the data instead of 3000. Epsilon is 0.02 instead of
-    0.05: assignments must be sharper than predictions by more than the views differ, else equal scores
-    are where training ends, and on small batches of weakly agreeing crops it did. Projections are
-    normalised over the batch as well, which removes the direction that all features share at first. No
-    queue unless asked for; it then holds the batches of all ranks. A head 512 wide instead of 2048;
-    small crops have half the side at the same resolution, and lie within the large ones; AdamW instead
-    of LARS in the recipe; a prototype's gradient runs through its normalisation.
+    Differs from the paper: crops that overlap, or slices, of volumes instead of resized crops of
+    photographs, and augmentations of grey values instead of colour; prototypes scale with the data instead
+    of 3000. Epsilon is 0.02 instead of 0.05: assignments must be sharper than predictions by more than the
+    views differ, else equal scores are where training ends, and on small batches of weakly agreeing crops
+    it did. Projections are normalised over the batch as well, which removes the direction that all
+    features share at first. No queue unless asked for; it then holds the batches of all ranks, where there
+    each keeps its own. A head 512 wide instead of 2048. No small crops unless asked for, where the paper
+    has six: on volumes each costs an eighth of a large one and shows little; they have half the side at
+    the same resolution, and lie within the large ones. AdamW instead of LARS in the recipe. A prototype's
+    gradient runs through its normalisation, where the released code normalises before each step, and
+    prototypes keep still for a share of the training (`freeze`), not for a number of steps.
     """
 
     Config = SwAVConfig

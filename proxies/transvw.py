@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from ssl3d.api import (
     Proxy,
     RestoreViews,
     StepOutput,
+    added_option,
     corrupt,
+    corrupt_once,
+    elastic,
     find_alike,
     foreground_shares,
     mirror_one,
@@ -41,6 +44,11 @@ class TransVWConfig(RestoreViews, Corruptions):
     Attributes:
         flip: Probability that input and target are mirrored, along each axis; 0 by default, as left is
             another word than right.
+        elastic: Strength of the elastic deformation of what the network sees, within slices, in that of
+            the released code; the target is not deformed. 0 is none.
+        corruptions: Number of corruptions that a crop gets: one, which is shuffle, curve, one box painted
+            or all but one box painted, each as likely, as released; or several, each with a probability
+            of its own (shuffle, curve, paint, outside), as in Models Genesis.
         words: Number of visual words, which are the classes.
         alike: Share of the volumes that a word is taken from, which are those that look most like its
             reference.
@@ -58,6 +66,8 @@ class TransVWConfig(RestoreViews, Corruptions):
     """
 
     flip: float = 0.0
+    elastic: float = added_option(1.0, before=0.0)
+    corruptions: Literal["one", "several"] = added_option("one", before="several")
     words: int = 44
     alike: float = 0.5
     exact: float = 1 / 3
@@ -80,11 +90,17 @@ class TransVWConfig(RestoreViews, Corruptions):
             raise ValueError(f"alike is a share, above 0 and up to 1, not {self.alike:g}")
         if not 0 <= self.exact <= 1:
             raise ValueError(f"exact is a share, 0 to 1, not {self.exact:g}")
-        for name in ("zoom", "shift", "restore_weight", "word_weight"):
+        for name in ("elastic", "zoom", "shift", "restore_weight", "word_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name):g}")
         if not self.restore_weight and not self.word_weight:
             raise ValueError("restore_weight and word_weight are both 0: nothing is learned")
+        for name in ("shuffle", "curve", "paint", "outside") if self.corruptions == "one" else ():
+            if getattr(self, name) != getattr(Corruptions, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name):g}, but with corruptions one a crop gets one of four "
+                    "ways: leave it out, or take corruptions several"
+                )
 
 
 class _Volumes:
@@ -104,17 +120,23 @@ class TransVW(Proxy):
     of Anatomical Patterns for Self-supervised Learning, IEEE TMI 40(10), 2021 (arXiv:2102.10680).
 
     A visual word is a place relative to the body's box, in the volumes that look most like a reference
-    volume drawn for it. Crops of words, at several scales, are corrupted as in Models Genesis; a decoder
-    restores them, a linear classifier names the word. Before the first step every volume is read once,
-    to compare thumbnails; the words are kept in the checkpoint.
+    volume drawn for it. Crops of words, at several scales, are deformed elastically and corrupted in one of
+    the four ways of Models Genesis; a decoder restores them, a linear classifier names the word. Before
+    the first step every volume is read once, to compare thumbnails; the words are kept in the checkpoint.
 
-    Differs from the paper: volumes are compared by the principal components of thumbnails (a linear
-    auto-encoder in closed form) instead of a trained auto-encoder's latent; places are relative to the
-    foreground's box instead of absolute, evenly spread instead of random, and passed over in volumes
-    where they show too little foreground; a word is taken from a share of the volumes instead of from
-    200; crops of the other volumes are restored too, but have no class (see `coverage`); shifts are
-    relative to the distance of words; nothing is mirrored; errors and intensities as in
-    `models_genesis`; any encoder with a light decoder and a linear classifier.
+    Differs from the paper and its released code: volumes are compared by the principal components of
+    thumbnails (a linear auto-encoder in closed form) instead of a trained auto-encoder's latent, so that
+    no network has to be trained first; places are relative to the foreground's box instead of absolute,
+    because scans begin anywhere, evenly spread instead of random, so that no two words are one, and passed
+    over in volumes where they show too little foreground; a word is taken from a share of the volumes
+    instead of from 200, for data of any size; crops of the other volumes are restored too, but have no
+    class (see `coverage`); crops are drawn anew in each step, where there three of each are cut beforehand,
+    and their shifts are relative to the distance of words. The released elastic deformation and boxes
+    scale with the crop; of a crop that is shuffled most blocks are, as in Models Genesis, where there only
+    five small ones are, a thousandth of the voxels, which is next to nothing to restore; errors and
+    intensities are as in `models_genesis`. Any encoder has a light decoder and a linear classifier on its
+    mean features, in place of a 3D U-Net and a classifier with a convolution of its own; AdamW in place of
+    Adam, and few steps. Crops are 32³ instead of 64 x 64 x 32. As released, nothing is mirrored.
 
     Volumes must lie alike: all prepared in one orientation, showing about the same part of the body.
     """
@@ -205,7 +227,7 @@ class TransVW(Proxy):
         everywhere = torch.ones_like(batch["crop"][:, 0], dtype=torch.bool)
         views = {"crop": batch["crop"], "foreground": everywhere}
         original, _ = mirror_one(config, views, rng, self.training)
-        corrupted, _ = corrupt(config, original, rng)
+        corrupted = self.corrupted(original, rng)
         maps = self.encoder(corrupted)
         restored = self.decoder(maps, original.shape[2:])
         embedding = self.encoder.pool(maps)
@@ -230,6 +252,14 @@ class TransVW(Proxy):
             metrics,
             lambda: restoration_picture(*shown),
         )
+
+    def corrupted(self, original: Tensor, rng: BatchRng) -> Tensor:
+        """Deform and corrupt crops (B, C, D, H, W), which stay as they are."""
+        config = self.config
+        deformed = elastic(original, rng, config.elastic)
+        if config.corruptions == "one":
+            return corrupt_once(deformed, rng, config.shuffled).input
+        return corrupt(config, deformed, rng).input
 
     def counts(self, index: Tensor, word: Tensor) -> Tensor:
         """Weigh each example as one of its word: 0 in volumes that are unlike its reference.

@@ -3,6 +3,7 @@ from . import convert as convert
 from . import evaluation as evaluation
 from . import testing as testing
 from .checkpoint.encoders import load_encoder as load_encoder
+from .checkpoint.models import load_model as load_model
 from .checkpoint.proxies import load_proxies as load_proxies
 from .specs import encoder_from as encoder_from
 from .training.pretrain import pretrain as pretrain

@@ -1,6 +1,12 @@
-"""Amounts as people read them: durations, sizes, counts."""
+"""Amounts and names as people read them: durations, sizes, counts, text on one line."""
 
 from __future__ import annotations
+
+import re
+
+# Control characters, breaks of lines and paragraphs, marks that turn the direction of text, and surrogates,
+# which no encoding knows: Python has one in place of each byte of a file's name that is not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def duration(seconds: float) -> str:
@@ -38,3 +44,23 @@ def count_of(number: int, thing: str) -> str:
         ('1 scan', '1,200 scans')
     """
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    r"""Return a text from a file's name or header that any file and any terminal takes, on one line.
+
+    What cannot stand there is escaped as in Python's source; all else, a backslash too, stays as it is.
+
+    Example:
+        >>> print(printable("Müller\tno. 1"))
+        Müller\x09no. 1
+        >>> print(printable(b"caf\xe9.nii".decode("utf-8", "surrogateescape")))
+        caf\xe9.nii
+    """
+    return text if text.isascii() and text.isprintable() else _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{byte:02x}" if byte < 256 else f"\\u{code:04x}"

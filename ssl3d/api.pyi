@@ -22,6 +22,7 @@ from .encoders.inference import (
 )
 from .encoders.masking import (
     can_mask as can_mask,
+    norm_visible as norm_visible,
     only_visible as only_visible,
     visible_at as visible_at,
 )
@@ -53,6 +54,13 @@ from .specs import (
     pooled_by as pooled_by,
 )
 from .checkpoint.encoders import load_encoder as load_encoder
+from .checkpoint.models import (
+    amend_model as amend_model,
+    load_model as load_model,
+    model_folders as model_folders,
+    read_model_card as read_model_card,
+    save_model as save_model,
+)
 from .checkpoint.proxies import load_proxies as load_proxies
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
@@ -102,6 +110,7 @@ from .views.compose import (
 from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
+    corrupt_once as corrupt_once,
     relative_error as relative_error,
     restoration_error as restoration_error,
 )
@@ -140,7 +149,11 @@ from .views.restore import (
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )
-from .views.spatial import centre_crop as centre_crop
+from .views.spatial import (
+    centre_crop as centre_crop,
+    elastic as elastic,
+    flip_in_turn as flip_in_turn,
+)
 from .views.stacks import draw_stack as draw_stack
 
 # Objectives
@@ -181,8 +194,9 @@ from .objectives.visual_words import (
     word_places as word_places,
 )
 from .objectives.masked_slices import (
-    interpolate_block as interpolate_block,
+    interpolate_masked as interpolate_masked,
     mask_block as mask_block,
+    mask_scattered as mask_scattered,
     standardise as standardise,
 )
 from .objectives.pair_clustering import (
@@ -198,6 +212,8 @@ from .heads.aggregator import (
     Attended as Attended,
     SliceAggregator as SliceAggregator,
     attended_offset as attended_offset,
+    stage_features as stage_features,
+    stage_width as stage_width,
 )
 from .heads.decoder import (
     Decoder as Decoder,
@@ -218,7 +234,10 @@ from .segmentation.network import (
     shrunk_mask as shrunk_mask,
 )
 from .segmentation.save import save_segmentation as save_segmentation
-from .segmentation.windows import predict_windows as predict_windows
+from .segmentation.windows import (
+    predict_slabs as predict_slabs,
+    predict_windows as predict_windows,
+)
 
 # Detection
 from .detection.anchors3d import (
@@ -274,6 +293,16 @@ from .training.loader import Loader as Loader
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
 
+# Kept models and what they predict
+from .model import (
+    BoxPrediction as BoxPrediction,
+    LabelPrediction as LabelPrediction,
+    MaskPrediction as MaskPrediction,
+    Model as Model,
+    Prediction as Prediction,
+    best_class as best_class,
+)
+
 # Benchmarks, records and statistics
 from .benchmark import (
     Benchmark as Benchmark,
@@ -299,20 +328,25 @@ from .evaluation.records import (
 # Options, errors, files and words
 from .config import (
     Plugins as Plugins,
+    added_option as added_option,
     parse as parse,
     print_table as print_table,
 )
+from .command_help import HelpSection as HelpSection
+from .yaml_files import read_yaml as read_yaml
 from .errors import (
     DataError as DataError,
     Ssl3dError as Ssl3dError,
     TrainingError as TrainingError,
     UsageError as UsageError,
 )
+from .json_files import parse_json as parse_json
 from .files import (
     whole_file as whole_file,
     write_whole as write_whole,
 )
 from .amounts import (
     duration as duration,
+    printable as printable,
     size as size,
 )

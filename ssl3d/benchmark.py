@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ssl3d.evaluation.records import KINDS
-from ssl3d.evaluation.statistics.intervals import RESAMPLES, interval
-from ssl3d.evaluation.statistics.metrics import Array, Statistic
+from ssl3d.evaluation.statistics.intervals import RESAMPLES, class_support, interval, why_no_interval
+from ssl3d.evaluation.statistics.metrics import Array, Statistic, bounds_of
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
     from ssl3d.encoder import Encoder
+    from ssl3d.model import Model
 
 
 @dataclass
@@ -170,18 +171,37 @@ class Benchmark(ABC):
             Per row of the weights, the subject it belongs to; and per score its statistic.
         """
 
+    @classmethod
+    def restore(cls, encoder: Encoder, card: dict[str, Any]) -> Model:
+        """Build a model that the benchmark kept, with new weights, for `ssl3d.load_model`; optional.
+
+        Args:
+            encoder: Encoder of the model's architecture.
+            card: Content of `model.json`.
+
+        Raises:
+            ValueError: The benchmark keeps no models, or the card is not one of its own.
+        """
+        raise ValueError(f"the benchmark {cls.name} keeps no models")
+
     def prepare(self, contestant: Contestant, data: Collection) -> None:
         """Prepare once what every `score` of this contestant needs, such as its features; optional."""
         return
 
     def summarise(self, predictions: list[dict[str, Any]], resamples: int = RESAMPLES) -> Scores:
-        """Summarise predictions as scores and their intervals over the test subjects."""
+        """Summarise predictions as scores and their intervals over the test subjects.
+
+        Where a class has too few of them, the ends of every interval are NaN.
+        """
         clusters, statistics = self.score_functions(predictions)
         intervals = {
-            name: interval(value, clusters, resamples=resamples) for name, value in statistics.items()
+            name: interval(value, clusters, resamples=resamples, bounds=bounds_of(name))
+            for name, value in statistics.items()
         }
+        few = bool(why_no_interval(class_support(predictions), 0.0))
+        unknown = (float("nan"), float("nan"))
         return Scores(
             {name: score.value for name, score in intervals.items()},
-            {name: (score.low, score.high) for name, score in intervals.items()},
+            {name: unknown if few else (score.low, score.high) for name, score in intervals.items()},
             predictions,
         )

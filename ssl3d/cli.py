@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ssl3d import plugins
+from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
 
 USAGE = """usage: ssl3d COMMAND [options]
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except Ssl3dError as error:
-        print(f"ssl3d: {' '.join(str(error).split())}", file=sys.stderr)
+        line = printable(" ".join(str(error).split()))
+        print(line if line.startswith("ssl3d ") else f"ssl3d: {line}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         # The reader (head, less) went away; Python would complain again while closing stdout.
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "--help-all"):
         print(_help(), end="")
         return 0 if argv else 2
     if argv[0] == "--version":

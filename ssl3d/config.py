@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -14,7 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ssl3d.command_help import help_of, print_help
 from ssl3d.errors import PluginError, UsageError
+
+RENAMED = {"accelerator": "device"}
+"""Former names of options, which flags, files and keyword arguments may still use."""
+_MEANT = {("device", "gpu"): "cuda"}  # what a value says in other toolkits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +34,14 @@ class Plugins:
         strict: Whether a flag of a plugin that no option selects is an error.
         called: Function that returns the name of a plugin, and so of its section, from the option's value,
             for each option whose values are not the names themselves.
+        silent: Configuration files that are meant to hold sections of plugins that nobody selects.
     """
 
     options: Mapping[str, Callable[[str], type]] = dataclasses.field(default_factory=dict)
     known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     strict: bool = True
     called: Mapping[str, Callable[[str], str]] = dataclasses.field(default_factory=dict)
+    silent: Sequence[str] = ()
 
     def name(self, option: str, said: str) -> str:
         """Return the name of the plugin that an option's value means."""
@@ -62,8 +70,9 @@ def parse(
     """Parse a command line into dataclasses.
 
     Flags are the fields' names with dashes (underscores work too), sections are `--name.field`, tuples
-    and lists take several words, `--config FILE.yaml` comes below the flags whatever its place, and
-    `--print_config` prints what would be used. Fields with metadata `positional=True` are positional.
+    and lists take several words, `--config FILE.yaml` comes below the flags whatever its place,
+    `--print_config` prints what would be used, `--help` the options that are used most, and `--help-all`
+    all of them. Fields with metadata `positional=True` are positional.
 
     Args:
         prog: Name of the command, such as `ssl3d pretrain`.
@@ -76,17 +85,27 @@ def parse(
         UsageError: A flag is unknown or its value unusable; the message names the flag.
     """
     plugins = plugins or Plugins()
-    argv = _equals_apart(argv)
-    config_files = _values(argv, "config")
-    selected = _select(options, plugins, argv, [_read_yaml(path) for path in config_files])
+    argv, asked = without_print_config(_equals_apart(argv))
+    argv = _today(options, argv)
+    help_words = {"-h", "--help", "--help-all"} & set(argv)
+    config_files = [path for word, path in itertools.pairwise(argv) if word == "--config"]
+    contents = {path: todays(options, _read_yaml(path)) for path in config_files if path[:2] != "--"}
+    selected = _select(options, plugins, argv, list(contents.values()), by_default=not help_words)
+    if "--help-all" in help_words:
+        selected = _select(options, plugins, argv, list(contents.values()))
     configs = {name: plugins.options[option](said) for name, (option, said) in selected.items()}
-    parser, defaults = _parser(prog, options, configs, epilog)
-    argv = _normalize(argv, options, configs)
+    if help_words:
+        print_help(help_of(prog, options, configs, epilog, "--help-all" in help_words))
+        raise SystemExit(0)
+    for path, content in contents.items():
+        _check_names(prog, path, content, options, configs, plugins)
+    parser, defaults = _parser(prog, options, configs)
+    argv = _normalize(argv, options, configs, contents)
     parser._prog_name = prog
     try:
         namespace = parser.parse_args(argv)
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(_placed(prog, str(error), argv, contents)) from error
     except Exception as error:  # jsonargparse lets some type errors through
         raise UsageError(f"{prog}: {_one_line(error)}") from error
     values = {key: value for key, value in namespace.as_dict().items() if key not in ("config",)}
@@ -101,16 +120,19 @@ def parse(
     given = {
         field.name
         for field in dataclasses.fields(options)
-        if _is_given("", field.name, argv, config_files) or field.metadata.get("positional")
+        if _is_given("", field.name, argv, contents.values()) or field.metadata.get("positional")
     }
     for name, config in configs.items():
         own = {field.name for field in dataclasses.fields(config)} if name in chosen else set()
-        given |= {f"{name}.{field}" for field in own if _is_given(name, field, argv, config_files)}
+        given |= {f"{name}.{field}" for field in own if _is_given(name, field, argv, contents.values())}
     sections = {
         name: _build(prog, f"{name}.", config, values.get(name) or {}, defaults[name])
         for name, config in configs.items()
         if name in chosen
     }
+    for path in set(contents) - set(plugins.silent):
+        for name in sorted(set(contents[path]) & _sections(plugins) - chosen):
+            print(f"{prog}: {path}: {name} is not selected, so its section is not used", file=sys.stderr)
     positional = {f.name for f in dataclasses.fields(options) if f.metadata.get("positional")}
     given_values = {
         key: values[key] for key in (f.name for f in dataclasses.fields(options)) if key in values
@@ -120,28 +142,133 @@ def parse(
         for key, value in given_values.items()
         if key not in positional or value not in (None, [])
     }
-    return Parsed(_build(prog, "", options, given_values, defaults[""]), sections, given)
+    parsed = Parsed(_build(prog, "", options, given_values, defaults[""]), sections, given)
+    if asked is not None:
+        sections_used = {name: to_dict(section) for name, section in parsed.sections.items()}
+        print_config(to_dict(parsed.options) | sections_used, options, configs, asked)
+        raise SystemExit(0)
+    return parsed
+
+
+def without_print_config(argv: Sequence[str]) -> tuple[list[str], set[str] | None]:
+    """Take `--print_config[=WORDS]` out of a command line.
+
+    Returns:
+        Other words, and the words of the flag (skip_default, skip_null); None where it is not there.
+
+    Raises:
+        UsageError: The flag has another word.
+    """
+    words = _equals_apart(argv)
+    rest: list[str] = []
+    asked: set[str] | None = None
+    while words:
+        word = words.pop(0)
+        if word not in ("--print_config", "--print-config"):
+            rest.append(word)
+            continue
+        asked = set()
+        if words and set(words[0].split(",")) <= {"skip_default", "skip_null", "comments"}:
+            asked = set(words.pop(0).split(","))
+    return rest, asked
+
+
+def print_config(
+    values: Mapping[str, Any], options: type, configs: Mapping[str, type], words: set[str]
+) -> None:
+    """Print options as a file that `--config` reads back.
+
+    Args:
+        values: Plain values of the options, and of the sections by the names of their plugins.
+        options: Dataclass of the command.
+        configs: Dataclass of each section.
+        words: `skip_default` leaves out what is at its default, `skip_null` what has no value.
+    """
+    from ssl3d.yaml_files import dump_yaml
+
+    def kept(config: type, own: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = _defaults(config) if "skip_default" in words else {}
+        return {
+            key: value
+            for key, value in own.items()
+            if not (key in defaults and defaults[key] == value)
+            and not ("skip_null" in words and value is None)
+        }
+
+    printed = kept(options, {key: value for key, value in values.items() if key not in configs})
+    for name in configs:
+        own = values.get(name, {})
+        section = kept(configs[name], own)
+        if section:
+            # Without these the file would look as if an earlier version had written it.
+            printed[name] = section | {key: own[key] for key in as_before(configs[name]) if key in own}
+    sys.stdout.write(dump_yaml(printed))
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """Return the plain default of each field that has one."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.default_factory is not dataclasses.MISSING:
+            values[field.name] = _plain(field.default_factory())
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = _plain(field.default)
+    return values
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert a dataclass to plain values that YAML and JSON hold; tuples become lists, paths strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+_BEFORE = "before"
+
+
+def added_option(default: Any, before: Any) -> Any:
+    """Declare an option that was added to a dataclass later, for its default means something new.
+
+    Args:
+        default: Value where the user gives none.
+        before: Value that files mean which were written before there was the option.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     rings: str = added_option("published", before="none")
+        >>> from_dict(Options, {}, "here").rings, from_dict(Options, {}, "a run", recorded=True).rings
+        ('published', 'none')
+    """
+    return dataclasses.field(default=default, metadata={_BEFORE: before})
+
+
+def as_before(config: type) -> dict[str, Any]:
+    """Collect the values that files mean which were written before there were these options."""
+    fields = dataclasses.fields(config)
+    return {field.name: field.metadata[_BEFORE] for field in fields if _BEFORE in field.metadata}
+
+
+def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: bool = False) -> Any:
     """Build a dataclass from what `to_dict` returned; types are restored, unknown keys refused.
+
+    Args:
+        config: The dataclass.
+        values: Options by name.
+        where: Beginning of the message of an error.
+        recorded: Whether ssl3d wrote the values, all that there were: an option that is missing was
+            added since, and means what it meant before (see `added_option`).
 
     Raises:
         UsageError: A key is unknown or a value unusable; the message starts with `where`.
     """
+    values = todays(config, values)
     names = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(set(values) - names)
     if unknown:
@@ -149,33 +276,106 @@ def from_dict(config: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(config)
     fields = {key: _tuples(hints[key], value) for key, value in values.items()}
     try:
-        return config(**fields)
+        return config(**((as_before(config) if recorded else {}) | fields))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
 
 
-_TRUTH = ("true", "false", "yes", "no")  # a bare flag is true, so another word after it is not its value
+def todays(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring former names of options, and values that other toolkits use, to those of today.
+
+    Args:
+        options: Dataclass of the options.
+        values: Values by the names of options; other names are left as they are.
+    """
+    fields = {field.name for field in dataclasses.fields(options)}
+    named = {
+        RENAMED[key] if key not in fields and RENAMED.get(key) in fields else key: value
+        for key, value in values.items()
+    }
+    return {
+        key: _MEANT.get((key, value), value) if isinstance(value, str) and key in fields else value
+        for key, value in named.items()
+    }
+
+
+def _today(options: type, argv: Sequence[str]) -> list[str]:
+    """Bring the flags of a command line to the names and values of today."""
+    words: list[str] = []
+    for word in argv:
+        before = words[-1][2:].replace("-", "_") if words and words[-1].startswith("--") else ""
+        if word.startswith("--"):
+            (name,) = todays(options, {word[2:].replace("-", "_"): None})
+            words.append(f"--{name.replace('_', '-')}" if name != word[2:].replace("-", "_") else word)
+        else:
+            words.append(todays(options, {before: word})[before])
+    return words
+
+
+_BARE = (bool, bool | None)  # a bare flag is true, so another word after it is not its value
+_TRUTH = ("true", "false", "yes", "no", "null", "none")
 
 
 # Parsing ------------------------------------------------------------------------------------------
 
 
-def _nearest(flag: str, known: Sequence[str]) -> str:
-    """Suggest what may have been meant by an unknown flag, or where all flags are listed."""
-    section, dot, field = flag.partition(".")
-    own = [name.partition(".")[2] for name in known if dot and name.startswith(f"{section}.")]
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Suggest what may have been meant by an unknown flag or name, or where all are listed."""
+    section, dot, field = name.partition(".")
+    own = [entry.partition(".")[2] for entry in known if dot and entry.startswith(f"{section}.")]
     if own:
         close = difflib.get_close_matches(field, own)
-        return f"; near it: {section}.{close[0]}" if close else f"; {section[2:]} has {', '.join(own)}"
-    close = difflib.get_close_matches(flag, known, cutoff=0.75)
+        if close:
+            return f"; near it: {section}.{close[0]}"
+        return f"; {section.removeprefix('--')} has {', '.join(own)}"
+    close = difflib.get_close_matches(name, known, cutoff=0.75)
     return f"; near it: {', '.join(close)}" if close else "; --help lists the options"
 
 
-def _parser(
-    prog: str, options: type, configs: Mapping[str, type], epilog: str
-) -> tuple[Any, dict[str, dict[str, Any]]]:
+def _placed(prog: str, line: str, argv: Sequence[str], contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the configuration file in an error about a value that no flag gave."""
+    match = re.match(rf"{prog}: --([\w.-]+): (.*)", line)
+    if match is None:
+        return line
+    section, _, field = match[1].replace("-", "_").rpartition(".")
+    if not _is_given(section, field, argv, ()):
+        for path, content in reversed(list(contents.items())):
+            if _is_given(section, field, (), (content,)):
+                return f"{prog}: {path}: {match[1].replace('-', '_')}: {match[2]}"
+    return line
+
+
+def _check_names(
+    prog: str,
+    path: str,
+    content: Mapping[str, Any],
+    options: type,
+    configs: Mapping[str, type],
+    plugins: Plugins,
+) -> None:
+    """Refuse a name in a configuration file that is no option.
+
+    Raises:
+        UsageError: There is one; the message names the file, and what is near.
+    """
+    own = {field.name for field in dataclasses.fields(options)}
+    sections = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in configs.items()}
+    others = _sections(plugins) - set(sections)
+    known = [
+        *own,
+        *sections,
+        *others,
+        *(f"{name}.{field}" for name in sections for field in sections[name]),
+    ]
+    for key, value in content.items():
+        inside = isinstance(value, dict) and key in sections
+        for name in [f"{key}.{field}" for field in value] if inside else [str(key)]:
+            if name.replace("-", "_") not in known and name.partition(".")[0] not in others | {"config"}:
+                raise UsageError(f"{prog}: {path}: unknown option {name}{_nearest(name, known)}")
+
+
+def _parser(prog: str, options: type, configs: Mapping[str, type]) -> tuple[Any, dict[str, dict[str, Any]]]:
     from jsonargparse import ArgumentParser
-    from jsonargparse._formatters import DefaultHelpFormatter
 
     class OneLineParser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -185,27 +385,18 @@ def _parser(
                 line += _nearest(words.split("=")[0].split()[0], list(self._option_string_actions))
             raise UsageError(f"{prog}: {line}") from ex
 
-    description = (options.__doc__ or "").strip().split("\n\n")[0]
-    parser = OneLineParser(
-        prog=prog,
-        description=description,
-        epilog=epilog or None,
-        default_env=False,
-        allow_abbrev=False,  # a mistyped flag must not become another one
-        formatter_class=DefaultHelpFormatter,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of options, which flags override")
+    # A mistyped flag must not become another one.
+    parser = OneLineParser(prog=prog, default_env=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
     defaults = {"": _add_fields(parser, options, "")}
     for name, config in configs.items():
-        group = parser.add_argument_group(f"options of {name}")
-        defaults[name] = _add_fields(group, config, f"{name}.")
+        defaults[name] = _add_fields(parser, config, f"{name}.")
     return parser, defaults
 
 
 def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
     """Add one flag per field, and return the defaults."""
     hints = typing.get_type_hints(config)
-    help_of = field_help(config)
     defaults = {}
     for field in dataclasses.fields(config):
         if not field.init:
@@ -217,7 +408,6 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
         if not missing:
             defaults[field.name] = default
         extra = {"default": None if missing else default}
-        text = help_of.get(field.name) or " "
         if field.metadata.get("positional"):
             several = _is_sequence(hints[field.name])
             word = {"nargs": "*" if not missing else "+"} if several else {}
@@ -225,30 +415,11 @@ def _add_fields(parser: Any, config: type, prefix: str) -> dict[str, Any]:
                 word = {"nargs": "?"}
             kind = _item(hints[field.name]) if several else hints[field.name]
             # jsonargparse wants no default here; `parse` leaves out what was not given.
-            action = parser.add_argument(field.name, type=kind, help=text, **word)
-            # argparse calls any number of words without a default required, and the help would say so.
-            action.required = missing
+            parser.add_argument(field.name, type=kind, **word)
         else:
             flag = f"--{prefix}{field.name.replace('_', '-')}"
-            parser.add_argument(flag, type=hints[field.name], help=text, required=missing, **extra)
+            parser.add_argument(flag, type=hints[field.name], required=missing, **extra)
     return defaults
-
-
-def field_help(config: type) -> dict[str, str]:
-    """Collect the help of the fields, of bases too: the string below each, or its line in `Attributes:`."""
-    from docstring_parser import parse_from_object
-
-    help_of: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        if base is object or not dataclasses.is_dataclass(base):
-            continue
-        try:
-            documented = parse_from_object(base)
-        except (OSError, SyntaxError):  # defined in a console: no source to read
-            continue
-        for param in documented.params:
-            help_of[param.arg_name] = " ".join((param.description or "").split())
-    return help_of
 
 
 def _build(
@@ -264,12 +435,20 @@ def _build(
         message = _one_line(error)
         names = sorted((f.name for f in dataclasses.fields(config)), key=len, reverse=True)
         culprit = next((n for n in names if re.search(rf"\b{n}\b", message)), None)
-        flag = f"--{prefix}{culprit.replace('_', '-')}: " if culprit else ""
-        raise UsageError(f"{prog}: {flag}{message}") from error
+        if culprit is None:
+            raise UsageError(f"{prog}: {message}") from error
+        flag = f"--{prefix}{culprit.replace('_', '-')}"
+        said = re.fullmatch(rf"{culprit}(:| is\b)(.*)", message)
+        # "lr is 0" becomes "--lr is 0"; a message that begins otherwise is told whole.
+        raise UsageError(f"{prog}: {flag}{said[1] + said[2] if said else f': {message}'}") from error
 
 
 def _select(
-    options: type, plugins: Plugins, argv: Sequence[str], files: Sequence[Mapping[str, Any]]
+    options: type,
+    plugins: Plugins,
+    argv: Sequence[str],
+    files: Sequence[Mapping[str, Any]],
+    by_default: bool = True,
 ) -> dict[str, tuple[str, str]]:
     """Find the plugins named by a flag, by a configuration file or by a section.
 
@@ -282,7 +461,7 @@ def _select(
         named = _values(argv, option)
         if not named:
             named = next((_listed(file[option]) for file in reversed(files) if option in file), [])
-        if not named and default is not dataclasses.MISSING:
+        if not named and by_default and default is not dataclasses.MISSING:
             named = _listed(default)
         for said in named:
             selected[plugins.name(option, said)] = option, said
@@ -296,6 +475,11 @@ def _select(
         for name in sorted(known & (prefixes | keys)):
             selected.setdefault(name, (option, name))
     return selected
+
+
+def _sections(plugins: Plugins) -> set[str]:
+    """Return the names that may be sections of a configuration file."""
+    return {name for names in plugins.known.values() for name in names}
 
 
 def _chosen(options: type, plugins: Plugins, values: Mapping[str, Any]) -> set[str]:
@@ -312,7 +496,12 @@ def _listed(value: Any) -> list[str]:
     return [str(item) for item in value]
 
 
-def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) -> list[str]:
+def _normalize(
+    argv: Sequence[str],
+    options: type,
+    configs: Mapping[str, type],
+    contents: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
     """Put --config first, make one list of a sequence option's words, and write `_` and `-` as one."""
     hints = {("", f.name): typing.get_type_hints(options)[f.name] for f in dataclasses.fields(options)}
     for name, config in configs.items():
@@ -331,10 +520,7 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
             if not words or words[0].startswith("--"):
                 raise UsageError("--config: names no file; give one after it")
             # As text, not as a path: a lone word for a list option is made a list on the way.
-            first += ["--config", _normal_yaml(words.pop(0), hints)]
-            continue
-        if (section, field) == ("", "print_config"):
-            rest.append("--print_config")
+            first += ["--config", _normal_yaml(contents[words.pop(0)], hints, configs)]
             continue
         flag = f"--{section + '.' if section else ''}{field.replace('_', '-')}"
         hint = hints.get((section, field))
@@ -355,19 +541,27 @@ def _normalize(argv: Sequence[str], options: type, configs: Mapping[str, type]) 
                     if single and any(a not in (type(None),) for a in scalars):
                         listed = single if not _numeric_sequence(hint, single) else listed
             rest.append(f"{flag}={listed}")
-        elif words and not re.match(r"--\w", words[0]) and (hint is not bool or words[0].lower() in _TRUTH):
+        elif (
+            words and not re.match(r"--\w", words[0]) and (hint not in _BARE or words[0].lower() in _TRUTH)
+        ):
             rest.append(f"{flag}={words.pop(0)}")
-        elif hint is bool:
+        elif hint in _BARE:
             rest.append(f"{flag}=true")
-        elif field == "help":
-            rest.append(word)
         else:
             rest.append(flag)
     return first + rest
 
 
-def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
-    """Write a configuration file as JSON, with single values of sequence options wrapped into lists."""
+def _normal_yaml(
+    content: Mapping[str, Any],
+    hints: Mapping[tuple[str, str], Any],
+    configs: Mapping[str, type],
+) -> str:
+    """Write a configuration file as JSON, with single values of sequence options wrapped into lists.
+
+    A section that names every option but some that were added later was written out by an earlier
+    version (a run's `config.yaml`, `--print_config`): those it lacks mean what they meant then.
+    """
 
     def fold(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
         folded: dict[str, Any] = {}
@@ -383,7 +577,13 @@ def _normal_yaml(path: str, hints: Mapping[tuple[str, str], Any]) -> str:
                 folded[name] = value
         return folded
 
-    return json.dumps(fold("", _read_yaml(path)))
+    folded = fold("", content)
+    for name, config in configs.items():
+        section, added = folded.get(name), as_before(config)
+        others = {field.name for field in dataclasses.fields(config)} - set(added)
+        if isinstance(section, dict) and others <= set(section):
+            folded[name] = added | section
+    return json.dumps(folded)
 
 
 def _numeric_sequence(hint: Any, word: str) -> bool:
@@ -402,7 +602,7 @@ def _equals_apart(argv: Sequence[str]) -> list[str]:
 
 
 def _values(argv: Sequence[str], name: str) -> list[str]:
-    """Collect the words after `--name`, at its last occurrence (at all of them for --config)."""
+    """Collect the words after `--name`, at its last occurrence."""
     collected: list[str] = []
     flags = {f"--{name}", f"--{name.replace('_', '-')}"}
     for i, word in enumerate(argv):
@@ -412,16 +612,15 @@ def _values(argv: Sequence[str], name: str) -> list[str]:
                 if follower.startswith("--"):
                     break
                 words += [w.strip(" '\"") for w in follower.strip("[]").split(",")]
-            collected = collected + words if name == "config" else words
+            collected = words
     return [word for word in collected if word]
 
 
-def _is_given(section: str, field: str, argv: Sequence[str], config_files: Iterable[str]) -> bool:
+def _is_given(section: str, field: str, argv: Sequence[str], files: Iterable[Mapping[str, Any]]) -> bool:
     flag = f"--{section + '.' if section else ''}{field.replace('_', '-')}"
     if any(word == flag or word.startswith(f"{flag}=") for word in argv):
         return True
-    for path in config_files:
-        content = _read_yaml(path)
+    for content in files:
         inside = content.get(section) if section else content
         if isinstance(inside, dict) and field in inside:
             return True
@@ -431,17 +630,17 @@ def _is_given(section: str, field: str, argv: Sequence[str], config_files: Itera
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
+    from ssl3d.yaml_files import read_yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(Path(path))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"--config {path}: not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: holds no options (expected `name: value` lines)")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _is_sequence(hint: Any) -> bool:

@@ -14,6 +14,7 @@ from ssl3d.checkpoint.encoders import load_encoder
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, UsageError
+from ssl3d.yaml_files import parse_yaml
 
 SCRATCH = "scratch:"
 
@@ -137,19 +138,17 @@ def fields_of(words: list[str]) -> dict[str, Any]:
         >>> fields_of(["acs", "width=32", "stem_stride=1,1,1"])
         {'kind': 'acs', 'width': 32, 'stem_stride': [1, 1, 1]}
     """
-    import yaml
-
     fields: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             key, value = "kind", word
         try:  # [[1,1,1],[2,2,2]] is a list already, 1,1,1 and [1,1,1],[2,2,2] are what is in one
-            fields[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            fields[key] = parse_yaml(value)
+        except ValueError:
             fields[key] = value
         if "," in value and not isinstance(fields[key], list):
-            fields[key] = yaml.safe_load(f"[{value}]")
+            fields[key] = parse_yaml(f"[{value}]")
     return fields
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"ssl3d": "ssl3d", "proxies": "ssl3d_proxies", "benchmarks": "ssl3d_benchmarks"}
 # Needed by what is imported: torch.utils.tensorboard writes with the one, lightly imports the other.
 BEHIND_OTHERS = {"tensorboard", "torchvision"}
-PUBLIC = {"encoder_from", "load_encoder", "load_proxies", "pretrain", "resume"}
+PUBLIC = {"encoder_from", "load_encoder", "load_model", "load_proxies", "pretrain", "resume"}
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 

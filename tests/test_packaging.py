@@ -1,5 +1,6 @@
 """The wheel, and the README's own proxy as a real separate distribution."""
 
+import configparser
 import os
 import re
 import shutil
@@ -12,6 +13,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE", "ssl3d", "proxies", "benchmarks"]
+
+
+def test_the_images_are_built_from_what_a_wheel_needs():
+    """Each recipe copies what the wheel of these tests is built from, and pins it by the constraints."""
+    wanted = {*SOURCES, "constraints.txt"}
+    docker = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", docker, re.MULTILINE)
+    assert {name for line in copied for name in line.split()} == wanted
+    kept = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(kept) == wanted, "scans or runs of the working folder could slip into an image"
+    files = (ROOT / "apptainer.def").read_text(encoding="utf-8").split("%files")[1].split("%")[0]
+    assert {line.split()[0] for line in files.strip().splitlines()} == wanted
+    assert re.search(r"^USER (?!root|0)\w+$", docker, re.MULTILINE), "the image runs as root"
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    for recipe in (docker, (ROOT / "apptainer.def").read_text(encoding="utf-8")):
+        named = re.search(r"(?i)extras=([\w,]+)", recipe)[1].split(",")
+        assert set(named) <= set(extras["options.extras_require"])
 
 
 def run(*command, path=(), cwd=None, **env):

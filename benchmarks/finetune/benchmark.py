@@ -10,7 +10,7 @@ from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import Array, FinetuneTask
 
 if TYPE_CHECKING:
-    from ssl3d.api import Collection, Contestant, statistics
+    from ssl3d.api import Collection, Contestant, Encoder, Model, statistics
 
 
 class Finetune(Benchmark):
@@ -51,6 +51,13 @@ class Finetune(Benchmark):
     def task_version(self) -> int:
         """Version of frame and task together: either changes the scores."""
         return 100 * self.version + self.downstream.version
+
+    @classmethod
+    def restore(cls, encoder: Encoder, card: dict[str, Any]) -> Model:
+        """Build a model that was kept, with new weights."""
+        from ssl3d_benchmarks.finetune.kept import restore
+
+        return restore(encoder, card)
 
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]

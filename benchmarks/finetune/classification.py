@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssl3d.api import AggregatedEncoder, Contestant, DataError, draw_crop, embed_volume
+from ssl3d.api import (
+    AggregatedEncoder,
+    Contestant,
+    DataError,
+    LabelPrediction,
+    draw_crop,
+    embed_volume,
+)
 from ssl3d_benchmarks.features import BATCH_VOXELS
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask
 from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
@@ -229,7 +237,27 @@ class Classification(FinetuneTask):
             "scale": "random" if self.dimmed else "none",
         }
 
-    def model(self, encoder: Encoder, train: Collection) -> Classifier:
+    @property
+    def can_flip(self) -> bool:  # type: ignore[override]
+        """Whether training mirrored volumes."""
+        return self.config.flip > 0
+
+    def keep(self, model: nn.Module) -> dict[str, Any]:
+        """Return the least size of what the encoder sees."""
+        return {"least": [int(n) for n in self._least]}
+
+    @classmethod
+    def restore(
+        cls, settings: Mapping[str, Any], target: str, kept: Mapping[str, Any], encoder: Encoder
+    ) -> tuple[Classification, Classifier]:
+        """Restore the task and the classifier from a card."""
+        task = cls.scorer(settings, target)
+        assert isinstance(task, cls)
+        task.dimmed = task.config.scale == "random"
+        task._least = np.array(kept["least"], dtype=int)
+        return task, task.model(encoder, None)
+
+    def model(self, encoder: Encoder, train: Collection | None) -> Classifier:
         """Build the encoder with a linear head."""
         return Classifier(encoder, max(len(self.classes), 1), self.config.dropout)
 
@@ -279,16 +307,33 @@ class Classification(FinetuneTask):
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
         """Predict the probabilities of the classes, or the value, beside the target."""
         assert isinstance(model, Classifier)
-        device = next(model.parameters()).device
-        image = self._dimmed(self._padded(volume.read()).to(device))
-        if self._fits(image.shape[1:]):
-            outputs = model(image[None])
-        elif isinstance(model.encoder, AggregatedEncoder):
-            outputs = model.read(model.encoder.embed(image[None]))
-        else:
-            amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-            outputs = model.read(embed_volume(model.encoder, image, self.config.crop, autocast=amp)[None])
+        outputs = self._outputs(model, self._image(model, volume))
         return self._rows(model, outputs, [volume.label])[0]
+
+    def infer(self, model: nn.Module, volume: Volume, flip: bool = False) -> LabelPrediction:
+        """Predict the probabilities of the classes, or the value; the mean over mirrored copies."""
+        assert isinstance(model, Classifier)
+        image = self._image(model, volume)
+        axes = [axis for axis in (1, 2, 3) if flip and image.shape[axis] > 1]
+        ways = [some for count in range(len(axes) + 1) for some in itertools.combinations(axes, count)]
+        each = [self._answers(model, self._outputs(model, image.flip(way) if way else image))[0]
+                for way in ways]  # fmt: skip
+        return LabelPrediction(self.classes, tuple(np.mean(each, axis=0).tolist()))
+
+    def _image(self, model: Classifier, volume: Volume) -> Tensor:
+        device = next(model.parameters()).device
+        return self._dimmed(self._padded(volume.read()).to(device))
+
+    def _outputs(self, model: Classifier, image: Tensor) -> Tensor:
+        """Compute the outputs (1, K) of one volume (C, D, H, W)."""
+        if self._fits(image.shape[1:]):
+            outputs: Tensor = model(image[None])
+            return outputs
+        if isinstance(model.encoder, AggregatedEncoder):
+            return model.read(model.encoder.embed(image[None]))
+        kind = image.device.type
+        amp = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return model.read(embed_volume(model.encoder, image, self.config.crop, autocast=amp)[None])
 
     def predict_all(self, model: nn.Module, data: Collection) -> list[dict[str, Any]]:
         """Predict volumes, those of a shape in batches."""
@@ -323,12 +368,15 @@ class Classification(FinetuneTask):
     ) -> list[dict[str, Any]]:
         """Fit a linear model on hand-made features, as the linear probe does; val is not used."""
         probe = LinearProbe(self._probe.config)
-        measured = self._probe.config.mask_classes if name != "pooled voxels" else ()
         row = Contestant(
             name, "trivial", f"{name} v{VERSION}",
-            details={"features": name, "mask_classes": list(measured)},
+            details={"features": name, "mask_classes": list(self.measured(name))},
         )  # fmt: skip
         return probe.score(row, train, val, test, seed).predictions
+
+    def measured(self, name: str) -> Sequence[int]:
+        """Return the mask values that a row without a network measures."""
+        return self._probe.config.mask_classes if name != "pooled voxels" else ()
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Add a line to `predictions.csv`: volume, target, and probabilities of classes or the value."""
@@ -383,18 +431,20 @@ class Classification(FinetuneTask):
         return x
 
     def _rows(self, model: Classifier, outputs: Tensor, labels: Sequence[Any]) -> list[dict[str, Any]]:
-        outputs = outputs.double().cpu()
+        pairs = zip(labels, self._answers(model, outputs), strict=True)
         if self.target != "classes":
-            values = (outputs[:, 0] * model.spread.double().cpu() + model.centre.double().cpu()).tolist()
-            return [
-                {"target": float(label), "prediction": value}
-                for label, value in zip(labels, values, strict=True)
-            ]
-        probability = outputs.softmax(dim=1).tolist()
-        return [
-            {"target": str(label), "probability": row}
-            for label, row in zip(labels, probability, strict=True)
-        ]
+            return [{"target": float(label), "prediction": row[0]} for label, row in pairs]
+        return [{"target": str(label), "probability": row} for label, row in pairs]
+
+    def _answers(self, model: Classifier, outputs: Tensor) -> list[list[float]]:
+        """Turn outputs (B, K) into probabilities of the classes, or into one value in the labels' unit."""
+        outputs = outputs.double().cpu()
+        if self.target == "classes":
+            probability: list[list[float]] = outputs.softmax(dim=1).tolist()
+            return probability
+        values = outputs[:, :1] * model.spread.double().cpu() + model.centre.double().cpu()
+        answers: list[list[float]] = values.tolist()
+        return answers
 
 
 def shifted(x: Tensor, shares: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ssl3d.api import (
 )
 from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
+from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask
 from ssl3d_benchmarks.finetune.train import (
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 APART = (
     "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "lr",
     "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
-    "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
+    "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
 )  # fmt: skip
 """Options that settings leave out: they change no score, or the record holds them elsewhere."""
 
@@ -208,7 +209,12 @@ def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Resu
             if job.options.overwrite:
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)
             part = score_fold(
-                plan, lambda: copy.deepcopy(encoder), rates=job.arm.rates, test=test, key=result.key
+                plan,
+                lambda: copy.deepcopy(encoder),
+                rates=job.arm.rates,
+                test=test,
+                key=result.key,
+                keep=_keeper(job, plan, result, folder / f"fold-{number}.model"),
             )
             _write_json(path, part)
             shutil.rmtree(folder / f"fold-{number}", ignore_errors=True)
@@ -219,12 +225,23 @@ def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Resu
     details = [part["details"] for part in parts]
     result.compute["finetune"] = _compute([part["compute"] for part in parts])
     result.compute["details"] = details[0] if len(details) == 1 else details
+    # Before the record: where that is found, nothing is trained again.
+    kept.finish(result, folder, job.options.out, job.options, len(job.split.folds))
     write_result(result, job.options.out)
     shutil.rmtree(folder, ignore_errors=True)
     chosen = ", ".join(f"{of_fold['lr']:g}" for of_fold in details)
     say(f"{job.name}: {job.benchmark.main} {result.scores[job.benchmark.main]:.3f}"
         f" (learning rate {chosen}; {time.perf_counter() - began:.0f} s)")  # fmt: skip
     return result
+
+
+def _keeper(
+    job: FinetuneJob, plan: TrainingPlan, result: Result, folder: Path
+) -> Callable[[nn.Module, Trial], None] | None:
+    """Return the function that keeps the model of a fold; None where it is not to be kept."""
+    if not kept.wanted(job.options, job.entry.name, result.fraction):
+        return None
+    return lambda model, trial: kept.keep_fold(plan, model, trial, result, folder)
 
 
 def score_fold(
@@ -234,6 +251,7 @@ def score_fold(
     rates: Sequence[float],
     test: Collection,
     key: str = "",
+    keep: Callable[[nn.Module, Trial], None] | None = None,
 ) -> dict[str, Any]:
     """Train with every learning rate, keep the best by validation score, and only then predict.
 
@@ -243,6 +261,7 @@ def score_fold(
         rates: Learning rates to try.
         test: Volumes to predict at the end.
         key: Key of the record, by which predictions and pictures are named; empty for no pictures.
+        keep: Function that keeps the model of the best learning rate, given its training.
 
     Returns:
         `predictions`, `details` and `compute`, as JSON holds them.
@@ -253,24 +272,30 @@ def score_fold(
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     trials: list[Trial] = []
-    kept: tuple[nn.Module, Trial] | None = None
+    best_so_far: tuple[nn.Module, Trial] | None = None
     for lr in rates:
         try:
             model, trial = train(plan, make, lr)
         except Diverged as error:
             trials.append(error.trial)
-            if kept is None and len(trials) == len(rates):
+            if best_so_far is None and len(trials) == len(rates):
                 raise
             plan.say(f"{error}; this learning rate is left out")
             continue
         trials.append(trial)
-        if kept is None or trial.value > kept[1].value or not np.isfinite(kept[1].value):
-            kept = model, trial
-    assert kept is not None
-    model, best = kept
+        if (
+            best_so_far is None
+            or trial.value > best_so_far[1].value
+            or not np.isfinite(best_so_far[1].value)
+        ):
+            best_so_far = model, trial
+    assert best_so_far is not None
+    model, best = best_so_far
     began = time.perf_counter()
     predictions = predict(plan, model, test)
     seconds = time.perf_counter() - began
+    if keep is not None:
+        keep(model, best)
     if plan.options.save_predictions:
         _save_predictions(plan, model, test, key)
     if key and plan.seed == plan.options.seeds[0]:
@@ -359,7 +384,7 @@ def _run_trivial(job: FinetuneJob) -> Result:
     seeded = job.subset.fraction < 1 and options.split_seed
     training = {"split_seed": options.split_seed} if seeded else {}
     settings = {**settings_of(job.task, options, job.subset, ()), "training": training, "preset": ""}
-    result = job.begin_record(trivial_contestant(job.entry), settings)
+    result = job.begin_record(trivial_contestant(job.entry, job.task.measured(job.entry.name)), settings)
     existing = None if options.overwrite else find_result(result, options.out)
     if existing is not None:
         return existing

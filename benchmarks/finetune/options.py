@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from ssl3d.api import HelpSection
 
 SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
@@ -61,6 +63,9 @@ class FinetuneOptions:
         no_trivial: Whether to leave out the rows without a network.
         save_predictions: Whether to write the predictions on the test subjects (NIfTI, CSV, JSON) under
             OUT/predictions.
+        keep_models: Arms whose trained networks are kept under OUT/models, for ssl3d predict: best (the arm
+            and seed with the best score on the validation subjects, at the largest fraction; all, where
+            there are no such subjects), all, none, or names of rows.
         checkpoint_seconds: Seconds between two checkpoints of a training.
         device: Device that computes: auto, cpu, cuda or mps.
         threads: Number of CPU threads; 0 for torch's own number.
@@ -104,11 +109,26 @@ class FinetuneOptions:
     no_scratch: bool = False
     no_trivial: bool = False
     save_predictions: bool = False
+    keep_models: tuple[str, ...] = ("best",)
     checkpoint_seconds: float = 60.0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 0
     workers: int = -1
     overwrite: bool = False
+
+    help_sections: ClassVar[tuple[HelpSection, ...]] = (
+        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "split_seed")),
+        HelpSection(
+            "training",
+            ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
+            ("lr_scratch", "tune_scratch", "optimizer", "momentum", "weight_decay", "schedule",
+             "milestones", "gamma", "warmup", "clip", "eval_at", "keep", "checkpoint_seconds"),
+        ),
+        HelpSection("encoder", ("freeze", "pool"), ("layer_decay", "freeze_norm")),
+        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial",)),
+        HelpSection("hardware", ("device", "workers"), ("precision", "threads")),
+    )  # fmt: skip
+    """Sections of the help."""
 
     def __post_init__(self) -> None:
         """Check the value of every field."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ssl3d.api import BatchRng, Collection, Encoder, Volume, statistics
+    from ssl3d.api import BatchRng, Collection, Encoder, Prediction, Volume, statistics
 
 Array = NDArray[Any]
 
@@ -59,6 +59,8 @@ class FinetuneTask(ABC):
         target: Kind of target, a key of `mains`; set by `__init__`.
         names: Names of the classes as tables show them.
         classes: Classes of the target; empty for values.
+        can_flip: Whether training mirrored volumes, so that predictions may be averaged over mirrored
+            copies.
     """
 
     Config: ClassVar[type]
@@ -76,6 +78,7 @@ class FinetuneTask(ABC):
     target: str
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    can_flip: bool = False
 
     @abstractmethod
     def __init__(self, config: Any, data: Collection) -> None:
@@ -123,10 +126,11 @@ class FinetuneTask(ABC):
         return dataclasses.asdict(self.config)
 
     @abstractmethod
-    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+    def model(self, encoder: Encoder, train: Collection | None) -> nn.Module:
         """Build the network around an encoder, which becomes its attribute `encoder`.
 
-        New weights follow torch's seed. The architecture may depend on the training subjects alone.
+        New weights follow torch's seed. The architecture may depend on the training subjects alone; what
+        does so is in `keep`, for `restore` has none.
         """
 
     def start(self, model: nn.Module, train: Collection) -> None:
@@ -168,6 +172,41 @@ class FinetuneTask(ABC):
         return self.predict_all(model, data)
 
     @abstractmethod
+    def infer(self, model: nn.Module, volume: Volume, flip: bool = False) -> Prediction:
+        """Predict one volume for its user, without a look at its target.
+
+        A task that was restored from a card can do it: it has no data. `predict` comes to the same.
+
+        Args:
+            model: Model in evaluation mode.
+            volume: Volume to predict, perhaps one in memory only.
+            flip: Whether to average over mirrored copies, where `can_flip`.
+        """
+
+    def kinds(self, data: Collection) -> list[dict[str, Any]]:
+        """Return `value` and `name` of each class, in the order of the outputs; none where values are."""
+        return [{"value": n, "name": name} for n, name in enumerate(self.classes)]
+
+    def keep(self, model: nn.Module) -> dict[str, Any]:
+        """Return what `restore` needs beside the settings, as JSON holds it."""
+        return {}
+
+    @classmethod
+    def restore(
+        cls, settings: Mapping[str, Any], target: str, kept: Mapping[str, Any], encoder: Encoder
+    ) -> tuple[FinetuneTask, nn.Module]:
+        """Restore the task as far as `infer` needs it, and its model with new weights, without data.
+
+        Args:
+            settings: Answer of `settings` at that time.
+            target: Kind of target.
+            kept: Answer of `keep`.
+            encoder: Encoder of the model.
+        """
+        task = cls.scorer(settings, target)
+        return task, task.model(encoder, None)
+
+    @abstractmethod
     def score_functions(
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
@@ -178,6 +217,10 @@ class FinetuneTask(ABC):
     ) -> list[dict[str, Any]]:
         """Predict by a row named in `trivial`; the rows have `dataset`, `subject` and `id`."""
         raise NotImplementedError(name)
+
+    def measured(self, name: str) -> Sequence[int]:
+        """Return the mask values that a row of `trivial` measures on test volumes; none for no mask."""
+        return ()
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Write a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""

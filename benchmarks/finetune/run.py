@@ -20,13 +20,14 @@ from ssl3d_benchmarks.contestants import (
     trivial_entries,
     untrained,
 )
+from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
-from ssl3d_benchmarks.task import SplitData, headline, say, split_up, training_subsets
+from ssl3d_benchmarks.task import SplitData, headline, say, show, split_up, training_subsets
 
 
 @dataclass
@@ -154,16 +155,27 @@ def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: Fi
         blocks = blocks_of(outcome.rows, benchmark)
         note_warnings(outcome.rows, benchmark, options.out)
         text = format_table(blocks, benchmark, split.how)
-        print(text)
+        show(text)
         (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         pictures = draw_curves(outcome.rows, benchmark, options.out)
         for path in [*pictures, *draw_slices(outcome.rows, benchmark, options.out)]:
-            print(f"picture: {path}")
-        print(f"records: {options.out}")
+            show(f"picture: {path}")
+        show(f"records: {options.out}")
+        _say_models(outcome, options)
     if outcome.failed:
         say(f"{len(outcome.failed)} of {len(outcome.failed) + len(outcome.rows)} jobs failed:")
         for name, reason in outcome.failed.items():
             say(f"  {name}: {reason}")
+
+
+def _say_models(outcome: Outcome, options: FinetuneOptions) -> None:
+    """Print the folders of the models that are kept, and how one predicts."""
+    places = {kept.kept_of(row.result, options.out) for row in outcome.rows} - {None}
+    for place in sorted(map(str, places)):
+        show(f"model: {place} (ssl3d predict {place} --data SCANS --out predicted)")
+    trained = any(row.kind != "trivial" for row in outcome.rows)
+    if trained and not places and kept.NONE not in options.keep_models:
+        say(f"no model of these records is kept in {options.out}; --overwrite trains and keeps them")
 
 
 # The data and the arms ----------------------------------------------------------------------------

@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssl3d.api import Ssl3dError, statistics, write_result
-from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
+from ssl3d_benchmarks.table import (
+    Line,
+    Row,
+    aligned,
+    detectable,
+    difference_of,
+    make_line,
+    number,
+    signed,
+    why_no_interval,
+    with_interval,
+)
 from ssl3d_benchmarks.task import leak_help
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 from ssl3d_benchmarks.unlearned import floor_words, unlearned
 
 if TYPE_CHECKING:
@@ -142,10 +154,9 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
         if line.first.kind == "encoder" and beside is not None:
             gain = difference_of(line, beside)
             differences.append(gain)
-            difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
-            p = number(gain.p) if gain.p >= 0.001 else "<.001"
-        own = statistics.nested_interval(line.runs)
-        score = f"{number(own.value)} [{number(own.low)}, {number(own.high)}]"
+            difference = with_interval(gain, signed)
+            p = "<.001" if gain.p < 0.001 else number(gain.p)
+        score = with_interval(statistics.nested_interval(line.runs), number)
         means = [_mean(line, name) for name in others]
         table.append([line.name, score, *means, difference, p, *_chosen(line), _notes(line)])
     if not differences:
@@ -166,7 +177,7 @@ def _block(block: Block, benchmark: Finetune, how: str) -> str:
         text += ["", *aligned([["contestant", *further]] + [
             [line.name, *(_mean(line, name) for name in further)] for line in lines
         ]), ""]  # fmt: skip
-    text += detectable(differences, benchmark.main)
+    text += [*detectable(differences, benchmark.main), *why_no_interval(lines)]
     lone = "" if seeds > 1 else "; one seed: the spread between seeds is not in them"
     text.append(
         f"intervals: 95 %, over test subjects, {seeds} seed{'s' * (seeds > 1)}, {subsets} subset"
@@ -217,6 +228,7 @@ def _notes(line: Line) -> str:
     notes = ["from scratch"] if line.first.kind == "untrained" else []
     if line.first.kind == "trivial":
         notes.append("no network")
+        notes += [TRUE_MASKS] * reads_true_masks(line.first.result.contestant)
     if flags.get("seen_test_subjects"):
         notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
     if flags.get("saw_labels"):

@@ -28,7 +28,7 @@ the folder is packed again."""
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "--help-all"):
         print(USAGE, end="")
         return 0 if argv else 2
     word, rest = argv[0], list(argv[1:])

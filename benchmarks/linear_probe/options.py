@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ssl3d.api import HelpSection
 from ssl3d_benchmarks.linear_probe.config import POOLING, PRECISIONS, TARGETS, check_choices, check_window
 
 
@@ -57,6 +58,18 @@ class FrozenEncoderOptions:
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
+
+    help_sections: ClassVar[tuple[HelpSection, ...]] = (
+        HelpSection(
+            "data",
+            ("data", "target", "folds", "fractions", "out", "overwrite"),
+            ("repeats", "pool_subject"),
+        ),
+        HelpSection("encoder", ("untrained", "recalibrate", "pool"), ("window",)),
+        HelpSection("probe", ("samples", "neighbours"), ("temperature", "weights", "seed")),
+        HelpSection("hardware", ("device",), ("precision",)),
+    )
+    """Sections of the help."""
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "target": ("auto", *TARGETS),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl3d_benchmarks.palette import class_titles, colour, dice_words, legend
+
 if TYPE_CHECKING:
     from ssl3d_benchmarks.contestants import Entry
     from ssl3d_benchmarks.linear_probe.options import FrozenEncoderOptions
@@ -63,7 +65,9 @@ def _draw(
             np.sort(firsts)[np.linspace(0, len(firsts) - 1, min(PEOPLE, len(firsts))).astype(int)]
         )
         masks = predict_masks(benchmark.dense, train, val, shown, task.config, options.seed)
-        figure = masks_figure(shown, masks, len(task.config.classes))
+        figure = masks_figure(
+            shown, masks, task.config.classes, class_titles(task.data, task.config.classes)
+        )
     else:
         figure = embedding_figure(benchmark, train, test)
     figure.suptitle(f"{entry.name}\n{benchmark.task}", fontsize=9)
@@ -88,24 +92,37 @@ def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
     if benchmark.target == "classes":
         for k, name in enumerate(benchmark.config.classes):
             mine = target == k
-            plot.scatter(points[mine, 0], points[mine, 1], s=14, alpha=0.8, label=f"{name} ({mine.sum()})")
-        plot.legend(title="test rows", fontsize=8)
+            plot.scatter(
+                points[mine, 0], points[mine, 1], s=14, alpha=0.8, color=colour(k + 1),
+                label=f"{name} ({mine.sum()})",
+            )  # fmt: skip
+        plot.legend(title="class (test rows)", fontsize=8)
     else:
         figure.colorbar(plot.scatter(points[:, 0], points[:, 1], c=target, s=14), label="target")
-    plot.set_xlabel(f"principal axis 1 ({100 * share[0]:.0f} %)")
-    plot.set_ylabel(f"principal axis 2 ({100 * share[1]:.0f} %)" if len(share) > 1 else "")
+    plot.set_xlabel(f"principal axis 1 ({100 * share[0]:.0f} % of the variance of training features)")
+    plot.set_ylabel(f"principal axis 2 ({100 * share[1]:.0f} % of it)" if len(share) > 1 else "")
     return figure
 
 
-def masks_figure(volumes: Any, masks: Sequence[Array], classes: int) -> Any:
-    """Show, for each volume, the slice with most truth: image, true mask, predicted mask."""
+def masks_figure(
+    volumes: Any, masks: Sequence[Array], values: Sequence[str | int], titles: Sequence[str]
+) -> Any:
+    """Show, for each volume, the slice with most truth: image, true mask, predicted mask with its Dice.
+
+    Args:
+        volumes: Volumes to show.
+        masks: Predicted class indices of each, (D, H, W).
+        values: Mask value of each class, ascending, background first.
+        titles: Names of the classes, in the same order.
+    """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    colours = ListedColormap(_colours(classes))
+    classes = len(titles)
+    colours = ListedColormap(["#00000000", *map(colour, range(1, classes))])
     figure = Figure(figsize=(7.5, 2.6 * len(masks) + 0.5), layout="constrained")
     for number, (volume, mask) in enumerate(zip(volumes, masks, strict=True)):
-        truth = volume.read_mask().numpy()
+        truth = np.searchsorted(np.array(values, dtype=int), volume.read_mask().numpy())
         z = int((truth > 0).sum(axis=(1, 2)).argmax())
         grey = volume.read((z, 0, 0), (1, *volume.shape[2:]))[0, 0].numpy()
         aspect = volume.spacing[1] / volume.spacing[2]
@@ -120,15 +137,11 @@ def masks_figure(volumes: Any, masks: Sequence[Array], classes: int) -> Any:
                     shown, cmap=colours, vmin=0, vmax=classes - 1, alpha=0.6, aspect=aspect, origin="lower",
                     interpolation="nearest",
                 )  # fmt: skip
-            plot.set_title(title if number == 0 else "", fontsize=8)
+            words = dice_words(truth, mask, titles) if column == 2 else ""
+            plot.set_title("\n".join(filter(None, (title * (number == 0), words))), fontsize=8)
             plot.set_xticks([])
             plot.set_yticks([])
             if column == 0:
                 plot.set_ylabel(f"{volume.subject}, slice {z}", fontsize=7)
+    legend(figure, titles)
     return figure
-
-
-def _colours(classes: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [(0, 0, 0, 0), *[colormaps["tab10"](k % 10) for k in range(classes - 1)]]

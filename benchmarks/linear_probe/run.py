@@ -23,6 +23,7 @@ from ssl3d.api import (
     UsageError,
     find_result,
     open_data_for,
+    printable,
     write_result,
 )
 from ssl3d_benchmarks.contestants import (
@@ -47,6 +48,7 @@ from ssl3d_benchmarks.task import (
     mask_names,
     mask_values,
     say,
+    show,
     split_up,
     training_subsets,
 )
@@ -74,13 +76,13 @@ def run(options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe
     for entry in entries:
         rows += score_entry(entry, benchmark, task, options)
     text = format_table(rows, benchmark, task.how)
-    print(text)
+    show(text)
     (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     from ssl3d_benchmarks.linear_probe.pictures import draw
 
     for path in draw(rows, benchmark, task, entries, options):
-        print(f"picture: {path}")
-    print(f"records: {options.out}")
+        show(f"picture: {path}")
+    show(f"records: {options.out}")
     return rows
 
 
@@ -212,6 +214,7 @@ def _progress(name: str) -> Callable[[int, int], None] | None:
         return None
 
     def report(done: int, total: int) -> None:
-        print(f"\r{name[:60]}: {done}/{total} volumes", end="\n" if done == total else "", file=sys.stderr)
+        line = f"\r{printable(name)[:60]}: {done}/{total} volumes"
+        print(line, end="\n" if done == total else "", file=sys.stderr)
 
     return report

@@ -8,11 +8,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssl3d.api import statistics
-from ssl3d_benchmarks.table import Line, Row, aligned, detectable, difference_of, make_line, number, signed
+from ssl3d_benchmarks.table import (
+    Line,
+    Row,
+    aligned,
+    detectable,
+    difference_of,
+    make_line,
+    number,
+    signed,
+    why_no_interval,
+    with_interval,
+)
 from ssl3d_benchmarks.task import leak_help
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 if TYPE_CHECKING:
     from ssl3d.api import Benchmark
+
+
+ONE_SEED = (
+    "No interval of the difference is given, because one untrained seed does not tell how much another "
+    "draw of random weights would change it; --untrained 5 does."
+)
 
 
 def format_table(rows: Sequence[Row], benchmark: Benchmark, how: str) -> str:
@@ -39,6 +57,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
     }
     table = [["contestant", f"{benchmark.main} [95 %]", *others, "over untrained [95 %]", ""]]
     differences: list[statistics.Difference] = []
+    alone = False
     for line in lines:
         if line.first.kind == "untrained":
             continue
@@ -46,8 +65,10 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         difference = ""
         if beside is not None and line.first.kind == "encoder":
             gain = difference_of(line, beside)
+            if len(line.runs.each) == len(beside.runs.each) == 1:
+                gain, alone = statistics.without_interval(gain), True
             differences.append(gain)
-            difference = f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]"
+            difference = with_interval(gain, signed)
         table.append([line.name, _main(line), *_others(line, others), difference, _notes(line)])
     at = 1 + sum(line.first.kind == "encoder" for line in lines)
     inserted = []
@@ -74,7 +95,9 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         f"{train['of_subjects']} training subjects{subset}; test {tested['subjects']} subjects, "
         f"{tested['volumes']} volumes; {how}"
     )
-    text = [head, *aligned(table), *detectable(differences, benchmark.main)]
+    text = [head, *aligned(table), *detectable(differences, benchmark.main), *why_no_interval(lines)]
+    if alone:
+        text.append(ONE_SEED)
     luck = (
         "; one pretraining is taken to vary as much as the untrained seeds do"
         if any(gain.borrowed for gain in differences)
@@ -87,12 +110,11 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
 
 
 def _main(line: Line) -> str:
+    text = with_interval(statistics.nested_interval(line.runs), number)
     if len(line.rows) == 1:
-        low, high = line.first.result.intervals[line.first.result.main]
-        return f"{number(line.runs.value)} [{number(low)}, {number(high)}]"
-    interval = statistics.nested_interval(line.runs)
+        return text
     spread = np.std([row.result.scores[row.result.main] for row in line.rows], ddof=1)
-    return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}] ± {spread:.3f}"
+    return f"{text} ± {spread:.3f}"
 
 
 def _others(line: Line, names: Sequence[str]) -> list[str]:
@@ -104,8 +126,8 @@ def _notes(line: Line) -> str:
     notes = []
     if flags.get("seen_test_subjects"):
         notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
-    if line.first.result.contestant.get("mask_classes"):
-        notes.append("from the true masks")
+    if reads_true_masks(line.first.result.contestant):
+        notes.append(TRUE_MASKS)
     if flags.get("saw_labels"):
         notes.append("pretrained with labels")
     return "; ".join(notes)

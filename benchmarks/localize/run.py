@@ -25,6 +25,7 @@ from ssl3d.api import (
     write_whole,
 )
 from ssl3d_benchmarks.localize.axis import FEWEST, Axis, Placement, Profile, common_axis
+from ssl3d_benchmarks.task import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,14 +189,14 @@ def localize(options: LocalizeOptions) -> None:
     """
     name, proxy = _scoring_proxy(options)
     reference, unseen, how = _choose(options, proxy)
-    print(f"{len(reference)} reference volumes ({how}), {len(unseen)} to place", flush=True)
+    show(f"{len(reference)} reference volumes ({how}), {len(unseen)} to place")
     profiles, flips = [], []
     for volume in reference:
         try:
             profiles.append(_profile(proxy, volume))
             flips.append(_may_flip(proxy, volume))
         except DataError as error:
-            print(f"left out: {error}")
+            show(f"left out: {error}")
     if not profiles:
         raise DataError("none of the reference volumes can be used; see above")
     axis, _ = common_axis(profiles, flips)
@@ -208,7 +209,7 @@ def localize(options: LocalizeOptions) -> None:
                 proxy, volume, axis, options.crops, options.share, options.seed
             )
         except DataError as error:
-            print(f"left out: {error}")
+            show(f"left out: {error}")
             rejected.append(str(error))
             continue
         rows += placed
@@ -321,7 +322,7 @@ def _write(
         ["volume", "first slice, mm", "last slice, mm", "flipped", "tau", "inside"],
     )
     if len(shown) > 20:
-        print(f"... and {len(shown) - 20} more in {options.out / 'localize.csv'}")
+        show(f"... and {len(shown) - 20} more in {options.out / 'localize.csv'}")
     if scores["crops"]:
         titles = {
             "error": "position error of crops, mm",
@@ -338,11 +339,14 @@ def _write(
                 "90th percentile",
             ],
         )
-    print(f"\n{options.out / 'localize.png'}, .csv and .json")
+    show(f"\n{options.out / 'localize.png'}, .csv and .json")
 
 
 def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Sequence[Row]) -> Figure:
-    """Draw the reference curve with the placed volumes, and the places of crops against the truth."""
+    """Draw the reference curve with the placed volumes, and the places of crops against those of the scans.
+
+    What a crop is compared with is no anatomical truth: it is where the same encoder places the whole scan.
+    """
     from matplotlib.figure import Figure
 
     crops = [row for row in rows if row.kind == "crop"]
@@ -352,7 +356,7 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     for profile, where in curves[:60]:
         left.plot(where(profile.mm), profile.scores, color="tab:blue", alpha=0.35, linewidth=0.8)
     left.plot(axis.mm, axis.scores, color="k", linewidth=2, label="reference")
-    left.set(xlabel="common axis, mm", ylabel="score", title=f"{len(curves)} unseen volumes")
+    left.set(xlabel="common axis, mm", ylabel="slice score", title=f"{len(curves)} unseen volumes")
     left.legend()
     truth, placed = [], []
     for row in crops:
@@ -368,6 +372,12 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
     if crops:
         median = np.median([row.error for row in crops if row.error is not None])
         guess = np.median([row.centre_error for row in crops if row.centre_error is not None])
-        title = f"{len(crops)} crops: median error {median:.1f} mm\n(guessing the middle: {guess:.1f} mm)"
-    right.set(xlabel="true middle of the crop, mm", ylabel="estimated middle, mm", title=title)
+        title = (
+            f"{len(crops)} crops: median difference {median:.1f} mm\n(the middle guessed: {guess:.1f} mm)"
+        )
+    right.set(
+        xlabel="middle of the crop, mm, from the same encoder's placement of the whole scan",
+        ylabel="middle of the crop, mm, from the crop alone",
+        title=title,
+    )
     return figure

@@ -16,9 +16,10 @@ _SECTIONS = {
 }
 
 _COMMON = """Every command also takes `--config FILE.yaml`, a file of options that stands below the flags;
-`--print_config`, which prints the options that would be used, in the form of such a file; and `--help`. In
-flags, dashes and underscores mean the same. An option of several values takes them as several words, as in
-`--fractions 0.1 1`.
+`--print_config`, which prints the options that would be used, in the form of such a file
+(`--print_config=skip_default` without those at their defaults); `--help`, which shows the options that are
+used most; and `--help-all`, which shows every option. In flags, dashes and underscores mean the same. An
+option of several values takes them as several words, as in `--fractions 0.1 1`.
 """
 
 

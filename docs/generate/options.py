@@ -3,18 +3,12 @@
 import contextlib
 import io
 import re
-import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 from unittest import mock
-
-import jsonargparse
 
 from generate.pages import prose
 from ssl3d import plugins
-
-_WORDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true or false"}
+from ssl3d.command_help import CommandHelp, OptionHelp
 
 
 class Group(NamedTuple):
@@ -44,30 +38,31 @@ class Asked(NamedTuple):
 
 
 class _Captured(BaseException):
-    """Leaves a command as soon as its parser would print the help."""
+    """Leaves a command as soon as it would print its help."""
 
-    def __init__(self, parser: jsonargparse.ArgumentParser) -> None:
-        self.parser = parser
+    def __init__(self, told: CommandHelp) -> None:
+        self.told = told
 
 
 def ask(command: str, *words: str) -> Asked | None:
-    """Return what a command's help says, from its parser; None if it has no options, only a usage."""
+    """Return what a command's help says; None if it has no options, only a usage."""
 
-    def capture(parser: jsonargparse.ArgumentParser, *_: Any) -> None:
-        raise _Captured(parser)
+    def capture(told: CommandHelp) -> None:
+        raise _Captured(told)
 
     printed = io.StringIO()
     try:
-        with (
-            mock.patch.object(jsonargparse.ArgumentParser, "print_help", capture),
-            contextlib.redirect_stdout(printed),
-        ):
-            plugins.load(plugins.COMMANDS, command).main([*words, "--help"])
+        with mock.patch("ssl3d.config.print_help", capture), contextlib.redirect_stdout(printed):
+            plugins.load(plugins.COMMANDS, command).main([*words, "--help-all"])
     except _Captured as captured:
-        parser = captured.parser
-        program = f"ssl3d {command}"
-        groups = [Group(name, lines) for name, lines in _groups(parser, program)]
-        return Asked(str(parser.description or ""), str(parser.epilog or ""), groups)
+        told = captured.told
+        own = [option(entry) for group in told.groups if not group.plugin for entry in group.options]
+        theirs = [
+            Group(group.plugin, [option(entry) for entry in group.options])
+            for group in told.groups
+            if group.plugin
+        ]
+        return Asked(told.summary, told.epilog, [Group("", own), *theirs])
     return None
 
 
@@ -85,56 +80,8 @@ def subcommands(command: str) -> list[str]:
     return listed[1].split(",") if listed else []
 
 
-def option(flag: str, hint: Any, default: str, text: str) -> str:
+def option(told: OptionHelp) -> str:
     """Return one option as a MyST directive, to which pages may link."""
-    shown = f"{flag} <{describe(hint)}>" if hint is not None else flag
-    body = prose(text.strip() or "")
-    tail = f" Default: `{default}`." if default else ""
-    return f"```{{option}} {shown}\n{body}{tail}\n```\n"
-
-
-def describe(hint: Any) -> str:
-    """Return in words what an option of a type takes."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " | ".join(str(value) for value in arguments)
-    if origin in (tuple, list, Sequence):
-        inner = [one for one in arguments if one is not Ellipsis]
-        if Ellipsis in arguments or origin is not tuple:
-            return f"{describe(inner[0])} ..." if inner else "text ..."
-        return " ".join(describe(one) for one in inner)
-    if arguments:  # a union
-        return " | ".join(describe(one) for one in arguments if one is not type(None))
-    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def shown(value: Any) -> str:
-    """Return a default as it would be typed; empty where there is none to type."""
-    if value is None or value == "" or value == () or value == []:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return " ".join(shown(one) or '""' for one in value)
-    return str(value)
-
-
-def _groups(parser: jsonargparse.ArgumentParser, program: str) -> Iterator[tuple[str, list[str]]]:
-    positional, own = [], []
-    for group in parser._action_groups:
-        section = re.fullmatch(r"options of (\w+)", str(group.title))
-        lines = own if section is None else []
-        for action in group._group_actions:
-            if action.dest in ("help", "config", "print_config") or action.help == "==SUPPRESS==":
-                continue
-            hint = getattr(action, "_typehint", None) or action.type or str
-            if action.option_strings:
-                flag = max(action.option_strings, key=len)
-                lines.append(option(flag, hint, shown(action.default), str(action.help or "")))
-            else:
-                several = action.nargs in ("*", "+")
-                name = action.dest.upper() + (" ..." if several else "")
-                positional.append(option(name, None, "", str(action.help or "")))
-        if section is not None:
-            yield section[1], lines
-    yield "", positional + own
+    shown = f"{told.flag} <{told.takes}>" if told.takes else told.flag
+    tail = f" Default: `{told.default}`." if told.default else ""
+    return f"```{{option}} {shown}\n{prose(told.text)}{tail}\n```\n"

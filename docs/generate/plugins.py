@@ -5,9 +5,9 @@ import inspect
 from typing import Any
 
 from generate.commands import section
-from generate.options import shown
 from generate.pages import Pages, cell, prose, toctree
 from ssl3d import plugins
+from ssl3d.command_help import typed
 
 _DIFFERS = ("Differs from the paper", "Reconstructed from the abstract")
 """How the paragraph of a proxy's docstring begins that says what its paper does otherwise."""
@@ -147,10 +147,10 @@ def paragraphs(plugin: Any) -> list[str]:
 
 def _recipe(proxy: Any) -> str:
     """The options that a proxy recommends, and its own defaults that matter for all."""
-    words = [f"`--{key.replace('_', '-')} {shown(value)}`" for key, value in proxy.recipe.items()]
+    words = [f"`--{key.replace('_', '-')} {typed(value)}`" for key, value in proxy.recipe.items()]
     crop = next((f for f in dataclasses.fields(proxy.Config) if f.name == "crop"), None)
     if crop is not None:
-        words.append(f"crop `{shown(crop.default)}`")
+        words.append(f"crop `{typed(crop.default)}`")
     return ", ".join(words) or "none"
 
 

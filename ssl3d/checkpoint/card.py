@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ssl3d.errors import CheckpointError
+from ssl3d.json_files import parse_json
 
 CARD = "encoder.json"
 WEIGHTS = "encoder.safetensors"
@@ -24,18 +24,18 @@ PACKAGES = (
 """Packages whose versions encoders and records keep."""
 
 
-def check_format(number: Any, where: str) -> None:
-    """Refuse what is of a newer format, or of none.
+def check_format(number: Any, where: str, newest: int = FORMAT) -> None:
+    """Refuse what is of a newer format than `newest`, or of none.
 
     Raises:
         CheckpointError: The format is unknown; the message begins with `where`.
     """
     if not isinstance(number, int):
         raise CheckpointError(f"{where}: is no file of ssl3d (format {number!r})")
-    if number > FORMAT:
+    if number > newest:
         raise CheckpointError(
             f"{where}: written by a newer ssl3d "
-            f"(format {number}, this one reads up to {FORMAT}); update ssl3d"
+            f"(format {number}, this one reads up to {newest}); update ssl3d"
         )
 
 
@@ -47,7 +47,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except ValueError as error:

@@ -136,7 +136,8 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     except PluginError as error:
         raise CheckpointError(f"{folder / CARD}: {error}") from error
     try:
-        config = from_dict(kind.Config, card["config"], f"{folder / CARD}, architecture {name}")
+        where = f"{folder / CARD}, architecture {name}"
+        config = from_dict(kind.Config, card["config"], where, recorded=True)
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     if changes:

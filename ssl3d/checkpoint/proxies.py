@@ -50,11 +50,13 @@ def load_proxies(run: str | Path, data: Collection | None = None) -> dict[str, P
 
     kind = load(plugins.ENCODERS, spec["encoder"])
     with torch.random.fork_rng(devices=[]):
-        encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], f"{run}, {spec['encoder']}"))
+        where = f"{run}, {spec['encoder']}"
+        encoder: Encoder = kind(from_dict(kind.Config, spec["encoder_config"], where, recorded=True))
         proxies: dict[str, Proxy] = {}
         for name, options in spec["proxies"].items():
             proxy_class = load(plugins.PROXIES, name)
-            proxy = proxy_class(from_dict(proxy_class.Config, options, f"{run}, {name}"), encoder)
+            own_config = from_dict(proxy_class.Config, options, f"{run}, {name}", recorded=True)
+            proxy = proxy_class(own_config, encoder)
             sized: Any = data
             if data is None and checkpoint.get("outline"):
                 sized = Outline(checkpoint["outline"], f"load_proxies({str(run)!r}, data)", name)

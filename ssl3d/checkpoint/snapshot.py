@@ -16,6 +16,7 @@ import torch
 from ssl3d.checkpoint.card import check_format
 from ssl3d.errors import CheckpointError, TrainingError
 from ssl3d.files import sync_folder
+from ssl3d.yaml_files import read_yaml
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -131,14 +132,12 @@ def config_of(run: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder is not a run.
     """
-    import yaml
-
     path = Path(run) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise CheckpointError(f"{run}: is no run (config.yaml: {error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not YAML") from error
     if not isinstance(content, dict) or "proxy" not in content:
         raise CheckpointError(f"{path}: does not hold the options of a run (it has no `proxy`)")

@@ -70,7 +70,7 @@ def load_traveller(path: str | Path, name: str) -> nn.Module:
     module_name, _, class_name = TRAVELLERS[card["class"]].partition(":")
     kind = getattr(importlib.import_module(module_name), class_name)
     try:
-        config = from_dict(kind.Config, card.get("config") or {}, where)
+        config = from_dict(kind.Config, card.get("config") or {}, where, recorded=True)
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     with torch.random.fork_rng(devices=[]):

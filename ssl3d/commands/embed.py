@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssl3d.amounts import count_of
 from ssl3d.errors import DataError, UsageError
 from ssl3d.files import whole_file
 
@@ -41,7 +42,7 @@ class EmbedOptions:
         dense_levels: Levels of the feature maps to write, -1 being the deepest.
         dense_every: Distance D H W in voxels between the places of the feature maps that are written.
         precision: Floating-point precision: 32, or bf16 where the device is fast at it.
-        accelerator: Kind of device: auto, cpu or cuda.
+        device: Kind of device that computes: auto, cpu, cuda or mps.
         overwrite: Permission to replace the file.
     """
 
@@ -56,7 +57,7 @@ class EmbedOptions:
     dense_levels: tuple[int, ...] = (-1,)
     dense_every: tuple[int, int, int] = (4, 4, 4)
     precision: Literal["32", "bf16"] = "32"
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
     encoder = pooled_by(options.pool, encoder_from(options.encoder), options.encoder)
     count = embed_collection(encoder, open_data_for([encoder], options.data), options)
-    print(f"{count} embeddings of length {encoder.embed_dim} in {options.out}")
+    print(f"{count_of(count, 'embedding')} of length {encoder.embed_dim} in {options.out}")
     return 0
 
 
@@ -110,7 +111,7 @@ def embed_collection(
     if options.out.exists() and not options.overwrite:
         raise UsageError(f"--out {options.out}: exists; --overwrite replaces it")
     _check(encoder, data, say)
-    device = torch.device(device_of(options.accelerator, "--accelerator"))
+    device = torch.device(device_of(options.device))
     encoder = encoder.to(device).eval()
     patch = patch_of(encoder, options.patch)
     autocast = torch.bfloat16 if options.precision == "bf16" else None
@@ -139,7 +140,7 @@ def embed_collection(
                 vectors.append(vector.float().cpu().numpy())
                 kept.append(position)
             if not kept:
-                raise DataError(f"none of the {len(data)} volumes could be embedded")
+                raise DataError(f"no volume could be embedded of {count_of(len(data), 'volume')}")
             _write(file, np.stack(vectors), data.select(kept), encoder, options, patch)
     except OSError as error:
         raise DataError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error

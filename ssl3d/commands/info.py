@@ -1,4 +1,4 @@
-"""`ssl3d info`: what a store, a run, an encoder or a scan holds."""
+"""`ssl3d info`: what a store, a run, an encoder, a model, results or a scan holds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.amounts import duration, printable, size
 from ssl3d.checkpoint.card import plain_value
+from ssl3d.commands.info_results import describe_results, records_of, result_lines
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
 
-summary = "show what a store, a run, an encoder or a scan holds"
+summary = "show what a store, a run, an encoder, a model, results or a scan holds"
 
 
 @dataclasses.dataclass
 class InfoOptions:
-    """Show what a store, a folder of stores, a run, an encoder or a scan holds.
+    """Show what a store, a folder of stores, a run, an encoder, a model, results or a scan holds.
 
     Attributes:
-        path: Store (.h5), folder of stores, run, encoder, scan, folder of scans, or another toolkit's
-            weights (.pth, .pt, .ckpt, .safetensors).
-        json: Whether to print JSON.
+        path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
+            their archive (.tar.xz), scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt,
+            .safetensors).
+        json: Whether to print JSON, with everything that the lines leave out.
     """
 
     path: str = dataclasses.field(metadata={"positional": True})
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(described, indent=1, default=plain_value))
     else:
-        print("\n".join(_LINES[described["kind"]](described)))
+        print("\n".join(map(printable, _LINES[described["kind"]](described))))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -60,11 +63,19 @@ def describe(path: str | Path) -> dict[str, Any]:
             return _of_run(place)
         if (place / "encoder.json").is_file():
             return _of_encoder(place)
+        if (place / "model.json").is_file() or any(place.glob("fold-*/model.json")):
+            return _of_model(place)
+        if records := records_of(place):
+            return describe_results(place, records)
         if any(place.rglob("*.h5")):
             return _of_stores(place)
         return _of_folder(place)
     if place.name in ("encoder.json", "encoder.safetensors"):
         return _of_encoder(place.parent)
+    if place.name in ("model.json", "model.safetensors"):
+        return _of_model(place)
+    if records := records_of(place):
+        return describe_results(place, records)
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
         return _of_stores(place)
     if place.suffix.lower() in (".pth", ".pt", ".ckpt", ".safetensors"):
@@ -183,6 +194,21 @@ def _of_encoder(path: Path) -> dict[str, Any]:
     }
 
 
+def _of_model(path: Path) -> dict[str, Any]:
+    from ssl3d.checkpoint.models import WEIGHTS, check_model, model_folders
+
+    folders = model_folders(path)
+    card, *_ = [check_model(folder) for folder in folders]
+    training = card["training"] | {"subjects": len(card["training"]["subjects"])}  # hashes
+    return {
+        "kind": "model",
+        "path": str(path),
+        "models": len(folders),
+        "bytes": sum((folder / WEIGHTS).stat().st_size for folder in folders),
+        "card": card | {"training": training},
+    }
+
+
 def _of_weights(path: Path) -> dict[str, Any]:
     """Describe another toolkit's checkpoint, as it is loaded here."""
     from ssl3d.convert.foreign import load_foreign
@@ -265,6 +291,9 @@ def _of_scan(files: list[Path], shown: str = "") -> dict[str, Any]:
 
 # As text ------------------------------------------------------------------------------------------
 
+ENCODER_LINES = ("architecture", "config", "channels", "strides", "embed_dim", "spacing", "patch", "sha256")
+"""Entries of an encoder's card that are shown as they are."""
+
 
 def _store_lines(info: dict[str, Any]) -> list[str]:
     from ssl3d.data.preparation.parts import mask_lines
@@ -332,8 +361,49 @@ def _run_lines(info: dict[str, Any]) -> list[str]:
 
 
 def _encoder_lines(info: dict[str, Any]) -> list[str]:
+    card = info["card"]
+    compute, data = card.get("compute") or {}, card.get("data") or {}
+    trained = {
+        "proxies": ", ".join(card.get("proxies") or ()),
+        "steps": card.get("steps"),
+        "batch size": card.get("batch_size"),
+        "seed": card.get("seed"),
+        "data": f"{data.get('volumes', '?')} volumes of {', '.join(data.get('datasets') or ['?'])}"
+        if data
+        else "",
+        "subjects seen": card.get("identities"),
+        "labels seen": "yes" if card.get("labels_seen") else "no",
+        "time": duration(compute["seconds"]) if compute.get("seconds") else "",
+        "peak memory": size(compute["peak_memory"]) if compute.get("peak_memory") else "",
+        "training FLOPs": f"{compute['flops']:.2g}" if compute.get("flops") else "",
+        "cite": "; ".join((card.get("citations") or {}).values()),
+    }
     lines = [f"{info['path']}: an encoder, {info['bytes'] / 1e6:,.1f} MB of weights"]
-    return lines + [f"  {key}: {_words(value)}" for key, value in info["card"].items()]
+    lines += [f"  {key}: {_words(card[key])}" for key in ENCODER_LINES if card.get(key) not in (None, "")]
+    lines += [f"  {key}: {_words(value)}" for key, value in trained.items() if value not in (None, "")]
+    return [*lines, "  --json prints the whole card"]
+
+
+def _model_lines(info: dict[str, Any]) -> list[str]:
+    card = info["card"]
+    several = f"{info['models']} models, one for each fold," if info["models"] > 1 else "a model,"
+    classes = ", ".join(f"{kind['value']} {kind['name']}" for kind in card["classes"])
+    spacing = card["spacing"]
+    lines = [
+        f"{info['path']}: {several} {info['bytes'] / 1e6:,.1f} MB of weights",
+        f"  task: {card['task']['record']}, version {card['task']['version']}; "
+        f"{classes or 'a value'}; trained as {card['contestant']['name']}",
+        f"  takes: channels {' or '.join('+'.join(names) for names in card['channels'])}; spacing "
+        f"{_words(spacing['low'])} to {_words(spacing['high'])} mm (D, H, W), median "
+        f"{_words(spacing['median'])}; orientation {', '.join(card['orientations'])}; normalised as "
+        f"{', '.join(card['normalize'])}",
+    ]
+    for name, score in (card.get("scores") or {}).items():
+        low, high = (card.get("intervals") or {}).get(name, (None, None))
+        interval = "" if low is None else f" [{low:.4g}, {high:.4g}]"
+        lines.append(f"  {name}: {'undefined' if score is None else f'{score:.4g}'}{interval}")
+    rest = ("architecture", "training", "citations", "precision", "record", "versions")
+    return lines + [f"  {key}: {_words(card[key])}" for key in rest if key in card]
 
 
 def _folder_lines(info: dict[str, Any]) -> list[str]:
@@ -396,6 +466,8 @@ _LINES = {
     "store": _store_lines,
     "run": _run_lines,
     "encoder": _encoder_lines,
+    "model": _model_lines,
+    "results": result_lines,
     "scans": _folder_lines,
     "scan": _scan_lines,
 }

@@ -16,7 +16,7 @@ class ListOptions:
     """List what is installed, with a sentence and the paper for each.
 
     Attributes:
-        which: Names, files (PATH/file.py) or module:Class; all that is installed if left out.
+        which: Names of plugins, files (PATH/file.py) or module:Class; all that is installed if left out.
     """
 
     which: tuple[str, ...] = field(default=(), metadata={"positional": True})
@@ -37,7 +37,11 @@ class Listing:
     summary: str
 
     def main(self, argv: Sequence[str]) -> int:
-        """Print the list; a plugin that does not import shows its error, and the exit status is 1."""
+        """Print the list, with the error of one that does not import and then status 1.
+
+        Raises:
+            PluginError: A plugin that was named is not there, or does not import.
+        """
         from ssl3d.config import parse
 
         options = parse(f"ssl3d {self.word}", ListOptions, argv, epilog=_EPILOG).options
@@ -47,6 +51,8 @@ class Listing:
                 name, plugin = plugins.find(self.group, name)
                 text = describe(plugin)
             except plugins.PluginError as error:
+                if options.which:
+                    raise
                 text, failed = f"broken: {error}", failed + 1
             print(name)
             print(textwrap.fill(" ".join(text.split("\n")[0].split()), 100, **_INDENT))

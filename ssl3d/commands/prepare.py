@@ -8,9 +8,10 @@ summary = "make a store of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST, PNG, MSD, B
 
 EPILOG = """Sources come first, before options of several words (--channels t1 flair). By default every scan
 keeps its spacing: nothing is interpolated, and proxies measure in mm. After any stop, the same command goes
-on where it was. Files that cannot be used are listed in rejected.csv beside the store. Other commands that
-get scans with --data prepare them too, into $SSL3D_CACHE, else ~/.cache/ssl3d. The exit status is 1 if no
-scan was usable, and 2 for wrong input."""
+on where it was. Beside the store, rejected.csv lists files that cannot be used, and left_out.csv files that
+were found and are not used. Other commands that get scans with --data prepare them too, into $SSL3D_CACHE,
+else ~/.cache/ssl3d. The exit status is 1 if no scan was usable, 2 for wrong input, and 3 if memory, the
+disk or the network failed: call again."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssl3d.training.options import Request
 
 summary = "train an encoder on unlabelled volumes with one proxy task or several"
 
@@ -14,13 +18,8 @@ def main(argv: Sequence[str]) -> int:
     from ssl3d.training.options import request_of
 
     asked = request_of(argv)
-    if asked.print_only:
-        import yaml
-
-        from ssl3d.checkpoint.snapshot import config_of
-
-        values = asked.plan.as_config() if asked.plan else config_of(Path(str(asked.options.resume)))
-        yaml.safe_dump(values, sys.stdout, sort_keys=False)
+    if asked.printed is not None:
+        print_plan(asked)
         return 0
     from ssl3d.training.pretrain import resume, start
     from ssl3d.training.run_folder import requeued_run
@@ -31,6 +30,24 @@ def main(argv: Sequence[str]) -> int:
         again = requeued_run(asked.plan)
         run = resume(again) if again is not None else start(asked.plan)
     return _leave(128 + run.stopped if run.stopped else 0)
+
+
+def print_plan(asked: Request) -> None:
+    """Print the options of a run as a file that `--config` reads back."""
+    from ssl3d.config import print_config
+    from ssl3d.training.options import PretrainOptions
+
+    words = asked.printed or set()
+    if asked.plan is None:
+        from ssl3d.checkpoint.snapshot import config_of
+
+        print_config(config_of(Path(str(asked.options.resume))), PretrainOptions, {}, words)
+        return
+    configs = {name: kind.Config for name, (kind, _) in asked.plan.proxies.items()}
+    configs[asked.plan.encoder_name] = asked.plan.encoder.Config
+    out = asked.plan.options.out
+    values = asked.plan.as_config() | ({"out": str(out)} if out else {})
+    print_config(values, PretrainOptions, configs, words)
 
 
 def _leave(status: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.errors import CheckpointError
+from ssl3d.json_files import parse_json
 
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
 # What wrappers put between a module's name and its parameters' names: torch.compile, FSDP, checkpointing.
@@ -251,6 +251,6 @@ def whole_numbers(value: Any, count: int = 3) -> list[int] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error

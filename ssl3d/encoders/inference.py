@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -91,6 +91,7 @@ def embed_slices(
     overlap: float = 0.5,
     batch: int = 64,
     autocast: torch.dtype | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Embed a volume's slabs, one after the other along D, each on its own.
 
@@ -103,26 +104,29 @@ def embed_slices(
         overlap: Share of a window that the next one covers too, in [0, 1).
         batch: Number of slabs per forward pass.
         autocast: Precision of the encoder, such as torch.bfloat16; None for its own.
+        embed: Function of the encoder that embeds slabs (B, C, slab, h, w) as (B, F); None for its own.
 
     Returns:
-        Embeddings (D // slab, embed_dim) float32, on the volume's device.
+        Embeddings (D // slab, F) float32, on the volume's device.
     """
+    embed = encoder.embed if embed is None else embed
     count = volume.shape[1] // slab
     window = (count * slab, *(volume.shape[2:] if plane is None else plane))
     (_, high, wide), windows = _windows(volume, window, overlap)
     slabs = volume[:, : count * slab].unflatten(1, (count, slab)).transpose(0, 1)
     ways = [_axis_weights(windows[a], n, volume.shape[1 + a], "even") for a, n in ((1, high), (2, wide))]
-    embeddings = torch.zeros(count, encoder.embed_dim, device=volume.device)
+    parts = []
     with _inference(encoder, autocast) as device:
         for first in range(0, count, batch):
             some = slabs[first : first + batch].float()
+            part = torch.zeros((), device=volume.device)
             for (h, w), (along_h, along_w) in zip(
                 itertools.product(*windows[1:]), itertools.product(*ways), strict=True
             ):
                 crops = some[..., h : h + high, w : w + wide].to(device)
-                embedded = encoder.embed(crops).float().to(volume.device)
-                embeddings[first : first + batch] += embedded * (along_h * along_w)
-    return embeddings / (sum(ways[0]) * sum(ways[1]))
+                part = part + embed(crops).float().to(volume.device) * (along_h * along_w)
+            parts.append(part)
+    return torch.cat(parts) / (sum(ways[0]) * sum(ways[1]))
 
 
 def dense_features(

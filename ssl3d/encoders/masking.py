@@ -83,6 +83,17 @@ def only_visible(encoder: nn.Module, visible: Tensor) -> Iterator[None]:
         surroundings.reset(token)
 
 
+def norm_visible(norm: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+    """Normalise the visible places of a map with statistics over them alone, and set the others to 0.
+
+    Args:
+        norm: Batch, instance or group norm of torch, whose running statistics are kept as it keeps them.
+        x: Map (B, C, D, H, W).
+        visible: Visible places of the map, (B, 1, D, H, W), bool.
+    """
+    return _norm(norm, lambda _: visible, x)
+
+
 def visible_at(visible: Tensor, shape: tuple[int, ...], stride: Sequence[int] | None = None) -> Tensor:
     """Reduce a mask (B, 1, D, H, W) to the resolution of a feature map: visible where any voxel beneath is.
 

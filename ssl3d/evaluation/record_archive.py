@@ -26,6 +26,7 @@ MEMORY = 2**27
 """Most bytes that xz may ask for its dictionary: twice as much as its highest preset does."""
 STEP = 2**20
 SKIPPED = ("partial", ".jobs", "work")
+MODEL = "model.json"
 """Folders whose JSON files are no records."""
 PACKED = (".json", "table.txt")
 """Endings of the files that are packed: the records, and the table that a command printed of them."""
@@ -153,7 +154,8 @@ def _listed(archive: Path, endings: tuple[str, ...]) -> dict[Path, Path]:
 
 
 def _skipped(below: Path) -> bool:
-    return any(part.startswith(".") or part in SKIPPED for part in below.parts[:-1])
+    folders = below.parts[:-1]
+    return below.name == MODEL or any(part.startswith(".") or part in SKIPPED for part in folders)
 
 
 def _archive_of(path: Path) -> Path | None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ssl3d.checkpoint.card import versions
 from ssl3d.errors import DataError, Ssl3dError, UsageError
 from ssl3d.evaluation.record_archive import find_record, record_bytes
+from ssl3d.evaluation.record_types import check_parts
 from ssl3d.files import write_whole
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -139,8 +141,8 @@ def read_result(path: Path) -> Result:
         DataError: The file is not a record, or one of a newer format; or the archive is damaged.
     """
     try:
-        content = json.loads(record_bytes(Path(path)).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(record_bytes(Path(path)).decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
     try:
         return _result_from(content, str(path))
@@ -198,15 +200,13 @@ def validate_result(content: Any, where: str) -> None:
             raise DataError(f"{where}: {key!r} is a {type(content[key]).__name__}")
     if content["main"] not in content["scores"]:
         raise DataError(f"{where}: main score {content['main']!r} is not among the scores")
+    check_parts(content, where)
     unknown = set(content["intervals"]) - set(content["scores"])
     if unknown:
         raise DataError(f"{where}: interval of {', '.join(sorted(unknown))} without a score")
     for name, ends in content["intervals"].items():
-        if len(ends) != 2 or (None not in ends and ends[0] > ends[1]):
+        if None not in ends and ends[0] > ends[1]:
             raise DataError(f"{where}: interval of {name} is {list(ends)}, expected [low, high]")
-    for row in content["predictions"]:
-        if not isinstance(row, dict) or not {"dataset", "subject"} <= set(row):
-            raise DataError(f"{where}: a prediction without dataset and subject")
     if not {"name", "kind", "digest"} <= set(content["contestant"]):
         raise DataError(f"{where}: the contestant lacks name, kind or digest")
 

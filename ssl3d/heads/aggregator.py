@@ -16,6 +16,8 @@ from ssl3d.encoders.inference import evaluating
 from ssl3d.errors import CheckpointError, DataError
 
 AXES = "DHW"
+_HIDDEN = 16  # of the bias's layers at least, as released: of a few, chance leaves none that is active
+_STAGES = 4  # of an encoder, whose averages are a slice's features
 
 
 @dataclass
@@ -23,7 +25,9 @@ class AggregatorConfig:
     """Options of an aggregator, and the slices that it was trained on.
 
     Attributes:
-        features: Length of a slice's embedding, the encoder's `embed_dim`.
+        features: Length of a slice's features.
+        slice_features: Features of a slice: `last`, the encoder's embedding; or `stages`, see
+            `stage_features`.
         width: Length of a token, and of the volume's embedding.
         pooling: Way of bringing slices together: deformable (attention to learned places between slices),
             attention (to every slice), or mean (of the projected slices, no attention).
@@ -33,6 +37,8 @@ class AggregatorConfig:
         downsample: Number of slices per key and value of the deformable attention.
         offset_scale: Largest offset, in distances between two keys.
         offset_kernel: Number of neighbouring slices that an offset is worked out from, odd.
+        position_bias: Whether attention has a bias of the distance from a slice to a key, worked out by a
+            small network (`PositionBias`).
         dropout: Dropout rate in training.
         slices: Number of slices of a volume that it was trained on; 0 for any number.
         slab: Number of adjacent slices in a slab.
@@ -49,11 +55,13 @@ class AggregatorConfig:
     downsample: int = 2
     offset_scale: float = 2.0
     offset_kernel: int = 5
+    position_bias: bool = False
     dropout: float = 0.1
     slices: int = 0
     slab: int = 1
     axis: Literal["D", "H", "W"] = "D"
     plane: tuple[int, int] = (64, 64)
+    slice_features: Literal["last", "stages"] = "last"
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
@@ -88,15 +96,41 @@ class Attended(NamedTuple):
     keys: Tensor
 
 
+def stage_features(encoder: Encoder, maps: Sequence[Tensor]) -> Tensor:
+    """Pool the maps of an encoder's last four stages, and set them side by side with its embedding.
+
+    Each part is a global average scaled to length 1, as in the released code of Nguyen et al. (there 256,
+    512, 1024, 2048 and again 2048 features of a ResNet-50: its embedding is the average of its last stage).
+
+    Args:
+        encoder: Encoder; one with fewer maps gives those that it has.
+        maps: Its feature maps, shallow to deep.
+
+    Returns:
+        Features (B, F), F being `stage_width(encoder)`.
+    """
+    parts = [each.float().mean((2, 3, 4)) for each in maps[-_STAGES:]]
+    embedded = encoder.pool(list(maps)).float()
+    return torch.cat([F.normalize(part, dim=1) for part in (*parts, embedded)], dim=1)
+
+
+def stage_width(encoder: Encoder) -> int:
+    """Return the length of an encoder's `stage_features`."""
+    return sum(encoder.channels[-_STAGES:]) + encoder.embed_dim
+
+
 class SliceAggregator(nn.Module):
-    """Module from the embeddings of slices to a volume's, by deformable self-attention along the slices.
+    """Module from the features of slices to a volume's embedding, by deformable attention along the slices.
 
     After Nguyen et al., Joint Self-Supervised Image-Volume Representation Learning with Intra-Inter
     Contrastive Clustering, AAAI 2023 (arXiv:2212.01893), and the deformable attention of Xia et al.,
     CVPR 2022 (arXiv:2201.00520). Differs from the released code: attention runs over the slices (there
-    over the features), the projection is trained and part of the weights, each head has its own offsets,
-    and tokens know their place along the volume, from 0 at the first slice to 1 at the last one, so that
-    slices in another order are another volume.
+    over the features, by a mix-up of axes); the projection is trained and part of the weights (there it
+    stays random and is not saved), after a LayerNorm, since encoders differ in scale; tokens know their
+    place along the volume, from 0 at the first slice to 1 at the last one, so that slices in another order
+    are another volume; keys lie in the middle of their shares of the slices and stop at both ends (there
+    offsets count in keys, and beyond the ends there are zeros); offsets are worked out from an odd number
+    of slices around a key (there six); projections are not in groups, one per head.
 
     It works for any number of slices, 1 included (an image), and in float32 whatever the autocast.
 
@@ -194,12 +228,20 @@ class SliceAggregator(nn.Module):
 
         config = self.config
         flat, slab = self.lay_flat(volume), 1 if volume.shape[1] == 1 else config.slab
-        embeddings = embed_slices(encoder, flat, slab, config.plane, 0.5, batch, autocast)
+        embeddings = embed_slices(
+            encoder, flat, slab, config.plane, 0.5, batch, autocast, lambda x: self.see(encoder, x)
+        )
         embeddings = embeddings.to(next(self.parameters()).device)
         with evaluating(self):
             stacks = interleaved(len(embeddings), config.slices)
             pooled = torch.stack([self(embeddings[list(stack)][None])[1][0] for stack in stacks])
         return F.normalize(pooled.mean(dim=0), dim=0).to(volume.device)
+
+    def see(self, encoder: Encoder, x: Tensor) -> Tensor:
+        """Compute the features (B, F) of slabs (B, C, d, h, w) that the encoder gives the aggregator."""
+        if self.config.slice_features == "last":
+            return encoder.embed(x)
+        return stage_features(encoder, encoder(x))
 
     def lay_flat(self, volume: Tensor) -> Tensor:
         """Lay a volume (C, D, H, W) so that the axis that slices lie across is its depth.
@@ -242,10 +284,12 @@ class AggregatedEncoder(Encoder):
 
     def __init__(self, encoder: Encoder, aggregator: SliceAggregator) -> None:
         super().__init__()
-        if aggregator.config.features != encoder.embed_dim:
+        last = aggregator.config.slice_features == "last"
+        given = encoder.embed_dim if last else stage_width(encoder)
+        if aggregator.config.features != given:
             raise CheckpointError(
                 f"the aggregator takes embeddings of length {aggregator.config.features}, "
-                f"the encoder gives {encoder.embed_dim}"
+                f"the encoder gives {given}"
             )
         self.encoder, self.aggregator = encoder, aggregator
         self.config, self.channels, self.strides = encoder.config, encoder.channels, encoder.strides
@@ -267,7 +311,7 @@ class AggregatedEncoder(Encoder):
         Slices are seen whole, and all of a volume's in one stack.
         """
         slabs, mask = self.stacks(x)
-        seen = self.encoder.embed(slabs[mask])
+        seen = self.aggregator.see(self.encoder, slabs[mask])
         each = seen.new_zeros(*mask.shape, seen.shape[1])
         each[mask] = seen
         embeddings: Tensor = self.aggregator(each, mask)[1]
@@ -341,6 +385,7 @@ class SliceAttention(nn.Module):
             # Near zero, so that attention starts as the plain one; not at zero, or the taps would get no
             # gradient.
             nn.init.normal_(self.offset_out, std=0.02)
+        self.bias = PositionBias(max(_HIDDEN, width // 4)) if config.position_bias else None
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Attended]:
         """Attend to places along the slices.
@@ -369,6 +414,8 @@ class SliceAttention(nn.Module):
         else:
             moved = regular
         logits = query @ key.transpose(2, 3) / math.sqrt(key.shape[3])
+        if self.bias is not None:
+            logits = logits + self.bias(moved, lengths, count)
         # A volume of padding alone has no key: finite values keep the softmax, and its gradient, finite.
         logits = logits.masked_fill(~present[:, None, None, :], torch.finfo(logits.dtype).min)
         attention = logits.softmax(dim=3)
@@ -386,6 +433,44 @@ class SliceAttention(nn.Module):
         at = interpolation(places, lengths, count) @ hidden
         offsets: Tensor = torch.einsum("bhne,he->bhn", at, self.offset_out).tanh() * self.scale
         return offsets
+
+
+class PositionBias(nn.Module):
+    """Continuous bias of attention: a small network of the distance between a query and a key.
+
+    That of Swin V2 (Liu et al., CVPR 2022, arXiv:2111.09883), as the released deformable attention has it:
+    places run from -1 at the first slice to 1 at the last one, distances d enter as sign(d) log(1 + |d|),
+    two hidden layers with ReLU give one number, by the same network for every head, whose keys lie at
+    places of their own.
+
+    Args:
+        hidden: Width of the hidden layers.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(1, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            # Without a bias: what is added to all keys alike, the softmax takes away again.
+            nn.Linear(hidden, 1, bias=False),
+        )
+
+    def forward(self, places: Tensor, lengths: Tensor, count: int) -> Tensor:
+        """Compute the bias (B, H, S, N) of S slices to keys at places (B, H, N), in slices.
+
+        Args:
+            places: Places of the keys, from 0 to length - 1.
+            lengths: Number of slices of each volume, (B,).
+            count: Number S of slices.
+        """
+        half = (lengths - 1).clamp(min=1).to(places.dtype)[:, None, None, None] / 2
+        slices = torch.arange(count, device=places.device, dtype=places.dtype)
+        away = (slices[:, None] - places[:, :, None]) / half
+        bias: Tensor = self.layers((away.sign() * away.abs().log1p()).unsqueeze(4)).squeeze(4)
+        return bias
 
 
 def regular_places(lengths: Tensor, count: int, downsample: int) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,29 @@ def mask_block(rng: BatchRng, count: int, share: tuple[float, float]) -> Tensor:
     return (number >= first.unsqueeze(1)) & (number < (first + length).unsqueeze(1))
 
 
+def mask_scattered(rng: BatchRng, count: int, share: tuple[float, float]) -> Tensor:
+    """Draw masked slices anywhere in each row, at least one slice and never all of them.
+
+    Their share of the slices ~ U(low, high).
+
+    Args:
+        rng: Generator of the B rows.
+        count: Slices in a row, at least 2.
+        share: Least and largest share of the slices that are masked.
+
+    Returns:
+        (B, count), True where a slice is masked.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> mask_scattered(one_group(0, 3), 10, (0.2, 0.2)).sum(1)
+        tensor([2, 2, 2])
+    """
+    low, high = share
+    masked = (rng.uniform(low=low, high=high) * count).round().long().clamp(1, count - 1)
+    return rng.permutation(count) < masked.unsqueeze(1)
+
+
 @torch.no_grad()
 def standardise(embedded: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Standardise embeddings over all groups of a batch and all ranks, feature by feature.
@@ -61,31 +84,30 @@ def standardise(embedded: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     return [(e.detach().float() - mean) / scale for e in embedded]
 
 
-def interpolate_block(x: Tensor, mask: Tensor) -> Tensor:
-    """Interpolate linearly between the slices next to each row's masked block.
+def interpolate_masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Interpolate linearly between the seen slices next to each masked one, on both sides.
 
-    A block at an end of the stack takes the one slice that is next to it.
+    A masked slice at an end of the stack takes the one seen slice that is next to it.
 
     Args:
         x: Embeddings of the slices, (B, S, F).
-        mask: One masked block for each row, (B, S).
+        mask: Masked slices, (B, S); some are seen in each row.
 
     Returns:
         (B, S, F), of meaning where the mask is True.
 
     Example:
         >>> x = torch.tensor([[[0.0], [5.0], [8.0]]])
-        >>> interpolate_block(x, torch.tensor([[False, True, False]]))[0, 1].item()
+        >>> interpolate_masked(x, torch.tensor([[False, True, False]]))[0, 1].item()
         4.0
     """
     count = mask.shape[1]
-    first = mask.to(torch.uint8).argmax(1)
-    length = mask.sum(1)
-    left, right = first - 1, first + length
-    number = torch.arange(count, device=x.device)
-    share = (number - left.unsqueeze(1)) / (length + 1).unsqueeze(1)
-    share = torch.where(left.unsqueeze(1) < 0, 1.0, share)
-    share = torch.where(right.unsqueeze(1) >= count, 0.0, share).unsqueeze(2)
-    row = torch.arange(len(x), device=x.device)
+    number = torch.arange(count, device=x.device).expand_as(mask)
+    left = torch.where(mask, -1, number).cummax(1).values
+    right = torch.where(mask, count, number).flip(1).cummin(1).values.flip(1)
+    share = (number - left) / (right - left).clamp_min(1)
+    share = torch.where(left < 0, 1.0, share)
+    share = torch.where(right >= count, 0.0, share).unsqueeze(2)
+    row = torch.arange(len(x), device=x.device).unsqueeze(1)
     before, after = x[row, left.clamp_min(0)], x[row, right.clamp_max(count - 1)]
-    return before.unsqueeze(1) * (1 - share) + after.unsqueeze(1) * share
+    return before * (1 - share) + after * share

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl3d import plugins
-from ssl3d.config import field_help, from_dict, to_dict
+from ssl3d.command_help import field_help
+from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, PluginError
 from ssl3d.proxy import Proxy, StepOutput

@@ -108,7 +108,7 @@ def device_of(choice: str, flag: str = "--device", auto: Sequence[str] = ("cuda"
     """Return the kind of device that a choice means here: cpu, cuda or mps.
 
     Args:
-        choice: One of auto, cpu, cuda and mps.
+        choice: One of auto, cpu, cuda, mps, and gpu for cuda.
         flag: Option of the command line that holds the choice, for the message.
         auto: Kinds that auto tries, the best first.
 
@@ -119,6 +119,7 @@ def device_of(choice: str, flag: str = "--device", auto: Sequence[str] = ("cuda"
         >>> device_of("cpu")
         'cpu'
     """
+    choice = "cuda" if choice == "gpu" else choice
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if choice == "auto":
         return next(name for name in auto if there[name])
@@ -136,7 +137,7 @@ def accelerator_of(options: PretrainOptions) -> str:
     Raises:
         UsageError: The accelerator that was chosen is not there.
     """
-    return device_of(options.accelerator, "--accelerator", ("cuda", "mps", "cpu"))
+    return device_of(options.device, auto=("cuda", "mps", "cpu"))
 
 
 def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl3d.amounts import duration, size
+from ssl3d.amounts import count_of, duration, size
 from ssl3d.errors import DataError, TrainingError
 from ssl3d.rng import seed_of
 from ssl3d.training.batch import Batch, Group, cut
@@ -269,8 +269,9 @@ class Loop:
         held = weights * moments
         memory = peak_memory(self.fabric.device) + held
         self.log.say(
-            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; {left} steps of "
-            f"{self.options.batch_size} volumes, {self.flops_per_step:.3g} FLOPs a step"
+            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; "
+            f"{count_of(left, 'step')} of "
+            f"{count_of(self.options.batch_size, 'volume')}, {self.flops_per_step:.3g} FLOPs a step"
         )
         self.log.say(
             f"expected: about {duration(seconds * left)} ({seconds:.3g} s a step), "

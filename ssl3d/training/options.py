@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from ssl3d import config, plugins
+from ssl3d.command_help import HelpSection
 from ssl3d.errors import PluginError, UsageError
 
 PROG = "ssl3d pretrain"
@@ -18,7 +19,7 @@ STEPS = 1000
 
 NOT_RECORDED = ("out", "overwrite", "resume", "preset")
 FREE_ON_RESUME = frozenset(
-    ("resume", "workers", "data", "checkpoint_every", "log_every", "devices", "nodes", "accelerator")
+    ("resume", "workers", "data", "checkpoint_every", "log_every", "devices", "nodes", "device")
 )
 """Options beside `--resume`: none of them changes what is learnt (data are checked by their digest)."""
 
@@ -40,7 +41,7 @@ class PretrainOptions:
             of their own are always used.
         holdout: Share of the subjects that is kept out of training, to report the proxies' metrics on
             people never seen.
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps; 0 takes what the proxy recommends, else 1000.
         epochs: Number of passes over the data, in place of steps.
         batch_size: Volumes per optimizer step, over all devices.
         accumulate: Number of parts that a batch is cut into, which are computed one after the other to save
@@ -63,9 +64,9 @@ class PretrainOptions:
         memory_format: Memory layout of the convolution kernels; auto takes the one in which the encoder is
             faster.
         threads: CPU threads of the main process; 0 leaves torch's number. A run that goes on keeps its own.
-        accelerator: Kind of device: auto, cpu, cuda or mps.
-        devices: Devices per node; 0 takes those that torchrun or SLURM started, else every GPU, or one CPU
-            process.
+        device: Kind of device that computes: auto, cpu, cuda or mps.
+        devices: Number of devices per node; 0 takes those that torchrun or SLURM started, else every GPU,
+            or one CPU process.
         nodes: Number of nodes; 0 takes those that torchrun or SLURM started, else 1.
         strategy: Distribution over several devices: ddp keeps all weights on each of them, fsdp shards them
             (CUDA only), auto takes ddp.
@@ -106,7 +107,7 @@ class PretrainOptions:
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     threads: int = 0
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 0
     nodes: int = 0
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -120,6 +121,24 @@ class PretrainOptions:
     overwrite: bool = False
     resume: Path | None = None
     preset: str | None = None
+
+    help_sections: ClassVar[tuple[HelpSection, ...]] = (
+        HelpSection("data", ("data", "subjects"), ("holdout",)),
+        HelpSection(
+            "training",
+            ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite"),
+            ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "eval_every",
+             "checkpoint_every", "log_every", "save_at"),
+        ),
+        HelpSection("encoder", ("encoder", "init")),
+        HelpSection("proxy", ("proxy",), ("weights", "balance", "balance_alpha")),
+        HelpSection(
+            "hardware",
+            ("device", "workers", "precision", "devices"),
+            ("nodes", "strategy", "threads", "memory_format"),
+        ),
+    )  # fmt: skip
+    """Sections of the help."""
 
     def __post_init__(self) -> None:
         """Refuse, by a ValueError that names the field, a value that cannot be used."""
@@ -222,13 +241,13 @@ class Request(NamedTuple):
         plan: Plan of a new run; None with --resume, as the run's own options hold.
         options: Options of the command line.
         given: Names of the options that the user set.
-        print_only: Whether only the configuration is to be printed.
+        printed: Words of `--print_config`, where only the configuration is to be printed; else None.
     """
 
     plan: PretrainPlan | None
     options: PretrainOptions
     given: set[str]
-    print_only: bool
+    printed: set[str] | None
 
 
 def request_of(argv: Sequence[str]) -> Request:
@@ -237,7 +256,7 @@ def request_of(argv: Sequence[str]) -> Request:
     Raises:
         UsageError: No proxy is named, or a flag is wrong; the message names it.
     """
-    words = [word for word in argv if word not in ("--print_config", "--print-config")]
+    words, printed = config.without_print_config(argv)
     # With --resume no plugin is named: the run's own options hold, and flags beside it are judged below.
     named = _plugins(strict=not any(word.split("=")[0] == "--resume" for word in words))
     parsed = config.parse(PROG, PretrainOptions, _with_preset(words), named, epilog=_epilog())
@@ -251,7 +270,7 @@ def request_of(argv: Sequence[str]) -> Request:
                 f"{PROG}: --resume goes on with the run's own options; {flags} would change the result "
                 f"(allowed beside it: {allowed})"
             )
-        return Request(None, options, parsed.given, len(words) < len(argv))
+        return Request(None, options, parsed.given, printed)
     if not options.proxy:
         raise UsageError(
             f"{PROG}: --proxy: name one or more of {', '.join(plugins.names(plugins.PROXIES))}"
@@ -259,7 +278,7 @@ def request_of(argv: Sequence[str]) -> Request:
     options, classes, encoder = _found(options, PROG, {})
     proxies = {name: (kind, parsed.sections[name]) for name, kind in classes.items()}
     plan = make_plan(options, parsed.given, proxies, encoder, parsed.sections[options.encoder])
-    return Request(plan, options, parsed.given, len(words) < len(argv))
+    return Request(plan, options, parsed.given, printed)
 
 
 def make_plan(
@@ -297,7 +316,10 @@ def make_plan(
 
 
 def plan_from(
-    values: Mapping[str, Any], where: str, classes: Mapping[str, Any] | None = None
+    values: Mapping[str, Any],
+    where: str,
+    classes: Mapping[str, Any] | None = None,
+    recorded: bool = False,
 ) -> PretrainPlan:
     """Make a plan of plain values: a run's `config.yaml`, or keyword arguments from Python.
 
@@ -305,12 +327,15 @@ def plan_from(
         values: Options by name; the options of proxies and of the encoder are dictionaries by name.
         where: Beginning of the message of an error.
         classes: Proxies and encoders that are not registered, by name.
+        recorded: Whether a run recorded the values: options that are missing mean what they meant before
+            there were any.
 
     Raises:
         UsageError: An option is unknown or its value unusable.
     """
     classes = classes or {}
     known = {f.name for f in dataclasses.fields(PretrainOptions)}
+    values = config.todays(PretrainOptions, values)
     own = {key: value for key, value in values.items() if key in known}
     for key in ("proxy", "data"):
         if isinstance(own.get(key), str | Path):
@@ -323,12 +348,13 @@ def plan_from(
     options, proxies, encoder = _found(options, where, classes)
     configured: dict[str, tuple[Any, Any]] = {}
     for name, proxy in proxies.items():
-        configured[name] = proxy, config.from_dict(proxy.Config, values.get(name) or {}, f"{where}, {name}")
+        own_section = values.get(name) or {}
+        configured[name] = proxy, config.from_dict(proxy.Config, own_section, f"{where}, {name}", recorded)
     unknown = sorted(set(values) - known - set(configured) - {options.encoder})
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     section = values.get(options.encoder) or {}
-    encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}")
+    encoder_config = config.from_dict(encoder.Config, section, f"{where}, {options.encoder}", recorded)
     return make_plan(options, set(own), configured, encoder, encoder_config)
 
 
@@ -392,9 +418,9 @@ def preset_values(name: str | None, proxies: Sequence[Any]) -> dict[str, Any]:
     """
     if name is None:
         return {}
-    import yaml
+    from ssl3d.yaml_files import read_yaml
 
-    values: dict[str, Any] = yaml.safe_load(_preset(name).read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_yaml(_preset(name))
     known = {f.name for f in dataclasses.fields(PretrainOptions)}
     return {
         key: value
@@ -441,6 +467,7 @@ def _plugins(strict: bool = True) -> config.Plugins:
         options={"proxy": options_of(plugins.PROXIES), "encoder": options_of(plugins.ENCODERS)},
         known={"proxy": plugins.names(plugins.PROXIES), "encoder": plugins.names(plugins.ENCODERS)},
         strict=strict,
+        silent=[str(path) for path in presets().values()],
         called={"proxy": name_in(plugins.PROXIES), "encoder": name_in(plugins.ENCODERS)},
     )
 
@@ -448,7 +475,7 @@ def _plugins(strict: bool = True) -> config.Plugins:
 def _epilog() -> str:
     return (
         "Every proxy and encoder has options of its own, such as --sorting.slices 8 or --resnet18.kind "
-        "acs; --help lists them for the proxies and the encoder that are named beside it. Example: ssl3d "
+        "acs; --help lists those of the proxies and the encoder that are named beside it. Example: ssl3d "
         "pretrain --proxy sorting --data store.h5 --steps 2000 --out runs/first. A proxy of your own needs "
         "no installation: --proxy my/rotation.py, whose options are --rotation.crop and the like."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ssl3d import plugins
+from ssl3d.amounts import count_of
 from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.card import CARD
 from ssl3d.checkpoint.encoders import load_encoder
@@ -156,7 +157,7 @@ def resume(
         if name != "resume":
             values[name] = getattr(changes, name)
     try:
-        plan = plan_from(values, str(folder / "config.yaml"))
+        plan = plan_from(values, str(folder / "config.yaml"), recorded=True)
     except PluginError as error:
         raise PluginError(
             f"{error}; --resume needs it: put it back, or write its new name into config.yaml"
@@ -202,7 +203,7 @@ def _execute(plan: PretrainPlan, folder: Path | None, data: Collection | None) -
         check_same(checkpoint, digest, fabric, plan.options, folder, log)
         run = Run(folder, plan.options.steps, int(checkpoint["step"]))
         if run.finished:
-            log.say(f"{folder} is finished: {run.steps} steps, encoder in {folder / 'encoder'}")
+            log.say(f"{folder} is finished: {count_of(run.steps, 'step')}, encoder in {folder / 'encoder'}")
             return Run(folder, run.steps, run.steps)
         card, outline = checkpoint["about"], checkpoint.get("outline")
     else:
@@ -242,7 +243,7 @@ def _finish(state: RunState, done: int, signum: int) -> Run:
         return Run(folder, options.steps, done, signum)
     state.export("encoder", options.steps)
     beside = "".join(f"; {name} in {folder / name}" for name in state.exports)
-    log.say(f"done: {options.steps} steps; encoder in {folder / 'encoder'}{beside}")
+    log.say(f"done: {count_of(options.steps, 'step')}; encoder in {folder / 'encoder'}{beside}")
     place, probe = (shlex.quote(str(path)) for path in (folder, folder / "probe"))
     log.say(f"next: ssl3d linear-probe {place} --data {_data_to_probe(state)} --out {probe}")
     return Run(folder, options.steps, options.steps)

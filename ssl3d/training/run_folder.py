@@ -20,6 +20,7 @@ from ssl3d.training.monitor import Log
 from ssl3d.training.options import PretrainOptions, PretrainPlan
 from ssl3d.training.preempt import requeued
 from ssl3d.training.selection import BY_TARGET
+from ssl3d.yaml_files import dump_yaml
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -79,9 +80,7 @@ def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
 
 def write_config(folder: Path, plan: PretrainPlan) -> None:
     """Write `config.yaml`, which `--config` and `--resume` read."""
-    import yaml
-
-    write_whole(folder / "config.yaml", yaml.safe_dump(plan.as_config(), sort_keys=False))
+    write_whole(folder / "config.yaml", dump_yaml(plan.as_config()))
     if os.environ.get("SLURM_JOB_ID"):
         (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ssl3d.amounts import count_of
 from ssl3d.errors import DataError
 from ssl3d.rng import seed_of
 
@@ -77,16 +78,19 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
             part = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))
         notes.append(
-            f"{names[code]} ({why}): {part}, {chosen.sum()} of {own.sum()} volumes, {people} subjects"
+            f"{names[code]} ({why}): {part}, {chosen.sum()} of {count_of(own.sum(), 'volume')}, "
+            f"{count_of(people, 'subject')}"
         )
     notes += _namesakes(data, used)
     held = _held_out(data, used, share)
     train = used & ~held
     if not train.any():
-        raise DataError(f"none of {count} volumes is left to train on; --subjects all uses every split")
+        raise DataError(f"no volume of {count} is left to train on; --subjects all uses every split")
     if held.any():
         people = len(np.unique(data.subject_codes[held]))
-        notes.append(f"kept out to report on: {held.sum()} volumes, {people} subjects")
+        notes.append(
+            f"kept out to report on: {count_of(held.sum(), 'volume')}, {count_of(people, 'subject')}"
+        )
     queries = classes & ((split == "val") & ~used | held)
     return Selection(data.select(train), data.select(held), data.select(queries), notes)
 

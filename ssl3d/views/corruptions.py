@@ -96,6 +96,35 @@ def corrupt(options: Corruptions, x: Tensor, rng: BatchRng) -> Corrupted:
         return Corrupted(seen, done)
 
 
+@torch.no_grad()
+def corrupt_once(x: Tensor, rng: BatchRng, shuffled: float = 0.82) -> Corrupted:
+    """Corrupt each crop of a batch in exactly one of four ways, each as likely, as TransVW does.
+
+    Its voxels are shuffled locally, its grey values run through a curve, or noise is painted inside or
+    outside of one box.
+
+    Args:
+        x: Crops to restore, (B, C, D, H, W); they stay as they are.
+        rng: Generator of the B examples.
+        shuffled: Probability that each block of a shuffled crop is shuffled.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> done = corrupt_once(torch.rand(5, 1, 8, 8, 8), one_group(0, 5)).done
+        >>> torch.stack(list(done.values())).sum(0)
+        tensor([1, 1, 1, 1, 1])
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        way = rng.integers(0, 4)
+        shuffle, curve, inpaint, outpaint = (way == number for number in range(4))
+        seen = local_shuffle(x, rng, shuffled, shuffle)
+        seen = _only(curve, bezier_intensity(x, rng), seen)
+        seen = _only(inpaint, in_painting(x, rng, least=1, most=1), seen)
+        seen = _only(outpaint, out_painting(x, rng, most=1), seen)
+        done = {"shuffle": shuffle, "curve": curve, "inpaint": inpaint, "outpaint": outpaint}
+        return Corrupted(seen, done)
+
+
 # Grey values ------------------------------------------------------------------------------------------
 
 
@@ -218,50 +247,59 @@ def _along(axis: int, values: Tensor) -> Tensor:
 # Boxes ------------------------------------------------------------------------------------------------
 
 
-def in_painting(x: Tensor, rng: BatchRng) -> Tensor:
-    """Paint up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+def in_painting(x: Tensor, rng: BatchRng, least: int = 0, most: int = _BLOCKS) -> Tensor:
+    """Paint `least` to `most` boxes with noise, uniform over the channel's range, voxel by voxel.
 
-    Sides are a sixth to a third of the crop's; after each box comes another with probability .95, so
-    one example in twenty has none. As released, boxes keep 3 voxels from the border, where there is room.
+    Sides are a sixth to a third of the crop's; beyond `least`, each box comes with probability .95 after
+    the one before it, so from 0 one example in twenty has none. As released, boxes keep 3 voxels from the
+    border, where there is room.
     """
-    inside = draw_boxes(rng, x.shape[2:], [(n // 6, n // 3) for n in x.shape[2:]], least=0)
+    limits = [(n // 6, n // 3) for n in x.shape[2:]]
+    inside = draw_boxes(rng, x.shape[2:], limits, least, most)
     return torch.where(inside[:, None], _noise(x, rng), x)
 
 
-def out_painting(x: Tensor, rng: BatchRng) -> Tensor:
-    """Paint all but up to five boxes with noise, uniform over the channel's range, voxel by voxel.
+def out_painting(x: Tensor, rng: BatchRng, most: int = _BLOCKS) -> Tensor:
+    """Paint all but up to `most` boxes with noise, uniform over the channel's range, voxel by voxel.
 
     A box's sides are the crop's less 3/7 to 4/7 of it; there is one, and after each comes another with
     probability .95. As released, boxes keep 3 voxels from the border, where there is room.
     """
     limits = [(n - 4 * n // 7, n - 3 * n // 7) for n in x.shape[2:]]
-    inside = draw_boxes(rng, x.shape[2:], limits, least=1)
+    inside = draw_boxes(rng, x.shape[2:], limits, 1, most)
     return torch.where(inside[:, None], x, _noise(x, rng))
 
 
-def draw_boxes(rng: BatchRng, size: Sequence[int], limits: Sequence[tuple[int, int]], least: int) -> Tensor:
-    """Draw up to five boxes per example, and say where any of them lies, (B, D, H, W) booleans.
+def draw_boxes(
+    rng: BatchRng,
+    size: Sequence[int],
+    limits: Sequence[tuple[int, int]],
+    least: int,
+    most: int = _BLOCKS,
+) -> Tensor:
+    """Draw `least` to `most` boxes per example, and say where any of them lies, (B, D, H, W) booleans.
 
     Args:
         rng: Generator of the B examples.
         size: Size (D, H, W) of the crops.
         limits: Least and largest side of a box, for each axis.
         least: Number of boxes that there are for certain.
+        most: Number of boxes at most; each beyond `least` comes with probability .95 after the one before.
     """
-    more = torch.cat([rng.chance(1.0, least), rng.chance(_CONTINUE, _BLOCKS - least)], dim=1)
+    more = torch.cat([rng.chance(1.0, least), rng.chance(_CONTINUE, most - least)], dim=1)
     there = more.int().cumprod(1).bool()
     inside = []
     for length, (shortest, longest) in zip(size, limits, strict=True):
-        sides = rng.integers(max(shortest, 1), max(longest, 1) + 1, _BLOCKS)
+        sides = rng.integers(max(shortest, 1), max(longest, 1) + 1, most)
         border = (length - sides).div(2, rounding_mode="floor").clamp(0, _BORDER)
         room = length - sides - 2 * border + 1
-        start = border + (rng.uniform(_BLOCKS) * room).long()
+        start = border + (rng.uniform(most) * room).long()
         at = torch.arange(length, device=start.device)
         inside.append((at >= start[..., None]) & (at < (start + sides)[..., None]))
     d, h, w = inside
     d = d & there[..., None]
     inside_any = torch.zeros(len(d), *size, dtype=torch.bool, device=d.device)
-    for n in range(_BLOCKS):
+    for n in range(most):
         inside_any |= d[:, n, :, None, None] & h[:, n, None, :, None] & w[:, n, None, None, :]
     return inside_any
 

@@ -1,4 +1,4 @@
-"""Flips, turns and affine transforms of batches of crops, on the device, one draw per example."""
+"""Flips, turns, affine and elastic transforms of batches of crops, on the device, one draw per example."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from ssl3d.rng import BatchRng
 
 _ISOTROPIC = 1.25  # voxel sides whose ratio is below this may change places
+_FLIPS = 3  # in turn, at most
+# The released elastic deformation: noise smoothed by 8 voxels, times 991, of crops of 32 x 64 x 64 voxels.
+_ALPHA, _SIGMA, _SIDES = 991.0, 8.0, (32, 64, 64)
 
 
 def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
@@ -33,6 +36,33 @@ def flip(x: Tensor, rng: BatchRng, p: float = 0.5, axes: Sequence[int] = (0, 1, 
     for axis in axes:
         if x.shape[axis + 2] > 1 and not none_chosen(chosen[:, axis]):
             x = torch.where(_wide(chosen[:, axis]), x.flip(axis + 2), x)
+    return x
+
+
+def flip_in_turn(x: Tensor, rng: BatchRng, p: float = 0.4, axes: Sequence[int] = (1, 2)) -> Tensor:
+    """Mirror each example up to three times in turn, as the released code of Models Genesis does.
+
+    As long as a chance of `p` holds, one of `axes` or none, each as likely, is drawn and the example is
+    mirrored along it: twice along one is as it was. (There one of the first three axes of an array is
+    drawn, which are its channel, x and y; the channel has nothing to mirror.)
+
+    Args:
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        p: Probability of the first time, and of each further one after it.
+        axes: Axes that may be mirrored, 0 to 2 for D, H, W.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> flip_in_turn(torch.arange(2.0).view(1, 1, 1, 1, 2), one_group(1, 1), p=0.0).flatten()
+        tensor([0., 1.])
+    """
+    going = rng.chance(p, _FLIPS).int().cumprod(1).bool()
+    drawn = rng.integers(0, len(axes) + 1, _FLIPS)
+    for number, axis in enumerate(axes):
+        odd = (going & (drawn == number)).sum(1) % 2 == 1
+        if x.shape[axis + 2] > 1 and not none_chosen(odd):
+            x = torch.where(_wide(odd), x.flip(axis + 2), x)
     return x
 
 
@@ -132,6 +162,63 @@ def affine(
     matrix = torch.where(chosen[:, None, None], matrix, torch.eye(3, device=x.device))
     shifts = torch.where(chosen[:, None], shifts, 0.0)
     return _sample(x, matrix, shifts, size, "nearest" if nearest else "bilinear")
+
+
+@torch.no_grad()
+def elastic(x: Tensor, rng: BatchRng, strength: float = 1.0) -> Tensor:
+    """Deform each example elastically within its slices, as the released code of TransVW does.
+
+    Displacements along H and W are noise ~ U(-1, 1) of every voxel, smoothed by a Gaussian along all three
+    axes, with zeros around the crop, and multiplied. A crop of 32 x 64 x 64 voxels has the released
+    numbers: a standard deviation of 8 voxels, times 991, which moves voxels in the middle by 3.8 (standard
+    deviation). Other crops look alike: both scale with their sides. Beyond the crop its mirror image goes
+    on.
+
+    Args:
+        x: Crops (B, C, D, H, W).
+        rng: Generator of the B examples.
+        strength: Factor of the displacements.
+
+    Example:
+        >>> from ssl3d.rng import one_group
+        >>> x = torch.rand(2, 1, 8, 16, 16)
+        >>> torch.equal(elastic(x, one_group(0, 2), strength=0.0), x), elastic(x, one_group(0, 2)).shape
+        (True, torch.Size([2, 1, 8, 16, 16]))
+    """
+    if not strength:
+        return x
+    size = x.shape[2:]
+    moves = rng.uniform(2, *size, low=-1.0, high=1.0)
+    factor = strength * _ALPHA
+    for axis, (length, released) in enumerate(zip(size, _SIDES, strict=True)):
+        kernel = _gaussian(_SIGMA * length / released)
+        # A wider kernel averages more noise away, by the ratio of the norms.
+        factor *= float(_gaussian(_SIGMA).norm() / kernel.norm())
+        at = torch.arange(length)
+        away = (at[:, None] - at).abs()
+        reach = len(kernel) // 2
+        smooth = torch.where(away <= reach, kernel[(away + reach).clamp(max=2 * reach)], 0.0)
+        smooth = smooth.to(moves.device, moves.dtype)
+        moves = (moves.movedim(axis + 2, -1) @ smooth).movedim(-1, axis + 2)
+    # Slices as images of one batch: nothing moves across them.
+    grids = []
+    for axis in (2, 1):  # grid_sample wants W before H, and places in [-1, 1] from edge to edge
+        at = torch.arange(size[axis], device=x.device, dtype=torch.float32)
+        at = at.view([-1 if a == axis else 1 for a in range(3)])
+        place = at + factor * size[axis] / _SIDES[axis] * moves[:, axis - 1]
+        grids.append((2 * place + 1) / size[axis] - 1)
+    flat = x.transpose(1, 2).flatten(0, 1).float()
+    moved = F.grid_sample(
+        flat, torch.stack(grids, dim=-1).flatten(0, 1), padding_mode="reflection", align_corners=False
+    )
+    return moved.unflatten(0, (len(x), size[0])).transpose(1, 2).to(x.dtype)
+
+
+def _gaussian(sigma: float) -> Tensor:
+    """Return the weights of a Gaussian to four standard deviations on either side, which sum to 1."""
+    reach = int(4 * sigma + 0.5)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
+    return weights / weights.sum()
 
 
 def affine_margin(

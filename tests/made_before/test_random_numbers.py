@@ -5,6 +5,9 @@ What fine-tuning draws, the losses of each of its steps tell, in test_results.py
 
 import pytest
 
+from ssl3d import plugins
+from ssl3d.config import as_before
+
 PROXIES = [
     "barlow_twins",
     "context_restoration",
@@ -26,6 +29,14 @@ PROXIES = [
 
 def test_no_proxy_of_before_is_left_out(kept):
     assert sorted(kept["proxies"]) == PROXIES
+
+
+@pytest.fixture(autouse=True)
+def options_of_before(made, monkeypatch):
+    """Options that came since, where their defaults mean something new, are what their absence means."""
+    for name in PROXIES:
+        added = as_before(plugins.load(plugins.PROXIES, name).Config)
+        monkeypatch.setitem(made.PROXIES, name, added | made.PROXIES[name])
 
 
 @pytest.mark.parametrize("name", PROXIES)

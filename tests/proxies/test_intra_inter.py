@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 import ssl3d
 from ssl3d.api import BatchRng, DataError, TrainingError, UsageError, ViewRng, load_encoder, open_data
 from ssl3d.checkpoint import snapshot
+from ssl3d.config import from_dict, to_dict
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
@@ -364,7 +365,11 @@ def test_the_error_is_of_masked_slices_alone(phantoms):
     batch = batch_of(config, phantoms, 3)
     out = proxy(batch, one_group(0, 3))
     rng = one_group(0, 3)
-    x = proxy.encoder.embed(augment_stack(config, batch, rng).flatten(0, 2)).view(6, 6, -1).detach()
+    maps = proxy.encoder(augment_stack(config, batch, rng).flatten(0, 2))
+    # Each average scaled to length 1: four stages, of which the last one is the embedding too.
+    parts = [F.normalize(each.mean((2, 3, 4)), dim=1) for each in (*maps[1:], maps[4])]
+    x = torch.cat(parts, 1).view(6, 6, -1).detach()
+    assert x.shape[2] == 8 + 16 + 32 + 64 + 64
     mask = mask_block(ViewRng(rng, 2), 6, config.mask_share)
 
     def predict(embedded):
@@ -383,6 +388,42 @@ def test_the_error_is_of_masked_slices_alone(phantoms):
         changed = x.clone()
         changed[slices] *= torch.linspace(0.5, 2, x.shape[2])
         assert bool((predict(changed) - predict(x)).abs().max() > 1e-6) == reaches
+
+
+def test_scattered_masks_are_the_same_in_both_views(phantoms):
+    config = config_of(weights=(0, 0, 1), masks="scattered", mask_share=(0.4, 0.4))
+    proxy = make(config, phantoms)
+    mask = proxy._mask(one_group(0, 200), 6).view(200, 2, 6)
+    assert torch.equal(mask[:, 0], mask[:, 1]) and (mask.sum(2) == 2).all()
+    apart = (mask[:, 0, 1:] & ~mask[:, 0, :-1]).sum(1) + mask[:, 0, 0]
+    assert (apart == 2).any() and (apart == 1).any()  # no block
+    blocks = make(config_of(weights=(0, 0, 1), mask_share=(0.4, 0.4)))._mask(one_group(0, 200), 6)
+    assert not torch.equal(blocks.view(200, 2, 6)[:, 0], blocks.view(200, 2, 6)[:, 1])
+    out = proxy(batch_of(config, phantoms, 4), one_group(0, 4))
+    out.loss.backward()
+    assert out.metrics["masked_vs_neighbours"].isfinite()
+
+
+def test_slices_of_noise_cannot_be_predicted_around_scattered_masks():
+    config = config_of(**EASY, weights=(1.0, 0.0, 1.0), masks="scattered")
+    history = train(make(config), noise_of, 30)[-15:]
+    assert mean(history, "masked_vs_mean") > 0.98
+
+
+def test_the_embedding_alone_and_no_bias_are_what_runs_of_before_had(phantoms):
+    written = to_dict(config_of())
+    for name in ("slice_features", "position_bias", "masks"):
+        del written[name]
+    before = from_dict(IntraInterConfig, written, "a run", recorded=True)
+    assert (before.slice_features, before.position_bias, before.masks) == ("last", False, "block")
+    proxy, today = make(before, phantoms), make(config_of(), phantoms)
+    assert proxy.aggregator.config.features == proxy.encoder.embed_dim == 64
+    assert not any("bias.layers" in name for name in proxy.state_dict())
+    assert today.aggregator.config.features == 8 + 16 + 32 + 64 + 64
+    assert any("bias.layers" in name for name in today.state_dict())
+    out = proxy(batch_of(before, phantoms, 4), one_group(0, 4))
+    out.loss.backward()
+    assert all(p.grad is not None for p in proxy.parameters() if p.requires_grad)
 
 
 def test_targets_of_a_moving_average(phantoms):

@@ -1,5 +1,6 @@
 """Masked autoencoding: what is hidden, what it learns, and what it must not be able to learn from."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl3d.api import BatchRng, UsageError, one_group, only_visible
+from ssl3d.api import BatchRng, UsageError, one_group, only_visible, open_data
+from ssl3d.config import from_dict, to_dict
 from ssl3d.encoders.resnet import ResNet10
+from ssl3d.testing import check_proxy
 from ssl3d_proxies.mae import MAE, Blocks, MAEConfig, blur_in, mask_blocks, normalise, visible_mean
 
 
@@ -146,7 +149,7 @@ def test_the_token_is_what_is_shown_and_is_learned():
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (12, 20, 13)], ids=["multiple", "cut"])
 def test_remasked_maps_hold_tokens_where_nothing_is_known(size):
-    proxy, x = proxy_of(masking="remask"), torch.randn(3, 1, *size)
+    proxy, x = proxy_of(masking="remask", densify_norm=False), torch.randn(3, 1, *size)
     masked = mask_blocks(Blocks.of(size, (8, 8, 8)), one_group(0, 3), 0.75)
     with only_visible(proxy.encoder, ~masked):
         sparse = proxy.encoder(x * ~masked)
@@ -158,7 +161,58 @@ def test_remasked_maps_hold_tokens_where_nothing_is_known(size):
         assert torch.equal(maps[n][~there], sparse[n][~there])  # as if masked places did not exist
 
 
+@pytest.mark.parametrize("size", [(16, 16, 16), (12, 20, 13)], ids=["multiple", "cut"])
+def test_remasked_maps_are_normalised_over_what_is_visible_before_tokens_come(size):
+    """As SparK's sparse batch norm: over the visible places alone, flattened to one axis."""
+    proxy, x = proxy_of(masking="remask").train(), torch.randn(3, 1, *size)
+    masked = mask_blocks(Blocks.of(size, (8, 8, 8)), one_group(0, 3), 0.75)
+    plain = proxy_of(masking="remask", densify_norm=False).train()
+    _, raw = plain._encode(x, masked)
+    _, maps = proxy._encode(x, masked)
+    assert len(proxy.decoder.sources) > 1
+    for n in proxy.decoder.sources:
+        d, h, w = proxy.encoder.strides[n]
+        hidden = masked[:, 0, ::d, ::h, ::w]
+        flat = torch.nn.BatchNorm1d(maps[n].shape[1])
+        expected = flat(raw[n].movedim(1, -1)[~hidden])
+        assert torch.allclose(maps[n].movedim(1, -1)[~hidden], expected, atol=1e-4)
+        assert torch.equal(proxy.norms[str(n)].num_batches_tracked, torch.tensor(1))
+        assert torch.allclose(proxy.norms[str(n)].running_mean, flat.running_mean, atol=1e-5)
+        assert torch.allclose(proxy.norms[str(n)].running_var, flat.running_var, rtol=1e-3, atol=1e-5)
+        assert (maps[n].movedim(1, -1)[hidden] == proxy.tokens[str(n)].flatten()).all()
+
+
+def test_remask_keeps_the_contract(store_of, small, tiny_encoder):
+    config = dataclasses.replace(small("mae"), masking="remask")
+    check_proxy("mae", config, encoder=tiny_encoder, data=open_data([store_of("mae")]))
+
+
+def test_a_run_of_before_has_plain_targets_and_no_norms():
+    config = MAEConfig(masking="remask", norm_targets=False)
+    written = {k: v for k, v in to_dict(config).items() if k != "densify_norm"}  # it wrote norm_targets
+    before = from_dict(MAEConfig, written, "a run", recorded=True)
+    assert not before.standardised and not before.densify_norm
+    assert MAEConfig(masking="remask").standardised and not MAEConfig().standardised
+    assert MAEConfig(norm_targets=True).standardised
+
+
 # Loss and metrics -----------------------------------------------------------------------------------
+
+
+def test_the_loss_of_remask_is_that_of_spark():
+    """Its patchify, its targets and its loss, typed anew for volumes."""
+    x, answer = torch.randn(3, 1, 16, 16, 16) * 4 + 3, torch.randn(3, 1, 16, 16, 16)
+    output, seen, _ = step(proxy_of(masking="remask"), x, rule=answer)
+
+    def patches(y):
+        return y.reshape(3, 2, 8, 2, 8, 2, 8).permute(0, 1, 3, 5, 2, 4, 6).reshape(3, 8, 512)
+
+    inp, rec = patches(x), patches(answer)
+    inp = (inp - inp.mean(-1, keepdim=True)) / (inp.var(-1, keepdim=True) + 1e-6) ** 0.5
+    hidden = (patches(seen) == 0).all(-1)
+    expected = ((rec - inp) ** 2).mean(2)[hidden].mean()
+    assert hidden.sum(1).tolist() == [6, 6, 6]
+    assert output.loss.item() == pytest.approx(expected.item(), rel=2e-3)  # n - 1 there
 
 
 def test_the_loss_is_the_error_on_hidden_voxels_alone():
@@ -265,14 +319,16 @@ def place(n, seed):
 
 @pytest.mark.parametrize("masking", ["token", "remask"])
 def test_it_restores_what_continues_and_the_cue_makes_it_easier(masking):
-    options = {"masking": masking, "block": (4, 4, 4), "strides": 4}
+    # Plain targets: of a wave, standardised blocks leave little but its direction.
+    options = {"masking": masking, "block": (4, 4, 4), "strides": 4, "norm_targets": False}
     waves = train(proxy_of(**options), smooth)["relative_error"]
     assert waves < 0.75
     assert train(proxy_of(**options), place)["relative_error"] < 0.6 * waves
 
 
-def test_noise_stays_at_chance():
-    metrics = train(proxy_of(), noise)
+@pytest.mark.parametrize("masking", ["token", "remask"])
+def test_noise_stays_at_chance(masking):
+    metrics = train(proxy_of(masking=masking), noise)
     assert metrics["relative_error"] > 0.97 and metrics["blur_error"] < 1  # a blur of noise is worse still
 
 

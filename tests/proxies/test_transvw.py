@@ -11,17 +11,23 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from ssl3d.api import BatchRng, DataError, corrupt, find_alike, open_data, word_places
+from ssl3d.config import from_dict, to_dict
 from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d.objectives.visual_words import principal_features, thumbnail
 from ssl3d.rng import numpy_rng, one_group
+from ssl3d.views.corruptions import corrupt_once
+from ssl3d.views.spatial import elastic
 from ssl3d_proxies.transvw import TransVW, TransVWConfig
 
 CROP = (16, 16, 16)
 # Without painting, so that seconds are enough.
-EASY = {"paint": 0.0, "shuffle": 0.0, "curve": 0.3, "words": 4, "word_weight": 1.0}
+EASY = {
+    "corruptions": "several", "elastic": 0.0, "paint": 0.0, "shuffle": 0.0, "curve": 0.3, "words": 4,
+    "word_weight": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +120,11 @@ def test_words_of_noise_stay_at_chance():
     assert accuracy(train(make(**EASY), noise(), steps=30), noise()) < 0.4
 
 
+def test_words_of_noise_stay_at_chance_however_it_is_deformed_and_corrupted():
+    proxy = make(words=4, word_weight=1.0)
+    assert accuracy(train(proxy, noise(), steps=30), noise()) < 0.4
+
+
 def test_with_a_cue_put_in_even_those_of_noise_are_easy():
     assert accuracy(train(make(**EASY), noise(2.0), steps=30), noise(2.0)) > 0.6
 
@@ -138,6 +149,38 @@ def test_restoring_noise_gains_nothing_over_its_mean():
         restored = proxy.decoder(proxy.encoder(seen), CROP)
     painted = seen != batch["crop"]
     assert (restored - batch["crop"])[painted].square().mean() > 0.95 * batch["crop"][painted].var()
+
+
+# Deformed and corrupted -----------------------------------------------------------------------------
+
+
+def test_crops_are_deformed_then_corrupted_once_and_the_target_is_neither(phantoms):
+    proxy = make()
+    x = torch.rand(40, 1, *CROP, generator=torch.Generator().manual_seed(0))
+    seen, kept = proxy.corrupted(x, one_group(0, 40)), x.clone()
+    rng = one_group(0, 40)
+    deformed = elastic(x, rng)
+    spoilt, done = corrupt_once(deformed, rng)
+    assert torch.equal(seen, spoilt) and torch.equal(x, kept)
+    assert (torch.stack(list(done.values())).sum(0) == 1).all()
+    # What was painted around a box alone shows, there, the deformed crop: not the target.
+    inside = (seen == deformed) & done["outpaint"].view(-1, 1, 1, 1, 1)
+    assert inside.any() and not torch.equal(x[inside], deformed[inside])
+
+
+def test_a_run_of_before_keeps_the_corruptions_of_before():
+    written = {k: v for k, v in to_dict(TransVWConfig()).items() if k not in ("elastic", "corruptions")}
+    before = from_dict(TransVWConfig, written, "a run", recorded=True)
+    assert (before.elastic, before.corruptions) == (0.0, "several")
+    x = torch.rand(6, 1, *CROP, generator=torch.Generator().manual_seed(0))
+    proxy = make()
+    proxy.config = before
+    assert torch.equal(proxy.corrupted(x, one_group(3, 6)), corrupt(before, x, one_group(3, 6)).input)
+
+
+def test_probabilities_beside_one_corruption_are_refused():
+    with pytest.raises(ValueError, match=r"curve is 0.3, but with corruptions one .* corruptions several"):
+        TransVWConfig(curve=0.3)
 
 
 # Which volumes hold a word --------------------------------------------------------------------------
@@ -320,7 +363,15 @@ def test_a_volume_no_larger_than_the_crop_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"words": 1}, {"alike": 0.0}, {"exact": 1.5}, {"zoom": -1.0}, {"shift": -1.0}, {"word_weight": -1.0}],
+    [
+        {"words": 1},
+        {"elastic": -1.0},
+        {"alike": 0.0},
+        {"exact": 1.5},
+        {"zoom": -1.0},
+        {"shift": -1.0},
+        {"word_weight": -1.0},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_wrong_options_are_refused_by_name(wrong):
@@ -345,7 +396,8 @@ def test_the_loss_is_the_papers_sum_over_what_has_a_class(tmp_path):
     batch = batch_of(proxy.config, data, 0)
     out = proxy(batch, one_group(2, 8))
     with torch.no_grad():
-        seen = corrupt(proxy.config, batch["crop"], one_group(2, 8)).input
+        rng = one_group(2, 8)
+        seen = corrupt_once(elastic(batch["crop"], rng), rng).input
         maps = proxy.encoder(seen)
         restored = proxy.decoder(maps, CROP)
         logits = proxy.classifier(maps[-1].mean((2, 3, 4)))

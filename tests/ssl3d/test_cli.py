@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 
@@ -71,6 +72,42 @@ def test_an_unknown_plugin_gets_suggestions():
 
 def test_name_of_finds_the_registered_name():
     assert plugins.name_of(plugins.ENCODERS, plugins.load(plugins.ENCODERS, "resnet18")) == "resnet18"
+
+
+@pytest.mark.parametrize("command", plugins.names(plugins.COMMANDS))
+def test_the_help_of_a_command_imports_no_torch(command):
+    code = (
+        "import contextlib, sys\n"
+        "from ssl3d import cli\n"
+        f"with contextlib.suppress(SystemExit): cli.main([{command!r}, '--help'])\n"
+        "heavy = {'torch', 'lightly', 'torchio', 'SimpleITK', 'sklearn', 'matplotlib', 'jsonargparse'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: ssl3d" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["pretrain", "embed", "linear-probe", "knn", "finetune", "localize"])
+@pytest.mark.parametrize("words", [["--device", "gpu"], ["--accelerator=gpu"]])
+def test_every_command_takes_its_device_by_the_same_word(command, words, capsys):
+    more = ["--proxy", "simclr"] if command == "pretrain" else ["x"]
+    with contextlib.suppress(SystemExit):
+        cli.main([command, *more, *words, "--print_config"])
+    assert "device: cuda\n" in capsys.readouterr().out
+
+
+def test_an_error_names_the_command_once(capsys):
+    assert cli.main(["linear-probe", "x", "--target", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("ssl3d linear-probe: --target: 'nope' is none of")
+    assert cli.main(["pretrain", "--proxy", "simclr", "--lr", "0"]) == 2
+    assert capsys.readouterr().err == "ssl3d pretrain: --lr is 0.0, must be above 0\n"
+
+
+def test_a_plugin_that_is_named_and_not_there_is_an_error_of_one_line(capsys):
+    assert cli.main(["proxies", "nope"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "unknown proxy 'nope'" in printed.err
 
 
 @pytest.mark.parametrize("command", ["linear-probe", "knn", "finetune"])

@@ -1,14 +1,18 @@
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl3d.config import Plugins, from_dict, parse, to_dict
+from ssl3d.command_help import HelpSection
+from ssl3d.config import Plugins, added_option, as_before, from_dict, parse, to_dict
 from ssl3d.errors import PluginError, UsageError
+from ssl3d.yaml_files import parse_yaml
 
 
 @dataclass
@@ -131,10 +135,16 @@ def test_flags_override_the_file_wherever_config_stands(tmp_path):
     assert {"proxy", "spacing", "batch_size", "data", "simclr.slices"} == parsed.given
 
 
-def test_a_section_of_a_plugin_that_is_not_selected_is_accepted(tmp_path):
+def test_a_section_of_a_plugin_that_is_not_selected_is_told(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text("proxy: sorting\nsimclr:\n  slices: 4\n", encoding="utf-8")
     assert set(run("--data", "a", "--config", str(file)).sections) == {"sorting", "resnet18"}
+    assert capsys.readouterr().err == (
+        f"ssl3d thing: {file}: simclr is not selected, so its section is not used\n"
+    )
+    silent = dataclasses.replace(PLUGINS, silent=[str(file)])
+    parse("ssl3d thing", Options, ["--data", "a", "--config", str(file)], silent)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_print_config_prints_can_be_read_back(tmp_path, capsys):
@@ -205,11 +215,175 @@ def test_a_broken_configuration_file_is_named(tmp_path):
         run("--data", "a", "--config", str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_sise: 3", "unknown option batch_sise; near it: batch_size"),
+        ("sorting: {slicez: 3}", "unknown option sorting.slicez; near it: sorting.slices"),
+        ("sorting: {crop: 3}", "unknown option sorting.crop; sorting has slices, min_gap, kind, strides"),
+        ("nonsense: 3", "unknown option nonsense; --help lists the options"),
+        ("batch_size: many", "batch_size: expected a whole number, got many"),
+        ("sorting: {slices: many}", "sorting.slices: expected a whole number, got many"),
+        ("batch_size: 3\nbatch_size: 4", "'batch_size' is given twice"),
+    ],
+)
+def test_an_error_in_a_configuration_file_names_the_file(tmp_path, text, said):
+    file = tmp_path / "a, c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=f"{re.escape(str(file))}: .*{re.escape(said)}"):
+        run("--data", "a", "--config", str(file))
+
+
+def test_print_config_leaves_out_defaults_when_asked(capsys):
+    words = [
+        "--data",
+        "a",
+        "--batch-size",
+        "8",
+        "--simclr.slices",
+        "4",
+        "--proxy",
+        "simclr",
+        "--lr",
+        "1e-5",
+    ]
+    for flag in (["--print_config=skip_default"], ["--print_config", "skip_default,skip_null"]):
+        with pytest.raises(SystemExit):
+            run(*words, *flag)
+        printed = parse_yaml(capsys.readouterr().out)
+        assert printed == {"data": ["a"], "proxy": ["simclr"], "lr": 1e-5, "simclr": {"slices": 4}}
+    with pytest.raises(SystemExit):
+        run("--data", "a", "--print_config=skip_null")
+    printed = parse_yaml(capsys.readouterr().out)
+    assert "lr" not in printed and printed["batch_size"] == 8
+
+
+@dataclass
+class Ways:
+    """Compute on a device."""
+
+    device: str = "auto"
+
+
+def test_former_names_and_values_are_read(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("accelerator: gpu\n", encoding="utf-8")
+    for words in (["--accelerator", "gpu"], ["--device=gpu"], ["--config", str(file)]):
+        parsed = parse("ssl3d thing", Ways, words)
+        assert parsed.options == Ways("cuda") and parsed.given == {"device"}
+    assert from_dict(Ways, {"accelerator": "cpu"}, "file") == Ways("cpu")
+    with pytest.raises(UsageError, match="unknown option accelerator"):  # where there is no device
+        from_dict(Options, {"data": ["a"], "accelerator": "cpu"}, "file")
+
+
+@dataclass
+class Sectioned:
+    """Do a thing in sections.
+
+    Attributes:
+        which: Names of things.
+        size: Size of the crop, D H W.
+        often: Whether to do it often.
+        seldom: Number that is seldom wanted.
+        other: Word that no section lists.
+    """
+
+    which: tuple[str, ...] = field(metadata={"positional": True})
+    size: tuple[int, int, int] = (1, 2, 3)
+    often: bool = False
+    seldom: float | None = None
+    other: str = "x"
+
+    help_sections = (HelpSection("crops", ("often", "size"), ("seldom",)),)
+
+
+def test_help_shows_sections_and_what_is_rare_only_when_asked(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("ssl3d thing", Sectioned, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ssl3d thing WHICH ... [options]\n\nDo a thing in sections.\n")
+    crops = shown[shown.index("crops:") : shown.index("more options:")]
+    assert (
+        crops.index("--often ") < crops.index("--size <3 whole numbers>") < crops.index("(default: 1 2 3)")
+    )
+    assert "--other <text>" in shown and "--seldom" not in shown
+    assert "ssl3d thing --help-all lists 1 more options" in shown
+    with pytest.raises(SystemExit):
+        parse("ssl3d thing", Sectioned, ["--help-all"])
+    shown = capsys.readouterr().out
+    assert "--seldom <number>" in shown and "more options." not in shown
+    assert "tuple" not in shown and max(map(len, shown.splitlines())) <= 100
+
+
+def test_help_asks_for_no_plugin_that_is_not_named(capsys):
+    def refuse(name):
+        raise AssertionError(name)
+
+    unread = Plugins({"proxy": refuse, "encoder": refuse}, PLUGINS.known)
+    with pytest.raises(SystemExit):
+        parse("ssl3d thing", Options, ["--help"], unread)
+    assert "options of" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse("ssl3d thing", Options, ["--encoder", "resnet10", "--help"], PLUGINS)
+    shown = capsys.readouterr().out
+    assert "options of resnet10:" in shown and "options of sorting:" not in shown
+
+
 def test_dataclasses_round_trip_through_plain_values():
     options = Options(("a",), out=Path("x"), spacing=(1.0, 2.0, 3.0))
     assert from_dict(Options, to_dict(options), "file") == options
     with pytest.raises(UsageError, match="file: unknown option nonsense"):
         from_dict(Options, {"data": ["a"], "nonsense": 1}, "file")
+
+
+@dataclass
+class Grown:
+    """Options, of which one came later.
+
+    Attributes:
+        width: Width of the thing.
+        rings: Rings around it.
+    """
+
+    width: int = 3
+    rings: str = added_option("published", before="none")
+
+
+def test_an_option_that_a_record_lacks_means_what_it_meant_before():
+    assert as_before(Grown) == {"rings": "none"}
+    assert from_dict(Grown, {"width": 4}, "a run", recorded=True) == Grown(4, "none")
+    assert from_dict(Grown, {"width": 4, "rings": "two"}, "a run", recorded=True) == Grown(4, "two")
+    assert from_dict(Grown, {"width": 4}, "a user's words") == Grown(4, "published")
+
+
+@pytest.mark.parametrize(
+    ("section", "rings"),
+    [
+        ({"width": 4}, "none"),  # all that there was
+        ({"width": 4, "rings": "two"}, "two"),
+        ({}, "published"),  # what a user writes
+    ],
+)
+def test_a_configuration_file_of_before_keeps_its_meaning(section, rings, tmp_path):
+    @dataclass
+    class Choice:
+        """Options.
+
+        Attributes:
+            kind: Kind of the thing.
+        """
+
+        kind: str = "grown"
+
+    named = Plugins({"kind": lambda name: Grown}, {"kind": ["grown"]})
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"kind": "grown", "grown": section}), encoding="utf-8"
+    )
+    parsed = parse("test", Choice, ["--config", str(tmp_path / "run.yaml")], named)
+    assert parsed.sections["grown"].rings == rings
+    parsed = parse("test", Choice, ["--config", str(tmp_path / "run.yaml"), "--grown.rings", "five"], named)
+    assert parsed.sections["grown"].rings == "five"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl3d.api import (
     AnchorPlan,
+    BoxPrediction,
     BoxViews3d,
     DataError,
     Detections,
@@ -284,11 +285,38 @@ class Detection(FinetuneTask):
             "values": list(self.values),
         }
 
+    def kinds(self, data: Collection) -> list[dict[str, Any]]:
+        """Return value and name of each kind of object."""
+        return [
+            {"value": value, "name": name} for value, name in zip(self.values, self.classes, strict=True)
+        ]
+
+    def keep(self, model: nn.Module) -> dict[str, Any]:
+        """Return the levels and anchors that the training boxes decided."""
+        if isinstance(model, TwoStageDetector2d):
+            return {"config": dataclasses.asdict(model.config)}
+        assert isinstance(model, RetinaNet3d | TwoStageDetector3d)
+        return {"plan": dataclasses.asdict(model.plan)}
+
+    @classmethod
+    def restore(
+        cls, settings: Mapping[str, Any], target: str, kept: Mapping[str, Any], encoder: Encoder
+    ) -> tuple[Detection, nn.Module]:
+        """Restore the task and the detector from a card."""
+        task = cls.scorer(settings, target)
+        assert isinstance(task, cls)
+        task.values = tuple(settings["values"])
+        task.patch = task.config.patch
+        if task.config.model == "faster-rcnn-2d":
+            return task, TwoStageDetector2d(encoder, TwoStageConfig(**_tuples(kept["config"])))
+        return task, task._detector(encoder, AnchorPlan(**_tuples(kept["plan"])))
+
     # Training -------------------------------------------------------------------------------------
 
-    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+    def model(self, encoder: Encoder, train: Collection | None) -> nn.Module:
         """Build the detector over the encoder's maps, with levels fitted to the training boxes."""
         c = self.config
+        assert train is not None
         boxes = self._boxes_of(train)
         if not len(boxes):
             raise DataError(
@@ -296,7 +324,10 @@ class Detection(FinetuneTask):
             )
         if c.model == "faster-rcnn-2d":
             return TwoStageDetector2d(encoder, self._config_2d(encoder, boxes))
-        plan = plan_anchors(boxes, encoder, c.anchors, c.cells)
+        return self._detector(encoder, plan_anchors(boxes, encoder, c.anchors, c.cells))
+
+    def _detector(self, encoder: Encoder, plan: AnchorPlan) -> nn.Module:
+        c = self.config
         common = {
             "classes": len(self.classes),
             "channels": c.channels,
@@ -414,6 +445,11 @@ class Detection(FinetuneTask):
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
         """Predict boxes, scores and classes, beside the truth, in voxels of the volume."""
         return self._row(self.detect(model, volume), self.truth(volume))
+
+    def infer(self, model: nn.Module, volume: Volume, flip: bool = False) -> BoxPrediction:
+        """Predict boxes, scores and kinds of objects."""
+        predicted = self.detect(model, volume)
+        return BoxPrediction(self.classes, *predicted, self.config.merge_iou, self.config.detections)
 
     def _row(self, predicted: Predicted, truth: Objects) -> dict[str, Any]:
         return {
@@ -535,6 +571,13 @@ def _class_names(data: Collection, values: Sequence[int]) -> tuple[str, ...]:
     if len(values) == 1 and str(values[0]) not in known:
         return ("object",)
     return tuple(known.get(str(value), str(value)) for value in values)
+
+
+def _tuples(values: Any) -> Any:
+    """Convert the lists of JSON to tuples, as options have them."""
+    if isinstance(values, Mapping):
+        return {key: _tuples(value) for key, value in values.items()}
+    return tuple(map(_tuples, values)) if isinstance(values, list) else values
 
 
 def _in_core(

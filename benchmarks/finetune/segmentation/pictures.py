@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl3d_benchmarks.palette import colour, dice_words, legend
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ssl3d.api import Volume
 
 Array = NDArray[Any]
-
-_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#d6616b", "#e7ba52", "#17becf", "#8c6d31")
 
 
 def segmentation_picture(
@@ -24,7 +24,8 @@ def segmentation_picture(
     """Draw a row per volume: axial, coronal and sagittal slice, each with the truth and the prediction.
 
     The slices go through the middle of the true objects (of the predicted ones, or of the volume, if there
-    are none). Images (D = 1) have a single pair.
+    are none). Images (D = 1) have a single pair. The Dice of the whole volume stands in the first
+    prediction.
 
     Args:
         volumes: Volumes to show, by their first channel.
@@ -33,7 +34,6 @@ def segmentation_picture(
         names: Names of the classes, background first.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     planes = 1 if volumes[0].shape[1] == 1 else 3
     figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
@@ -64,8 +64,9 @@ def segmentation_picture(
         row[0].text(
             0.02, 0.02, volume.id.split("/")[-1], color="white", fontsize=6, transform=row[0].transAxes
         )
-    handles = [Patch(color=_colour(k), label=name) for k, name in enumerate(names) if k]
-    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), fontsize=8, frameon=False)
+        words = dice_words(true, labels, names)
+        row[1].text(0.02, 0.02, words, color="white", fontsize=6, transform=row[1].transAxes)
+    legend(figure, names)
     return figure
 
 
@@ -73,11 +74,7 @@ def _outline(panel: Any, labels: Array, classes: int) -> None:
     for k in range(1, classes):
         mask = labels == k
         if mask.any() and not mask.all() and min(mask.shape) > 1:
-            panel.contour(mask.astype(float), levels=[0.5], colors=[_colour(k)], linewidths=1.2)
-
-
-def _colour(k: int) -> str:
-    return _COLOURS[(k - 1) % len(_COLOURS)]
+            panel.contour(mask.astype(float), levels=[0.5], colors=[colour(k)], linewidths=1.2)
 
 
 def _middle(true: Array, predicted: Array) -> tuple[int, int, int]:

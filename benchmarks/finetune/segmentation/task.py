@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,15 +16,17 @@ from torch import Tensor
 from ssl3d.api import (
     CoarseToFine,
     DataError,
+    MaskPrediction,
     SegmentationNetwork,
     Views,
     augment_labelled,
+    best_class,
     dice_ce_loss,
     expanded,
     find_region,
     fit_size,
     mask_scores,
-    predict_windows,
+    predict_slabs,
     save_segmentation,
     segmentation_head,
     shrunk,
@@ -34,6 +36,7 @@ from ssl3d.api import (
 )
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
 from ssl3d_benchmarks.finetune.segmentation.data import (
+    SLAB,
     Annotation,
     annotate,
     class_indices,
@@ -263,9 +266,32 @@ class Segmentation(FinetuneTask):
         slices = self.annotations[volume.index].slices
         return np.arange(volume.shape[1]) if slices is None else slices
 
+    def kinds(self, data: Collection) -> list[dict[str, Any]]:
+        """Return mask value and name of each class; names are those that came with the data."""
+        known = {"0": "background"}
+        for settings in data.settings:
+            for names in (settings.get("mask_labels") or {}).values():
+                known |= {str(value): str(name) for value, name in names.items()}
+        return [{"value": value, "name": known.get(str(value), str(value))} for value in self.values]
+
+    @property
+    def can_flip(self) -> bool:  # type: ignore[override]
+        """Whether training mirrored volumes."""
+        return self.config.flip > 0 and bool(self.config.flip_axes)
+
+    @classmethod
+    def restore(
+        cls, settings: Mapping[str, Any], target: str, kept: Mapping[str, Any], encoder: Encoder
+    ) -> tuple[Segmentation, nn.Module]:
+        """Restore the task and its network from a card."""
+        task = cls.scorer(settings, target)
+        assert isinstance(task, cls)
+        task.values, task.patch = task.config.classes, task.config.patch
+        return task, task.model(encoder, None)
+
     # Training -------------------------------------------------------------------------------------
 
-    def model(self, encoder: Encoder, train: Collection) -> nn.Module:
+    def model(self, encoder: Encoder, train: Collection | None) -> nn.Module:
         """Build encoder and head, and a coarse stage before them if there are two stages."""
         c = self.config
         head = segmentation_head(
@@ -370,6 +396,19 @@ class Segmentation(FinetuneTask):
 
     def _labels(self, model: nn.Module, volume: Volume) -> tuple[Array, tuple[int, ...] | None]:
         """Predict class indices; also return the region that the coarse stage found."""
+        slabs, region = self._slabs(model, volume)
+        return np.concatenate([best_class(slab).cpu().numpy() for slab in slabs]), region
+
+    def infer(self, model: nn.Module, volume: Volume, flip: bool = False) -> MaskPrediction:
+        """Predict the probabilities of the classes of every voxel, slab by slab."""
+        depth, height, width = volume.shape[1:]
+        slabs, _ = self._slabs(model, volume, flip)
+        return MaskPrediction(self.values, self.names, (depth, height, width), slabs)
+
+    def _slabs(
+        self, model: nn.Module, volume: Volume, flip: bool = False
+    ) -> tuple[Iterator[Tensor], tuple[int, ...] | None]:
+        """Predict slabs of probabilities; also return the region that the coarse stage found."""
         c, shape = self.config, volume.shape[1:]
         device = next(model.parameters()).device
         size = fit_size(volume, self.patch)
@@ -380,22 +419,17 @@ class Segmentation(FinetuneTask):
             whole = volume.read().to(device)
             box = region = find_region(model.coarse, whole, fit_size(whole, c.coarse), c.margin, size)
         start, extent = _padded(box, size)
-        probability = predict_windows(
+        slabs = predict_slabs(
             lambda x: model(x)[0].float().softmax(dim=1),
-            volume.read(start, extent),
+            lambda first, depth: volume.read((start[0] + first, *start[1:]), (depth, *extent[1:])),
+            extent,
             size,
             c.overlap,
             c.windows,
-            c.flip_axes if c.mirror else (),
+            c.flip_axes if c.mirror or flip else (),
             device,
         )
-        labels = np.zeros(shape, np.int16)
-        here = tuple(
-            slice(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, extent, shape, strict=True)
-        )
-        there = tuple(slice(cut.start - s, cut.stop - s) for cut, s in zip(here, start, strict=True))
-        labels[here] = probability.argmax(dim=0)[there].cpu().numpy()
-        return labels, region
+        return within_volume(slabs, start, shape), region
 
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
         """Predict a volume and return Dice, HD95, surface Dice and voxel counts by class."""
@@ -484,11 +518,12 @@ class Segmentation(FinetuneTask):
     def picture(self, model: nn.Module, data: Collection) -> Any:
         """Draw slices through the objects of some volumes, with truth and prediction."""
         from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
+        from ssl3d_benchmarks.palette import class_titles
 
         shown = data[:4]
         predicted = [self.labels(model, volume) for volume in shown]
         truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
-        return segmentation_picture(list(shown), truth, predicted, self.names)
+        return segmentation_picture(list(shown), truth, predicted, class_titles(data, self.names))
 
 
 def _check_classes(config: SegmentationConfig, data: Collection) -> None:
@@ -500,6 +535,49 @@ def _check_classes(config: SegmentationConfig, data: Collection) -> None:
             f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
             f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
         )
+
+
+def within_volume(slabs: Iterator[Tensor], start: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Turn the slabs of a region into those of its volume, which is background elsewhere.
+
+    Args:
+        slabs: Probabilities (K, d, h, w) of the region, from its first slice to its last.
+        start: First voxel of the region; may lie outside the volume.
+        shape: Shape (D, H, W) of the volume.
+    """
+    at, done, classes = start[0], 0, 1
+    for slab in slabs:
+        classes, depth = slab.shape[:2]
+        first, end = max(at, 0), min(at + depth, shape[0])
+        if end > first:
+            yield from _background(classes, first - done, shape, slab)
+            inner = slab[:, first - at : end - at]
+            if tuple(start[1:]) != (0, 0) or inner.shape[2:] != tuple(shape[1:]):
+                inner = _placed(inner, start, shape)
+            yield inner
+            done = end
+        at += depth
+        last = slab
+    yield from _background(classes, shape[0] - done, shape, last)
+
+
+def _background(classes: int, depth: int, shape: Sequence[int], like: Tensor) -> Iterator[Tensor]:
+    """Yield slices of background, few at a time."""
+    for first in range(0, depth, SLAB):
+        slab = like.new_zeros(classes, min(SLAB, depth - first), *shape[1:])
+        slab[0] = 1
+        yield slab
+
+
+def _placed(slab: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Put a slab (K, d, h, w) at its rows and columns of the volume."""
+    whole = slab.new_zeros(*slab.shape[:2], *shape[1:])
+    whole[0] = 1
+    pairs = list(zip(start[1:], slab.shape[2:], shape[1:], strict=True))
+    here = tuple(slice(max(s, 0), min(s + n, limit)) for s, n, limit in pairs)
+    there = tuple(slice(cut.start - s, cut.stop - s) for cut, (s, _, _) in zip(here, pairs, strict=True))
+    whole[(slice(None), slice(None), *here)] = slab[(slice(None), slice(None), *there)]
+    return whole
 
 
 def _padded(box: Sequence[int], size: Triple) -> tuple[list[int], list[int]]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
+from ssl3d_benchmarks.leaderboard.report.columns import gain_text
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 
 def answer(boards: Sequence[Board]) -> list[str]:
@@ -78,20 +80,20 @@ def _gains(family: _Family) -> list[str]:
     blind: list[str] = []
     for board in family.boards:
         tested = _tested(board, "main")
-        up = [arm for arm in tested if _shown(arm) and _gain(arm) > 0]
-        down = [arm for arm in tested if _shown(arm) and _gain(arm) < 0]
+        up = [arm for arm in tested if shown(arm) and _gain(arm) > 0]
+        down = [arm for arm in tested if shown(arm) and _gain(arm) < 0]
         name = _where(board)
         if not tested:
             if any(arm.section == "main" for arm in board.of_kind("pretrained")):
                 blind.append(name)
             continue
         if up:
-            best = _gained(max(up, key=_gain))
+            best = gained(max(up, key=_gain))
             better.append(f"{name} ({len(up)} of {len(tested)} encoders, the best is {best})")
         else:
             neither.append(board)
         if down:
-            worst = _gained(min(down, key=_gain))
+            worst = gained(min(down, key=_gain))
             worse.append(f"{name} ({len(down)} of {len(tested)} encoders, the worst is {worst})")
     lines = []
     count = len(better) + len(neither)
@@ -112,7 +114,8 @@ def _gains(family: _Family) -> list[str]:
     if blind:
         lines.append(
             f"{family.head}: nothing can be said on {'; '.join(blind)}, because the row "
-            f"{scratch_words(family.protocol)} is missing or pretraining saw test subjects."
+            f"{scratch_words(family.protocol)} is missing or has one seed, a class has too few test "
+            "subjects, or pretraining saw test subjects."
         )
     return lines
 
@@ -165,9 +168,9 @@ def _gains_with_labels(family: _Family) -> list[str]:
         return []
     better, worse = (
         [
-            f"{_where(board)} ({max(some, key=lambda arm: abs(_gain(arm))).label})"
+            f"{_where(board)} ({max(some, key=lambda arm: abs(_gain(arm))).title})"
             for board, arms in tested
-            for some in [[arm for arm in arms if _shown(arm) and sign * _gain(arm) > 0]]
+            for some in [[arm for arm in arms if shown(arm) and sign * _gain(arm) > 0]]
             if some
         ]
         for sign in (1, -1)
@@ -184,7 +187,7 @@ def _tested(board: Board, section: str) -> list[Arm]:
     return [
         arm
         for arm in board.of_kind("pretrained")
-        if arm.gain and not arm.why_unranked and arm.section == section
+        if arm.gain and np.isfinite(arm.gain.low) and not arm.why_unranked and arm.section == section
     ]
 
 
@@ -228,7 +231,8 @@ def _without_networks(boards: Sequence[Board]) -> list[str]:
             continue
         best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
         if row.interval.value > best.interval.value:
-            words = f"{row.label} {row.interval.value:.3f}, best network {best.interval.value:.3f}"
+            masks = f", {TRUE_MASKS}" * reads_true_masks(row.first.result.contestant)
+            words = f"{row.title} {row.interval.value:.3f}{masks}, best network {best.interval.value:.3f}"
             title = board.table.title.partition(":")[0]
             ahead.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
     if not ahead:
@@ -246,12 +250,13 @@ def _bracketed(names: Sequence[str]) -> str:
     return f" ({'; '.join(names)})" if names else ""
 
 
-def _gained(arm: Arm) -> str:
-    gain = arm.gain
-    return f"{arm.label} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else arm.label
+def gained(arm: Arm) -> str:
+    """Return a contestant's title and its gain with the interval."""
+    return f"{arm.title} {gain_text(arm.gain)}".strip()
 
 
-def _shown(arm: Arm) -> bool:
+def shown(arm: Arm) -> bool:
+    """Return whether a gain is significant after the correction over its table."""
     return arm.p_holm is not None and arm.p_holm < 0.05
 
 

@@ -22,6 +22,7 @@ class Arm:
         runs: Resamples of the main score.
         interval: Main score with its interval.
         label: Short name, different for every contestant of the table.
+        title: The same with the names that people use.
         gain: Difference from the same network untrained or from scratch.
         over_imagenet: Difference from the best ImageNet conversion.
         p_holm: p of `gain`, corrected over the table.
@@ -31,6 +32,7 @@ class Arm:
         first_share: Share of the resamples in which the contestant is first.
         why_unranked: Reason in words for having no rank, or an empty string.
         section: `main`, or `labels` for encoders pretrained with labels, which are ranked apart.
+        scores: Names of the scores that its protocol computes.
         flags: Counts `seen_test_subjects` and `seen_test_volumes`, and whether it `saw_labels`.
     """
 
@@ -39,6 +41,7 @@ class Arm:
     runs: statistics.Runs
     interval: statistics.Interval
     label: str = ""
+    title: str = ""
     gain: statistics.Difference | None = None
     over_imagenet: statistics.Difference | None = None
     p_holm: float | None = None
@@ -48,6 +51,7 @@ class Arm:
     first_share: float | None = None
     why_unranked: str = ""
     section: str = "main"
+    scores: tuple[str, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,15 +71,17 @@ class Arm:
 
     @property
     def measured(self) -> bool:
-        """Whether time and memory of its pretraining are known."""
-        compute = self.first.pretraining.get("compute") or {}
-        seconds = compute.get("seconds") or self.first.pretraining.get("seconds")
-        return bool(seconds and compute.get("peak_memory"))
+        """Whether time and memory of its pretraining are known, for every seed."""
+        return all(record.seconds and record.peak_memory for record in self.encoders())
 
     @property
     def fair(self) -> bool:
         """Whether it may be drawn beside others: not where pretraining saw test subjects."""
         return self.why_unranked in ("", NO_NETWORK)
+
+    def encoders(self) -> list[ReadRecord]:
+        """Return one record of each of its encoders, which are its seeds of pretraining."""
+        return list({record.result.contestant["digest"]: record for record in self.records()}.values())
 
     def records(self) -> list[ReadRecord]:
         """Return the records of all seeds and subsets."""
@@ -92,7 +98,8 @@ class Board:
         arms: Contestants of all kinds but encoders on the way, best first.
         on_the_way: Encoders saved before pretraining ended.
         detectable: Smallest true difference from scratch that the test set shows with power .8, the median
-            over the contestants; None where there is nothing to compare, or too few seeds or subsets.
+            over the contestants; None where there is nothing to compare, or too few subjects, seeds
+            or subsets.
         missing: Rows that have to be there and are not, in words.
         unlearned: Sentences about every network that is not shown to have learned its task (fine-tuning).
         notes: What a reader has to know about the table, in words.
@@ -111,6 +118,15 @@ class Board:
     def slug(self) -> str:
         """Name for links and files."""
         return self.table.slug + ("" if self.fraction == 1 else f"-{self.fraction:g}".replace(".", "-"))
+
+    @property
+    def why_no_interval(self) -> str:
+        """Sentence that says why the scores have no intervals; empty where they have."""
+        for arm in self.arms:
+            folds = int(arm.first.result.split.get("folds") or 0)
+            if reason := statistics.why_no_interval(arm.runs.support, arm.runs.undefined, folds < 2):
+                return reason
+        return ""
 
     @property
     def few(self) -> bool:

@@ -26,7 +26,8 @@ class Mark:
         value: Score of the row.
         low: Lower end of its interval, NaN for none.
         high: Upper end of its interval.
-        kind: `pretrained`, `imagenet`, `scratch`, `trivial` or `published`, which decides the form.
+        kind: `pretrained`, `imagenet`, `scratch`, `trivial` or `published`, which decides the form; a
+            `heading` stands above the rows that follow.
         faint: Whether the row is not ranked.
     """
 
@@ -59,7 +60,7 @@ class Line:
 
 def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str) -> str:
     """Draw scores with intervals, a row each, with a dashed line at the reference."""
-    label_width = min(280.0, 20 + 6.6 * max((len(mark.label) for mark in marks), default=10))
+    label_width = min(290.0, 20 + 6.8 * max((len(mark.label) for mark in marks), default=10))
     left, right, step, top = label_width + 10, label_width + PLOT, 22.0, 8.0
     ends = [v for mark in marks for v in (mark.value, mark.low, mark.high) if isfinite(v)]
     if not ends:
@@ -74,7 +75,10 @@ def forest(marks: Sequence[Mark], axis: str, reference: float | None, title: str
         parts.append(f'<line class="ref" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}"/>')
     for number, mark in enumerate(marks):
         y = top + step * (number + 0.5)
-        words = mark.label if len(mark.label) <= 42 else mark.label[:40] + "…"
+        words = mark.label if len(mark.label) <= 40 else mark.label[:38] + "…"
+        if mark.kind == "heading":
+            parts.append(f'<text class="head" x="4" y="{y + 5:.1f}">{escape(words)}</text>')
+            continue
         tone = ' class="dim"' if mark.faint else ""
         parts.append(
             f'<text{tone} x="{label_width:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>'

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from ssl3d.api import duration, size
+from ssl3d.api import duration, size, statistics
 from ssl3d_benchmarks.leaderboard.report.board import NO_NETWORK, Arm, Board
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import reference_of
+from ssl3d_benchmarks.table import signed, with_interval
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 Published = Mapping[str, Any]
 """Row of published numbers: its name, source, note and scores."""
@@ -136,16 +139,15 @@ def p_text(p: float | None) -> str:
 
 
 def seconds_of(arm: Arm) -> float | None:
-    """Return the wall time of the pretraining in seconds, where its checkpoint has it."""
-    compute = arm.first.pretraining.get("compute") or {}
-    seconds = compute.get("seconds") or arm.first.pretraining.get("seconds")
-    return float(seconds) if seconds else None
+    """Return the mean wall time of a pretraining over all seeds, seconds; None where one is unknown."""
+    seconds = [record.seconds for record in arm.encoders()]
+    return None if None in seconds else fmean(filter(None, seconds))
 
 
 def memory_of(arm: Arm) -> float | None:
-    """Return the peak memory of the pretraining in bytes, where its checkpoint has it."""
-    memory = (arm.first.pretraining.get("compute") or {}).get("peak_memory")
-    return float(memory) if memory else None
+    """Return the largest peak memory of a pretraining of all seeds, bytes; None where one is unknown."""
+    memory = [record.peak_memory for record in arm.encoders()]
+    return None if None in memory else max(filter(None, memory))
 
 
 def notes_of(board: Board, arm: Arm) -> list[str]:
@@ -161,8 +163,7 @@ def notes_of(board: Board, arm: Arm) -> list[str]:
         notes.append(
             f"{NO_NETWORK}, yet better than {below} of {len(networks)} networks" if below else NO_NETWORK
         )
-        if arm.first.result.contestant.get("mask_classes"):
-            notes.append("computed from the true masks")
+        notes += [TRUE_MASKS] * reads_true_masks(arm.first.result.contestant)
     if arm.seeds > 1:
         notes.append(f"{arm.seeds} seeds")
     elif arm.kind != "trivial":
@@ -172,19 +173,38 @@ def notes_of(board: Board, arm: Arm) -> list[str]:
     return notes
 
 
+def settings_of(arm: Arm) -> str:
+    """Return the full settings of a contestant's pretraining and network in words."""
+    who, about = arm.first.result.contestant, arm.first.pretraining
+    data = _data(arm)
+    volumes = f"{data.get('volumes', '?')} volumes of {_datasets(arm) or '?'}" if data else ""
+    steps = f"{arm.first.steps:,} steps" if arm.first.steps else ""
+    words = {
+        "recorded as": "; ".join(
+            sorted({str(record.result.contestant["name"]) for record in arm.records()})
+        ),
+        "network": str(who.get("group") or who.get("source") or "").removeprefix("scratch:"),
+        "pretrained": ", ".join(part for part in (steps, volumes) if part),
+        "patch": " x ".join(map(str, about["patch"])) if isinstance(about.get("patch"), list) else "",
+        "batch size": about.get("batch_size"),
+        "optimizer": about.get("optimizer"),
+        "learning rate": about.get("lr"),
+        "started from": (arm.first.recipe.get("init") or {}).get("from"),
+        "pooling": who.get("pool"),
+        "learning rates tried": " ".join(f"{rate:g}" for rate in arm.first.rates),
+        "weights": str(who["digest"])[:12],
+    }
+    return "; ".join(f"{key} {value}" for key, value in words.items() if value)
+
+
 def number(value: float | None) -> str:
     """Return a score with three decimals, or a dash where there is none."""
     return f"{value:.3f}" if value is not None and isfinite(value) else UNKNOWN
 
 
-def _interval_text(arm: Arm) -> str:
-    return f"{number(arm.interval.value)} [{number(arm.interval.low)}, {number(arm.interval.high)}]"
-
-
-def _difference_text(difference: Any) -> str:
-    if not difference:
-        return ""
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+def gain_text(gain: statistics.Difference | None) -> str:
+    """Return a difference with its interval, where it has one; an empty string where there is none."""
+    return with_interval(gain, signed) if gain else ""
 
 
 def _difference_tone(difference: Any, p: float | None) -> str:
@@ -245,13 +265,14 @@ COLUMNS = (
     Column("rank_low", lambda board, arm: arm.rank_interval and arm.rank_interval[0]),
     Column("rank_high", lambda board, arm: arm.rank_interval and arm.rank_interval[1]),
     Column("first_share", lambda board, arm: arm.first_share),
-    Column("contestant", lambda board, arm: arm.label, "contestant", lambda board, arm: arm.label,
+    Column("contestant", lambda board, arm: arm.label, "contestant", lambda board, arm: arm.title,
            published=lambda board, row: (row["name"], row["name"])),
+    Column("title", lambda board, arm: arm.title, published=lambda board, row: ("", row["name"])),
     Column("kind", lambda board, arm: arm.kind, published=lambda board, row: ("", "published")),
     Column("section", lambda board, arm: arm.section),
     Column("score", **_same(lambda board: board.table.main)),
     Column("value", lambda board, arm: arm.interval.value, f"{{score}} {CI}",
-           lambda board, arm: _interval_text(arm),
+           lambda board, arm: with_interval(arm.interval, number),
            published=lambda board, row: (number(row[board.table.main]), row[board.table.main])),
     Column("low", lambda board, arm: arm.interval.low),
     Column("high", lambda board, arm: arm.interval.high),
@@ -261,7 +282,7 @@ COLUMNS = (
     Column("subjects", lambda board, arm: arm.runs.subjects),
     Column("reference", _reference),
     Column("gain", lambda board, arm: arm.gain and arm.gain.value, f"gain over {{reference}} {CI}",
-           lambda board, arm: _difference_text(arm.gain),
+           lambda board, arm: gain_text(arm.gain),
            lambda arm: _difference_tone(arm.gain, arm.p_holm)),
     Column("gain_low", lambda board, arm: arm.gain and arm.gain.low),
     Column("gain_high", lambda board, arm: arm.gain and arm.gain.high),
@@ -273,7 +294,7 @@ COLUMNS = (
            lambda board, arm: "" if _detectable(arm) is None else number(_detectable(arm))),
     Column("detectable", lambda board, arm: board.detectable),
     Column("imagenet_gain", lambda board, arm: arm.over_imagenet and arm.over_imagenet.value,
-           f"gain over ImageNet {CI}", lambda board, arm: _difference_text(arm.over_imagenet),
+           f"gain over ImageNet {CI}", lambda board, arm: gain_text(arm.over_imagenet),
            lambda arm: _difference_tone(arm.over_imagenet, arm.p_imagenet_holm)),
     Column("imagenet_low", lambda board, arm: arm.over_imagenet and arm.over_imagenet.low),
     Column("imagenet_high", lambda board, arm: arm.over_imagenet and arm.over_imagenet.high),

@@ -31,7 +31,7 @@ def figure(picture: str, caption: str) -> str:
 def forest(board: Board) -> str:
     """Draw the scores of all contestants with their intervals."""
     marks = [
-        Mark(arm.label, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind,
+        Mark(arm.title, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind,
              arm.rank is None and arm.kind != "trivial")
         for arm in board.arms
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def _compute_curve(board: Board, arm: Arm) -> Line:
     """Return the score of a contestant against FLOPs; without points where its FLOPs are unknown."""
     flops = arm.first.flops()
     if not flops:
-        return Line(arm.label, [])
+        return Line(arm.title, [])
     points = [
         (way.first.flops() or 0.0, way.interval.value, NAN, NAN)
         for way in board.on_the_way
@@ -91,7 +91,7 @@ def _compute_curve(board: Board, arm: Arm) -> Line:
     if points and reference is not None and min(x for x, *_ in points) > 0:
         points.append((0.0, reference, NAN, NAN))
     points.append((flops, arm.interval.value, arm.interval.low, arm.interval.high))
-    return Line(arm.label, sorted(points), arm.kind)
+    return Line(arm.title, sorted(points), arm.kind)
 
 
 def data(board: Board) -> str:
@@ -101,7 +101,7 @@ def data(board: Board) -> str:
         about = arm.first.pretraining.get("data") or {}
         if about.get("volumes") and arm.fair:
             sets = len(list(about.get("datasets") or ()))
-            label = f"{arm.label} ({sets} data set{'s' * (sets != 1)})"
+            label = f"{arm.title} ({sets} data set{'s' * (sets != 1)})"
             mark = Mark(label, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)
             points.append((float(about["volumes"]), mark))
     amounts = [amount for amount, _ in points]
@@ -123,7 +123,7 @@ def steps(board: Board) -> str:
         numbers, values, _ = curve_of(arm)
         if len(numbers) > 1 and arm.fair:
             points = [(float(step), value, NAN, NAN) for step, value in zip(numbers, values, strict=True)]
-            curves.append(Line(arm.label, points, arm.kind))
+            curves.append(Line(arm.title, points, arm.kind))
     picture = charts.lines(curves, "fine-tuning steps", f"{board.table.main} on validation subjects",
                            "Score against fine-tuning steps: " + heading(board))  # fmt: skip
     return figure(
@@ -177,7 +177,7 @@ def _over_boards(boards: Iterable[tuple[float, Board]]) -> list[Line]:
     for amount, board in boards:
         for arm in board.arms:
             if arm.fair and amount:
-                points = curves.setdefault(arm.label, (arm.kind, []))[1]
+                points = curves.setdefault(arm.title, (arm.kind, []))[1]
                 points.append((amount, arm.interval.value, arm.interval.low, arm.interval.high))
     return [Line(label, points, kind) for label, (kind, points) in curves.items() if len(points) > 1]
 
@@ -192,7 +192,7 @@ def froc(board: Board) -> str:
                 (float(name[5:]), fmean(record.result.scores[name] for record in arm.records()), NAN, NAN)
                 for name in rates
             ]
-            curves.append(Line(arm.label, sorted(points), arm.kind))
+            curves.append(Line(arm.title, sorted(points), arm.kind))
     title = "FROC: " + heading(board)
     picture = charts.lines(curves, "false positives per scan", "sensitivity", title, log=True)
     return figure(
@@ -211,10 +211,10 @@ def pictures(board: Board) -> str:
         if path is not None and source:
             embeddings = "embeddings of the test part on their principal axes"
             content = embeddings if "embeddings" in path.name else "predictions beside the truth"
-            alt = escape(f"{arm.label}: {content}", quote=True)
+            alt = escape(f"{arm.title}: {content}", quote=True)
             parts.append(
                 f'<figure><img loading="lazy" alt="{alt}" src="{source}">'
-                f"<figcaption>{escape(arm.label)}: {content}.</figcaption></figure>"
+                f"<figcaption>{escape(arm.title)}: {content}.</figcaption></figure>"
             )
     if not parts:
         return ""

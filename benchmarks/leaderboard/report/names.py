@@ -17,7 +17,7 @@ def label(arms: Sequence[Arm], table: Table) -> None:
     facets: list[Callable[[Arm], str]] = [
         _method,
         lambda arm: _at(arm),
-        lambda arm: _relation(arm, table),
+        lambda arm: relation(arm, table),
         lambda arm: "norm recalibrated" if arm.first.recalibrated else "",
         learning_rates,
         lambda arm: str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:"),
@@ -47,6 +47,111 @@ def label(arms: Sequence[Arm], table: Table) -> None:
     for arm, name in zip(arms, names, strict=True):
         arm.label = ", ".join(name)
 
+    titles = [titled(arm) for arm in arms]
+    for arm, title in zip(arms, titles, strict=True):
+        arm.title = title if titles.count(title) == 1 else titled(arm, True)
+
+
+METHODS = {
+    "simclr": "SimCLR",
+    "barlow_twins": "Barlow Twins",
+    "mae": "MAE",
+    "models_genesis": "Models Genesis",
+    "transvw": "TransVW",
+    "swav": "SwAV",
+    "deepcluster_v2": "DeepCluster-v2",
+    "intra_inter": "Intra-inter",
+    "sorting": "Slice sorting",
+    "cube_ordering": "Cube ordering",
+    "context_restoration": "Context restoration",
+    "pseudo3d_classification": "Pseudo-3D classification",
+    "pseudo3d_detection": "Pseudo-3D detection",
+    "med3d": "Med3D",
+    "faster_rcnn": "Faster R-CNN",
+}
+"""Names that people use of the proxies that come with ssl3d; others keep their own."""
+
+NETWORKS = {
+    "mobilenet_v2": "MobileNetV2",
+    "vit": "ViT",
+    "swin": "Swin",
+    "resenc": "ResEnc",
+    "genesis_unet": "Genesis U-Net",
+}
+KINDS = {
+    "acs": "ACS",
+    "soft-acs": "soft ACS",
+    "i3d": "I3D",
+    "p3d": "P3D",
+    "2.5d": "2.5D",
+    "3d": "3D",
+    "triplanar": "triplanar",
+}
+
+
+def worded(text: str) -> str:
+    """Return a text with the names that people use of the proxies in it.
+
+    Example:
+        >>> worded("simclr, own data; my_simclr")
+        'SimCLR, own data; my_simclr'
+    """
+    return re.sub(r"(?<![\w:=/.-])\w+(?![\w:=/.-])", lambda match: _known(match[0]), text)
+
+
+def titled(arm: Arm, full: bool = False) -> str:
+    """Name a contestant as people would: its label, with the names of publications for its words.
+
+    Args:
+        arm: Contestant that has a label.
+        full: Whether every option of its network is named.
+    """
+    group = str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:")
+    words = []
+    for part in arm.label.split(", "):
+        if part == group and group:
+            words.append(network_title(arm, full))
+        elif part.startswith("ImageNet ") and arm.kind == "imagenet":
+            words.append("ImageNet " + _network(part.removeprefix("ImageNet "), full))
+        else:
+            method, after, start = part.partition(" after ")
+            words.append(" + ".join(map(_known, method.split(" + "))) + after + start)
+    return ", ".join(words)
+
+
+def network_title(arm: Arm, full: bool = False) -> str:
+    """Name the network of a contestant: architecture, kind of convolution, width, and the rest in full."""
+    who = arm.first.result.contestant
+    group = str(who.get("group") or "").removeprefix("scratch:")
+    config = (who.get("architecture") or {}).get("config")
+    kind = str(config.get("kind") or "") if isinstance(config, Mapping) else ""
+    return _network(f"{group}:kind={kind}" if group and kind and "kind=" not in group else group, full)
+
+
+def _known(method: str) -> str:
+    return METHODS.get(method, method)
+
+
+def _network(group: str, full: bool) -> str:
+    name, *parts = group.split(":")
+    kind = width = ""
+    rest = []
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if key == "network":
+            name = value
+        elif (not equals and key in KINDS) or key == "kind":
+            kind = KINDS.get(value or key, value or key)
+        elif key == "width":
+            width = f"width {value}"
+        elif full:
+            same = re.sub(r"\[(\d+),\1,\1\]", r"\1", value)  # [2,2,2] along D, H, W
+            rest.append(f"{key.replace('_', ' ')} {same}".strip())
+    numbered = re.fullmatch(r"(resnet|densenet)(\d+)", name)
+    known = {"resnet": "ResNet", "densenet": "DenseNet"}
+    name = f"{known[numbered[1]]}-{numbered[2]}" if numbered else NETWORKS.get(name, name)
+    return " ".join(word for word in (name, kind, width, *rest) if word)
+
 
 def _method(arm: Arm) -> str:
     who = arm.first
@@ -68,7 +173,8 @@ def _at(arm: Arm) -> str:
     return "" if arm.first.share is None else f"at {arm.first.share} %"
 
 
-def _relation(arm: Arm, table: Table) -> str:
+def relation(arm: Arm, table: Table) -> str:
+    """Say which data a contestant was pretrained on; an empty string where it was not."""
     if arm.kind != "pretrained":
         return ""
     names = set(_trained_on(arm))
@@ -105,7 +211,7 @@ def across(arm: Arm, table: Table | None) -> str:
     group = str(arm.first.result.contestant.get("group", "")).removeprefix("scratch:")
     names = sorted(set(_trained_on(arm))) if arm.kind == "pretrained" else []
     on = "on " + " + ".join(names) if names else ""
-    words = [_method(arm), on if table is None else _relation(arm, table)]
+    words = [_method(arm), on if table is None else relation(arm, table)]
     words += [group] if arm.kind in ("pretrained", "scratch") else []
     words += ["norm recalibrated"] if arm.first.recalibrated else []
     words += [str(arm.first.result.contestant.get("pool") or "")]

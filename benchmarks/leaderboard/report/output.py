@@ -97,6 +97,7 @@ def report(options: ReportOptions) -> Report:
     from ssl3d_benchmarks.leaderboard.report.overall import no_overall
     from ssl3d_benchmarks.leaderboard.report.page import page
     from ssl3d_benchmarks.leaderboard.report.text import csv_text, markdown_text
+    from ssl3d_benchmarks.task import show
 
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
@@ -105,7 +106,13 @@ def report(options: ReportOptions) -> Report:
     refused = numbers.records.refused
     contents = {
         "index.html": page(
-            options.title, numbers.boards, numbers.overall, refused, made_with, options.pictures
+            options.title,
+            numbers.boards,
+            numbers.overall,
+            refused,
+            made_with,
+            options.pictures,
+            options.resamples,
         ),
         "report.md": markdown_text(options.title, numbers.boards, numbers.overall, refused, made_with),
         "scores.csv": csv_text(numbers.boards),
@@ -117,11 +124,11 @@ def report(options: ReportOptions) -> Report:
     except OSError as error:
         raise UsageError(f"--out {options.out}: {error.strerror}") from error
     for line in [*answer(numbers.boards), *no_overall(numbers.boards)]:
-        print(line)
+        show(line)
     for record in refused:
-        print(f"refused: {record.where}{': ' + record.who if record.who else ''}: {record.why}")
+        show(f"refused: {record.where}{': ' + record.who if record.who else ''}: {record.why}")
     rows = sum(len(table.rows) for table in numbers.records.tables)
-    print(
+    show(
         f"{rows} records in {len(numbers.records.tables)} table{'s' * (len(numbers.records.tables) != 1)}, "
         f"{len(refused)} refused: "
         f"{options.out / 'index.html'}"

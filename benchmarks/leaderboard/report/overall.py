@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.names import across, learning_rates
+from ssl3d_benchmarks.leaderboard.report.names import across, learning_rates, worded
 from ssl3d_benchmarks.leaderboard.report.statistics import network_of, rank_draws, ranks_of
 
 Array = NDArray[Any]
@@ -269,7 +269,7 @@ def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | 
     average = table.mean(axis=1)
     order = np.argsort(average, kind="stable")
     names = _shortened(names, [arms[0].kind != "imagenet" for _, arms in matched.methods])
-    names, table, average = [names[k] for k in order], table[order], average[order]
+    names, table, average = [worded(names[k]) for k in order], table[order], average[order]
     means = np.mean([draws[order] for draws in drawn], axis=0)  # (M, R)
     ends = np.quantile(means, [0.025, 0.975], axis=1)
     best = means == means.min(axis=0)
@@ -287,7 +287,8 @@ def _overall(protocol: str, family: str, matched: _Matched | None) -> Overall | 
         protocol, family, boards, names, table, average,
         [(float(low), float(high)) for low, high in ends.T],
         (best / best.sum(axis=0)).mean(axis=1), above, changes, float(agreeing.mean()),
-        critical_difference(table) if len(boards) >= TASKS_FOR_PICTURE else None, left_out,
+        critical_difference(table) if len(boards) >= TASKS_FOR_PICTURE else None,
+        list(map(worded, left_out)),
         matched.tasks_left_out,
     )  # fmt: skip
 

@@ -8,10 +8,19 @@ from importlib.resources import files
 from math import isfinite
 from typing import Any, NamedTuple
 
-from ssl3d_benchmarks.leaderboard.report import charts, figures, text
+from ssl3d.api import printable, statistics
+from ssl3d_benchmarks.leaderboard.report import charts, figures, overview, text
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.columns import UNKNOWN, Column, score_columns, shown_columns
+from ssl3d_benchmarks.leaderboard.report.columns import (
+    UNKNOWN,
+    Column,
+    number,
+    score_columns,
+    settings_of,
+    shown_columns,
+)
+from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
 from ssl3d_benchmarks.leaderboard.report.overall import Overall, no_overall
 from ssl3d_benchmarks.leaderboard.report.records import Refused
 
@@ -32,10 +41,13 @@ HOW_TO_READ = (
     "The detectable gain is the smallest true gain that a test at alpha .05 finds with a power of 0.8: "
     "t[.975] + t[.8] standard errors, at the degrees of freedom of the gain. With fewer than three "
     "degrees of freedom it is not given.",
-    "The range in brackets after a rank holds 95 % of the ranks over resamples of subjects and seeds. Rows "
-    "without a network, published numbers, and encoders whose pretraining saw test subjects have no rank. "
-    "Encoders pretrained with labels are ranked among themselves.",
-    "FLOPs, time and memory are those of pretraining.",
+    "The range in brackets after a rank holds 95 % of the ranks over resamples of subjects, with seeds and "
+    "subsets drawn as they were seen to vary. It is surer than the interval of a gain, which also counts "
+    "how little a few seeds and subsets tell of their variance. Where they disagree, the gain decides. "
+    "Rows without a network, published numbers, and encoders whose pretraining saw test subjects have no "
+    "rank. Encoders pretrained with labels are ranked among themselves.",
+    "FLOPs, time and memory are those of one pretraining: the time is the mean over all seeds of a "
+    "contestant, the memory the largest.",
     "In the charts, a circle is a pretrained encoder, a square an ImageNet conversion, a diamond a network "
     "untrained or from scratch, a triangle a row without a network, and a cross a published number. The "
     "dashed line is the untrained or from-scratch row.",
@@ -64,17 +76,19 @@ class Row(NamedTuple):
         cells: Cells of the other columns.
         about: What stands below the name, always in sight.
         kind: CSS class, or an empty string.
+        settings: What is shown at a click on the name.
     """
 
     name: str
     cells: Sequence[Cell]
     about: str = ""
     kind: str = ""
+    settings: str = ""
 
 
 def page(
     title: str, boards: Sequence[Board], overall: Sequence[Overall], refused: Sequence[Refused],
-    conditions: Sequence[tuple[str, str]], pictures: bool = True,
+    conditions: Sequence[tuple[str, str]], pictures: bool = True, resamples: int = statistics.RESAMPLES,
 ) -> str:  # fmt: skip
     """Write the report as a page of HTML.
 
@@ -85,25 +99,37 @@ def page(
         refused: Rows that are in no table.
         conditions: Names and values of what the numbers were made with.
         pictures: Whether the PNGs beside the records are shown.
+        resamples: Number of bootstrap resamples.
     """
+    full = answer(boards)
     parts = [f"<h1>{escape(title)}</h1>", '<section class="answer" aria-label="Answer">']
     parts.append("<p><strong>Does pretraining pay on these data?</strong></p>")
-    parts += _paragraphs(answer(boards))
+    parts += _paragraphs(overview.in_short(boards))
     parts.append("</section>")
-    parts += _warnings(_loud(boards))
+    parts.append(_top_warnings([*(line for line in full if line.startswith("WARNING")), *_loud(boards)]))
+    parts += [overview.matrix(boards), overview.gains(boards)]
+    inside = "".join(_paragraphs(full))
+    parts.append(f'<details class="paper"><summary>The answer in full</summary>{inside}</details>')
     points = "".join(f"<li>{escape(point)}</li>" for point in HOW_TO_READ)
     parts.append(f"<details><summary>How to read the numbers</summary><ul>{points}</ul></details>")
+    paragraph = methods_paragraph(boards, resamples)
+    parts.append(
+        '<details id="methods" class="paper"><summary>Methods, to paste into a paper</summary>'
+        f'<p class="copy">{escape(paragraph)}</p></details>'
+    )
     parts.append(_contents(boards, overall))
     parts += [_overall(ranks) for ranks in overall]
     parts += _small(no_overall(boards))
+    if boards:
+        parts.append("<h2>Tables</h2>")
     for board in boards:
         parts.append(_board(board, *_curves_at(board, boards), pictures))
     parts += [_refused(refused), _conditions(conditions)]
-    body = "\n".join(parts)
+    body = "\n".join(map(printable, "\n".join(parts).split("\n")))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(printable(title))}</title>'
         f"<style>\n{beside('page.css')}</style></head>\n"
         f"<body><main>\n{body}\n</main><script>\n{beside('page.js')}</script></body></html>\n"
     )
@@ -118,7 +144,7 @@ def _loud(boards: Sequence[Board]) -> list[str]:
     """Warn of leaks, of unequal tuning, and of baselines that no table has."""
     lines = []
     leaked = sorted(
-        {arm.label for board in boards for arm in board.arms if "pretraining saw" in arm.why_unranked}
+        {arm.title for board in boards for arm in board.arms if "pretraining saw" in arm.why_unranked}
     )
     if leaked:
         lines.append(
@@ -228,7 +254,15 @@ def _above(ranks: Overall) -> str:
 
 
 def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
-    parts = [f'<section><h2 id="{board.slug}">{escape(text.heading(board))}</h2>']
+    best = next(iter(board.ranked()), None)
+    said = f"{len(board.arms)} contestants"
+    if best:
+        said += f"; best: {best.title}, {board.table.main} {number(best.interval.value)}"
+    parts = [
+        f'<section class="board"><details id="{board.slug}"><summary>'
+        f"<h2>{escape(text.heading(board))}</h2> "
+        f"<small>{escape(said)}</small></summary>"
+    ]
     parts += _paragraphs([text.about(board)])
     parts += _warnings([*board.unlearned, *board.missing])
     parts.append(_comparison(board, "main"))
@@ -247,7 +281,7 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         parts.append(f'<div class="charts">{"".join(shown)}</div>')
     if pictures:
         parts.append(figures.pictures(board))
-    parts.append("</section>")
+    parts.append("</details></section>")
     return "\n".join(part for part in parts if part)
 
 
@@ -290,7 +324,9 @@ def _table_of(
             for column in others
         ]
         notes = by_key["notes"].cell(board, arm) if "notes" in by_key else ""
-        rows.append(Row(arm.label, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair)))
+        # Beside the notes alone: a table of all scores repeats neither.
+        settings = settings_of(arm) if "notes" in by_key else ""
+        rows.append(Row(arm.title, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair), settings))
     for row in text.published_rows(board) if published else ():
         cells = [Cell(*column.published(board, row)) for column in others]
         rows.append(Row(row["name"], cells, kind="k-published"))
@@ -339,7 +375,10 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = 
 
 def _row(row: Row, right: Sequence[bool], heat: bool) -> str:
     below = f"<small>{escape(row.about)}</small>" if row.about else ""
-    name = f'<th scope="row" data-v="{escape(row.name, quote=True)}">{escape(row.name)}{below}</th>'
+    words = escape(row.name)
+    if row.settings:
+        words = f"<details><summary>{words}</summary><small>{escape(row.settings)}</small></details>"
+    name = f'<th scope="row" data-v="{escape(row.name, quote=True)}">{words}{below}</th>'
     kind = f' class="{row.kind}"' if row.kind else ""
     cells = "".join(_cell(cell, number, heat) for cell, number in zip(row.cells, right, strict=True))
     return f"<tr{kind}>{name}{cells}</tr>"
@@ -371,6 +410,18 @@ def _small(lines: Iterable[str]) -> list[str]:
 
 def _warnings(lines: Iterable[str]) -> list[str]:
     return [f'<p class="loud" role="note">{escape(line)}</p>' for line in lines]
+
+
+def _top_warnings(lines: Sequence[str]) -> str:
+    """Return the warnings of all tables in a box, of which several lines are folded."""
+    if len(lines) < 2:
+        return "".join(_warnings(lines))
+    first = lines[0].removeprefix("WARNING: ")
+    head = first if len(first) <= 110 else first[:108].rpartition(" ")[0] + " …"
+    inside = "".join(_paragraphs(lines))
+    return (
+        f'<details class="loud"><summary>{len(lines)} warnings: {escape(head)}</summary>{inside}</details>'
+    )
 
 
 def _slug(ranks: Overall) -> str:

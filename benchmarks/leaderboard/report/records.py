@@ -21,7 +21,9 @@ from ssl3d.api import (
     Result,
     Ssl3dError,
     UsageError,
+    parse_json,
     read_result,
+    read_yaml,
     record_bytes,
     record_files,
     statistics,
@@ -45,6 +47,10 @@ APART = ("fractions", "rates", "training", "preset", "seed", "annotated")
 RECIPE = ("batch_size", "optimizer", "lr", "init")
 """What of a pretraining tells contestants apart; old records say nothing of it."""
 SEED = re.compile(r"[-_](?:seed)?(\d+)$")
+
+
+ODD = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+"""What reading a record of odd content may raise; it is refused by name, and ends no report."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,19 @@ class ReadRecord:
         """Learning rates that were tried; none where a protocol has none."""
         return tuple(self.result.settings.get("rates") or ())
 
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of its pretraining in seconds; None where the checkpoint does not have it."""
+        compute = self.pretraining.get("compute") or {}
+        seconds = compute.get("seconds") or self.pretraining.get("seconds")
+        return float(seconds) if seconds else None
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Peak memory of its pretraining in bytes; None where the checkpoint does not have it."""
+        memory = (self.pretraining.get("compute") or {}).get("peak_memory")
+        return float(memory) if memory else None
+
     def flops(self) -> float | None:
         """Return the training FLOPs of the pretraining up to here."""
         compute = self.pretraining.get("compute") or {}
@@ -178,6 +197,31 @@ class ReadRecord:
             return float(per_step) * self.steps + float(compute.get("flops_between_epochs") or 0)
         total = compute.get("flops") or self.pretraining.get("flops")
         return float(total) if total else None
+
+    @cached_property
+    def curve(self) -> list[tuple[int, float]]:
+        """Steps of fine-tuning and the validation score at each, those of all folds."""
+        details = self.result.compute.get("details")
+        folds = details if isinstance(details, list) else [details]
+        points = [point for fold in folds if isinstance(fold, Mapping) for point in fold.get("curve") or ()]
+        scores = [(int(point["step"]), point.get("score")) for point in points]
+        return [(step, float(score)) for step, score in scores if score is not None and np.isfinite(score)]
+
+    def read_all(self) -> None:
+        """Read all that a report asks of the record, so that what is odd in it shows at once."""
+        for name in (
+            "proxies",
+            "steps",
+            "share",
+            "recalibrated",
+            "stem",
+            "arm",
+            "rates",
+            "seconds",
+            "curve",
+        ):
+            hash(str(getattr(self, name)))
+        self.flops()
 
     def ordered(self) -> list[dict[str, Any]]:
         """Sort the predictions in an order that is the same for all contestants."""
@@ -400,11 +444,11 @@ def _of_plugin(name: str, settings: Mapping[str, Any]) -> Any:
 
 def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: list[Refused]) -> None:
     try:
-        content = json.loads(record_bytes(path).decode("utf-8"))
+        content = parse_json(record_bytes(path).decode("utf-8"))
     except DataError as error:  # a damaged archive
         refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         refused.append(Refused(where, "", f"not readable: {' '.join(str(error).split())}"))
         return
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):
@@ -436,9 +480,13 @@ def _wrong(record: ReadRecord) -> str:
     if not result.predictions:
         return "it has no predictions, so no interval can be computed"
     try:
+        record.read_all()
+    except ODD as error:
+        return f"its contestant cannot be read: {type(error).__name__} {error}"
+    try:
         clusters, functions = score_functions(result, record.ordered())
         value = float(functions[result.main](np.ones((1, len(clusters))))[0])
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except ODD as error:
         return f"its predictions cannot be scored as {result.task}: {type(error).__name__} {error}"
     except Ssl3dError as error:
         return f"its predictions cannot be scored: {error}"
@@ -561,11 +609,9 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
 
 def _add_published(tables: list[Table], path: Path) -> None:
     """Put a file's published numbers beside the tables of their data sets."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no file of published numbers: {' '.join(str(error).split())}") from error
     try:
         source, scores = str(content["source"]), content["scores"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,15 +70,24 @@ def _grid(group: Sequence[ReadRecord], notes: list[str]) -> list[list[ReadRecord
 def _arm(grid: list[list[ReadRecord]], table: Table, resamples: int) -> Arm:
     scores = []
     clusters: Array = np.zeros(0)
+    names: tuple[str, ...] = ()
     for row in grid:
         line = []
         for record in row:
             clusters, functions = score_functions(record.result, record.ordered())
             line.append(functions[table.main])
+            names = tuple(functions)
         scores.append(line)
-    # The same people in two tasks are the same draw, other people are another.
-    runs = statistics.runs_of(scores, clusters, resamples, ("leaderboard", *table.dataset))
-    return Arm(grid, grid[0][0].kind, runs, statistics.nested_interval(runs))
+    runs = statistics.runs_of(
+        scores,
+        clusters,
+        resamples,
+        # The same people in two tasks are the same draw, other people are another.
+        ("leaderboard", *table.dataset),
+        statistics.class_support(grid[0][0].result.predictions),
+        statistics.bounds_of(table.main),
+    )
+    return Arm(grid, grid[0][0].kind, runs, statistics.nested_interval(runs), scores=names)
 
 
 def _flag(board: Board) -> None:
@@ -139,6 +148,8 @@ def _differences(board: Board) -> None:
         scratch = reference_of(arm, board)
         if scratch is not None:
             arm.gain = _paired(arm, scratch)
+            if arm.seeds == scratch.seeds == 1 and not board.table.task.startswith("finetune"):
+                arm.gain = statistics.without_interval(arm.gain)
             if arm.why_unranked:  # shown, but neither tested nor counted among the tests
                 continue
             if np.isfinite(arm.gain.p):
@@ -166,8 +177,8 @@ def _detectable(board: Board, gains: Sequence[statistics.Difference]) -> None:
         board.detectable = float(np.median(detectable))
     elif gains:
         board.notes.append(
-            "No smallest detectable gain is given, because there are too few seeds or subsets of the "
-            "training subjects to estimate how much they vary."
+            "No smallest detectable gain is given, because there are too few test subjects, seeds or "
+            "subsets of the training subjects to estimate how much they vary."
         )
 
 
@@ -189,6 +200,8 @@ def _rank(board: Board) -> None:
         drawn = rank_draws(arms, board)
         for arm, rank, own in zip(arms, ranks, drawn, strict=True):
             arm.rank = float(rank)
+            if not arm.runs.sure:  # too few test subjects of a class: resamples of them tell nothing
+                continue
             low, high = np.quantile(own, [0.025, 0.975])
             arm.rank_interval = (float(low), float(high))
             arm.first_share = float(np.mean(own == 1))
@@ -215,7 +228,7 @@ def _missing(board: Board) -> list[str]:
     words = "from-scratch" if trained else "untrained"
     lines = []
     lacking = [
-        arm.label for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
+        arm.title for arm in board.of_kind("pretrained", "imagenet") if reference_of(arm, board) is None
     ]
     if not board.of_kind("scratch"):
         lines.append(f"There is no {words} row, so no score here can be called a gain.")
@@ -224,14 +237,16 @@ def _missing(board: Board) -> list[str]:
     few = [arm for arm in board.of_kind("scratch") if arm.seeds < UNTRAINED_SEEDS]
     if few and not trained:
         lines.append(
-            f"{few[0].label} has {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, and "
+            f"{few[0].title} has {few[0].seeds} seed{'s' * (few[0].seeds != 1)} of random weights, and "
             f"{UNTRAINED_SEEDS} are required."
+            + " Gains over one seed have no interval: it does not tell how much another would change them."
+            * (few[0].seeds == 1)
         )
     return [*lines, *_unequal_tuning(board), *_missing_trivial(board)]
 
 
 def _unequal_tuning(board: Board) -> list[str]:
-    tries = {arm.label: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
+    tries = {arm.title: _tries(arm) for arm in board.arms if arm.kind != "trivial"}
     if len(set(tries.values())) < 2:
         return []
     counts = "; ".join(
@@ -266,13 +281,13 @@ def _notes(board: Board) -> list[str]:
             f"The wall time or the peak memory of pretraining is unknown (–) for {len(unmeasured)} of "
             f"{len(pretrained)} encoders, because their checkpoints do not have it."
         )
-    blind = [arm.label for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
+    blind = [arm.title for arm in board.arms if arm.section == "labels" and _knows_nothing(arm)]
     if blind:
         lines.append(
             f"It is unknown whether {', '.join(blind)} learned from labels of test subjects, because the "
             "weights do not say which subjects they saw."
         )
-    by_name = [arm.label for arm in pretrained if arm.flags.get("seen_test_volumes") is None]
+    by_name = [arm.title for arm in pretrained if arm.flags.get("seen_test_volumes") is None]
     if by_name:
         rows = "all pretrained rows" if len(by_name) == len(pretrained) else ", ".join(by_name)
         lines.append(
@@ -285,13 +300,40 @@ def _notes(board: Board) -> list[str]:
             "between two such rows: another seed of pretraining may differ by more. In a difference from a "
             "row of several seeds, the one seed is taken to vary as much as those."
         )
+    lines += [*_absent_scores(board), *_ranks_and_gains(board)]
     undefined = max((arm.interval.undefined for arm in board.arms), default=0.0)
-    if undefined > 0.01:
+    if reason := board.why_no_interval:
+        lines.append(reason)
+    elif undefined > 0.01:
         lines.append(
             f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is undefined; "
             "those resamples are left out."
         )
     return lines
+
+
+def _absent_scores(board: Board) -> list[str]:
+    """Say which scores the protocol computes today and no record of a board has."""
+    there = {name for arm in board.arms for record in arm.records() for name in record.result.scores}
+    absent = [name for arm in board.arms[:1] for name in arm.scores if name not in there]
+    return [f"These records are too old to have {', '.join(absent)}."] if absent else []
+
+
+def _ranks_and_gains(board: Board) -> list[str]:
+    """Say why a range of ranks and the interval of a gain disagree, where they do."""
+    for arm in board.ranked():
+        reference = reference_of(arm, board) if arm.gain else None
+        if not arm.gain or not arm.rank_interval or not reference or not reference.rank_interval:
+            continue
+        (low, high), (other_low, other_high) = arm.rank_interval, reference.rank_interval
+        if (high < other_low or low > other_high) and arm.gain.low <= 0 <= arm.gain.high:
+            return [
+                f"The ranks of {arm.title} and of {reference.title} do not overlap, yet the gain may be "
+                "zero. A range of ranks resamples the test subjects and draws seeds and subsets as they "
+                "were seen to vary. The interval of a gain also counts how little a few seeds and subsets "
+                "tell of how much they vary, and decides."
+            ]
+    return []
 
 
 def _unlearned(board: Board) -> list[str]:
@@ -311,7 +353,7 @@ def _unlearned(board: Board) -> list[str]:
         return []
     networks = [arm for arm in board.arms if arm.kind != "trivial"]
     sentences = [
-        unlearned(arm.label, arm.runs, level, floor_words(floor), board.table.main) for arm in networks
+        unlearned(arm.title, arm.runs, level, floor_words(floor), board.table.main) for arm in networks
     ]
     return [words for words in sentences if words]
 
@@ -332,12 +374,7 @@ def curve_of(arm: Arm) -> tuple[list[int], list[float], list[int]]:
     """Return steps of fine-tuning, the mean validation score at each, and the number of runs in it."""
     points: dict[int, list[float]] = {}
     for record in arm.records():
-        details = record.result.compute.get("details")
-        for fold in details if isinstance(details, list) else [details]:
-            curve = fold.get("curve") if isinstance(fold, Mapping) else None
-            for point in curve or ():
-                score = point.get("score")
-                if score is not None and np.isfinite(score):
-                    points.setdefault(int(point["step"]), []).append(float(score))
+        for step, score in record.curve:
+            points.setdefault(step, []).append(score)
     steps = sorted(points)
     return steps, [float(np.mean(points[s])) for s in steps], [len(points[s]) for s in steps]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from ssl3d.api import printable
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.board import Board
 from ssl3d_benchmarks.leaderboard.report.columns import (
@@ -82,7 +83,7 @@ def markdown_text(
         lines.append("No record was refused.")
     lines += ["", "## Conditions", "", "| | |", "|---|---|"]
     lines += [_line(pair) for pair in conditions]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(_harmless, lines)) + "\n"
 
 
 def _table_of(board: Board, columns: Sequence[Column]) -> list[str]:
@@ -186,6 +187,10 @@ def left_out(ranks: Overall) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """Return a cell of the CSV; a text that a spreadsheet would compute begins with an apostrophe."""
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
     if isinstance(value, float) and not isfinite(value):
         return ""
     return "" if value is None else value
@@ -193,3 +198,8 @@ def _plain(value: Any) -> Any:
 
 def _escaped(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _harmless(line: str) -> str:
+    """Return a line of Markdown in which no name can be HTML or a link, nor a line of its own."""
+    return printable(line.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\("))

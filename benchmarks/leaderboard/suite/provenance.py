@@ -29,8 +29,8 @@ Options = Mapping[str, Sequence[str]]
 """Flag -> its values, as words; under "" what comes before the first flag."""
 
 IDLE = frozenset(
-    ["out", "overwrite", "resume", "save-at", "workers", "threads", "accelerator", "devices", "nodes",
-     "checkpoint-every", "log-every", "eval-every"]
+    ["out", "overwrite", "resume", "save-at", "workers", "threads", "accelerator", "device", "devices",
+     "nodes", "checkpoint-every", "log-every", "eval-every"]
 )  # fmt: skip
 """Flags that change nothing of a product, but where, how fast, and how often it is looked at."""
 

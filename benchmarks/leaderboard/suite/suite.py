@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ssl3d.api import UsageError
+from ssl3d.api import UsageError, read_yaml
 
 SUITES = Path(__file__).parents[2] / "suites"
 
@@ -108,27 +106,12 @@ def load_suite(name: str | Path) -> Suite:
                 f"no suite {name}: {hint}built in are {', '.join(built_in())}; or name a .yaml"
             )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = read_yaml(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return _checked(path.stem, path, content)
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader that refuses a name given twice: YAML keeps the last without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is given twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def _checked(name: str, path: Path, content: Any) -> Suite:

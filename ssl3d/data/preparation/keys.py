@@ -7,18 +7,19 @@ lies beside it says nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssl3d.data.preparation.parts import stamp, with_voxels
+from ssl3d.data.preparation.parts import stamp
 from ssl3d.data.scans import csv_lists, dataset_json
 from ssl3d.data.scans.boxes import list_files
 from ssl3d.data.scans.folders import walk
-from ssl3d.data.scans.read import LISTS, NO_SCANS, suffix_of
+from ssl3d.data.scans.read import LISTS, NO_SCANS, OWN_TABLES, suffix_of, with_voxels
 from ssl3d.errors import DataError
 
-FOUND = 2  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
+FOUND = 3  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
 
 
 def state_of(root: Path) -> list[list[Any]]:
@@ -49,7 +50,8 @@ def state_of(root: Path) -> list[list[Any]]:
 
 
 def _of_folder(root: Path) -> Iterator[Path]:
-    read = {*root.glob("*.csv"), *list_files(root), root / "dataset.json"} - {root / "rejected.csv"}
+    read = {*root.glob("*.csv"), *list_files(root), root / "dataset.json"}
+    read -= {root / name for name in OWN_TABLES}
     for path in walk(root):
         if suffix_of(path) not in NO_SCANS or path in read:
             yield path
@@ -66,7 +68,7 @@ def _of_folder(root: Path) -> Iterator[Path]:
 def _of_list(path: Path) -> Iterator[Path]:
     yield path.parent / "dataset.json"  # modality and names of the labels
     for named in csv_lists.named_in(path):
-        if named.is_dir():
+        if os.path.isdir(named):  # a name of any length
             yield from walk(named)
         else:
             yield named

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from ssl3d.amounts import count_of
+from ssl3d.amounts import count_of, printable
 from ssl3d.data.preparation.process import MASK_ELSEWHERE, Recipe
 from ssl3d.data.scans.found import Scan
-from ssl3d.data.scans.read import is_detached
+from ssl3d.data.scans.read import with_voxels
 from ssl3d.errors import DataError
+from ssl3d.files import write_whole
 
 _BATCH = 4096  # records read at once
-_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
@@ -30,19 +31,9 @@ def stamp(path: Path) -> tuple[int, int]:
     """Read size and time of change of a file; zeros if it is gone."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name in a header that no file can have
         return 0, 0
     return status.st_size, status.st_mtime_ns
-
-
-def with_voxels(path: Path) -> Iterator[Path]:
-    """Yield the file, and the one that holds its voxels, where that is another."""
-    yield path
-    if is_detached(path) and path.is_file():
-        with open(path, "rb") as file:
-            match = _VOXELS.search(file.read(1 << 16))
-        if match:
-            yield path.parent / match[1].decode(errors="replace")
 
 
 def digest_of(value: Any) -> str:
@@ -126,25 +117,69 @@ def keep_only(folder: Path, names: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+class InUse(DataError):
+    """A store that another process is making."""
+
+
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Make the folder of the parts, and refuse a second `prepare` of the same store at the same time."""
+    """Make the folder of the parts, and refuse a second `prepare` of the same store at the same time.
+
+    What a killed call left beside the store while it assembled it is removed.
+
+    Raises:
+        InUse: Another process is making the store.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    try:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        # A lock of the process (not of the descriptor): workers do not inherit it, so it ends with us.
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{out}: another ssl3d prepare is making it right now") from error
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        if not _lock(lock, wait=False):
+            raise InUse(f"{out}: another ssl3d prepare is making it right now")
+        for path in leftovers(out):
+            path.unlink(missing_ok=True)
         yield
-    finally:
-        lock.close()
+
+
+def leftovers(out: Path) -> list[Path]:
+    """List the temporary files that were to become a file, and that a killed process left beside it."""
+    if not out.parent.is_dir():
+        return []
+    start = f".{out.name}."
+    return [path for path in out.parent.iterdir() if path.name.startswith(start) and path.suffix == ".tmp"]
+
+
+def _lock(file: IO[str], wait: bool) -> bool:
+    """Lock a file for this process, until it is closed; tell whether that was possible."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    # A lock of the process (not of the descriptor): workers do not inherit it, so it ends with us.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process changes a file; what a killed one left beside it is removed."""
+    guard = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(guard, "w", encoding="utf-8") as file:
+            _lock(file, wait=True)
+            # The one before removed the file: another may have a new one of that name, and its lock.
+            if not guard.exists() or os.fstat(file.fileno()).st_ino != guard.stat().st_ino:
+                continue
+            try:
+                for left in leftovers(path):
+                    left.unlink(missing_ok=True)
+                yield
+            finally:
+                guard.unlink(missing_ok=True)
+            return
 
 
 def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
@@ -218,20 +253,31 @@ def mask_lines(odd: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def write_rejected(out: Path, rows: Sequence[dict[str, str]]) -> None:
-    """List what was refused in `rejected.csv` beside the store; lines of other stores there stay."""
-    path = out.parent / "rejected.csv"
-    others: list[dict[str, str]] = []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="") as file:
-            others = [row for row in csv.DictReader(file) if row.get("store") != out.name]
-    lines = [{**row, "store": out.name} for row in rows]
-    if not others and not lines:
-        path.unlink(missing_ok=True)
+def write_beside(out: Path, name: str, rows: Sequence[tuple[str, str]]) -> None:
+    """List paths and reasons in a table beside the store; lines of other stores there stay.
+
+    Args:
+        out: File of the store.
+        name: Name of the table, one of `OWN_TABLES`.
+        rows: (path, reason); a table without any line is removed.
+    """
+    path = out.parent / name
+    if not rows and not path.is_file():
         return
-    temporary = path.with_name(f".rejected.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ("path", "reason", "store"), extrasaction="ignore")
+    with _alone(path):
+        others: list[dict[str, str]] = []
+        if path.is_file():
+            with open(path, encoding="utf-8", newline="") as file:
+                others = [row for row in csv.DictReader(file) if row.get("store") != out.name]
+        if not others and not rows:
+            path.unlink(missing_ok=True)
+            return
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ("path", "reason", "store"), extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows(others + lines)
-    os.replace(temporary, path)
+        writer.writerows(others)
+        writer.writerows(
+            {"path": printable(source), "reason": printable(reason), "store": out.name}
+            for source, reason in rows
+        )
+        write_whole(path, table.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ssl3d.amounts import count_of, duration, size
+from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.data.cache import cache_folder
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import keys
@@ -20,23 +21,26 @@ from ssl3d.data.preparation.options import PrepareOptions as PrepareOptions
 from ssl3d.data.preparation.options import other_options, plain_options
 from ssl3d.data.preparation.parts import (
     VERSION,
+    InUse,
     digest_of,
     keep_only,
     key_of,
+    leftovers,
     locked,
     mask_lines,
     odd_masks,
     reuse_parts,
     store_counts,
     store_settings,
-    write_rejected,
+    write_beside,
 )
-from ssl3d.data.preparation.process import is_full
-from ssl3d.data.preparation.remarks import remarks
+from ssl3d.data.preparation.remarks import left_out_lines, remarks
 from ssl3d.data.preparation.work import Work, make_parts, median_spacings, worker_count
 from ssl3d.data.scans.find import find, in_part
 from ssl3d.data.scans.found import Found, Scan
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, TransientError, is_transient, reason_of, transient_reported
+
+_LOOK_AGAIN = 1.0  # seconds between two looks at a store that another process makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +74,21 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
         output: Stream to which progress is told; stdout by default.
 
     Raises:
-        DataError: Nothing is found, the store there is of other data or options, or the disk is full.
+        DataError: Nothing is found, or the store there is of other data or options.
+        TransientError: The disk is full, or memory, a process or the network failed, twice; what is done
+            stays.
     """
 
     def say(line: str) -> None:
-        print(line, file=output or sys.stdout, flush=True)
+        print(printable(line), file=output or sys.stdout, flush=True)
 
-    begun = time.monotonic()
     out = options.store()
+    with transient_reported(str(out), f"what is done stays in {out.name}.partial: call again"):
+        return _prepare(options, out, say)
+
+
+def _prepare(options: PrepareOptions, out: Path, say: Callable[[str], None]) -> Summary:
+    begun = time.monotonic()
     if out.is_dir():
         raise DataError(f"{out}: a folder; --out names a file")
     contents = find(options.sources, options.wanted())
@@ -86,72 +97,114 @@ def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
     index, count = options.shard()
     scans = [s for s in contents.scans if in_part(f"{s.dataset}/{s.subject}", index, count)]
     refused = [r for r in contents.rejected if in_part(r[0], index, count)]
+    left_out = [r for r in contents.left_out if in_part(r[0], index, count)]
     if not scans and contents.scans:
         say(
             f"{out}: no subject of {len(contents.scans):,} scans falls to part {options.part}; "
             "nothing to do"
         )
         return Summary(out, 0, 0, len(refused), empty_shard=True)
-    signed = _signed(scans, refused, options)
+    signed = _signed(scans, refused, contents, options)
+    work = Work(scans, options.recipe(None, {}), out, worker_count(options.workers, len(scans)), say)
     summary = _finished(out, signed, options)
     if summary is not None:
         say(f"{out}: already prepared: {count_of(summary.volumes, 'volume')}, {summary.rejected} rejected")
+        _tidy(work)
     else:
-        workers = worker_count(options.workers, len(scans))
-        spacing, medians = _spacing(options, contents, workers, say)
-        work = Work(scans, options.recipe(spacing, medians), out, workers, say)
+        spacing, medians = _spacing(options, contents, work.workers, say)
+        work = dataclasses.replace(work, recipe=options.recipe(spacing, medians))
         settings = {
             "prepare": signed,
             "options": plain_options(options),
             "spacing": medians or spacing,
             "mask_labels": contents.label_names,
+            "mask_ignore": contents.ignore_labels,
+            "mask_regions": contents.regions,
             "box_labels": _box_names(contents, options),
             "version": VERSION,
         }
-        rejected = _make_store(work, refused, settings, overwrite=options.overwrite)
+        rejected = _make_store(work, refused, left_out, settings, overwrite=options.overwrite)
         summary = _summary(work, rejected, time.monotonic() - begun)
     if summary.volumes:
         for line in remarks(out) + mask_lines(odd_masks(out)):
             say(line)
+        left_out += [(path, reason) for path, reason in store_settings(out)[0].get("label_like", ())]
+        if summary.reused:  # files may have come since, that are not read
+            write_beside(out, "left_out.csv", left_out)
+    for line in left_out_lines(left_out):
+        say(line)
     return summary
 
 
+def _tidy(work: Work) -> None:
+    """Remove what a call left that was killed after the store was there."""
+    if work.folder.exists() or leftovers(work.out):
+        with contextlib.suppress(DataError), locked(work.folder, work.out):
+            shutil.rmtree(work.folder, ignore_errors=True)
+
+
 def _make_store(
-    work: Work, refused: Sequence[tuple[str, str]], settings: dict[str, Any], *, overwrite: bool
-) -> list[dict[str, str]]:
-    """Make the missing parts and the store of all, and list what was rejected beside it.
+    work: Work,
+    refused: Sequence[tuple[str, str]],
+    left_out: Sequence[tuple[str, str]],
+    settings: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> list[tuple[str, str]]:
+    """Make the missing parts and the store of all, with tables beside it of what was refused and left out.
 
     Args:
         work: Scans, recipe and means.
         refused: (source, reason) of what was refused while scans were looked for.
+        left_out: (source, reason) of what was found and is not used.
         settings: Settings that the store keeps.
         overwrite: Whether an older store goes where nothing usable takes its place.
 
+    Returns:
+        (source, reason) of all that was refused.
+
     Raises:
-        DataError: The disk is full, or cannot be written.
+        DataError: The store cannot be written.
+        TransientError: The disk is full, or memory, a process or the network failed.
     """
     out, folder = work.out, work.folder
     try:
         with locked(folder, out):
             names = reuse_parts(work.scans, work.recipe, folder, work.say)
-            rejected = [*refused, *make_parts(work, names)]
+            parts = make_parts(work, names)
+            rejected = sorted([*refused, *parts.rejected])
             keep_only(folder, names)
-            rows = [{"path": path, "reason": reason} for path, reason in sorted(rejected)]
             if any(folder.glob("*.part")):
                 from ssl3d.data.store.writer import assemble
 
-                assemble(folder, out, settings, rows)
+                _check_room(folder, out)
+                rows = [{"path": printable(path), "reason": printable(reason)} for path, reason in rejected]
+                assemble(folder, out, {**settings, "label_like": parts.label_like}, rows)
             elif overwrite:
                 out.unlink(missing_ok=True)
+            write_beside(out, "rejected.csv", rejected)
+            write_beside(out, "left_out.csv", [*left_out, *parts.label_like])
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        if is_full(error):
-            raise DataError(
-                f"{out}: no space left on the disk; what is done stays in {folder.name}: call again"
-            ) from error
-        raise DataError(f"{out}: {error.strerror or error}") from error
-    write_rejected(out, rows)
-    return rows
+        if is_transient(error):
+            raise
+        raise DataError(f"{out}: {reason_of(error)}") from error
+    return rejected
+
+
+def _check_room(folder: Path, out: Path) -> None:
+    """Look whether the disk has room for the store, as large as its parts together.
+
+    Raises:
+        TransientError: It has not.
+    """
+    needed = sum(path.stat().st_size for path in folder.glob("*.part"))
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise TransientError(
+            f"{out}: the store needs {size(needed)}, and {size(free)} are free on the disk; what is done "
+            f"stays in {folder.name}: make room and call again"
+        )
 
 
 def _summary(work: Work, rejected: Sequence[object], seconds: float) -> Summary:
@@ -199,7 +252,18 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     unkeyed["workers"] = options.get("workers")
     full = PrepareOptions(sources=tuple(map(str, roots)), out=str(out), **unkeyed)
     print(f"preparing {', '.join(map(str, paths))} into {out}", file=sys.stderr)
-    summary = prepare(full, output=sys.stderr)
+    waited = False
+    while True:
+        try:
+            summary = prepare(full, output=sys.stderr)
+            break
+        except InUse:
+            if not waited:
+                print(f"waiting for another process that prepares {out}", file=sys.stderr)
+            waited = True
+            time.sleep(_LOOK_AGAIN)
+            if out.is_file():
+                return out
     if not summary.volumes:
         raise DataError(
             f"{paths[0]}: nothing usable in it ({summary.rejected} rejected, see {cache}/rejected.csv)"
@@ -233,12 +297,15 @@ def _box_names(contents: Found, options: PrepareOptions) -> dict[str, dict[str, 
 
 
 def _signed(
-    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], options: PrepareOptions
+    scans: Sequence[Scan], refused: Sequence[tuple[str, str]], contents: Found, options: PrepareOptions
 ) -> dict[str, Any]:
     stamps: dict[Path, tuple[int, int]] = {}
+    data: list[Any] = [[key_of(scan, stamps) for scan in scans], sorted(refused)]
+    if contents.ignore_labels or contents.regions:  # else it is as before there were such things
+        data += [contents.ignore_labels, contents.regions]
     return {
         "options": digest_of([VERSION, plain_options(options)]),
-        "data": digest_of([[key_of(scan, stamps) for scan in scans], sorted(refused)]),
+        "data": digest_of(data),
         "found": len(scans),
     }
 

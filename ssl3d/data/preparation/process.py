@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ssl3d.amounts import count_of
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.preparation.match import channel_onto, mask_onto
@@ -18,9 +19,9 @@ from ssl3d.data.preparation.normalize import decide, foreground, normalize
 from ssl3d.data.scans.boxes import around_mask, from_world, within
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.itk import quiet_sitk
-from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of
+from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha256_of, with_voxels
 from ssl3d.data.store.record import Record
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_full
 
 _LABEL_VALUES = 32  # a label map has no more values than this
 MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
@@ -93,7 +94,7 @@ class Outcome:
         size: Bytes of the parts.
         rejected: (source, reason) of what was refused.
         label_like: Whether it was left out because its values are those of a label map.
-        full: Message about a full disk; "" where it is not.
+        full: Whether there was no room for it on the disk.
         unspaced: Whether it could not be resampled, for want of a spacing.
         seconds: Duration of the work.
     """
@@ -102,7 +103,7 @@ class Outcome:
     size: int = 0
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     label_like: bool = False
-    full: str = ""
+    full: bool = False
     unspaced: bool = False
     seconds: float = 0.0
 
@@ -131,7 +132,9 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
         outcome.label_like = True
         return
     volumes = _frames(pixels, task, notes)
-    sha256 = task.sha256 or sha256_of([path for group in scan.files for path in group])
+    sha256 = task.sha256 or sha256_of(
+        [whole for group in scan.files for path in group for whole in with_voxels(path)]
+    )
     outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
     several = len(volumes) > 1
     # Frame 0 is written last: where it stands, the others do too.
@@ -152,19 +155,11 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
             outcome.size += path.stat().st_size
         except DataError as error:
             outcome.rejected.append((source, str(error).removeprefix(f"{scan.id}: ")))
-        except MemoryError:
-            outcome.rejected.append((source, "does not fit into memory"))
         except OSError as error:
             if not is_full(error):
                 raise
-            outcome.full = "no space left on the disk"
+            outcome.full = True
             return
-
-
-def is_full(error: OSError) -> bool:
-    """Tell whether an error is one of a full disk, which HDF5 tells in its text only."""
-    text = str(error)
-    return error.errno in (28, 122) or "No space left" in text or "errno = 28" in text
 
 
 def spacing_of_scan(scan: Scan) -> Triple | None:
@@ -258,6 +253,8 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     """Split a scan into a `Pixels` per volume to be stored, its first axis the channels."""
     scan, recipe = task.scan, task.recipe
     voxels = pixels.voxels
+    if scan.frames_are_channels and len(voxels) == len(scan.channels):
+        return [pixels]
     if pixels.colours:
         if recipe.colour == "rgb":
             return [pixels]
@@ -270,12 +267,11 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     picture = pixels.orientation == UNKNOWN and voxels.shape[1] == 1
     if recipe.colour == "rgb" and picture and len(voxels) == 1:
         return [dataclasses.replace(pixels, voxels=np.repeat(voxels, 3, axis=0), colours=True)]
+    if scan.frames_are_channels:
+        count = count_of(len(voxels), "frame")
+        raise DataError(f"{count}, but dataset.json names {len(scan.channels)} channels")
     if len(voxels) == 1 or len(scan.files) > 1:
         return [pixels]
-    if scan.frames_are_channels:
-        if len(voxels) == len(scan.channels):
-            return [pixels]
-        raise DataError(f"{len(voxels)} frames, but dataset.json names {len(scan.channels)} channels")
     if recipe.frames == "channels":
         return [pixels]
     if recipe.frames == "refuse":
@@ -505,5 +501,5 @@ def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def start_worker() -> None:
     """Prepare a worker: one thread where a library would start its own, and the imports it will use."""
     quiet_sitk()
-    for name in ("nibabel", "scipy.ndimage", "ssl3d.data.store.writer"):
+    for name in ("nibabel", "scipy.ndimage", "pydicom", "PIL.Image", "ssl3d.data.store.writer"):
         importlib.import_module(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,22 @@ from ssl3d.amounts import count_of
 
 _BATCH = 4096  # records read at a time
 _NAMED = 3
+
+
+def left_out_lines(left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """Write the line that counts and names what was found and is not used.
+
+    Args:
+        left_out: (path, reason) of each file.
+    """
+    if not left_out:
+        return []
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        by_reason.setdefault(reason, []).append(path)
+    most = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    parts = [f"{reason} ({len(paths):,}: {_few(paths)})" for reason, paths in most]
+    return [f"found and not used: {count_of(len(left_out), 'file')}, see left_out.csv: {'; '.join(parts)}"]
 
 
 def remarks(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import sha256_of, stem_of
 from ssl3d.data.scans.subjects import relative, split_of
+from ssl3d.data.scans.tables import cell
 from ssl3d.errors import DataError
 
 _SPLITS = ("train", "val", "test")
@@ -136,7 +137,7 @@ def _labels(values: np.ndarray) -> list[Label]:
         return ["+".join(str(i) for i in np.flatnonzero(row)) or "none" for row in rows]
     column = rows[:, 0]
     if column.dtype.kind == "U":
-        return [text or None for text in column.tolist()]
+        return [cell(text) or None for text in column.tolist()]
     real = column.dtype.kind == "f" and bool((column != np.rint(column)).any())
     return [float(value) if real else int(value) for value in column]
 
@@ -180,7 +181,7 @@ def _flat_arrays(
         contents.box_names[dataset] = {"1": "nodule"}
     counts: Counter[str] = Counter()
     for index in range(count):
-        subject = str(subjects[index]) if subjects is not None else f"{index:05d}"
+        subject = (cell(str(subjects[index])) if subjects is not None else "") or f"{index:05d}"
         counts[subject] += 1
         contents.scans.append(
             Scan(
@@ -207,7 +208,7 @@ def _split_words(path: Path, words: np.ndarray) -> list[str]:
     """
     splits = []
     for index, word in enumerate(map(str, words.tolist())):
-        split = split_of(word)
+        split = split_of(cell(word))
         if split is None:
             raise DataError(f"{path}, row {index}: split {word!r}; known: train, val, test, or nothing")
         splits.append(split)

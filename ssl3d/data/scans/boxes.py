@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.data.scans.read import without_suffix
-from ssl3d.data.scans.tables import NotText, read_table
+from ssl3d.data.scans.read import OWN_TABLES, without_suffix
+from ssl3d.data.scans.tables import NotText, number, read_json, read_table
 from ssl3d.errors import DataError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def unread_boxes(contents: Found, source: Path) -> list[str]:
 def _said(path: Path, readers: str) -> Boxes | None:
     """Read what a file says of boxes; None if nothing."""
     if path.suffix.lower() == ".json":
-        content = _content(path)
+        content = read_json(path)
         return from_coco(path, content) or from_monai(path, content)
     return from_table(path, readers) or from_world_table(path)
 
@@ -203,7 +203,7 @@ def from_coco(path: Path, content: Any) -> Boxes | None:
             x, y, width, height = map(float, entry["bbox"])
             reason = "crowds" if entry.get("iscrowd") else ""
             _add(said, str(picture["file_name"]), (x, y, x + width, y + height), kind, picture, reason)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not as COCO has it ({type(error).__name__}: {error})") from error
     return said
 
@@ -249,7 +249,7 @@ def from_monai(path: Path, content: Any) -> Boxes | None:
             name = str(entry["image"])
             if said.images.setdefault(name, own) != own:
                 raise DataError(f"{path}: {name} is listed twice, with different boxes")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not as MONAI has it ({type(error).__name__}: {error})") from error
     names = content.get("labels")
     if isinstance(names, dict):
@@ -302,20 +302,20 @@ def from_table(path: Path, readers: str = "merge") -> Boxes | None:
     numbers = _numbers(path, lines, columns)
     said.names = {number: name for name, number in numbers.items() if name.lower() not in _NOTHING}
     for line, row in lines:
-        image = row[columns["image"]].strip()
+        image = row[columns["image"]]
+        if not image:
+            said.left_out["in lines without the name of a picture"] += 1
+            continue
         said.images.setdefault(image, [])
-        corners = [row[columns[side]].strip() for side in ("x1", "y1", "x2", "y2")]
-        kind = row[columns["class"]].strip() if "class" in columns else ""
+        corners = [row[columns[side]] for side in ("x1", "y1", "x2", "y2")]
+        kind = row[columns["class"]] if "class" in columns else ""
         if not any(corners):
             continue
-        try:
-            x1, y1, x2, y2 = map(float, corners)
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: {', '.join(corners)} are not four numbers") from error
+        x1, y1, x2, y2 = _numbers_in(corners, f"{path}, line {line}", "four numbers")
         before = len(said.images[image])
         _add(said, image, (x1, y1, x2, y2), numbers[kind], {})
         if len(said.images[image]) > before:
-            reader = row[columns["reader"]].strip() if "reader" in columns else ""
+            reader = row[columns["reader"]] if "reader" in columns else ""
             drawn[image].append((reader, said.images[image][-1]))
     if readers == "merge" and "reader" in columns:
         said.images |= {image: merged(boxes) for image, boxes in drawn.items()}
@@ -342,20 +342,20 @@ def from_world_table(path: Path) -> Boxes | None:
     numbers = _numbers(path, lines, columns)
     said.names = {number: name for name, number in numbers.items() if name.lower() not in _NOTHING}
     for line, row in lines:
-        own = said.images.setdefault(row[columns["image"]].strip(), [])
-        cells = [row[columns[name]].strip() for name in _CENTRE_AND_SIZE[1:]]
+        if not row[columns["image"]]:
+            said.left_out["in lines without the name of a scan"] += 1
+            continue
+        own = said.images.setdefault(row[columns["image"]], [])
+        cells = [row[columns[name]] for name in _CENTRE_AND_SIZE[1:]]
         if not any(cells):
             continue
-        try:
-            x, y, z, *size = map(float, cells)
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: {', '.join(cells)} are not numbers") from error
+        x, y, z, *size = _numbers_in(cells, f"{path}, line {line}", "numbers")
         if not np.isfinite([x, y, z, *size]).all():
             said.left_out["not finite"] += 1
         elif min(size) <= 0:
             said.left_out["without volume"] += 1
         else:
-            kind = row[columns["class"]].strip() if "class" in columns else ""
+            kind = row[columns["class"]] if "class" in columns else ""
             own.append((sign * x, sign * y, z, size[0], size[1], size[2], float(numbers[kind])))
     return said
 
@@ -431,23 +431,10 @@ def list_files(root: Path) -> Iterator[Path]:
         if folder.is_dir():
             yield from sorted(folder.glob("*instances*.json"))
             yield from sorted(folder.glob("*coco*.json"))
-            # MONAI's; a dataset.json without a number is a list of masks.
-            yield from sorted({*folder.glob("dataset_*.json"), *folder.glob("*boxes*.json")})
-            yield from sorted(path for path in folder.glob("*.csv") if path.name != "rejected.csv")
-
-
-def _content(path: Path) -> Any:
-    """Read the content of a JSON file.
-
-    Raises:
-        DataError: The file cannot be read, or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+            # MONAI's; a dataset.json without a number is a list of masks, BIDS's describes its folder.
+            monai = {*folder.glob("dataset_*.json"), *folder.glob("*boxes*.json")}
+            yield from sorted(monai - {folder / "dataset_description.json"})
+            yield from sorted(path for path in folder.glob("*.csv") if path.name not in OWN_TABLES)
 
 
 def _add(
@@ -488,22 +475,36 @@ def _numbers(
     path: Path, lines: Sequence[tuple[int, dict[str, str]]], columns: Mapping[str, str]
 ) -> dict[str, int]:
     """Number the classes as the file does, else in the order of their names, from 1."""
-    kinds = {row[columns["class"]].strip() if "class" in columns else "" for _, row in lines}
+    kinds = {row[columns["class"]] if "class" in columns else "" for _, row in lines}
     if "number" not in columns:
         return {kind: n for n, kind in enumerate(sorted(kinds - {""}), 1)} | {"": 0}
     numbers: dict[str, int] = {}
     for line, row in lines:
-        kind = row[columns["class"]].strip() if "class" in columns else ""
-        text = row[columns["number"]].strip()
-        try:
-            number = int(text)
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: class_id {text!r} is no whole number") from error
+        kind = row[columns["class"]] if "class" in columns else ""
+        text = row[columns["number"]]
+        value = number(text)
+        if value is None or not value.is_integer():
+            raise DataError(f"{path}, line {line}: class_id {text!r} is no whole number")
         if not kind:  # then the number is the name
             kind = row[columns.get("class", columns["number"])] = text
-        if numbers.setdefault(kind, number) != number:
-            raise DataError(f"{path}, line {line}: class {kind!r} is {number}, and {numbers[kind]} before")
+        if numbers.setdefault(kind, int(value)) != value:
+            raise DataError(f"{path}, line {line}: class {kind!r} is {text}, and {numbers[kind]} before")
     return numbers
+
+
+def _numbers_in(cells: Sequence[str], where: str, kind: str) -> list[float]:
+    """Read the numbers of some cells, NaN where one is empty or says infinity.
+
+    Raises:
+        DataError: A cell holds a word.
+    """
+    values = [number(text) for text in cells]
+    if any(
+        value is None and text and not re.fullmatch("[+-]?inf(inity)?", text.lower())
+        for text, value in zip(cells, values, strict=True)
+    ):
+        raise DataError(f"{where}: {', '.join(cells)} are not {kind}")
+    return [np.nan if value is None else value for value in values]
 
 
 def _by_end(images: Mapping[str, Any]) -> dict[str, str | None]:

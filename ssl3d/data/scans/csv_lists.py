@@ -10,15 +10,21 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.boxes import COLUMNS_OF_BOXES, add_boxes, lists_boxes
-from ssl3d.data.scans.dataset_json import read_json_object
+from ssl3d.data.scans.dataset_json import add_mask_labels, read_json_object
 from ssl3d.data.scans.dicom import dicom_tags
-from ssl3d.data.scans.folders import dataset_name, in_class_folders, missing, walk
+from ssl3d.data.scans.folders import (
+    dataset_name,
+    first_few,
+    in_class_folders,
+    missing,
+    missing_masks,
+    walk,
+)
 from ssl3d.data.scans.found import Found, Scan, Wanted, modality_code
 from ssl3d.data.scans.read import (
+    OWN_TABLES,
     is_picture,
     is_slice,
     is_whole,
@@ -28,7 +34,7 @@ from ssl3d.data.scans.read import (
 )
 from ssl3d.data.scans.series import from_dicom, nameless_patients
 from ssl3d.data.scans.subjects import relative, split_of, subjects_of
-from ssl3d.data.scans.tables import NotText, Table, read_table, read_text
+from ssl3d.data.scans.tables import NotText, Table, number, read_table, read_text
 from ssl3d.errors import DataError
 
 _COLUMNS = {
@@ -74,8 +80,7 @@ def from_csv(path: Path, wanted: Wanted) -> Found:
     wanted = dataclasses.replace(wanted, dataset=wanted.dataset or str(described.get("name") or ""))
     dataset = dataset_name(root, wanted)
     modality = _modality(described)
-    if isinstance(described.get("labels"), dict) and all(str(k).isdigit() for k in described["labels"]):
-        contents.label_names[dataset] = {str(k): str(v) for k, v in described["labels"].items()}
+    add_mask_labels(contents, dataset, described)
     of_boxes = lists_boxes(path)
     seen: set[Path] = set()
     contents.notes += _unused(path, of_boxes, wanted.label)
@@ -109,10 +114,10 @@ def _folder_of(path: Path, table: Table, columns: dict[str, str]) -> Path:
     if not path.is_symlink():
         return path.parent
     beside = path.resolve().parent
-    names = [name for _, row in table.rows[:50] if (name := row[columns["path"]].strip())]
-    if any((path.parent / name).exists() for name in names):
+    names = [name for _, row in table.rows[:50] if (name := row[columns["path"]])]
+    if any(os.path.exists(path.parent / name) for name in names):
         return path.parent
-    return beside if any((beside / name).exists() for name in names) else path.parent
+    return beside if any(os.path.exists(beside / name) for name in names) else path.parent
 
 
 def _name_subjects(contents: Found, nameless: Sequence[int], root: Path, natural: bool) -> str:
@@ -232,7 +237,7 @@ def named_in(path: Path) -> Iterator[Path]:
     folder = _folder_of(path, table, columns)
     for _, row in table.rows:
         for name in ("path", "mask"):
-            if name in columns and (named := row[columns[name]].strip()):
+            if name in columns and (named := row[columns[name]]):
                 yield folder / named
 
 
@@ -252,7 +257,14 @@ def with_listing(contents: Found, root: Path, label: str = "") -> Found:
             f"{root}: several lists ({names}); none was used, give the one you mean as the source"
         )
     elif listings:
-        rows = {row.path.resolve(): row for row in _rows(listings[0], Found(), boxes, label)}
+        said = Found()
+        rows = {row.path.resolve(): row for row in _rows(listings[0], said, boxes, label)}
+        contents.notes += said.notes
+        if said.rejected:
+            lines = [f"{name}: {reason}" for name, reason in said.rejected]
+            contents.notes.append(
+                f"{listings[0].name}: {count_of(len(lines), 'line')} not used ({first_few(lines)})"
+            )
         named = {i: rows[folder] for folder, i in series.items() if folder in rows}
         matched = 0
         for i, scan in enumerate(contents.scans):
@@ -284,8 +296,8 @@ def _listings(contents: Found, root: Path, series: Container[Path]) -> tuple[lis
             continue
         if (
             names is None
-            or path.name == "rejected.csv"
-            or not any((root / name).is_file() or (root / name).resolve() in series for name in names[:50])
+            or path.name in OWN_TABLES
+            or not any(_is_there(root / name, series) for name in names[:50])
         ):
             continue
         if not boxes:
@@ -293,6 +305,11 @@ def _listings(contents: Found, root: Path, series: Container[Path]) -> tuple[lis
         elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
             of_boxes.append(path)
     return listings, of_boxes
+
+
+def _is_there(path: Path, series: Container[Path]) -> bool:
+    """Tell whether a list's name is that of a file, or of the folder of a series."""
+    return os.path.isfile(path) or (os.path.isdir(path) and path.resolve() in series)
 
 
 def _series_folders(scans: Sequence[Scan], root: Path) -> dict[Path, int]:
@@ -315,26 +332,28 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
         columns.pop("label", None)
     labels = _labels(path, table, columns)
     kind = _label_type(labels)
-    for number, (line, row) in enumerate(table.rows):
-        values = {name: (row[column] or "").strip() for name, column in columns.items()}
+    maskless: list[str] = []
+    for place, (line, row) in enumerate(table.rows):
+        values = {name: row[column] for name, column in columns.items()}
         name = values["path"]
         if not name:
             contents.rejected.append((f"{path.name}:{line}", "no path in this line"))
             continue
         target, mask = folder / name, values.get("mask", "")
-        if not target.exists():
-            why = missing(target) if target.is_symlink() else "no such file"
+        if not os.path.exists(target):  # not `target.exists()`, which raises for a name that is too long
+            why = missing(target) if os.path.islink(target) else "no such file"
             contents.rejected.append((name, f"line {line} of {path.name}: {why}"))
             continue
-        if mask and not (folder / mask).exists():
+        if mask and not os.path.exists(folder / mask):
             contents.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
+            maskless.append(f"{mask} of {name}")
             continue
         split = split_of(values.get("split", ""))
         if split is None:
             raise DataError(
                 f"{path}, line {line}: split {values['split']!r}; known: train, val, test, or nothing"
             )
-        given = _known(labels[number]) if labels else ""
+        given = labels[place] if labels else ""
         yield _Row(
             line,
             target,
@@ -344,6 +363,8 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
             split,
             folder / mask if mask else None,
         )
+    if maskless:
+        contents.notes.append(missing_masks(path.name, maskless))
 
 
 def _table(path: Path, label: str = "") -> tuple[Table, dict[str, str]]:
@@ -389,27 +410,28 @@ def _unused(path: Path, of_boxes: bool, label: str = "") -> list[str]:
             f"{path.name}: {lines} more cells than the header; what is in those was not read (a "
             "delimiter within a cell needs quotes around it)"
         )
+    for name, column in columns.items():
+        if table.words_for_missing[column] and not (of_boxes and name == "label"):
+            count = count_of(table.words_for_missing[column], "cell")
+            notes.append(f"{path.name}: {count} of n/a or the like in {column.strip()}, taken for none")
     if "label" in columns and not of_boxes:
         notes += _odd_labels(path, table, columns)
     return notes
 
 
 def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
-    """Note labels that are masks, taken for none, or words among numbers, which make all of them words."""
+    """Note labels that are masks, or words among numbers, which make all of them words."""
     notes = []
-    given = [row[columns["label"]].strip() for _, row in table.rows]
+    given = [row[columns["label"]] for _, row in table.rows]
     folder = _folder_of(path, table, columns)
-    files = [label for label in given[:50] if suffix_of(Path(label)) and (folder / label).is_file()]
+    files = [label for label in given[:50] if suffix_of(Path(label)) and os.path.isfile(folder / label)]
     if files:
         notes.append(
             f"{path.name}: labels that are files, such as {files[0]}: each is taken for a class; "
             "masks are read from a column named mask"
         )
-    unknown = sum(bool(label) and not _known(label) for label in given)
-    if unknown:
-        notes.append(f"{path.name}: {count_of(unknown, 'label')} of nan, NA, N/A or null: taken for none")
     written = zip(table.rows, _labels(path, table, columns), strict=True)
-    labels = [(line, known) for (line, _), text in written if (known := _known(text))]
+    labels = [(line, text) for (line, _), text in written if text]
     words = [(line, label) for line, label in labels if _label_type([label]) is str]
     if words and 2 * len(words) <= len(labels):
         line, word = words[0]
@@ -431,9 +453,9 @@ def _labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
         return []
     given = [row[columns["label"]] for _, row in table.rows]
     head = read_text(path).split("\n", 1)[0]
-    known = [label for text in given if (label := _known(text))]
+    known = [label for label in given if label]
     if head.count(",") < max(head.count(";"), head.count("\t")) and all(
-        re.fullmatch(r"[+-]?\d+(?:,\d+)?", label) for label in known
+        re.fullmatch(r"[+-]?[0-9]+(?:,[0-9]+)?", label) for label in known
     ):
         return [label.replace(",", ".") for label in given]
     return given
@@ -444,24 +466,16 @@ def _column(path: Path, name: str) -> list[str] | None:
     return [row[columns[name]] for _, row in table.rows] if name in columns else None
 
 
-def _known(label: str) -> str:
-    """Return a label as written, or nothing where tables write that there is none."""
-    label = (label or "").strip()
-    return "" if label.lower() in ("nan", "na", "n/a", "null") else label
-
-
 def _label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
     """Choose the type of a column: int if all labels are whole numbers, float if all are numbers, else str.
 
-    0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps.
+    0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps. What begins with zeros (007) is a
+    code: without them it would be another.
     """
-    try:
-        numbers = [float(known) for value in values if (known := _known(value))]
-    except ValueError:
+    numbers = [number(value) for value in values if value]
+    if None in numbers or any(re.match("[+-]?0[0-9]", value) for value in values):
         return str
-    if not np.isfinite(numbers).all():
-        return str
-    return _whole if all(number.is_integer() for number in numbers) else float
+    return _whole if all(value is not None and value.is_integer() for value in numbers) else float
 
 
 def _whole(text: str) -> int:

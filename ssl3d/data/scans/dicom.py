@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ssl3d.amounts import printable
 from ssl3d.data.scans.itk import information
 from ssl3d.errors import DataError
 
 RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
 FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no slices of a volume
 _TAGS = {
+    "charset": "0008|0005",
     "modality": "0008|0060",
     "patient": "0010|0020",
     "study": "0020|000d",
@@ -63,6 +67,8 @@ class Slice:
 def dicom_tags(path: Path) -> dict[str, str]:
     """Read modality, patient, series, geometry and order from a DICOM file's header; "" where absent.
 
+    The patient is decoded by the character set that the file declares, and is then printable text.
+
     "series" tells what belongs together, so it is "" too for a file that is whole in itself: one of many
     frames, and a view or film of a series of radiographs or ultrasound.
 
@@ -75,9 +81,31 @@ def dicom_tags(path: Path) -> dict[str, str]:
         raise DataError("not readable as DICOM") from error
     keys = set(reader.GetMetaDataKeys())
     tags = {name: reader.GetMetaData(key).strip() if key in keys else "" for name, key in _TAGS.items()}
+    tags["patient"] = _decoded(tags["patient"], tags["charset"])
     if frame_count(tags) > 1 or (tags["modality"] in FILMS and not tags["axes"]):
         tags["series"] = ""
     return tags
+
+
+def _decoded(text: str, charset: str) -> str:
+    """Decode text by a file's SpecificCharacterSet; bytes that are no text of it are escaped.
+
+    Args:
+        text: Text as SimpleITK gives it: read as UTF-8, with a surrogate for each byte that is not.
+        charset: Value of SpecificCharacterSet, "" where the file has none.
+    """
+    from pydicom.charset import convert_encodings, decode_bytes
+
+    if charset and not (text.isascii() and text.isprintable()):  # ISO 2022 switches sets by escapes
+        # Its warnings are about sets that are misspelt or unknown.
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(LookupError, ValueError):
+            encodings = convert_encodings([name.strip() for name in charset.split("\\")])
+            read = decode_bytes(text.encode("utf-8", "surrogateescape"), encodings, {*b"\r\n\t\f\\"})
+            # pydicom guesses where it knows no set, and puts U+FFFD for bytes that are no text, so that two
+            # people would be one.
+            if encodings != ["iso8859"] and "\ufffd" not in read:
+                text = read
+    return printable(text.strip())
 
 
 def frame_count(tag: dict[str, str]) -> int:

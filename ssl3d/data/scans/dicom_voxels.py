@@ -20,7 +20,7 @@ from ssl3d.data.scans.dicom import (
     stack_affine,
 )
 from ssl3d.data.scans.dicom_frames import read_frames
-from ssl3d.data.scans.itk import affine_of, information, pixels_of, quiet_sitk, unplaced_pixels
+from ssl3d.data.scans.itk import affine_of, image_of, information, pixels_of, quiet_sitk, unplaced_pixels
 from ssl3d.data.scans.pixels import Pixels, check_size, placed_pixels
 from ssl3d.errors import DataError
 
@@ -161,4 +161,4 @@ def _without_voxels(header: Any, unplaced: bool = False) -> Pixels:
 
 
 def _image(path: Path) -> Any:
-    return quiet_sitk().ReadImage(str(path), imageIO=_IO)
+    return image_of(path, _IO)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from ssl3d.data.scans.dataset_json import from_dataset_json, from_nnunet
 from ssl3d.data.scans.folders import (
     LABEL_FOLDER,
     LABEL_NAME,
-    bare,
     class_folders,
     dataset_name,
     first_few,
@@ -30,6 +30,7 @@ from ssl3d.data.scans.folders import (
     one_person_each,
     tokens,
     walk,
+    without_part,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import (
@@ -43,13 +44,14 @@ from ssl3d.data.scans.read import (
     is_whole,
     stem_of,
     suffix_of,
+    with_voxels,
     without_suffix,
 )
 from ssl3d.data.scans.subjects import relative, subjects_by_name, subjects_of
 from ssl3d.errors import DataError
 
 _LOOKED_FOR = f"looked for {KNOWN_FORMATS}, dataset.json and CSV lists"
-_HEADERLESS = frozenset(("derivatives", "sourcedata", "code"))  # of a BIDS tree: not raw scans
+_NO_RAW_SCANS = frozenset(("derivatives", "sourcedata", "code", "stimuli"))  # folders of a BIDS tree
 
 
 def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
@@ -72,6 +74,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         contents.rejected += here.rejected
         contents.notes += here.notes
         contents.label_names.update(here.label_names)
+        contents.ignore_labels.update(here.ignore_labels)
+        contents.regions.update(here.regions)
         for dataset, names in here.box_names.items():
             contents.box_names.setdefault(dataset, {}).update(names)
     if wanted.label and all(scan.label is None for scan in contents.scans):
@@ -81,7 +85,8 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    contents = _distinct(contents)
+    contents.left_out = _left_out(contents, [Path(source) for source in sources])
+    contents = _distinct(contents.printable())
     contents.notes += _in_two_splits(contents.scans)
     return contents
 
@@ -116,7 +121,7 @@ def _find_file(source: Path, wanted: Wanted) -> Found:
     from ssl3d.data.scans.arrays import from_arrays
     from ssl3d.data.scans.boxes import unread_boxes
 
-    if not source.exists():
+    if not os.path.exists(source):
         raise DataError(f"{source}: {missing(source)}")
     source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
     in_json = source.name == "dataset.json"
@@ -154,10 +159,10 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     from ssl3d.data.scans.series import from_dicom
 
     contents, files = Found(), []
-    bids = any(child.name.startswith("sub-") and child.is_dir() for child in root.iterdir())
+    bids = _is_bids(root)
     dicom: dict[Path, list[Path]] = defaultdict(list)
-    dead: list[Path] = []
-    for path in walk(root, skip=_HEADERLESS if bids else frozenset(), dead=dead):
+    lost: list[tuple[Path, str]] = []
+    for path in walk(root, skip=_NO_RAW_SCANS if bids else frozenset(), lost=lost):
         if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS:
             continue
         form = format_of(path)
@@ -171,7 +176,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
             dicom[path.parent].append(path)
         else:
             files.append(path)
-    contents.rejected += [(relative(path, root), missing(path)) for path in dead]
+    contents.rejected += [(relative(path, root), reason) for path, reason in lost]
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
@@ -179,6 +184,53 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
         contents.rejected += part.rejected
         contents.notes += part.notes
     return contents
+
+
+def _is_bids(root: Path) -> bool:
+    return any(path.is_dir() for path in root.glob("sub-*"))
+
+
+# What was found and is not used -------------------------------------------------------------------
+
+
+def _left_out(contents: Found, sources: Sequence[Path]) -> list[tuple[str, str]]:
+    """List (path, reason) of the files in folders that are neither used nor refused, in a stable order.
+
+    Documents and lists (`NO_SCANS`) are not counted, nor is what `walk` passes over.
+    """
+    left: dict[str, str] = {}
+    used = {whole for scan in contents.scans for path in scan.all_files for whole in with_voxels(path)}
+    real: set[Path] = set()  # looked up for what is left only: a link to a file that is used
+    refused = {name for name, _ in contents.rejected}
+    for source in sources:
+        if not source.is_dir():
+            continue
+        bids = _is_bids(source)
+        for path in walk(source):
+            name = relative(path, source)
+            if path in used or name in refused or path.name.upper() == "DICOMDIR":
+                continue
+            if suffix_of(path) in NO_SCANS:
+                continue
+            real = real or {scan_file.resolve() for scan_file in used}
+            if path.resolve() in real:
+                continue
+            first = name.split("/")[0]
+            if bids and first in _NO_RAW_SCANS and "/" in name:
+                left.setdefault(name, f"in {first}/ of a BIDS data set, which holds no raw scans")
+            else:
+                left.setdefault(name, _why_left_out(path, source))
+    return sorted(left.items())
+
+
+def _why_left_out(path: Path, root: Path) -> str:
+    """Say why a file that is no document was not used."""
+    if format_of(path) is None:
+        suffix = suffix_of(path)
+        return f"files named *{suffix} are not read" if suffix else "no ending, and not DICOM"
+    if looks_like_label(path, root):
+        return "a label map of no scan"
+    return "no scan, channel or mask by the folder's lists and layout"
 
 
 # Plain files --------------------------------------------------------------------------------------
@@ -193,7 +245,7 @@ def _from_files(files: Sequence[Path], root: Path, wanted: Wanted, named: bool) 
     scans: list[Path] = []
     maps: list[Path] = []
     for path in files:
-        like_mask = bool(wanted.masks) and bare(wanted.masks) in tokens(path)
+        like_mask = without_part(tokens(path), wanted.masks) is not None
         natural = wanted.colour == "rgb" and is_picture(path)  # `mask` may be its class
         named_so = not (named or natural or wanted.take_labels) and looks_like_label(path, root)
         label = like_mask or named_so
@@ -242,7 +294,7 @@ def _no_masks(roots: Sequence[Path], part: str) -> str:
             if not is_whole(path):
                 continue
             words = tokens(path)
-            matching += bare(part) in words
+            matching += without_part(words, part) is not None
             named = [word for word in words if LABEL_NAME.search(word)]
             parents = relative(path.parent, root).split("/")
             named = named or [f"{folder}/" for folder in parents if LABEL_FOLDER.fullmatch(folder)]
@@ -265,8 +317,7 @@ def _beside(scans: Sequence[Path], maps: Sequence[Path], part: str, root: Path) 
     The name is the scan's with the part (`a`, `a_seg`); or what is left of it without the part is in the
     names of one subject's scans alone (`volume-0`, `segmentation-0`; `p_t1`, `p_t2`, `p_seg`; `ct`, `seg`).
     """
-    part = bare(part)
-    rest = {path: [t for t in tokens(path) if t != part] for path in maps if part in tokens(path)}
+    rest = {path: own for path in maps if (own := without_part(tokens(path), part)) is not None}
     by_name = {(path.parent, tuple(others)): path for path, others in rest.items()}
     here: dict[Path, list[Path]] = {}
     for path in scans:
@@ -308,9 +359,11 @@ def _distinct(contents: Found) -> Found:
     seen: set[Any] = set()
     scans: list[Scan] = []
     ids: Counter[str] = Counter()
+    twice: list[str] = []
     for scan in contents.scans:
         key = (tuple(path.resolve() for group in scan.files for path in group), scan.member)
         if key in seen:
+            twice.append(scan.source)
             continue
         seen.add(key)
         ids[scan.id] += 1
@@ -318,5 +371,7 @@ def _distinct(contents: Found) -> Found:
             scan = dataclasses.replace(scan, id=f"{scan.id}~{ids[scan.id]}")
         scans.append(scan)
     contents.scans = scans
+    if twice:
+        contents.notes.append(f"{count_of(len(twice), 'scan')} found twice, taken once: {first_few(twice)}")
     contents.notes = list(dict.fromkeys(contents.notes))
     return contents

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
+from ssl3d.amounts import count_of
 from ssl3d.data.scans.found import Wanted
 from ssl3d.data.scans.read import format_by_suffix, is_picture, stem_of, suffix_of
 from ssl3d.data.scans.subjects import relative, split_of
+from ssl3d.errors import is_transient
 
 LABEL_NAME = re.compile(
     r"(?:^|[_\-. ])(?:\w*mask|\w*masks|seg|segs|segm|segmentation|segmentations|labels?|labelmaps?"
@@ -22,33 +25,55 @@ LABEL_FOLDER = re.compile(
 )
 
 
-def walk(root: Path, skip: Iterable[str] = (), dead: list[Path] | None = None) -> Iterator[Path]:
+def walk(
+    root: Path, skip: Container[str] = (), lost: list[tuple[Path, str]] | None = None
+) -> Iterator[Path]:
     """Yield the files below a folder in a stable order, without hidden ones and the toolkit's own.
 
     The toolkit's own are the parts of stores being made, and the folders of runs and of results, whose
-    pictures and predictions are no scans. Links are followed, but not into a folder that they lie in.
+    pictures and predictions are no scans. Links are followed, and every folder is visited once, by the
+    first of the paths that lead to it; pipes and devices are never opened.
 
     Args:
         root: Folder.
         skip: Names of folders in it that are left out.
-        dead: List to which links are added that lead nowhere and whose names may be those of scans.
+        lost: List to which is added, with the reason, what cannot be read: folders, and links that lead
+            nowhere and whose names may be those of scans.
     """
-    real = root.resolve()
-    yield from _walk(root, {real, *real.parents}, set(skip), [] if dead is None else dead)
-
-
-def _walk(folder: Path, above: set[Path], skipped: set[str], dead: list[Path]) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(".partial"):
+    lost = [] if lost is None else lost
+    seen = {_identity(above) for above in (root, *root.resolve().parents)}
+    waiting = [_entries(root, lost)]  # a stack: a tree may be deeper than functions may call each other
+    while waiting:
+        path = next(waiting[-1], None)
+        if path is None:
+            waiting.pop()
+        elif path.name.startswith(".") or path.name.endswith(".partial"):
             continue
-        if path.is_dir():
-            real = path.resolve()
-            if real not in above and path.name not in skipped and not _written_here(path):
-                yield from _walk(path, {*above, real}, set(), dead)
+        elif path.is_dir():
+            skipped = len(waiting) == 1 and path.name in skip
+            if not skipped and (identity := _identity(path)) not in seen and not _written_here(path):
+                seen.add(identity)
+                waiting.append(_entries(path, lost))
         elif path.is_file():
             yield path
         elif path.is_symlink() and _may_be_a_scan(path):
-            dead.append(path)
+            lost.append((path, missing(path)))
+
+
+def _entries(folder: Path, lost: list[tuple[Path, str]]) -> Iterator[Path]:
+    try:
+        return iter(sorted(folder.iterdir()))
+    except OSError as error:
+        if is_transient(error):
+            raise
+        lost.append((folder, f"a folder that cannot be read: {error.strerror}"))
+        return iter(())
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return the device and number of a folder, the same whatever path led to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _may_be_a_scan(path: Path) -> bool:
@@ -58,7 +83,7 @@ def _may_be_a_scan(path: Path) -> bool:
 
 def missing(path: Path) -> str:
     """Say why there is nothing at a path."""
-    if path.is_symlink():
+    if os.path.islink(path):
         return "a link to a file that is not here (get the data first: datalad get, git annex get)"
     return "no such file or folder"
 
@@ -97,6 +122,14 @@ def label_note(names: Sequence[str]) -> str:
     )
 
 
+def missing_masks(source: str, names: Sequence[str]) -> str:
+    """Write the line that says which masks of a list are not there."""
+    return (
+        f"{source}: {count_of(len(names), 'scan')} refused, as the masks listed for them do not exist: "
+        f"{first_few(names)}"
+    )
+
+
 def first_few(names: Sequence[str]) -> str:
     """List the first five names, and say how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -104,12 +137,26 @@ def first_few(names: Sequence[str]) -> str:
 
 def tokens(path: Path) -> list[str]:
     """Split a file's name at _, -, . and blanks into parts in lower case."""
-    return [part for part in re.split(r"[_\-. ]+", stem_of(path).lower()) if part]
+    return words_of(stem_of(path))
 
 
-def bare(part: str) -> str:
-    """Strip a part of file names as `tokens` does: `_lesion` is `lesion`."""
-    return part.strip("_-. ").lower()
+def words_of(name: str) -> list[str]:
+    """Split a name at _, -, . and blanks into words in lower case: `_t1.post` is t1 and post."""
+    return [word for word in re.split(r"[_\-. ]+", name.lower()) if word]
+
+
+def without_part(words: Sequence[str], part: str) -> list[str] | None:
+    """Return the words of a name without those of a part of it; None where the part is not in it.
+
+    Example:
+        >>> without_part(["p1", "t1", "post"], "T1.post"), without_part(["p1", "t1"], "t1.post")
+        (['p1'], None)
+    """
+    sought = words_of(part)
+    for start in range(len(words) - len(sought) + 1):
+        if sought and list(words[start : start + len(sought)]) == sought:
+            return [*words[:start], *words[start + len(sought) :]]
+    return None
 
 
 def class_folders(

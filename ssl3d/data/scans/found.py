@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+from ssl3d.amounts import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +62,39 @@ class Found:
     Attributes:
         scans: Scans in a stable order.
         rejected: (path relative to its root, reason) of what is listed or named, but of no use.
+        left_out: (path relative to its root, reason) of files found and not used, and no fault of theirs.
         notes: Lines that the user should read.
         label_names: Mask value -> structure, per data set.
         box_names: Box label -> kind of object, per data set.
+        ignore_labels: Mask value of voxels that nobody annotated, per data set that has one.
+        regions: Regions of a data set whose structures overlap, in the order of the list, each with
+            `name`, the mask's `values` in it, and the `class` that a prediction writes for it.
     """
 
     scans: list[Scan] = dataclasses.field(default_factory=list)
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     label_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     box_names: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    ignore_labels: dict[str, int] = dataclasses.field(default_factory=dict)
+    regions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def printable(self) -> Found:
+        """Return the same with every name as text that stores, tables and terminals take; files stay."""
+        return Found(**_printable(vars(self)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printable, value))
+    if isinstance(value, Scan):
+        return Scan(**_printable(vars(value)))
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +19,8 @@ from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.scans.pixels import Pixels, canonical_spacing, check_size, placed_pixels
 from ssl3d.errors import DataError
+
+_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 @functools.cache
@@ -42,9 +47,43 @@ def information(path: Path, io: str = "") -> Any:
     reader = sitk.ImageFileReader()
     if io:
         reader.SetImageIO(io)
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with readable(path) as place:
+        reader.SetFileName(place)
+        reader.ReadImageInformation()
     return reader
+
+
+def image_of(path: Path, io: str = "") -> Any:
+    """Read a file whole; arguments and errors are those of `information`."""
+    with readable(path) as place:
+        return quiet_sitk().ReadImage(place, imageIO=io)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[str]:
+    """Yield a path that SimpleITK can open: a name that is not UTF-8 ends the process there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, f"scan{path.suffix}")
+            link.symlink_to(path.absolute())
+            for voxels in detached_voxels(path):
+                with contextlib.suppress(
+                    ValueError, OSError
+                ):  # in a folder of its own: ITK says that it is missing
+                    (Path(folder) / voxels.relative_to(path.parent)).symlink_to(voxels.absolute())
+            yield str(link)
+    else:
+        yield str(path)
+
+
+def detached_voxels(path: Path) -> Iterator[Path]:
+    """Yield the file that holds the voxels of a header in NRRD or MetaImage, where that is another."""
+    with open(path, "rb") as file:
+        match = _VOXELS.search(file.read(1 << 16).partition(b"\n\n")[0])
+    if match and match[1] not in (b"LOCAL", b"LIST"):
+        yield path.parent / os.fsdecode(match[1])
 
 
 def affine_of(image: Any) -> np.ndarray:
@@ -72,7 +111,7 @@ def read_itk(files: Sequence[Path], max_voxels: int | None) -> Pixels:
     header = information(path)
     check_size((*header.GetSize(), header.GetNumberOfComponents()), max_voxels)
     _check_length(path, header)
-    return pixels_of(quiet_sitk().ReadImage(str(path)))
+    return pixels_of(image_of(path))
 
 
 def itk_spacing(files: Sequence[Path]) -> Triple:

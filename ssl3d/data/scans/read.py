@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +19,11 @@ import numpy as np
 from ssl3d.data.geometry import Triple
 from ssl3d.data.scans.dicom import has_dicom_preamble
 from ssl3d.data.scans.dicom_voxels import dicom_spacing, read_dicom
-from ssl3d.data.scans.itk import itk_spacing, read_itk
+from ssl3d.data.scans.itk import detached_voxels, itk_spacing, read_itk
 from ssl3d.data.scans.nifti import nifti_spacing, read_nifti
 from ssl3d.data.scans.pictures import picture_spacing, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Format:
             (arrays with a volume per row, which `ssl3d.data.scans.arrays` reads).
         read: Reader of a file, or of the files of a series, given the largest number of voxels allowed.
         header: Reader of the spacing (D, H, W) in mm from the header alone.
-        detached: Suffixes, of these, of files that are headers and name another file with the voxels.
+        others: Finder of the further files that a file needs, such as that with the voxels of a header.
         signed: Test of a file's first bytes, which tells the format where the suffix does not.
     """
 
@@ -45,7 +46,7 @@ class Format:
     kind: Literal["volume", "picture", "slice", "rows"]
     read: Callable[[Sequence[Path], int | None], Pixels]
     header: Callable[[Sequence[Path]], Triple]
-    detached: tuple[str, ...] = ()
+    others: Callable[[Path], Iterable[Path]] = lambda path: ()
     signed: Callable[[Path], bool] | None = None
 
 
@@ -62,8 +63,8 @@ _DICOM = Format(
 )
 FORMATS = (
     Format("NIfTI", (".nii.gz", ".nii"), "volume", read_nifti, nifti_spacing),
-    Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached=(".nhdr",)),
-    Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached=(".mhd",)),
+    Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached_voxels),
+    Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached_voxels),
     _DICOM,
     Format("MedMNIST .npz", (".npz",), "rows", _refuse_rows, _rows_spacing),
     Format("PNG", (".png",), "picture", read_picture, picture_spacing),
@@ -75,13 +76,14 @@ KNOWN_FORMATS = ", ".join(form.name for form in FORMATS)
 """Names of the formats, for messages."""
 
 LISTS = (".csv", ".tsv")
+OWN_TABLES = ("rejected.csv", "left_out.csv")
+"""Tables that `ssl3d prepare` writes beside a store, which are no lists of scans."""
 STORES = (".h5", ".hdf5")
 NO_SCANS = frozenset((*LISTS, *STORES, ".json", ".txt", ".md", ".pdf", ".xml", ".xlsx", ".yaml", ".yml"))
 """Suffixes of files that are never looked into for a scan."""
 
 _BY_SUFFIX = {suffix: form for form in FORMATS for suffix in form.suffixes}
 _COMPOUND = tuple(suffix for suffix in _BY_SUFFIX if suffix.count(".") > 1)
-_DETACHED = tuple(suffix for form in FORMATS for suffix in form.detached)
 
 
 def suffix_of(path: Path) -> str:
@@ -133,9 +135,12 @@ def is_slice(path: Path) -> bool:
     return form is not None and form.kind == "slice"
 
 
-def is_detached(path: Path) -> bool:
-    """Tell by the suffix whether a file is a header alone, which names another file with the voxels."""
-    return suffix_of(path) in _DETACHED
+def with_voxels(path: Path) -> Iterator[Path]:
+    """Yield a file, and the others without which it is no scan."""
+    yield path
+    form = format_by_suffix(path)
+    if form is not None and path.is_file():
+        yield from form.others(path)
 
 
 def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
@@ -156,9 +161,9 @@ def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
             return (format_by_suffix(files[0]) or _DICOM).read(files, max_voxels)
     except DataError:
         raise
-    except MemoryError as error:
-        raise DataError("does not fit into memory") from error
     except Exception as error:  # the readers raise nearly anything on damaged files
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -173,6 +178,8 @@ def header_spacing(files: Sequence[Path]) -> Triple:
     except DataError:
         raise
     except Exception as error:
+        if is_transient(error):
+            raise
         raise DataError(f"unreadable: {_reason(error)}") from error
 
 
@@ -217,9 +224,12 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def _check_file(path: Path) -> None:
     try:
-        if path.stat().st_size == 0:
-            raise DataError("empty file")
+        with open(path, "rb") as file:  # ITK does not tell why it cannot open a file
+            if not os.fstat(file.fileno()).st_size:
+                raise DataError("empty file")
     except OSError as error:
+        if is_transient(error):
+            raise
         raise DataError(error.strerror or "cannot be opened") from error
 
 

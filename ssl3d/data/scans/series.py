@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ssl3d.data.scans.dicom import dicom_tags
-from ssl3d.data.scans.folders import bare, dataset_name, first_few, label_note, looks_like_label
+from ssl3d.data.scans.folders import (
+    dataset_name,
+    first_few,
+    label_note,
+    looks_like_label,
+    without_part,
+    words_of,
+)
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import stem_of
 from ssl3d.data.scans.subjects import is_group, person_of, relative, telling
@@ -98,21 +105,19 @@ def _damage(path: Path, error: DataError) -> str:
 def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
     """Make sequences of one subject channels: files whose paths agree but for the channel's name."""
     contents = Found()
-    names = [bare(channel) for channel in wanted.channels]
+    names = wanted.channels
     groups: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
     masks: dict[tuple[str, ...], Path] = {}
     labels, others = [], []
     for path in files:
         parts = [*relative(path.parent, root).split("/"), stem_of(path)]
-        cut = [[t for t in re.split(r"[_\-. ]+", part.lower()) if t] for part in parts]
-        mine = {token for component in cut for token in component}
-        if wanted.masks and bare(wanted.masks) in mine:
-            masks[_group(parts, cut, [bare(wanted.masks)])] = path
+        if _names_in(parts, [wanted.masks]):
+            masks[_group(parts, [wanted.masks])] = path
             continue
         if looks_like_label(path, root) and not wanted.take_labels:
             labels.append(relative(path, root))
             continue
-        channel = [name for name in names if name in mine]
+        channel = _names_in(parts, names)
         if not channel:
             others.append(relative(path, root))
         elif len(channel) > 1:
@@ -120,7 +125,7 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
                 (relative(path, root), f"its name says {' and '.join(channel)}: which channel?")
             )
         else:
-            key = _group(parts, cut, names)
+            key = _group(parts, names)
             if channel[0] in groups[key]:
                 other = relative(groups[key][channel[0]], root)
                 contents.rejected.append(
@@ -151,12 +156,28 @@ def from_channels(files: Sequence[Path], root: Path, wanted: Wanted) -> Found:
     return contents
 
 
-def _group(parts: Sequence[str], cut: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
+def _names_in(parts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """List the names that a path has in it; t1.post is not t1 too, where both are names."""
+    present = [name for name in names if any(without_part(words_of(p), name) is not None for p in parts)]
+    return [
+        name
+        for name in present
+        if not any(other != name and without_part(words_of(other), name) is not None for other in present)
+    ]
+
+
+def _group(parts: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Return what a subject's channels have in common: (sub, ses) in BIDS, else the rest of the path."""
     bids = [part for part in parts[:-1] if re.match(r"(sub|ses)-", part)]
     if any(part.startswith("sub-") for part in bids):
         return tuple(bids)
-    rest = ["_".join(token for token in component if token not in names) for component in cut]
+    rest = []
+    for part in parts:
+        words = words_of(part)
+        for name in sorted(names, key=lambda name: -len(words_of(name))):  # t1.post before t1
+            while (less := without_part(words, name)) is not None:
+                words = less
+        rest.append("_".join(words))
     return tuple(part for part in rest if part)
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -23,6 +21,7 @@ from ssl3d.data.identity import reading_of
 from ssl3d.data.store.index import PART, VERSION, IndexWriter
 from ssl3d.data.store.record import Record, blob, plain
 from ssl3d.errors import DataError
+from ssl3d.files import whole_file
 
 _CHUNK = 32  # voxels a side: 64 KiB in half precision
 _SKETCH = 65  # quantiles kept per channel and volume, to pool intensities over a data set
@@ -80,8 +79,7 @@ def write_part(
     )
     record = dataclasses.replace(record, voxels=content.hexdigest(), reading=reading)
     path = folder / f"{name}.part"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _renamed(path) as temporary, h5py.File(temporary, "w", libver="v110") as file:
+    with whole_file(path) as temporary, _new_file(temporary) as (file, _):
         # Without a fill value, border chunks end in whatever was in memory.
         data = file.create_dataset("image", data=stored, chunks=_chunks(stored.shape), fillvalue=0)
         data.attrs.update(background=background, scale=scale, offset=offset)
@@ -149,11 +147,11 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
     paths = sorted(folder.glob("*.part"))
     if not paths:
         raise DataError(f"{folder}: no volumes to assemble")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed(out, sync=True) as temporary, h5py.File(temporary, "w", libver="v110") as file:
+    with whole_file(out, sync=True) as temporary, _new_file(temporary) as (file, check):
         images, masks = file.create_group("images"), file.create_group("masks")
         index = IndexWriter(file, len(paths))
         for number, path in enumerate(paths):
+            check()
             with open_part(path) as part:
                 part.copy("image", images, name=str(number))
                 if "mask" in part:
@@ -291,24 +289,69 @@ def _reason(path: Path, error: OSError) -> str:
     return "cut short" if "truncated" in str(error) or path.stat().st_size < 512 else "not HDF5"
 
 
+class _Sink:
+    """File that HDF5 writes to: it keeps the first error, for HDF5 may end the process over one.
+
+    Args:
+        path: File, made anew.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed below)
+        self._error: OSError | None = None
+        self.seek, self.tell, self.flush = self._file.seek, self._file.tell, self._file.flush
+
+    def read(self, count: int = -1) -> bytes:
+        return self._file.read(count)
+
+    def readinto(self, place: Any) -> int:
+        count = self._file.readinto(place)
+        memoryview(place).cast("B")[count:] = bytes(len(place) - count)  # what could not be written
+        return len(place)
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        self._try(lambda: _write_all(self._file, left))
+        return size
+
+    def truncate(self, size: int) -> None:
+        self._try(lambda: self._file.truncate(size))
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        if self._error is None:
+            try:
+                act()
+            except OSError as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise the first error of writing, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _write_all(file: IO[bytes], content: memoryview) -> None:
+    while len(content):
+        content = content[file.write(content) :]
+
+
 @contextmanager
-def _renamed(path: Path, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that becomes `path` when all went well, and goes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        if sync:
-            _sync(temporary)
-        os.replace(temporary, path)
-        if sync:
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _new_file(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """Yield a new HDF5 file, and a check that raises an error of writing; the end of the block checks too.
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        OSError: The disk is full, or cannot be written.
+    """
+    sink = _Sink(path)
     try:
-        os.fsync(descriptor)
+        try:
+            with h5py.File(sink, "w", libver="v110") as file:
+                yield file, sink.check
+        finally:
+            sink.check()  # what came after it is its consequence
     finally:
-        os.close(descriptor)
+        sink.close()

@@ -26,6 +26,12 @@ from ssl3d.evaluation.statistics.differences import (
 from ssl3d.evaluation.statistics.differences import (
     paired_difference as paired_difference,
 )
+from ssl3d.evaluation.statistics.differences import (
+    without_interval as without_interval,
+)
+from ssl3d.evaluation.statistics.intervals import (
+    LEAST_SUPPORT as LEAST_SUPPORT,
+)
 from ssl3d.evaluation.statistics.intervals import (
     LEVEL as LEVEL,
 )
@@ -40,6 +46,9 @@ from ssl3d.evaluation.statistics.intervals import (
 )
 from ssl3d.evaluation.statistics.intervals import (
     Runs as Runs,
+)
+from ssl3d.evaluation.statistics.intervals import (
+    class_support as class_support,
 )
 from ssl3d.evaluation.statistics.intervals import (
     interval as interval,
@@ -68,6 +77,9 @@ from ssl3d.evaluation.statistics.intervals import (
 from ssl3d.evaluation.statistics.intervals import (
     variances as variances,
 )
+from ssl3d.evaluation.statistics.intervals import (
+    why_no_interval as why_no_interval,
+)
 from ssl3d.evaluation.statistics.metrics import (
     Array as Array,
 )
@@ -79,6 +91,9 @@ from ssl3d.evaluation.statistics.metrics import (
 )
 from ssl3d.evaluation.statistics.metrics import (
     balanced_accuracy as balanced_accuracy,
+)
+from ssl3d.evaluation.statistics.metrics import (
+    bounds_of as bounds_of,
 )
 from ssl3d.evaluation.statistics.metrics import (
     mean as mean,

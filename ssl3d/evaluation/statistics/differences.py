@@ -67,6 +67,7 @@ class Difference(NamedTuple):
         borrowed: Whether one of the two has a single seed and the other more, so that the luck of the
             single one was taken to be as large as that of the other's seeds. Where both have one seed
             nothing is known of seeds, and nothing of them is in the test.
+        span: Largest difference that is possible.
     """
 
     value: float
@@ -76,16 +77,28 @@ class Difference(NamedTuple):
     p: float
     freedom: float
     borrowed: bool = False
+    span: float = float("inf")
 
     @property
     def detectable(self) -> float:
         """Smallest true difference that such a test finds with power .8; NaN below 3 degrees of freedom.
 
-        With fewer the error itself may be off by a factor of three and more, and this with it.
+        With fewer the error itself may be off by a factor of three and more, and this with it. NaN too
+        where no difference that is possible would be found.
         """
         if not self.freedom >= 3:  # NaN too
             return float("nan")
-        return minimum_detectable_difference(self.error, freedom=self.freedom)
+        smallest = minimum_detectable_difference(self.error, freedom=self.freedom)
+        return smallest if smallest <= self.span else float("nan")
+
+
+def without_interval(difference: Difference) -> Difference:
+    """Return a difference without what would be wrong to say of it: its error, interval and p.
+
+    Such as that over one network of random weights: how much another draw of them would change is unknown.
+    """
+    unknown = float("nan")
+    return difference._replace(low=unknown, high=unknown, error=unknown, p=unknown, freedom=unknown)
 
 
 def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: float = LEVEL) -> Difference:
@@ -104,6 +117,9 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     and Howell 1998). That is an assumption, and `borrowed` says that it was made; if the single one's seeds
     differ twice as much as the other's, 14 % of such tests are false with three of those, 21 % with five.
 
+    There is no interval where one of the two has none, for lack of test subjects (`Runs.sure`), and none
+    goes beyond the differences that the score's bounds allow.
+
     Args:
         a: Runs of one contestant.
         b: Runs of the other.
@@ -113,7 +129,8 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     value = a.value - b.value
     draws = a.mean_drawn - b.mean_drawn
     draws = draws[np.isfinite(draws)]
-    if len(draws) < 2 or a.subjects < 2 or not np.isfinite(value):
+    span = min(a.bounds[1], b.bounds[1]) - max(a.bounds[0], b.bounds[0])
+    if len(draws) < 2 or a.subjects < 2 or not np.isfinite(value) or not (a.sure and b.sure):
         unknown = float("nan")
         return Difference(value, unknown, unknown, unknown, unknown, unknown)
     of_subjects = float(draws.var(ddof=1)) * a.subjects / (a.subjects - 1)
@@ -130,11 +147,12 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     error = standard_error(of_subjects, parts)
     if error == 0.0:
         p = 1.0 if value == 0.0 else float("nan")
-        return Difference(value, value, value, 0.0, p, float("nan"), borrowed)
+        return Difference(value, value, value, 0.0, p, float("nan"), borrowed, span)
     reach = reach_of(of_subjects, a.subjects, parts, 1 - level)
     p = _p_value(abs(value), of_subjects, a.subjects, parts)
     degrees = freedom(reach / error, a.subjects, level)
-    return Difference(value, value - reach, value + reach, error, p, degrees, borrowed)
+    low, high = max(value - reach, -span), min(value + reach, span)
+    return Difference(value, low, high, error, p, degrees, borrowed, span)
 
 
 def freedom(quantile: float, subjects: int, level: float = LEVEL) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +18,19 @@ RESAMPLES = 2000
 BLOCK = 10_000_000  # weights in memory at a time
 
 TAIL = 5  # resamples that an end of an interval has beyond it, at least
+
+LEAST_SUPPORT = 5
+"""Fewest test subjects of a class with which there are intervals.
+
+In a simulation of two classes, intervals of an AUC held the truth in 0, 50, 76 and 85 % of experiments with
+one to four subjects of each, and in 93 to 97 % from five on. Those of means of values, such as Dice, held
+it in 91 to 96 % from two subjects on.
+"""
+
+MOST_UNDEFINED = 0.1
+"""Largest share of undefined resamples with which there are intervals."""
+
+UNBOUNDED = (float("-inf"), float("inf"))
 
 
 class Interval(NamedTuple):
@@ -71,13 +84,15 @@ def interval(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Interval:
     """Compute a bootstrap interval over clusters: bias-corrected, accelerated, widened for few clusters.
 
     BCa (Efron 1987) corrects for skew, which Dice and AUC near 1 have; the widening (Hesterberg 2015,
     "expanded percentile": Student's t in place of the normal, and n - 1 in place of n) makes up for the
     bootstrap's too narrow intervals at twenty or forty subjects. Resamples where the statistic is
-    undefined are left out and counted.
+    undefined are left out and counted; where they are more than `MOST_UNDEFINED` of all, there is no
+    interval.
 
     Args:
         statistic: Function of weights (R, N) to values (R,); a paired difference is the difference of two.
@@ -85,15 +100,62 @@ def interval(
         level: Level of confidence.
         resamples: Number of resamples R.
         seed: Seed of the resampling.
+        bounds: Lowest and highest value that the statistic can have.
     """
     clusters = np.asarray(clusters)
     value = float(statistic(np.ones((1, len(clusters))))[0])
     drawn = resample(statistic, clusters, resamples, seed)
-    return summarise(value, drawn, clusters, statistic, level)
+    return summarise(value, drawn, clusters, statistic, level, bounds)
+
+
+def class_support(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the subjects of each class among predictions; empty where the targets are no classes.
+
+    Args:
+        predictions: Rows with `dataset` and `subject`, and the name of a class as `target`.
+
+    Example:
+        >>> rows = [{"dataset": "a", "subject": k, "target": "ill" if k else "well"} for k in range(3)]
+        >>> class_support(rows)
+        {'well': 1, 'ill': 2}
+    """
+    people: dict[str, set[tuple[Any, Any]]] = {}
+    for row in predictions:
+        if isinstance(row.get("target"), str):
+            people.setdefault(row["target"], set()).add((row["dataset"], row["subject"]))
+    return {name: len(subjects) for name, subjects in people.items()}
+
+
+def why_no_interval(support: Mapping[str, int], undefined: float, folds: bool = True) -> str:
+    """Say in one sentence why a score has no interval; an empty string where it has one.
+
+    Args:
+        support: Test subjects of each class, as `class_support` counts them.
+        undefined: Share of the resamples in which the score is undefined.
+        folds: Whether to name `--folds 5`, which tests on every subject.
+    """
+    rarest = min(support, key=lambda name: support[name], default="")
+    help_ = "; --folds 5 tests on every subject" if folds else ""
+    if rarest and support[rarest] < LEAST_SUPPORT:
+        return (
+            f"No interval is given, because class {rarest} has {support[rarest]} test "
+            f"subject{'s' * (support[rarest] > 1)} and {LEAST_SUPPORT} of each class are needed{help_}."
+        )
+    if undefined > MOST_UNDEFINED:
+        return (
+            f"No interval is given, because {undefined:.0%} of the resamples lack a class and at most "
+            f"{MOST_UNDEFINED:.0%} may{help_}."
+        )
+    return ""
 
 
 def summarise(
-    value: float, drawn: Array, clusters: Array, statistic: Statistic | None, level: float = LEVEL
+    value: float,
+    drawn: Array,
+    clusters: Array,
+    statistic: Statistic | None,
+    level: float = LEVEL,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Interval:
     """Summarise resampled values by an interval, without skew where no statistic is given."""
     from scipy.stats import norm, t
@@ -101,7 +163,7 @@ def summarise(
     defined = drawn[np.isfinite(drawn)]
     undefined = 1.0 - len(defined) / len(drawn)
     number = len(np.unique(clusters))
-    if len(defined) < 2 or number < 2 or not np.isfinite(value):
+    if len(defined) < 2 or number < 2 or not np.isfinite(value) or undefined > MOST_UNDEFINED:
         return Interval(value, float("nan"), float("nan"), float("nan"), undefined)
     spread = float(defined.std(ddof=1))
     if spread == 0.0:
@@ -112,7 +174,7 @@ def summarise(
     bias = float(norm.ppf(np.clip(share, 1 / len(defined), 1 - 1 / len(defined))))
     skew = 0.0 if statistic is None else _acceleration(statistic, clusters)
     low, high = _accelerated(defined, spread, reach, bias, skew)
-    return Interval(value, *_in_range(low, high, defined), spread, undefined)
+    return Interval(value, *_within(low, high, bounds), spread, undefined)
 
 
 class Runs(NamedTuple):
@@ -124,12 +186,16 @@ class Runs(NamedTuple):
             compared on the same resamples.
         subjects: Number of test subjects.
         skew: Acceleration of the mean score (Efron), for its interval.
+        support: Number of test subjects of each class; empty where there are no classes.
+        bounds: Lowest and highest score that is possible.
     """
 
     each: Array
     drawn: Array
     subjects: int
     skew: float = 0.0
+    support: Mapping[str, int] = {}
+    bounds: tuple[float, float] = UNBOUNDED
 
     @property
     def value(self) -> float:
@@ -140,6 +206,16 @@ class Runs(NamedTuple):
     def mean_drawn(self) -> Array:
         """Mean over seeds and subsets on every resample of the subjects, (R,)."""
         return self.drawn.mean(axis=(0, 1))
+
+    @property
+    def undefined(self) -> float:
+        """Share of the resamples in which the mean score is undefined."""
+        return 1.0 - float(np.isfinite(self.mean_drawn).mean())
+
+    @property
+    def sure(self) -> bool:
+        """Whether the test subjects are enough for intervals, as `why_no_interval` has it."""
+        return not why_no_interval(self.support, self.undefined)
 
 
 class Part(NamedTuple):
@@ -159,7 +235,12 @@ class Part(NamedTuple):
 
 
 def runs_of(
-    scores: Sequence[Sequence[Statistic]], clusters: ArrayLike, resamples: int = RESAMPLES, seed: object = 0
+    scores: Sequence[Sequence[Statistic]],
+    clusters: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: object = 0,
+    support: Mapping[str, int] | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Runs:
     """Resample the scores of a contestant.
 
@@ -168,6 +249,8 @@ def runs_of(
         clusters: Subject of every row of the weights, (N,), the same for all.
         resamples: Number of resamples R.
         seed: Seed of the resampling; the same seed and subjects, the same resamples.
+        support: Number of test subjects of each class, where there are classes (`class_support`).
+        bounds: Lowest and highest score that is possible (`bounds_of`).
     """
     clusters = np.asarray(clusters)
     ones = np.ones((1, len(clusters)))
@@ -179,7 +262,7 @@ def runs_of(
 
     drawn = resample(stacked, clusters, resamples, seed).reshape(*each.shape, resamples)
     skew = _acceleration(lambda weights: stacked(weights).mean(axis=0), clusters)
-    return Runs(each, drawn, len(np.unique(clusters)), skew)
+    return Runs(each, drawn, len(np.unique(clusters)), skew, support or {}, bounds)
 
 
 def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
@@ -187,7 +270,8 @@ def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
 
     Of the subjects alone it is that of `interval`: a bootstrap, corrected for bias and skew. Seeds and
     subsets move each end out, in quadrature ("MOVER", Zou and Donner 2008), by what they add to `reach_of`.
-    One seed says nothing of seeds: the interval is then of that seed alone.
+    One seed says nothing of seeds: the interval is then of that seed alone. There is none where the test
+    subjects are too few (`Runs.sure`).
 
     It covers the truth in 93 to 97 % of experiments without seeds and subsets, or with five and more of
     them; with two or three in at least 93 %, and in up to 99.5 %: nobody who saw two seeds agree knows that
@@ -197,9 +281,8 @@ def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
 
     draws = runs.mean_drawn
     known = draws[np.isfinite(draws)]
-    undefined = 1.0 - len(known) / len(draws)
-    value = runs.value
-    if len(known) < 2 or runs.subjects < 2 or not np.isfinite(value):
+    undefined, value = runs.undefined, runs.value
+    if len(known) < 2 or runs.subjects < 2 or not np.isfinite(value) or not runs.sure:
         return Interval(value, float("nan"), float("nan"), float("nan"), undefined)
     of_subjects, others = variances(runs)
     error = standard_error(of_subjects, others)
@@ -214,7 +297,7 @@ def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
     if added > 0.0:  # a bias may put both ends of the subjects' interval on one side of the value
         low = min(low, value - float(np.hypot(max(value - low, 0.0), np.sqrt(added))))
         high = max(high, value + float(np.hypot(max(high - value, 0.0), np.sqrt(added))))
-    return Interval(value, *_in_range(low, high, runs.drawn[np.isfinite(runs.drawn)]), error, undefined)
+    return Interval(value, *_within(low, high, runs.bounds), error, undefined)
 
 
 def variances(runs: Runs) -> tuple[float, list[Part]]:
@@ -291,11 +374,9 @@ def _accelerated(
     return min(ends), max(ends)
 
 
-def _in_range(low: float, high: float, scores: Array) -> tuple[float, float]:
-    """Cut an interval at 0 or 1 if no score lies beyond: Dice, AUC, accuracy; R2 has no lower end."""
-    if scores.min() >= 0.0:
-        low = max(low, 0.0)
-    return low, min(high, 1.0) if scores.max() <= 1.0 else high
+def _within(low: float, high: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Cut an interval at what is possible."""
+    return max(low, bounds[0]), min(high, bounds[1])
 
 
 def _acceleration(statistic: Statistic, clusters: Array) -> float:

@@ -12,6 +12,27 @@ Array = NDArray[Any]
 
 Statistic = Callable[[Array], Array]  # weights (R, N) -> values (R,)
 
+BOUNDS = {
+    **dict.fromkeys(
+        ("auc", "accuracy", "balanced_accuracy", "dice", "surface_dice", "cpm", "froc", "ap"), (0.0, 1.0)
+    ),
+    "spearman": (-1.0, 1.0),
+    "r2": (float("-inf"), 1.0),
+    **dict.fromkeys(("mae", "hd95"), (0.0, float("inf"))),
+}
+"""Lowest and highest value of scores by name; those of a class, as `dice_liver`, have the same."""
+
+
+def bounds_of(name: str) -> tuple[float, float]:
+    """Return the lowest and the highest value that a score of this name can have, infinite where unknown.
+
+    Example:
+        >>> bounds_of("dice_liver"), bounds_of("spearman")
+        ((0.0, 1.0), (-1.0, 1.0))
+    """
+    known = [key for key in BOUNDS if name == key or name.startswith(f"{key}_")]
+    return BOUNDS[max(known, key=len)] if known else (float("-inf"), float("inf"))
+
 
 def auc(target: ArrayLike, score: ArrayLike, weights: Array | None = None) -> Array:
     """Compute the area under the ROC curve, ties counted half; (R,), NaN where a class has no weight.

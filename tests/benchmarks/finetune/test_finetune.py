@@ -670,7 +670,7 @@ def test_wrong_input_is_one_clear_line(cache, tmp_path, capsys, labels, extra, m
     data = a_store(tmp_path / "s.h5", labels)
     assert main(["finetune", SPEC, "--data", data, "--out", str(tmp_path / "out"), *extra]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("ssl3d: ")
+    assert message in error and error.startswith("ssl3d")
     assert not (tmp_path / "out").exists()
 
 

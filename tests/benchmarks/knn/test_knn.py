@@ -129,7 +129,7 @@ def test_wrong_input_is_one_clear_line(cache, tmp_path, capsys, labels, extra, m
     data = a_store(tmp_path / "s.h5", labels)
     assert main(["knn", SPEC, "--data", data, "--out", str(tmp_path / "out"), *extra]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("ssl3d: ")
+    assert message in error and error.startswith("ssl3d")
 
 
 def test_masks_are_left_to_the_linear_probe(cache, tmp_path, capsys):

@@ -240,7 +240,7 @@ def test_page_markdown_and_csv_agree(made):
     ours = [row for row in rows if row["kind"] != "published"]
     assert len(ours) == 9
     for row in ours:
-        name, score = row["contestant"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
+        name, score = row["title"], f"{float(row['value']):.3f} [{float(row['low']):.3f}"
         assert cells[name][2].startswith(score)
         line = next(line for line in markdown.splitlines() if f"| {name} |" in line and score in line)
         rank = cells[name][1]
@@ -324,13 +324,12 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     rows = usual()
     for fraction in (0.5, 0.1):
         for repeat in range(3):
-            for name, kind, gain in (
-                ("runs/alpha-0", "encoder", 0.1),
-                ("scratch:resnet18, seed 0", "untrained", 0),
+            for name, kind, gain, weights_seed in (
+                ("runs/alpha-0", "encoder", 0.1, None),
+                ("scratch:resnet18, seed 0", "untrained", 0, 0),
+                ("scratch:resnet18, seed 1", "untrained", 0, 1),
             ):
-                row = record(
-                    name, kind, gain - 0.2 * (1 - fraction), weights_seed=0 if kind != "encoder" else None
-                )
+                row = record(name, kind, gain - 0.2 * (1 - fraction), weights_seed=weights_seed)
                 row.fraction, row.repeat = fraction, repeat
                 row.split = {**row.split, "train": {"subjects": int(60 * fraction), "of_subjects": 60}}
                 row.settings = {**row.settings, "fractions": f"{fraction} of the training subjects, nested"}
@@ -362,6 +361,7 @@ def test_a_subset_that_is_hard_for_all_changes_no_rank(tmp_path):
     rows = [
         *on_subsets("runs/alpha-0", "encoder", 0.02, luck),
         *on_subsets("scratch:resnet18, seed 0", "untrained", 0.0, luck, weights_seed=0),
+        *on_subsets("scratch:resnet18, seed 1", "untrained", 0.0, luck, weights_seed=1),
     ]
     board = read_report([write(tmp_path, rows)], resamples=400).boards[0]
     alpha, untrained = board.arms
@@ -657,7 +657,7 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     assert "significantly better on 0 of 1 table and some" in " ".join(lines)
     head = "Segmentation (linear-probe): an encoder pretrained with labels, which is ranked apart, is"
     assert lines[-1].startswith(head)
-    assert "better than the same network untrained on 1 of 1 table (set (med3d))" in lines[-1]
+    assert "better than the same network untrained on 1 of 1 table (set (Med3D))" in lines[-1]
     assert {k: v.p_holm for k, v in before.items()} == {
         k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own
@@ -843,8 +843,8 @@ def test_the_style_has_a_colour_for_every_curve():
 def test_encoders_pretrained_with_labels_have_a_table_of_their_own(made):
     text = (made / "index.html").read_text(encoding="utf-8")
     page, own = text.split("<h3>Pretrained with labels: ranked among themselves</h3>")
-    assert "med3d" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
-    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "med3d"
+    assert "Med3D" not in re.findall(r'<th scope="row" data-v="([^"]*)"', page)
+    assert re.findall(r'<th scope="row" data-v="([^"]*)"', own)[0] == "Med3D"
     assert "1 (1–1), with labels" in own
 
 
@@ -864,8 +864,8 @@ def test_labels_of_test_subjects_are_a_leak_and_of_whom_must_be_known(tmp_path):
 
 def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(made):
     text = (made / "index.html").read_text(encoding="utf-8")
-    assert re.search(r'data-v="leak">leak<small>NOT RANKED: pretraining saw 3 test subjects', text)
-    assert re.search(r'data-v="beta">beta<small>2 seeds</small>', text)
+    assert re.search(r'data-v="leak">.*?</details><small>NOT RANKED: pretraining saw 3 test subjects', text)
+    assert re.search(r'data-v="beta"><details><summary>beta</summary>.*?</details><small>2 seeds<', text)
     assert ">notes<" not in text and text.count("Published: Someone 2020") == 1
 
 
@@ -1068,3 +1068,316 @@ def test_one_seed_at_two_learning_rates_is_two_contestants(tmp_path):
         assert max(gains) < 0  # over the better of the two from scratch
     (overall,) = report.overall
     assert len(set(overall.methods)) == 4 and not overall.left_out
+
+
+def classified(name, kind="encoder", wrong=4, people=20, **changes):
+    """A record of two classes; the first subjects are told apart wrongly."""
+    rows = [
+        {"dataset": "set", "subject": f"s{k}", "id": f"v{k}", "target": str(int(k >= people // 2)),
+         "probability": [float(right), float(not right)]}
+        for k in range(people)
+        for right in [(k < people // 2) != (k % 5 == 0 and k // 5 < wrong)]
+    ]  # fmt: skip
+    result = record(name, kind, task="linear-probe/classes", main="auc", predictions=rows, **changes)
+    result.settings = {"target": "classes", "classes": list(CLASSES), "fractions": "all"}
+    _, functions = _functions(result)
+    ones = np.ones((1, people))
+    result.scores = {key: float(of(ones)[0]) for key, of in functions.items()}
+    return result
+
+
+def _functions(result):
+    from ssl3d_benchmarks.leaderboard.report.records import score_functions
+
+    return score_functions(result, result.predictions)
+
+
+def few_seeds(rows):
+    return [row for row in rows if row.contestant["weights_seed"] in (None, 0)]
+
+
+@pytest.mark.parametrize(("people", "given"), [(8, False), (20, True)])
+def test_no_interval_where_a_class_has_too_few_test_subjects(tmp_path, people, given):
+    rows = [classified("runs/alpha-0", wrong=0, people=people)] + [
+        classified(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, people=people)
+        for k in range(5)
+    ]
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    (board,) = made.boards
+    alpha = arms(made)["alpha"]
+    for number in (alpha.interval.low, alpha.gain.low, alpha.gain.p):
+        assert np.isfinite(number) == given
+    assert (alpha.rank_interval is not None) == given == (alpha.p_holm is not None)
+    said = [note for note in board.notes if note.startswith("No interval is given, because class")]
+    assert bool(said) != given
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    written = "".join((out / name).read_text(encoding="utf-8") for name in FILES)
+    assert not re.search(r"\bnan\b|[+-]nan", written)
+    assert ("nothing can be said on set" in written) != given
+
+
+def test_one_untrained_seed_gives_a_gain_without_interval(tmp_path):
+    (board,) = read_report([write(tmp_path, few_seeds(usual()))], resamples=200).boards
+    alpha = next(arm for arm in board.arms if arm.label == "alpha")
+    assert alpha.gain.value > 0.05 and np.isnan(alpha.gain.low) and alpha.p_holm is None
+    assert any("Gains over one seed have no interval" in line for line in board.missing)
+    beta = next(arm for arm in board.arms if arm.label == "beta")  # two seeds tell how seeds vary
+    assert np.isfinite(beta.gain.low) and beta.gain.borrowed
+
+
+def test_rows_from_the_true_masks_are_named_in_the_answer_too(tmp_path):
+    volumes = record("volume only", "trivial", gain=0.3)
+    volumes.contestant["mask_classes"] = [1]
+    found = read_report([write(tmp_path, [*usual(), volumes])], resamples=100)
+    said = "; ".join(answer(found.boards))
+    assert re.search(r"volume only 0\.\d+, computed from the true masks, best network", said)
+    from ssl3d_benchmarks.leaderboard.report.columns import notes_of
+
+    row = arms(found)["volume only"]
+    assert "computed from the true masks" in notes_of(found.boards[0], row)
+
+
+def test_time_is_the_mean_of_all_seeds(tmp_path):
+    from ssl3d_benchmarks.leaderboard.report.columns import memory_of, seconds_of
+
+    rows = usual()
+    for row, seconds in zip([r for r in rows if "beta" in r.contestant["name"]], (100, 300), strict=True):
+        row.contestant["pretraining"]["compute"] |= {"seconds": seconds, "peak_memory": seconds}
+    beta = arms(read_report([write(tmp_path, rows)], resamples=100))["beta"]
+    assert (seconds_of(beta), memory_of(beta)) == (200, 300)
+
+
+def test_scores_that_records_are_too_old_to_have_are_named(tmp_path):
+    rows = usual()
+    for row in rows:
+        del row.scores["dice_1"]
+    (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
+    assert "These records are too old to have dice_1." in board.notes
+    (board,) = read_report([write(tmp_path / "new", usual())], resamples=100).boards
+    assert not any("too old to have" in note for note in board.notes)
+
+
+def test_ranks_and_a_gain_that_disagree_say_what_each_resamples(tmp_path):
+    luck = (0.0, 0.02)
+    rows = [record(f"runs/alpha-{k}", gain=0.06 + luck[k]) for k in range(2)]
+    rows += [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, gain=-luck[k]) for k in range(2)
+    ]
+    (board,) = read_report([write(tmp_path, rows)], resamples=400).boards
+    alpha = next(arm for arm in board.arms if arm.label == "alpha")
+    assert alpha.rank_interval == (1, 1) and alpha.gain.low < 0 < alpha.gain.high
+    assert any(
+        "do not overlap, yet the gain may be zero. A range of ranks resamples" in x for x in board.notes
+    )
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0.5,
+    1e308,
+    10**400,
+    "x",
+    "",
+    "\ud800",
+    [],
+    [1],
+    [[]],
+    {},
+    {"x": 1},
+    {"x": {"y": []}},
+)
+"""Values that belong nowhere in a record."""
+
+
+def places(value, way=()):
+    """The way to every part of a record, but for all predictions after the first."""
+    yield way
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    ):
+        yield from places(inner, (*way, key))
+
+
+def check_odd_records(folder, number, seed):
+    """Each odd record is refused by name or read, and never ends the report of the others."""
+    from ssl3d_benchmarks.leaderboard.report.page import page
+    from ssl3d_benchmarks.leaderboard.report.text import csv_text, markdown_text
+
+    rng = np.random.default_rng(seed)
+    for row in usual():
+        write_result(row, folder)
+    path = next(iter(sorted(folder.glob("*alpha*"))))
+    whole = path.read_text(encoding="utf-8")
+    ways = sorted((way for way in places(json.loads(whole)) if way), key=str)
+    for _ in range(number):
+        way, odd = ways[rng.integers(len(ways))], ODD[rng.integers(len(ODD))]
+        content = json.loads(whole)
+        part = content
+        for key in way[:-1]:
+            part = part[key]
+        part[way[-1]] = odd
+        path.write_text(json.dumps(content), encoding="utf-8")
+        where = f"{'.'.join(map(str, way))} = {odd!r:.40}"
+        try:
+            found = read_report([folder], (), 100)
+            texts = [
+                page("t", found.boards, found.overall, found.records.refused, [], False),
+                markdown_text("t", found.boards, found.overall, found.records.refused, []),
+                csv_text(found.boards),
+            ]
+            for text in texts:
+                text.encode()
+        except Exception as error:
+            raise AssertionError(where) from error
+        names = {arm.label for board in found.boards for arm in board.arms}
+        assert {"beta", "gamma"} <= names, where
+        assert (
+            "alpha" in " ".join(names) or found.records.refused or len(way) == 1 or way[0] == "contestant"
+        ), where
+
+
+def test_odd_records_are_refused_by_name_or_read(tmp_path):
+    check_odd_records(tmp_path, 50, 0)
+
+
+@pytest.mark.slow
+def test_a_thousand_odd_records_are_refused_by_name_or_read(tmp_path):
+    check_odd_records(tmp_path, 1000, 1)
+
+
+def test_names_are_no_html_no_formulas_and_no_escape_codes(tmp_path, capsys):
+    bad = "=1+1|<script>alert(1)</script>[x](javascript:y)\x1b[31m\u202e"
+    rows = usual(dataset="<script>alert(2)</script>\x1b[31m")
+    for row in rows:
+        row.contestant["name"] = f"{bad}{row.contestant['name']}"
+    write(tmp_path / "r", rows)
+    (tmp_path / "r" / "\x1b[2J.json").write_text('{"task": 1}', encoding="utf-8")
+    out = tmp_path / "out"
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "100"])
+    shown = capsys.readouterr()
+    page, markdown, table = ((out / name).read_text(encoding="utf-8") for name in FILES)
+    for text in (page, markdown, table, shown.out, shown.err):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert "<script>alert" not in page + markdown and "](javascript" not in markdown
+    cells = [cell for row in csv.reader(table.splitlines()) for cell in row]
+    assert any(cell.startswith("'=1+1") for cell in cells)
+    assert not any(re.match(r"[=+@\t\r]|-(?!\d)", cell) for cell in cells)
+
+
+def test_the_first_screen_is_two_sentences_a_matrix_and_gains(made, report):
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
+
+    said = in_short(report.boards)
+    assert len(said) == 2
+    assert said[0].startswith("Frozen, a pretrained encoder is significantly better than the same network")
+    assert "on 1 of 1 table and significantly worse on 1" in said[0] and "alpha +0.09" in said[0]
+    assert said[1].startswith("The smallest gain that could have been shown is 0.0")
+    text = (made / "index.html").read_text(encoding="utf-8")
+    before = text.partition("<h2>Tables</h2>")[0]
+    assert all(x in before for x in said) and before.index(said[0]) < before.index('class="wide matrix"')
+    assert before.index('class="wide matrix"') < before.index("Gains with 95 % intervals")
+
+
+def cells_of(boards):
+    """The cells of the matrix by the name of their row: class and words."""
+    from ssl3d_benchmarks.leaderboard.report.overview import matrix
+
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', matrix(boards))
+    return {
+        html.unescape(re.sub("<.*", "", name)): [
+            (look, html.unescape(re.sub("<[^>]*>", "", words)))
+            for look, words in re.findall(r'<td(?: class="(\w+)")?[^>]*>(.*?)</td>', cells)
+        ]
+        for name, cells in rows
+    }
+
+
+def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
+    found = arms(report)
+    cells = cells_of(report.boards)
+    for label in ("alpha", "beta", "gamma", "leak"):
+        (name,) = [row for row in cells if row.startswith(label)]
+        ((look, words),) = cells[name]
+        gain = found[label].gain.value
+        assert words.startswith(f"{gain:+.2f}".replace("0.", ".").replace("-", "\u2212"))
+        if label == "leak":  # it saw test subjects: nothing can be told
+            assert look == "untold" and "\u25cf" not in words
+            continue
+        assert look.startswith("up" if gain > 0 else "down")
+        assert ("\u25cf" in words) == (found[label].p_holm < 0.05)
+    (alpha,), (gamma,) = cells["alpha, own data"], cells["gamma, own data"]
+    assert alpha[0] == "up3" and gamma[0] == "down2"
+
+
+def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
+    """The best of them would have stood for the method."""
+    rows = usual()
+    other = record("runs/alpha-0", gain=-0.1)
+    other.contestant |= {"name": "other/alpha_slow-0", "digest": "other"}
+    (board,) = read_report([write(tmp_path, [*rows, other])], resamples=100).boards
+    names = [name for name in cells_of([board]) if name.startswith("alpha")]
+    assert len(names) == 2 and len({tuple(cells_of([board])[name]) for name in names}) == 2
+
+
+def test_what_did_not_learn_tells_nothing(report):
+    from ssl3d_benchmarks.leaderboard.report.overview import why_untold
+
+    board, alpha = report.boards[0], arms(report)["alpha"]
+    assert not why_untold(board, alpha)
+    board.unlearned.append("alpha ended at dice 0.1, no better than")
+    try:
+        assert why_untold(board, alpha) == "a network is not shown to have learned its task"
+    finally:
+        board.unlearned.pop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "group", "title"),
+    [
+        ("pretrained", "simclr, own data", "", "SimCLR, own data"),
+        ("pretrained", "mae + sorting", "", "MAE + Slice sorting"),
+        ("pretrained", "my_proxy", "", "my_proxy"),
+        ("pretrained", "swav after ImageNet", "", "SwAV after ImageNet"),
+        (
+            "pretrained",
+            "swav, resnet18:width=32",
+            "scratch:resnet18:width=32",
+            "SwAV, ResNet-18 ACS width 32",
+        ),
+        ("imagenet", "ImageNet mobilenet_v2:i3d:strides=[1,1,1]", "", "ImageNet MobileNetV2 I3D"),
+    ],
+)
+def test_names_are_those_that_people_use(kind, label, group, title):
+    from types import SimpleNamespace
+
+    from ssl3d_benchmarks.leaderboard.report.names import titled
+
+    who = {"group": group, "architecture": {"name": "resnet18", "config": {"kind": "acs"}}}
+    result = SimpleNamespace(contestant=who)
+    arm = SimpleNamespace(label=label, kind=kind, first=SimpleNamespace(result=result))
+    assert titled(arm) == title
+    if kind == "imagenet":  # where two have the same name
+        assert titled(arm, True) == "ImageNet MobileNetV2 I3D strides 1"
+
+
+def test_the_methods_paragraph_says_what_was_done(report, made):
+    from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
+
+    words = methods_paragraph(report.boards, 400)
+    assert "on set (60 training and 30 test subjects)" in words and "400 resamples" in words
+    assert "ResNet-18" in words or "resnet18" in words
+    assert "the nearest" not in words and "a linear model on the features" in words
+    assert "Methods, to paste into a paper" in (made / "index.html").read_text(encoding="utf-8")
+
+
+def test_full_settings_are_one_click_away(made):
+    text = (made / "index.html").read_text(encoding="utf-8")
+    row = re.search(r'data-v="beta"><details><summary>beta</summary><small>(.*?)</small>', text)[1]
+    assert "recorded as runs/beta-0; runs/beta-1" in row and "100 steps, 50 volumes of set" in row

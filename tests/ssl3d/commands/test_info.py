@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +186,43 @@ def test_truncated_store_is_one_line(store, capsys):
     assert main(["info", str(store)]) == 2
     assert "cut short" in capsys.readouterr().err
     assert main(["info", str(store.parent / "s.h5")]) == 2
+
+
+MADE = Path(__file__).parents[2] / "made_before"
+
+
+def test_an_encoder_is_told_shortly(capsys):
+    place = MADE / "encoders" / "intra_inter"
+    text = shown(capsys, place)
+    assert "proxies: intra_inter" in text and "subjects seen: 7" in text and "labels seen: no" in text
+    assert "base64" not in text and len(text.splitlines()) < 24
+    assert "base64" in as_json(capsys, place)["card"]["volumes_seen"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"), [("results/knn", 1), ("results/segmentation", 1), ("board", 3)]
+)
+def test_results_tuned_folders_and_boards_print_their_tables(capsys, name, tables):
+    place = MADE / name
+    info = as_json(capsys, place)
+    assert info["kind"] == "results" and len(info["tables"]) == tables
+    paths = [path for path in place.rglob("*.json") if re.fullmatch(r".+-[0-9a-f]{8}\.json", path.name)]
+    said = {json.loads(p.read_text(encoding="utf-8"))["contestant"]["name"] for p in paths}
+    assert {row["contestant"] for table in info["tables"] for row in table["rows"]} == said
+    assert info["records"] == len(paths) and not info["refused"]
+    text = shown(capsys, place)
+    for table in info["tables"]:
+        assert f"{table['task']} v{table['version']} on people" in text
+        values = [row["scores"][table["main"]] for row in table["rows"]]
+        assert values == sorted(values, reverse=True) and f"{values[0]:.3f}" in text
+    assert f"ssl3d leaderboard report {place}" in text
+
+
+def test_a_folder_of_odd_records_names_them(capsys, tmp_path):
+    for number, path in enumerate(sorted((MADE / "results" / "knn").glob("*.json"))):
+        shutil.copy(path, tmp_path)
+        if number == 0:
+            (tmp_path / path.name).write_text('{"task": 1}', encoding="utf-8")
+    info = as_json(capsys, tmp_path)
+    assert len(info["refused"]) == 1 and "not a result record" in info["refused"][0]["reason"]
+    assert "refused" in shown(capsys, tmp_path)

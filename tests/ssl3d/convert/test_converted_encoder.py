@@ -503,6 +503,6 @@ def test_mobilenet_v2s_maps_are_the_2d_networks(imagenet):
 
 
 def test_every_field_has_help():
-    from ssl3d.config import field_help
+    from ssl3d.command_help import field_help
 
     assert all(field_help(ConvertedConfig).get(one.name) for one in dataclasses.fields(ConvertedConfig))

@@ -124,3 +124,45 @@ def test_every_benchmark_says_what_it_is(name):
     assert "arXiv" in benchmark.reference or "doi" in benchmark.reference
     assert benchmark.mains and all(benchmark.mains.values())
     assert benchmark.Config.__dataclass_fields__ and benchmark.__doc__
+
+
+def nested(depth):
+    return {"x": nested(depth - 1)} if depth else 1
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("scores.auc", [1], "scores.auc is [1], expected a number"),
+        ("intervals.auc", 5, "interval of auc is 5, expected [low, high]"),
+        ("intervals.auc", ["a", "b"], "interval of auc is ['a', 'b'], expected [low, high]"),
+        (
+            "contestant.pretraining.steps",
+            "many",
+            "contestant.pretraining.steps is 'many', expected a whole",
+        ),
+        ("contestant.pretraining.proxies", 7, "contestant.pretraining.proxies is 7, expected an object"),
+        ("contestant.pretraining.compute", {"seconds": True}, "compute.seconds is True, expected a number"),
+        ("contestant.pretraining.compute", {"flops": 10**400}, "expected a number"),
+        ("contestant.pretraining.data", {"datasets": 5}, "expected a list of texts or an object"),
+        ("contestant.name", 3, "contestant.name is 3, expected a text"),
+        ("contestant.name", "\ud800", "which is no text in Unicode"),
+        ("settings.rates", 5, "settings.rates is 5, expected a list of numbers"),
+        ("settings.x", nested(40), "nested deeper than 32 levels"),
+        ("dataset", [1], "dataset is [1], expected a text or a list of texts"),
+        ("flags.seen_test_subjects", "x", "flags.seen_test_subjects is 'x', expected a whole number"),
+        ("predictions", [{"dataset": 1, "subject": "p"}], "a prediction without dataset and subject"),
+    ],
+)
+def test_an_odd_part_refuses_its_record_by_name(tmp_path, place, value, message):
+    path = write_result(a_result(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    *way, last = place.split(".")
+    part = content
+    for key in way:
+        part = part[key]
+    part[last] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_result(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)

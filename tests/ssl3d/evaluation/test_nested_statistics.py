@@ -79,8 +79,9 @@ def test_an_interval_of_r_squared_ends_at_1():
     def score(weights):
         return st.r_squared(target, predicted, weights)
 
-    one = st.interval(score, np.arange(5))
-    several = st.nested_interval(st.runs_of([[score]], np.arange(5)))
+    bounds = st.bounds_of("r2")
+    one = st.interval(score, np.arange(5), bounds=bounds)
+    several = st.nested_interval(st.runs_of([[score]], np.arange(5), bounds=bounds))
     for found in (one, several):
         assert found.low < -1 and found.high == 1
 

@@ -225,3 +225,87 @@ def test_folds_keep_subjects_whole_and_classes_even(rng, folds):
 def test_more_folds_than_subjects_is_refused():
     with pytest.raises(ValueError, match="5 folds of 3 subjects"):
         statistics.grouped_folds([1, 2, 3], None, 5)
+
+
+def of_classes(rng, each):
+    """An AUC of two classes with so many subjects each, and the rows of its predictions."""
+    target = np.repeat([0, 1], each)
+    score = rng.normal(size=2 * each) + target
+    rows = [{"dataset": "a", "subject": k, "target": str(t)} for k, t in enumerate(target)]
+    return target, score, rows
+
+
+@pytest.mark.parametrize(("each", "lowest", "highest"), [(1, 0, 0.2), (3, 0.5, 0.85), (5, 0.9, 1.0)])
+def test_an_auc_is_covered_from_five_subjects_of_a_class_on(each, lowest, highest):
+    """Why there are no intervals below: they would hold the truth too rarely."""
+    truth, hits, simulations = norm.cdf(1 / np.sqrt(2)), 0, 200
+    rng = np.random.default_rng(each)
+    for number in range(simulations):
+        target, score, rows = of_classes(rng, each)
+
+        def statistic(weights, target=target, score=score):
+            return statistics.auc(target, score, weights)
+
+        weights = statistics.resampling_weights(np.arange(2 * each), 500, number)
+        drawn = statistics.auc(target, score, weights)
+        known = drawn[np.isfinite(drawn)]  # as it was computed before: what is undefined is left out
+        found = statistics.summarise(statistic(None)[0], known, np.arange(2 * each), statistic)
+        hits += found.low <= truth <= found.high
+        runs = statistics.runs_of(
+            [[statistic]], np.arange(2 * each), 100, support=statistics.class_support(rows)
+        )
+        assert np.isfinite(statistics.nested_interval(runs).low) == runs.sure == (each >= 5)
+    assert lowest <= hits / simulations <= highest
+
+
+def test_where_a_class_is_missed_in_a_tenth_of_the_resamples_there_is_no_interval():
+    target, score = np.arange(20) < 2, np.arange(20.0)
+    found = statistics.interval(lambda w: statistics.auc(target, score, w), np.arange(20))
+    assert found.undefined == pytest.approx((1 - 2 / 20) ** 20, abs=0.03) and np.isnan(found.low)
+    assert statistics.why_no_interval({}, found.undefined).endswith("--folds 5 tests on every subject.")
+    found = statistics.interval(lambda w: statistics.auc(np.arange(20) < 5, score, w), np.arange(20))
+    assert found.undefined < 0.01 and np.isfinite(found.low)
+
+
+def test_why_there_is_no_interval_names_the_rarest_class():
+    words = statistics.why_no_interval({"well": 9, "ill": 1}, 0.0)
+    assert words.startswith("No interval is given, because class ill has 1 test subject and 5 of each")
+    assert "--folds" not in statistics.why_no_interval({"ill": 1}, 0.0, folds=False)
+    assert not statistics.why_no_interval({"well": 5, "ill": 5}, 0.1) and not statistics.why_no_interval(
+        {}, 0
+    )
+
+
+def test_intervals_and_gains_of_bounded_scores_stay_inside_what_is_possible():
+    rng = np.random.default_rng(1)
+    hits = [rng.random(4) < share for share in (0.9, 0.2)]
+    a, b = (
+        statistics.runs_of(
+            [[lambda w, h=h: statistics.mean(h, w)]], np.arange(4), bounds=statistics.bounds_of("accuracy")
+        )
+        for h in hits
+    )
+    gain = statistics.paired_difference(a, b)
+    assert -1 <= gain.low < gain.value < gain.high <= 1
+    assert np.isnan(gain._replace(error=0.9).detectable)  # nothing that is possible would be found
+    free = statistics.paired_difference(
+        a._replace(bounds=(-np.inf, np.inf)), b._replace(bounds=(-np.inf, np.inf))
+    )
+    assert free.high > 1
+
+
+def test_a_correlation_has_no_end_at_0_and_an_error_none_at_1():
+    """Both were cut where no resample happened to lie beyond."""
+    target = np.arange(12.0)
+    predicted = target + np.random.default_rng(3).normal(size=12) * 4
+    found = statistics.interval(
+        lambda w: statistics.spearman(target, predicted, w),
+        np.arange(12),
+        bounds=statistics.bounds_of("spearman"),
+    )
+    assert found.low < found.value < found.high <= 1
+    errors = np.array([0.0, 0.0, 0.0, 1.0])
+    mae = statistics.interval(
+        lambda w: statistics.mean(errors, w), np.arange(4), bounds=statistics.bounds_of("mae")
+    )
+    assert mae.low == 0 and mae.high > 1

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ssl3d.encoders.resnet import ResNet10
-from ssl3d.errors import DataError
+from ssl3d.errors import CheckpointError, DataError
 from ssl3d.heads.aggregator import (
     AggregatedEncoder,
     AggregatorConfig,
+    PositionBias,
     SliceAggregator,
     SliceAttention,
     attended_offset,
@@ -21,6 +22,8 @@ from ssl3d.heads.aggregator import (
     interpolation,
     regular_places,
     shown_slices,
+    stage_features,
+    stage_width,
 )
 
 POOLINGS = ["deformable", "attention", "mean"]
@@ -63,6 +66,60 @@ def test_without_offsets_and_downsampling_it_is_multi_head_attention():
     q, k, v = map(split, (attention.to_query, attention.to_key, attention.to_value))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 5, 16)
     assert torch.allclose(found, attention.to_out(expected), atol=1e-6)
+
+
+def released_bias(layers, queries, keys):
+    """The continuous position bias of the released deformable attention, typed anew: (B, S, N)."""
+    away = queries[None, :, None, None] - keys[:, None, :, None]
+    x = torch.sign(away) * torch.log(away.abs() + 1)
+    first, second, last = layers[0], layers[2], layers[4]
+    for layer in (first, second):
+        x = (x @ layer.weight.T + layer.bias).relu()
+    return (x @ last.weight.T)[..., 0]
+
+
+def test_the_bias_is_the_continuous_one_of_the_released_attention():
+    torch.manual_seed(0)
+    bias = PositionBias(6)
+    places = torch.rand(2, 3, 4) * 5  # of keys among six slices; the second volume has four
+    places[1] *= 3 / 5
+    found = bias(places, torch.tensor([6, 4]), 6)
+    for row, last in ((0, 5), (1, 3)):
+        for head in range(3):
+            queries, keys = (2 * at / last - 1 for at in (torch.arange(6.0), places[row, head]))
+            expected = released_bias(bias.layers, queries, keys[None])[0]
+            assert torch.allclose(found[row, head], expected, atol=1e-6)
+    assert bias(torch.zeros(1, 1, 1), torch.tensor([1]), 1).shape == (1, 1, 1, 1)  # an image
+
+
+def test_attention_with_a_bias_is_multi_head_attention_with_that_mask():
+    torch.manual_seed(0)
+    attention = SliceAttention(AggregatorConfig(12, width=16, heads=2, downsample=1, position_bias=True))
+    attention.offset_out.data.zero_()
+    tokens = torch.randn(3, 5, 16)
+    found, attended = attention(tokens, torch.full((3,), 5))
+
+    def split(linear):
+        return linear(tokens).view(3, 5, 2, 8).transpose(1, 2)
+
+    q, k, v = map(split, (attention.to_query, attention.to_key, attention.to_value))
+    bias = attention.bias(attended.places, torch.full((3,), 5), 5)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(3, 5, 16)
+    assert torch.allclose(found, attention.to_out(expected), atol=1e-6)
+    assert bias.std() > 1e-3
+
+
+def test_features_of_the_stages_stand_side_by_side():
+    network = encoder()
+    x = torch.randn(3, 1, 1, 32, 32)
+    with torch.no_grad():
+        maps = network(x)
+        found = stage_features(network, maps)
+    parts = found.split([8, 16, 32, 64, 64], dim=1)  # four stages, not the stem, and the last pool
+    assert stage_width(network) == found.shape[1] == 184
+    for part, each in zip(parts, (*maps[1:], maps[4]), strict=True):
+        average = each.mean((2, 3, 4))
+        assert torch.allclose(part, average / average.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_plain_attention_has_a_key_on_every_slice():
@@ -138,8 +195,9 @@ def test_attention_runs_along_the_slices_not_the_features():
     assert not torch.autograd.grad(tokens[0, :, 0].sum(), x)[0][1].any()
 
 
-def test_every_parameter_learns_from_the_first_step_on():
-    aggregator = make(dropout=0.0).train()
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_parameter_learns_from_the_first_step_on(bias):
+    aggregator = make(dropout=0.0, position_bias=bias).train()
     tokens, pooled = aggregator(slices())
     (tokens.square().sum() + (pooled * torch.randn(2, 16)).sum()).backward()
     for name, parameter in aggregator.named_parameters():
@@ -178,9 +236,11 @@ def test_offsets_grow_when_what_is_asked_for_lies_elsewhere():
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_padding_changes_nothing(pooling, lengths, seed):
-    aggregator = make(pooling)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99), bias=st.booleans()
+)
+def test_padding_changes_nothing(pooling, lengths, seed, bias):
+    aggregator = make(pooling, position_bias=bias)
     if pooling == "deformable":
         bent(aggregator, seed=seed)
     longest, generator = max(lengths), torch.Generator().manual_seed(seed)
@@ -269,6 +329,22 @@ def test_a_volume_is_embedded_slice_by_slice():
     assert torch.allclose(found, F.normalize(sum(stacks), dim=0), atol=1e-5)
     assert found.norm().item() == pytest.approx(1, abs=1e-5)
     assert (aggregator.embed_volume(network, volume.flip(2)) - found).norm() > 1e-3
+
+
+def test_a_volume_is_embedded_by_the_stages_of_its_slices():
+    network = encoder().requires_grad_()
+    aggregator = make(features=184, slice_features="stages", position_bias=True, plane=(32, 32))
+    volume = torch.randn(1, 5, 8, 10)
+    with torch.no_grad():
+        seen = stage_features(network, network(volume.transpose(0, 1).unsqueeze(2)))
+        expected = aggregator(seen[None])[1][0]
+    assert torch.allclose(aggregator.embed_volume(network, volume), expected, atol=1e-5)
+    whole = AggregatedEncoder(network, aggregator)
+    assert torch.allclose(whole.pooled(volume[None])[0], expected, atol=1e-5)
+    whole.pooled(volume[None]).square().sum().backward()
+    assert network.layer1[0].conv1.weight.grad.abs().sum() > 0
+    with pytest.raises(CheckpointError, match="takes embeddings of length 64, the encoder gives 184"):
+        AggregatedEncoder(network, make(features=64, slice_features="stages"))
 
 
 def test_an_image_is_a_volume_of_one_slice():
@@ -367,7 +443,7 @@ def test_it_travels_beside_the_encoder(tmp_path):
     from ssl3d.checkpoint.travellers import load_traveller
 
     network = encoder()
-    aggregator = bent(make(features=network.embed_dim, slices=4))
+    aggregator = bent(make(features=184, slices=4, slice_features="stages", position_bias=True))
     save_encoder(network, tmp_path / "encoder", travellers={"aggregator": aggregator})
     loaded = load_traveller(tmp_path, "aggregator")
     assert loaded.config == aggregator.config

@@ -232,6 +232,6 @@ def test_what_cannot_be_balanced_is_refused_in_one_line(words, message, tiny_plu
 
 def test_the_help_names_the_ways_to_balance(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["pretrain", "--help"])
+        cli.main(["pretrain", "--help-all"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "--balance {fixed,uncertainty,gradnorm}" in told and "Kendall et al., 2018" in told
+    assert "--balance <fixed | uncertainty | gradnorm>" in told and "Kendall et al., 2018" in told

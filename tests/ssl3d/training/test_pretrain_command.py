@@ -9,7 +9,7 @@ from ssl3d.training.options import presets, request_of
 
 def test_help_tells_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["pretrain", "--help"])
+        cli.main(["pretrain", "--help-all"])
     assert caught.value.code == 0
     told = capsys.readouterr().out
     for flag in ("--batch-size", "--resume", "--save-at", "--holdout", "--preset", "--resnet18.kind"):

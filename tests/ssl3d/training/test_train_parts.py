@@ -53,7 +53,7 @@ def own_environment():
 def test_weight_decay_spares_norms_and_biases_under_ddp(own_environment):
     from torch import distributed
 
-    options = PretrainOptions(weight_decay=0.3, accelerator="cpu", strategy="ddp", devices=1)
+    options = PretrainOptions(weight_decay=0.3, device="cpu", strategy="ddp", devices=1)
     fabric = device.make_fabric(options, "32")
     fabric.launch()
     try:

@@ -15,6 +15,7 @@ from ssl3d.views.corruptions import (
     bezier,
     bezier_intensity,
     corrupt,
+    corrupt_once,
     draw_boxes,
     in_painting,
     local_shuffle,
@@ -46,7 +47,15 @@ def test_the_input_is_neither_changed_nor_shared(function):
     assert not torch.equal(y, x)
 
 
-@pytest.mark.parametrize("function", [*ALL, lambda x, rng: corrupt(Corruptions(), x, rng).input])
+def several(x, rng):
+    return corrupt(Corruptions(), x, rng).input
+
+
+def once(x, rng):
+    return corrupt_once(x, rng).input
+
+
+@pytest.mark.parametrize("function", [*ALL, several, once])
 def test_an_example_fares_alike_on_any_number_of_ranks(function):
     x = crops(7, 1, 12, 20, 20)
     whole = function(x, one_group(5, 7))
@@ -218,11 +227,10 @@ def test_exactly_the_windows_are_painted_or_kept(function, limits, least, size, 
 
 
 @pytest.mark.parametrize("name", ["in", "out"])
-def test_boxes_have_the_published_sides(monkeypatch, name):
-    monkeypatch.setattr(corruptions, "_BLOCKS", 1)
+def test_boxes_have_the_published_sides(name):
     size = (32, 64, 56)
     limits = [(n // 6, n // 3) if name == "in" else (n - 4 * n // 7, n - 3 * n // 7) for n in size]
-    inside = draw_boxes(one_group(0, 500), size, limits, least=1)
+    inside = draw_boxes(one_group(0, 500), size, limits, least=1, most=1)
     for axis, (length, (least, most)) in enumerate(zip(size, limits, strict=True)):
         others = tuple(a + 1 for a in range(3) if a != axis)
         line = inside.any(others[1]).any(others[0])
@@ -268,6 +276,25 @@ def test_what_was_not_done_leaves_the_example_alone():
     assert 5 < untouched.sum() < 40
     same = (seen == x).flatten(1).all(1)
     assert torch.equal(same | done["inpaint"], untouched | done["inpaint"])  # at times with no box at all
+
+
+def test_a_crop_is_corrupted_in_exactly_one_of_four_ways():
+    x = crops(1, 1, 12, 24, 24).expand(800, -1, -1, -1, -1)
+    seen, done = corrupt_once(x, one_group(0, 800))
+    assert (torch.stack(list(done.values())).sum(0) == 1).all()
+    shares = {name: flags.float().mean().item() for name, flags in done.items()}
+    assert shares == pytest.approx(
+        dict.fromkeys(("shuffle", "curve", "inpaint", "outpaint"), 0.25), abs=0.04
+    )
+    order = x.flatten(1).sort(1).values
+    # A shuffle keeps all values, a curve the order of them or its reverse, a box all but what is in it.
+    assert torch.equal(seen[done["shuffle"]].flatten(1).sort(1).values, order[done["shuffle"]])
+    steps = seen[done["curve"]].flatten(1).gather(1, x.flatten(1).argsort(1)[done["curve"]]).diff(dim=1)
+    assert ((steps >= -1e-5).all(1) | (steps <= 1e-5).all(1)).all()
+    for name, painted in (("inpaint", seen != x), ("outpaint", seen == x)):
+        box = painted[done[name], 0]
+        sides = [box.any(a).any(b - 1).sum(1) for a, b in ((2, 3), (1, 3), (1, 2))]
+        assert torch.equal(box.flatten(1).sum(1), torch.stack(sides).prod(0)) and min(map(min, sides)) > 0
 
 
 @pytest.mark.parametrize("name", ["shuffle", "shuffled", "curve", "paint", "outside"])

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from ssl3d.rng import BatchRng, numpy_rng, one_group
 from ssl3d.views import intensity, spatial
@@ -295,3 +295,48 @@ def test_torchio_repeats_exactly_and_leaves_the_global_generator_alone(name):
     assert first.shape == x.shape and first.dtype == x.dtype
     others = [apply_torchio((name,), x, numpy_rng(seed)) for seed in range(5, 10)]
     assert any(not torch.equal(other, first) for other in others)
+
+
+# Elastic deformation --------------------------------------------------------------------------------
+
+
+def released_elastic(image, dx, dy, alpha=991.0, sigma=8.0):
+    """The released code of TransVW, on an array (x, y, z) and its noise, by scipy."""
+    dx = gaussian_filter(dx, sigma, mode="constant", cval=0) * alpha
+    dy = gaussian_filter(dy, sigma, mode="constant", cval=0) * alpha
+    x, y, z = np.meshgrid(*[np.arange(n) for n in image.shape])
+    places = [np.reshape(at, (-1, 1)) for at in (y + dy, x + dx, z)]
+    return map_coordinates(image, places, order=1, mode="reflect").reshape(image.shape)
+
+
+def test_crops_are_deformed_as_by_the_released_code():
+    x = torch.randn(2, 1, 32, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = spatial.elastic(x, one_group(4, 2))
+    noise = one_group(4, 2).uniform(2, 32, 64, 64, low=-1.0, high=1.0).double().numpy()
+    for image, deformed, (first, second) in zip(x[:, 0], found[:, 0], noise, strict=True):
+        # (z, y, x) here; the first axis of theirs is x, and moved by dy.
+        expected = released_elastic(
+            image.numpy().transpose(2, 1, 0), first.transpose(2, 1, 0), second.transpose(2, 1, 0)
+        )
+        assert np.allclose(deformed.numpy(), expected.transpose(2, 1, 0), atol=1e-3)
+
+
+def test_elastic_deformations_scale_with_the_crop():
+    moved = []
+    for depth, *plane in ((32, 64, 64), (16, 32, 32), (8, 32, 32)):
+        ramp = torch.arange(float(plane[1])).expand(200, 1, depth, *plane).contiguous()
+        change = spatial.elastic(ramp, one_group(1, 200)) - ramp
+        middle = change[:, 0, depth // 2, plane[0] // 2 :: plane[0], plane[1] // 2]
+        moved.append(middle.std().item() / plane[1])
+    assert moved == pytest.approx([3.8 / 64] * 3, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [(1, 40, 40), (3, 9, 30), (1, 1, 1), (20, 1, 8)])
+def test_slices_of_any_size_are_deformed_and_stay_apart(size):
+    x = torch.randn(3, 2, *size, generator=torch.Generator().manual_seed(0))
+    whole = spatial.elastic(x, one_group(5, 3))
+    assert whole.isfinite().all() and whole.shape == x.shape
+    part = spatial.elastic(x[[0, 2]], BatchRng(5, (0, 2), 3))
+    assert torch.equal(part, whole[[0, 2]])
+    flat = torch.arange(float(size[0])).view(-1, 1, 1).expand(3, 1, *size).contiguous()
+    assert torch.allclose(spatial.elastic(flat, one_group(5, 3)), flat, atol=1e-4)  # never across slices

@@ -239,6 +239,20 @@ def test_decathlon_channels_in_a_fourth_axis(scans, tmp_path):
     assert data.settings[0]["mask_labels"] == {"T": {"0": "bg", "1": "x"}}
 
 
+def test_a_store_carries_what_is_ignored_and_the_regions(scans, tmp_path):
+    scans.nifti(tmp_path / "t" / "imagesTr" / "a_0000.nii.gz", scans.body())
+    scans.nifti(tmp_path / "t" / "labelsTr" / "a.nii.gz", (scans.body() > 100).astype(np.uint8))
+    described = {"name": "T", "channel_names": {"0": "T2"}, "regions_class_order": [2, 1],
+                 "labels": {"background": 0, "z": [1, 2], "a": [2], "ignore": 3}}  # fmt: skip
+    (tmp_path / "t" / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    settings = made(tmp_path, tmp_path / "t")[0].settings[0]
+    assert settings["mask_ignore"] == {"T": 3}
+    regions = [
+        (region["name"], region["values"], region["class"]) for region in settings["mask_regions"]["T"]
+    ]
+    assert regions == [("z", [1, 2], 2), ("a", [2], 1)]
+
+
 def test_boxes_are_stored(tmp_path):
     (tmp_path / "d").mkdir()
     for name in "ab":

@@ -20,7 +20,7 @@ from ssl3d.data.preparation import parts, pool
 from ssl3d.data.preparation.prepare import PrepareOptions, prepare, prepare_cached
 from ssl3d.data.scans.find import find
 from ssl3d.data.scans.found import Wanted
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, TransientError
 
 
 def folder_of(scans, root, count=6):
@@ -119,7 +119,7 @@ def stopped(source, out, monkeypatch, after, **more):
         return real(*words, **options)
 
     monkeypatch.setattr(writer, "write_part", full)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(TransientError) as caught:
         prepare(options(source, out, **more))
     monkeypatch.setattr(writer, "write_part", real)
     return str(caught.value)

@@ -56,7 +56,6 @@ def test_suffixes_of_scans_stand_in_the_table_alone():
 def test_no_suffix_is_that_of_two_formats():
     every = [suffix for form in FORMATS for suffix in form.suffixes] + [*LISTS, *STORES]
     assert len(every) == len(set(every))
-    assert all(set(form.detached) <= set(form.suffixes) for form in FORMATS)
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES | {".tif", ".tiff", ".bmp", ".dicom"}))

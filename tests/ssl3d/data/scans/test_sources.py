@@ -361,6 +361,42 @@ def test_nnunet_suffixes_become_channels(scans, tmp_path):
     assert [scan.channels for scan in find([root], Wanted()).scans] == [("channel0", "channel1")] * 2
 
 
+def described_masks(scans, root, labels, **more):
+    """Find a folder of one case whose dataset.json has these labels."""
+    scans.nifti(root / "imagesTr" / "a_0000.nii.gz", scans.body())
+    scans.nifti(root / "labelsTr" / "a.nii.gz", np.ones((12, 14, 16), np.uint8))
+    described = {"channel_names": {"0": "T2"}, "labels": labels, "file_ending": ".nii.gz", **more}
+    (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    return find([root], Wanted(dataset="x"))
+
+
+def test_the_ignore_label_of_nnunet_is_no_structure(scans, tmp_path):
+    found = described_masks(scans, tmp_path, {"background": 0, "tumour": 1, "ignore": 2})
+    assert found.label_names == {"x": {"0": "background", "1": "tumour"}}
+    assert found.ignore_labels == {"x": 2} and not found.regions
+
+
+def test_regions_of_nnunet_keep_their_order_and_classes(scans, tmp_path):
+    """As nnU-Net's documentation of region-based training has it, for BraTS."""
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    found = described_masks(scans, tmp_path, labels, regions_class_order=[1, 2, 3])
+    assert found.regions == {
+        "x": [
+            {"name": "whole", "values": [1, 2, 3], "class": 1},
+            {"name": "core", "values": [2, 3], "class": 2},
+            {"name": "enhancing", "values": [3], "class": 3},
+        ]
+    }
+    assert found.ignore_labels == {"x": 4}
+
+
+def test_regions_without_their_classes_are_numbered_and_said(scans, tmp_path):
+    found = described_masks(scans, tmp_path, {"whole": [1, 2], "core": [2], "odd": "many"})
+    assert [region["class"] for region in found.regions["x"]] == [1, 2]
+    assert any("2 regions, and regions_class_order is None" in note for note in found.notes)
+    assert any("no values of a mask: odd" in note for note in found.notes)
+
+
 def test_a_dataset_json_that_lists_nothing_hides_no_scans(scans, tmp_path):
     """Others have files of that name too."""
     scans.nifti(tmp_path / "p1.nii.gz", scans.body())
@@ -456,7 +492,11 @@ def test_csv_says_subject_label_split_and_mask(scans, tmp_path):
         (("1", "x"), ["1", "x"]),
         (("nan", "1"), [None, 1]),
         (("1.5", "N/A", "", "2"), [1.5, None, None, 2.0]),
-        (("none", "1"), ["none", "1"]),
+        (("none", "-", "1"), [None, None, 1]),
+        (("1_0", "10"), ["1_0", "10"]),
+        (("007", "7"), ["007", "7"]),
+        (("\u0661", "1"), ["\u0661", "1"]),
+        (("infinity", "1"), ["infinity", "1"]),
     ],
 )
 def test_labels_of_a_column_have_one_type(scans, tmp_path, labels, expected):
@@ -548,7 +588,7 @@ def test_what_of_a_list_is_not_used_is_said(scans, tmp_path):
     assert find([path], Wanted()).notes == [*notes, subjects]
     assert find([tmp_path], Wanted()).notes[1:] == notes
     path.write_text("path,patient,label\na.nii.gz,p,NA\nb.nii.gz,p,\nc.nii.gz,q,nan\n", encoding="utf-8")
-    assert find([path], Wanted()).notes == ["l.csv: 2 labels of nan, NA, N/A or null: taken for none"]
+    assert find([path], Wanted()).notes == ["l.csv: 2 cells of n/a or the like in label, taken for none"]
     path.write_text("path,subject,label,split,mask\na.nii.gz,p,1,,\n", encoding="utf-8")
     assert find([path], Wanted()).notes == []
 

@@ -1,0 +1,178 @@
+"""The contract of a kept model: a trained network of a downstream task, and what it predicts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """Prediction of a class for every voxel of a volume, slab by slab, so that none is held whole.
+
+    Attributes:
+        values: Mask value of each class, background first.
+        names: Name of each class.
+        shape: Shape (D, H, W) of the volume.
+        slabs: Probabilities (K, d, H, W) float32 of adjacent slabs along D, from the first slice to the
+            last; they can be read once.
+    """
+
+    values: tuple[int, ...]
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    slabs: Iterable[Tensor]
+
+    def mask(self) -> Array:
+        """Read the slabs and return the most probable mask values, (D, H, W)."""
+        values = np.array(self.values)
+        values = values.astype(np.min_scalar_type(int(values.max())))
+        parts = [values[best_class(slab).cpu().numpy()] for slab in self.slabs]
+        whole: Array = np.concatenate(parts)
+        return whole
+
+
+@dataclass(frozen=True)
+class LabelPrediction:
+    """Prediction of a class or a value for a whole volume.
+
+    Attributes:
+        names: Names of the classes; none where a value is predicted.
+        numbers: Probability of each class, or the value alone; float64.
+    """
+
+    names: tuple[str, ...]
+    numbers: tuple[float, ...]
+
+    @property
+    def answer(self) -> str | float:
+        """Most probable class, or the value."""
+        return self.names[int(np.argmax(self.numbers))] if self.names else self.numbers[0]
+
+
+@dataclass(frozen=True)
+class BoxPrediction:
+    """Prediction of boxes round the objects in a volume.
+
+    Attributes:
+        names: Names of the kinds of objects.
+        boxes: Boxes (n, 6), z1 y1 x1 z2 y2 x2 in voxels of the volume, upper corner exclusive, by falling
+            score.
+        scores: Score of each box, (n,), from 0 to 1.
+        labels: Index in `names` of each box, (n,).
+        merge_iou: Overlap (IoU) above which two boxes of a kind are one object's.
+        limit: Largest number of boxes of a volume.
+    """
+
+    names: tuple[str, ...]
+    boxes: Array
+    scores: Array
+    labels: Array
+    merge_iou: float
+    limit: int
+
+
+Prediction = MaskPrediction | LabelPrediction | BoxPrediction
+
+
+class Model(nn.Module, ABC):
+    """Trained network of a downstream task, in evaluation mode, as `ssl3d.load_model` returns it.
+
+    Attributes:
+        network: Network itself, from volumes (B, C, D, H, W) to what the task makes of them.
+        card: Content of `model.json`.
+        can_flip: Whether training mirrored volumes, so that predictions may be averaged over mirrored
+            copies.
+    """
+
+    can_flip = False
+
+    def __init__(self, network: nn.Module, card: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.card = network, card
+
+    def forward(self, x: Tensor) -> Any:
+        """Compute the network's outputs of (B, C, D, H, W), normalised as the training data were."""
+        return self.network(x)
+
+    @abstractmethod
+    def infer(self, volume: Any, flip: bool = False) -> Prediction:
+        """Predict a `Volume`, or anything that has its `shape`, `spacing` and `read`.
+
+        Args:
+            volume: Volume prepared as the training data were.
+            flip: Whether to average over mirrored copies; only where `can_flip`.
+        """
+
+    def predict(self, volume: Any, flip: bool = False) -> Any:
+        """Predict one volume for its user.
+
+        Args:
+            volume: `Volume` of `ssl3d.api.open_data`, or a tensor (C, D, H, W); prepared as the training
+                data were (`card["preprocessing"]`).
+            flip: Whether to average over mirrored copies; only where `can_flip`.
+
+        Returns:
+            Mask values (D, H, W) of a segmentation, else a `LabelPrediction` or a `BoxPrediction`.
+
+        Raises:
+            ValueError: The volume has another number of channels or axes than the model takes.
+        """
+        if isinstance(volume, Tensor):
+            volume = TensorVolume(volume, self.card)
+        channels = self.card["architecture"]["config"]["in_channels"]
+        if volume.shape[0] != channels:
+            raise ValueError(f"a volume of {volume.shape[0]} channels; the model takes {channels}")
+        predicted = self.infer(volume, flip)
+        return predicted.mask() if isinstance(predicted, MaskPrediction) else predicted
+
+
+class TensorVolume:
+    """Volume in memory, with as much of a stored one as predictions need.
+
+    Args:
+        voxels: Voxels (C, D, H, W), normalised.
+        card: Card of the model, whose spacing the volume is taken to have.
+    """
+
+    dataset, subject, id, index, label = "", "", "", 0, None
+
+    def __init__(self, voxels: Tensor, card: dict[str, Any]) -> None:
+        if voxels.ndim != 4:
+            raise ValueError(f"a volume is (C, D, H, W), got {tuple(voxels.shape)}")
+        self.voxels = voxels.float()
+        self.shape = tuple(voxels.shape)
+        self.spacing = tuple(card["spacing"]["median"])
+
+    def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """Read voxels (C, d, h, w); outside the volume its lowest value goes on."""
+        begin = [0, 0, 0] if start is None else list(start)
+        extent = [n - b for n, b in zip(self.shape[1:], begin, strict=True)] if size is None else list(size)
+        inside = [slice(max(b, 0), max(min(b + n, m), 0))
+                  for b, n, m in zip(begin, extent, self.shape[1:], strict=True)]  # fmt: skip
+        out = self.voxels.amin(dim=(1, 2, 3), keepdim=True).repeat(1, *extent)
+        place = tuple(slice(s.start - b, s.stop - b) for s, b in zip(inside, begin, strict=True))
+        out[(slice(None), *place)] = self.voxels[(slice(None), *inside)]
+        return out
+
+
+def best_class(probability: Tensor) -> Tensor:
+    """Return the index of the most probable class of (K, ...), the first of equal ones, int16.
+
+    Class by class: `argmax` over a strided axis is slow on a CPU.
+    """
+    best, index = probability[0].clone(), torch.zeros_like(probability[0], dtype=torch.int16)
+    for k in range(1, len(probability)):
+        better = probability[k] > best
+        index[better] = k
+        torch.maximum(best, probability[k], out=best)
+    return index
