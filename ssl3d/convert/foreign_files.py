@@ -239,7 +239,7 @@ def whole_numbers(value: Any, count: int = 3) -> list[int] | None:
     """Read so many whole numbers, or one for all, from a value or its text; None where it holds none."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return None
     if type(value) is int:
