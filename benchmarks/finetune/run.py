@@ -23,6 +23,7 @@ from ssl3d_benchmarks.contestants import (
 )
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
+from ssl3d_benchmarks.finetune.forecast import forecast
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
@@ -76,7 +77,11 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
             say(f"plan: {line}")
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
-        _run(outcome, _jobs(arms, split, benchmark, options, device))
+        jobs = _jobs(arms, split, benchmark, options, device)
+        expected = forecast(jobs)
+        if expected:
+            say(expected)
+        _run(outcome, jobs)
     _finish(outcome, benchmark, split, options)
     return outcome
 

@@ -16,6 +16,7 @@ from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.preparation.match import channel_onto, mask_onto
 from ssl3d.data.preparation.normalize import decide, foreground, normalize
+from ssl3d.data.scans.arrays import frames_of_row
 from ssl3d.data.scans.boxes import around_mask, from_world, within
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.itk import quiet_sitk
@@ -222,13 +223,8 @@ def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
 
 
 def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
-    """Make pixels of a row of an archive: (H, W), (H, W, 3) or (D, H, W)."""
-    colours = row.ndim in (3, 4) and row.shape[-1] == 3 and row.shape[-2] != 3
-    frames = np.moveaxis(row, -1, 0) if colours else row[None]
-    if frames.ndim == 3:
-        frames = frames[:, None]
-    if frames.ndim != 4:
-        raise DataError(f"rows of shape {row.shape}; expected (H, W), (H, W, 3) or (D, H, W)")
+    """Make pixels of a row of an archive."""
+    frames, colours = frames_of_row(row)
     if frames.size > recipe.max_voxels:
         raise DataError(f"{frames.size:,} voxels {row.shape}, more than --max-voxels {recipe.max_voxels:,}")
     affine = geometry.unknown_affine((1.0, 1.0, 1.0))
@@ -255,6 +251,8 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     voxels = pixels.voxels
     if scan.frames_are_channels and len(voxels) == len(scan.channels):
         return [pixels]
+    if pixels.vector and recipe.frames != "channels":
+        raise DataError(f"{len(voxels)} values at each voxel; --frames channels takes them as channels")
     if pixels.colours:
         if recipe.colour == "rgb":
             return [pixels]
