@@ -606,12 +606,12 @@ def _is_batch(size: Any) -> bool:
     if not isinstance(size, fx.Node):
         return False
     if size.op == "call_method" and size.target == "size":
-        return size.args[1:] == (0,)
+        return bool(size.args[1:] == (0,))
     if size.target is not operator.getitem or size.args[1] != 0 or not isinstance(size.args[0], fx.Node):
         return False
     whole = size.args[0]
     if whole.target is getattr:
-        return whole.args[1] == "shape"
+        return bool(whole.args[1] == "shape")
     return whole.op == "call_method" and whole.target == "size" and len(whole.args) == 1
 
 
