@@ -208,7 +208,7 @@ def said(file: WeightsFile) -> dict[str, Any]:
     Raises:
         CheckpointError: One of those files is not JSON.
     """
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
 
     def walk(part: Any, depth: int) -> None:
         if isinstance(part, argparse.Namespace):
@@ -223,7 +223,7 @@ def said(file: WeightsFile) -> dict[str, Any]:
                     if not _NOT_WEIGHTS.search(str(key)):
                         walk(value, depth + 1)
                 elif not isinstance(value, Tensor):
-                    found.setdefault(str(key).rpartition(".")[2], value)
+                    facts.setdefault(str(key).rpartition(".")[2], value)
                     walk(value, depth + 1)
 
     walk(file.contents, 0)
@@ -232,7 +232,7 @@ def said(file: WeightsFile) -> dict[str, Any]:
     for place in (folder / "config.json", *sorted(bundled)):
         if place.is_file():
             walk(_json(place), 0)
-    return found
+    return facts
 
 
 def whole_numbers(value: Any, count: int = 3) -> list[int] | None:

@@ -92,7 +92,7 @@ def _named(place: Place) -> bool:
 
 
 def medicalnet(state: State, place: Place) -> Recipe:
-    """Read MedicalNet's files."""
+    """Read the ResNets of MedicalNet's files."""
     name, options = resnet(state, str(place))
     dilated = "stages 3 and 4 dilated, as MedicalNet's"
     notes: tuple[str, ...] = ()
@@ -226,9 +226,9 @@ def network_name(file: WeightsFile) -> str:
 def is_named_exactly(file: WeightsFile, name: str) -> bool:
     """Tell whether a file says that it is the plain ResNet of a name, or is named as that was published."""
     facts = said(file)
-    told = any(facts.get(key) == name for key in ("architecture", "arch", "model_name", "backbone"))
+    stated = any(facts.get(key) == name for key in ("architecture", "arch", "model_name", "backbone"))
     match = _HUB_NAME.fullmatch(file.path.stem.lower())
-    return told or (match is not None and match[1] == name)
+    return stated or (match is not None and match[1] == name)
 
 
 def torchvision(state: State, place: Place) -> Recipe:

@@ -532,9 +532,9 @@ class BlurPool(Folded, nn.Module):
             steps = (1, *steps[1:])
         taps = self.filt[0, 0].sum(1).to(x.dtype)
         flat = [(image and axis == 0) or steps[axis] == 1 < self.stride for axis in range(3)]
-        depth, height, width = (taps.new_ones(1) if one else taps for one in flat)
+        depth, height, width = (taps.new_ones(1) if unfiltered else taps for unfiltered in flat)
         kernel = depth[:, None, None] * height[:, None] * width
-        pads = [n for one in reversed(flat) for n in ((0, 0) if one else self.padding[:2])]
+        pads = [n for unfiltered in reversed(flat) for n in ((0, 0) if unfiltered else self.padding[:2])]
         whole = pad_volume(unfold(x, batch), pads, self.pad_mode)
         channels = whole.shape[1]
         weight = kernel.expand(channels, 1, *kernel.shape)

@@ -315,17 +315,17 @@ class _Swap:
             run = _Run(fx.GraphModule(deep, graph))
             for depth in (5, side):  # some want multiples of their strides, along depth too
                 try:
-                    found = run.run(image.unsqueeze(2).expand(-1, -1, depth, -1, -1))
+                    output = run.run(image.unsqueeze(2).expand(-1, -1, depth, -1, -1))
                     break
                 except Exception as error:  # of what is in the network
                     reason = " ".join(str(error).partition("While executing")[0].split())[:160]
             else:
                 raise UsageError(f"to_3d: {type(module).__name__} cannot be folded at {run.at}: {reason}")
-            both = isinstance(expected, Tensor) and isinstance(found, Tensor)  # not maps, nor several
-            if both and expected.ndim != 4 and found.shape != expected.shape:
+            both = isinstance(expected, Tensor) and isinstance(output, Tensor)  # not maps, nor several
+            if both and expected.ndim != 4 and output.shape != expected.shape:
                 raise UsageError(
                     f"to_3d: {type(module).__name__} cannot be folded: of 2 volumes it would give "
-                    f"{tuple(found.shape)}, not {tuple(expected.shape)} as of 2 images"
+                    f"{tuple(output.shape)}, not {tuple(expected.shape)} as of 2 images"
                 )
             return
 
@@ -557,7 +557,7 @@ class _Run(fx.Interpreter):
     at = ""
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node."""
+        """Run a node and remember it."""
         target = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.target)
         inside = list(n.meta.get("nn_module_stack") or {})
         self.at = f"{n.name} ({target}{f' in {inside[-1]}' if inside else ''})"
