@@ -1327,7 +1327,7 @@ def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
 
 
 def test_what_did_not_learn_tells_nothing(report):
-    from ssl3d_benchmarks.leaderboard.report.overview import why_untold
+    from ssl3d_benchmarks.leaderboard.report.answer import why_untold
 
     board, alpha = report.boards[0], arms(report)["alpha"]
     assert not why_untold(board, alpha)
