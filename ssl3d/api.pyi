@@ -352,6 +352,7 @@ from .files import (
     write_whole as write_whole,
 )
 from .amounts import (
+    count_of as count_of,
     duration as duration,
     printable as printable,
     size as size,

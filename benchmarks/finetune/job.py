@@ -83,7 +83,8 @@ def settings_of(
     training = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
-        if field.name not in APART
+        # Without an average a record's key is that of the versions that had none.
+        if field.name not in APART and (field.name != "ema" or options.ema)
     }
     share = "all" if subset.fraction == 1 else f"{subset.fraction:g} of the training subjects, nested"
     return {
@@ -321,6 +322,7 @@ def score_fold(
                 for trial in trials
             ],
             "weights": weights_digest(model.state_dict()),
+            **({"plan": list(plan.task.reasons)} if plan.task.reasons else {}),
         },
         "compute": {
             "steps": steps,

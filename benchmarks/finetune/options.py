@@ -37,9 +37,10 @@ class FinetuneOptions:
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Number of folds of a cross-validation by subject, instead of the house split; 0 for none.
         split_seed: Seed of the subsets and the folds.
-        steps: Number of optimizer steps; 0 to count epochs.
+        steps: Number of optimizer steps; 0 to count epochs, or for the task's plan.
         epochs: Number of passes over the training volumes; 0 to count steps.
-        batch_size: Number of volumes per step, at most that of the training volumes.
+        batch_size: Number of examples per step, by default of the recipe or planned from the data. Where a
+            task draws one example of a volume, it is at most the number of training volumes.
         lr: Peak learning rate of the pretrained encoders.
         lr_scratch: Peak learning rate of the network from scratch; by default that of lr.
         tune: Learning rates to try instead of lr; the best on the validation subjects is kept.
@@ -56,6 +57,8 @@ class FinetuneOptions:
         freeze: Encoder stages to freeze: none, all, or a number of first stages (the stem is the first).
         freeze_norm: Whether to freeze statistics, scales and shifts of the encoder's batch norms.
         clip: Largest norm of the gradient; 0 for no limit.
+        ema: Share of the steps over which an exponential moving average of the weights reaches back, which
+            is then scored and kept in place of the weights; 0 for none.
         precision: Numerical precision of the forward passes, 32 or bf16.
         eval_at: Places at which the validation subjects are scored: shares of the steps if at most 1,
             else steps.
@@ -90,7 +93,7 @@ class FinetuneOptions:
     split_seed: int = 0
     steps: int = 0
     epochs: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
     lr: float | None = None
     lr_scratch: float | None = None
     tune: tuple[float, ...] = ()
@@ -106,6 +109,7 @@ class FinetuneOptions:
     freeze: str = "none"
     freeze_norm: bool = False
     clip: float = 0.0
+    ema: float = 0.0
     precision: Literal["32", "bf16"] = "32"
     eval_at: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     keep: Literal["best", "last"] = "best"
@@ -150,8 +154,9 @@ class FinetuneOptions:
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds: {self.folds} is impossible; use 0 for the house split, or 2 and more")
         for name in ("repeats", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} must be at least 1")
         for name in ("steps", "epochs", "weight_decay", "clip", "threads", "checkpoint_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
@@ -167,8 +172,9 @@ class FinetuneOptions:
                 f"tune_scratch: {len(self.tune_scratch)} learning rates, but tune has {len(self.tune)}; "
                 "give as many, since every row gets the same number of trials"
             )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: {self.warmup} must be at least 0 and below 1")
+        for name in ("warmup", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 0 and below 1")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: {self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.momentum < 1:

@@ -50,6 +50,9 @@ class FinetuneTask(ABC):
         mains: Kind of target -> score that ranks contestants and chooses steps, higher being better.
         recipe: Defaults of the frame's options for this task, by field of `FinetuneOptions`
             (steps or epochs, batch_size, lr, lr_scratch, optimizer, ...).
+        planned: Options of the frame that `plan` proposes where neither flag, preset nor recipe sets them.
+        repeats_volumes: Whether a batch may hold several examples of one volume, so that its size is not
+            bound by the number of training volumes.
         presets: Name -> options for `--preset`, by the fields of `recipe`; a key of the form `NAME.field`
             sets an option of the task's own.
         trivial: Names of the rows without a network that belong beside its results.
@@ -57,6 +60,7 @@ class FinetuneTask(ABC):
             `trivial`, or the score of guessing. Tables and reports warn of a network below it.
         config: Options of the task, resolved.
         target: Kind of target, a key of `mains`; set by `__init__`.
+        reasons: Sentences that say what was planned and why, shown before the training and kept in records.
         names: Names of the classes as tables show them.
         classes: Classes of the target; empty for values.
         can_flip: Whether training mirrored volumes, so that predictions may be averaged over mirrored
@@ -70,12 +74,15 @@ class FinetuneTask(ABC):
     reference: ClassVar[str] = ""
     mains: ClassVar[Mapping[str, str]]
     recipe: ClassVar[Mapping[str, Any]] = {}
+    planned: ClassVar[tuple[str, ...]] = ()
+    repeats_volumes: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trivial: ClassVar[tuple[str, ...]] = ()
     floors: ClassVar[Mapping[str, str | float]] = {}
 
     config: Any
     target: str
+    reasons: tuple[str, ...] = ()
     names: tuple[str, ...]
     classes: tuple[str, ...]
     can_flip: bool = False
@@ -120,6 +127,17 @@ class FinetuneTask(ABC):
     def strata(self, data: Collection) -> Array | None:
         """Return the class of each volume (N,), by which subsets and folds are stratified, or None."""
         return None
+
+    def plan(self, train: Collection) -> Mapping[str, tuple[Any, str]]:
+        """Settle options that were left open from the training volumes, and say why in `reasons`.
+
+        Called once, before any training, with the volumes of training and validation; options of the
+        task's own are kept in `config`.
+
+        Returns:
+            Values of the options named in `planned`, each with its reason.
+        """
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """Return the resolved options that a record keeps; each of them is part of the record's key."""
@@ -251,13 +269,13 @@ def task_class(name: str) -> type[FinetuneTask]:
     return task
 
 
-def patch_within(patch: Sequence[int], data: Collection) -> tuple[int, int, int]:
-    """Return the patch (D, H, W), voxels, no larger than the largest volume along any axis.
+def patch_within(patch: Sequence[int], shapes: Array) -> tuple[int, int, int]:
+    """Return the patch (D, H, W), voxels, no larger than the largest of volumes (N, 4) along any axis.
 
     The limit is the side of that volume, rounded up to a multiple of 8 where it is more than one voxel, so
     the patch has depth 1 if all volumes are images. `fit_size` fits it to an image among volumes.
     """
-    largest = np.asarray(data.shapes)[:, 1:].max(axis=0).tolist()
+    largest = np.asarray(shapes)[:, 1:].max(axis=0).tolist()
     limits = [1 if side == 1 else -(-side // 8) * 8 for side in largest]
     d, h, w = (min(side, limit) for side, limit in zip(patch, limits, strict=True))
     return (d, h, w)

@@ -54,9 +54,29 @@ def resolve(options: FinetuneOptions, config: Any, asked: set[str]) -> tuple[Fin
         )
     if options.lr is None and not options.tune:
         raise UsageError(f"--lr: {options.task} has no learning rate of its own; give --lr or --tune")
-    if not options.steps and not options.epochs:
+    if not options.steps and not options.epochs and "steps" not in kind.planned:
         raise UsageError(f"--steps: {options.task} has no length of its own; give --steps or --epochs")
+    if options.batch_size is None and "batch_size" not in kind.planned:
+        options = replace(options, batch_size=8)
     return options, replace(config, **inner)
+
+
+def planned(options: FinetuneOptions, task: FinetuneTask, train: Collection) -> FinetuneOptions:
+    """Fill the options that are still open by the task's plan, whose `reasons` then say why.
+
+    Args:
+        options: Options of the command, resolved.
+        task: Downstream task, whose own open options the plan settles.
+        train: Volumes of training and validation.
+    """
+    proposed = task.plan(train)
+    still_open = {"batch_size"} if options.batch_size is None else set()
+    if not options.steps and not options.epochs:
+        still_open.add("steps")
+    own = {name: value for name, (value, _) in proposed.items() if name in still_open}
+    said = (f"{name} {value}: {proposed[name][1]}" for name, value in own.items())
+    task.reasons = (*task.reasons, *said)
+    return replace(options, **own)
 
 
 def score_by_recipe(
@@ -73,6 +93,7 @@ def score_by_recipe(
         rows = task.predict_trivial(contestant.name, train, val, test, seed)
         return benchmark.summarise(rows)
     options, _ = resolve(FinetuneOptions(("given",), task=task.name), task.config, set())
+    options = planned(options, task, train)
     encoder = contestant.encoder
     device = next(encoder.parameters()).device
     plan = TrainingPlan(benchmark, task, train, val, options, seed, device, contestant.name)

@@ -6,8 +6,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, load_metric, open_data_for
@@ -22,12 +23,17 @@ from ssl3d_benchmarks.contestants import (
 )
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
+from ssl3d_benchmarks.finetune.forecast import forecast
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
+from ssl3d_benchmarks.finetune.recipe import planned
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
 from ssl3d_benchmarks.task import SplitData, headline, say, show, split_up, training_subsets
+
+if TYPE_CHECKING:
+    from ssl3d.api import Collection
 
 
 @dataclass
@@ -58,17 +64,24 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
     device = torch.device(device_of(options.device))
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
-    outcome = Outcome()
+    outcome, asked = Outcome(), options
     for number, own_config in enumerate(configs):
         split, benchmark = make_task(options, own_config, loaded)
+        options = planned(asked, benchmark.downstream, planned_on(split))
         arms = make_arms(replace(options, encoder=fitting_all(options.encoder, split.data)), loaded)
         check_channels([arm.first for arm in arms], split.data)
         if number == 0:
             classes = getattr(benchmark.downstream, "classes", ())
             say(headline(split, benchmark.target, [str(name) for name in classes]))
+        for line in benchmark.downstream.reasons:
+            say(f"plan: {line}")
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
-        _run(outcome, _jobs(arms, split, benchmark, options, device))
+        jobs = _jobs(arms, split, benchmark, options, device)
+        expected = forecast(jobs)
+        if expected:
+            say(expected)
+        _run(outcome, jobs)
     _finish(outcome, benchmark, split, options)
     return outcome
 
@@ -221,6 +234,12 @@ def make_task(
     if not choosing and options.keep == "best":
         say("there are no validation subjects: the weights of the last step are kept")
     return split, Finetune(task)
+
+
+def planned_on(split: SplitData) -> Collection:
+    """Return the volumes of training and validation, of any fold, which a plan may look at."""
+    seen = np.logical_or.reduce([fold.train | fold.val for fold in split.folds])
+    return split.data.select(np.flatnonzero(seen))
 
 
 def make_arms(options: FinetuneOptions, loaded: Loaded | None = None) -> list[Arm]:

@@ -57,6 +57,7 @@ class Trial:
             since the last entry, for each scoring.
         best: Step and score of the scoring whose weights are kept.
         weights: State of the model at that scoring, on the CPU.
+        average: Exponential moving average of the model's state; empty without one.
         seconds: Seconds spent on steps, reading included.
         waited: Seconds spent on reading.
         scoring: Seconds spent on validation.
@@ -70,6 +71,7 @@ class Trial:
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     waited: float = 0.0
     scoring: float = 0.0
@@ -113,8 +115,10 @@ class TrainingPlan:
 
     @property
     def batch_size(self) -> int:
-        """Number of volumes per step, no larger than the training part."""
-        return min(self.options.batch_size, len(self.train))
+        """Number of examples per step, no larger than the training part unless volumes may come again."""
+        asked = self.options.batch_size
+        assert asked is not None  # the recipe or the plan has filled it
+        return asked if self.task.repeats_volumes else min(asked, len(self.train))
 
     @property
     def total(self) -> int:
@@ -225,6 +229,8 @@ def _run(
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], options.clip)
         optimizer.step()
         trial.step += 1
+        if options.ema:
+            update_average(trial.average, model, trial.step, options.ema * trial.total)
         trial.losses.append(value)
         now = time.perf_counter()
         trial.seconds += now - began
@@ -308,6 +314,10 @@ def predict(
 
 def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
     began = time.perf_counter()
+    own = model.state_dict()
+    if trial.average:
+        own = {key: value.clone() for key, value in own.items()}
+        model.load_state_dict(trial.average)
     value = math.nan
     if len(plan.val):
         value = plan.benchmark.value(predict(plan, model, plan.val, choosing=True))
@@ -328,7 +338,41 @@ def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
     if better:
         trial.best = {"step": trial.step, "score": trial.curve[-1]["score"]}
         trial.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    if trial.average:
+        model.load_state_dict(own)
     trial.scoring += time.perf_counter() - began
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, step: int, reach: float) -> None:
+    """Update the exponential moving average of a model's state after a step.
+
+    The decay is 1 - 1 / reach, but (step - 1) / (step + 8) at most, so that the first weights, which are
+    random, are soon forgotten. Counters are copied.
+
+    Args:
+        average: Average to update; filled with the state where it is empty.
+        model: Model after the step.
+        step: Number of steps done, from 1.
+        reach: Number of steps over which the average reaches back.
+
+    Example:
+        >>> layer, average = nn.Linear(1, 1, bias=False), {}
+        >>> for step, weight in enumerate((4.0, 8.0), start=1):
+        ...     _ = nn.init.constant_(layer.weight, weight)
+        ...     update_average(average, layer, step, reach=10.0)
+        >>> round(average["weight"].item(), 3)  # 0.1 * 4 + 0.9 * 8
+        7.6
+    """
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    if not average:
+        average |= {key: value.clone() for key, value in state.items()}
+        return
+    decay = max(0.0, min(1 - 1 / max(reach, 1.0), (step - 1) / (step + 8)))
+    moving = [key for key, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[key] for key in moving], [state[key] for key in moving], 1 - decay)
+    for key in state.keys() - set(moving):
+        average[key].copy_(state[key])
 
 
 class _Drawing:

@@ -112,6 +112,8 @@ class Views:
         noise: Strength n of Gaussian noise, whose standard deviation ~ U(0, n) times the crop's.
         cutout: Strength c of a cut-out: a box is filled with the mean, each of its sides ~ U(0, c) times
             the crop's.
+        low_resolution: Strength l of a lower resolution along the axes that may move, by the nearest voxel
+            and linearly back: its voxels are f times as long, f ~ U(1, 1 + l).
         torchio: Transforms of torchio by name, such as RandomMotion RandomGhosting; they are slow, as they
             run on the CPU.
     """
@@ -129,6 +131,7 @@ class Views:
     contrast: float = 0.3
     noise: float = 0.2
     cutout: float = 0.0
+    low_resolution: float = 0.0
     torchio: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -143,7 +146,7 @@ class Views:
         for name, top in (("rotate", 180.0), ("shift", 0.5), ("cutout", 1.0)):
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(f"{name} must lie in 0 to {top:g}, not {getattr(self, name):g}")
-        for name in ("scale", "stretch", "blur", "bias", "gamma", "contrast", "noise"):
+        for name in ("scale", "stretch", "blur", "bias", "gamma", "contrast", "noise", "low_resolution"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (off) or more, not {getattr(self, name):g}")
         check_torchio(self.torchio)
@@ -173,7 +176,7 @@ def augment(
     """Augment a batch of crops; every example gets its own draw of every augmentation.
 
     In this order: affine (which cuts the margin off), turns, flips, blur, bias field, gamma, contrast,
-    noise, cut-out.
+    noise, low resolution, cut-out.
 
     Args:
         views: Strengths of the augmentations.
@@ -279,6 +282,8 @@ def _augment(
         x = intensity.contrast(x, rng, views.chance, views.contrast)
     if views.noise:
         x = intensity.noise(x, rng, views.chance, views.noise)
+    if views.low_resolution:
+        x = intensity.low_resolution(x, rng, views.chance, views.low_resolution, axes)
     if views.cutout:
         x = intensity.cutout(x, rng, views.chance, views.cutout)
 

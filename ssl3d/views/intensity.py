@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -100,11 +101,51 @@ def blur(
         # A band matrix per example: a product is faster than convolutions with a kernel per example.
         place = torch.arange(n, device=x.device, dtype=torch.float32)
         exponent = -0.5 * ((place[:, None] - place) / sigma.clamp_min(1e-3)[..., None]) ** 2
-        kernel = exponent.softmax(dim=-1)
-        moved = blurred.movedim(axis + 2, -1)
-        product = moved.reshape(len(x), -1, n) @ kernel.transpose(1, 2)
-        blurred = product.view(moved.shape).movedim(-1, axis + 2)
+        blurred = _along(blurred, exponent.softmax(dim=-1), axis)
     return torch.where(_flags(flags), blurred.to(x.dtype), x)
+
+
+def low_resolution(
+    x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 1.0, axes: Sequence[int] = (0, 1, 2)
+) -> Tensor:
+    """Sample along `axes` at a lower resolution, by the nearest voxel, and interpolate linearly back.
+
+    A voxel of the lower resolution is f voxels long, f ~ U(1, 1 + strength), the same along all axes, as in
+    nnU-Net's simulation of low resolution (there 1 to 2, with cubic interpolation). With probability `p`
+    per example.
+    """
+    factor = 1 + rng.uniform(1, high=strength)
+    flags = rng.chance(p)
+    if none_chosen(flags):
+        return x
+    factor = torch.where(flags[:, None], factor, 1.0)
+    changed = x.float()
+    for axis in axes:
+        if x.shape[axis + 2] > 1:
+            changed = _along(changed, _resampling(factor, x.shape[axis + 2]), axis)
+    return _chosen(flags, changed, x)
+
+
+def _resampling(factor: Tensor, n: int) -> Tensor:
+    """Return the matrices (B, n, n) that sample n voxels at `factor` (B, 1) and interpolate back."""
+    place = torch.arange(n, device=factor.device, dtype=torch.float32)
+    count = (n / factor).round().clamp_min(1)
+    step = n / count  # whole cells, so that both ends are met alike
+    at = ((place + 0.5) / step - 0.5).clamp_min(0)
+    below = torch.minimum(at.floor(), count - 1)
+    above = torch.minimum(below + 1, count - 1)
+    matrix = factor.new_zeros(len(factor), n, n)
+    for cell, weight in ((below, 1 - (at - below)), (above, at - below)):
+        source = ((cell + 0.5) * step).floor().clamp(0, n - 1).long()
+        matrix.scatter_add_(2, source[..., None], weight[..., None])
+    return matrix
+
+
+def _along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply each example by its own matrix (B, n, n) along an axis of D, H, W."""
+    moved = x.movedim(axis + 2, -1)
+    product = moved.reshape(len(x), -1, moved.shape[-1]) @ matrix.transpose(1, 2)
+    return product.view(moved.shape).movedim(-1, axis + 2)
 
 
 def bias_field(x: Tensor, rng: BatchRng, p: float = 0.5, strength: float = 0.3, order: int = 3) -> Tensor:

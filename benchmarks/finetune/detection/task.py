@@ -234,7 +234,7 @@ class Detection(FinetuneTask):
         for number, own in objects.items():
             kinds = [0 if config.one_class else index[int(value)] for value in own.labels]
             self.objects[number] = Objects(own.boxes, np.array(kinds, np.int64))
-        self.patch: Triple = patch_within(config.patch, data)
+        self.patch: Triple = patch_within(config.patch, data.shapes)
         if config.model == "faster-rcnn" and ((depths == 1).any() or self.patch[0] == 1):
             self.version = 2  # the level that a box of an image is read from followed from its depth too
         self._check_patch(data)

@@ -47,6 +47,7 @@ from ssl3d_benchmarks.finetune.segmentation.data import (
     mask_values,
     place_patch,
 )
+from ssl3d_benchmarks.finetune.segmentation.plan import fingerprint, plan_by_rule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,19 +73,23 @@ class SegmentationConfig(Views):
         head: Decoder on the encoder: unet (U-shaped, with a skip of the input at full resolution), med3d
             (transposed convolutions on the deepest map), denseaspp (dilated convolutions) or linear
             (1x1x1, for frozen encoders).
-        width: Channels of the head at half resolution; 32 gives med3d its 256 and 128 channels.
+        width: Channels of the head at half resolution, planned if not given: 16, or more for many classes;
+            32 gives med3d its 256 and 128 channels.
         head_norm: Normalisation in the head: batch, group or instance; group learns several times slower.
         deep_supervision: Whether the coarser steps of the unet head are trained too; the finer steps then
             refine their predictions.
         patch: Size D H W of training crops and prediction windows, voxels; no larger than the largest
-            volume.
-        slicewise: Whether to segment slice by slice, with the encoder as a 2D network (crops of depth 1).
+            volume, and planned from shapes and spacing if not given.
+        slicewise: Whether to segment slice by slice, with the encoder as a 2D network (crops of depth 1);
+            planned if not given: where voxels are more than 3 times as long along D as in the plane.
         oversample: Share of the crops that are centred on a voxel of a class, each class with equal
             probability.
-        axes: Axes 0 to 2 (D H W) along which crops are turned, rotated, stretched and shifted.
+        axes: Axes 0 to 2 (D H W) along which crops are turned, rotated, stretched and shifted; if not
+            given, all but those with long voxels or few of them.
         flip_axes: Axes along which crops are mirrored, with probability `flip`, and predictions with
-            `mirror`. Leave out axes along which place tells classes apart: mirrored along H, the anterior
-            and posterior hippocampus had a Dice of 0.3 after 120 steps, else 0.8.
+            `mirror`; if not given, those of `axes` along which no class lies on a fixed side of another or
+            of the volume: mirrored along H, the anterior and posterior hippocampus had a Dice of 0.3 after
+            120 steps, else 0.8.
         classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
         ignore: Mask value of voxels without an annotation; -1 if there is none.
         sparse_slices: Number of annotated slices per volume, chosen along D once per volume; 0 for all.
@@ -92,7 +97,9 @@ class SegmentationConfig(Views):
         sparse_choice: Choice of the annotated slices: random (among those with objects) or equidistant; the
             slices of a smaller number are among those of a larger one.
         sparse_seed: Seed of the choice of slices, beside the name of the volume.
-        batch_dice: Whether the soft Dice is taken over the whole batch, not averaged over its crops.
+        batch_dice: Whether the soft Dice is taken over the whole batch, not averaged over its crops;
+            planned if not given: over the batch for slices and for patches that show less than a quarter of
+            a volume.
         dice_background: Whether background counts in the soft Dice.
         ce_weight: Weight of the cross-entropy in the loss.
         dice_weight: Weight of the soft Dice in the loss.
@@ -110,20 +117,20 @@ class SegmentationConfig(Views):
     """
 
     head: Literal["unet", "med3d", "denseaspp", "linear"] = "unet"
-    width: int = 32
+    width: int | None = None
     head_norm: Literal["batch", "group", "instance"] = "instance"
     deep_supervision: bool = True
-    patch: tuple[int, int, int] = (48, 48, 48)
-    slicewise: bool = False
+    patch: tuple[int, int, int] | None = None
+    slicewise: bool | None = None
     oversample: float = 1 / 3
-    axes: tuple[int, ...] = (0, 1, 2)
-    flip_axes: tuple[int, ...] = (2,)
+    axes: tuple[int, ...] | None = None
+    flip_axes: tuple[int, ...] | None = None
     classes: tuple[int, ...] = ()
     ignore: int = -1
     sparse_slices: int = 0
     sparse_choice: Literal["random", "equidistant"] = "random"
     sparse_seed: int = 0
-    batch_dice: bool = True
+    batch_dice: bool | None = None
     dice_background: bool = False
     ce_weight: float = 1.0
     dice_weight: float = 1.0
@@ -140,22 +147,25 @@ class SegmentationConfig(Views):
     scale: float = 0.25
     contrast: float = 0.2
     noise: float = 0.1
+    low_resolution: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
         for name in ("patch", "coarse"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} needs three sizes D H W of at least 1, not {getattr(self, name)}")
-        for name in ("width", "windows"):
-            if getattr(self, name) < (2 if name == "width" else 1):
-                raise ValueError(f"{name} is too small: {getattr(self, name)}")
+            size = getattr(self, name)
+            if size is not None and (len(size) != 3 or min(size) < 1):
+                raise ValueError(f"{name} needs three sizes D H W of at least 1, not {size}")
+        for name, least in (("width", 2), ("windows", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is too small: {value}")
         if not 0 <= self.oversample <= 1:
             raise ValueError(f"oversample is a share, 0 to 1, not {self.oversample:g}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, not {self.overlap:g}")
         for name in ("axes", "flip_axes"):
-            if any(axis not in (0, 1, 2) for axis in getattr(self, name)):
+            if any(axis not in (0, 1, 2) for axis in getattr(self, name) or ()):
                 raise ValueError(f"{name} are 0, 1 and 2 for D, H and W, not {getattr(self, name)}")
         for name in ("sparse_slices", "ce_weight", "dice_weight", "tolerance", "margin"):
             if getattr(self, name) < 0:
@@ -175,10 +185,12 @@ class SegmentationConfig(Views):
 class Segmentation(FinetuneTask):
     """Segmentation of volumes from masks: every voxel gets a class.
 
-    Training sees crops, a third of them on objects, augmented with their masks; the loss is cross-entropy
-    plus soft Dice. Overlapping windows predict a volume. Scores are means over a subject's volumes, per
-    class and over classes: Dice, the 95th percentile of the surface distance in mm, surface Dice; they are
-    taken on the stored grid. `ssl3d.segmentation.metrics` defines them for empty masks.
+    Patch, slices or volumes, the axes of augmentation, batch and length follow from the training volumes by
+    rule (`ssl3d_benchmarks.finetune.segmentation.plan`), where they are not given. Training sees crops, a
+    third of them on objects, augmented with their masks; the loss is cross-entropy plus soft Dice.
+    Overlapping windows predict a volume. Scores are means over a subject's volumes, per class and over
+    classes: Dice, the 95th percentile of the surface distance in mm, surface Dice; they are taken on the
+    stored grid. `ssl3d.segmentation.metrics` defines them for empty masks.
 
     The trivial row *average mask* predicts each voxel from its relative place in the training masks alone.
     """
@@ -186,8 +198,8 @@ class Segmentation(FinetuneTask):
     Config = SegmentationConfig
     name = "segmentation"
     # The windows of versions 2 to 4 blended almost evenly near their faces. Version 3 was that of few
-    # annotated slices, version 4 that of crops of depth 1.
-    version = 5
+    # annotated slices, version 4 that of crops of depth 1. Version 6 plans from the data what was fixed.
+    version = 6
     description = "every voxel gets a class; Dice, HD95 and surface Dice per class and subject"
     reference = (
         "Isensee et al.: nnU-Net, Nature Methods 2021 (patches, oversampling, windows); "
@@ -196,15 +208,16 @@ class Segmentation(FinetuneTask):
     )
     mains: ClassVar[Mapping[str, str]] = {"masks": "dice"}
     recipe: ClassVar[Mapping[str, Any]] = {
-        "steps": 3000,
-        "batch_size": 4,
         "lr": 2e-3,
-        "lr_scratch": 4e-3,
         "optimizer": "adamw",
         "warmup": 0.05,
         "clip": 5.0,
+        "ema": 0.1,
+        "eval_at": (0.25, 0.5, 0.75, 1.0),
         "precision": "bf16",
     }
+    planned: ClassVar[tuple[str, ...]] = ("steps", "batch_size")
+    repeats_volumes: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "low-label": {"steps": 500, "batch_size": 4},
         "med3d-lung": {
@@ -213,8 +226,13 @@ class Segmentation(FinetuneTask):
             "optimizer": "adam",
             "weight_decay": 0.0,
             "segmentation.head": "med3d",
+            "segmentation.width": 32,
         },
-        "med3d-liver": {"segmentation.head": "denseaspp", "segmentation.stages": 2},
+        "med3d-liver": {
+            "segmentation.head": "denseaspp",
+            "segmentation.width": 32,
+            "segmentation.stages": 2,
+        },
     }
     trivial: ClassVar[tuple[str, ...]] = ("average mask",)
     floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
@@ -230,14 +248,35 @@ class Segmentation(FinetuneTask):
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
         self._table = class_table(self.values, config.ignore)
-        self.patch = patch_within((1, *config.patch[1:]) if config.slicewise else config.patch, data)
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
+        self._given, self._shapes = config, np.asarray(data.shapes)
+        self.plan(data)
         self._slices = {
             f"{volume.dataset}/{volume.id}": slices.tolist()
             for volume in data
             if (slices := self.annotations[volume.index].slices) is not None
         }
         self._shrunk: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def plan(self, train: Collection) -> Mapping[str, tuple[Any, str]]:
+        """Settle the options that were not given, and the patch, from volumes to learn from."""
+        data = fingerprint(train, self.annotations, self.names)
+        planned = plan_by_rule(data, dataclasses.asdict(self._given))
+        self.config = c = dataclasses.replace(self._given, **planned.config)
+        assert c.patch is not None
+        self.patch = patch_within((1, *c.patch[1:]) if c.slicewise else c.patch, self._shapes)
+        self.reasons = planned.lines
+        return planned.training
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Axes along which crops are turned and stretched, as given or planned."""
+        return self.config.axes or ()
+
+    @property
+    def flip_axes(self) -> tuple[int, ...]:
+        """Axes along which crops are mirrored, as given or planned."""
+        return self.config.flip_axes or ()
 
     def _annotate(self, volume: Volume) -> Annotation:
         c = self.config
@@ -285,7 +324,7 @@ class Segmentation(FinetuneTask):
     @property
     def can_flip(self) -> bool:  # type: ignore[override]
         """Whether training mirrored volumes."""
-        return self.config.flip > 0 and bool(self.config.flip_axes)
+        return self.config.flip > 0 and bool(self.flip_axes)
 
     @classmethod
     def restore(
@@ -294,6 +333,7 @@ class Segmentation(FinetuneTask):
         """Restore the task and its network from a card."""
         task = cls.scorer(settings, target)
         assert isinstance(task, cls)
+        assert task.config.patch is not None
         task.values, task.patch = task.config.classes, task.config.patch
         return task, task.model(encoder, None)
 
@@ -302,6 +342,7 @@ class Segmentation(FinetuneTask):
     def model(self, encoder: Encoder, train: Collection | None) -> nn.Module:
         """Build encoder and head, and a coarse stage before them if there are two stages."""
         c = self.config
+        assert c.width is not None
         head = segmentation_head(
             c.head, encoder, len(self.values), c.width, c.head_norm, c.deep_supervision
         )
@@ -323,7 +364,7 @@ class Segmentation(FinetuneTask):
                 by = rng.uniform(0, 2 * self.config.margin, 3)
                 region = expanded(annotation.box, by.tolist(), volume.shape[1:], (1, 1, 1))
         start = place_patch(volume.shape[1:], size, annotation, self.config.oversample, rng, region)
-        margin = view_margin(self.config, size, self.config.axes)
+        margin = view_margin(self.config, size, self.axes)
         begin = [s - m for s, m in zip(start, margin, strict=True)]
         extent = [n + 2 * m for n, m in zip(size, margin, strict=True)]
         example["image"] = volume.read(begin, extent)
@@ -382,14 +423,14 @@ class Segmentation(FinetuneTask):
         c, size = self.config, fit_size(image, size)
         # The views would mirror along all of `axes`, so their own flip is off.
         views = dataclasses.replace(c, flip=0.0)
-        x, moved = augment_labelled(views, image, target, rng, size, spacing, c.axes)
-        x, truth = _mirrored(x, moved.long(), rng.chance(c.flip, 3), c.flip_axes)
+        x, moved = augment_labelled(views, image, target, rng, size, spacing, self.axes)
+        x, truth = _mirrored(x, moved.long(), rng.chance(c.flip, 3), self.flip_axes)
         logits = model(x)
         shares = [0.5**n for n in range(len(logits))]
         weights = (c.ce_weight, c.dice_weight)
         total, values = image.new_zeros(()), dict[str, Tensor]()
         for n, level in enumerate(logits):
-            loss, parts = dice_ce_loss(level, truth, c.batch_dice, c.dice_background, weights)
+            loss, parts = dice_ce_loss(level, truth, bool(c.batch_dice), c.dice_background, weights)
             total = total + shares[n] / sum(shares) * loss
             values = values or dict(parts)
         values["dice"] = _batch_dice(logits[0].detach(), truth)
@@ -434,7 +475,7 @@ class Segmentation(FinetuneTask):
             size,
             c.overlap,
             c.windows,
-            c.flip_axes if c.mirror or flip else (),
+            self.flip_axes if c.mirror or flip else (),
             device,
         )
         return within_volume(slabs, start, shape), region

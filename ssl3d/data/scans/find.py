@@ -70,14 +70,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         here = _find_in_folder(source, wanted) if source.is_dir() else _find_file(source, wanted)
         if not here.scans and not here.rejected and not here.notes:
             raise DataError(f"{source}: no scans found; {_LOOKED_FOR}")
-        contents.scans += here.scans
-        contents.rejected += here.rejected
-        contents.notes += here.notes
-        contents.label_names.update(here.label_names)
-        contents.ignore_labels.update(here.ignore_labels)
-        contents.regions.update(here.regions)
-        for dataset, names in here.box_names.items():
-            contents.box_names.setdefault(dataset, {}).update(names)
+        contents.add(here)
     if wanted.label and all(scan.label is None for scan in contents.scans):
         raise DataError(
             f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
@@ -169,9 +162,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
         if form is None:
             continue
         if form.kind == "rows":
-            arrays = from_arrays(path, wanted, root)
-            contents.scans += arrays.scans
-            contents.rejected += arrays.rejected
+            contents.add(from_arrays(path, wanted, root))
         elif form.kind == "slice":
             dicom[path.parent].append(path)
         else:
@@ -180,9 +171,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
-        contents.scans += part.scans
-        contents.rejected += part.rejected
-        contents.notes += part.notes
+        contents.add(part)
     return contents
 
 

@@ -429,7 +429,7 @@ def test_batch_norm_of_one_number_says_what_to_do(tmp_path, capsys):
 def test_a_killed_job_goes_on_to_the_same_result(two_classes, tmp_path):
     arguments = ["finetune", SPEC, "--data", two_classes, "--threads", "1", "--no-trivial", "--steps", "60"]
     arguments += ["--batch-size", "4", "--classification.dropout", "0.2", "--classification.flip", "0.5"]
-    arguments += ["--classification.shift", "0.2", "--eval-at", ".3", ".6"]
+    arguments += ["--classification.shift", "0.2", "--eval-at", ".3", ".6", "--ema", "0.3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*arguments, "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "ssl3d", *arguments, "--out", str(cut), "--checkpoint-seconds", "0"]

@@ -239,7 +239,9 @@ def rebuilt(task, model, tmp_path):
 )
 def test_every_kind_of_segmentation_is_built_again(store, tmp_path, options):
     data = open_data([store])
-    task = Segmentation(SegmentationConfig(patch=(8, 16, 16), width=4, **options), data)
+    task = Segmentation(
+        SegmentationConfig(**{"patch": (8, 16, 16), "width": 4, "flip_axes": (2,), **options}), data
+    )
     torch.manual_seed(1)
     model = task.model(encoder_from(SPEC, seed=3), data).eval()
     again = rebuilt(task, model, tmp_path)

@@ -3,15 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 
 from ssl3d.rng import BatchRng, numpy_rng, one_group
 from ssl3d.views import intensity, spatial
-from ssl3d.views.compose import ViewRng, Views, augment, view_margin
+from ssl3d.views.compose import ViewRng, Views, augment, augment_labelled, view_margin
 from ssl3d.views.outside import TORCHIO, apply_torchio
 
 INTENSITY = [intensity.gamma, intensity.contrast, intensity.noise, intensity.blur, intensity.bias_field]
-ALL = [*INTENSITY, intensity.cutout, spatial.flip, spatial.turn]
+ALL = [*INTENSITY, intensity.low_resolution, intensity.cutout, spatial.flip, spatial.turn]
 
 
 def crops(batch=6, shape=(8, 10, 10), channels=2, seed=0):
@@ -114,6 +114,35 @@ def test_rotations_keep_lengths_and_angles_in_mm(spacing):
     centre = (torch.tensor((24, 40, 40.0)) / 2 * torch.tensor(spacing)).double()
     assert torch.allclose(y[:, :, 4, 4, 4], centre.expand(batch, 3), atol=1e-3)  # about the centre
     assert (gram - steps.new_tensor(0)).abs().max() > 0 and steps[:, 0, 1:].abs().max() > 0.05  # it turned
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_and_masks_move_as_scipy_moves_them(seed):
+    """The map is read off a volume that holds its own coordinates, and given to scipy."""
+    views = Views(
+        chance=1.0, flip=0.5, rotate=30.0, scale=0.3, stretch=0.2, shift=0.1,
+        blur=0.0, bias=0.0, gamma=0.0, contrast=0.0, noise=0.0,
+    )  # fmt: skip
+    size, whole = (12, 14, 16), (24, 26, 28)
+    where = coordinates(1, whole)
+    at = augment(views, where, one_group(seed, 1), size)[0].double().numpy()
+    corner = at[:, 0, 0, 0]
+    steps = np.stack([at[:, 1, 0, 0], at[:, 0, 1, 0], at[:, 0, 0, 1]], 1) - corner[:, None]
+    x, rng = crops(1, whole, 1), np.random.default_rng(seed)
+    smooth = gaussian_filter(x[0, 0].numpy(), 1.5)
+    labels = rng.integers(0, 3, whole)
+    image, moved = augment_labelled(
+        views,
+        torch.from_numpy(smooth)[None, None],
+        torch.from_numpy(labels)[None],
+        one_group(seed, 1),
+        size,
+    )
+    expected = affine_transform(smooth, steps, corner, size, order=1, mode="nearest")
+    assert np.allclose(image[0, 0].numpy(), expected, atol=1e-4)
+    nearest = affine_transform(labels, steps, corner, size, order=0, mode="nearest")
+    # Where a place lies halfway between two voxels the last bit decides.
+    assert (moved[0].numpy() == nearest).mean() > 0.995
 
 
 def test_zoom_is_within_its_law_and_the_same_along_all_axes():
@@ -224,6 +253,29 @@ def test_blur_is_the_gaussian_filter_inside():
     assert torch.allclose(intensity.blur(constant, one_group(2, 3), 1.0, 1.5), constant, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 12, 6), (1, 12, 12)])
+def test_low_resolution_is_torchs_own_down_and_up(shape):
+    class Half:
+        """Makes voxels of twice the length."""
+
+        def uniform(self, *each, low=0.0, high=1.0):
+            return torch.full((2, *each), high if each else 0.0)
+
+        def chance(self, p, *each):
+            return torch.ones(2, *each, dtype=torch.bool)
+
+    x = crops(2, shape)
+    small = [max(n // 2, 1) for n in shape]
+    low = torch.nn.functional.interpolate(x, small, mode="nearest-exact")
+    expected = torch.nn.functional.interpolate(low, shape, mode="trilinear", align_corners=False)
+    assert torch.allclose(intensity.low_resolution(x, Half(), strength=1.0), expected, atol=1e-5)
+    in_rows = intensity.low_resolution(x, Half(), strength=1.0, axes=(1,))
+    assert not torch.equal(in_rows, x)
+    column = intensity.low_resolution(x[..., 2:3], Half(), strength=1.0, axes=(1,))
+    assert torch.allclose(in_rows[..., 2:3], column, atol=1e-5)  # nothing is mixed across the other axes
+    assert torch.equal(intensity.low_resolution(x, Half(), strength=0.0), x)
+
+
 def test_blur_is_narrower_across_thick_slices():
     x = torch.zeros(1, 1, 15, 15, 15)
     x[0, 0, 7, 7, 7] = 1
@@ -267,6 +319,7 @@ def test_autocast_does_not_reach_the_views():
         ({"rotate": -1.0}, "rotate"),
         ({"noise": -0.1}, "noise"),
         ({"shift": 0.9}, "shift"),
+        ({"low_resolution": -1.0}, "low_resolution"),
     ],
 )
 def test_options_out_of_range_name_the_field(wrong, name):
