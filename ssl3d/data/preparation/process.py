@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,6 +110,29 @@ class Outcome:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass
+class Prepared:
+    """A volume that is ready to be stored or predicted.
+
+    Attributes:
+        record: Identity, geometry and what was done.
+        image: Normalised voxels (C, D, H, W), float32.
+        mask: Labels (D, H, W), if there are any.
+        boxes: Boxes (n, 6) in voxels, if somebody looked for any.
+        box_labels: Class of each box.
+        foreground: Foreground (D, H, W), boolean.
+        dtype: Type in which the voxels are stored.
+    """
+
+    record: Record
+    image: np.ndarray
+    mask: np.ndarray | None
+    boxes: np.ndarray | None
+    box_labels: np.ndarray | None
+    foreground: np.ndarray
+    dtype: str
+
+
 def process(task: ScanTask) -> Outcome:
     """Read, place, resample, normalise, crop and write one scan; bad data are rejected, not raised."""
     started = time.monotonic()
@@ -144,15 +167,15 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
         source = f"{scan.source}#{frame}" if several else scan.source
         name = f"{task.name}_{frame:05d}" if frame else task.name
         try:
-            path = _write(
+            prepared = _prepared(
                 task,
                 volumes[frame],
-                name=name,
                 missing=missing,
                 done={**notes, "frame": frame} if several else dict(notes),
                 sha256=sha256,
                 frame=frame if several else None,
             )
+            path = _write(task.folder, name, prepared)
             outcome.parts.append(name)
             outcome.size += path.stat().st_size
         except DataError as error:
@@ -162,6 +185,39 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
                 raise
             outcome.full = True
             return
+
+
+def _write(folder: Path, name: str, prepared: Prepared) -> Path:
+    """Write a prepared volume as a part of the store."""
+    from ssl3d.data.store.writer import write_part
+
+    return write_part(
+        folder, name, prepared.record, prepared.image, prepared.mask, prepared.boxes, prepared.box_labels,
+        prepared.foreground, prepared.dtype,
+    )  # fmt: skip
+
+
+def prepared_volumes(task: ScanTask) -> Iterator[Prepared]:
+    """Prepare the volumes of one scan, one after the other, without writing them to a store.
+
+    Raises:
+        DataError: The scan, or a volume of it, is of no use.
+    """
+    pixels, missing, notes = _read_channels(task)
+    if not task.scan.named and _label_like(pixels):
+        raise DataError("its values are those of a label map; name the file itself if it is a scan")
+    volumes = _frames(pixels, task, notes)
+    del pixels
+    several = len(volumes) > 1
+    for frame in range(len(volumes)):
+        yield _prepared(
+            task,
+            volumes[frame],
+            missing=missing,
+            done={**notes, "frame": frame} if several else dict(notes),
+            sha256="",
+            frame=frame if several else None,
+        )
 
 
 def spacing_of_scan(scan: Scan) -> Triple | None:
@@ -278,22 +334,20 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     return [dataclasses.replace(pixels, voxels=voxels[i : i + 1]) for i in range(len(voxels))]
 
 
-def _write(
+def _prepared(
     task: ScanTask,
     pixels: Pixels,
     *,
-    name: str,
     missing: list[int],
     done: dict[str, Any],
     sha256: str,
     frame: int | None,
-) -> Path:
-    """Write one volume as a part of the store, and what was done to it into its record.
+) -> Prepared:
+    """Place, resample, normalise and crop one volume, and note what was done to it in its record.
 
     Args:
         task: Scan that the volume is of, and its recipe.
         pixels: Volume as read.
-        name: Name of the part.
         missing: Channels that the subject lacks.
         done: Notes for the record, which are added to.
         sha256: SHA-256 of the source.
@@ -302,8 +356,6 @@ def _write(
     Raises:
         DataError: The volume is of no use.
     """
-    from ssl3d.data.store.writer import write_part
-
     scan, recipe = task.scan, task.recipe
     voxels = _checked(pixels, scan, missing)
     mask = _mask(task, pixels, done)
@@ -356,7 +408,7 @@ def _write(
         done=done,
     )
     dtype = "uint8" if plain else "float16"
-    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
+    return Prepared(record, image, mask, boxes, box_labels, inside, dtype)
 
 
 def _record(scan: Scan, pixels: Pixels, *, affine: np.ndarray, **fields: Any) -> Record:
