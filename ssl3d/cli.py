@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
@@ -11,6 +13,8 @@ from typing import NoReturn
 from ssl3d import plugins
 from ssl3d.amounts import printable
 from ssl3d.errors import PluginError, Ssl3dError
+from ssl3d.files import NOT_OURS
+from ssl3d.training.preempt import Stoppable, Stopped, name_of
 
 USAGE = """usage: ssl3d COMMAND [options]
 
@@ -21,14 +25,20 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed) or 2 (wrong input).
+    """Run one command and return its exit status: 0, 1 (failed), 2 (wrong input), 128 + number of a signal.
 
     A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
     line, and `main(argv) -> int | None`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not sys.warnoptions:  # what other packages do with torch.jit is no news to who trains
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", kind)
     try:
-        return _run(argv)
+        with Stoppable():
+            status = _run(argv)
+            sys.stdout.flush()
+            return status
     except Ssl3dError as error:
         line = printable(" ".join(str(error).split()))
         print(line if line.startswith("ssl3d ") else f"ssl3d: {line}", file=sys.stderr)
@@ -37,9 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"ssl3d: {where}{os.strerror(error.errno)}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is still to be written to a full device stays away
+            sys.stdout.flush()
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("ssl3d: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(f"ssl3d: stopped by {name_of(stop.signum)}", file=sys.stderr)
+        return 128 + stop.signum
 
 
 def _run(argv: list[str]) -> int:

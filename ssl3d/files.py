@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""
+NOT_OURS = (*FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO)
+"""Errors of the machine that no traceback explains better than their own words."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path that takes the place of a file when the block ends, or is removed if it fails.
 
-    Folders that are missing are made.
+    Folders that are missing are made. What a killed process of this machine left of the same file goes.
 
     Args:
         path: Place of the file; one that is there is replaced.
@@ -21,9 +29,11 @@ def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: The file cannot be written; the caller knows what to say.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    here = f".{path.name}.{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}-"
+    temporary = path.with_name(f"{here}{os.getpid()}-{os.urandom(2).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent, here)
         yield temporary
         if sync:
             with temporary.open("rb+") as file:
@@ -34,6 +44,22 @@ def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path, begin: str) -> None:
+    """Remove the temporary files of a name whose process has ended without doing so."""
+    if os.name == "nt":  # where signal 0 is no question
+        return
+    for name in os.listdir(folder):
+        number = name[len(begin) :].partition("-")[0]
+        if name.startswith(begin) and name.endswith(".tmp") and number.isdigit():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+            except OSError:  # it is there, and another user's
+                continue
 
 
 def write_whole(path: Path, content: str | bytes, sync: bool = False) -> None:

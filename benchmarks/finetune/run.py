@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, open_data_for
-from ssl3d_benchmarks import locks
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, locks, open_data_for
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,
@@ -23,6 +22,7 @@ from ssl3d_benchmarks.contestants import (
 )
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
+from ssl3d_benchmarks.finetune.forecast import forecast
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
@@ -76,7 +76,11 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
             say(f"plan: {line}")
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
-        _run(outcome, _jobs(arms, split, benchmark, options, device))
+        jobs = _jobs(arms, split, benchmark, options, device)
+        expected = forecast(jobs)
+        if expected:
+            say(expected)
+        _run(outcome, jobs)
     _finish(outcome, benchmark, split, options)
     return outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +144,9 @@ def embed_collection(
                 raise DataError(f"no volume could be embedded of {count_of(len(data), 'volume')}")
             _write(file, np.stack(vectors), data.select(kept), encoder, options, patch)
     except OSError as error:
-        raise DataError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error
+        # HDF5 wraps the words of the system in its own.
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"--out {options.out}: cannot be written ({why})") from error
     return len(kept)
 
 

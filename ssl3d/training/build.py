@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl3d import plugins
+from ssl3d.amounts import count_of
 from ssl3d.checkpoint.outline import outline_of
 from ssl3d.checkpoint.travellers import make_traveller, traveller_class
 from ssl3d.encoder import Encoder
@@ -45,6 +47,29 @@ def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
         "eval_every": options.eval_every or max(1, steps // 10),
         "log_every": options.log_every or max(1, steps // 40),
     }
+
+
+def size_notes(plan: PretrainPlan, data: Collection) -> list[str]:
+    """Return a line for each crop larger than most volumes, and for a batch larger than the data."""
+    notes = []
+    shapes = np.array([tuple(shape)[-3:] for shape in data.shapes])
+    for name, (_, config) in plan.proxies.items():
+        crop = getattr(config, "crop", None)
+        if not isinstance(crop, tuple) or len(crop) != 3:
+            continue
+        smaller = int((shapes < np.array(crop)).any(axis=1).sum())
+        if 2 * smaller > len(shapes):
+            usual = " x ".join(f"{size:.0f}" for size in np.median(shapes, axis=0))
+            notes.append(
+                f"note: --{name}.crop {' '.join(map(str, crop))} is larger than {smaller} of "
+                f"{count_of(len(shapes), 'volume')} (median {usual} voxels): give a smaller one"
+            )
+    if plan.options.batch_size > len(shapes):
+        notes.append(
+            f"note: --batch-size {plan.options.batch_size} is larger than the number of volumes, "
+            f"{len(shapes)}: a batch holds some of them twice"
+        )
+    return notes
 
 
 def channels(plan: PretrainPlan, data: Collection) -> Any:

@@ -222,6 +222,31 @@ def default_workers(options: PretrainOptions, accelerator: str, local_ranks: int
     return max(1, min(share - 1, 8)) if accelerator == "cuda" else max(1, min(share // 4, 4))
 
 
+def check_descriptors(workers: int) -> None:
+    """Check that the processes that read may open the files they need, and raise a low limit if allowed.
+
+    Too few would not fail: torch waits for ever for a tensor that it cannot receive.
+
+    Raises:
+        UsageError: The limit is too low.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    needed = 128 + 64 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not workers or soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return
+    raise UsageError(
+        f"--workers {workers}: {workers} processes that read need {needed} open files, but the limit is "
+        f"{hard}; raise it (ulimit -n {needed}), or give --workers 0"
+    )
+
+
 def apply_layout(module: nn.Module, encoder: Any, device: torch.device, choice: Layout) -> Layout:
     """Bring kernels into the memory format that is faster, and return its name."""
     from ssl3d.encoders import memory_format, to_memory_format

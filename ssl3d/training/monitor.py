@@ -131,7 +131,7 @@ class Monitor:
                 self.log.say(self._line(record))
         if self._terminal and (time.monotonic() - self._shown > 0.2 or step == self.total):
             self._shown = time.monotonic()
-            self._draw(self._line(record))
+            self._draw(record)
             if step % self.log_every == 0:
                 self.log.note(self._line(record))
 
@@ -145,20 +145,37 @@ class Monitor:
             self._events.add_figure(f"{name}/picture", figure, step)
 
     def _line(self, record: Mapping[str, Any]) -> str:
-        step = int(record["step"])
-        words = [f"step {step}/{self.total}", f"loss {record['loss']:.4g}"]
-        words += [f"{n.split('/', 1)[1]} {record[n]:.3f}" for n in self.main if n in record]
-        for name in (n for n in self.main if f"holdout/{n}" in record):
-            words.append(f"held out {record['holdout/' + name]:.3f}")
-        words.append(f"{record['volumes_per_s']:.3g} volumes/s")
-        words.append(f"{duration((self._speed or 0) * (self.total - step))} left")
-        words.append(f"waiting {100 * record['waiting']:.0f} %")
-        return "  ".join(words)
+        return "  ".join(self._words(record))
 
-    def _draw(self, line: str) -> None:
+    def _words(self, record: Mapping[str, Any]) -> list[str]:
+        """Return what a line says, the indispensable first."""
+        step = int(record["step"])
+        several = len(self.main) > 1  # then a score needs the name of its proxy
+        names = {n: n if several else n.split("/", 1)[1] for n in self.main}
+        return [
+            f"step {step}/{self.total}",
+            f"{record['volumes_per_s']:.3g} volumes/s",
+            f"{duration((self._speed or 0) * (self.total - step))} left",
+            f"loss {record['loss']:.4g}",
+            *(f"{names[n]} {record[n]:.3f}" for n in self.main if n in record),
+            *(
+                f"held out {f'{names[n]} ' if several else ''}{record[f'holdout/{n}']:.3f}"
+                for n in self.main
+                if f"holdout/{n}" in record
+            ),
+            f"waiting {100 * record['waiting']:.0f} %",
+        ]
+
+    def _draw(self, record: Mapping[str, Any]) -> None:
+        """Draw the line of progress, with as many words as the terminal has room for."""
         width = shutil.get_terminal_size().columns - 1
-        filled = round(10 * int(line.split()[1].split("/")[0]) / self.total)
-        text = f"[{'#' * filled}{'.' * (10 - filled)}] {line}"[:width]
+        filled = round(10 * int(record["step"]) / self.total)
+        text = f"[{'#' * filled}{'.' * (10 - filled)}]"
+        for word in self._words(record):
+            if len(text) + 2 + len(word) > width:
+                break
+            text += f"  {word}"
+        text = text[:width]
         self.log.stream.write("\r" + text.ljust(self.log.before))
         self.log.stream.flush()
         self.log.before = len(text)

@@ -54,6 +54,49 @@ class Preemption:
         self.signum, self._since = signum, time.monotonic()
 
 
+class Stopped(BaseException):
+    """A signal asks the command to end, where no loop notes it.
+
+    Attributes:
+        signum: Number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Stoppable:
+    """Context in which SIGTERM and SIGUSR1 raise `Stopped`, so that files are closed and removed."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stoppable:
+        """Install the handlers; does nothing outside the main thread, where Python allows none."""
+        if threading.current_thread() is threading.main_thread():
+            wanted = [number for number in SIGNALS if number != signal.SIGINT]  # which Python raises itself
+            # A handler that is not the system's own is somebody's who knows better.
+            ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+            self._before = {number: signal.signal(number, self._raise) for number in ours}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends what does not end by itself
+        if os.getpid() != self._owner:  # a worker that was forked: nobody catches it there
+            os.kill(os.getpid(), signum)
+            return
+        raise Stopped(signum)
+
+
 def name_of(signum: int) -> str:
     """Return the name of a signal, as in SIGTERM."""
     return signal.Signals(signum).name

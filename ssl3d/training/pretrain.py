@@ -18,8 +18,17 @@ from ssl3d.checkpoint.snapshot import config_of
 from ssl3d.encoder import Encoder
 from ssl3d.errors import PluginError, Ssl3dError
 from ssl3d.specs import encoder_from
-from ssl3d.training.build import build_encoder, build_trainee, channels, lengths
-from ssl3d.training.device import apply_layout, device_words, launch, resolve_precision, set_threads
+from ssl3d.training.build import build_encoder, build_trainee, channels, lengths, size_notes
+from ssl3d.training.device import (
+    accelerator_of,
+    apply_layout,
+    check_descriptors,
+    default_workers,
+    device_words,
+    launch,
+    resolve_precision,
+    set_threads,
+)
 from ssl3d.training.monitor import Log, read_metrics
 from ssl3d.training.options import PretrainOptions, PretrainPlan, plan_from, preset_values
 from ssl3d.training.preempt import name_of, requeue
@@ -134,8 +143,8 @@ def start(plan: PretrainPlan, data: Collection | None = None) -> Run:
         UsageError: The folder is not empty, or options do not fit the data or the device.
         TrainingError: The loss is not finite, or the disk is full.
     """
-    with plain_errors(plan.options.out):
-        return _execute(plan, None, data)
+    with plain_errors(plan.options.out) as settled:
+        return _execute(plan, None, data, settled)
 
 
 def resume(
@@ -162,20 +171,23 @@ def resume(
         raise PluginError(
             f"{error}; --resume needs it: put it back, or write its new name into config.yaml"
         ) from error
-    with plain_errors(folder):
-        return _execute(plan, folder, None)
+    with plain_errors(folder) as settled:
+        return _execute(plan, folder, None, settled)
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _execute(plan: PretrainPlan, folder: Path | None, data: Collection | None) -> Run:
+def _execute(
+    plan: PretrainPlan, folder: Path | None, data: Collection | None, settled: plain_errors
+) -> Run:
     """Start the run of a plan, or go on with the one in a folder."""
     from ssl3d.data.open import open_data
 
     options = plan.options
     threads, precision = set_threads(options), resolve_precision(options)
     fabric = launch(options, precision)
+    check_descriptors(default_workers(options, accelerator_of(options), fabric.world_size))
     log = Log(on=fabric.is_global_zero)
     checkpoint = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
     initial = None
@@ -212,12 +224,12 @@ def _execute(plan: PretrainPlan, folder: Path | None, data: Collection | None) -
     # Whatever can be refused has been by now: only then is there a folder.
     trainee = build_trainee(plan, encoder, selection.train, outline)
     state = RunState(fabric, plan, selection, trainee, card, log, checkpoint)
-    state.folder = settle(fabric, plan, folder)
+    state.folder = settled.folder = settle(fabric, plan, folder)
     if fabric.is_global_zero:
         write_config(state.folder, plan)
         log.open(state.folder)
     log.say(f"run {state.folder}, {device_words(fabric, plan.options)}")
-    for line in selection.notes:
+    for line in [*selection.notes, *size_notes(plan, selection.train)]:
         log.say(line)
     if folder is not None:
         log.say(f"resuming at step {state.begin} of {plan.options.steps}")

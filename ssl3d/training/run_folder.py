@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,7 +16,7 @@ from ssl3d.config import to_dict
 from ssl3d.data.identity import identity_hash
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
 from ssl3d.evaluation.leaks import volume_hashes
-from ssl3d.files import write_whole
+from ssl3d.files import FULL_DISK, NOT_OURS, write_whole
 from ssl3d.training.monitor import Log
 from ssl3d.training.options import PretrainOptions, PretrainPlan
 from ssl3d.training.preempt import requeued
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from ssl3d.data.store.collection import Collection
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOB = "slurm-job"
 
 
@@ -62,7 +62,7 @@ def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
             return folder, ""
     if out.exists() and not out.is_dir():
         return out, f"--out {out}: is a file, not a folder; name another one"
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not _is_unused(out):
         if not plan.options.overwrite:
             return (
                 out,
@@ -78,9 +78,19 @@ def _new_folder(plan: PretrainPlan) -> tuple[Path, str]:
     return out, ""
 
 
+def _is_unused(folder: Path) -> bool:
+    """Tell whether a folder holds at most the first file of a run that was killed while it wrote it."""
+    return all(path.name.startswith(".config.yaml.") and path.suffix == ".tmp" for path in folder.iterdir())
+
+
 def write_config(folder: Path, plan: PretrainPlan) -> None:
-    """Write `config.yaml`, which `--config` and `--resume` read."""
-    write_whole(folder / "config.yaml", dump_yaml(plan.as_config()))
+    """Write `config.yaml`, which `--config` and `--resume` read; without it the folder goes."""
+    try:
+        write_whole(folder / "config.yaml", dump_yaml(plan.as_config()))
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     if os.environ.get("SLURM_JOB_ID"):
         (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n", encoding="utf-8")
 
@@ -215,17 +225,35 @@ def _job_of(folder: Path) -> str | None:
 
 
 class plain_errors:
-    """Context that turns a full disk into one line; other errors stay what they are."""
+    """Context that turns a failure of the machine into one line; other errors stay what they are."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
+    def __enter__(self) -> plain_errors:
+        """Return the context, whose folder is set once the run has one."""
+        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            raise TrainingError(
-                f"{self.folder or 'runs'}: cannot be written ({error.strerror}); checkpoints are intact: "
-                f"make room, then ssl3d pretrain --resume {self.folder or 'RUN'}"
-            ) from error
+        if isinstance(error, OSError) and error.errno in NOT_OURS:
+            needed = "make room" if error.errno in FULL_DISK else "mend that"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                needed = "raise `ulimit -n`, or give --workers 0"
+            failure = f"{self._where}: {os.strerror(error.errno)}"
+        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            needed = "give fewer --workers, or smaller crops"
+            failure = f"{self._where}: a process that reads data has died, as it does where memory is short"
+        elif isinstance(error, RuntimeError) and "Too many open files" in str(error):
+            needed = "raise `ulimit -n`, or give --workers 0"
+            failure = f"{self._where}: too many open files"
+        else:
+            return
+        if self.folder is None or not (self.folder / "config.yaml").is_file():
+            raise TrainingError(f"{failure}; nothing is saved: {needed}, and start again") from error
+        raise TrainingError(
+            f"{failure}; checkpoints are intact: {needed}, then ssl3d pretrain --resume {self.folder}"
+        ) from error
+
+    @property
+    def _where(self) -> Path | str:
+        return self.folder or "runs"

@@ -1,6 +1,9 @@
 import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -117,3 +120,44 @@ def test_the_help_names_every_kind_of_encoder(command, capsys):
     told = " ".join(capsys.readouterr().out.split())
     for words in ("RUN:stem_stride=1", "FILE.pth", ".safetensors", "scratch:NAME", "imagenet:NAME"):
         assert words in told
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_a_command_in_one_line_and_its_status(name, monkeypatch, capsys):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def run(argv):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+        raise AssertionError
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["prepare"]) == 128 + number
+    error = capsys.readouterr().err
+    assert error == ("ssl3d: interrupted\n" if name == "SIGINT" else f"ssl3d: stopped by {name}\n")
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_of_a_command_ends_it_in_one_line(tmp_path):
+    words = ["pretrain", "--proxy", "simclr", "--data", "phantoms:400", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "SSL3D_CACHE": str(tmp_path / "cache")}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "ssl3d", *words], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while started.poll() is None and not list(tmp_path.glob("cache/phantoms/.*.partial")):
+        time.sleep(0.05)
+    started.terminate()
+    error = started.communicate(timeout=100)[1]
+    assert started.returncode == 128 + signal.SIGTERM and error == "ssl3d: stopped by SIGTERM\n"
+    assert not list(tmp_path.glob("cache/phantoms/.*")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("words", [["--help"], ["encoders"], ["embed", "--help"]])
+def test_an_output_that_is_full_is_told_in_one_line(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ssl3d", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and done.stderr == "ssl3d: No space left on device\n"

@@ -248,7 +248,12 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     out = cache / f"{name}-{key}.h5"
     if out.is_file():
         return out
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{cache}: the cache cannot be written ({error.strerror}); name another folder in SSL3D_CACHE"
+        ) from error
     unkeyed["workers"] = options.get("workers")
     full = PrepareOptions(sources=tuple(map(str, roots)), out=str(out), **unkeyed)
     print(f"preparing {', '.join(map(str, paths))} into {out}", file=sys.stderr)

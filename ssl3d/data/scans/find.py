@@ -39,6 +39,7 @@ from ssl3d.data.scans.read import (
     NO_SCANS,
     STORES,
     format_of,
+    is_header_of_another,
     is_picture,
     is_slice,
     is_whole,
@@ -70,14 +71,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         here = _find_in_folder(source, wanted) if source.is_dir() else _find_file(source, wanted)
         if not here.scans and not here.rejected and not here.notes:
             raise DataError(f"{source}: no scans found; {_LOOKED_FOR}")
-        contents.scans += here.scans
-        contents.rejected += here.rejected
-        contents.notes += here.notes
-        contents.label_names.update(here.label_names)
-        contents.ignore_labels.update(here.ignore_labels)
-        contents.regions.update(here.regions)
-        for dataset, names in here.box_names.items():
-            contents.box_names.setdefault(dataset, {}).update(names)
+        contents.add(here)
     if wanted.label and all(scan.label is None for scan in contents.scans):
         raise DataError(
             f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
@@ -123,6 +117,8 @@ def _find_file(source: Path, wanted: Wanted) -> Found:
 
     if not os.path.exists(source):
         raise DataError(f"{source}: {missing(source)}")
+    if not source.is_file():
+        raise DataError(f"{source}: neither a file nor a folder, but a pipe or a device")
     source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
     in_json = source.name == "dataset.json"
     if in_json or suffix_of(source) in LISTS:
@@ -163,15 +159,13 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     dicom: dict[Path, list[Path]] = defaultdict(list)
     lost: list[tuple[Path, str]] = []
     for path in walk(root, skip=_NO_RAW_SCANS if bids else frozenset(), lost=lost):
-        if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS:
+        if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS or is_header_of_another(path):
             continue
         form = format_of(path)
         if form is None:
             continue
         if form.kind == "rows":
-            arrays = from_arrays(path, wanted, root)
-            contents.scans += arrays.scans
-            contents.rejected += arrays.rejected
+            contents.add(from_arrays(path, wanted, root))
         elif form.kind == "slice":
             dicom[path.parent].append(path)
         else:
@@ -180,9 +174,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     plain = _from_files(files, root, wanted, named=False)
     series = from_dicom(dicom, root, wanted)
     for part in (plain, series):
-        contents.scans += part.scans
-        contents.rejected += part.rejected
-        contents.notes += part.notes
+        contents.add(part)
     return contents
 
 

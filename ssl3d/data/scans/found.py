@@ -80,6 +80,18 @@ class Found:
     ignore_labels: dict[str, int] = dataclasses.field(default_factory=dict)
     regions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
+    def add(self, other: Found) -> None:
+        """Add what was found elsewhere, names of structures and of objects too."""
+        self.scans += other.scans
+        self.rejected += other.rejected
+        self.left_out += other.left_out
+        self.notes += other.notes
+        self.label_names.update(other.label_names)
+        self.ignore_labels.update(other.ignore_labels)
+        self.regions.update(other.regions)
+        for dataset, names in other.box_names.items():
+            self.box_names.setdefault(dataset, {}).update(names)
+
     def printable(self) -> Found:
         """Return the same with every name as text that stores, tables and terminals take; files stay."""
         return Found(**_printable(vars(self)))

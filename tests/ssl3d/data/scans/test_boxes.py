@@ -225,12 +225,15 @@ def test_components_touch_by_corners_and_specks_have_no_box():
     assert boxes.tolist() == [[0, 1, 1, 1, 5, 5]] and values.tolist() == [1]
 
 
-def test_nodule_slices_have_a_box_per_nodule_and_none_where_nobody_outlined_it(tmp_path):
+@pytest.mark.parametrize("folder", [False, True])
+def test_nodule_slices_have_a_box_per_nodule_and_none_where_nobody_outlined_it(tmp_path, folder):
     rng = np.random.default_rng(0)
     masks = np.zeros((4, 16, 16), np.uint8)
     masks[0, 5:9, 6:12] = masks[1, 4:8, 4:8] = masks[3, 2:9, 3:8] = 1
+    root = tmp_path / "scans"
+    root.mkdir()
     np.savez(
-        tmp_path / "nodule_slices.npz",
+        root / "nodule_slices.npz",
         images=rng.integers(0, 255, (4, 16, 16), dtype=np.uint8),
         masks_packed=np.packbits(masks.reshape(4, -1), axis=1),
         nodule=np.array([0, 0, 1, 1]),
@@ -238,7 +241,7 @@ def test_nodule_slices_have_a_box_per_nodule_and_none_where_nobody_outlined_it(t
         malignancy=np.array([2.0, 3.5], np.float32),
         diameter_mm=np.array([8.0, 9.0], np.float32),
     )
-    data, _ = made(tmp_path, tmp_path / "nodule_slices.npz")
+    data, _ = made(tmp_path, root if folder else root / "nodule_slices.npz")
     assert data.subjects.tolist() == ["p", "p", "q", "q"]
     found = [None if volume.boxes is None else volume.boxes.tolist() for volume in data]
     assert found == [[[0, 5, 6, 1, 9, 12]], [[0, 4, 4, 1, 8, 8]], None, [[0, 2, 3, 1, 9, 8]]]

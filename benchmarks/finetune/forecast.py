@@ -1,0 +1,72 @@
+"""What `ssl3d finetune` says before it trains: how many trainings, of how many steps, how long in all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ssl3d.api import Ssl3dError, count_of, duration
+from ssl3d_benchmarks.finetune.job import FinetuneJob
+from ssl3d_benchmarks.finetune.train import TrainingPlan, train
+
+if TYPE_CHECKING:
+    from ssl3d.api import Collection
+
+WORTH_MEASURING = 200
+"""Steps in all from which a few of them are timed before the first training."""
+_TIMED = 3
+
+
+def forecast(jobs: Sequence[FinetuneJob]) -> str:
+    """Return how many trainings jobs take, and how long; empty where none of them trains.
+
+    Args:
+        jobs: Jobs of a run; those that a record spares are counted too, as none was looked for yet.
+    """
+    lengths: list[int] = []
+    for job in jobs:
+        if job.entry.make is not None:
+            for fit, _, _ in job.folds():
+                lengths += [_plan(job, fit).total] * len(job.arm.rates)
+    if not lengths:
+        return ""
+    shortest, longest, total = min(lengths), max(lengths), sum(lengths)
+    each = count_of(longest, "step") if shortest == longest else f"{shortest:,} to {longest:,} steps"
+    line = f"to do: {count_of(len(lengths), 'training')} of {each}"
+    seconds = _seconds_a_step(jobs) if total >= WORTH_MEASURING else 0.0
+    if seconds:
+        line += (
+            f", about {duration(seconds * total)} in all ({seconds:.2g} s a step) and the time of scoring"
+        )
+    return line
+
+
+def _seconds_a_step(jobs: Sequence[FinetuneJob]) -> float:
+    """Time a few steps of the first training on copies that are thrown away; 0 where it cannot train."""
+    job, make = next((job, job.entry.make) for job in jobs if job.entry.make is not None)
+    fit = next(job.folds())[0]
+    seconds = {}
+    # The first step also counts FLOPs, so that it is slower than the others.
+    for steps in (1, 1 + _TIMED):
+        plan = _plan(job, fit)
+        plan = replace(plan, options=replace(plan.options, steps=steps, epochs=0, eval_at=(1.0,)))
+        with contextlib.suppress(Ssl3dError):  # the training itself will say so
+            seconds[steps] = train(plan, make, job.arm.rates[0])[1].seconds
+    return max(seconds[1 + _TIMED] - seconds[1], 0.0) / _TIMED if len(seconds) == 2 else 0.0
+
+
+def _plan(job: FinetuneJob, fit: Collection) -> TrainingPlan:
+    """Return the plan of a training that scores and saves nothing."""
+    return TrainingPlan(
+        benchmark=job.benchmark,
+        task=job.task,
+        train=fit,
+        val=fit.select([]),
+        options=job.options,
+        seed=job.seed,
+        device=job.device,
+        name=job.name,
+        say=lambda line: None,
+    )
