@@ -237,7 +237,6 @@ def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Arra
 
     Voxels of class -1, which nobody annotated, are never drawn.
 
-
     With these weights a loss over the sample estimates, without bias, the loss over the whole volume;
     small classes and the hard background at their border are seen as often as the easy rest.
     """
