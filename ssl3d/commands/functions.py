@@ -34,9 +34,11 @@ def prepare(sources: str | Path | Sequence[str | Path], out: str | Path, **optio
 
 
 def embed(
-    encoder: str | Path, data: str | Path | Sequence[str | Path] = "phantoms", out: str | Path = "features.h5",
+    encoder: str | Path,
+    data: str | Path | Sequence[str | Path] = "phantoms",
+    out: str | Path = "features.h5",
     **options: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the embeddings of volumes into an HDF5 file, as `ssl3d embed` does.
 
     Example:
@@ -88,9 +90,11 @@ def finetune(
 
 
 def localize(
-    run: str | Path, data: str | Path | Sequence[str | Path] = "phantoms", out: str | Path = "runs/localize",
+    run: str | Path,
+    data: str | Path | Sequence[str | Path] = "phantoms",
+    out: str | Path = "runs/localize",
     **options: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Place volumes and crops of them along the body, as `ssl3d localize` does.
 
     Example:
