@@ -255,6 +255,7 @@ from .detection.crops3d import (
     draw_boxed3d as draw_boxed3d,
     move_boxed3d as move_boxed3d,
 )
+from .detection.files import write_boxes as write_boxes
 from .detection.metrics import (
     Detections as Detections,
     DetectionScores as DetectionScores,
@@ -326,6 +327,7 @@ from .evaluation.records import (
 )
 
 # Options, errors, files and words
+from . import locks as locks
 from .config import (
     Plugins as Plugins,
     added_option as added_option,

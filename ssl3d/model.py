@@ -128,7 +128,7 @@ class Model(nn.Module, ABC):
             ValueError: The volume has another number of channels or axes than the model takes.
         """
         if isinstance(volume, Tensor):
-            volume = TensorVolume(volume, self.card)
+            volume = TensorVolume(volume, self.card["spacing"]["median"])
         channels = self.card["architecture"]["config"]["in_channels"]
         if volume.shape[0] != channels:
             raise ValueError(f"a volume of {volume.shape[0]} channels; the model takes {channels}")
@@ -140,28 +140,48 @@ class TensorVolume:
     """Volume in memory, with as much of a stored one as predictions need.
 
     Args:
-        voxels: Voxels (C, D, H, W), normalised.
-        card: Card of the model, whose spacing the volume is taken to have.
+        voxels: Voxels (C, D, H, W), of any type.
+        spacing: Voxel sides, mm along (D, H, W).
+        background: Value of air per channel, which `read` fills in outside the volume; by default the
+            lowest value of the channel.
+        scale: Factor that gives the normalised value of a voxel.
+        offset: Number to be added to that.
     """
 
     dataset, subject, id, index, label = "", "", "", 0, None
 
-    def __init__(self, voxels: Tensor, card: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        voxels: Tensor,
+        spacing: Sequence[float],
+        background: Sequence[float] | None = None,
+        scale: float = 1.0,
+        offset: float = 0.0,
+    ) -> None:
         if voxels.ndim != 4:
             raise ValueError(f"a volume is (C, D, H, W), got {tuple(voxels.shape)}")
-        self.voxels = voxels.float()
+        self._voxels, self._scale, self._offset = voxels, scale, offset
         self.shape = tuple(voxels.shape)
-        self.spacing = tuple(card["spacing"]["median"])
+        self.spacing = tuple(spacing)
+        lowest = voxels.amin(dim=(1, 2, 3)).float() * scale + offset if background is None else background
+        self.background = torch.as_tensor(lowest, dtype=torch.float32)
 
     def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Read voxels (C, d, h, w); outside the volume its lowest value goes on."""
+        """Read voxels (C, d, h, w), float32; where a crop reaches outside, the background is filled in."""
         begin = [0, 0, 0] if start is None else list(start)
         extent = [n - b for n, b in zip(self.shape[1:], begin, strict=True)] if size is None else list(size)
-        inside = [slice(max(b, 0), max(min(b + n, m), 0))
-                  for b, n, m in zip(begin, extent, self.shape[1:], strict=True)]  # fmt: skip
-        out = self.voxels.amin(dim=(1, 2, 3), keepdim=True).repeat(1, *extent)
+        inside = [
+            slice(min(max(b, 0), m), min(max(b + n, 0), m))
+            for b, n, m in zip(begin, extent, self.shape[1:], strict=True)
+        ]
+        there = self._voxels[(slice(None), *inside)].float()
+        if (self._scale, self._offset) != (1.0, 0.0):
+            there = there * self._scale + self._offset
+        if list(there.shape[1:]) == extent:
+            return there
+        out = self.background.view(-1, 1, 1, 1).repeat(1, *extent)
         place = tuple(slice(s.start - b, s.stop - b) for s, b in zip(inside, begin, strict=True))
-        out[(slice(None), *place)] = self.voxels[(slice(None), *inside)]
+        out[(slice(None), *place)] = there
         return out
 
 

@@ -24,11 +24,11 @@ from ssl3d.api import (
     UsageError,
     autocast,
     find_result,
+    locks,
     peak_memory,
     write_result,
     write_whole,
 )
-from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.options import FinetuneOptions

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, open_data_for
-from ssl3d_benchmarks import locks
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, locks, open_data_for
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,

@@ -19,6 +19,7 @@ from ssl3d.checkpoint.weights import load_strictly, safetensors_of
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
 from ssl3d.files import sync_folder, write_whole
+from ssl3d.json_files import parse_json
 from ssl3d.model import Model
 
 CARD = "model.json"
@@ -94,10 +95,10 @@ def read_model_card(folder: str | Path) -> dict[str, Any]:
     """
     path = _folder_of(Path(folder)) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: no model that ssl3d finetune kept") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error
     if not isinstance(card, dict) or "format" not in card:
         raise CheckpointError(f"{path}: is no card of a model that ssl3d finetune kept")

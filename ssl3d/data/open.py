@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,24 +158,13 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
     Raises:
         UsageError: The data of two encoders, or two stores of one, were prepared differently.
     """
-    from ssl3d.data.preparation.prepare import PrepareOptions
-
-    kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
-    defaults = {
-        field.name: field.default for field in dataclasses.fields(PrepareOptions) if field.name in kept
-    }
     recipes: list[dict[str, Any]] = []
     for encoder in encoders:
         for settings in getattr(encoder, "metadata", {}).get("preprocessing") or []:
             given = settings.get("options")
             if not isinstance(given, dict):
                 continue  # phantoms, and stores that no `prepare` made
-            own = {key: given[key] for key in kept if key in given}
-            if own.get("spacing") == "median" and not isinstance(settings.get("spacing"), dict):
-                own["spacing"] = settings.get("spacing") or "keep"
-            if encoder.config.in_channels == 1:  # colours were read as slices: it takes grey pictures
-                own.pop("colour", None)
-            own = {key: value for key, value in own.items() if value != defaults[key]}
+            own = kept_options(given, settings.get("spacing"), encoder.config.in_channels)
             if own not in recipes:
                 recipes.append(own)
     if len(recipes) > 1:
@@ -185,3 +174,23 @@ def prepare_options_of(encoders: Sequence[Encoder]) -> dict[str, Any]:
             "`ssl3d prepare` and give it to --data"
         )
     return recipes[0] if recipes else {}
+
+
+def kept_options(given: Mapping[str, Any], spacing: Any, in_channels: int) -> dict[str, Any]:
+    """Select the options that prepare a scan as a store's were: those that are not at their defaults.
+
+    Args:
+        given: Options that the store was prepared with.
+        spacing: Spacing that a median came to; of several data sets that of each, by name.
+        in_channels: Channels of the network that will read the scan.
+    """
+    from ssl3d.data.preparation.options import PrepareOptions
+
+    kept = ("spacing", "normalize", "nan", "window", "crop_foreground", "colour", "frames")
+    defaults = {field.name: field.default for field in dataclasses.fields(PrepareOptions)}
+    own = {key: given[key] for key in kept if key in given}
+    if own.get("spacing") == "median" and not isinstance(spacing, dict):
+        own["spacing"] = spacing or "keep"
+    if in_channels == 1:  # colours were read as slices: it takes grey pictures
+        own.pop("colour", None)
+    return {key: value for key, value in own.items() if value != defaults[key]}

@@ -40,6 +40,7 @@ from ssl3d.api import (
     statistics,
     weighted_clusters,
     window_starts,
+    write_boxes,
 )
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
 
@@ -506,8 +507,6 @@ class Detection(FinetuneTask):
 
     def save_prediction(self, model: nn.Module, volume: Volume, folder: Path) -> Path | None:
         """Write the boxes in the scanner's mm as JSON, and as CSV beside it."""
-        from ssl3d_benchmarks.finetune.detection.files import write_boxes
-
         predicted = self.detect(model, volume)
         folder.mkdir(parents=True, exist_ok=True)
         return write_boxes(folder / f"{file_name(volume)}.json", volume, *predicted, self.classes)

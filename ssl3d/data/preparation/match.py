@@ -38,6 +38,9 @@ def mask_onto(scan: Pixels, mask: Pixels, name: str) -> tuple[np.ndarray, str]:
     alike, placed, located = labels.shape == shape, _placed(scan, mask), _located(scan, mask)
     if placed and alike and _apart(scan, mask) <= 1:
         return labels, "" if np.allclose(mask.affine, scan.affine, atol=1e-2) else "elsewhere"
+    cropped = _of_a_part(scan, mask) if placed and not alike else None
+    if cropped is not None:
+        return cropped, "regridded"
     stored = _as_in_file(scan, mask)
     if stored is not None and not located:
         return stored, "" if scan.orientation == mask.orientation == UNKNOWN else "elsewhere"
@@ -53,6 +56,27 @@ def mask_onto(scan: Pixels, mask: Pixels, name: str) -> tuple[np.ndarray, str]:
         return labels if stored is None else stored, "elsewhere"
     sizes = [_file_order(pixels).shape for pixels in (mask, scan)]
     raise DataError(f"mask {name} of shape {sizes[0]} does not fit the scan, {sizes[1]}")
+
+
+def _of_a_part(scan: Pixels, mask: Pixels) -> np.ndarray | None:
+    """Put labels of a part of the scan's own voxels in their place, (D, H, W); None if they are not so.
+
+    3D Slicer stores no more than the box around the segments. A header without a place of its own, which
+    some program left, would put it into a corner.
+    """
+    if _bare(mask, scan):
+        return None
+    onto = np.linalg.inv(scan.affine) @ mask.affine
+    start = np.rint(onto[:3, 3])
+    stop = start + mask.voxels.shape[1:]
+    inside = (start >= 0).all() and (stop <= scan.voxels.shape[1:]).all()
+    # Nowhere a tenth of a voxel off.
+    off = np.abs(onto[:3, :3] - np.eye(3)) @ mask.voxels.shape[1:] + np.abs(onto[:3, 3] - start)
+    if not inside or off.max() > 0.1:
+        return None
+    labels = np.zeros(scan.voxels.shape[1:], mask.voxels.dtype)
+    labels[tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))] = mask.voxels[0]
+    return labels
 
 
 def channel_onto(first: Pixels, other: Pixels, name: str) -> tuple[np.ndarray, str]:

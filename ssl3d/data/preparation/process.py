@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.preparation.match import channel_onto, mask_onto
 from ssl3d.data.preparation.normalize import decide, foreground, normalize
+from ssl3d.data.scans.arrays import frames_of_row
 from ssl3d.data.scans.boxes import around_mask, from_world, within
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.itk import quiet_sitk
@@ -108,6 +109,29 @@ class Outcome:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass
+class Prepared:
+    """A volume that is ready to be stored or predicted.
+
+    Attributes:
+        record: Identity, geometry and what was done.
+        image: Normalised voxels (C, D, H, W), float32.
+        mask: Labels (D, H, W), if there are any.
+        boxes: Boxes (n, 6) in voxels, if somebody looked for any.
+        box_labels: Class of each box.
+        foreground: Foreground (D, H, W), boolean.
+        dtype: Type in which the voxels are stored.
+    """
+
+    record: Record
+    image: np.ndarray
+    mask: np.ndarray | None
+    boxes: np.ndarray | None
+    box_labels: np.ndarray | None
+    foreground: np.ndarray
+    dtype: str
+
+
 def process(task: ScanTask) -> Outcome:
     """Read, place, resample, normalise, crop and write one scan; bad data are rejected, not raised."""
     started = time.monotonic()
@@ -142,15 +166,15 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
         source = f"{scan.source}#{frame}" if several else scan.source
         name = f"{task.name}_{frame:05d}" if frame else task.name
         try:
-            path = _write(
+            prepared = _prepared(
                 task,
                 volumes[frame],
-                name=name,
                 missing=missing,
                 done={**notes, "frame": frame} if several else dict(notes),
                 sha256=sha256,
                 frame=frame if several else None,
             )
+            path = _write(task.folder, name, prepared)
             outcome.parts.append(name)
             outcome.size += path.stat().st_size
         except DataError as error:
@@ -160,6 +184,39 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
                 raise
             outcome.full = True
             return
+
+
+def _write(folder: Path, name: str, prepared: Prepared) -> Path:
+    """Write a prepared volume as a part of the store."""
+    from ssl3d.data.store.writer import write_part
+
+    return write_part(
+        folder, name, prepared.record, prepared.image, prepared.mask, prepared.boxes, prepared.box_labels,
+        prepared.foreground, prepared.dtype,
+    )  # fmt: skip
+
+
+def prepared_volumes(task: ScanTask) -> Iterator[Prepared]:
+    """Prepare the volumes of one scan, one after the other, without writing them to a store.
+
+    Raises:
+        DataError: The scan, or a volume of it, is of no use.
+    """
+    pixels, missing, notes = _read_channels(task)
+    if not task.scan.named and _label_like(pixels):
+        raise DataError("its values are those of a label map; name the file itself if it is a scan")
+    volumes = _frames(pixels, task, notes)
+    del pixels
+    several = len(volumes) > 1
+    for frame in range(len(volumes)):
+        yield _prepared(
+            task,
+            volumes[frame],
+            missing=missing,
+            done={**notes, "frame": frame} if several else dict(notes),
+            sha256="",
+            frame=frame if several else None,
+        )
 
 
 def spacing_of_scan(scan: Scan) -> Triple | None:
@@ -222,13 +279,8 @@ def _filled(pixels: Pixels, recipe: Recipe) -> Pixels:
 
 
 def _from_row(row: np.ndarray, recipe: Recipe) -> Pixels:
-    """Make pixels of a row of an archive: (H, W), (H, W, 3) or (D, H, W)."""
-    colours = row.ndim in (3, 4) and row.shape[-1] == 3 and row.shape[-2] != 3
-    frames = np.moveaxis(row, -1, 0) if colours else row[None]
-    if frames.ndim == 3:
-        frames = frames[:, None]
-    if frames.ndim != 4:
-        raise DataError(f"rows of shape {row.shape}; expected (H, W), (H, W, 3) or (D, H, W)")
+    """Make pixels of a row of an archive."""
+    frames, colours = frames_of_row(row)
     if frames.size > recipe.max_voxels:
         raise DataError(f"{frames.size:,} voxels {row.shape}, more than --max-voxels {recipe.max_voxels:,}")
     affine = geometry.unknown_affine((1.0, 1.0, 1.0))
@@ -255,6 +307,8 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     voxels = pixels.voxels
     if scan.frames_are_channels and len(voxels) == len(scan.channels):
         return [pixels]
+    if pixels.vector and recipe.frames != "channels":
+        raise DataError(f"{len(voxels)} values at each voxel; --frames channels takes them as channels")
     if pixels.colours:
         if recipe.colour == "rgb":
             return [pixels]
@@ -279,22 +333,20 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     return [dataclasses.replace(pixels, voxels=voxels[i : i + 1]) for i in range(len(voxels))]
 
 
-def _write(
+def _prepared(
     task: ScanTask,
     pixels: Pixels,
     *,
-    name: str,
     missing: list[int],
     done: dict[str, Any],
     sha256: str,
     frame: int | None,
-) -> Path:
-    """Write one volume as a part of the store, and what was done to it into its record.
+) -> Prepared:
+    """Place, resample, normalise and crop one volume, and note what was done to it in its record.
 
     Args:
         task: Scan that the volume is of, and its recipe.
         pixels: Volume as read.
-        name: Name of the part.
         missing: Channels that the subject lacks.
         done: Notes for the record, which are added to.
         sha256: SHA-256 of the source.
@@ -303,8 +355,6 @@ def _write(
     Raises:
         DataError: The volume is of no use.
     """
-    from ssl3d.data.store.writer import write_part
-
     scan, recipe = task.scan, task.recipe
     voxels = _checked(pixels, scan, missing)
     mask = _mask(task, pixels, done)
@@ -351,7 +401,7 @@ def _write(
         done=done,
     )
     dtype = "uint8" if plain else "float16"
-    return write_part(task.folder, name, record, image, mask, boxes, box_labels, inside, dtype)
+    return Prepared(record, image, mask, boxes, box_labels, inside, dtype)
 
 
 def _record(scan: Scan, pixels: Pixels, *, affine: np.ndarray, **fields: Any) -> Record:

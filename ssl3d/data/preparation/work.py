@@ -24,7 +24,7 @@ from ssl3d.data.preparation.process import (
     start_worker,
 )
 from ssl3d.data.preparation.progress import Progress
-from ssl3d.data.scans.arrays import Rows
+from ssl3d.data.scans.arrays import DamagedArchive, Rows
 from ssl3d.data.scans.folders import label_note
 from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.read import is_whole, suffix_of
@@ -251,12 +251,19 @@ def _tasks(
 ) -> Iterator[ScanTask]:
     """Yield tasks in order; rows of archives are read here, one at a time, as they lie in one stream."""
     rows = Rows()
+    damaged: set[Path] = set()
     for i in order:
         scan = work.scans[i]
+        if scan.member is not None and scan.files[0][0] in damaged:
+            continue
         task = ScanTask(scan, names[i], work.folder, work.recipe.of(scan.dataset))
         if scan.member is not None:
             try:
                 task.row, task.row_mask, task.sha256 = rows.of(scan.files[0][0], *scan.member)
+            except DamagedArchive as error:
+                rejected.append((scan.source, str(error)))
+                damaged.add(scan.files[0][0])
+                continue
             except DataError as error:
                 rejected.append((f"{scan.source}#{scan.member[0]}[{scan.member[1]}]", str(error)))
                 continue

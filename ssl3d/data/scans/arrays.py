@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import IO, Any
@@ -14,13 +13,18 @@ import numpy as np
 
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import sha256_of, stem_of
+from ssl3d.data.scans.streams import DEFLATED
 from ssl3d.data.scans.subjects import relative, split_of
 from ssl3d.data.scans.tables import cell
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 _SPLITS = ("train", "val", "test")
 PACKED = "masks_packed"
 Label = int | float | str | None
+
+
+class DamagedArchive(DataError):
+    """An archive of arrays of which no volume can be used."""
 
 
 def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
@@ -45,10 +49,15 @@ def from_arrays(path: Path, wanted: Wanted, root: Path) -> Found:
             _split_arrays(path, source, dataset, shapes, split, contents)
         if not splits:
             _flat_arrays(path, source, dataset, shapes, contents)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        contents.rejected.append(
-            (source, "empty file" if path.stat().st_size == 0 else f"unreadable: {error}")
+    except DataError:
+        raise
+    except Exception as error:  # zipfile and numpy raise nearly anything on damaged files
+        if is_transient(error):
+            raise
+        reason = (
+            "empty file" if path.stat().st_size == 0 else f"unreadable: {error or type(error).__name__}"
         )
+        contents = Found(rejected=[(source, reason)])
     return contents
 
 
@@ -216,13 +225,41 @@ def _split_words(path: Path, words: np.ndarray) -> list[str]:
 
 
 def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Read the shape and type of every array of an archive, and no values."""
+    """Read the shape and type of every array of an archive, and no values.
+
+    Raises:
+        ValueError: An array is not as long as its header says; or what zipfile raises.
+    """
     headers = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as file:
-                headers[name.removesuffix(".npy")] = _array_header(file)[:2]
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                shape, dtype, _ = _array_header(file)
+                needed = file.tell() + math.prod(shape) * dtype.itemsize
+            name = member.filename.removesuffix(".npy")
+            if not needed == member.file_size <= path.stat().st_size * DEFLATED:
+                raise ValueError(
+                    f"{name} holds {member.file_size:,} bytes, but its header promises {needed:,}"
+                )
+            headers[name] = shape, dtype
     return headers
+
+
+def check_archive(path: Path) -> None:
+    """Read every array of an archive to its end, for the check sums.
+
+    Raises:
+        DamagedArchive: The file is damaged or cut short.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zlib.error has no public root
+        if is_transient(error):
+            raise
+        raise DamagedArchive(f"unreadable: {type(error).__name__}: {error}") from error
+    if damaged is not None:
+        raise DamagedArchive(f"damaged: the check sum of {damaged.removesuffix('.npy')} does not hold")
 
 
 def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
@@ -232,6 +269,33 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool
     if dtype.hasobject:
         raise ValueError("holds pickled objects, which are not read")
     return shape, dtype, fortran
+
+
+def frames_of_row(row: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the frames (F, D, H, W) of a row, and whether they are red, green, blue.
+
+    A row is (H, W) or (D, H, W); a channel axis comes last, of 1 or 3 values: (H, W, 3), (D, H, W, 1).
+
+    Raises:
+        DataError: The row has another number of axes, or nothing tells channels from slices.
+    """
+    shape = row.shape
+    colours = row.ndim in (3, 4) and shape[-1] == 3 and shape[-2] != 3
+    if colours:
+        row = np.moveaxis(row, -1, 0)
+    elif row.ndim in (3, 4) and shape[-1] == 1 != shape[-2]:
+        row = row[..., 0][None]
+    elif row.ndim == 4 or (row.ndim == 3 and min(shape[0], shape[-1]) in (2, 3, 4) and shape[1] > 4):
+        raise DataError(
+            f"rows of shape {shape}: channels or slices? Save channels last, as (H, W, 3), slices as "
+            "(D, H, W, 1)"
+        )
+    else:
+        row = row[None]
+    frames = row[:, None] if row.ndim == 3 else row
+    if frames.ndim != 4:
+        raise DataError(f"rows of shape {shape}; expected (H, W), (H, W, 3), (D, H, W) or (D, H, W, 1)")
+    return frames, colours
 
 
 class RowReader:
@@ -289,10 +353,12 @@ class Rows:
         """Read the voxels of a row, its mask if there is one, and the SHA-256 of the file.
 
         Raises:
-            DataError: The file is cut short or damaged.
+            DamagedArchive: The file is cut short or damaged.
+            DataError: The row cannot be read.
         """
         try:
             if path not in self._digests:
+                check_archive(path)
                 self._digests[path] = sha256_of([path])
                 headers = array_headers(path)
                 self._packed[path] = PACKED in headers
@@ -306,9 +372,11 @@ class Rows:
             if member == "images" and self._packed[path]:
                 mask = self._unpacked(self._reader(path, PACKED)[index], row.shape)
             return row, mask, self._digests[path]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-            raise DataError(f"unreadable: {error}") from error
+        except DataError:
+            raise
         except Exception as error:  # zlib.error has no public root
+            if is_transient(error):
+                raise
             raise DataError(f"unreadable: {type(error).__name__}: {error}") from error
 
     def _reader(self, path: Path, member: str) -> RowReader:

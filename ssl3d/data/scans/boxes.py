@@ -427,6 +427,10 @@ def within(boxes: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndar
 
 def list_files(root: Path) -> Iterator[Path]:
     """Yield the files that may list boxes, in a stable order."""
+    return filter(Path.is_file, _named_as_lists(root))  # to open a pipe is to wait for ever
+
+
+def _named_as_lists(root: Path) -> Iterator[Path]:
     for folder in (root, root / "annotations"):
         if folder.is_dir():
             yield from sorted(folder.glob("*instances*.json"))

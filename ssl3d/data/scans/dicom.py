@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from ssl3d.amounts import printable
-from ssl3d.data.scans.itk import information
-from ssl3d.errors import DataError
+from ssl3d.data.scans.dicom_pixels import dicom_information
+from ssl3d.errors import DataError, is_transient
 
 RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA", "IO", "PX")
 FILMS = (*RADIOGRAPHS, "US")  # pictures, and films of them: their files are no slices of a volume
 _TAGS = {
     "charset": "0008|0005",
+    "type": "0008|0008",
     "modality": "0008|0060",
     "patient": "0010|0020",
     "study": "0020|000d",
@@ -76,8 +77,12 @@ def dicom_tags(path: Path) -> dict[str, str]:
         DataError: The file is not readable as DICOM.
     """
     try:
-        reader = information(path, "GDCMImageIO")
-    except RuntimeError as error:
+        reader = dicom_information(path)
+    except DataError:
+        raise
+    except Exception as error:  # pydicom, which rewrites some files, raises nearly anything
+        if is_transient(error):
+            raise
         raise DataError("not readable as DICOM") from error
     keys = set(reader.GetMetaDataKeys())
     tags = {name: reader.GetMetaData(key).strip() if key in keys else "" for name, key in _TAGS.items()}
@@ -111,15 +116,6 @@ def _decoded(text: str, charset: str) -> str:
 def frame_count(tag: dict[str, str]) -> int:
     """Return the number of frames in a file, 1 where its header does not tell."""
     return int(tag["frames"]) if tag["frames"].isdecimal() else 1
-
-
-def has_dicom_preamble(path: Path) -> bool:
-    """Tell whether a file calls itself DICOM by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def slices_of(tags: dict[Path, dict[str, str]]) -> list[Slice]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d.data.scans.dicom import Slice
+from ssl3d.data.scans.dicom_pixels import plain_dicom
+from ssl3d.errors import DataError, is_transient
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -41,8 +43,9 @@ def read_frames(path: Path) -> Frames:
 
     wanted = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "FrameIncrementPointer"]
     try:
-        with warnings.catch_warnings(action="ignore"):  # of values that are not by the book
-            header = dcmread(path, stop_before_pixels=True, specific_tags=list(wanted))
+        # Warnings are of values that are not by the book.
+        with warnings.catch_warnings(action="ignore"), plain_dicom(path) as plain:
+            header = dcmread(plain, stop_before_pixels=True, specific_tags=list(wanted))
             shared = next(iter(header.get(wanted[0]) or ()), None)
             groups = list(header.get(wanted[1]) or ())
             slices = [_slice(k, group, shared) for k, group in enumerate(groups)]
@@ -50,7 +53,11 @@ def read_frames(path: Path) -> Frames:
             stacked = header.get(wanted[2]) == _SLICE_VECTOR
     except InvalidDicomError:
         return Frames([], [], False)
-    except (EOFError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
+    except DataError:
+        raise
+    except Exception as error:
+        if is_transient(error):
+            raise
         raise ValueError(f"its header is damaged: {error}") from error
     return Frames([place for place in slices if place] if all(slices) else [], rescale, stacked)
 

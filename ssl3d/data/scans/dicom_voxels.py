@@ -20,11 +20,11 @@ from ssl3d.data.scans.dicom import (
     stack_affine,
 )
 from ssl3d.data.scans.dicom_frames import read_frames
-from ssl3d.data.scans.itk import affine_of, image_of, information, pixels_of, quiet_sitk, unplaced_pixels
+from ssl3d.data.scans.dicom_mosaic import is_mosaic, read_mosaics
+from ssl3d.data.scans.dicom_pixels import dicom_image, dicom_information
+from ssl3d.data.scans.itk import affine_of, pixels_of, quiet_sitk, unplaced_pixels
 from ssl3d.data.scans.pixels import Pixels, check_size, placed_pixels
 from ssl3d.errors import DataError
-
-_IO = "GDCMImageIO"
 
 
 def read_dicom(files: Sequence[Path], max_voxels: int | None, header_only: bool = False) -> Pixels:
@@ -42,16 +42,23 @@ def read_dicom(files: Sequence[Path], max_voxels: int | None, header_only: bool 
     """
     tags = {path: dicom_tags(path) for path in files}
     first = tags[files[0]]
-    header = information(files[0], _IO)
+    header = dicom_information(files[0])
     check_size((*header.GetSize(), len(files)), max_voxels)
     film = first["modality"] in FILMS  # of several frames: a film, not a volume
-    if len(files) > 1:
+    if is_mosaic(first):
+        timed = sorted(
+            zip(slices_of(tags), files, strict=True), key=lambda pair: (pair[0].phase, pair[0].key)
+        )
+        pixels = read_mosaics([path for _, path in timed], header_only)
+    elif len(files) > 1:
         pixels = _read_series(tags, header_only)
     elif frame_count(first) > 1 and not film:
         pixels = _read_multiframe(files[0], header, header_only)
     else:
         unplaced = film or not first["axes"]
-        pixels = _without_voxels(header, unplaced) if header_only else pixels_of(_image(files[0]), unplaced)
+        pixels = (
+            _without_voxels(header, unplaced) if header_only else pixels_of(dicom_image(files[0]), unplaced)
+        )
     pixels.modality = first["modality"]
     return pixels
 
@@ -69,13 +76,13 @@ def _read_series(tags: dict[Path, dict[str, str]], header_only: bool) -> Pixels:
     paths, slices = list(tags), slices_of(tags)
     order, place = in_order(slices)
     ordered = [slices[i] for i in order]
-    plane = affine_of(information(paths[order[0]], _IO))[:3, :2]
+    plane = affine_of(dicom_information(paths[order[0]]))[:3, :2]
     affine = stack_affine(ordered, place, plane)
     if header_only:
         return placed_pixels(np.empty((1, 1, 1, 1)), affine, ())
     layers = []
     for path in (paths[i] for i in order):
-        image = _image(path)
+        image = dicom_image(path)
         layer = quiet_sitk().GetArrayFromImage(image)  # ([1, ]J, I[, C])
         layers.append(layer[0] if image.GetDimension() == 3 else layer)
     # Rescaled, the slices may be of several types; one that holds all their values.
@@ -89,7 +96,7 @@ def _read_multiframe(path: Path, header: Any, header_only: bool) -> Pixels:
     count = header.GetSize()[2]
     if len(frames.slices) != count:
         if frames.stacked:
-            return _without_voxels(header) if header_only else pixels_of(_image(path))
+            return _without_voxels(header) if header_only else pixels_of(dicom_image(path))
         raise DataError(
             f"{count} frames, and the header does not tell where each lies: save them as single slices, "
             "or as NIfTI"
@@ -103,7 +110,7 @@ def _read_multiframe(path: Path, header: Any, header_only: bool) -> Pixels:
     affine = stack_affine(ordered, place, plane)
     if header_only:
         return placed_pixels(np.empty((1, 1, 1, 1)), affine, ())
-    voxels = quiet_sitk().GetArrayFromImage(_image(path))
+    voxels = quiet_sitk().GetArrayFromImage(dicom_image(path))
     if len(set(frames.rescale)) > 1:
         # GDCM rescales all frames as the first.
         slope, intercept = np.array(frames.rescale, dtype=np.float32).T[:, :, None, None]
@@ -158,7 +165,3 @@ def _without_voxels(header: Any, unplaced: bool = False) -> Pixels:
     if unplaced:
         return unplaced_pixels(nothing, header, ())
     return placed_pixels(nothing, affine_of(header), ())
-
-
-def _image(path: Path) -> Any:
-    return image_of(path, _IO)

@@ -39,6 +39,7 @@ from ssl3d.data.scans.read import (
     NO_SCANS,
     STORES,
     format_of,
+    is_header_of_another,
     is_picture,
     is_slice,
     is_whole,
@@ -116,6 +117,8 @@ def _find_file(source: Path, wanted: Wanted) -> Found:
 
     if not os.path.exists(source):
         raise DataError(f"{source}: {missing(source)}")
+    if not source.is_file():
+        raise DataError(f"{source}: neither a file nor a folder, but a pipe or a device")
     source = source.absolute()  # links stay: git-annex keeps what they lead to in folders of its own
     in_json = source.name == "dataset.json"
     if in_json or suffix_of(source) in LISTS:
@@ -156,7 +159,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
     dicom: dict[Path, list[Path]] = defaultdict(list)
     lost: list[tuple[Path, str]] = []
     for path in walk(root, skip=_NO_RAW_SCANS if bids else frozenset(), lost=lost):
-        if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS:
+        if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS or is_header_of_another(path):
             continue
         form = format_of(path)
         if form is None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +14,9 @@ import numpy as np
 
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
+from ssl3d.data.scans.itk_files import detached_voxels, stored_voxels
 from ssl3d.data.scans.pixels import Pixels, canonical_spacing, check_size, placed_pixels
 from ssl3d.errors import DataError
-
-_VOXELS = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 @functools.cache
@@ -78,14 +74,6 @@ def readable(path: Path) -> Iterator[str]:
         yield str(path)
 
 
-def detached_voxels(path: Path) -> Iterator[Path]:
-    """Yield the file that holds the voxels of a header in NRRD or MetaImage, where that is another."""
-    with open(path, "rb") as file:
-        match = _VOXELS.search(file.read(1 << 16).partition(b"\n\n")[0])
-    if match and match[1] not in (b"LOCAL", b"LIST"):
-        yield path.parent / os.fsdecode(match[1])
-
-
 def affine_of(image: Any) -> np.ndarray:
     """Return (i, j, k) to RAS+ mm of a SimpleITK image or reader; ITK's own world is LPS."""
     n = image.GetDimension()
@@ -102,16 +90,22 @@ def affine_of(image: Any) -> np.ndarray:
 
 
 def read_itk(files: Sequence[Path], max_voxels: int | None) -> Pixels:
-    """Read an NRRD or MetaImage file, whose size is checked before its voxels are read.
+    """Read an NRRD or MetaImage file, whose size and check sum are seen before its voxels are read.
 
     Raises:
-        DataError: The file is cut short, too large, complex, or of another number of axes.
+        DataError: The file is cut short, damaged, too large, complex, or of another number of axes; or the
+            file with its voxels is missing.
     """
     path = files[0]
+    stored = stored_voxels(path)
+    if stored is not None:
+        stored.check_there()
     header = information(path)
     check_size((*header.GetSize(), header.GetNumberOfComponents()), max_voxels)
-    _check_length(path, header)
-    return pixels_of(image_of(path))
+    if stored is not None:
+        stored.check()
+    kinds = {header.GetMetaData(key) for key in header.GetMetaDataKeys() if key.startswith("NRRD_kinds")}
+    return pixels_of(image_of(path), colours=bool(kinds & {"RGB-color", "RGBA-color"}))
 
 
 def itk_spacing(files: Sequence[Path]) -> Triple:
@@ -123,12 +117,13 @@ def itk_spacing(files: Sequence[Path]) -> Triple:
     return canonical_spacing(affine_of(information(files[0])))
 
 
-def pixels_of(image: Any, unplaced: bool = False) -> Pixels:
+def pixels_of(image: Any, unplaced: bool = False, colours: bool = True) -> Pixels:
     """Turn a SimpleITK image into pixels.
 
     Args:
         image: Image of 2, 3 or 4 dimensions.
         unplaced: Whether its place in the patient is unknown, as that of a radiograph.
+        colours: Whether three values of a voxel are known to be red, green, blue.
 
     Raises:
         DataError: The voxels are complex, of another number of dimensions, or colours in frames.
@@ -141,6 +136,8 @@ def pixels_of(image: Any, unplaced: bool = False) -> Pixels:
     voxels = sitk.GetArrayFromImage(image)  # (..., K, J, I[, C])
     shape = tuple(int(n) for n in image.GetSize()) + ((components,) if components > 1 else ())
     voxels = np.moveaxis(voxels, -1, 0) if components > 1 else voxels[None]
+    colours = colours and components == 3
+    vector = components > 1 and not colours
     if dimension == 4:
         if components > 1:
             raise DataError(f"{components} components in 4 dimensions; expected one or the other")
@@ -150,8 +147,10 @@ def pixels_of(image: Any, unplaced: bool = False) -> Pixels:
     elif dimension != 3:
         raise DataError(f"{dimension} dimensions; expected 2, 3 or 4")
     if dimension == 2 or unplaced:
-        return unplaced_pixels(voxels, image, shape, components == 3)
-    return placed_pixels(voxels, affine_of(image), shape, components == 3)
+        pixels = unplaced_pixels(voxels, image, shape, colours)
+        pixels.vector = vector
+        return pixels
+    return placed_pixels(voxels, affine_of(image), shape, colours, vector)
 
 
 def unplaced_pixels(
@@ -168,20 +167,3 @@ def unplaced_pixels(
     sides = [float(side) for side in image.GetSpacing()[:2]]
     affine = geometry.unknown_affine((1.0, sides[1], sides[0]))
     return Pixels(voxels, affine, UNKNOWN, shape, None, "", voxels.dtype == np.uint8, colours)
-
-
-def _check_length(path: Path, header: Any) -> None:
-    """Refuse a MetaImage file that is shorter than its header promises.
-
-    MetaImage prints lines of its own about such a file before it fails.
-    """
-    with open(path, "rb") as file:
-        text = file.read(4096)
-    if b"ElementDataFile = LOCAL" not in text or re.search(rb"CompressedData\s*=\s*True", text):
-        return
-    sitk = quiet_sitk()
-    pixel = sitk.Image([1] * 2, header.GetPixelID(), header.GetNumberOfComponents())
-    size = pixel.GetSizeOfPixelComponent() * pixel.GetNumberOfComponentsPerPixel()
-    needed = math.prod(header.GetSize()) * size
-    if path.stat().st_size < needed:
-        raise DataError(f"cut short: {path.stat().st_size:,} bytes, the header promises {needed:,}")

@@ -27,6 +27,7 @@ class Pixels:
         modality: DICOM code, "" where the format has none.
         eight_bit: Whether the source held unsigned bytes.
         colours: Whether the F axis is red, green, blue.
+        vector: Whether the F axis holds several values of each voxel, and no frames.
         notes: Changes made to the source, for the record. "copies": slices met twice and left out.
     """
 
@@ -38,6 +39,7 @@ class Pixels:
     modality: str = ""
     eight_bit: bool = False
     colours: bool = False
+    vector: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -47,7 +49,11 @@ class Pixels:
 
 
 def placed_pixels(
-    voxels: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], colours: bool = False
+    voxels: np.ndarray,
+    affine: np.ndarray,
+    shape: tuple[int, ...],
+    colours: bool = False,
+    vector: bool = False,
 ) -> Pixels:
     """Turn voxels whose place in the patient is known into canonical order.
 
@@ -56,13 +62,14 @@ def placed_pixels(
         affine: 4 x 4, (i, j, k) to RAS+ mm.
         shape: Shape of the source's array.
         colours: Whether F is red, green, blue.
+        vector: Whether F holds several values of each voxel, and no frames.
 
     Raises:
         DataError: The affine places no volume.
     """
     geometry.check_affine(affine)
     canonical, moved = geometry.to_canonical(np.moveaxis(voxels, (1, 2, 3), (3, 2, 1)), affine)
-    return Pixels(canonical, moved, CANONICAL, shape, affine, "", voxels.dtype == np.uint8, colours)
+    return Pixels(canonical, moved, CANONICAL, shape, affine, "", voxels.dtype == np.uint8, colours, vector)
 
 
 def canonical_spacing(affine: np.ndarray) -> Triple:

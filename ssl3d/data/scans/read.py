@@ -17,11 +17,12 @@ from typing import Literal
 import numpy as np
 
 from ssl3d.data.geometry import Triple
-from ssl3d.data.scans.dicom import has_dicom_preamble
+from ssl3d.data.scans.dicom_pixels import looks_like_dicom
 from ssl3d.data.scans.dicom_voxels import dicom_spacing, read_dicom
-from ssl3d.data.scans.itk import detached_voxels, itk_spacing, read_itk
-from ssl3d.data.scans.nifti import nifti_spacing, read_nifti
-from ssl3d.data.scans.pictures import picture_spacing, read_picture
+from ssl3d.data.scans.itk import itk_spacing, read_itk
+from ssl3d.data.scans.itk_files import detached_voxels
+from ssl3d.data.scans.nifti import nifti_spacing, pair_of, read_nifti, read_pair
+from ssl3d.data.scans.pictures import picture_spacing, read_label_picture, read_picture
 from ssl3d.data.scans.pixels import Pixels as Pixels
 from ssl3d.errors import DataError, is_transient
 
@@ -38,6 +39,7 @@ class Format:
         read: Reader of a file, or of the files of a series, given the largest number of voxels allowed.
         header: Reader of the spacing (D, H, W) in mm from the header alone.
         others: Finder of the further files that a file needs, such as that with the voxels of a header.
+        read_labels: Reader of a label map, where it reads other values than those that are looked at.
         signed: Test of a file's first bytes, which tells the format where the suffix does not.
     """
 
@@ -47,6 +49,7 @@ class Format:
     read: Callable[[Sequence[Path], int | None], Pixels]
     header: Callable[[Sequence[Path]], Triple]
     others: Callable[[Path], Iterable[Path]] = lambda path: ()
+    read_labels: Callable[[Sequence[Path], int | None], Pixels] | None = None
     signed: Callable[[Path], bool] | None = None
 
 
@@ -59,18 +62,37 @@ def _rows_spacing(files: Sequence[Path]) -> Triple:
 
 
 _DICOM = Format(
-    "DICOM", (".dcm", ".dicom", ".ima"), "slice", read_dicom, dicom_spacing, signed=has_dicom_preamble
+    "DICOM",
+    (".dcm", ".dcm.gz", ".dicom", ".ima"),
+    "slice",
+    read_dicom,
+    dicom_spacing,
+    signed=looks_like_dicom,
 )
 FORMATS = (
     Format("NIfTI", (".nii.gz", ".nii"), "volume", read_nifti, nifti_spacing),
+    Format(
+        "NIfTI or Analyze in two files",
+        (".img", ".hdr", ".img.gz", ".hdr.gz"),
+        "volume",
+        read_pair,
+        nifti_spacing,
+        others=pair_of,
+    ),
+    Format("FreeSurfer", (".mgz", ".mgh"), "volume", read_nifti, nifti_spacing),
+    Format("MINC", (".mnc",), "volume", read_nifti, nifti_spacing),
     Format("NRRD", (".nrrd", ".nhdr"), "volume", read_itk, itk_spacing, detached_voxels),
     Format("MHA/MHD", (".mha", ".mhd"), "volume", read_itk, itk_spacing, detached_voxels),
     _DICOM,
     Format("MedMNIST .npz", (".npz",), "rows", _refuse_rows, _rows_spacing),
-    Format("PNG", (".png",), "picture", read_picture, picture_spacing),
-    Format("JPEG", (".jpg", ".jpeg"), "picture", read_picture, picture_spacing),
-    Format("BMP", (".bmp",), "picture", read_picture, picture_spacing),
-    Format("TIFF", (".tif", ".tiff"), "picture", read_picture, picture_spacing),
+    Format("PNG", (".png",), "picture", read_picture, picture_spacing, read_labels=read_label_picture),
+    Format(
+        "JPEG", (".jpg", ".jpeg"), "picture", read_picture, picture_spacing, read_labels=read_label_picture
+    ),
+    Format("BMP", (".bmp",), "picture", read_picture, picture_spacing, read_labels=read_label_picture),
+    Format(
+        "TIFF", (".tif", ".tiff"), "picture", read_picture, picture_spacing, read_labels=read_label_picture
+    ),
 )
 KNOWN_FORMATS = ", ".join(form.name for form in FORMATS)
 """Names of the formats, for messages."""
@@ -135,6 +157,11 @@ def is_slice(path: Path) -> bool:
     return form is not None and form.kind == "slice"
 
 
+def is_header_of_another(path: Path) -> bool:
+    """Tell whether a file is the header of an image in two files, whose other file is the scan."""
+    return suffix_of(path) in (".hdr", ".hdr.gz") and all(other.is_file() for other in pair_of(path))
+
+
 def with_voxels(path: Path) -> Iterator[Path]:
     """Yield a file, and the others without which it is no scan."""
     yield path
@@ -143,12 +170,13 @@ def with_voxels(path: Path) -> Iterator[Path]:
         yield from form.others(path)
 
 
-def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
+def read(files: Sequence[Path], max_voxels: int | None = None, labels: bool = False) -> Pixels:
     """Read a file, or the files of one DICOM series.
 
     Args:
         files: One file; several are the slices of a series, in any order.
         max_voxels: Largest number of voxels; a larger scan is refused before it is read.
+        labels: Whether it is a label map: its values are then labels, such as the indices of a palette.
 
     Raises:
         DataError: The file is damaged or refused; the message does not name it.
@@ -158,7 +186,8 @@ def read(files: Sequence[Path], max_voxels: int | None = None) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return (format_by_suffix(files[0]) or _DICOM).read(files, max_voxels)
+            form = format_by_suffix(files[0]) or _DICOM
+            return ((labels and form.read_labels) or form.read)(files, max_voxels)
     except DataError:
         raise
     except Exception as error:  # the readers raise nearly anything on damaged files
@@ -193,7 +222,7 @@ def read_mask(path: Path, files: Sequence[Path] = ()) -> Pixels:
     Raises:
         DataError: The map cannot be read, has several frames, or holds other values.
     """
-    pixels = read(list(files) or [path])
+    pixels = read(list(files) or [path], labels=True)
     if len(pixels.voxels) != 1:
         raise DataError(f"mask {path.name}: {len(pixels.voxels)} frames or colours; expected one label map")
     voxels = pixels.voxels
@@ -224,13 +253,15 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 def _check_file(path: Path) -> None:
     try:
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for whoever writes into it
+            raise DataError("no regular file, but a folder, a pipe or a device")
         with open(path, "rb") as file:  # ITK does not tell why it cannot open a file
             if not os.fstat(file.fileno()).st_size:
                 raise DataError("empty file")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if is_transient(error):
             raise
-        raise DataError(error.strerror or "cannot be opened") from error
+        raise DataError(getattr(error, "strerror", None) or "cannot be opened") from error
 
 
 def _odd(voxels: np.ndarray) -> float:

@@ -128,6 +128,8 @@ def read_text(path: Path) -> str:
     Raises:
         NotText: The file cannot be read, or is in none of these.
     """
+    if path.exists() and not path.is_file():  # to open a pipe is to wait for ever
+        raise NotText(f"{path}: no regular file")
     try:
         content = path.read_bytes()
     except OSError as error:

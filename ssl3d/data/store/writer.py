@@ -57,7 +57,7 @@ def write_part(
     image = np.asarray(image, dtype=np.float32)
     _check(record, image, mask, boxes, foreground)
     background = np.asarray(record.done.get("background", image.min(axis=(1, 2, 3))), dtype=np.float32)
-    stored, scale, offset = _encode(record.id, image, dtype)
+    stored, scale, offset = encode_voxels(record.id, image, dtype)
     if stored.dtype == np.float16:  # air outside the volume is to equal air inside
         background = background.astype(np.float16).astype(np.float32)
     background = np.broadcast_to(background, image.shape[:1])
@@ -206,8 +206,17 @@ def _check(
         raise DataError(f"{record.id}: boxes of shape {np.shape(boxes)}; expected (n, 6)")
 
 
-def _encode(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray, float, float]:
-    """Convert voxels to what is stored; stored * scale + offset gives the image back."""
+def encode_voxels(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray, float, float]:
+    """Convert voxels to what is stored; stored * scale + offset gives the image back.
+
+    Args:
+        name: Name of the volume, for messages.
+        image: Voxels (C, D, H, W), float32.
+        dtype: Type to store: float16, float32, int16 or uint8.
+
+    Raises:
+        DataError: The type cannot hold the voxels.
+    """
     if dtype == "float32":
         return image, 1.0, 0.0
     if dtype == "float16":

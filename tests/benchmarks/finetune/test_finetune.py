@@ -31,6 +31,7 @@ from ssl3d.api import (
     UsageError,
     encoder_from,
     identity_hash,
+    locks,
     open_data,
     read_result,
 )
@@ -38,7 +39,6 @@ from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
-from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.finetune import run, train
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig, shifted

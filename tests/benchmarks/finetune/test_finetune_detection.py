@@ -13,9 +13,9 @@ from ssl3d.api import DataError, numpy_rng, one_group, open_data, phantom_store
 from ssl3d.data.scans.boxes import around_mask
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
+from ssl3d.detection.files import to_mm
 from ssl3d.detection.two_stage2d import Detection as Seen
 from ssl3d.encoders.resnet import ResNet10
-from ssl3d_benchmarks.finetune.detection.files import to_mm
 from ssl3d_benchmarks.finetune.detection.pictures import froc_picture
 from ssl3d_benchmarks.finetune.detection.task import Detection, DetectionConfig
 

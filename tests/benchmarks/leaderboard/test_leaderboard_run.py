@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from ssl3d.api import locks
 from ssl3d.errors import UsageError
-from ssl3d_benchmarks import locks
 from ssl3d_benchmarks.leaderboard.suite import run as suite_run
 from ssl3d_benchmarks.leaderboard.suite import runner
 from ssl3d_benchmarks.leaderboard.suite.commands import Places
@@ -221,7 +221,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_leaderboard_run import job
-from ssl3d_benchmarks import locks
+from ssl3d.api import locks
 from ssl3d_benchmarks.leaderboard.suite import runner
 runner.FRONT, locks.WAIT = {front!r}, 0.05
 jobs = [*[job(f"score:{{n}}", {words}) for n in range({count})]]

@@ -298,7 +298,7 @@ def bad_files(scans, root):
         "constant.nii.gz": "constant: every voxel is 9",
         "nan.nii.gz": "1 of 2,688 voxels are NaN; --nan 0 of ssl3d prepare puts 0 in their place",
         "infinite.nii.gz": "1 of 2,688 voxels are NaN or infinite",
-        "truncated.nii.gz": "unreadable",
+        "truncated.nii.gz": "cut short: its gzip stream does not end",
         "large.nii.gz": "64,000 voxels (40, 40, 40), more than --max-voxels 50,000",
         "complex.nii.gz": "complex voxels",
         "bad.dcm": "not readable as DICOM",

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ssl3d.data.geometry import spacing_of
+from ssl3d.data.scans.find import find
+from ssl3d.data.scans.found import Wanted
 from ssl3d.data.scans.read import header_spacing, read, read_mask, sha256_of, stem_of, suffix_of
 from ssl3d.errors import DataError
 
@@ -28,6 +34,78 @@ def test_formats_agree(scans, tmp_path, suffix):
     np.testing.assert_allclose(pixels.affine, reference.affine, atol=1e-3)
     assert pixels.orientation == "SAR"
     assert header_spacing([tmp_path / f"a{suffix}"]) == pytest.approx(pixels.spacing, rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".mgz", ".mgh", ".hdr", ".img", ".hdr.gz", ".img.gz"])
+def test_other_formats_of_nibabel_agree_with_nifti(scans, tmp_path, suffix):
+    voxels = scans.body()
+    kind = nibabel.MGHImage if suffix.startswith(".mg") else nibabel.Nifti1Pair
+    path = tmp_path / f"a{suffix}"
+    nibabel.save(kind(voxels, OBLIQUE), path)
+    reference = read([scans.nifti(tmp_path / "b.nii.gz", voxels, OBLIQUE)])
+    pixels = read([path])
+    np.testing.assert_array_equal(pixels.voxels, reference.voxels)
+    np.testing.assert_allclose(pixels.affine, reference.affine, atol=1e-3)
+    assert pixels.orientation == "SAR" and header_spacing([path]) == pytest.approx(pixels.spacing, rel=1e-4)
+    (scan, _) = find([tmp_path], Wanted()).scans  # an image in two files is one scan
+    assert scan.id.endswith("/a")
+
+
+def test_analyze_tells_sides_and_no_place(scans, tmp_path):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    nibabel.save(nibabel.AnalyzeImage(scans.body(), affine), tmp_path / "a.img")
+    pixels = read([tmp_path / "a.img"])
+    np.testing.assert_array_equal(np.sort(pixels.voxels, axis=None), np.sort(scans.body(), axis=None))
+    assert pixels.orientation == "unknown" and pixels.spacing == pytest.approx((4, 3, 2))
+
+
+@pytest.mark.parametrize("name", ["minc1_1_scale.mnc", "minc2_1_scale.mnc"])
+def test_minc_lies_where_nibabel_says(tmp_path, name):
+    path = Path(nibabel.__file__).parent / "tests" / "data" / name
+    if not path.is_file():
+        pytest.skip("this nibabel comes without its test data")
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    np.testing.assert_allclose(read([path]).voxels[0], np.asarray(image.dataobj).T, rtol=1e-6)
+    assert header_spacing([path]) == pytest.approx(tuple(image.header.get_zooms()[::-1]))
+
+
+@pytest.mark.parametrize("how", ["gzipped", "bare", "bare implicit", "deflated"])
+def test_dicom_in_other_clothes_is_the_same(scans, tmp_path, how):
+    files = scans.dicom(tmp_path / "d", scans.body((10, 12, 6)), "1.2.3.4", OBLIQUE)
+    reference = read(files)
+    for path in files:
+        header = pydicom.dcmread(path)
+        if how == "gzipped":
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+        elif how == "deflated":
+            header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+            header.save_as(path)
+        else:
+            path.unlink()
+            with open(path.with_suffix(""), "wb") as file:
+                pydicom.dcmwrite(
+                    file,
+                    pydicom.Dataset(dict(header.items())),
+                    implicit_vr="implicit" in how,
+                    little_endian=True,
+                )
+    (scan,) = find([tmp_path / "d"], Wanted()).scans
+    assert scan.subject == "P1" and len(scan.files[0]) == 6
+    pixels = read(scan.files[0])
+    np.testing.assert_array_equal(pixels.voxels, reference.voxels)
+    np.testing.assert_allclose(pixels.affine, reference.affine)
+
+
+def test_dicom_that_gdcm_reads_wrongly_is_as_pydicom_has_it():
+    for name in ("SC_rgb_rle_16bit.dcm", "SC_rgb_rle_32bit.dcm", "liver_1frame.dcm", "image_dfl.dcm"):
+        path = Path(get_testdata_file(name))
+        expected = pydicom.dcmread(path).pixel_array
+        pixels = read([path])
+        if pixels.orientation == "SAR":
+            expected = expected[::-1, ::-1]
+        expected = np.moveaxis(expected, -1, 0) if pixels.colours else expected[None]
+        np.testing.assert_array_equal(pixels.voxels[:, 0], expected)
 
 
 def test_a_dicom_series_agrees_with_nifti_whatever_its_file_names(scans, tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ssl3d_benchmarks import locks
+from ssl3d.api import locks
 
 
 def of_a_dead_process(lock):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ssl3d.api import Volume
+    from ssl3d.data.store.volume import Volume
 
 Array = NDArray[Any]
 
@@ -21,13 +21,34 @@ Array = NDArray[Any]
 def write_boxes(
     path: Path, volume: Volume, boxes: Array, scores: Array, labels: Array, classes: Sequence[str]
 ) -> Path:
-    """Write boxes as JSON to `path`, and as CSV beside it, and return `path`.
+    """Write boxes as JSON to `path`, as `describe_boxes` has them, and as CSV beside it; return `path`."""
+    content = describe_boxes(volume, boxes, scores, labels, classes)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "score", "x_mm", "y_mm", "z_mm", "w_mm", "h_mm", "d_mm"])
+        for entry in content["boxes"]:
+            writer.writerow([volume.id, entry["label"], entry["score"], *entry["box"]])
+    return path
+
+
+def describe_boxes(
+    volume: Volume, boxes: Array, scores: Array, labels: Array, classes: Sequence[str]
+) -> dict[str, Any]:
+    """Describe the boxes of a volume for other programs, as JSON holds it.
 
     Each box has `score`, `label` and `voxels` (z1 y1 x1 z2 y2 x2 on the stored grid, upper corner
     exclusive), and in mm of the scanner (RAS+) `centre`, `size` along the stored axes D H W, and `low` and
     `high` of the smallest upright box round it. `box` is centre and upright size, x y z w h d, the form of
     MONAI's LUNA16 lists. A scan without a known orientation has coordinates along its own axes; `space`
     says so.
+
+    Args:
+        volume: Volume of a store.
+        boxes: Boxes (n, 6) in voxels.
+        scores: Score of each box, (n,).
+        labels: Index in `classes` of each box, (n,).
+        classes: Names of the kinds of objects.
     """
     matrix = np.asarray(volume.affine, dtype=np.float64)
     entries: list[dict[str, Any]] = []
@@ -48,7 +69,7 @@ def write_boxes(
                 "voxels": _rounded(box),
             }
         )
-    content = {
+    return {
         "id": volume.id,
         "dataset": volume.dataset,
         "subject": volume.subject,
@@ -57,13 +78,6 @@ def write_boxes(
         "affine": matrix.tolist(),
         "boxes": entries,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "label", "score", "x_mm", "y_mm", "z_mm", "w_mm", "h_mm", "d_mm"])
-        for entry in entries:
-            writer.writerow([volume.id, entry["label"], entry["score"], *entry["box"]])
-    return path
 
 
 def to_mm(affine: Array, box: Array) -> Array:

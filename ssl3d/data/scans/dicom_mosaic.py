@@ -1,0 +1,91 @@
+"""Siemens mosaics: DICOM files that hold the slices of a volume side by side in one picture."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl3d.data.scans.dicom_pixels import dicom_image, plain_dicom
+from ssl3d.data.scans.itk import quiet_sitk
+from ssl3d.data.scans.pixels import Pixels, placed_pixels
+from ssl3d.errors import DataError
+
+_SAME = 1e-3  # mm, between the places of a series' volumes
+
+
+def is_mosaic(tag: dict[str, str]) -> bool:
+    """Tell by its tags whether a file is a mosaic."""
+    return "MOSAIC" in tag["type"].split("\\")
+
+
+def read_mosaics(files: list[Path], header_only: bool) -> Pixels:
+    """Read mosaics, each a volume of a series, as frames.
+
+    Siemens' own header, which nibabel reads, tells how many slices there are and which way they go.
+
+    Args:
+        files: Files in the order of time.
+        header_only: Whether to read the place of the voxels alone, and one voxel instead of them.
+
+    Raises:
+        DataError: Siemens' header is missing or tells of an order that is not known, or the volumes lie at
+            several places.
+    """
+    first, affine = _header(files[0])
+    frames = []
+    for path in files:
+        wrapper, place = _header(path)
+        if wrapper.image_shape != first.image_shape or not np.allclose(place, affine, atol=_SAME):
+            raise DataError(f"mosaics of several places or sizes in one series ({path.name} differs)")
+        if not header_only:
+            frames.append(_unpacked(path, wrapper))
+    if header_only:
+        return placed_pixels(np.empty((1, 1, 1, 1)), affine, ())
+    rows, columns, slices = first.image_shape
+    shape = (columns, rows, slices) + ((len(frames),) if len(frames) > 1 else ())
+    return placed_pixels(np.stack(frames), affine, shape)
+
+
+def _header(path: Path) -> tuple[Any, np.ndarray]:
+    """Return nibabel's view of a mosaic, and (i, j, k) to RAS+ mm.
+
+    Raises:
+        DataError: The header does not tell of the slices.
+    """
+    with warnings.catch_warnings(action="ignore"):  # nibabel's are about what its readers lack elsewhere
+        from nibabel.nicom.csareader import get_scalar
+        from nibabel.nicom.dicomwrappers import MosaicWrapper, wrapper_from_data
+        from pydicom import dcmread
+
+        with plain_dicom(path) as plain:
+            wrapper = wrapper_from_data(dcmread(plain, stop_before_pixels=True))
+    affine = wrapper.affine if isinstance(wrapper, MosaicWrapper) and wrapper.csa_header else None
+    if affine is None:
+        raise DataError(
+            "a Siemens mosaic without the header of Siemens that tells its slices; convert it with dcm2niix"
+        )
+    number = get_scalar(wrapper.csa_header, "ProtocolSliceNumber")
+    if number is not None and number > 1:
+        raise DataError(
+            f"a Siemens mosaic whose first slice is the protocol's {number}: their order is not sure; "
+            "convert it with dcm2niix"
+        )
+    return wrapper, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine[:, [1, 0, 2, 3]]  # LPS; rows before columns
+
+
+def _unpacked(path: Path, wrapper: Any) -> np.ndarray:
+    """Read a mosaic as (K, J, I)."""
+    sheet = quiet_sitk().GetArrayFromImage(dicom_image(path))
+    sheet = sheet.reshape(sheet.shape[-2:])
+    rows, columns, slices = wrapper.image_shape
+    side = wrapper.mosaic_size
+    if sheet.shape != (side * rows, side * columns):
+        raise DataError(
+            f"a Siemens mosaic of {sheet.shape[0]} x {sheet.shape[1]} pixels, which {side} x {side} slices "
+            "do not fill; convert it with dcm2niix"
+        )
+    tiles = sheet.reshape(side, rows, side, columns).swapaxes(1, 2)
+    return np.asarray(tiles.reshape(-1, rows, columns)[:slices])

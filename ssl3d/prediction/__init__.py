@@ -1,0 +1,1 @@
+"""Predictions of kept models: scans prepared as the training data were, ensembles, files for others."""
