@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl3d.api import DataError, UsageError, autocast, numpy_rng, upsample
+from ssl3d.api import DataError, UsageError, autocast, class_values, metric_name, numpy_rng, upsample
 from ssl3d_benchmarks.trivial_rows import intensity_maps
 
 if TYPE_CHECKING:
@@ -378,12 +378,24 @@ def fit_dense(
                 "dice": {
                     name: dice(predicted == k, truth == k) for k, name in enumerate(config.classes) if k > 0
                 },
+                **_own_metrics(config, predicted, truth, volume.spacing),
             }
         )
     details: dict[str, Any] = {"l2": l2, "features": head.weight.shape[1], "train_volumes": len(train)}
     if chosen_by is not None:
         details["validation"] = {"dice": chosen_by}
     return rows, details
+
+
+def _own_metrics(
+    config: LinearProbeConfig, predicted: Array, truth: Array, spacing: Sequence[float]
+) -> dict[str, dict[str, float | None]]:
+    """Compute the user's metrics of a volume, by name and class."""
+    scores: dict[str, dict[str, float | None]] = {metric_name(spec): {} for spec in config.metric}
+    for k, name in list(enumerate(config.classes))[1:]:
+        for metric, value in class_values(config.metric, predicted == k, truth == k, spacing).items():
+            scores[metric][name] = value
+    return scores
 
 
 def predict_masks(
@@ -421,11 +433,13 @@ def dice(predicted: Array, truth: Array) -> float | None:
     return None if size == 0 else 2 * int((predicted & truth).sum()) / size
 
 
-def subject_dice(predictions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Array, Array]:
-    """Return the subjects (S,) and their mean Dice over volumes by class (S, K), NaN where undefined."""
+def subject_scores(
+    predictions: Sequence[Mapping[str, Any]], names: Sequence[str], score: str = "dice"
+) -> tuple[Array, Array]:
+    """Return the subjects (S,) and their mean score over volumes by class (S, K), NaN where undefined."""
     people: dict[str, list[list[float]]] = {}
     for row in predictions:
-        values = [row["dice"][name] for name in names]
+        values = [row[score][name] for name in names]
         person = people.setdefault(f"{row['dataset']}\t{row['subject']}", [])
         person.append([np.nan if value is None else value for value in values])
     table = np.full((len(people), len(names)), np.nan)

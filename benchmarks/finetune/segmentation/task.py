@@ -21,12 +21,15 @@ from ssl3d.api import (
     Views,
     augment_labelled,
     best_class,
+    class_values,
     dice_ce_loss,
     expanded,
     find_region,
     fit_size,
     mask_scores,
+    metric_name,
     predict_slabs,
+    recorded_metric,
     save_segmentation,
     segmentation_head,
     shrunk,
@@ -105,6 +108,7 @@ class SegmentationConfig(Views):
         mirror: Whether to average predictions over copies mirrored along `flip_axes`: 8 times the work for
             three axes.
         tolerance: Tolerance of the surface Dice, mm; 0 for 1 mm, or the largest voxel side if that is more.
+        metric: Metrics of your own beside Dice, FILE.py:FUNCTION.
         stages: Number of stages; with 2, a coarse network finds the region in the shrunk volume, and a
             fine one segments it.
         coarse: Size D H W of the shrunk volume for the coarse stage, voxels.
@@ -134,6 +138,7 @@ class SegmentationConfig(Views):
     windows: int = 4
     mirror: bool = False
     tolerance: float = 0.0
+    metric: tuple[str, ...] = ()
     stages: Literal[1, 2] = 1
     coarse: tuple[int, int, int] = (32, 32, 32)
     margin: float = 0.15
@@ -296,6 +301,9 @@ class Segmentation(FinetuneTask):
     def settings(self) -> dict[str, Any]:
         """Return the options, resolved, and the annotated slices of each volume where there are few."""
         own = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
+        # Records of before this option are found again.
+        if metrics := own.pop("metric"):
+            own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
             own["annotated"] = self._slices
         return own
@@ -492,7 +500,8 @@ class Segmentation(FinetuneTask):
         if slices is not None:
             labels, truth = labels[slices], truth[slices]
         labels = np.where(truth == IGNORE, IGNORE, labels)
-        row: dict[str, Any] = {measure: {} for measure in (*MEASURES, "voxels")}
+        own = tuple(map(metric_name, self.config.metric))
+        row: dict[str, Any] = {measure: {} for measure in (*MEASURES, *own, "voxels")}
         for k, name in enumerate(self.names):
             if k == 0:
                 continue
@@ -500,6 +509,8 @@ class Segmentation(FinetuneTask):
             scores = mask_scores(predicted, true, volume.spacing, self.config.tolerance or None)
             for measure in MEASURES:
                 row[measure][name] = getattr(scores, measure)
+            for metric, value in class_values(self.config.metric, predicted, true, volume.spacing).items():
+                row[metric][name] = value
             row["voxels"][name] = [int(predicted.sum()), int(true.sum())]
         return row
 
@@ -512,7 +523,7 @@ class Segmentation(FinetuneTask):
         """
         functions: dict[str, statistics.Statistic] = {}
         clusters: Array = np.zeros(0)
-        for measure in MEASURES:
+        for measure in (*MEASURES, *map(metric_name, self.config.metric)):
             clusters, table = _by_subject(predictions, measure, self.names[1:])
             functions[measure] = _over_classes(table)
             if table.shape[1] > 1:

@@ -538,8 +538,8 @@ def test_numbers_of_annotated_slices_are_trained_one_after_the_other(tmp_path, c
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--sparse-slices", "0"], "sparse_slices: '0' must be a number from 1, or all"),
-        (["--sparse-slices", "2", "2"], "sparse_slices: 2 2; give each once"),
+        (["--sparse-slices", "0"], "slices: '0' must be a number from 1, or all"),
+        (["--sparse-slices", "2", "2"], "slices: 2 2; give each once"),
         (["--sparse-slices", "1", "--task", "classification"], "use --task segmentation"),
     ],
 )
