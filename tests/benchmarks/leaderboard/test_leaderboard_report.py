@@ -1430,3 +1430,13 @@ def test_printed_tables_say_which_rows_read_the_true_masks():
     both = [Row(one.contestant["kind"], one.contestant["group"], one) for one in rows]
     shown = format_table(blocks_of(both, benchmark), benchmark, "house split")
     assert "no network; computed from the true masks" in shown
+
+
+@pytest.mark.parametrize("curve", [[{"step": "many", "score": 0.1}], [1], 7])
+def test_an_odd_curve_refuses_its_record_alone(tmp_path, curve):
+    rows = usual()
+    rows[0].compute = {"details": {"curve": curve}}
+    found = read_report([write(tmp_path, rows)], resamples=100)
+    (refused,) = found.records.refused
+    assert (refused.who, "curve cannot be read: " in refused.why) == ("runs/alpha-0", True)
+    assert "beta" in arms(found)
