@@ -80,7 +80,7 @@ class GLCLConfig(SlabViews):
     negatives: int = 5
     local_stride: int = 4
     temperature: float = 0.1
-    width: int = 32
+    width: int = 16
     hidden: int = 512
     out: int = 128
     head_norm: Literal["batch", "layer", "none"] = "batch"
@@ -149,26 +149,27 @@ class GLCL(Proxy):
         """
         super().__init__(config, encoder)
         check_slab(encoder, config.slab)
-        self.decoder: Any = restoring_decoder("unet", encoder, config.width)
-        coarse = [n for n, stride in enumerate(self.decoder.path) if max(stride[1:]) >= config.local_stride]
+        unet: Any = restoring_decoder("unet", encoder, config.width)
+        self.decoder = unet
+        coarse = [n for n, stride in enumerate(unet.path) if max(stride[1:]) >= config.local_stride]
         if not coarse:
             raise UsageError(
                 f"glcl.local_stride is {config.local_stride}, the decoder's coarsest map has stride "
-                f"{max(self.decoder.path[0][1:])}: choose that or less"
+                f"{max(unet.path[0][1:])}: choose that or less"
             )
         self._steps = coarse[-1] + 1
-        stride = self.decoder.path[coarse[-1]][1:]
+        stride = unet.path[coarse[-1]][1:]
         sides = [-(-n // s) for n, s in zip(config.crop, stride, strict=True)]
         self.places, negatives = region_places((sides[0], sides[1]), _REGION, config.negatives)
         self.register_buffer("negatives", negatives, persistent=False)
         self.register_buffer("local_stage", torch.tensor(config.schedule == "joint"))
         # Steps that are not trained get no gradient; `out` has the classes' place.
-        unused = [self.decoder.out, *self.decoder.mixes[self._steps :], *self.decoder.convs[self._steps :]]
-        if self._steps < len(self.decoder.path) and self.decoder.stem is not None:
-            unused.append(self.decoder.stem)
+        unused = [unet.out, *unet.mixes[self._steps :], *unet.convs[self._steps :]]
+        if self._steps < len(unet.path) and unet.stem is not None:
+            unused.append(unet.stem)
         for module in unused:
             module.requires_grad_(False)
-        norm, width = config.head_norm, int(self.decoder.convs[coarse[-1]].weight.shape[0])
+        norm, width = config.head_norm, int(unet.convs[coarse[-1]].weight.shape[0])
         self.head = projection_head(encoder.embed_dim, config.hidden, config.out, norm=norm)
         self.voxel_head = projection_head(width, width, width, norm=norm, norm_last=False, bias_last=False)
         self.region_head = nn.Linear(_REGION**2 * width, config.out, bias=False)
@@ -240,7 +241,7 @@ class GLCL(Proxy):
         return contrast.loss
 
     def _relate(self, own: Tensor, other: Tensor) -> Relations:
-        """Relate views by part, volume and subject."""
+        """Compare views by part, volume and subject."""
         part, volume, person = (own[:, None, n] == other[:, n] for n in range(3))
         return Relations(part if self.config.across else part & volume, ~part, ~person)
 
@@ -285,7 +286,7 @@ class GLCL(Proxy):
         return self.region_head(projected.flatten(2)).unflatten(0, (-1, 2))
 
     def _local(self, regions: Tensor, keys: Tensor) -> Any:
-        """Contrast the regions of both views of a slice, and of others of its part where asked."""
+        """Compare the regions of both views of a slice, and of others of its part where asked."""
         a, b = regions.unbind(1)
         if self.config.local_across:
             counts = row_counts(len(regions), regions.device)

@@ -152,7 +152,7 @@ class PCL(Proxy):
         }
 
     def start_epoch(self, epoch: int, loader: Iterable[list[dict[str, Tensor]]]) -> None:
-        """Learn, once, which scores the training slices have."""
+        """Measure, once, which scores the training slices have."""
         if not self.config.sorted_by or not bool(self.quantiles.isnan().any()):
             return
         scores = torch.cat([group["position"].flatten() for groups in loader for group in groups])
