@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ from ssl3d.errors import DataError
 
 DEEPEST = 32
 """Most levels that a record may be nested."""
-LARGEST = sys.float_info.max
+LARGEST = 1e30
+"""Bound of every number: no FLOPs, bytes or seconds come near, and no chart has ticks beyond."""
 LARGEST = sys.float_info.max
 
 Kinds = str | tuple[str, ...]
@@ -20,6 +20,10 @@ OBJECT, LIST, WORD, WORDS = "an object", "a list", "a text", "a list of texts"
 NUMBER, NUMBERS, COUNT, FLAG = "a number", "a list of numbers", "a whole number", "a flag"
 
 PARTS: Mapping[str, Kinds] = {
+    "version": COUNT,
+    "fraction": NUMBER,
+    "repeat": COUNT,
+    "seed": COUNT,
     "contestant.name": WORD,
     "contestant.kind": WORD,
     "contestant.digest": WORD,
