@@ -12,7 +12,6 @@ DEEPEST = 32
 """Most levels that a record may be nested."""
 LARGEST = 1e30
 """Bound of every number: no FLOPs, bytes or seconds come near, and no chart has ticks beyond."""
-LARGEST = sys.float_info.max
 
 Kinds = str | tuple[str, ...]
 
