@@ -57,7 +57,6 @@ PARTS: Mapping[str, Kinds] = {
     "settings.training": OBJECT,
     "split.how": WORD,
     "split.folds": COUNT,
-    **{f"split.{part}": OBJECT for part in ("train", "val", "test")},
     **{
         f"split.{part}.{count}": COUNT
         for part in ("train", "val", "test")
@@ -81,6 +80,9 @@ def check_parts(content: Mapping[str, Any], where: str) -> None:
     """
     if _deeper(content, DEEPEST):
         raise DataError(f"{where}: not a result record: it is nested deeper than {DEEPEST} levels")
+    for part, value in content["split"].items():
+        if part in ("train", "val", "test") and not isinstance(value, Mapping):
+            raise DataError(f"{where}: split.{part} is {_short(value)}, expected {OBJECT}")
     for place, kinds in PARTS.items():
         value = _at(content, place)
         if value not in (None, "") and not any(_is(value, kind) for kind in _several(kinds)):

@@ -150,6 +150,7 @@ def nested(depth):
         ("seed", True, "seed is True, expected a whole number"),
         ("contestant.name", 3, "contestant.name is 3, expected a text"),
         ("contestant.name", "\ud800", "which is no text in Unicode"),
+        ("split.train", None, "split.train is None, expected an object"),
         ("settings.rates", 5, "settings.rates is 5, expected a list of numbers"),
         ("settings.x", nested(40), "nested deeper than 32 levels"),
         ("dataset", [1], "dataset is [1], expected a text or a list of texts"),
