@@ -30,9 +30,13 @@ def summary(run: Path, results: Path) -> list[str]:
         record = read_result(path)
         dice.setdefault(str(record.contestant["kind"]), []).append(record.scores["dice"])
     means = {kind: sum(values) / len(values) for kind, values in dice.items()}
-    rows = {"encoder": "of this encoder", "untrained": "of untrained ones", "trivial": "without any"}
+    rows = {
+        "encoder": "with this encoder's features",
+        "untrained": "with those of untrained networks",
+        "trivial": "with intensity and position alone",
+    }
     shares = ", ".join(f"{means[kind]:.2f} {words}" for kind, words in rows.items() if kind in means)
-    lines.append(f"worth: a linear layer finds the organs by features with a Dice of {shares}")
+    lines.append(f"worth: a linear layer finds the organs with a Dice of {shares}")
     lines.append("next: ssl3d pretrain --proxy sorting --data FOLDER_OF_SCANS --out runs/first")
     pictures = sorted(results.glob("*.png")) or sorted((run / "pictures").glob("*.png"))
     return [*lines, *(f"picture: {path}" for path in pictures[-1:])]
