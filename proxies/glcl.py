@@ -210,35 +210,42 @@ class GLCL(Proxy):
         rngs = [rng] if isinstance(rng, BatchRng) else rng
         keys = torch.cat([self._keys(group) for group in groups])
         local, joint = bool(self.local_stage), config.schedule == "joint"
-        loss, metrics = keys.new_zeros(()), dict[str, Tensor]()
-        if not local or joint:
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if joint or not local:
             views = [self._views(group, each) for group, each in zip(groups, rngs, strict=True)]
             embeddings = torch.cat([self.encoder.embed(x.flatten(0, 1)) for x in views])
-            loss = self._global(embeddings, keys, metrics)
+            loss, projected = self._global(embeddings, keys, metrics)
+            losses.append(loss)
         if local:
             alike = [self._recoloured(group, each) for group, each in zip(groups, rngs, strict=True)]
-            views = views if joint else alike
-            with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
-                maps = [self._maps(x.flatten(0, 1), fixed=not joint) for x in alike]
-                if not joint:
+            if joint:
+                maps = [self.encoder(x.flatten(0, 1)) for x in alike]
+            else:
+                views = alike
+                with torch.no_grad(), evaluating(self.encoder):
+                    maps = [self.encoder(x.flatten(0, 1)) for x in alike]
                     embeddings = torch.cat([self.encoder.pool(each) for each in maps])
-                    self._global(embeddings, keys, metrics)
+                    _, projected = self._global(embeddings, keys, metrics)
             regions = torch.cat([self._regions(x, each) for x, each in zip(alike, maps, strict=True)])
             contrast = self._local(regions, keys)
             metrics |= {"local_loss": contrast.loss.detach(), "local_accuracy": contrast.accuracy}
-            loss = loss * (1 if joint else 0) + contrast.loss * (config.local_weight if joint else 1)
-        shown, seen = views[0], self._shown[: len(views[0])]
-        return StepOutput(loss, metrics, lambda: pair_picture(shown, seen))
+            losses.append(contrast.loss * (config.local_weight if joint else 1))
+        shown, pairs = views[0], projected.detach().unflatten(0, (-1, 2))
+        return StepOutput(
+            torch.stack(losses).sum(), metrics, lambda: pair_picture(shown, pairs[: len(shown)])
+        )
 
-    def _global(self, embeddings: Tensor, keys: Tensor, metrics: dict[str, Tensor]) -> Tensor:
-        """Compute the global loss of the views, and add its metrics."""
+    def _global(
+        self, embeddings: Tensor, keys: Tensor, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the global loss and the projections of the views, and add its metrics."""
         projected = self.head(embeddings)
         keys = keys.repeat_interleave(2, 0)
         contrast = set_contrast(projected, keys, self._relate, self.config.temperature, rivals=False)
         metrics |= {"accuracy": contrast.accuracy, "chance": contrast.chance}
         metrics["global_loss"] = contrast.loss.detach()
-        self._shown = projected.detach().unflatten(0, (-1, 2))
-        return contrast.loss
+        return contrast.loss, projected
 
     def _relate(self, own: Tensor, other: Tensor) -> Relations:
         """Compare views by part, volume and subject."""
@@ -271,12 +278,6 @@ class GLCL(Proxy):
         x, spacing = x.repeat_interleave(2, 0), spacing.repeat_interleave(2, 0)
         x = augment(intensities(config), x, ViewRng(rng, 2 * count), config.size, spacing, axes=(1, 2))
         return x.unflatten(0, (-1, 2))
-
-    def _maps(self, x: Tensor, fixed: bool) -> list[Tensor]:
-        if not fixed:
-            return self.encoder(x)
-        with evaluating(self.encoder):
-            return self.encoder(x)
 
     def _regions(self, views: Tensor, maps: list[Tensor]) -> Tensor:
         """Decode the maps of views and project their regions: (B x S, 2, 13, out)."""

@@ -307,6 +307,22 @@ def test_a_bad_untrained_twin_is_no_straw_man(tmp_path):
     assert found["alpha, norm recalibrated"].gain.value == pytest.approx(-0.1, abs=0.02)
 
 
+def test_arms_with_a_decoder_stand_beside_those_of_the_encoder_alone(tmp_path):
+    rows = usual()
+    for seed in (0, 1):
+        rows.append(record(f"runs/beta-{seed}, with decoder", gain=0.15))
+        rows[-1].contestant["decoder"] = "a digest"
+    (board,) = read_report([write(tmp_path / "decoded", rows)]).boards
+    found = {arm.label: arm for arm in board.arms}
+    assert found["beta"].gain.value == pytest.approx(0.05, abs=0.02)
+    assert found["beta, with decoder"].gain.value == pytest.approx(0.15, abs=0.02)
+    assert len(found["beta, with decoder"].encoders()) == 2  # the seeds of one contestant
+    # Told also where no arm of the encoder alone stands beside it.
+    alone = [row for row in rows if row.contestant["name"] not in ("runs/beta-0", "runs/beta-1")]
+    (board,) = read_report([write(tmp_path / "alone", alone)]).boards
+    assert "beta, with decoder" in {arm.label for arm in board.arms}
+
+
 def test_encoders_on_the_way_are_a_curve_and_no_rows(tmp_path):
     way = [record(f"runs/alpha-0/encoder-at-{share}", gain=0.05, steps=share) for share in (25, 50)]
     board = read_report([write(tmp_path, [*usual(), *way])], resamples=200).boards[0]
