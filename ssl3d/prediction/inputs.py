@@ -125,8 +125,7 @@ class ScanItem(Item):
         task = ScanTask(scan, "", Path(), recipe)
         if scan.member is not None:
             task.row, _, task.sha256 = rows.of(scan.files[0][0], *scan.member)
-        for prepared in prepared_volumes(task):
-            yield PreparedVolume(prepared)
+        yield from map(PreparedVolume, prepared_volumes(task))
 
     @property
     def series(self) -> tuple[Path, ...]:
