@@ -233,6 +233,12 @@ from .segmentation.network import (
     shrunk as shrunk,
     shrunk_mask as shrunk_mask,
 )
+from .segmentation.own_metrics import (
+    class_values as class_values,
+    load_metric as load_metric,
+    metric_name as metric_name,
+    recorded_metric as recorded_metric,
+)
 from .segmentation.save import save_segmentation as save_segmentation
 from .segmentation.windows import (
     predict_slabs as predict_slabs,

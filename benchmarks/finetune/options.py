@@ -29,6 +29,9 @@ class FinetuneOptions:
         fractions: Shares of the training and validation subjects to use; smaller subsets lie in larger
             ones and are the same for every contestant.
         repeats: Number of subsets for each fraction below 1.
+        metric: Metrics of your own for segmentation, FILE.py:FUNCTION, such as my.py:boundary_iou. The
+            function takes two masks (D H W) and the voxel sides in mm, and returns a number, higher being
+            better.
         sparse_slices: Numbers of annotated slices per volume that segmentation trains on, or all; several,
             such as 1 2 4 all, give a curve. A single number equals --segmentation.sparse_slices.
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
@@ -83,6 +86,7 @@ class FinetuneOptions:
     preset: str = ""
     fractions: tuple[float, ...] = (1.0,)
     repeats: int = 3
+    metric: tuple[str, ...] = ()
     sparse_slices: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
@@ -129,7 +133,7 @@ class FinetuneOptions:
              "milestones", "gamma", "warmup", "clip", "eval_at", "keep", "checkpoint_seconds"),
         ),
         HelpSection("encoder", ("freeze", "pool"), ("layer_decay", "freeze_norm")),
-        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial",)),
+        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial", "metric")),
         HelpSection("hardware", ("device", "workers"), ("precision", "threads")),
     )  # fmt: skip
     """Sections of the help."""

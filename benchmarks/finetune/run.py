@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, locks, open_data_for
+from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, load_metric, locks, open_data_for
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,
@@ -87,6 +87,14 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
 
 def _configs(options: FinetuneOptions, config: Any) -> list[Any]:
     """Return the options of the task, for each number of annotated slices."""
+    if options.metric and not hasattr(config, "metric"):
+        raise UsageError(
+            f"--metric {options.metric[0]}: a metric of one's own is for masks; use --task segmentation"
+        )
+    if options.metric:
+        config = replace(config, metric=options.metric)
+    for metric in getattr(config, "metric", ()):
+        load_metric(metric)  # a wrong one is refused before anything is trained
     if not options.sparse_slices:
         return [config]
     if not hasattr(config, "sparse_slices"):

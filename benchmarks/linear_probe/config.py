@@ -77,10 +77,12 @@ class LinearProbeConfig(FrozenEncoderConfig):
     Attributes:
         samples: Number of voxels that the dense probe draws from each training volume.
         iterations: Number of L-BFGS iterations of the dense probe.
+        metric: Metrics of one's own for the dense probe, FILE.py:FUNCTION; name and digest in a record.
     """
 
     samples: int = 1024
     iterations: int = 60
+    metric: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the value of every field."""

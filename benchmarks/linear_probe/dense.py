@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl3d.api import DataError, UsageError, autocast, numpy_rng, upsample
+from ssl3d.api import DataError, UsageError, autocast, class_values, metric_name, numpy_rng, upsample
+from ssl3d_benchmarks.task import ignored_values
 from ssl3d_benchmarks.trivial_rows import intensity_maps
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ class DenseFeatures:
         if self.encoder is not None:
             self.strides = strides_of(self.encoder, config.window)
         self.values = torch.tensor([int(name) for name in config.classes])
+        self._ignored = ignored_values(data)
         self.total = len(data)
         self._samples: dict[int, Samples] = {}
         self._maps: dict[int, list[Tensor]] = {}
@@ -224,12 +226,16 @@ class DenseFeatures:
         return self._samples[volume.index]
 
     def labels(self, volume: Volume) -> Array:
-        """Return the class index of every voxel (D, H, W)."""
-        return np.searchsorted(self.values.numpy(), volume.read_mask().numpy())
+        """Return the class index of every voxel (D, H, W), -1 where nobody annotated it."""
+        mask = volume.read_mask().numpy()
+        indices = np.searchsorted(self.values.numpy(), mask)
+        return np.where(mask == self._ignored.get(volume.dataset, -1), -1, indices)
 
 
 def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Array]:
     """Draw voxels (n, 3), as many of each class, of the rim and of the rest, with their shares (n,).
+
+    Voxels of class -1, which nobody annotated, are never drawn.
 
     With these weights a loss over the sample estimates, without bias, the loss over the whole volume;
     small classes and the hard background at their border are seen as often as the easy rest.
@@ -240,8 +246,11 @@ def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Arra
     objects = labels > 0
     if objects.any():
         strata[ndimage.binary_dilation(objects, iterations=RIM) & ~objects] = 0
+    strata[labels < 0] = -1
     rng = numpy_rng("dense samples", seed)
-    kinds = np.unique(strata)
+    kinds = np.unique(strata[strata >= 0])
+    if not len(kinds):
+        return np.zeros((0, 3), np.int64), np.zeros(0)
     points, weights = [], []
     for kind in kinds:
         members = np.flatnonzero(strata == kind)
@@ -368,8 +377,8 @@ def fit_dense(
     head, l2, chosen_by = _head(dense, train, val, config)
     rows = []
     for volume in test:
-        predicted = _predict(dense, head, volume, dense.keep(volume))
         truth = dense.labels(volume)
+        predicted = np.where(truth < 0, -1, _predict(dense, head, volume, dense.keep(volume)))
         rows.append(
             {
                 "dataset": volume.dataset,
@@ -378,12 +387,24 @@ def fit_dense(
                 "dice": {
                     name: dice(predicted == k, truth == k) for k, name in enumerate(config.classes) if k > 0
                 },
+                **_own_metrics(config, predicted, truth, volume.spacing),
             }
         )
     details: dict[str, Any] = {"l2": l2, "features": head.weight.shape[1], "train_volumes": len(train)}
     if chosen_by is not None:
         details["validation"] = {"dice": chosen_by}
     return rows, details
+
+
+def _own_metrics(
+    config: LinearProbeConfig, predicted: Array, truth: Array, spacing: Sequence[float]
+) -> dict[str, dict[str, float | None]]:
+    """Compute the user's metrics of a volume, by name and class."""
+    scores: dict[str, dict[str, float | None]] = {metric_name(spec): {} for spec in config.metric}
+    for k, name in list(enumerate(config.classes))[1:]:
+        for metric, value in class_values(config.metric, predicted == k, truth == k, spacing).items():
+            scores[metric][name] = value
+    return scores
 
 
 def predict_masks(
@@ -421,11 +442,13 @@ def dice(predicted: Array, truth: Array) -> float | None:
     return None if size == 0 else 2 * int((predicted & truth).sum()) / size
 
 
-def subject_dice(predictions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Array, Array]:
-    """Return the subjects (S,) and their mean Dice over volumes by class (S, K), NaN where undefined."""
+def subject_scores(
+    predictions: Sequence[Mapping[str, Any]], names: Sequence[str], score: str = "dice"
+) -> tuple[Array, Array]:
+    """Return the subjects (S,) and their mean score over volumes by class (S, K), NaN where undefined."""
     people: dict[str, list[list[float]]] = {}
     for row in predictions:
-        values = [row["dice"][name] for name in names]
+        values = [row[score][name] for name in names]
         person = people.setdefault(f"{row['dataset']}\t{row['subject']}", [])
         person.append([np.nan if value is None else value for value in values])
     table = np.full((len(people), len(names)), np.nan)

@@ -105,10 +105,14 @@ class LinearProbeOptions(FrozenEncoderOptions):
             or auto.
         repeats: Number of subsets for each fraction below 1 (default 20, dense probe 5).
         samples: Number of voxels that the dense probe draws from each training volume.
+        metric: Metrics of your own for the dense probe, FILE.py:FUNCTION, such as my.py:boundary_iou. The
+            function takes two masks (D H W) and the voxel sides in mm, and returns a number, higher being
+            better.
     """
 
     out: Path = Path("runs/linear-probe")
     samples: int = 1024
+    metric: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the value of every field."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import Benchmark, DataError, Scores, statistics
+from ssl3d.api import Benchmark, DataError, Scores, metric_name, statistics
 from ssl3d_benchmarks.features import embeddings
 from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
 
@@ -214,19 +215,17 @@ class LinearProbe(Benchmark):
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
         """Return the Dice of each class and their mean, over subjects, as functions of weights."""
-        from ssl3d_benchmarks.linear_probe.dense import subject_dice
+        from ssl3d_benchmarks.linear_probe.dense import subject_scores
 
-        clusters, table = subject_dice(predictions, self.config.classes[1:])
-
-        def mean_of_column(column: int) -> statistics.Statistic:
-            return lambda w: statistics.mean(table[:, column], w)
-
-        def over_classes(weights: Array) -> Array:
-            each = np.stack([statistics.mean(table[:, k], weights) for k in range(table.shape[1])])
-            return np.nanmean(each, axis=0) if np.isfinite(each).any() else np.full(len(weights), np.nan)
-
-        by_class = {f"dice_{name}": mean_of_column(k) for k, name in enumerate(self.config.classes[1:])}
-        return clusters, {"dice": over_classes, **by_class}
+        names = self.config.classes[1:]
+        functions: dict[str, statistics.Statistic] = {}
+        clusters: Array = np.zeros(0)
+        for score in ("dice", *map(metric_name, self.config.metric)):
+            clusters, table = subject_scores(predictions, names, score)
+            functions[score] = partial(_over_classes, table)
+            for column, name in enumerate(names):
+                functions[f"{score}_{name}"] = partial(statistics.mean, table[:, column])
+        return clusters, functions
 
 
 # Fits ---------------------------------------------------------------------------------------------
@@ -344,6 +343,12 @@ def _spread(model: Any, x: Array, classes: int) -> Array:
     probability = np.zeros((len(x), classes))
     probability[:, model.classes_] = model.predict_proba(x) if len(x) else 0.0
     return probability
+
+
+def _over_classes(table: Array, weights: Array) -> Array:
+    """Average the classes' means over subjects (S, K), for weights (R, S)."""
+    each = np.stack([statistics.mean(column, weights) for column in table.T])
+    return np.nanmean(each, axis=0) if np.isfinite(each).any() else np.full(len(weights), np.nan)
 
 
 def _number(values: Array) -> float:

@@ -22,8 +22,10 @@ from ssl3d.api import (
     Scores,
     UsageError,
     find_result,
+    load_metric,
     open_data_for,
     printable,
+    recorded_metric,
     write_result,
 )
 from ssl3d_benchmarks.contestants import (
@@ -102,6 +104,11 @@ def make_task(
         raise UsageError(
             f"--target {target}: {protocol.name} takes {', '.join(protocol.mains)}; use linear-probe"
         )
+    metrics = getattr(options, "metric", ())
+    if metrics and target != "masks":
+        raise UsageError(f"--metric {metrics[0]}: a metric of one's own is for masks; add --target masks")
+    for metric in metrics:
+        load_metric(metric)  # a wrong one is refused before anything is computed
     if target == "masks" and options.pool != "mean":
         raise UsageError(
             f"--pool {options.pool}: the dense probe of masks reads feature maps and pools nothing; it is "
@@ -206,6 +213,9 @@ def _record(
     fraction = job.fraction
     subset = "all" if fraction == 1 else f"{fraction:g} of the training subjects, nested"
     settings = {**dataclasses.asdict(task.config), "fractions": subset}
+    # Records of before this option are found again.
+    if metrics := settings.pop("metric", ()):
+        settings["metric"] = [recorded_metric(metric) for metric in metrics]
     return record(contestant, benchmark, task, job, options.seed, settings)
 
 

@@ -23,15 +23,19 @@ class ConvertOptions(ConvertedConfig):
     Attributes:
         network: 2D network: one of torchvision (resnet18, densenet121, mobilenet_v2, efficientnet_b0, ...),
             of timm as timm/NAME, or efficientnet_lite0. Or a file of weights of MedicalNet, Models Genesis,
-            nnssl, nnU-Net, MONAI, torchvision, timm, lightly or Lightning (.pth, .pt, .ckpt, .safetensors),
-            with options after it as in resnet_18.pth:stem_stride=1. Or, with --to, a run or an encoder.
+            nnssl, nnU-Net, MONAI, Merlin, torchvision, timm, lightly or Lightning (.pth, .pt, .ckpt,
+            .safetensors), with options after it as in resnet_18.pth:stem_stride=1. Or, with --to, a run or
+            an encoder.
         out: Folder for the encoder, which pretrain --init, linear-probe and embed take; with --to nnunet, a
             folder or a .pth file for nnU-Net.
         weights: Weights of the 2D network: a file (.pth, .safetensors), or the name of one of torchvision's
             versions, as IMAGENET1K_V2. By default they are fetched from torchvision or timm.
-        layout: Layout of the names in a file of weights: medicalnet, monai, genesis, resenc, torchvision,
-            densenet, mobilenet, timm-mobilenet or sequential. By default it is recognised.
+        layout: Layout of the names in a file of weights: medicalnet, inflated, monai, genesis, resenc,
+            plain-unet, swin, vit, torchvision, densenet, mobilenet, timm-mobilenet or sequential. By
+            default it is recognised.
         prefix: Beginning of the names of one network among several in a file, as teacher.backbone.
+        axes: Order in which a file's network saw the axes of volumes, such as xyz (as NIfTI holds them),
+            where you know better than what is known of its layout. Its 3D kernels are turned to z y x.
         labels_seen: Whether a file's weights learned from labels of medical volumes, where you know better
             than what is known of its layout.
         to: Toolkit to write for: nnunet writes a run's resenc encoder as nnU-Net's fine-tuning reads it.
@@ -45,6 +49,7 @@ class ConvertOptions(ConvertedConfig):
     weights: str | None = None
     layout: str | None = None
     prefix: str | None = None
+    axes: str | None = None
     labels_seen: bool | None = None
     to: Literal["nnunet"] | None = None
     patch: tuple[int, int, int] = (160, 160, 160)
@@ -93,7 +98,7 @@ def run(options: ConvertOptions, given: Collection[str] = ()) -> None:
     if options.reads_file():
         _foreign(options, given)
         return
-    for name in {"prefix", "labels_seen"} & set(given):
+    for name in {"prefix", "axes", "labels_seen"} & set(given):
         raise UsageError(
             f"--{name.replace('_', '-')}: is an option of a file of weights, not of {options.network}"
         )
@@ -122,7 +127,7 @@ def _foreign(options: ConvertOptions, given: Collection[str]) -> None:
     shared = {field.name for field in dataclasses.fields(ConvertedConfig)} - {"network"}
     fields = {name: getattr(options, name) for name in shared & set(given)} | fields
     own: dict[str, Any] = {"allow_partial": options.allow_partial}
-    for name in ("layout", "prefix", "network", "labels_seen", "allow_partial"):
+    for name in ("layout", "prefix", "network", "axes", "labels_seen", "allow_partial"):
         if name != "network" and name in given:
             own[name] = getattr(options, name)
         if name in fields:

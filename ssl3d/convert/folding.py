@@ -329,6 +329,28 @@ def joined(tensors: Sequence[Tensor], *args: Any, operation: str, batch: int, **
     return result
 
 
+def resized(x: Tensor, *sizes: int, method: str) -> Tensor:
+    """Apply `x.view(len(x), *sizes)` or reshape: whether `x` holds slices or one row for each volume.
+
+    A forward pass takes that first size from another tensor, which may hold the other of the two.
+    """
+    result: Tensor = getattr(x, method)(x.shape[0], *sizes)
+    return result
+
+
+def expanded(x: Tensor, first: int, *sizes: int, batch: int) -> Tensor:
+    """Apply `x.expand(first, *sizes)`, where `first` may count slices and `x` hold one row per volume."""
+    if x.shape[0] == batch and first > batch and first % batch == 0:
+        x = _repeat(x, first // batch)
+    return x.expand(first, *sizes)
+
+
+def expanded_as(x: Tensor, other: Tensor, *, batch: int) -> Tensor:
+    """Apply `x.expand_as(other)`, where one may hold all slices and the other one row per volume."""
+    x, other = match((x, other), batch)
+    return x.expand_as(other)
+
+
 def match(given: Sequence[Any], batch: int) -> list[Any]:
     """Repeat tensors of one slice per volume to as many slices as the others have."""
     # Weights (C, 1, 1) that broadcast have fewer axes than the maps.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,19 @@ from ssl3d.checkpoint.weights import (
 )
 from ssl3d.config import from_dict, to_dict, triples
 from ssl3d.convert.foreign_files import WeightsFile, read_file
-from ssl3d.convert.foreign_layouts import LAYOUTS, UNREADABLE, Layout, Recipe, Source, State
+from ssl3d.convert.foreign_layouts import LAYOUTS
+from ssl3d.convert.foreign_recipe import AXES, Layout, Place, Recipe, Source, State, turned
+from ssl3d.convert.foreign_resnets import network_name
+from ssl3d.convert.foreign_transformers import unreadable
 from ssl3d.convert.weights import Match, load_matching
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, UsageError
 
 # Of several networks in one file, the first in this order is taken; none of the words is better still.
 _TWINS = ("teacher", "ema", "student", "momentum", "target", "k", "key")
-_OPTIONS = ("layout", "prefix", "network", "allow_partial", "labels_seen")
+_OPTIONS = ("layout", "prefix", "network", "axes", "allow_partial", "labels_seen")
+_TRIPLE = tuple[int, int, int]
+_PLAIN = re.compile(r"(tv_)?resnet(10|18|34|50|101|152|200)")
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Foreign:
         layout: Name of the layout of the keys.
         prefix: Prefix that the keys had in the file.
         notes: Notes that a person should know, one line each.
+        assumed: What neither the weights nor the file says, such as strides and pools, as it was assumed.
     """
 
     encoder: Encoder
@@ -46,6 +53,7 @@ class Foreign:
     layout: str
     prefix: str
     notes: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         card = self.encoder.metadata
@@ -54,10 +62,12 @@ class Foreign:
             f"{about['file']}: {about['title']}, layout {self.layout}, as {card['architecture']}"
             + (f", keys without {self.prefix!r}" if self.prefix else ""),
             *(f"  {note}" for note in self.notes),
+            *(f"  assumed: {assumption}" for assumption in self.assumed),
             f"  expects: {about['expects']}",
             f"  labels: {about['labels']}",
+            *([f"  licence: {about['licence']}"] if about["licence"] else []),
             "",
-            str(self.match),
+            str(self.match) + ("; what has no numbers is assumed, see above" if self.assumed else ""),
         ]
         return "\n".join(lines)
 
@@ -69,8 +79,8 @@ def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
         spec: Text of the request, for messages.
         file: Path of the file of weights.
         fields: Fields that follow the file: fields of the encoder's options that the weights leave open
-            (strides, `in_channels`, of 2D weights `kind`); `layout`, `prefix`, `network`, `allow_partial`
-            and `labels_seen` as in `load_foreign`.
+            (strides, `in_channels`, of 2D weights `kind`); `layout`, `prefix`, `network`, `axes`,
+            `allow_partial` and `labels_seen` as in `load_foreign`.
 
     Raises:
         UsageError: There is no such layout or option.
@@ -80,7 +90,7 @@ def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
     for key in ("allow_partial", "labels_seen"):
         if key in given and not isinstance(given[key], bool):
             raise UsageError(f"{spec}: {key} is true or false, not {given[key]!r}")
-    for key in ("layout", "prefix", "network"):
+    for key in ("layout", "prefix", "network", "axes"):
         if key in given:
             given[key] = str(given[key])
     options = {key: value for key, value in fields.items() if key not in _OPTIONS}
@@ -93,13 +103,16 @@ def load_foreign(
     layout: str | None = None,
     prefix: str | None = None,
     network: str | None = None,
+    axes: str | None = None,
     allow_partial: bool = False,
     labels_seen: bool | None = None,
 ) -> Foreign:
     """Build an encoder with the weights of another toolkit's checkpoint.
 
     Every number of the encoder must come from the file, and the file must have nothing more inside the
-    encoder's modules; heads and decoders beside it are left out. 2D kernels go as they are into `acs`,
+    encoder's modules; heads and decoders beside it are left out. Strides, pools and other operators
+    without numbers come from what the file says beside its weights, from its name, or are assumed and told
+    (`Foreign.assumed`). 2D kernels go as they are into `acs`,
     `2.5d` and `p3d`, and are inflated along the depth (I3D) for `3d`. The first convolution takes another
     number of channels than the file's by the sum of its kernels, shared out: a grey volume gives what the
     same grey picture gave in every channel.
@@ -110,6 +123,8 @@ def load_foreign(
         layout: Name of one of `LAYOUTS`; None to find it.
         prefix: Prefix of the encoder's keys, where the file holds several; None to choose.
         network: Name of a 2D network of torchvision or timm (timm/NAME), for a `converted` encoder of it.
+        axes: Order in which the network saw the axes of volumes, where that is known better than here: xyz
+            for volumes as NIfTI holds them. 3D kernels are turned to ours, zyx.
         allow_partial: Whether to take what matches, however little.
         labels_seen: Whether the weights learned from labels of volumes, where that is known better than
             here.
@@ -118,13 +133,25 @@ def load_foreign(
         UsageError: There is no such layout, network or option.
         CheckpointError: The file cannot be read, or does not hold such a network.
     """
+    if axes is not None and sorted(axes) != sorted(AXES):
+        raise UsageError(f"axes {axes!r} is no order of x, y and z, such as xyz")
     file = read_file(path)
-    if network is not None:
-        foreign = _converted(file, network, dict(options or {}), prefix, allow_partial)
-    else:
+    notes: list[str] = []
+    if network is None:
         chosen, start, others = _detect(file, layout, prefix)
-        recipe = chosen.recipe(_under(file.tensors, start), file)
-        foreign = _built(file, recipe, chosen.name, start, dict(options or {}), allow_partial)
+        if chosen.name == "torchvision" and layout is None:
+            network = _variant(file, start)
+            notes = [f"{network.rpartition('/')[2]}, as the file says; layout=torchvision reads it as a "
+                     "plain ResNet"] if network else []  # fmt: skip
+    if network is not None:
+        if axes is not None:
+            raise UsageError(f"axes {axes}: {network} is a 2D network, whose volumes have no order of axes")
+        foreign = _converted(file, network, dict(options or {}), prefix, allow_partial)
+        foreign.notes[:0] = notes
+    else:
+        place = Place(file, start, layout is not None)
+        recipe = chosen.recipe(_in_single(_under(file.tensors, start)), place)
+        foreign = _built(file, recipe, chosen.name, start, dict(options or {}), axes, allow_partial)
         if others:
             foreign.notes.append(f"also in the file: {', '.join(others)} (prefix=... takes another)")
     if labels_seen is not None:
@@ -147,6 +174,36 @@ def save_foreign(foreign: Foreign, folder: Path) -> Path:
 # Which network it is ------------------------------------------------------------------------------
 
 
+def _variant(file: WeightsFile, prefix: str) -> str | None:
+    """Return timm's network that a file of a 2D ResNet names, where it is not the plain one.
+
+    Its weights have the plain one's names, but its strides and pools are others (anti-aliased ones).
+
+    Raises:
+        CheckpointError: It is the dilated ResNet of a network for segmentation; or timm is missing.
+    """
+    beside = prefix.removesuffix("backbone.")
+    heads = (f"{beside}classifier.", f"{beside}aux_classifier.")
+    if beside != prefix and any(
+        key.startswith(heads) and value.ndim == 4 for key, value in file.tensors.items()
+    ):
+        raise CheckpointError(
+            f"{file.path}: the ResNet of a torchvision network for segmentation, whose stages 3 and 4 "
+            "dilate as ssl3d's do not; layout=torchvision reads it as one that strides there"
+        )
+    name = network_name(file)
+    if not name or _PLAIN.fullmatch(name):
+        return None
+    try:
+        import timm
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file.path}: says that it is {name}, whose pools or strides are not torchvision's ResNet's: "
+            "pip install 'ssl3d[timm]' for timm's; layout=torchvision reads it as a plain ResNet"
+        ) from error
+    return f"timm/{name}" if timm.is_model(name) else None
+
+
 def _prefixes(tensors: Mapping[str, Tensor], anchor: str) -> list[str]:
     """Return the prefixes of a key in a file, the likeliest encoder first."""
     prefixes = [key[: -len(anchor)] for key in tensors if key == anchor or key.endswith(f".{anchor}")]
@@ -162,6 +219,12 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
+def _in_single(tensors: State) -> State:
+    """Return half-precision tensors in float32, in which sums of kernels keep what they sum."""
+    halves = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in halves else value for key, value in tensors.items()}
+
+
 def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[Layout, str, list[str]]:
     """Find the layout, the prefix, and prefixes of the same network elsewhere in the file."""
     names = [candidate.name for candidate in LAYOUTS]
@@ -172,7 +235,9 @@ def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[
             continue
         starts = _prefixes(file.tensors, candidate.anchor)
         fitting = [
-            start for start in starts if layout is not None or candidate.fits(_under(file.tensors, start))
+            start
+            for start in starts
+            if layout is not None or candidate.fits(_under(file.tensors, start), Place(file, start))
         ]
         if prefix is not None:
             named = [
@@ -189,7 +254,7 @@ def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[
             return candidate, fitting[0], [repr(start) for start in alike if not _again(start, fitting[0])]
     first = sorted({key.rpartition(".")[0].partition(".")[0] for key in file.tensors})
     begin = ", ".join(list(file.tensors)[:3])
-    known = next((whose for part, whose in UNREADABLE if any(part in key for key in file.tensors)), "")
+    known = unreadable(file.tensors)
     contents = (
         f"these are weights of {known}" if known else f"its names begin {begin} ({len(first)} modules)"
     )
@@ -211,15 +276,31 @@ def _again(prefix: str, taken: str) -> bool:
 
 
 def _built(
-    file: WeightsFile, recipe: Recipe, layout: str, prefix: str, options: dict[str, Any], partial: bool
+    file: WeightsFile,
+    recipe: Recipe,
+    layout: str,
+    prefix: str,
+    options: dict[str, Any],
+    axes: str | None,
+    partial: bool,
 ) -> Foreign:
     kind = plugins.load(plugins.ENCODERS, recipe.architecture)
     where = f"{file.path} as {recipe.architecture}"
-    config = from_dict(kind.Config, {**recipe.config, **triples(kind.Config, options)}, where)
+    seen = axes or recipe.axes
+    if seen != AXES and not recipe.turns:
+        raise UsageError(
+            f"axes {seen}: {recipe.architecture} goes by the order of its axes: turn the volumes"
+        )
+    if axes not in (None, AXES) and all(value.ndim < 5 for value in recipe.state.values()):
+        raise UsageError(f"axes {axes}: {file.path} holds 2D kernels, which have no such order")
+    own_options = _turned_options(kind.Config, recipe.config, seen)
+    config = from_dict(kind.Config, {**own_options, **triples(kind.Config, options)}, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder: Encoder = kind(config)
-    state, notes = dict(recipe.state), list(recipe.notes)
+    state, notes = turned(recipe.state, seen, recipe.tables), list(recipe.notes)
+    if seen != AXES:
+        notes.append(f"kernels turned from the network's axes, {' '.join(seen)}, to z y x")
     own = encoder.state_dict()
     notes += _fit_stem(state, own, recipe.stem)
     notes += _inflate(state, own)
@@ -244,8 +325,29 @@ def _built(
         )
     if any(_of_depth(key, state) for key in own):
         notes.append("depth kernels (p3d) are not in the file and begin as the identity")
-    encoder.metadata = _card(file, recipe, encoder, match, layout, prefix, notes)
-    return Foreign(encoder.eval(), match, layout, prefix, notes)
+    settled = {*options, *(["axes"] if axes else [])}
+    assumed = [line for line in recipe.assumed if not settled & set(re.findall(r"(\w+)=", line))]
+    encoder.metadata = _card(file, recipe, encoder, match, layout, prefix, notes, assumed)
+    return Foreign(encoder.eval(), match, layout, prefix, notes, assumed)
+
+
+def _turned_options(config: type, options: Mapping[str, Any], axes: str) -> dict[str, Any]:
+    """Turn options along three axes from a network's order of axes to ours."""
+    order = [axes.index(axis) for axis in AXES]
+    hints = typing.get_type_hints(config)
+
+    def of(value: Any) -> Any:
+        return [value[place] for place in order]
+
+    result = dict(options)
+    for key, value in options.items():
+        inside = typing.get_args(hints[key])
+        if isinstance(value, list | tuple) and value:
+            if hints[key] == _TRIPLE or (_TRIPLE in inside and not isinstance(value[0], list | tuple)):
+                result[key] = of(value)
+            elif _TRIPLE in inside:
+                result[key] = [of(triple) for triple in value]
+    return result
 
 
 def _of_depth(key: str, state: Mapping[str, Tensor]) -> bool:
@@ -311,7 +413,7 @@ def _converted(
     )
     recipe = Recipe("converted", {}, state, source)
     notes: list[str] = []
-    encoder.metadata = _card(file, recipe, encoder, encoder.match, network, best, notes)
+    encoder.metadata = _card(file, recipe, encoder, encoder.match, network, best, notes, [])
     return Foreign(encoder.eval(), encoder.match, network, best, notes)
 
 
@@ -323,6 +425,7 @@ def _card(
     layout: str,
     prefix: str,
     notes: list[str],
+    assumed: list[str],
 ) -> dict[str, Any]:
     source = recipe.source
     return {
@@ -339,6 +442,8 @@ def _card(
             "total": match.total,
             "not_used": sorted({key.partition(".")[0] for key in match.unused}),
             "notes": notes,
+            "assumed": assumed,
+            "licence": source.licence,
             "expects": source.expects,
             "labels": source.labels,
         },

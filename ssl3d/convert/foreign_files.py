@@ -163,7 +163,7 @@ def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
 
     nnssl's adaptation plan in the checkpoint, or `adaptation_plan.json` in the file's folder or the one
     above; else the `architecture` of nnU-Net's plans, in the checkpoint or in `plans.json`. Both come out
-    as `arch_class_name` and `arch_kwargs`, nnssl's with the whole plan as `plan`.
+    as `arch_class_name`, `arch_kwargs` and `transpose_forward`, nnssl's with the whole plan as `plan`.
 
     Raises:
         CheckpointError: A file of a plan is not JSON.
@@ -175,7 +175,9 @@ def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
         if plan is None and place.is_file():
             plan, where = _json(place), str(place)
     if isinstance(plan, Mapping) and isinstance(plan.get("architecture_plans"), Mapping):
-        return {**plan["architecture_plans"], "plan": dict(plan)}, where
+        inner = plan.get("pretrain_plan")
+        order = inner.get("transpose_forward") if isinstance(inner, Mapping) else None
+        return {**plan["architecture_plans"], "plan": dict(plan), "transpose_forward": order}, where
     start = file.contents.get("init_args")
     start = start if isinstance(start, Mapping) else {}
     plan, where = start.get("plans"), "in the checkpoint"
@@ -192,7 +194,59 @@ def plan_of(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
     return {
         "arch_class_name": architecture.get("network_class_name"),
         "arch_kwargs": architecture.get("arch_kwargs"),
+        "transpose_forward": plan.get("transpose_forward"),
     }, where
+
+
+def said(file: WeightsFile) -> dict[str, Any]:
+    """Return what a file says of its network beside the weights, in plain values.
+
+    They stand by the last word of their key. They come from the checkpoint itself (`arch`,
+    `hyper_parameters`, `args`, metadata of safetensors), then from a `config.json` in its folder, as timm
+    and the Hugging Face hub write it, and from the `configs/` of a MONAI bundle. What comes first counts.
+
+    Raises:
+        CheckpointError: One of those files is not JSON.
+    """
+    facts: dict[str, Any] = {}
+
+    def walk(part: Any, depth: int) -> None:
+        if isinstance(part, argparse.Namespace):
+            part = vars(part)
+        if isinstance(part, list | tuple):
+            for item in part:
+                if isinstance(item, Mapping):
+                    walk(item, depth + 1)
+        elif isinstance(part, Mapping) and depth < 8:
+            for key, value in part.items():
+                if isinstance(value, Mapping | argparse.Namespace):
+                    if not _NOT_WEIGHTS.search(str(key)):
+                        walk(value, depth + 1)
+                elif not isinstance(value, Tensor):
+                    facts.setdefault(str(key).rpartition(".")[2], value)
+                    walk(value, depth + 1)
+
+    walk(file.contents, 0)
+    folder = file.path.parent
+    bundled = [*(folder / "configs").glob("*.json"), *(folder.parent / "configs").glob("*.json")]
+    for place in (folder / "config.json", *sorted(bundled)):
+        if place.is_file():
+            walk(_json(place), 0)
+    return facts
+
+
+def whole_numbers(value: Any, count: int = 3) -> list[int] | None:
+    """Read so many whole numbers, or one for all, from a value or its text; None where it holds none."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    if type(value) is int:
+        return [value] * count
+    if isinstance(value, list | tuple) and len(value) == count and all(type(n) is int for n in value):
+        return list(value)
+    return None
 
 
 def _json(path: Path) -> Any:

@@ -62,8 +62,9 @@ def remade(cls: type[Layer], layer: nn.Module) -> Layer:
 class Convolution(Folded, nn.Conv2d):
     """A 2D convolution over volumes; on an image it is the 2D convolution.
 
-    Depth has the stride, dilation and padding of height and width, the smaller where they differ. Where
-    a volume is so thin that nothing would be left, kernels keep their middle along depth, stride 1.
+    Depth has the stride, dilation and padding of height and width, the smaller where they differ (`Flat`
+    has the stride alone). Where a volume is so thin that nothing would be left, kernels keep their middle
+    along depth, stride 1.
 
     Attributes:
         like_tensorflow: Whether to pad as TensorFlow's SAME does, by the input's size (timm's Conv2dSame).
@@ -162,12 +163,24 @@ class Convolution(Folded, nn.Conv2d):
 
 
 class Flat(Convolution):
-    """2.5D: the 2D kernel on every slice, with the stride on all three axes."""
+    """2.5D: the 2D kernel on every slice by itself; where it strides, on the first of each stride's slices.
+
+    So depth gets ceil(D / stride), whatever the 2D layer's kernel and padding, as in ACSConv.
+    """
+
+    def on_volume(self, x: Tensor) -> Tensor:
+        """Apply the 2D kernel to every slice that the stride leaves."""
+        pads: Pads = ((0, 0), *self._pads(x.shape[2:])[1:])
+        stride = self._strides()
+        x = x[:, :, :: stride[0]]
+        if self.padding_mode != "zeros":
+            x = pad_volume(x, [n for axis in reversed(pads) for n in axis], self.padding_mode)
+            pads = ((0, 0), (0, 0), (0, 0))
+        return self.convolve(x, (1, *stride[1:]), (1, *pair(self.dilation)), pads, True)
 
     def convolve(self, x: Tensor, stride: Triple, dilation: Triple, pads: Pads, shrunk: bool) -> Tensor:
         """Apply the 2D kernel to every slice."""
-        k = 1 if shrunk else along_depth(self.kernel_size)
-        return planar(x, self.weight, self.bias, 0, k, stride, dilation, pads, self.groups)
+        return _padded_conv3d(x, self.weight.unsqueeze(2), self.bias, stride, dilation, pads, self.groups)
 
 
 class ACS(Convolution):
@@ -498,6 +511,39 @@ def _pad_like_tensorflow(layer: Any, x: Tensor, value: float, batch: int, image:
         else same_pads(whole.shape[2], *(along_depth(v) for v in (kernel, stride, dilation)))
     )
     return fold(pad_volume(whole, (*width, *height, *deep), "constant", value))
+
+
+class BlurPool(Folded, nn.Module):
+    """Anti-aliased striding over depth too: a binomial filter, then every stride-th voxel (timm's).
+
+    The filter is the product of one along each axis; an axis whose stride became 1 is not filtered.
+    """
+
+    filt: Tensor
+    stride: int
+    padding: list[int]
+    pad_mode: str
+    cells: Cells | None = None
+
+    def on_slices(self, x: Tensor, batch: int, image: bool) -> Tensor:
+        """Filter and stride folded slices, along depth too."""
+        steps = (self.stride,) * 3 if self.cells is None else self.cells.strides((self.stride,) * 3)
+        if image:
+            steps = (1, *steps[1:])
+        taps = self.filt[0, 0].sum(1).to(x.dtype)
+        flat = [(image and axis == 0) or steps[axis] == 1 < self.stride for axis in range(3)]
+        depth, height, width = (taps.new_ones(1) if unfiltered else taps for unfiltered in flat)
+        kernel = depth[:, None, None] * height[:, None] * width
+        pads = [n for unfiltered in reversed(flat) for n in ((0, 0) if unfiltered else self.padding[:2])]
+        whole = pad_volume(unfold(x, batch), pads, self.pad_mode)
+        channels = whole.shape[1]
+        weight = kernel.expand(channels, 1, *kernel.shape)
+        return fold(conv3d(whole, weight, None, (steps[0], steps[1], steps[2]), 0, 1, channels))
+
+
+def is_blur(layer: nn.Module) -> bool:
+    """Check whether a layer blurs before it strides (timm's class, recognised by its name)."""
+    return type(layer).__name__ == "BlurPool2d" and hasattr(layer, "filt") and hasattr(layer, "pad_mode")
 
 
 class LPPool(Folded, nn.LPPool2d):

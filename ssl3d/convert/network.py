@@ -55,6 +55,7 @@ _BINARY = {
     torch.where: "where",
 }  # fmt: skip
 _BINARY_METHODS = {name + end: name for name in ("add", "sub", "mul", "div") for end in ("", "_")}
+_RESIZING = ("view", "reshape")
 _JOINING = {torch.cat: "cat", torch.concat: "cat", torch.stack: "stack"}
 _FUNCTIONS_OF_SPACE = {
     F.conv2d, torch.conv2d, F.conv_transpose2d, F.unfold, F.fold, F.pixel_shuffle, F.pixel_unshuffle,
@@ -235,7 +236,7 @@ class Tracer(fx.Tracer):
         """Tell whether a module is one node of the graph."""
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d):
             return True
-        if type(m).__name__ in _SAMPLEWISE or hasattr(m, "on_slices"):
+        if type(m).__name__ in _SAMPLEWISE or hasattr(m, "on_slices") or layers.is_blur(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -291,8 +292,42 @@ class _Swap:
             self._rewrite(graph, swapped)
         self._check()
         converted = Converted(net, {m: g.python_code("self") for m, g in graphs.items()}, self.report)
+        self._try(module, net, graphs[False])
         self._count(converted)
         return converted
+
+    def _try(self, module: nn.Module, net: nn.Module, graph: fx.Graph) -> None:
+        """Run the converted graph on the shapes of two volumes, where the 2D network takes such images.
+
+        What cannot be folded, such as a reshape that mixes slices with channels, is found here and named,
+        and not by whoever runs the network.
+        """
+        first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+        if first is None:
+            return
+        flat, deep = (copy.deepcopy(each).to("meta").eval() for each in (module, net))
+        for side in (64, 224, 299):
+            image = torch.zeros(2, first.in_channels, side, side, device="meta")
+            try:
+                expected = flat(image)
+            except Exception:  # whatever a network raises that wants another size
+                continue
+            run = _Run(fx.GraphModule(deep, graph))
+            for depth in (5, side):  # some want multiples of their strides, along depth too
+                try:
+                    output = run.run(image.unsqueeze(2).expand(-1, -1, depth, -1, -1))
+                    break
+                except Exception as error:  # of what is in the network
+                    reason = " ".join(str(error).partition("While executing")[0].split())[:160]
+            else:
+                raise UsageError(f"to_3d: {type(module).__name__} cannot be folded at {run.at}: {reason}")
+            both = isinstance(expected, Tensor) and isinstance(output, Tensor)  # not maps, nor several
+            if both and expected.ndim != 4 and output.shape != expected.shape:
+                raise UsageError(
+                    f"to_3d: {type(module).__name__} cannot be folded: of 2 volumes it would give "
+                    f"{tuple(output.shape)}, not {tuple(expected.shape)} as of 2 images"
+                )
+            return
 
     def _trace(self, net: nn.Module, training: bool) -> fx.Graph:
         modes = {name: module.training for name, module in net.named_modules()}
@@ -340,7 +375,8 @@ class _Swap:
                 module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
                 pooled = node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
                 strided = type(module) in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-                if not (pooled or strided or isinstance(module, nn.Conv2d)):
+                blurred = module is not None and layers.is_blur(module)
+                if not (pooled or strided or blurred or isinstance(module, nn.Conv2d)):
                     raise UsageError(
                         f"strides: {type(net).__name__} strides by {node.name}, which takes no other stride"
                     )
@@ -375,6 +411,8 @@ class _Swap:
                 new = layers.Pad(layer)
             elif before in _SAMPLEWISE:
                 new = layers.PerSample(layer)
+            elif layers.is_blur(layer):
+                new = layers.remade(layers.BlurPool, layer)
         except ValueError as error:
             self._refuse(name, f"{before}: {error}")
             return None
@@ -386,7 +424,8 @@ class _Swap:
                 self.report.entries.append(Entry(name, before, "as it is, over depth too", own, own))
             return None
         # Pools that pad as TensorFlow does give ceil(n / stride) by themselves.
-        pools = isinstance(new, layers.MaxPool | layers.AvgPool) and not layers.is_same(layer)
+        pooled = isinstance(new, layers.MaxPool | layers.AvgPool | layers.BlurPool)
+        pools = pooled and not layers.is_same(layer)
         if self.maps_of is not None and (pools or isinstance(new, layers.Convolution)):
             new.cells = self.cells.get(name, folding.Cells())  # type: ignore[assignment]
         own = sum(p.numel() for p in new.parameters())
@@ -474,6 +513,10 @@ class _Swap:
         elif before in _JOINING:
             node.target = folding.joined
             node.kwargs = {**node.kwargs, "operation": _JOINING[before], "batch": batch}
+        elif before is torch.reshape and _is_batch(_sizes(node)[0]):
+            node.target, sizes = folding.resized, _sizes(node)
+            node.args, node.kwargs = (node.args[0], *sizes[1:]), {"method": "reshape"}
+            return
         elif before in _FUNCTIONS_OF_SPACE:
             self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
@@ -489,6 +532,14 @@ class _Swap:
             node.args, given = _dims(node.args), dict(node.kwargs)
             node.kwargs = {**given, "reduction": before, "batch": batch, "image": image}
             self._tell(node.name, before, "over depth too, where over height and width")
+        elif before in _RESIZING and _is_batch(_sizes(node)[0]):
+            node.op, node.target, sizes = "call_function", folding.resized, _sizes(node)
+            node.args, node.kwargs = (node.args[0], *sizes[1:]), {"method": before}
+        elif before == "expand" and _is_batch(_sizes(node)[0]):
+            node.op, node.target, sizes = "call_function", folding.expanded, _sizes(node)
+            node.args, node.kwargs = (node.args[0], *sizes), {"batch": batch}
+        elif before == "expand_as":
+            node.op, node.target, node.kwargs = "call_function", folding.expanded_as, {"batch": batch}
         elif before in _BINARY_METHODS and isinstance(node.args[1], fx.Node):
             node.op, node.target = "call_function", folding.matched
             node.kwargs = {**node.kwargs, "operation": _BINARY_METHODS[before], "batch": batch}
@@ -498,6 +549,19 @@ class _Swap:
     def _tell(self, name: str, before: str, after: str) -> None:
         if not any(entry.name == name for entry in self.report.entries):
             self.report.entries.append(Entry(name, before, after))
+
+
+class _Run(fx.Interpreter):
+    """Interpreter that remembers the node at which it is."""
+
+    at = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and remember it."""
+        target = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.target)
+        inside = list(n.meta.get("nn_module_stack") or {})
+        self.at = f"{n.name} ({target}{f' in {inside[-1]}' if inside else ''})"
+        return super().run_node(n)
 
 
 def _told(layer: nn.Module) -> str:
@@ -535,6 +599,28 @@ def _is_number(node: fx.Node) -> bool:
     if node.op != "call_function" or getattr(node.target, "__module__", "") != "_operator":
         return False
     return any(_is_number(arg) for arg in node.args if isinstance(arg, fx.Node))
+
+
+def _is_batch(size: Any) -> bool:
+    """Check whether a size is the first of a tensor's: the number of images, in the 2D network."""
+    if not isinstance(size, fx.Node):
+        return False
+    if size.op == "call_method" and size.target == "size":
+        return bool(size.args[1:] == (0,))
+    if size.target is not operator.getitem or size.args[1] != 0 or not isinstance(size.args[0], fx.Node):
+        return False
+    whole = size.args[0]
+    if whole.target is getattr:
+        return bool(whole.args[1] == "shape")
+    return whole.op == "call_method" and whole.target == "size" and len(whole.args) == 1
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """Return the sizes that a reshape or expansion is given, one by one or as a tuple."""
+    given = node.args[1:] or tuple(node.kwargs.values())
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = tuple(given[0])
+    return tuple(given) or (None,)
 
 
 def _whose_size(size: Any) -> fx.Node | None:

@@ -27,6 +27,10 @@ class ConvolutionOptions(Protocol):
     def norm(self) -> str:
         """Kind of the encoder's norms."""
 
+    @property
+    def norm_groups(self) -> int:
+        """Number of groups of the group norm."""
+
 
 def check_options(
     config: ConvolutionOptions, at_least_1: tuple[str, ...], strides: dict[str, int | None]

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl3d.encoder import Encoder
-from ssl3d.encoders.convolutions import KINDS, Convolution, Triple, conv3d, convolution
+from ssl3d.encoders.convolutional import ConvolutionOptions
+from ssl3d.encoders.convolutions import KINDS, Triple, convolution
 from ssl3d.encoders.norms import NORMS, norm, refuse_one_voxel
 from ssl3d.encoders.resnet import Stage
 
 _BLOCKS = (1, 3, 4, 6)  # of nnU-Net's stages; 6 in every later one
-_SLOPE = 0.01  # of the leaky ReLU, torch's default and nnU-Net's
+SLOPE = 0.01  # of the leaky ReLU, torch's default and nnU-Net's
 
 
 @dataclass(frozen=True)
@@ -85,35 +86,12 @@ class ResEncConfig:
             raise ValueError(f"kernels other than 3 3 3 need kind 3d, not {self.kind}")
 
 
-class Cuboid(Convolution):
-    """Full kernels of one size along each axis; on an image only their middle plane counts."""
-
-    def __init__(self, in_channels: int, out_channels: int, sizes: Triple, stride: Triple):
-        self.sizes = sizes
-        super().__init__(in_channels, out_channels, max(sizes), stride)
-        self.pads = (sizes[0] // 2, sizes[1] // 2, sizes[2] // 2)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        """Return the kernel's shape, (Cout, Cin, kD, kH, kW)."""
-        return (self.out_channels, self.in_channels, *self.sizes)
-
-    def on_image(self, x: Tensor) -> Tensor:
-        """Convolve images, without the planes that would meet padding only."""
-        middle = self.weight[:, :, self.pads[0], None]
-        pads, stride = (0, *self.pads[1:]), (1, *self.stride[1:])
-        return conv3d(x.unsqueeze(2), middle, None, stride, pads).squeeze(2)
-
-    def on_volume(self, x: Tensor) -> Tensor:
-        """Convolve volumes with the full kernels."""
-        return conv3d(x, self.weight, None, self.stride, self.pads)
-
-
 class ConvNorm(nn.Module):
     """Convolution, bias and norm, by nnU-Net's names: `conv`, `norm` and both again in `all_modules`."""
 
     def __init__(
         self,
-        config: ResEncConfig,
+        config: ConvolutionOptions,
         channels: int,
         out: int,
         kernel: Triple,
@@ -121,11 +99,8 @@ class ConvNorm(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        if len(set(kernel)) == 1:
-            self.conv = convolution(config.kind, channels, out, kernel[0], stride)
-        else:
-            self.conv = Cuboid(channels, out, kernel, stride)
-        nn.init.kaiming_normal_(self.conv.weight, a=_SLOPE)
+        self.conv = convolution(config.kind, channels, out, kernel, stride)
+        nn.init.kaiming_normal_(self.conv.weight, a=SLOPE)
         self.conv.register_parameter("bias", nn.Parameter(torch.zeros(out)) if bias else None)
         self.norm = norm(config.norm, out, config.norm_groups)
         self.all_modules = nn.ModuleList([self.conv, self.norm])
@@ -176,7 +151,7 @@ class Block(nn.Module):
 
 
 def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, _SLOPE, inplace=True)
+    return F.leaky_relu(x, SLOPE, inplace=True)
 
 
 class ResEnc(Encoder):

@@ -29,7 +29,8 @@ class ResNetConfig:
         width: Channels of the first stage; each later stage has twice those of the one before.
         norm: Kind of norms: batch, group or instance.
         norm_groups: Number of groups of the group norm, lowered to what divides the channels.
-        stem_kernel: Size of the first convolution's kernel, odd.
+        stem_kernel: Size of the first convolution's kernel, odd: one number, or one along each of D H W, as
+            inflated 2D networks have it (3 7 7); unequal ones need kind 3d.
         stem_stride: Stride of the first convolution along D H W.
         stem_pool: Whether a max-pool of size 3 follows the first convolution, as in the 2D ResNet.
         pool_stride: Stride of the max-pool along D H W.
@@ -52,7 +53,7 @@ class ResNetConfig:
     width: int = 64
     norm: str = "batch"
     norm_groups: int = 8
-    stem_kernel: int = 7
+    stem_kernel: int | tuple[int, int, int] = 7
     stem_stride: tuple[int, int, int] = (2, 2, 2)
     stem_pool: bool = False
     pool_stride: tuple[int, int, int] = (2, 2, 2)
@@ -68,11 +69,14 @@ class ResNetConfig:
         for field, allowed in (("kind", KINDS), ("norm", NORMS), ("shortcut", get_args(ShortcutType))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose {', '.join(allowed)}")
-        for field in ("in_channels", "width", "norm_groups", "stem_kernel"):
+        for field in ("in_channels", "width", "norm_groups"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.stem_kernel % 2 == 0:
+        sides = (self.stem_kernel,) if isinstance(self.stem_kernel, int) else self.stem_kernel
+        if len(sides) not in (1, 3) or any(side < 1 or side % 2 == 0 for side in sides):
             raise ValueError(f"stem_kernel must be odd, not {self.stem_kernel}")
+        if len(set(sides)) > 1 and self.kind != "3d":
+            raise ValueError(f"stem_kernel {self.stem_kernel} needs kind 3d, not {self.kind}")
         if len(self.stage_strides) != 4:
             raise ValueError(f"stage_strides needs four triples, got {len(self.stage_strides)}")
         for field in ("stem_stride", "pool_stride"):

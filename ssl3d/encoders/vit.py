@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ class ViTConfig:
         grid: Numbers of tokens along D H W for which position embeddings are learned; for any other size
             they are interpolated. 8 8 8 is a crop of 64 voxels with patches of 8.
         maps: Number of feature maps, from evenly spaced blocks, the last one's among them.
+        class_token: Whether a learned token that has no place goes through the blocks too, as where a
+            classifier was trained on it; no map holds it.
+        norm_eps: What the layer norms add to the variance.
         dropout: Dropout rate after every linear layer while training.
         checkpointing: Whether only each block's input is kept for the backward pass and the rest is
             computed again: less memory, a third more time, the same gradients.
@@ -41,6 +45,8 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     grid: tuple[int, int, int] = (8, 8, 8)
     maps: int = 4
+    class_token: bool = False
+    norm_eps: float = 1e-6
     dropout: float = 0.0
     checkpointing: bool = False
 
@@ -57,6 +63,8 @@ class ViTConfig:
             raise ValueError(f"maps ({self.maps}) must be at most layers ({self.layers})")
         if self.mlp_ratio * self.width < 1:
             raise ValueError(f"mlp_ratio must be above 0, not {self.mlp_ratio:g}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps:g}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout:g}")
 
@@ -118,6 +126,9 @@ class Tokens(nn.Module):
         self.config = config
         self.pos_embedding = nn.Parameter(torch.empty(1, math.prod(config.grid), config.width))
         nn.init.normal_(self.pos_embedding, std=0.02)
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        norm = partial(nn.LayerNorm, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleDict(
             {
@@ -127,11 +138,12 @@ class Tokens(nn.Module):
                     round(config.mlp_ratio * config.width),
                     config.dropout,
                     config.dropout,
+                    norm,
                 )
                 for n in range(config.layers)
             }
         )
-        self.ln = nn.LayerNorm(config.width, eps=1e-6)
+        self.ln = norm(config.width)
 
     def positions(self, sides: tuple[int, ...]) -> Tensor:
         """Interpolate the position embeddings to a grid of tokens of any size: (1, d h w, E)."""
@@ -148,7 +160,11 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps (B, E, d, h, w) of embedded patches (B, E, d, h, w)."""
         sides = x.shape[2:]
-        x = self.dropout(x.flatten(2).transpose(1, 2) + self.positions(sides))
+        x = x.flatten(2).transpose(1, 2) + self.positions(sides)
+        extra = int(self.config.class_token)
+        if extra:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = self.dropout(x)
         again = self.config.checkpointing and self.training and torch.is_grad_enabled()
         layers, maps = self.config.layers, self.config.maps
         wanted = {(n + 1) * layers // maps for n in range(maps)}
@@ -156,7 +172,7 @@ class Tokens(nn.Module):
         for n, layer in enumerate(self.layers.values(), start=1):
             x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
             if n in wanted:
-                outputs.append(self.ln(x).transpose(1, 2).unflatten(2, sides))
+                outputs.append(self.ln(x[:, extra:]).transpose(1, 2).unflatten(2, sides))
         return outputs
 
 
@@ -164,15 +180,15 @@ class ViT(Encoder):
     """A vision transformer over 3D patches, with torchvision's blocks and parameter names.
 
     Its feature maps are the tokens after evenly spaced blocks, normalised, all of one stride; the
-    embedding is the mean over the last ones (no class token). Sizes that are no multiples of the patch
-    are lengthened by repeating the last slice; position embeddings are interpolated to the grid.
+    embedding is the mean over the last ones, without any class token. Sizes that are no multiples of the
+    patch are lengthened by repeating the last slice; position embeddings are interpolated to the grid.
 
     An input of depth 1 is an image: it counts as a volume with that slice all through the patch, which is
     computed in 2D with the patch kernel summed along D. So a 2D ViT whose patch kernel is divided by the
     depth and repeated computes on images what it did (as I3D inflates, Carreira and Zisserman, 2017).
 
-    Differs from the paper: 3D patches, smaller since crops are; no class token; position embeddings of any
-    grid.
+    Differs from the paper: 3D patches, smaller since crops are; no class token unless it is asked for;
+    position embeddings of any grid.
     """
 
     Config = ViTConfig

@@ -54,7 +54,9 @@ def record_files(folder: Path, endings: tuple[str, ...] = (".json",)) -> list[Pa
     for path in there:
         if path == folder or path.name == ARCHIVE:
             paths |= _listed(path, endings)
-    paths |= {path: path for path in there if path.name.endswith(endings)}
+    # To open a pipe is to wait for ever; a link that leads nowhere is listed, and told of by its reader.
+    plain = (path for path in there if path.is_file() or not path.exists())
+    paths |= {path: path for path in plain if path.name.endswith(endings)}
     return [paths[place] for place in sorted(paths) if not _skipped(paths[place].relative_to(folder))]
 
 

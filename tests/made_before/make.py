@@ -200,7 +200,7 @@ def records(folder):
     found = {}
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder)
-        if not any(part.startswith(".") for part in name.parts):
+        if path.name != "model.json" and not any(part.startswith(".") for part in name.parts):
             one = read_result(path)
             told = {"scores": one.scores, "intervals": one.intervals, "predictions": one.predictions}
             found[str(name)] = told | {"details": one.compute.get("details")}

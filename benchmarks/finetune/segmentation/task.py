@@ -21,12 +21,15 @@ from ssl3d.api import (
     Views,
     augment_labelled,
     best_class,
+    class_values,
     dice_ce_loss,
     expanded,
     find_region,
     fit_size,
     mask_scores,
+    metric_name,
     predict_slabs,
+    recorded_metric,
     save_segmentation,
     segmentation_head,
     shrunk,
@@ -43,8 +46,10 @@ from ssl3d_benchmarks.finetune.segmentation.data import (
     class_table,
     mask_values,
     place_patch,
+    refuse_regions,
 )
 from ssl3d_benchmarks.finetune.segmentation.plan import fingerprint, plan_by_rule
+from ssl3d_benchmarks.task import ignored_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +93,8 @@ class SegmentationConfig(Views):
             of the volume: mirrored along H, the anterior and posterior hippocampus had a Dice of 0.3 after
             120 steps, else 0.8.
         classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
-        ignore: Mask value of voxels without an annotation; -1 if there is none.
+        ignore: Mask value of voxels without an annotation, left out of the loss and of every score; -1 if
+            there is none, and by default nnU-Net's `ignore` of each data set.
         sparse_slices: Number of annotated slices per volume, chosen along D once per volume; 0 for all.
             Training and the choice of the step see these alone; test subjects are scored on all slices.
         sparse_choice: Choice of the annotated slices: random (among those with objects) or equidistant; the
@@ -105,6 +111,7 @@ class SegmentationConfig(Views):
         mirror: Whether to average predictions over copies mirrored along `flip_axes`: 8 times the work for
             three axes.
         tolerance: Tolerance of the surface Dice, mm; 0 for 1 mm, or the largest voxel side if that is more.
+        metric: Metrics of your own beside Dice, FILE.py:FUNCTION.
         stages: Number of stages; with 2, a coarse network finds the region in the shrunk volume, and a
             fine one segments it.
         coarse: Size D H W of the shrunk volume for the coarse stage, voxels.
@@ -122,7 +129,7 @@ class SegmentationConfig(Views):
     axes: tuple[int, ...] | None = None
     flip_axes: tuple[int, ...] | None = None
     classes: tuple[int, ...] = ()
-    ignore: int = -1
+    ignore: int | None = None
     sparse_slices: int = 0
     sparse_choice: Literal["random", "equidistant"] = "random"
     sparse_seed: int = 0
@@ -134,6 +141,7 @@ class SegmentationConfig(Views):
     windows: int = 4
     mirror: bool = False
     tolerance: float = 0.0
+    metric: tuple[str, ...] = ()
     stages: Literal[1, 2] = 1
     coarse: tuple[int, int, int] = (32, 32, 32)
     margin: float = 0.15
@@ -237,12 +245,15 @@ class Segmentation(FinetuneTask):
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Read every mask once: its classes, its slices and the places of its objects."""
         self.config, self.target = config, "masks"
-        values = config.classes or mask_values(data, config.ignore, tell=True)
+        self._ignored = ignored_values(data) if config.ignore is None else {}
+        ignore = self._ignored if config.ignore is None else config.ignore
+        if not config.classes:
+            refuse_regions(data)
+        values = config.classes or mask_values(data, ignore, tell=True)
         if config.classes:
-            _check_classes(config, data)
+            _check_classes(config.classes, data, ignore)
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
-        self._table = class_table(self.values, config.ignore)
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._given, self._shapes = config, np.asarray(data.shapes)
         self.plan(data)
@@ -273,9 +284,14 @@ class Segmentation(FinetuneTask):
         """Axes along which crops are mirrored, as given or planned."""
         return self.config.flip_axes or ()
 
+    def _table(self, volume: Volume) -> Array:
+        """Return the table from mask values to class indices, by what the volume's data set ignores."""
+        ignore = self.config.ignore
+        return class_table(self.values, self._ignored.get(volume.dataset, -1) if ignore is None else ignore)
+
     def _annotate(self, volume: Volume) -> Annotation:
         c = self.config
-        return annotate(volume, self._table, c.sparse_slices, c.sparse_choice, c.sparse_seed)
+        return annotate(volume, self._table(volume), c.sparse_slices, c.sparse_choice, c.sparse_seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out shrunk volumes, which each process makes again."""
@@ -296,6 +312,12 @@ class Segmentation(FinetuneTask):
     def settings(self) -> dict[str, Any]:
         """Return the options, resolved, and the annotated slices of each volume where there are few."""
         own = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
+        own["ignore"] = -1 if self.config.ignore is None else self.config.ignore
+        if self._ignored:
+            own["ignored"] = self._ignored
+        # Records of before this option are found again.
+        if metrics := own.pop("metric"):
+            own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
             own["annotated"] = self._slices
         return own
@@ -366,7 +388,7 @@ class Segmentation(FinetuneTask):
 
     def _target(self, volume: Volume, start: Sequence[int], size: Sequence[int]) -> Array:
         """Read the class indices of a crop, int16."""
-        target = class_indices(self._table, volume.read_mask(start, size).numpy())
+        target = class_indices(self._table(volume), volume.read_mask(start, size).numpy())
         for axis, (begin, length, limit) in enumerate(zip(start, size, volume.shape[1:], strict=True)):
             inside = np.arange(begin, begin + length)
             outside = (inside < 0) | (inside >= limit)
@@ -488,11 +510,12 @@ class Segmentation(FinetuneTask):
         ]
 
     def _scored(self, labels: Array, volume: Volume, slices: Array | None = None) -> dict[str, Any]:
-        truth = class_indices(self._table, volume.read_mask().numpy())
+        truth = class_indices(self._table(volume), volume.read_mask().numpy())
         if slices is not None:
             labels, truth = labels[slices], truth[slices]
         labels = np.where(truth == IGNORE, IGNORE, labels)
-        row: dict[str, Any] = {measure: {} for measure in (*MEASURES, "voxels")}
+        own = tuple(map(metric_name, self.config.metric))
+        row: dict[str, Any] = {measure: {} for measure in (*MEASURES, *own, "voxels")}
         for k, name in enumerate(self.names):
             if k == 0:
                 continue
@@ -500,6 +523,8 @@ class Segmentation(FinetuneTask):
             scores = mask_scores(predicted, true, volume.spacing, self.config.tolerance or None)
             for measure in MEASURES:
                 row[measure][name] = getattr(scores, measure)
+            for metric, value in class_values(self.config.metric, predicted, true, volume.spacing).items():
+                row[metric][name] = value
             row["voxels"][name] = [int(predicted.sum()), int(true.sum())]
         return row
 
@@ -512,7 +537,7 @@ class Segmentation(FinetuneTask):
         """
         functions: dict[str, statistics.Statistic] = {}
         clusters: Array = np.zeros(0)
-        for measure in MEASURES:
+        for measure in (*MEASURES, *map(metric_name, self.config.metric)):
             clusters, table = _by_subject(predictions, measure, self.names[1:])
             functions[measure] = _over_classes(table)
             if table.shape[1] > 1:
@@ -563,17 +588,17 @@ class Segmentation(FinetuneTask):
 
         shown = data[:4]
         predicted = [self.labels(model, volume) for volume in shown]
-        truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
+        truth = [class_indices(self._table(volume), volume.read_mask().numpy()) for volume in shown]
         return segmentation_picture(list(shown), truth, predicted, class_titles(data, self.names))
 
 
-def _check_classes(config: SegmentationConfig, data: Collection) -> None:
+def _check_classes(classes: Sequence[int], data: Collection, ignore: int | Mapping[str, int]) -> None:
     """Raise a DataError for a class that no mask has."""
-    there = mask_values(data, config.ignore)
-    absent = sorted(set(config.classes) - set(there))
+    there = mask_values(data, ignore)
+    absent = sorted(set(classes) - set(there))
     if absent:
         raise DataError(
-            f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
+            f"--segmentation.classes {' '.join(map(str, classes))}: none of the {len(data)} masks "
             f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
         )
 

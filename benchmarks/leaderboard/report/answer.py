@@ -10,7 +10,7 @@ import numpy as np
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.columns import gain_text
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
-from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet
+from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet, reference_of
 from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 
@@ -84,8 +84,9 @@ def _gains(family: _Family) -> list[str]:
         down = [arm for arm in tested if shown(arm) and _gain(arm) < 0]
         name = _where(board)
         if not tested:
-            if any(arm.section == "main" for arm in board.of_kind("pretrained")):
-                blind.append(name)
+            main = [arm for arm in board.of_kind("pretrained") if arm.section == "main"]
+            if main:
+                blind.append(f"{name} ({why_untold(board, main[0])})")
             continue
         if up:
             best = gained(max(up, key=_gain))
@@ -112,11 +113,7 @@ def _gains(family: _Family) -> list[str]:
             f"{'; '.join(worse)}."
         )
     if blind:
-        lines.append(
-            f"{family.head}: nothing can be said on {'; '.join(blind)}, because the row "
-            f"{scratch_words(family.protocol)} is missing or has one seed, a class has too few test "
-            "subjects, or pretraining saw test subjects."
-        )
+        lines.append(f"{family.head}: nothing can be said on {'; '.join(blind)}.")
     return lines
 
 
@@ -262,3 +259,19 @@ def shown(arm: Arm) -> bool:
 
 def _gain(arm: Arm) -> float:
     return arm.gain.value if arm.gain else float("nan")
+
+
+def why_untold(board: Board, arm: Arm) -> str:
+    """Say why nothing can be told of a contestant's gain on a board; an empty string where it can."""
+    reference = reference_of(arm, board)
+    if arm.why_unranked:
+        return arm.why_unranked
+    if arm.gain is None or reference is None:
+        return f"there is no row of the same network {scratch_words(board.table.protocol)}"
+    ended = tuple(f"{row.title} ended at" for row in (arm, reference))
+    if any(words.startswith(ended) for words in board.unlearned):
+        return "a network is not shown to have learned its task"
+    if not np.isfinite(arm.gain.low):
+        few = "a class has too few test subjects"
+        return few if board.why_no_interval else "one untrained seed tells no interval"
+    return ""

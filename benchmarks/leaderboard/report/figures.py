@@ -221,18 +221,25 @@ def pictures(board: Board) -> str:
     return f'<details open><summary>Pictures</summary><div class="charts">{"".join(parts)}</div></details>'
 
 
+_LARGEST_PICTURE = 1 << 26  # pixels, four times those of the largest page that is drawn
+
+
 def _beside(path: Path, key: str) -> list[Path]:
     return sorted(unpacked_place(path).parent.glob(f"*{key[:8]}*.png"))
 
 
 def _inline(path: Path) -> str | None:
     """Return a picture, down-sized, as a data URI; None where it cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if not path.is_file():  # to open a pipe is to wait for ever
+        return None
     try:
         with Image.open(path) as image:
+            if image.width * image.height > _LARGEST_PICTURE:
+                return None
             small = image.convert("RGB")
-    except (OSError, UnidentifiedImageError):
+    except Exception:  # Pillow raises nearly anything on damaged files
         return None
     if small.width > PICTURE_WIDTH:
         height = max(1, round(small.height * PICTURE_WIDTH / small.width))

@@ -9,13 +9,12 @@ from math import isfinite
 from typing import NamedTuple
 
 from ssl3d_benchmarks.leaderboard.report import charts, text
-from ssl3d_benchmarks.leaderboard.report.answer import gained, shown
+from ssl3d_benchmarks.leaderboard.report.answer import gained, shown, why_untold
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.charts import Mark
 from ssl3d_benchmarks.leaderboard.report.columns import gain_text
 from ssl3d_benchmarks.leaderboard.report.figures import figure
-from ssl3d_benchmarks.leaderboard.report.names import network_title, relation, scratch_words
-from ssl3d_benchmarks.leaderboard.report.statistics import reference_of
+from ssl3d_benchmarks.leaderboard.report.names import network_title, relation
 
 FULL = 0.1
 """Gain whose cell has the full colour."""
@@ -86,21 +85,6 @@ def _pretrained(board: Board) -> list[Arm]:
 
 def _gain(arm: Arm) -> float:
     return arm.gain.value if arm.gain else float("nan")
-
-
-def why_untold(board: Board, arm: Arm) -> str:
-    """Say why nothing can be told of a contestant's gain on a board; an empty string where it can."""
-    reference = reference_of(arm, board)
-    if arm.why_unranked:
-        return arm.why_unranked
-    if arm.gain is None or reference is None:
-        return f"there is no row of the same network {scratch_words(board.table.protocol)}"
-    ended = tuple(f"{row.title} ended at" for row in (arm, reference))
-    if any(words.startswith(ended) for words in board.unlearned):
-        return "a network is not shown to have learned its task"
-    if not isfinite(arm.gain.low):
-        return "the gain has no interval"
-    return ""
 
 
 # Matrix -------------------------------------------------------------------------------------------

@@ -482,7 +482,7 @@ def _wrong(record: ReadRecord) -> str:
     try:
         record.read_all()
     except ODD as error:
-        return f"its contestant cannot be read: {type(error).__name__} {error}"
+        return f"its contestant or its curve cannot be read: {type(error).__name__} {error}"
     try:
         clusters, functions = score_functions(result, record.ordered())
         value = float(functions[result.main](np.ones((1, len(clusters))))[0])

@@ -19,7 +19,7 @@ from ssl3d.data.scans.folders import walk
 from ssl3d.data.scans.read import LISTS, NO_SCANS, OWN_TABLES, suffix_of, with_voxels
 from ssl3d.errors import DataError
 
-FOUND = 3  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
+FOUND = 4  # of what is made of the names of files, such as subjects: raise it, and no cache is reused
 
 
 def state_of(root: Path) -> list[list[Any]]:

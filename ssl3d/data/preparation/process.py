@@ -25,6 +25,7 @@ from ssl3d.data.store.record import Record
 from ssl3d.errors import DataError, is_full
 
 _LABEL_VALUES = 32  # a label map has no more values than this
+_LARGEST = float(np.finfo(np.float16).max)  # of the type that stores have
 MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
 _CHANNEL_NOTES = {"regridded": "onto_first_channel", "elsewhere": "voxel_by_voxel"}
 
@@ -389,6 +390,12 @@ def _prepared(
         image, inside = image[(slice(None), *cut)], inside[cut]
         mask = None if mask is None else mask[cut]
         affine = geometry.shifted(affine, start)
+    top = float(np.abs(image).max())
+    if top > _LARGEST:
+        raise DataError(
+            f"voxels up to {top:.6g}, but a store holds up to {_LARGEST:g}: another --normalize than "
+            f"{kind} scales them"
+        )
     boxes, box_labels = _boxes(
         task, pixels, mask=mask, start=start, shape=image.shape[1:], affine=affine, done=done
     )

@@ -253,7 +253,9 @@ def from_monai(path: Path, content: Any) -> Boxes | None:
         raise DataError(f"{path}: not as MONAI has it ({type(error).__name__}: {error})") from error
     names = content.get("labels")
     if isinstance(names, dict):
-        said.names = {int(key): str(value) for key, value in names.items() if str(key).isdigit()}
+        said.names = {
+            int(key): str(value) for key, value in names.items() if re.fullmatch("[0-9]{1,9}", str(key))
+        }
     return said
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d.data.scans.dicom import Slice
-from ssl3d.data.scans.dicom_pixels import plain_dicom
+from ssl3d.data.scans.dicom_pixels import mapped, plain_dicom
 from ssl3d.errors import DataError, is_transient
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def read_frames(path: Path) -> Frames:
     wanted = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "FrameIncrementPointer"]
     try:
         # Warnings are of values that are not by the book.
-        with warnings.catch_warnings(action="ignore"), plain_dicom(path) as plain:
-            header = dcmread(plain, stop_before_pixels=True, specific_tags=list(wanted))
+        with warnings.catch_warnings(action="ignore"), plain_dicom(path) as plain, mapped(plain) as file:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=list(wanted))
             shared = next(iter(header.get(wanted[0]) or ()), None)
             groups = list(header.get(wanted[1]) or ())
             slices = [_slice(k, group, shared) for k, group in enumerate(groups)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.data.scans.dicom_pixels import dicom_image, plain_dicom
+from ssl3d.data.scans.dicom_pixels import dicom_image, mapped, plain_dicom
 from ssl3d.data.scans.itk import quiet_sitk
 from ssl3d.data.scans.pixels import Pixels, placed_pixels
 from ssl3d.errors import DataError
@@ -60,8 +60,8 @@ def _header(path: Path) -> tuple[Any, np.ndarray]:
         from nibabel.nicom.dicomwrappers import MosaicWrapper, wrapper_from_data
         from pydicom import dcmread
 
-        with plain_dicom(path) as plain:
-            wrapper = wrapper_from_data(dcmread(plain, stop_before_pixels=True))
+        with plain_dicom(path) as plain, mapped(plain) as file:
+            wrapper = wrapper_from_data(dcmread(file, stop_before_pixels=True))
     affine = wrapper.affine if isinstance(wrapper, MosaicWrapper) and wrapper.csa_header else None
     if affine is None:
         raise DataError(

@@ -6,13 +6,13 @@ GDCM takes the size of an image from the header and reads past the end of pixels
 from __future__ import annotations
 
 import contextlib
-import os
+import mmap
 import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ssl3d.data.scans.itk import image_of, information
 from ssl3d.data.scans.streams import copy_of, is_zipped
@@ -82,6 +82,13 @@ def dicom_image(path: Path) -> Any:
 
 
 @contextlib.contextmanager
+def mapped(path: Path) -> Iterator[Any]:
+    """Open a file for pydicom so that a damaged header makes it read no more than there is."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+@contextlib.contextmanager
 def plain_dicom(path: Path, decoded: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield a file that GDCM reads: this one, or a copy of it, which goes again.
 
@@ -116,7 +123,7 @@ def check_pixels(path: Path) -> int:
     """
     from pydicom import dcmread
 
-    with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+    with mapped(path) as file, warnings.catch_warnings(action="ignore"):
         header = dcmread(file, stop_before_pixels=True, specific_tags=list(_PIXELS))
         syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
         tag, length = _element(file, syntax == _BIG_ENDIAN)
@@ -134,13 +141,16 @@ def check_pixels(path: Path) -> int:
 
 def _syntax(path: Path) -> str | None:
     """Return the transfer syntax; None of a file without a preamble."""
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.filereader import read_partial
 
-    with open(path, "rb") as file:
+    with mapped(path) as file:
         if file.read(132)[128:] != b"DICM":
             return None
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
-        return str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
+        file.seek(0)
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+            return str(
+                read_partial(file, lambda tag, kind, length: tag.group > 2).file_meta.TransferSyntaxUID
+            )
     return ""  # damaged: GDCM says so
 
 
@@ -157,7 +167,8 @@ def _rewrite(path: Path, plain: Path, *, inflate: bool, decode: bool) -> None:
         with warnings.catch_warnings(action="ignore"):
             if inflate:
                 _check_inflated(path)
-            dataset = dcmread(path, force=True)
+            with mapped(path) as file:
+                dataset = dcmread(file, force=True)
             if decode:
                 dataset.decompress()
             meta = dataset.file_meta
@@ -196,7 +207,7 @@ def _check_inflated(path: Path) -> None:
                 raise DataError(f"inflates to more than {_MOST:,} bytes")
 
 
-def _element(file: BinaryIO, big: bool = False) -> tuple[tuple[int, int], int]:
+def _element(file: Any, big: bool = False) -> tuple[tuple[int, int], int]:
     """Read the tag and the length of the element that begins here, whose kind may be told or not."""
     order: Any = "big" if big else "little"
 
@@ -213,13 +224,13 @@ def _element(file: BinaryIO, big: bool = False) -> tuple[tuple[int, int], int]:
     return tag, int.from_bytes(length, order)
 
 
-def _check_length(file: BinaryIO, header: Dataset, length: int) -> None:
+def _check_length(file: Any, header: Dataset, length: int) -> None:
     rows, columns, samples, bits, frames = _size(header)
     values = rows * columns * samples * frames
     if header.get("PhotometricInterpretation") == "YBR_FULL_422":  # two pixels share their colours
         values = values * 2 // 3
     needed = -(-values * bits // 8)
-    left = os.fstat(file.fileno()).st_size - file.tell()
+    left = file.size() - file.tell()
     here = min(length, left)
     spare = -(-columns * samples * bits // 8) + 1  # some pad: less than a row
     if not needed <= here <= needed + spare:
@@ -230,10 +241,10 @@ def _check_length(file: BinaryIO, header: Dataset, length: int) -> None:
         )
 
 
-def _check_fragments(file: BinaryIO, header: Dataset, length: int) -> None:
+def _check_fragments(file: Any, header: Dataset, length: int) -> None:
     """Refuse compressed pixels that do not end, or whose own headers tell of another size."""
     rows, columns, samples, _, frames = _size(header)
-    size = os.fstat(file.fileno()).st_size
+    size = file.size()
     end = size if length == _UNKNOWN else min(size, file.tell() + length)
     count = -1  # the first item is a table of offsets
     while length == _UNKNOWN or file.tell() < end:

@@ -49,14 +49,14 @@ def walk(
             waiting.pop()
         elif path.name.startswith(".") or path.name.endswith(".partial"):
             continue
-        elif path.is_dir():
+        elif os.path.isdir(path):  # not `path.is_dir()`, which raises where it may not look
             skipped = len(waiting) == 1 and path.name in skip
             if not skipped and (identity := _identity(path)) not in seen and not _written_here(path):
                 seen.add(identity)
                 waiting.append(_entries(path, lost))
-        elif path.is_file():
+        elif os.path.isfile(path):
             yield path
-        elif path.is_symlink() and _may_be_a_scan(path):
+        elif os.path.islink(path) and _may_be_a_scan(path):
             lost.append((path, missing(path)))
 
 

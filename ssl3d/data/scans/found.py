@@ -100,6 +100,8 @@ class Found:
 def _printable(value: Any) -> Any:
     if isinstance(value, str):
         return printable(value)
+    if isinstance(value, int | float | Path) or not value:
+        return value
     if isinstance(value, dict):
         return {_printable(key): _printable(own) for key, own in value.items()}
     if isinstance(value, list | tuple):

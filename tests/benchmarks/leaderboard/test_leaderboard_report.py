@@ -1327,7 +1327,7 @@ def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
 
 
 def test_what_did_not_learn_tells_nothing(report):
-    from ssl3d_benchmarks.leaderboard.report.overview import why_untold
+    from ssl3d_benchmarks.leaderboard.report.answer import why_untold
 
     board, alpha = report.boards[0], arms(report)["alpha"]
     assert not why_untold(board, alpha)
@@ -1381,3 +1381,62 @@ def test_full_settings_are_one_click_away(made):
     text = (made / "index.html").read_text(encoding="utf-8")
     row = re.search(r'data-v="beta"><details><summary>beta</summary><small>(.*?)</small>', text)[1]
     assert "recorded as runs/beta-0; runs/beta-1" in row and "100 steps, 50 volumes of set" in row
+
+
+def printed(results):
+    """The table that the dense probe prints of some records."""
+    from ssl3d_benchmarks.linear_probe.protocol import LinearProbe
+    from ssl3d_benchmarks.linear_probe.table import format_table
+    from ssl3d_benchmarks.table import Row
+
+    rows = [Row(one.contestant["kind"], one.contestant["group"], one) for one in results]
+    return format_table(
+        rows, LinearProbe(LinearProbe.Config(target="masks", classes=CLASSES)), "house split"
+    )
+
+
+@pytest.mark.parametrize(("seeds", "given"), [(1, False), (3, True)])
+def test_a_probe_prints_no_interval_over_one_untrained_seed(seeds, given):
+    results = [record("runs/alpha-0", gain=0.04)] + [
+        record(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k) for k in range(seeds)
+    ]
+    text = printed(results)
+    row = next(line for line in text.splitlines() if line.startswith("runs/alpha-0"))
+    assert bool(re.search(r"\+0\.0\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", row)) == given
+    assert re.search(r"\+0\.0\d+", row)
+    assert ("No interval of the difference is given, because one untrained seed" in text) != given
+    assert ("--untrained 5 does." in text) != given
+
+
+def test_printed_tables_say_which_rows_read_the_true_masks():
+    from ssl3d_benchmarks.finetune.benchmark import Finetune
+    from ssl3d_benchmarks.finetune.protocol import task_class
+    from ssl3d_benchmarks.finetune.table import blocks_of, format_table
+    from ssl3d_benchmarks.table import Row
+
+    volumes = record("volume only", "trivial", gain=-0.3)
+    volumes.contestant["mask_classes"] = [1]
+    text = printed([record("runs/alpha-0"), volumes])
+    assert re.search(r"volume only .*  computed from the true masks$", text, re.MULTILINE)
+
+    rows = [finetuned("volume only", "trivial", gain=-0.3), finetuned("scratch:resnet18", "untrained")]
+    rows[0].contestant["mask_classes"] = [1]
+    for row in rows:
+        row.settings = {**row.settings, "task": {"classes": [0, 1]}}
+        row.split = {**row.split, "val": {"subjects": 9}}
+        trained = row.contestant["kind"] != "trivial"
+        row.compute = {"details": [{"lr": 0.01, "best_step": 7, "steps": 9}]} if trained else {}
+    benchmark = Finetune(task_class("segmentation").scorer({"classes": [0, 1]}, "masks"))
+    both = [Row(one.contestant["kind"], one.contestant["group"], one) for one in rows]
+    shown = format_table(blocks_of(both, benchmark), benchmark, "house split")
+    assert "no network; computed from the true masks" in shown
+
+
+@pytest.mark.parametrize("curve", [[{"step": "many", "score": 0.1}], [1], 7])
+def test_an_odd_curve_refuses_its_record_alone(tmp_path, curve):
+    rows = usual()
+    rows[0].compute = {"details": {"curve": curve}}
+    found = read_report([write(tmp_path, rows)], resamples=100)
+    (refused,) = found.records.refused
+    assert (refused.who, "curve cannot be read: " in refused.why) == ("runs/alpha-0", True)
+    assert "beta" in arms(found)

@@ -239,19 +239,26 @@ def genesis(tmp_path_factory):
     return theirs, file
 
 
-def test_models_genesis_gives_its_down_paths_outputs(genesis):
+def test_models_genesis_gives_its_down_paths_outputs_on_the_volume_as_its_authors_turn_it(genesis):
     theirs, file = genesis
     encoder = encoder_from(file)
     assert encoder.channels == (64, 128, 256, 512) and encoder.strides[-1] == (8, 8, 8)
     assert encoder.metadata["foreign"]["not_used"] == ["out_tr", "up_tr256"]
     assert encoder.metadata["labels_seen"] is False
+    assert any("x y z, to z y x" in note for note in encoder.metadata["foreign"]["notes"])
     encoder = encoder.double()
-    x = volume(2, 1, 8, 16, 16)
-    for one, other in zip(encoder(x), theirs(x), strict=True):
-        same(one, other)
+    x = volume(2, 1, 8, 16, 24)  # z, y, x
+    turned = x.permute(0, 1, 4, 3, 2)
+
+    def agree():
+        for one, other in zip(encoder(x), theirs(turned), strict=True):
+            same(one, other.permute(0, 1, 4, 3, 2))
+
+    agree()
+    asked = encoder_from(f"{file}:axes=zyx").double()
+    same(asked(x)[-1], theirs(x)[-1])
     theirs.train(), encoder.train()  # as the published code always is: each batch by itself
-    for one, other in zip(encoder(x), theirs(x), strict=True):
-        same(one, other)
+    agree()
     theirs.eval()
 
 
@@ -489,9 +496,10 @@ def test_nnunets_own_checkpoints_say_their_strides_and_that_they_saw_labels(tmp_
 def test_without_plans_the_strides_are_assumed_and_said_so(tmp_path):
     torch.save({"network_weights": unet().state_dict()}, tmp_path / "a.pth")
     found = load_foreign(tmp_path / "a.pth")
-    assert found.encoder.strides[-1] == (4, 4, 4) and "assumed" in found.notes[0]
+    assert found.encoder.strides[-1] == (4, 4, 4) and "strides of 1, then 2" in found.assumed[0]
     found = load_foreign(tmp_path / "a.pth", {"strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2]]})
     assert found.encoder.strides[-1] == (1, 4, 4)
+    assert not any("strides" in line for line in found.assumed)
 
 
 def test_nnunets_files_may_hold_one_name_of_each_tensor(tmp_path):
@@ -558,7 +566,14 @@ def bad_files(folder, state):
     more = state | {"module.layer1.0.se.fc1.weight": torch.zeros(2, 2)}
     nan = {k: v.clone() for k, v in state.items()}
     nan["module.layer2.0.conv1.weight"][0] = float("nan")
-    plain = {"encoder.stages.0.0.convs.0.conv.weight": torch.zeros(2, 1, 3, 3, 3)}
+    primus = {"encoder.eva.blocks.0.attn.q_proj.weight": torch.zeros(2, 2)}
+    dino = {
+        "teacher.backbone.patch_embed.proj.weight": torch.zeros(2, 1, 4, 4, 4),
+        "teacher.backbone.blocks.0.0.ls1.gamma": torch.zeros(2),
+        "teacher.backbone.cls_token": torch.zeros(1, 1, 2),
+    }
+    pooled = {"stages.0.0.convs.0.conv.weight": torch.zeros(2, 1, 3, 3, 3)}
+    pooled |= {"stages.1.1.convs.0.conv.weight": torch.zeros(4, 2, 3, 3, 3)}
     eleven = state | {"module.layer1.1.conv1.weight": torch.zeros(4, 4, 3, 3, 3)}
     return {
         "missing": (folder / "nowhere.pth", "no such file"),
@@ -576,7 +591,9 @@ def bad_files(folder, state):
         "shape": (write(folder / "shape.pth", shape), r"has shape \(2, 2, 3, 3, 3\), needed is"),
         "more": (write(folder / "more.pth", more), r"1 keys more inside.*layer1.0.se.fc1.weight"),
         "nan": (write(folder / "nan.pth", nan), "not finite"),
-        "plainconv": (write(folder / "plain.pth", plain), "PlainConvUNet"),
+        "primus": (write(folder / "primus.pth", primus), "a Primus transformer .*rotary"),
+        "3dino": (write(folder / "dino.pth", dino), "a DINOv2 transformer over 3D patches, as 3DINO's"),
+        "pooled": (write(folder / "pooled.pth", pooled), "plain encoder of nnU-Net with pools"),
         "unknown": (write(folder / "unknown.pth", {"a.b": torch.ones(2)}), "no network that ssl3d knows"),
         "tensorless": (write(folder / "none.pth", {"epoch": 3}), r"holds no tensors \(epoch\)"),
         "list": (write(folder / "list.pth", [1, 2]), "holds a list"),
@@ -587,7 +604,7 @@ def bad_files(folder, state):
 
 NAMES = [
     "missing", "cut", "page", "empty", "lfs", "text", "code", "classes", "zip", "safe", "script", "few",
-    "shape", "more", "nan", "plainconv", "unknown", "tensorless", "list", "blocks", "ours",
+    "shape", "more", "nan", "primus", "3dino", "pooled", "unknown", "tensorless", "list", "blocks", "ours",
 ]  # fmt: skip
 
 

@@ -155,6 +155,17 @@ def test_layers_agree_in_size_train_and_take_images(name, kind):
         torch.testing.assert_close(made(x.unsqueeze(2)).squeeze(2), conv(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("depth", [2, 3, 5, 9])
+def test_2_5d_is_the_2d_layer_on_every_slice_that_its_stride_leaves(name, depth):
+    conv = CONVOLUTIONS[name]
+    x = torch.randn(2, conv.in_channels, depth, 9, 11)
+    expected = torch.stack([conv(x[:, :, d]) for d in range(0, depth, conv.stride[0])], 2)
+    for depth_padding in ("zeros", "replicate"):
+        made = to_3d(conv, "2.5d", depth_padding=depth_padding)
+        torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_reach_every_tap_of_acs():
     made = to_3d(nn.Conv2d(2, 6, 3, padding=1), "acs")
     made(torch.randn(1, 2, 5, 5, 5)).square().sum().backward()

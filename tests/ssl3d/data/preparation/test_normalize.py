@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl3d.data.preparation.normalize import decide, foreground, normalize
+from ssl3d.data.preparation.prepare import PrepareOptions, prepare
 from ssl3d.data.scans.found import modality_code
 
 RNG = np.random.default_rng(0)
@@ -164,3 +165,10 @@ def test_foreground_matches_the_shape_of_large_volumes():
     assert inside.shape == (3, 300, 401)
     assert inside[:, 105:195, 155:295].all()
     assert not inside[:, :95].any()
+
+
+def test_values_beyond_half_precision_are_refused_with_what_prepare_offers(scans, tmp_path):
+    scans.nifti(tmp_path / "v.nii", scans.body().astype(np.float32) * 1000)
+    prepare(PrepareOptions((str(tmp_path / "v.nii"),), str(tmp_path / "s.h5"), normalize="none", workers=0))
+    (line,) = (tmp_path / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert "but a store holds up to 65504: another --normalize than none scales them" in line

@@ -218,6 +218,7 @@ def test_a_palette_picture_is_a_mask_by_its_indices(scans, tmp_path):
         assert mask.mode == "P"
         mask.save(tmp_path / "in" / f"p{c}_mask.png")
     volumes, _ = stored(tmp_path, tmp_path / "in", masks="mask")
+    assert len(volumes) == 2
     for volume in volumes:
         np.testing.assert_array_equal(volume.read_mask()[0], labelled())
 
