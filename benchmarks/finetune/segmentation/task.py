@@ -315,7 +315,9 @@ class Segmentation(FinetuneTask):
         own["ignore"] = -1 if self.config.ignore is None else self.config.ignore
         if self._ignored:
             own["ignored"] = self._ignored
-        # Records of before this option are found again.
+        # Records of before these options stand in one table with those of today, and are found again.
+        if not own["low_resolution"]:
+            del own["low_resolution"]
         if metrics := own.pop("metric"):
             own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
