@@ -241,6 +241,7 @@ class Segmentation(FinetuneTask):
     floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
+    _ignored: Mapping[str, int] = {}
 
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Read every mask once: its classes, its slices and the places of its objects."""
