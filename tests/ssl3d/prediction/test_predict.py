@@ -26,7 +26,7 @@ from ssl3d.prediction.ensemble import joined, mean_slabs
 SPEC = "scratch:resnet10:width=4:stem_stride=1"
 SHORT = ["--steps", "30", "--batch-size", "2", "--threads", "1", "--no-trivial", "--eval-at", "1"]
 MASKS = ["--task", "segmentation", "--segmentation.patch", "12", "12", "12", "--segmentation.width", "8",
-         "--lr-scratch", "1e-2", "--segmentation.flip-axes", "2"]  # fmt: skip
+         "--segmentation.flip-axes", "2", "--lr-scratch", "1e-2"]  # fmt: skip
 SHAPE = (18, 16, 14)  # x, y, z
 
 
