@@ -4,7 +4,7 @@ Layout (version 1). `index/table` has one row per volume (`ROW`); the names of t
 `index/text`, one after the other; `index/head` is JSON: data sets, people, orientations, label names.
 Foreground maps and boxes lie end to end in `foreground`, `boxes`, `box_labels`, and `provenance` holds
 one JSON `Record` per row. `settings`, `rejected` and `fingerprint` are JSON. Opening a store reads
-`index` and nothing else, and compares it with the attribute `digest` of its table. What is not in `index` has a check sum
+`index` and nothing else, and compares it with the attribute `digest` of its table. All else has a check sum
 in each chunk (Fletcher32), which HDF5 compares as it reads. Stores made before have neither.
 """
 

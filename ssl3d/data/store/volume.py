@@ -25,7 +25,8 @@ from ssl3d.json_files import parse_json
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
 _MAX_KNOWN = 4096  # data sets of one file
 _UNREADABLE = (
-    OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError, DataError
+    OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError,
+    DataError,
 )  # fmt: skip
 """Errors of HDF5 and of the parsers over bytes that are damaged."""
 
@@ -55,9 +56,7 @@ class Store:
             try:
                 place = file["index/table"]
                 table = place[()]
-                self.rows: np.ndarray = (
-                    table if table.dtype == ROW else place.astype(ROW)[()]
-                )
+                self.rows: np.ndarray = table if table.dtype == ROW else place.astype(ROW)[()]
                 self.text: bytes = file["index/text"][()].tobytes()
                 content = file["index/head"][()].tobytes()
                 expected = place.attrs.get("digest")
@@ -299,7 +298,8 @@ class Volume:
         """Read the mask (d, h, w), int64, 0 outside the volume; the arguments are those of `read`.
 
         Raises:
-            DataError: The volume has no mask, the store cannot be read here, or its check sum does not hold.
+            DataError: The volume has no mask, the store cannot be read here, or its check sum does not
+                hold.
         """
         self._labelled("mask")
         if not self.has_mask:
