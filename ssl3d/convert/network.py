@@ -521,6 +521,14 @@ class _Swap:
             self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
         else:
+            origin = str(getattr(before, "__module__", None) or "torch").partition(".")[0]
+            if origin not in (
+                "torch",
+                "_operator",
+                "builtins",
+                "math",
+            ):  # wrapped for torch.fx: not seen into
+                self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
         if before not in _BINARY and before not in _JOINING:
             self._tell(node.name, getattr(before, "__name__", str(before)), node.target.__name__)
