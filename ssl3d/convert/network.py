@@ -522,12 +522,8 @@ class _Swap:
             return
         else:
             origin = str(getattr(before, "__module__", None) or "torch").partition(".")[0]
-            if origin not in (
-                "torch",
-                "_operator",
-                "builtins",
-                "math",
-            ):  # wrapped for torch.fx: not seen into
+            known = isinstance(before, type) or origin in ("torch", "_operator", "builtins", "math")
+            if not known:  # wrapped for torch.fx, which does not see into it
                 self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
         if before not in _BINARY and before not in _JOINING:
