@@ -75,6 +75,9 @@ class SegmentationConfig(Views):
         head: Decoder on the encoder: unet (U-shaped, with a skip of the input at full resolution), med3d
             (transposed convolutions on the deepest map), denseaspp (dilated convolutions) or linear
             (1x1x1, for frozen encoders).
+        init: Weights that the unet head starts from: new; or pretrained, those of the decoder that came
+            with each encoder, all but the layers of the classes, for a head of its width and norm.
+            Networks from scratch start from new ones.
         width: Channels of the head at half resolution, planned if not given: 16, or more for many classes;
             32 gives med3d its 256 and 128 channels.
         head_norm: Normalisation in the head: batch, group or instance; group learns several times slower.
@@ -120,6 +123,7 @@ class SegmentationConfig(Views):
     """
 
     head: Literal["unet", "med3d", "denseaspp", "linear"] = "unet"
+    init: Literal["new", "pretrained"] = "new"
     width: int | None = None
     head_norm: Literal["batch", "group", "instance"] = "instance"
     deep_supervision: bool = True
@@ -181,6 +185,10 @@ class SegmentationConfig(Views):
             raise ValueError(f"ignore: {self.ignore} is one of the classes {self.classes} too")
         if self.torchio:
             raise ValueError("torchio: its transforms do not move masks here; use the other augmentations")
+        if self.init == "pretrained" and self.head != "unet":
+            raise ValueError(
+                f"init pretrained needs head unet, whose weights decoders have, not {self.head}"
+            )
         if self.slicewise and self.stages == 2:
             raise ValueError("slicewise: a coarse stage finds regions of volumes, not of slices")
 
@@ -241,6 +249,7 @@ class Segmentation(FinetuneTask):
     floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
+    _ignored: Mapping[str, int] = {}
 
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Read every mask once: its classes, its slices and the places of its objects."""
@@ -312,10 +321,13 @@ class Segmentation(FinetuneTask):
     def settings(self) -> dict[str, Any]:
         """Return the options, resolved, and the annotated slices of each volume where there are few."""
         own = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
+        del own["init"]  # the contestant's own: arms with and without a decoder stand in one table
         own["ignore"] = -1 if self.config.ignore is None else self.config.ignore
         if self._ignored:
             own["ignored"] = self._ignored
-        # Records of before this option are found again.
+        # Records of before these options stand in one table with those of today, and are found again.
+        if not own["low_resolution"]:
+            del own["low_resolution"]
         if metrics := own.pop("metric"):
             own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
