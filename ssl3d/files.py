@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,21 @@ def write_whole(path: Path, content: str | bytes, sync: bool = False) -> None:
     """
     with whole_file(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def time_of(folder: Path) -> float:
+    """Return the time by the clock that dates the files of a folder, which may be a file server's.
+
+    Args:
+        folder: Folder that exists.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
+        file.write(b"\0")  # some systems date an empty file by their own clock
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime
 
 
 def sync_folder(folder: Path) -> None:
