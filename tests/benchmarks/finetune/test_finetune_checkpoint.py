@@ -1,4 +1,4 @@
-"""A training goes on from a checkpoint whose bytes and parts are those that were written, or says why not."""
+"""Training goes on from a checkpoint whose bytes and parts are those that were written, or says why not."""
 
 from types import SimpleNamespace
 
