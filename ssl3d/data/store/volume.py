@@ -114,11 +114,9 @@ class Store:
             ) from error
 
     def _json(self, name: str, default: Any) -> Any:
-        file = self.file
-        if name not in file:
-            return default
         with self.reading(f"what it says of its {name}"):
-            return parse_json(file[name][()].tobytes())
+            file = self.file
+            return parse_json(file[name][()].tobytes()) if name in file else default
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -409,7 +407,13 @@ def _checked(path: Path) -> h5py.File:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise DataError(_why_not(path, error)) from error
-    kind, version = file.attrs.get("format"), file.attrs.get("version")
+    try:
+        kind, version = file.attrs.get("format"), file.attrs.get("version")
+    except _UNREADABLE as error:
+        file.close()
+        raise DataError(
+            f"{path}: damaged ({reason_of(error)}); prepare it again, or copy it again"
+        ) from error
     if kind == FORMAT and isinstance(version, int | np.integer) and version <= VERSION:
         return file
     file.close()

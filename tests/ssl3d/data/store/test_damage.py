@@ -48,6 +48,28 @@ def flip(path, copy, places):
     return copy
 
 
+@pytest.mark.parametrize("how", ["zeros", "ones", "head", "doubled", "cut"])
+def test_a_damaged_stretch_changes_no_number_in_silence(store, tmp_path, capfd, how):
+    whole, content, size = everything(store), store.read_bytes(), store.stat().st_size
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        place, length = int(rng.integers(size)), int(rng.integers(1, 4096))
+        if how == "head":
+            place, length = int(rng.integers(2048)), 8
+        kept = content[place : place + length]
+        part = {
+            "zeros": bytes(len(kept)), "ones": b"\xff" * len(kept), "head": rng.bytes(len(kept)),
+            "doubled": kept * 2, "cut": b"",
+        }[how]  # fmt: skip
+        copy = tmp_path / f"{seed}.h5"
+        copy.write_bytes(content[:place] + part + content[place + length :])
+        try:
+            assert everything(copy) == whole, f"seed {seed}: other numbers"
+        except DataError as error:
+            assert str(copy) in str(error) and "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("begin", range(0, 60, 10))
 def test_a_flipped_bit_changes_no_number_in_silence(store, tmp_path, capfd, begin):
     whole, size = everything(store), store.stat().st_size
