@@ -26,13 +26,14 @@ from ssl3d.api import (
     hashes_complete,
     hashes_in,
     leak_flags,
+    load_decoder,
     pooled_by,
 )
 from ssl3d_benchmarks.task import counts
 from ssl3d_benchmarks.trivial_rows import TRIVIAL, VERSION
 
 if TYPE_CHECKING:
-    from ssl3d.api import Benchmark, Collection, Encoder
+    from ssl3d.api import Benchmark, Collection, Encoder, PretrainedDecoder
     from ssl3d_benchmarks.task import SplitData, TrainingSubset
 
 Array = NDArray[Any]
@@ -50,6 +51,7 @@ class Entry:
         source: Encoder as given on the command line.
         recalibrate: Whether the norm statistics are taken anew.
         in_channels: Channels that the encoder takes; 0 for a trivial row.
+        decoder: Decoder that the head starts from; None for new weights.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Entry:
     source: str = ""
     recalibrate: bool = False
     in_channels: int = 0
+    decoder: PretrainedDecoder | None = None
 
 
 def named(spec: str) -> tuple[str, str]:
@@ -83,15 +86,16 @@ class Loaded(dict[str, "Encoder"]):
 
 
 def given(
-    specs: Sequence[str], pool: str = "mean", loaded: Loaded | None = None
+    specs: Sequence[str], pool: str = "mean", loaded: Loaded | None = None, decoders: bool = False
 ) -> Iterator[tuple[str, Encoder, Entry]]:
     """Load every encoder that the command line names, one after the other.
 
     Yields the word without its name, the encoder (seed 0 where it is untrained) and its entry. The entry
-    of a `scratch:` word is of kind `untrained`, named by its architecture.
+    of a `scratch:` word is of kind `untrained`, named by its architecture. With `decoders`, that of any
+    other has the decoder that travelled with it, and says so in its name.
 
     Raises:
-        CheckpointError: An encoder cannot be loaded.
+        CheckpointError: An encoder cannot be loaded, or has no decoder where one is asked for.
         UsageError: A name is given twice.
     """
     loaded = Loaded() if loaded is None else loaded
@@ -110,6 +114,8 @@ def given(
                 raise UsageError(f"{called or spec}: given twice")
             names.add(name)
             entry = Entry(name, "encoder", group, _copier(encoder), spec, in_channels=channels)
+            if decoders:
+                entry = replace(entry, name=f"{name}, with decoder", decoder=load_decoder(spec))
         yield spec, encoder, entry
 
 
@@ -164,6 +170,8 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     details = dict(details)
     if entry.kind == "untrained":
         details["weights_seed"] = card["seed"]
+    if entry.decoder is not None:
+        details["decoder"] = entry.decoder.digest
     kept = (
         "proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256",
         # What tells two encoders of one proxy apart, and a seed from a batch size in a name.
@@ -172,7 +180,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     return Contestant(
         entry.name,
         entry.kind,
-        pooling_digest(encoder),
+        pooling_digest(encoder) if entry.decoder is None else _joint_digest(encoder, entry.decoder),
         encoder,
         group=entry.group,
         source=entry.source,
@@ -192,6 +200,10 @@ def pooling_digest(encoder: Encoder) -> str:
     if not isinstance(encoder, AggregatedEncoder):
         return digest
     return hashlib.sha256(f"{digest} aggregator v{encoder.version}".encode()).hexdigest()[:16]
+
+
+def _joint_digest(encoder: Encoder, decoder: PretrainedDecoder) -> str:
+    return hashlib.sha256(f"{pooling_digest(encoder)} decoder {decoder.digest}".encode()).hexdigest()[:16]
 
 
 def record(

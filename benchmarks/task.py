@@ -183,15 +183,27 @@ def tell_lone_values(data: Collection, values: Sequence[set[int]], help: str = "
             )
 
 
+def ignored_values(data: Collection) -> dict[str, int]:
+    """Return the mask value of voxels that nobody annotated, for each data set that has one."""
+    names = set(data.datasets)
+    known: dict[str, int] = {}
+    for settings in data.settings:
+        known |= settings.get("mask_ignore") or {}
+    return {name: int(value) for name, value in known.items() if name in names}
+
+
 def mask_names(data: Collection) -> tuple[str, ...]:
     """Return the mask values as classes, background first, with a warning of lone ones.
+
+    The value of voxels that nobody annotated is none.
 
     Raises:
         DataError: Every mask is empty.
     """
     from ssl3d.api import mask_values as values_in
 
-    each = [set(values_in(volume).tolist()) for volume in data]
+    ignored = ignored_values(data)
+    each = [set(values_in(volume).tolist()) - {ignored.get(volume.dataset)} for volume in data]
     values = sorted({0}.union(*each))
     tell_lone_values(data, each)
     if len(values) < 2:

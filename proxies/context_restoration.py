@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ssl3d.api import (
     BatchRng,
-    Decoder,
     Encoder,
     Proxy,
     RestoreViews,
     StepOutput,
+    decode,
     draw_one,
     mirror_one,
     relative_error,
     restoration_picture,
+    restoring_decoder,
+    travelling,
 )
 
 if TYPE_CHECKING:
@@ -40,12 +42,15 @@ class ContextRestorationConfig(RestoreViews):
             axis. All patches of an example are equal.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, or the deepest one alone.
+        decoder: Kind of decoder: light; or unet, the head of `ssl3d finetune --task segmentation`, which
+            sees its input too, travels with the encoder and can start that head.
     """
 
     moved: tuple[float, float] = (0.2, 0.5)
     patch: tuple[float, float] = (1 / 16, 1 / 6)
     width: int = 32
     skips: bool = True
+    decoder: Literal["light", "unet"] = "light"
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
@@ -93,7 +98,7 @@ class ContextRestoration(Proxy):
     def __init__(self, config: ContextRestorationConfig, encoder: Encoder) -> None:
         """Add the decoder that restores crops."""
         super().__init__(config, encoder)
-        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.decoder = restoring_decoder(config.decoder, encoder, config.width, config.skips)
 
     @classmethod
     def draw(
@@ -111,12 +116,16 @@ class ContextRestoration(Proxy):
         config = self.config
         original, foreground = mirror_one(config, batch, rng, self.training)
         damaged, moved = swap_patches(original, foreground, rng, config.moved, config.patch)
-        restored = self.decoder(self.encoder(damaged), original.shape[2:])
+        restored = decode(self.decoder, damaged, self.encoder(damaged))
         with torch.autocast(original.device.type, enabled=False):
             restored, original = restored.float(), original.float()
             loss = functional.mse_loss(restored, original)
             metrics = _metrics(restored.detach(), damaged.float(), original, moved, foreground)
         return StepOutput(loss, metrics, lambda: restoration_picture(original, damaged, restored))
+
+    def travels(self) -> dict[str, nn.Module]:
+        """Send the decoder along with the encoder, where it can start a segmentation head."""
+        return travelling(self.decoder)
 
 
 class Swapped(NamedTuple):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ssl3d.api import (
     BatchRng,
-    Decoder,
     Encoder,
     Proxy,
     RestoreViews,
@@ -20,12 +19,15 @@ from ssl3d.api import (
     UsageError,
     added_option,
     can_mask,
+    decode,
     draw_one,
     mirror_one,
     norm_visible,
     only_visible,
     relative_error,
     restoration_picture,
+    restoring_decoder,
+    travelling,
     visible_at,
 )
 
@@ -56,6 +58,8 @@ class MAEConfig(RestoreViews):
             their standard deviation. None does it as published: with masking remask, not with token.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, or the deepest one alone.
+        decoder: Kind of decoder: light; or unet, the head of `ssl3d finetune --task segmentation`, which
+            sees its input too, travels with the encoder and can start that head.
     """
 
     block: tuple[int, ...] = ()
@@ -65,6 +69,7 @@ class MAEConfig(RestoreViews):
     norm_targets: bool | None = None
     width: int = 32
     skips: bool = True
+    decoder: Literal["light", "unet"] = "light"
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
@@ -132,7 +137,7 @@ class MAE(Proxy):
             UsageError: `remask` with an encoder or blocks that it cannot work on, or a crop of one block.
         """
         super().__init__(config, encoder)
-        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.decoder = restoring_decoder(config.decoder, encoder, config.width, config.skips)
         self.tokens = nn.ParameterDict()
         if config.masking == "token":
             self.tokens["input"] = nn.Parameter(torch.zeros(encoder.config.in_channels, 1, 1, 1))
@@ -193,7 +198,7 @@ class MAE(Proxy):
         blocks = Blocks.of(original.shape[2:], self.block_of(original.shape[2:]))
         masked = mask_blocks(blocks, rng, config.ratio)
         seen, maps = self._encode(original, masked)
-        predicted = self.decoder(maps, original.shape[2:])
+        predicted = decode(self.decoder, seen, maps)
         with torch.autocast(original.device.type, enabled=False):
             predicted, image = predicted.float(), original.float()
             target = normalise(image, blocks) if config.standardised else image
@@ -209,6 +214,10 @@ class MAE(Proxy):
             return restoration_picture(image, seen, torch.where(masked, filled, image))
 
         return StepOutput(loss, metrics, picture)
+
+    def travels(self) -> dict[str, nn.Module]:
+        """Send the decoder along with the encoder, where it can start a segmentation head."""
+        return travelling(self.decoder)
 
     def _encode(self, original: Tensor, masked: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode visible voxels: the input as shown, and maps with tokens where they know nothing."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl3d.api import (
     BatchRng,
     Corruptions,
-    Decoder,
     Encoder,
     Proxy,
     RestoreViews,
     StepOutput,
     added_option,
     corrupt,
+    decode,
     draw_one,
     flip_in_turn,
     mirror_one,
     restoration_error,
     restoration_picture,
+    restoring_decoder,
+    travelling,
 )
 
 if TYPE_CHECKING:
@@ -42,12 +44,15 @@ class ModelsGenesisConfig(RestoreViews, Corruptions):
             own, which leaves 22 %.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, as in a U-Net.
+        decoder: Kind of decoder: light; or unet, the head of `ssl3d finetune --task segmentation`, which
+            sees its input too, travels with the encoder and can start that head.
     """
 
     flip: float = 0.4
     mirror: Literal["in_turn", "axes"] = added_option("in_turn", before="axes")
     width: int = 32
     skips: bool = True
+    decoder: Literal["light", "unet"] = "light"
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
@@ -85,7 +90,7 @@ class ModelsGenesis(Proxy):
     def __init__(self, config: ModelsGenesisConfig, encoder: Encoder) -> None:
         """Add the decoder that restores crops."""
         super().__init__(config, encoder)
-        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.decoder = restoring_decoder(config.decoder, encoder, config.width, config.skips)
 
     @classmethod
     def draw(
@@ -102,7 +107,7 @@ class ModelsGenesis(Proxy):
         """Corrupt the crops and restore them; handing back the input as it came has relative_error 1."""
         original = self._mirror(batch, rng)
         corrupted, done = corrupt(self.config, original, rng)
-        restored = self.decoder(self.encoder(corrupted), original.shape[2:])
+        restored = decode(self.decoder, corrupted, self.encoder(corrupted))
         error = restoration_error(restored, corrupted, original)
         metrics = {
             "relative_error": error.relative,
@@ -112,6 +117,10 @@ class ModelsGenesis(Proxy):
         # The middle slices: what boxes leave of an example lies there rather than at its ends.
         shown = [x[:, :, x.shape[2] // 2, None] for x in (original, corrupted, restored)]
         return StepOutput(error.loss, metrics, lambda: restoration_picture(*shown))
+
+    def travels(self) -> dict[str, nn.Module]:
+        """Send the decoder along with the encoder, where it can start a segmentation head."""
+        return travelling(self.decoder)
 
     def _mirror(self, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
         """Mirror the crops at random while training."""

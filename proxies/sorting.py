@@ -10,29 +10,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ssl3d.api import (
     BatchRng,
     DataError,
     Encoder,
     Proxy,
+    SlabViews,
     StepOutput,
-    Views,
-    apply_torchio,
     augment,
     centre_crop,
-    check_in_plane,
     check_slab,
-    draw_crop,
     draw_positions,
+    draw_slabs,
     in_order,
     kendall_tau,
-    lay_flat,
-    read_slab,
+    read_field,
     slab_size,
     sorting_loss,
-    view_margin,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SortingConfig(Views):
+class SortingConfig(SlabViews):
     """Options of the sorting proxy; views are in plane, their geometry shared by the slices of a volume.
 
     Contrast, gamma and noise change every slice on its own, so that a slow change of intensity along the
@@ -52,14 +47,7 @@ class SortingConfig(Views):
 
     Attributes:
         slices: Number of slices (slabs) drawn from each volume, at random distinct positions.
-        slab: Adjacent slices per slab. 1 suits the convolution kinds acs and 2.5d; a 3d or p3d encoder
-            needs slabs deeper than its stride along D.
-        axis: Axis the slices are drawn along and sorted by; D runs from inferior to superior.
         min_gap_mm: Least distance between two slices' positions, in mm.
-        crop: In-plane size (height, width) of the slices, in voxels; smaller volumes are padded evenly.
-        field: Part of a larger slice that is seen: whole shrinks all of it to the crop's size, keeping its
-            proportions; crop cuts a place of that size out of it, at full resolution, the same for all
-            slices of a volume. Where a crop shows too little of the body, its order cannot be told.
         relaxation: The differentiable sort: softsort, neuralsort, odd_even (sorting network) or pairwise
             (logistic, no permutation matrix).
         tau: Temperature of softsort, neuralsort and pairwise.
@@ -75,11 +63,7 @@ class SortingConfig(Views):
     """
 
     slices: int = 8
-    slab: int = 1
-    axis: Literal["D", "H", "W"] = "D"
     min_gap_mm: float = 2.0
-    crop: tuple[int, int] = (64, 64)
-    field: Literal["whole", "crop"] = "whole"
     relaxation: Literal["softsort", "neuralsort", "odd_even", "pairwise"] = "softsort"
     tau: float = 1.0
     power: float = 1.0
@@ -91,11 +75,8 @@ class SortingConfig(Views):
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be used."""
         super().__post_init__()
-        for name, least in (("slices", 2), ("slab", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        if len(self.crop) != 2 or min(self.crop) < 1:
-            raise ValueError(f"crop is {self.crop}, must be two positive sizes: height and width")
+        if self.slices < 2:
+            raise ValueError(f"slices is {self.slices}, must be at least 2")
         for name in ("tau", "steepness"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
@@ -106,7 +87,6 @@ class SortingConfig(Views):
         for name in ("min_gap_mm", "regularization"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        check_in_plane(self.torchio)
 
 
 class Sorting(Proxy):
@@ -158,26 +138,14 @@ class Sorting(Proxy):
         positions = draw_positions(
             volume, axis, config.slices, rng, slab=config.slab, min_gap_mm=config.min_gap_mm
         )
-        corner = None
-        if config.field == "crop":
-            # The crop, over the whole way from the first slab to the last, must see something.
-            way = slab_size(axis, int(positions[-1] - positions[0]) + config.slab, config.crop)
-            corner = draw_crop(volume, way, rng, fixed={axis: int(positions[0])})
-        margin = view_margin(config, (config.slab, *config.crop), axes=(1, 2))[1:]
-        slabs = torch.stack([_slab(config, volume, position, corner, margin) for position in positions])
-        # One transformation for all: to torchio, slabs are channels of one volume.
-        slabs = apply_torchio(config.torchio, slabs.flatten(0, 1), rng).view_as(slabs)
-        along, high, wide = lay_flat(volume.spacing, axis)
-        shrunk = _shrinkage(config, volume)
         return {
-            "slabs": slabs,
-            "spacing": torch.tensor((along, high * shrunk, wide * shrunk), dtype=torch.float32),
+            **draw_slabs(config, volume, positions, rng),
             "oriented": torch.tensor(volume.orientation != "unknown"),
         }
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Augment, shuffle and score the slabs (B, S, C, slab, height, width)."""
-        config, oriented, size = self.config, batch["oriented"], (self.config.slab, *self.config.crop)
+        config, oriented, size = self.config, batch["oriented"], self.config.size
         # Slabs are channels to the views: one draw of geometry per volume, of contrast per slab.
         flat = batch["slabs"].flatten(1, 2)
         plain = centre_crop(flat, size)
@@ -253,7 +221,7 @@ class Sorting(Proxy):
             for corner in corners:
                 for first in range(0, len(starts), batch):
                     some = starts[first : first + batch]
-                    slabs = torch.stack([_slab(config, volume, s, corner) for s in some])
+                    slabs = torch.stack([read_field(config, volume, int(s), corner) for s in some])
                     total[first : first + len(some)] += self.score(slabs.to(device)).double().cpu().numpy()
         finally:
             self.train(training)
@@ -262,51 +230,6 @@ class Sorting(Proxy):
     def _loss(self, scores: Tensor, ranks: Tensor) -> Tensor:
         c = self.config
         return sorting_loss(scores, ranks, c.relaxation, c.tau, c.power, c.steepness, c.distribution)
-
-
-def _slab(
-    config: SortingConfig,
-    volume: Volume,
-    position: int,
-    corner: Sequence[int] | None,
-    margin: Sequence[int] = (0, 0),
-) -> Tensor:
-    """Read the slab (C, slab, height, width) at a position along the axis.
-
-    `corner` is where a crop starts in plane; None is the whole slice, shrunk to the size of a crop.
-    """
-    axis = "DHW".index(config.axis)
-    if corner is None:
-        return _whole_slab(config, volume, position, margin)
-    size = slab_size(axis, config.slab, [n + 2 * m for n, m in zip(config.crop, margin)])
-    start = np.asarray(corner) - slab_size(axis, 0, margin)
-    start[axis] = position
-    return read_slab(volume, axis, start.tolist(), size)
-
-
-def _whole_slab(config: SortingConfig, volume: Volume, position: int, margin: Sequence[int]) -> Tensor:
-    axis = "DHW".index(config.axis)
-    start = slab_size(axis, position, (0, 0))
-    _, *plane = lay_flat(volume.shape[1:], axis)
-    slab = read_slab(volume, axis, start, slab_size(axis, config.slab, [int(n) for n in plane]))
-    shrunk = _shrinkage(config, volume)
-    if shrunk > 1:
-        small = [max(1, round(n / shrunk)) for n in plane]
-        slab = functional.interpolate(slab, size=small, mode="bilinear", antialias=True)
-    sides = [n + 2 * m for n, m in zip(config.crop, margin)]
-    empty = torch.tensor(volume.background, dtype=slab.dtype).view(-1, 1, 1, 1)
-    placed = empty.expand(-1, config.slab, *sides).clone()
-    top, left = ((side - n) // 2 for side, n in zip(sides, slab.shape[2:]))
-    placed[:, :, top : top + slab.shape[2], left : left + slab.shape[3]] = slab
-    return placed
-
-
-def _shrinkage(config: SortingConfig, volume: Volume) -> float:
-    """Return the factor by which a whole slice shrinks to fit the crop; 1 where it fits as it is."""
-    if config.field == "crop":
-        return 1.0
-    _, *plane = lay_flat(volume.shape[1:], "DHW".index(config.axis))
-    return max(1.0, *(n / side for n, side in zip(plane, config.crop)))
 
 
 def _foreground(

@@ -14,7 +14,6 @@ from ssl3d.api import (
     BatchRng,
     Corruptions,
     DataError,
-    Decoder,
     Encoder,
     Proxy,
     RestoreViews,
@@ -22,12 +21,15 @@ from ssl3d.api import (
     added_option,
     corrupt,
     corrupt_once,
+    decode,
     elastic,
     find_alike,
     foreground_shares,
     mirror_one,
     restoration_error,
     restoration_picture,
+    restoring_decoder,
+    travelling,
     word_places,
 )
 
@@ -62,6 +64,8 @@ class TransVWConfig(RestoreViews, Corruptions):
         word_weight: Weight of the words' cross entropy.
         width: Channels of the decoder at half resolution.
         skips: Whether the decoder sees the encoder's shallower maps too, as in a U-Net.
+        decoder: Kind of decoder: light; or unet, the head of `ssl3d finetune --task segmentation`, which
+            sees its input too, travels with the encoder and can start that head.
         word_seed: Seed of the words: of their places and of the volumes that are their references.
     """
 
@@ -77,6 +81,7 @@ class TransVWConfig(RestoreViews, Corruptions):
     word_weight: float = 0.01
     width: int = 32
     skips: bool = True
+    decoder: Literal["light", "unet"] = "light"
     word_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -157,7 +162,7 @@ class TransVW(Proxy):
     def __init__(self, config: TransVWConfig, encoder: Encoder) -> None:
         """Add the decoder and the classifier."""
         super().__init__(config, encoder)
-        self.decoder = Decoder(encoder, width=config.width, skips=config.skips)
+        self.decoder = restoring_decoder(config.decoder, encoder, config.width, config.skips)
         self.classifier = nn.Linear(encoder.embed_dim, config.words)
         self.register_buffer(
             "places", torch.from_numpy(word_places(config.words, config.word_seed)).float()
@@ -229,7 +234,7 @@ class TransVW(Proxy):
         original, _ = mirror_one(config, views, rng, self.training)
         corrupted = self.corrupted(original, rng)
         maps = self.encoder(corrupted)
-        restored = self.decoder(maps, original.shape[2:])
+        restored = decode(self.decoder, corrupted, maps)
         embedding = self.encoder.pool(maps)
         counts = self.counts(batch["index"], word)
         error = restoration_error(restored, corrupted, original)
@@ -252,6 +257,10 @@ class TransVW(Proxy):
             metrics,
             lambda: restoration_picture(*shown),
         )
+
+    def travels(self) -> dict[str, nn.Module]:
+        """Send the decoder along with the encoder, where it can start a segmentation head."""
+        return travelling(self.decoder)
 
     def corrupted(self, original: Tensor, rng: BatchRng) -> Tensor:
         """Deform and corrupt crops (B, C, D, H, W), which stay as they are."""

@@ -105,6 +105,8 @@ from .views.compose import (
     Views as Views,
     augment as augment,
     augment_labelled as augment_labelled,
+    intensities as intensities,
+    movements as movements,
     view_margin as view_margin,
 )
 from .views.corruptions import (
@@ -149,6 +151,11 @@ from .views.restore import (
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )
+from .views.slabs import (
+    SlabViews as SlabViews,
+    draw_slabs as draw_slabs,
+    read_field as read_field,
+)
 from .views.spatial import (
     centre_crop as centre_crop,
     elastic as elastic,
@@ -176,13 +183,20 @@ from .objectives.clustering import (
 )
 from .objectives.contrastive import (
     alignment as alignment,
+    Relations as Relations,
     barlow_twins_loss as barlow_twins_loss,
+    local_contrast as local_contrast,
     nt_xent as nt_xent,
+    set_contrast as set_contrast,
     uniformity as uniformity,
 )
 from .objectives.permutations import (
     PermutationSet as PermutationSet,
     permutation_set as permutation_set,
+)
+from .objectives.regions import (
+    region_places as region_places,
+    regions_at as regions_at,
 )
 from .objectives.sorting import (
     in_order as in_order,
@@ -222,6 +236,14 @@ from .heads.decoder import (
 from .heads.projection import projection_head as projection_head
 
 # Segmentation
+from .segmentation.decoders import (
+    PretrainedDecoder as PretrainedDecoder,
+    decode as decode,
+    load_decoder as load_decoder,
+    restoring_decoder as restoring_decoder,
+    start_from as start_from,
+    travelling as travelling,
+)
 from .segmentation.heads import segmentation_head as segmentation_head
 from .segmentation.loss import dice_ce_loss as dice_ce_loss
 from .segmentation.metrics import mask_scores as mask_scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -106,6 +106,11 @@ class Proxy(nn.Module, ABC):
             batch: Group of stacked examples, first axis B.
             rng: Generator of the step for these B examples.
         """
+
+    @classmethod
+    def runs_used(cls, config: Any) -> Sequence[str]:
+        """Return folders of other runs that the proxy learns from; what those saw counts as seen here."""
+        return ()
 
     def setup(self, data: Collection) -> None:
         """Size what depends on the data (memory banks, branches), before weights are loaded.

@@ -207,6 +207,7 @@ def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Resu
                 name=job.name if len(job.split.folds) == 1 else f"{job.name}, fold {number}",
                 folder=folder / f"fold-{number}",
                 say=say,
+                decoder=job.entry.decoder,
             )
             if job.options.overwrite:
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)

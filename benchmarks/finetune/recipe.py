@@ -92,6 +92,8 @@ def score_by_recipe(
     if contestant.encoder is None:
         rows = task.predict_trivial(contestant.name, train, val, test, seed)
         return benchmark.summarise(rows)
+    if getattr(task.config, "init", "new") != "new":
+        raise UsageError(f"init {task.config.init}: only the command finetune knows where decoders lie")
     options, _ = resolve(FinetuneOptions(("given",), task=task.name), task.config, set())
     options = planned(options, task, train)
     encoder = contestant.encoder

@@ -56,7 +56,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         config: Options of the task, resolved.
     """
     loaded = Loaded()
-    make_arms(options, loaded)  # a wrong path is reported before anything is read
+    decoders = getattr(config, "init", "new") == "pretrained"
+    make_arms(options, loaded, decoders)  # a wrong path is reported before anything is read
     configs = _configs(options, config)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -67,7 +68,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
     for number, own_config in enumerate(configs):
         split, benchmark = make_task(options, own_config, loaded)
         options = planned(asked, benchmark.downstream, planned_on(split))
-        arms = make_arms(replace(options, encoder=fitting_all(options.encoder, split.data)), loaded)
+        fitted = replace(options, encoder=fitting_all(options.encoder, split.data))
+        arms = make_arms(fitted, loaded, decoders)
         check_channels([arm.first for arm in arms], split.data)
         if number == 0:
             classes = getattr(benchmark.downstream, "classes", ())
@@ -241,11 +243,16 @@ def planned_on(split: SplitData) -> Collection:
     return split.data.select(np.flatnonzero(seen))
 
 
-def make_arms(options: FinetuneOptions, loaded: Loaded | None = None) -> list[Arm]:
+def make_arms(options: FinetuneOptions, loaded: Loaded | None = None, decoders: bool = False) -> list[Arm]:
     """Return an arm for each encoder given, and for the same network from scratch of each architecture.
 
+    Args:
+        options: Options of the command.
+        loaded: Encoders that were loaded before.
+        decoders: Whether encoders come with their decoders.
+
     Raises:
-        CheckpointError: An encoder cannot be loaded.
+        CheckpointError: An encoder cannot be loaded, or has no decoder where one is asked for.
         UsageError: A name is given twice.
     """
     rates = options.tune or ((options.lr,) if options.lr else ())
@@ -253,7 +260,7 @@ def make_arms(options: FinetuneOptions, loaded: Loaded | None = None) -> list[Ar
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool, loaded):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:

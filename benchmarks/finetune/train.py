@@ -28,6 +28,7 @@ from ssl3d.api import (
     lone_values,
     memory_format,
     seed_of,
+    start_from,
     tensor_bytes,
     to_memory_format,
     whole_file,
@@ -36,7 +37,7 @@ from ssl3d.api import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ssl3d.api import Benchmark, Collection, Encoder, Volume
+    from ssl3d.api import Benchmark, Collection, Encoder, PretrainedDecoder, Volume
     from ssl3d_benchmarks.finetune.options import FinetuneOptions
     from ssl3d_benchmarks.finetune.protocol import FinetuneTask
 
@@ -100,6 +101,7 @@ class TrainingPlan:
         name: Name of the job, for messages.
         folder: Folder of the checkpoints; None for no checkpoints.
         say: Function that prints a message.
+        decoder: Decoder that the model's head starts from; None for new weights.
     """
 
     benchmark: Benchmark
@@ -112,6 +114,7 @@ class TrainingPlan:
     name: str
     folder: Path | None = None
     say: Callable[[str], None] = print
+    decoder: PretrainedDecoder | None = None
 
     @property
     def batch_size(self) -> int:
@@ -152,6 +155,8 @@ def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[n
     """
     options = plan.options
     model = build(plan.task, make(), plan.train, plan.seed, plan.device)
+    if plan.decoder is not None:
+        plan.say(f"{plan.name}: {start_from(model.get_submodule('head'), plan.decoder)}")
     frozen = freeze(model, options.freeze, options.freeze_norm)
     optimizer = optimizer_of(model, options)
     trial = Trial(lr, plan.total)

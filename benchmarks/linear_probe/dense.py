@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl3d.api import DataError, UsageError, autocast, class_values, metric_name, numpy_rng, upsample
+from ssl3d_benchmarks.task import ignored_values
 from ssl3d_benchmarks.trivial_rows import intensity_maps
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ class DenseFeatures:
         if self.encoder is not None:
             self.strides = strides_of(self.encoder, config.window)
         self.values = torch.tensor([int(name) for name in config.classes])
+        self._ignored = ignored_values(data)
         self.total = len(data)
         self._samples: dict[int, Samples] = {}
         self._maps: dict[int, list[Tensor]] = {}
@@ -224,12 +226,16 @@ class DenseFeatures:
         return self._samples[volume.index]
 
     def labels(self, volume: Volume) -> Array:
-        """Return the class index of every voxel (D, H, W)."""
-        return np.searchsorted(self.values.numpy(), volume.read_mask().numpy())
+        """Return the class index of every voxel (D, H, W), -1 where nobody annotated it."""
+        mask = volume.read_mask().numpy()
+        indices = np.searchsorted(self.values.numpy(), mask)
+        return np.where(mask == self._ignored.get(volume.dataset, -1), -1, indices)
 
 
 def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Array]:
     """Draw voxels (n, 3), as many of each class, of the rim and of the rest, with their shares (n,).
+
+    Voxels of class -1, which nobody annotated, are never drawn.
 
     With these weights a loss over the sample estimates, without bias, the loss over the whole volume;
     small classes and the hard background at their border are seen as often as the easy rest.
@@ -240,8 +246,11 @@ def sample_voxels(labels: Array, number: int, seed: object) -> tuple[Array, Arra
     objects = labels > 0
     if objects.any():
         strata[ndimage.binary_dilation(objects, iterations=RIM) & ~objects] = 0
+    strata[labels < 0] = -1
     rng = numpy_rng("dense samples", seed)
-    kinds = np.unique(strata)
+    kinds = np.unique(strata[strata >= 0])
+    if not len(kinds):
+        return np.zeros((0, 3), np.int64), np.zeros(0)
     points, weights = [], []
     for kind in kinds:
         members = np.flatnonzero(strata == kind)
@@ -368,8 +377,8 @@ def fit_dense(
     head, l2, chosen_by = _head(dense, train, val, config)
     rows = []
     for volume in test:
-        predicted = _predict(dense, head, volume, dense.keep(volume))
         truth = dense.labels(volume)
+        predicted = np.where(truth < 0, -1, _predict(dense, head, volume, dense.keep(volume)))
         rows.append(
             {
                 "dataset": volume.dataset,

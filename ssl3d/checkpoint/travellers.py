@@ -16,7 +16,10 @@ from ssl3d.checkpoint.weights import load_strictly, read_weights
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, UsageError
 
-TRAVELLERS = {"slice_aggregator": "ssl3d.heads.aggregator:SliceAggregator"}
+TRAVELLERS = {
+    "slice_aggregator": "ssl3d.heads.aggregator:SliceAggregator",
+    "unet": "ssl3d.segmentation.heads:UNetHead",
+}
 """Classes that may travel beside an encoder, by their names in `encoder.json`; no other is imported.
 
 Each has a dataclass `Config` and is made by `from_config(config)` where it has that, else of its config

@@ -150,7 +150,7 @@ def load_foreign(
         foreign.notes[:0] = notes
     else:
         place = Place(file, start, layout is not None)
-        recipe = chosen.recipe(_under(file.tensors, start), place)
+        recipe = chosen.recipe(_in_single(_under(file.tensors, start)), place)
         foreign = _built(file, recipe, chosen.name, start, dict(options or {}), axes, allow_partial)
         if others:
             foreign.notes.append(f"also in the file: {', '.join(others)} (prefix=... takes another)")
@@ -217,6 +217,12 @@ def _rank(prefix: str) -> int:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _in_single(tensors: State) -> State:
+    """Return half-precision tensors in float32, in which sums of kernels keep what they sum."""
+    halves = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in halves else value for key, value in tensors.items()}
 
 
 def _detect(file: WeightsFile, layout: str | None, prefix: str | None) -> tuple[Layout, str, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ from ssl3d.errors import DataError
 
 DEEPEST = 32
 """Most levels that a record may be nested."""
-LARGEST = sys.float_info.max
-LARGEST = sys.float_info.max
+LARGEST = 1e30
+"""Bound of every number: no FLOPs, bytes or seconds come near, and no chart has ticks beyond."""
 
 Kinds = str | tuple[str, ...]
 
@@ -20,6 +19,10 @@ OBJECT, LIST, WORD, WORDS = "an object", "a list", "a text", "a list of texts"
 NUMBER, NUMBERS, COUNT, FLAG = "a number", "a list of numbers", "a whole number", "a flag"
 
 PARTS: Mapping[str, Kinds] = {
+    "version": COUNT,
+    "fraction": NUMBER,
+    "repeat": COUNT,
+    "seed": COUNT,
     "contestant.name": WORD,
     "contestant.kind": WORD,
     "contestant.digest": WORD,
@@ -54,7 +57,6 @@ PARTS: Mapping[str, Kinds] = {
     "settings.training": OBJECT,
     "split.how": WORD,
     "split.folds": COUNT,
-    **{f"split.{part}": OBJECT for part in ("train", "val", "test")},
     **{
         f"split.{part}.{count}": COUNT
         for part in ("train", "val", "test")
@@ -78,6 +80,9 @@ def check_parts(content: Mapping[str, Any], where: str) -> None:
     """
     if _deeper(content, DEEPEST):
         raise DataError(f"{where}: not a result record: it is nested deeper than {DEEPEST} levels")
+    for part, value in content["split"].items():
+        if part in ("train", "val", "test") and not isinstance(value, Mapping):
+            raise DataError(f"{where}: split.{part} is {_short(value)}, expected {OBJECT}")
     for place, kinds in PARTS.items():
         value = _at(content, place)
         if value not in (None, "") and not any(_is(value, kind) for kind in _several(kinds)):

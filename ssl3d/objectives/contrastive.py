@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,131 @@ def nt_xent(
             choices = allowed.sum(1)
             asked = choices > 1
         return Contrast(loss, (correct & asked).float().mean(), (asked / choices).mean())
+
+
+class Relations(NamedTuple):
+    """Relations of rows to all rows, (R, N) bool each; a row is nothing to itself, whatever stands there.
+
+    Attributes:
+        positive: Whether the other row is to be near.
+        negative: Whether the other row is to be far.
+        judged: Whether the other row counts for the accuracy.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    judged: Tensor
+
+
+_NEVER = -1e4
+"""Similarity of what is left out: finite, for a sum of nothing has no gradient else."""
+
+
+def set_contrast(
+    x: Tensor,
+    keys: Tensor,
+    relate: Callable[[Tensor, Tensor], Relations],
+    temperature: float = 0.1,
+    rivals: bool = True,
+) -> Contrast:
+    """Compute the cross entropy of sets of positives, over the rows of all ranks.
+
+    The loss of row i is the mean over its positives p of -log(exp(s_ip) / (sum of exp(s_in) over its
+    negatives n, and over its positives)), s being cosine similarities over the temperature; of the
+    positives, all are in that sum with `rivals`, and p alone without. The whole is the mean over the rows
+    that have a positive.
+
+    With `rivals`: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (L_out), as Zeng et al.,
+    MICCAI 2021, use it. Without: Chaitanya et al., NeurIPS 2020.
+
+    Args:
+        x: Projections, (R, F).
+        keys: Numbers by which rows are related, (R, K).
+        relate: Function of the keys of R rows and those of all N rows that gives their relations.
+        temperature: Divisor of the cosine similarities.
+        rivals: Whether the other positives of a row stand in the sum below.
+
+    Returns:
+        Contrast whose accuracy is that of judged rows alone: the share of rows to which a judged positive
+        is nearer than every judged negative; rows without one of either are not asked.
+
+    Example:
+        >>> x, place = torch.eye(2).repeat(2, 1), torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+        >>> def relate(own, other):
+        ...     same = own[:, None, 0] == other[:, 0]
+        ...     return Relations(same, ~same, torch.ones_like(same))
+        >>> contrast = set_contrast(x, place, relate, temperature=1.0)
+        >>> round(contrast.loss.item(), 4), contrast.accuracy.item()
+        (0.5514, 1.0)
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=1)
+        counts = row_counts(len(x), x.device)
+        start = sum(counts[: rank()])
+        logits = x @ gather(x, counts).T / temperature
+        other = torch.ones_like(logits, dtype=torch.bool)
+        other[torch.arange(len(x)), torch.arange(start, start + len(x))] = False
+        positive, negative, judged = (mask & other for mask in relate(keys, gather(keys, counts)))
+        below = positive | negative if rivals else negative
+        total = logits.masked_fill(~below, _NEVER).logsumexp(1, keepdim=True)
+        each = total - logits if rivals else F.softplus(total - logits)
+        number = positive.sum(1)
+        own = (each * positive).sum(1) / number.clamp_min(1)
+        # A sum over own rows, scaled so that the mean over ranks is the mean over the global batch.
+        rows = gather((number > 0).float(), counts).sum().clamp_min(1)
+        return Contrast(own.sum() * world_size() / rows, *_judged(logits, positive, negative, judged))
+
+
+@torch.no_grad()
+def _judged(logits: Tensor, positive: Tensor, negative: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure the share of rows whose nearest judged row is a positive, and what guessing would reach."""
+    positive, negative = positive & judged, negative & judged
+    near, far = (logits.masked_fill(~mask, -torch.inf).amax(1) for mask in (positive, negative))
+    asked = positive.any(1) & negative.any(1)
+    # Strictly nearer: collapsed projections, all alike, recognise nothing.
+    correct = (near > far) & asked
+    share = positive.sum(1) / (positive.sum(1) + negative.sum(1)).clamp_min(1)
+    return correct.float().mean(), (share * asked).mean()
+
+
+def local_contrast(a: Tensor, b: Tensor, negatives: Tensor, temperature: float = 0.1) -> Contrast:
+    """Compute the contrast of the regions of two maps that show the same places.
+
+    Region i of either map has region i of the other as its positive, and its negatives in both maps:
+    l(a_i, b_i) = -log(exp(s(a_i, b_i)) / (exp(s(a_i, b_i)) + sum over its negatives k of exp(s(a_i, a_k))
+    + exp(s(a_i, b_k)))), s being cosine similarities over the temperature. The loss is the mean of both
+    directions over all regions of all pairs of maps, of all ranks.
+
+    Chaitanya et al.: Contrastive learning of global and local features for medical image segmentation with
+    limited annotations, NeurIPS 2020.
+
+    Args:
+        a: Projections of the regions of the first maps, (P, A, F).
+        b: Projections of the regions of the second maps, (P, A, F).
+        negatives: Numbers of the regions that are negatives of each region, (A, K).
+        temperature: Divisor of the cosine similarities.
+
+    Example:
+        >>> regions = torch.eye(2)[None]
+        >>> contrast = local_contrast(regions, regions, torch.tensor([[1], [0]]), temperature=1.0)
+        >>> round(contrast.loss.item(), 4), contrast.accuracy.item()
+        (0.5514, 1.0)
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=2), F.normalize(b.float(), dim=2)
+        near = (a * b).sum(2) / temperature
+        index = negatives.expand(len(a), -1, -1)
+        far = [
+            torch.cat([(x @ other.mT / temperature).gather(2, index) for other in (a, b)], 2)
+            for x in (a, b)
+        ]
+        each = torch.stack([F.softplus(x.logsumexp(2) - near) for x in far])
+        maps = sum(row_counts(len(a), a.device))
+        loss = each.sum() * world_size() / (2 * maps * a.shape[1])
+        with torch.no_grad():
+            correct = torch.stack([near > x.amax(2) for x in far]).float().mean()
+            chance = correct.new_tensor(1 / (1 + 2 * negatives.shape[1]))
+        return Contrast(loss, correct, chance)
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:

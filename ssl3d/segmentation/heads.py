@@ -8,7 +8,10 @@ without it, with the same outcome.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,29 @@ Triple = tuple[int, int, int]
 _FULL: Triple = (1, 1, 1)
 _GROUPS = 8
 _GROUP = 4  # channels at least: one voxel of one channel has no deviation to divide by
+
+
+@dataclass
+class UNetConfig:
+    """Options of a U-Net, with what it has to know of its encoder.
+
+    Attributes:
+        channels: Channels of the encoder's maps, shallow to deep.
+        strides: Strides of the encoder's maps along D H W.
+        in_channels: Channels of the encoder's input.
+        classes: Number of output channels.
+        width: Channels at half resolution.
+        norm: Kind of norm: batch, group or instance.
+        deep_supervision: Whether the coarser steps give logits too.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    in_channels: int
+    classes: int
+    width: int = 32
+    norm: str = "instance"
+    deep_supervision: bool = False
 
 
 class UNetHead(nn.Module):
@@ -61,7 +87,13 @@ class UNetHead(nn.Module):
         deep_supervision: Whether the coarser steps give logits that the finer ones add to, themselves given
             too while training, up-sampled to the input's voxels: so that sparse annotation is not lost by
             sub-sampling it.
+
+    Attributes:
+        path: Stride of each step's map, coarse to fine.
+        sources: Numbers of the encoder's maps that are decoded.
     """
+
+    Config: ClassVar[type] = UNetConfig
 
     def __init__(
         self,
@@ -72,6 +104,15 @@ class UNetHead(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        self.config = UNetConfig(
+            tuple(encoder.channels),
+            tuple(encoder.strides),
+            encoder.config.in_channels,
+            classes,
+            width,
+            norm,
+            deep_supervision,
+        )
         if width < 2:
             raise ValueError(f"width must be at least 2, not {width}")
         self.deep_supervision = deep_supervision
@@ -81,12 +122,14 @@ class UNetHead(nn.Module):
             (s for s in maps if s != deepest and all(a <= b for a, b in zip(s, deepest, strict=True))),
             reverse=True,
         )
-        self._path = stride_path(deepest, [*stops, _FULL])
-        self._sources = [maps.get(stride) if stride != deepest else None for stride in self._path]
+        self.path = stride_path(deepest, [*stops, _FULL])
+        self._sources = [maps.get(stride) if stride != deepest else None for stride in self.path]
+        used = {n for n in self._sources if n is not None}
+        self.sources = tuple(sorted({len(encoder.strides) - 1, *used}))
         channels = encoder.channels[-1]
         self.mixes, self.convs, self.coarse = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
         self.stem: nn.Module | None = None
-        for stride, source in zip(self._path, self._sources, strict=True):
+        for stride, source in zip(self.path, self._sources, strict=True):
             out = min(max(width * max(stride) // 2, 1), 10 * width)
             skip = 0 if source is None else encoder.channels[source]
             if stride == _FULL and source is None:
@@ -99,20 +142,35 @@ class UNetHead(nn.Module):
             channels = out
         self.out = nn.Conv3d(channels, classes, 1)
 
-    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the logits, finest first; one of them in evaluation mode."""
+    @classmethod
+    def from_config(cls, config: UNetConfig) -> UNetHead:
+        """Build a U-Net from its options alone, without its encoder."""
+        like: Any = SimpleNamespace(
+            channels=config.channels,
+            strides=config.strides,
+            config=SimpleNamespace(in_channels=config.in_channels),
+        )
+        return cls(like, config.classes, config.width, config.norm, config.deep_supervision)
+
+    def steps(self, x: Tensor, maps: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Decode step by step: yield the map of each, of the strides in `path`."""
         size = x.shape[2:]
         y, reached = maps[-1], self._deepest
-        others: list[Tensor] = []
-        for n, (stride, source) in enumerate(zip(self._path, self._sources, strict=True)):
+        for n, (stride, source) in enumerate(zip(self.path, self._sources, strict=True)):
             if source is not None:
                 skip: Tensor | None = maps[source]
             else:
                 skip = self.stem(x) if stride == _FULL and self.stem is not None else None
             y = self.convs[n](self.mixes[n](y, skip, size, reached, stride))
             reached = stride
+            yield y
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the logits, finest first; one of them in evaluation mode."""
+        others: list[Tensor] = []
+        for n, y in enumerate(self.steps(x, maps)):
             if str(n) in self.coarse:
-                coarser = upsample(self.coarse[str(n)](y), size, stride)
+                coarser = upsample(self.coarse[str(n)](y), x.shape[2:], self.path[n])
                 others.append(coarser + others[-1] if others else coarser)
         finest = self.out(y) + others[-1] if others else self.out(y)
         return [finest, *reversed(others)] if self.training else [finest]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d import plugins
-from ssl3d.checkpoint.volumes_seen import hashes_complete, hashes_in, pack_hashes
+from ssl3d.checkpoint.card import encoder_folder, read_card
+from ssl3d.checkpoint.volumes_seen import hashes_complete, hashes_in, hashes_together, pack_hashes
 from ssl3d.config import to_dict
 from ssl3d.data.identity import identity_hash
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
@@ -113,11 +114,12 @@ def metadata(
     volumes, unread = frozenset[str]().union(*own), sum(not hashes for hashes in own)
     labels = any(kind.uses_labels for kind, _ in plan.proxies.values())
     init = None
+    for card in [*([] if before is None else [before]), *_cards_used(plan)]:
+        identities |= set(card.get("identities", []))
+        volumes |= hashes_in(card) or frozenset()
+        unread += not hashes_complete(card)
+        labels = labels or bool(card.get("labels_seen", False))
     if before is not None:
-        identities |= set(before.get("identities", []))
-        volumes |= hashes_in(before) or frozenset()
-        unread += not hashes_complete(before)
-        labels = labels or bool(before.get("labels_seen", False))
         init = {"from": plan.options.init, "sha256": before.get("sha256"), "steps": before.get("steps")}
         if "foreign" in before:  # another toolkit's weights: whose, and what is to be cited
             init |= {"foreign": before["foreign"], "citation": before["citations"]["weights"]}
@@ -144,6 +146,12 @@ def metadata(
         "labels_seen": labels,
         "citations": citations | {plan.encoder_name: plan.encoder.paper},
     }
+
+
+def _cards_used(plan: PretrainPlan) -> list[dict[str, Any]]:
+    """Read the cards of the runs that the proxies learn from."""
+    folders = [Path(run) for kind, own in plan.proxies.values() for run in kind.runs_used(own)]
+    return [hashes_together(read_card(encoder_folder(path)), encoder_folder(path)) for path in folders]
 
 
 def _sources(plan: PretrainPlan) -> dict[str, dict[str, str]]:

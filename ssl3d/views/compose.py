@@ -152,6 +152,18 @@ class Views:
         check_torchio(self.torchio)
 
 
+def movements(views: Views) -> Views:
+    """Return the views without their changes of grey values."""
+    return dataclasses.replace(
+        views, blur=0.0, bias=0.0, gamma=0.0, contrast=0.0, noise=0.0, low_resolution=0.0, cutout=0.0
+    )
+
+
+def intensities(views: Views) -> Views:
+    """Return the views without their movements: voxels stay where they are."""
+    return dataclasses.replace(views, flip=0.0, turn=0.0, rotate=0.0, scale=0.0, stretch=0.0, shift=0.0)
+
+
 def view_margin(views: Views, size: Sequence[int], axes: Sequence[int] = (0, 1, 2)) -> tuple[int, int, int]:
     """Return the voxels to read on every side of a crop, so that `augment` finds no empty corners.
 

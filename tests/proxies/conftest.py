@@ -14,6 +14,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "sorting": {"crop": [32, 32], "slices": 5},
     "simclr": {"crop": [16, 16, 16], "hidden": 32, "out": 16},
     "barlow_twins": {"crop": [16, 16, 16], "hidden": 32, "out": 32},
+    "pcl": {"crop": [32, 32], "slices": 3, "threshold": 0.2, "hidden": 32, "out": 16},
+    "glcl": {
+        "crop": [32, 32],
+        "schedule": "joint",
+        "local_stride": 1,
+        "partitions": 3,
+        "negatives": 4,
+        "width": 8,
+        "hidden": 32,
+        "out": 16,
+    },
     "context_restoration": {"crop": [16, 16, 16], "width": 8},
     "mae": {"crop": [16, 16, 16], "width": 8},
     "models_genesis": {"crop": [16, 16, 16], "width": 8},
@@ -59,6 +70,8 @@ DEEP: dict[str, dict[str, Any]] = {
     "faster_rcnn": {"slab": 9},
     "intra_inter": {"slices": 3, "slab": 9},
     "sorting": {"crop": [16, 16], "slices": 4, "slab": 9},
+    "pcl": {"crop": [16, 16], "slices": 3, "slab": 9},
+    "glcl": {"crop": [16, 16], "slab": 9},
 }
 
 # On top of SMALL, where two ranks must give the gradients of one process: heads without batch norm.
@@ -68,6 +81,8 @@ RANKS: dict[str, dict[str, Any]] = {
     "pseudo3d_detection": {"proposals": [4096, 4096], "rpn_samples": 4096, "roi_samples": 4096},
     "simclr": {"head_norm": "layer"},
     "barlow_twins": {"head_norm": "layer"},
+    "pcl": {"head_norm": "layer"},
+    "glcl": {"head_norm": "layer"},
     "cube_ordering": {"head_norm": "layer"},
     "intra_inter": {"dropout": 0.0},
     "swav": {"head_norm": "layer"},

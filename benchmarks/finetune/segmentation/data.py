@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,27 @@ class Annotation:
     places: dict[int, Array]
 
 
-def mask_values(data: Collection, ignore: int, tell: bool = False) -> tuple[int, ...]:
+def refuse_regions(data: Collection) -> None:
+    """Raise a DataError for masks whose structures overlap, which nnU-Net trains and scores as regions."""
+    names = set(data.datasets)
+    for settings in data.settings:
+        for dataset, regions in (settings.get("mask_regions") or {}).items():
+            if dataset in names:
+                structures = ", ".join(region["name"] for region in regions)
+                values = sorted({value for region in regions for value in region["values"]})
+                raise DataError(
+                    f"{dataset}: its structures overlap ({structures}), and --task segmentation does not "
+                    "train and score regions; give --segmentation.classes 0 "
+                    f"{' '.join(map(str, values))} to segment the values of the mask one by one"
+                )
+
+
+def mask_values(data: Collection, ignore: int | Mapping[str, int], tell: bool = False) -> tuple[int, ...]:
     """Return the sorted values in the masks, with 0 and without `ignore`.
 
     Args:
         data: Volumes with masks.
-        ignore: Mask value of voxels without an annotation.
+        ignore: Mask value of voxels without an annotation, of all volumes or by the name of the data set.
         tell: Whether to warn of values that one subject alone has.
 
     Raises:
@@ -56,8 +71,8 @@ def mask_values(data: Collection, ignore: int, tell: bool = False) -> tuple[int,
         own: set[int] = set()
         for _, slab in slabs(volume):
             own |= set(np.unique(slab).tolist())
-        each.append(own - {ignore})
-    values = {0}.union(*each) - {ignore}
+        each.append(own - {ignore if isinstance(ignore, int) else ignore.get(volume.dataset, -1)})
+    values = {0}.union(*each) - ({ignore} if isinstance(ignore, int) else set())
     if tell:
         tell_lone_values(data, each, ", or give --segmentation.classes or --segmentation.ignore")
     if len(values) == 1:

@@ -47,8 +47,10 @@ from ssl3d_benchmarks.finetune.segmentation.data import (
     class_table,
     mask_values,
     place_patch,
+    refuse_regions,
 )
 from ssl3d_benchmarks.finetune.segmentation.plan import fingerprint, plan_by_rule
+from ssl3d_benchmarks.task import ignored_values
 
 if TYPE_CHECKING:
     from ssl3d.api import BatchRng, Collection, Encoder, Volume
@@ -72,6 +74,9 @@ class SegmentationConfig(Views):
         head: Decoder on the encoder: unet (U-shaped, with a skip of the input at full resolution), med3d
             (transposed convolutions on the deepest map), denseaspp (dilated convolutions) or linear
             (1x1x1, for frozen encoders).
+        init: Weights that the unet head starts from: new; or pretrained, those of the decoder that came
+            with each encoder, all but the layers of the classes, for a head of its width and norm.
+            Networks from scratch start from new ones.
         width: Channels of the head at half resolution, planned if not given: 16, or more for many classes;
             32 gives med3d its 256 and 128 channels.
         head_norm: Normalisation in the head: batch, group or instance; group learns several times slower.
@@ -90,7 +95,8 @@ class SegmentationConfig(Views):
             of the volume: mirrored along H, the anterior and posterior hippocampus had a Dice of 0.3 after
             120 steps, else 0.8.
         classes: Mask values that count, 0 first; found in the masks if not given. Others are background.
-        ignore: Mask value of voxels without an annotation; -1 if there is none.
+        ignore: Mask value of voxels without an annotation, left out of the loss and of every score; -1 if
+            there is none, and by default nnU-Net's `ignore` of each data set.
         sparse_slices: Number of annotated slices per volume, chosen along D once per volume; 0 for all.
             Training and the choice of the step see these alone; test subjects are scored on all slices.
         sparse_choice: Choice of the annotated slices: random (among those with objects) or equidistant; the
@@ -116,6 +122,7 @@ class SegmentationConfig(Views):
     """
 
     head: Literal["unet", "med3d", "denseaspp", "linear"] = "unet"
+    init: Literal["new", "pretrained"] = "new"
     width: int | None = None
     head_norm: Literal["batch", "group", "instance"] = "instance"
     deep_supervision: bool = True
@@ -125,7 +132,7 @@ class SegmentationConfig(Views):
     axes: tuple[int, ...] | None = None
     flip_axes: tuple[int, ...] | None = None
     classes: tuple[int, ...] = ()
-    ignore: int = -1
+    ignore: int | None = None
     sparse_slices: int = 0
     sparse_choice: Literal["random", "equidistant"] = "random"
     sparse_seed: int = 0
@@ -177,6 +184,10 @@ class SegmentationConfig(Views):
             raise ValueError(f"ignore: {self.ignore} is one of the classes {self.classes} too")
         if self.torchio:
             raise ValueError("torchio: its transforms do not move masks here; use the other augmentations")
+        if self.init == "pretrained" and self.head != "unet":
+            raise ValueError(
+                f"init pretrained needs head unet, whose weights decoders have, not {self.head}"
+            )
         if self.slicewise and self.stages == 2:
             raise ValueError("slicewise: a coarse stage finds regions of volumes, not of slices")
 
@@ -254,16 +265,20 @@ class Segmentation(FinetuneTask):
     floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
+    _ignored: Mapping[str, int] = {}
 
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Read every mask once: its classes, its slices and the places of its objects."""
         self.config, self.target = config, "masks"
-        values = config.classes or mask_values(data, config.ignore, tell=True)
+        self._ignored = ignored_values(data) if config.ignore is None else {}
+        ignore = self._ignored if config.ignore is None else config.ignore
+        if not config.classes:
+            refuse_regions(data)
+        values = config.classes or mask_values(data, ignore, tell=True)
         if config.classes:
-            _check_classes(config, data)
+            _check_classes(config.classes, data, ignore)
         self.values: tuple[int, ...] = tuple(int(value) for value in values)
         self.names = tuple(str(value) for value in self.values)
-        self._table = class_table(self.values, config.ignore)
         self.annotations: dict[int, Annotation] = {volume.index: self._annotate(volume) for volume in data}
         self._given, self._shapes = config, np.asarray(data.shapes)
         self.plan(data)
@@ -294,9 +309,14 @@ class Segmentation(FinetuneTask):
         """Axes along which crops are mirrored, as given or planned."""
         return self.config.flip_axes or ()
 
+    def _table(self, volume: Volume) -> Array:
+        """Return the table from mask values to class indices, by what the volume's data set ignores."""
+        ignore = self.config.ignore
+        return class_table(self.values, self._ignored.get(volume.dataset, -1) if ignore is None else ignore)
+
     def _annotate(self, volume: Volume) -> Annotation:
         c = self.config
-        return annotate(volume, self._table, c.sparse_slices, c.sparse_choice, c.sparse_seed)
+        return annotate(volume, self._table(volume), c.sparse_slices, c.sparse_choice, c.sparse_seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out shrunk volumes, which each process makes again."""
@@ -317,7 +337,13 @@ class Segmentation(FinetuneTask):
     def settings(self) -> dict[str, Any]:
         """Return the options, resolved, and the annotated slices of each volume where there are few."""
         own = {**dataclasses.asdict(self.config), "classes": list(self.values), "patch": list(self.patch)}
-        # Records of before this option are found again.
+        del own["init"]  # the contestant's own: arms with and without a decoder stand in one table
+        own["ignore"] = -1 if self.config.ignore is None else self.config.ignore
+        if self._ignored:
+            own["ignored"] = self._ignored
+        # Records of before these options stand in one table with those of today, and are found again.
+        if not own["low_resolution"]:
+            del own["low_resolution"]
         if metrics := own.pop("metric"):
             own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
@@ -390,7 +416,7 @@ class Segmentation(FinetuneTask):
 
     def _target(self, volume: Volume, start: Sequence[int], size: Sequence[int]) -> Array:
         """Read the class indices of a crop, int16."""
-        target = class_indices(self._table, volume.read_mask(start, size).numpy())
+        target = class_indices(self._table(volume), volume.read_mask(start, size).numpy())
         for axis, (begin, length, limit) in enumerate(zip(start, size, volume.shape[1:], strict=True)):
             inside = np.arange(begin, begin + length)
             outside = (inside < 0) | (inside >= limit)
@@ -518,7 +544,7 @@ class Segmentation(FinetuneTask):
         ]
 
     def _scored(self, labels: Array, volume: Volume, slices: Array | None = None) -> dict[str, Any]:
-        truth = class_indices(self._table, volume.read_mask().numpy())
+        truth = class_indices(self._table(volume), volume.read_mask().numpy())
         if slices is not None:
             labels, truth = labels[slices], truth[slices]
         labels = np.where(truth == IGNORE, IGNORE, labels)
@@ -596,17 +622,17 @@ class Segmentation(FinetuneTask):
 
         shown = data[:4]
         predicted = [self.labels(model, volume) for volume in shown]
-        truth = [class_indices(self._table, volume.read_mask().numpy()) for volume in shown]
+        truth = [class_indices(self._table(volume), volume.read_mask().numpy()) for volume in shown]
         return segmentation_picture(list(shown), truth, predicted, class_titles(data, self.names))
 
 
-def _check_classes(config: SegmentationConfig, data: Collection) -> None:
+def _check_classes(classes: Sequence[int], data: Collection, ignore: int | Mapping[str, int]) -> None:
     """Raise a DataError for a class that no mask has."""
-    there = mask_values(data, config.ignore)
-    absent = sorted(set(config.classes) - set(there))
+    there = mask_values(data, ignore)
+    absent = sorted(set(classes) - set(there))
     if absent:
         raise DataError(
-            f"--segmentation.classes {' '.join(map(str, config.classes))}: none of the {len(data)} masks "
+            f"--segmentation.classes {' '.join(map(str, classes))}: none of the {len(data)} masks "
             f"has the value {' or '.join(map(str, absent))}; they have {' '.join(map(str, there))}"
         )
 

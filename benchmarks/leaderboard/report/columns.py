@@ -191,6 +191,7 @@ def settings_of(arm: Arm) -> str:
         "learning rate": about.get("lr"),
         "started from": (arm.first.recipe.get("init") or {}).get("from"),
         "pooling": who.get("pool"),
+        "decoder": who.get("decoder"),
         "learning rates tried": " ".join(f"{rate:g}" for rate in arm.first.rates),
         "weights": str(who["digest"])[:12],
     }

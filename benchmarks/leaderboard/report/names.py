@@ -30,7 +30,7 @@ def label(arms: Sequence[Arm], table: Table) -> None:
         lambda arm: str(arm.first.result.contestant["name"]).partition(",")[0],
         lambda arm: str(arm.first.result.contestant["digest"])[:8],
     ]
-    names = [[facets[0](arm)] for arm in arms]
+    names = [[word for word in (facets[0](arm), decoder_words(arm)) if word] for arm in arms]
     for facet in facets[1:]:
         counts = Counter(map(tuple, names))
         crowded = [k for k, name in enumerate(names) if counts[tuple(name)] > 1]
@@ -55,6 +55,8 @@ def label(arms: Sequence[Arm], table: Table) -> None:
 METHODS = {
     "simclr": "SimCLR",
     "barlow_twins": "Barlow Twins",
+    "pcl": "Positional contrast",
+    "glcl": "Global and local contrast",
     "mae": "MAE",
     "models_genesis": "Models Genesis",
     "transvw": "TransVW",
@@ -185,6 +187,11 @@ def relation(arm: Arm, table: Table) -> str:
     return "on " + " + ".join(sorted(names))
 
 
+def decoder_words(arm: Arm) -> str:
+    """Say that a contestant's head started from a pretrained decoder; empty where it did not."""
+    return "with decoder" if arm.first.result.contestant.get("decoder") else ""
+
+
 def learning_rates(arm: Arm) -> str:
     """Name the learning rates that were tried; empty where a protocol has none."""
     rates = arm.first.rates
@@ -213,6 +220,7 @@ def across(arm: Arm, table: Table | None) -> str:
     on = "on " + " + ".join(names) if names else ""
     words = [_method(arm), on if table is None else relation(arm, table)]
     words += [group] if arm.kind in ("pretrained", "scratch") else []
+    words += [decoder_words(arm)]
     words += ["norm recalibrated"] if arm.first.recalibrated else []
     words += [str(arm.first.result.contestant.get("pool") or "")]
     return ", ".join(word for word in words if word)

@@ -164,7 +164,16 @@ class ReadRecord:
         # Which volumes they were, the digest says; how they were chosen, old records do not.
         data = self.pretraining.get("data") or {}
         same["data"] = {key: value for key, value in data.items() if key != "chosen_by"}
-        about = [self.kind, who.get("group"), self.recalibrated, who.get("pool"), self.share, self.stem]
+        decoded = bool(who.get("decoder"))
+        about = [
+            self.kind,
+            who.get("group"),
+            self.recalibrated,
+            who.get("pool"),
+            decoded,
+            self.share,
+            self.stem,
+        ]
         if self.kind == "scratch":
             about[-1] = ""
         if self.kind == "imagenet":

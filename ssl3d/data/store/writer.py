@@ -220,7 +220,7 @@ def encode_voxels(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray,
     if dtype == "float32":
         return image, 1.0, 0.0
     if dtype == "float16":
-        top = float(np.abs(image).max())
+        top = max(-float(image.min()), float(image.max()))  # `abs` would copy a large scan
         if top > 65504:
             raise DataError(
                 f"{name}: voxel of {top:.6g} exceeds half precision (65504); normalise, or store as float32"

@@ -221,6 +221,66 @@ def test_voxels_that_nobody_annotated_count_in_no_score(tmp_path):
     assert plain.names == ("0", "4")  # values that are not named are background
 
 
+def a_store_of_nnunet(path, dataset, ignored, settings):
+    """Two of `blobs` in a data set; unannotated voxels have the value `ignored`."""
+    for number, (subject, image, mask) in enumerate(blobs(2)):
+        mask[:, :, 12:] = ignored
+        record = Record(
+            id=f"{dataset}{number}", dataset=dataset, subject=f"{dataset}{subject}", spacing=(2.0, 1.0, 1.0)
+        )
+        write_part(Path(f"{path}.partial"), record.id, record, np.float32(image)[None], mask=mask)
+    assemble(Path(f"{path}.partial"), path, settings, [])
+    return path
+
+
+def test_what_a_data_set_ignores_counts_in_no_loss_and_no_score(tmp_path):
+    paths = [
+        a_store_of_nnunet(tmp_path / f"{name}.h5", name, value, {"mask_ignore": {name: value, "other": 1}})
+        for name, value in (("A", 3), ("B", 9))
+    ]
+    paths.append(a_store_of_nnunet(tmp_path / "C.h5", "C", 0, {}))
+    data = open_data(paths)
+    config = SegmentationConfig(patch=(20, 24, 22), oversample=0.0, **PLAIN)
+    task = Segmentation(config, data)
+    assert task.values == (0, 1, 4)
+    assert task.settings()["ignored"] == {"A": 3, "B": 9} and task.settings()["ignore"] == -1
+    batch = batch_of(task, data)
+    for volume, target in zip(data, batch["target"], strict=True):
+        right = target[..., 12:22]
+        assert (right == IGNORE).all() if volume.dataset != "C" else (right[:20] != IGNORE).any()
+        assert (target[..., :12] >= 0).any()
+    told = Told()
+    rng = np.random.default_rng(0)
+    first = data.select(np.flatnonzero(np.asarray(data.datasets) == "A"))
+    clean = batch_of(task, first)
+    dirty = {**clean, "image": clean["image"].clone()}
+    dirty["image"][clean["target"][:, None] == IGNORE] = torch.from_numpy(
+        rng.normal(size=int((clean["target"] == IGNORE).sum())).astype(np.float32) * 50
+    )
+    losses = [task.loss(told, batch, one_group(0, 2))[0] for batch in (clean, dirty)]
+    assert torch.equal(*losses) and losses[0] > 0
+
+    class Everywhere(Told):
+        def forward(self, x):
+            (logits,) = super().forward(x)
+            logits[:, 1, :, :, 12:] = 99  # a class where nobody has annotated anything
+            return [logits]
+
+    scored = [row(task, network, first[0])["voxels"] for network in (Told(), Everywhere())]
+    assert scored[0] == scored[1]
+    asked = Segmentation(SegmentationConfig(patch=(20, 24, 22), ignore=-1), data)
+    assert asked.values == (0, 1, 3, 4, 9)  # what is asked for goes above what the stores say
+
+
+def test_structures_that_overlap_are_refused_by_name_unless_values_are_named(tmp_path):
+    regions = [{"name": "whole", "values": [1, 4], "class": 1}, {"name": "core", "values": [4], "class": 2}]
+    path = a_store_of_nnunet(tmp_path / "a.h5", "tumours", 0, {"mask_regions": {"tumours": regions}})
+    data = open_data([path])
+    with pytest.raises(DataError, match=r"tumours: .*\(whole, core\).*--segmentation.classes 0 1 4 to"):
+        Segmentation(SegmentationConfig(), data)
+    assert Segmentation(SegmentationConfig(classes=(0, 1, 4)), data).values == (0, 1, 4)
+
+
 # Crops --------------------------------------------------------------------------------------------
 
 

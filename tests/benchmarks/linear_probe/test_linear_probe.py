@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ssl3d_benchmarks import trivial_rows as shapes
 from ssl3d_benchmarks.linear_probe import dense as dense
 from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
 from ssl3d_benchmarks.linear_probe.protocol import LinearProbe, fit_classifier, fit_ridge
+from ssl3d_benchmarks.task import mask_names
 
 
 def a_store(path, volumes):
@@ -248,6 +250,33 @@ def test_sampled_voxels_stand_for_the_whole_volume():
     assert len({tuple(p) for p in points}) == len(points)
     value = rng.normal(size=labels.shape) + np.arange(16)
     assert weights @ value[tuple(points.T)] == pytest.approx(value.mean(), abs=0.8)
+
+
+def test_voxels_that_nobody_annotated_are_neither_drawn_nor_scored(tmp_path):
+    labels = np.zeros((8, 8, 8), np.int64)
+    labels[:4, :4], labels[4:] = 1, -1
+    points, weights = dense.sample_voxels(labels, 200, "seed")
+    assert (labels[tuple(points.T)] >= 0).all() and weights.sum() == pytest.approx(0.5)
+    assert all(len(part) == 0 for part in dense.sample_voxels(np.full((2, 2, 2), -1), 9, "seed"))
+
+    rng, scores = np.random.default_rng(0), []
+    for value in (0, 3):
+        path = tmp_path / f"{value}.h5"
+        for number in range(4):
+            mask = (np.arange(12) < 6).astype(np.int64) * np.ones((6, 8, 1), np.int64)
+            image = rng.normal(size=mask.shape) * 0.1 + 5 * mask
+            mask[3:] = value
+            image[3:] = 5 if value else 0  # looks like class 1 where nobody has looked
+            record = Record(id=f"v{number}", dataset="T", subject=f"p{number}")
+            write_part(Path(f"{path}.partial"), record.id, record, np.float32(image)[None], mask=mask)
+        assemble(Path(f"{path}.partial"), path, {"mask_ignore": {"T": 3}}, [])
+        data = open_data([path])
+        config = LinearProbeConfig(target="masks", classes=mask_names(data))
+        assert config.classes == ("0", "1")
+        features = dense.DenseFeatures(SimpleNamespace(encoder=None), data, config)
+        rows, _ = dense.fit_dense(features, data[:2], data[2:3], data[3:], config, 0)
+        scores.append(rows[0]["dice"]["1"])
+    assert scores == [1.0, 1.0]
 
 
 class Planted(Encoder):

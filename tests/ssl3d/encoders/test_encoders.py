@@ -29,6 +29,7 @@ SMALL = {
     "converted": {"network": "shufflenet_v2_x0_5", "strides": ((2, 2, 2), *((1, 1, 1),) * 4)},
     "vit": {"patch": (4, 4, 4), "width": 16, "layers": 4, "heads": 2, "grid": (2, 4, 4), "maps": 2},
     "genesis_unet": {"width": 4},
+    "plain_unet": {"width": 4, "max_width": 16, "stages": 4},
     "swin": {"width": 6, "window": (2, 2, 2)},
     **{name: {"width": 8} for name in ("resnet10", "resnet18", "resnet34", "resnet50")},
     **{name: {"width": 4} for name in DEEP},

@@ -144,9 +144,13 @@ def nested(depth):
         ("contestant.pretraining.proxies", 7, "contestant.pretraining.proxies is 7, expected an object"),
         ("contestant.pretraining.compute", {"seconds": True}, "compute.seconds is True, expected a number"),
         ("contestant.pretraining.compute", {"flops": 10**400}, "expected a number"),
+        ("contestant.pretraining.compute", {"flops_between_epochs": 1e308}, "is 1e+308, expected a number"),
         ("contestant.pretraining.data", {"datasets": 5}, "expected a list of texts or an object"),
+        ("version", 10**400, "version is 1000"),  # the newest of a table refuses all others
+        ("seed", True, "seed is True, expected a whole number"),
         ("contestant.name", 3, "contestant.name is 3, expected a text"),
         ("contestant.name", "\ud800", "which is no text in Unicode"),
+        ("split.train", None, "split.train is None, expected an object"),
         ("settings.rates", 5, "settings.rates is 5, expected a list of numbers"),
         ("settings.x", nested(40), "nested deeper than 32 levels"),
         ("dataset", [1], "dataset is [1], expected a text or a list of texts"),
