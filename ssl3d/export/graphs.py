@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.errors import UsageError
+from ssl3d.export.options import ExportOptions
 from ssl3d.export.source import Source, largest_difference, require_equal, sample
 from ssl3d.model import Portable
 
@@ -24,13 +25,13 @@ INPUT = "volume"
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
-def write_onnx(source: Source, folder: Path, size: tuple[int, int, int] | None) -> dict[str, Any]:
+def write_onnx(source: Source, folder: Path, options: ExportOptions) -> dict[str, Any]:
     """Write `model.onnx` into a folder, checked by onnxruntime.
 
     Args:
         source: What is exported.
         folder: Folder to write into.
-        size: Size (D, H, W) of the volumes; None for that of the training.
+        options: Options of the command, of which `patch` counts.
 
     Returns:
         Input, outputs, and the largest difference from ssl3d's own outputs.
@@ -44,7 +45,7 @@ def write_onnx(source: Source, folder: Path, size: tuple[int, int, int] | None) 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f'--to onnx: needs {error.name}; pip install "ssl3d[export]"') from error
-    portable = _sized(source, size)
+    portable = _sized(source, options.patch)
     program = traced(source, portable)
     with _quiet(), torch.no_grad():
         try:
@@ -56,9 +57,9 @@ def write_onnx(source: Source, folder: Path, size: tuple[int, int, int] | None) 
             raise UsageError(f"--to onnx: {source.word} cannot be written so ({_short(error)})") from error
         assert graph is not None
         graph.save(folder / ONNX)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(folder / ONNX, settings, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(out) for out in session.run(None, {INPUT: x.numpy()})]
@@ -66,13 +67,13 @@ def write_onnx(source: Source, folder: Path, size: tuple[int, int, int] | None) 
     return _checked(source, portable, run, program, "--to onnx")
 
 
-def write_program(source: Source, folder: Path, size: tuple[int, int, int] | None) -> dict[str, Any]:
+def write_program(source: Source, folder: Path, options: ExportOptions) -> dict[str, Any]:
     """Write `model.pt2` into a folder, which `torch.export.load` opens without ssl3d.
 
     Args:
         source: What is exported.
         folder: Folder to write into.
-        size: Size (D, H, W) of the volumes; None for that of the training.
+        options: Options of the command, of which `patch` counts.
 
     Returns:
         Input, outputs, and the largest difference from ssl3d's own outputs.
@@ -81,7 +82,7 @@ def write_program(source: Source, folder: Path, size: tuple[int, int, int] | Non
         UsageError: The network cannot be written so.
         TrainingError: The outputs differ.
     """
-    portable = _sized(source, size)
+    portable = _sized(source, options.patch)
     program = traced(source, portable)
     with _quiet():
         torch.export.save(program, folder / PROGRAM)

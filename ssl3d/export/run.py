@@ -22,8 +22,10 @@ ABOUT = "export.json"
 WRITERS = {
     "onnx": "ssl3d.export.graphs:write_onnx",
     "torch-export": "ssl3d.export.graphs:write_program",
+    "hf": "ssl3d.export.hub:write_hub",
+    "nnunet": "ssl3d.export.nnunet:write_nnunet",
 }
-"""Format -> module:function of (source, folder, size) that returns what `export.json` says of the files."""
+"""Format -> module:function of (source, folder, options) that returns what `export.json` says of them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Written:
         return [
             *(f"{self.folder / name}  {byte_size(count)}" for name, count in self.files),
             f"largest difference from ssl3d's own outputs: {apart:.2g}",
+            *([f"uploaded to {self.about['address']}"] if "address" in self.about else []),
         ]
 
 
@@ -63,13 +66,15 @@ def export(options: ExportOptions) -> Written:
     if out.exists() and not (options.overwrite and (out / ABOUT).is_file()):
         raise UsageError(f"--out {out}: exists (--overwrite replaces an export)")
     module, _, name = WRITERS[options.to].partition(":")
-    write: Callable[[Source, Path, Any], dict[str, Any]] = getattr(importlib.import_module(module), name)
+    write: Callable[[Source, Path, ExportOptions], dict[str, Any]] = getattr(
+        importlib.import_module(module), name
+    )
     source = read_source(options.source)
     try:
         with whole_folder(out) as folder:
             about = {
                 "format": options.to,
-                **write(source, folder, options.patch),
+                **write(source, folder, options),
                 "preprocessing": source.card.get("preprocessing"),
                 "card": source.public_card(),
                 "versions": versions(),
@@ -81,4 +86,8 @@ def export(options: ExportOptions) -> Written:
         raise TrainingError(f"{out}: cannot be written ({why})") from error
     files = tuple((str(path.relative_to(out)), path.stat().st_size)
                   for path in sorted(out.rglob("*")) if path.is_file())  # fmt: skip
+    if options.push:
+        from ssl3d.export.hub import push
+
+        about["address"] = push(out, options.push)
     return Written(out, files, about)

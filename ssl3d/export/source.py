@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ssl3d.checkpoint.card import CARD as ENCODER_CARD
 from ssl3d.checkpoint.card import encoder_folder
 from ssl3d.checkpoint.models import CARD, load_model, model_folders
-from ssl3d.checkpoint.volumes_seen import HASHES
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
 from ssl3d.model import Model, Portable
@@ -21,6 +20,8 @@ from ssl3d.specs import FOREIGN, IMAGENET, SCRATCH, encoder_from, is_foreign
 
 TOLERANCE = 1e-4
 """Largest difference from ssl3d's own outputs; a share of their largest magnitude where that is over 1."""
+SEEN = ("identities", "volumes_seen")
+"""Entries of an encoder's card that are hashes of subjects and volumes."""
 _SIZE = (64, 64, 64)  # of encoders whose card knows no crop
 
 
@@ -43,7 +44,7 @@ class EncoderNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """An encoder or a kept model that is to be exported.
 
     Attributes:
         word: Word that named it on the command line.
@@ -86,7 +87,7 @@ class Source:
 
     def public_card(self) -> dict[str, Any]:
         """Return the card without hashes of subjects and volumes, which are of use in ssl3d only."""
-        card = {key: value for key, value in self.card.items() if key not in ("identities", HASHES)}
+        card = {key: value for key, value in self.card.items() if key not in SEEN}
         if isinstance(card.get("training"), Mapping):
             card["training"] = {k: v for k, v in card["training"].items() if k != "subjects"}
         return card
