@@ -129,14 +129,14 @@ def untrained_decoder(encoder: ResEnc, seed: int = 0) -> dict[str, Tensor]:
     Returns:
         Weights by their names in the whole network, `decoder.*` but for `decoder.encoder.*`.
     """
-    told = architecture(encoder)
-    widths, kernels, strides = (told[key] for key in ("features_per_stage", "kernel_sizes", "strides"))
+    options = architecture(encoder)
+    widths, kernels, strides = (options[key] for key in ("features_per_stage", "kernel_sizes", "strides"))
     random = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
 
     def convolution(name: str, shape: tuple[int, ...], out: int) -> dict[str, Tensor]:
         weight = nn.init.kaiming_normal_(torch.empty(shape), a=SLOPE, generator=random)
-        bias = {f"{name}.bias": torch.zeros(out)} if told["conv_bias"] else {}
+        bias = {f"{name}.bias": torch.zeros(out)} if options["conv_bias"] else {}
         return {f"{name}.weight": weight, **bias}
 
     for n in range(len(widths) - 1):  # from the deepest map up
@@ -204,9 +204,9 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
 
 def _for_plans(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry `architecture` of a configuration in nnU-Net's own plans."""
-    told = plan["architecture_plans"]
+    network = plan["architecture_plans"]
     return {
         "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": told["arch_kwargs"],
-        "_kw_requires_import": [*told["arch_kwargs_requiring_import"], "dropout_op"],
+        "arch_kwargs": network["arch_kwargs"],
+        "_kw_requires_import": [*network["arch_kwargs_requiring_import"], "dropout_op"],
     }

@@ -133,7 +133,7 @@ def _sized(source: Source, size: tuple[int, int, int] | None) -> Portable:
 
 
 def _checked(
-    source: Source, portable: Portable, run: Run, program: torch.export.ExportedProgram, what: str
+    source: Source, portable: Portable, run: Run, program: torch.export.ExportedProgram, label: str
 ) -> dict[str, Any]:
     """Compare the outputs on volumes of every size that the trace takes, and describe both ends."""
     volume = next(node for node in program.graph.nodes if node.name == _user_input(program))
@@ -152,12 +152,12 @@ def _checked(
             with torch.no_grad():
                 wanted = portable.network(x)
                 try:
-                    found = run(x)
+                    computed = run(x)
                 except Exception as error:
-                    raise UsageError(f"{what}: the file cannot be run ({_short(error)})") from error
-            worst = max(worst, largest_difference(found, wanted))
-            outputs = outputs or [list(out.shape[1:]) for out in found]
-    require_equal(worst, f"{what} of {source.word}")
+                    raise UsageError(f"{label}: the file cannot be run ({_short(error)})") from error
+            worst = max(worst, largest_difference(computed, wanted))
+            outputs = outputs or [list(out.shape[1:]) for out in computed]
+    require_equal(worst, f"{label} of {source.word}")
     return {
         "input": {
             "name": INPUT, "axes": "batch, channel, D, H, W", "type": "float32",

@@ -67,7 +67,7 @@ def write_hub(source: Source, folder: Path, options: ExportOptions) -> dict[str,
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder to a private repository of the hub, and return its address.
+    """Write a folder to a private repository of the hub, and return its address.
 
     Raises:
         UsageError: There is no token in the environment.
@@ -92,11 +92,10 @@ def push(folder: Path, repository: str) -> str:
     return address
 
 
-def _apart(one: torch.nn.Module, two: torch.nn.Module) -> float:
+def _apart(first: torch.nn.Module, second: torch.nn.Module) -> float:
     """Return the largest difference between the weights of two networks."""
-    other = two.state_dict()
-    values = [(value.double() - other[key].double()).abs().max() for key, value in one.state_dict().items()
-              if value.numel()]  # fmt: skip
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    values = [(a.double() - b.double()).abs().max() for a, b in pairs if a.numel()]
     return float(torch.stack(values).max())
 
 
@@ -117,13 +116,14 @@ def _readme(source: Source, licence: str) -> str:
         tags=["medical", "3d", "ssl3d", name, *([str(task["name"])] if task else ["feature-extraction"])],
         **({"pipeline_tag": kind} if kind else {}),
     )
-    what = f"a network for {task['name']} on an encoder {name}" if task else f"an encoder {name}"
+    described = f"a network for {task['name']} on an encoder {name}" if task else f"an encoder {name}"
     title = f"{name}, {task['name']}" if task else f"{name}, pretrained"
+    channels = f"{source.channels} channel{'s' * (source.channels > 1)}"
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {_plain(title)}\n",
-        f"This is {_plain(what)} of {source.channels} channel{'s' * (source.channels > 1)}, trained with "
-        f"ssl3d {_plain((card.get('versions') or {}).get('ssl3d', ''))}.\n",
+        f"This is {_plain(described)} of {channels}, trained with ssl3d "
+        f"{_plain((card.get('versions') or {}).get('ssl3d', ''))}.\n",
         "## Use\n",
         _use(bool(task)),
         "## Data\n",

@@ -142,11 +142,11 @@ def sample(channels: int, size: tuple[int, int, int], count: int = 2, seed: int 
     return torch.stack(images).view(count, channels, *size)
 
 
-def largest_difference(found: Any, wanted: Any) -> float:
+def largest_difference(computed: Any, wanted: Any) -> float:
     """Return the largest difference between two tuples of tensors, as a share of their magnitude over 1."""
-    one, two = ((v,) if isinstance(v, Tensor) else tuple(v) for v in (found, wanted))
+    first, second = ((v,) if isinstance(v, Tensor) else tuple(v) for v in (computed, wanted))
     worst = 0.0
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(first, second, strict=True):
         if a.shape != b.shape:
             return float("inf")
         apart = float((a.double() - b.double()).abs().max()) / max(1.0, float(b.abs().max()))
@@ -154,7 +154,7 @@ def largest_difference(found: Any, wanted: Any) -> float:
     return worst
 
 
-def require_equal(difference: float, what: str) -> None:
+def require_equal(difference: float, label: str) -> None:
     """Refuse a file whose outputs differ from those of ssl3d.
 
     Raises:
@@ -162,6 +162,6 @@ def require_equal(difference: float, what: str) -> None:
     """
     if not difference <= TOLERANCE:
         raise TrainingError(
-            f"{what}: its outputs differ from ours by {difference:.3g}, more than {TOLERANCE:g}; "
+            f"{label}: its outputs differ from ours by {difference:.3g}, more than {TOLERANCE:g}; "
             "nothing was written"
         )
