@@ -47,7 +47,7 @@ class Jobs:
     def run(self, argv, log, environment, verbose):
         words = argv[argv.index("ssl3d") + 1 :]
         status = cli.main(words)
-        name = log.stem
+        name = log.stem.replace("__", ":")
         self.done.append(name)
         if self.kill and name.startswith(self.kill):
             self.kill = ""
