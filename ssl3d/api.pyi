@@ -329,6 +329,7 @@ from .model import (
     LabelPrediction as LabelPrediction,
     MaskPrediction as MaskPrediction,
     Model as Model,
+    Portable as Portable,
     Prediction as Prediction,
     best_class as best_class,
 )
