@@ -106,7 +106,7 @@ def content_of(
 
 def suite_text(content: dict[str, Any], plan: Sequence[str]) -> str:
     """Write a suite as YAML below the plan as a comment."""
-    head = "".join(f"# {line}".rstrip() + "\n" for line in plan)
+    head = "".join(f"# {line}".rstrip() + "\n" for line in "\n".join(plan).split("\n"))
     return head + yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
 
 

@@ -41,6 +41,10 @@ def do(plan: SuitePlan, kinds: tuple[str, ...], verbose: bool) -> None:
         plan.places.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {plan.places.out}: {error.strerror}") from error
+    marks = Marks(folder)
+    for job in jobs:  # killed before its time was noted: it is measured again
+        if job.kind == "measure" and job.product and not marks.path(job.name, "json").exists():
+            job.product.unlink(missing_ok=True)
     runner = Runner("study", jobs, folder, verbose=verbose, plugin_files=plan.commands.plugin_files())
     status = runner.run()
     if status >= 128:

@@ -38,6 +38,8 @@ from ssl3d_benchmarks.study.recipes import recipes_for
 from ssl3d_benchmarks.study.text import ending, plan_lines
 from ssl3d_benchmarks.task import say, show
 
+NOTE = ".jobs/study.json"
+"""Note of a plan: its options, its words and what it was made of."""
 APART = ("out", "workers", "dry_run", "verbose")
 """Options that change nothing of a plan."""
 
@@ -53,7 +55,7 @@ def study(options: StudyOptions) -> int:
         DataError: The scans cannot be used, or have no target.
     """
     began, out = time.monotonic(), options.out
-    suite, note = out / "suite.yaml", out / "study.json"
+    suite, note = out / "suite.yaml", out / NOTE
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: not a folder")
     sources = sources_of(options)
@@ -122,7 +124,7 @@ def _plan(options: StudyOptions, sources: Sources, began: float) -> None:
     check(SuitePlan(checked_suite("suite", out / "suite.yaml", final), places))
     note = {"options": _plain(options), "plan": lines, "look": asdict(seen), "costs": asdict(costs)}
     try:
-        write_whole(out / "study.json", json.dumps(note, indent=1) + "\n")
+        write_whole(out / NOTE, json.dumps(note, indent=1) + "\n")
         write_whole(out / "suite.yaml", suite_text(final, lines))
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error

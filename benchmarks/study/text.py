@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,13 +34,18 @@ def plan_lines(
         workers: Number of workers that share the study.
         spread: Assumed standard deviation of the gain between subjects; 0 for that of our records.
     """
-    return [
-        *_data(look),
-        "",
-        *_work(look, recipes, imagenet, plan, costs, hours, workers),
-        "",
-        *_power(look, recipes, plan, spread),
-    ]
+    parts = (
+        _data(look),
+        _work(look, recipes, imagenet, plan, costs, hours, workers),
+        _power(look, recipes, plan, spread),
+    )
+    return [line for part in parts for line in ("", *map(_wrapped, part))][1:]
+
+
+def _wrapped(line: str) -> str:
+    """Wrap a line for a terminal, its rest below its beginning."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _data(look: Look) -> list[str]:
