@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import socket
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,46 @@ def write_whole(path: Path, content: str | bytes, sync: bool = False) -> None:
     """
     with whole_file(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def time_of(folder: Path) -> float:
+    """Return the time by the clock that dates the files of a folder, which may be a file server's.
+
+    Args:
+        folder: Folder that exists.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
+        file.write(b"\0")  # some systems date an empty file by their own clock
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of another when the block ends, or is removed if it fails.
+
+    Args:
+        path: Place of the folder; one that is there is replaced.
+
+    Raises:
+        OSError: The folder cannot be written; the caller knows what to say.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    here = f"{path.name}.{os.getpid()}-{os.urandom(2).hex()}"
+    temporary, old = path.with_name(f".{here}.tmp"), path.with_name(f".{here}.old")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Locks of jobs: files that one process holds, on one machine or on many that share a folder.
 
 Network file systems often lack `fcntl` locks. A lock is therefore a file that one process alone can make;
-its holder touches it now and then, and a holder that is dead or silent loses it.
+its holder touches it now and then, and a holder that is dead or silent loses it. Clocks of machines differ:
+the file server's dates are compared with its own clock, and a date that stands still with a monotonic one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssl3d.files import time_of
+from ssl3d.json_files import parse_json
+
 BEAT = 20.0
 """Seconds between two signs of life of a running job."""
 SILENT = 180.0
@@ -25,6 +29,8 @@ WAIT = 5.0
 
 _held: dict[Path, str] = {}
 """Locks that this process took, with the text that it wrote into them."""
+_watched: dict[Path, tuple[int, float]] = {}
+"""Locks of others: the date last seen, and the monotonic time at which it was first seen."""
 
 
 def take(lock: Path) -> bool:
@@ -92,6 +98,8 @@ def _broken(lock: Path, token: str) -> bool:
     # It is renamed before it is removed: of two processes that find it abandoned, one succeeds.
     grave = lock.with_name(f"{lock.name}.{token}")
     lock.rename(grave)
+    if lock in _watched:
+        _watched[grave] = _watched.pop(lock)
     try:
         if _abandoned(grave):
             return True
@@ -104,21 +112,34 @@ def _broken(lock: Path, token: str) -> bool:
                     file.write(grave.read_text(encoding="utf-8"))
         return False
     finally:
+        _watched.pop(grave, None)
         grave.unlink()
 
 
 def _abandoned(lock: Path) -> bool:
     """Return whether the holder of a lock is dead (on this machine) or silent (on any)."""
-    silent = time.time() - lock.stat().st_mtime
+    silent = _silence(lock)
     try:
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # being written, or cut short
+        holder = parse_json(lock.read_bytes())
+        host, number = holder["host"], holder["pid"]
+    except (OSError, ValueError, KeyError, TypeError):  # being written, cut short, or of something else
         return silent > BEAT
-    if holder.get("host") == socket.gethostname():
+    if type(host) is not str or type(number) is not int or number < 1:
+        return silent > BEAT
+    if host == socket.gethostname():
         try:
-            os.kill(int(holder["pid"]), 0)
-        except ProcessLookupError:
+            os.kill(number, 0)
+        except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:
             pass
     return silent > SILENT
+
+
+def _silence(lock: Path) -> float:
+    """Return for how many seconds the holder of a lock has given no sign of life."""
+    state = lock.stat()
+    now = time.monotonic()
+    if _watched.get(lock, (0, 0.0))[0] != state.st_mtime_ns:
+        _watched[lock] = state.st_mtime_ns, now
+    return max(time_of(lock.parent) - state.st_mtime, now - _watched[lock][1])

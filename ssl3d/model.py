@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ssl3d.errors import UsageError
+
 Array = NDArray[Any]
 
 
@@ -84,6 +86,23 @@ class BoxPrediction:
 Prediction = MaskPrediction | LabelPrediction | BoxPrediction
 
 
+@dataclass(frozen=True)
+class Portable:
+    """Network as other programs use it, of one tensor in and tensors out.
+
+    Attributes:
+        network: Network of volumes (B, C, D, H, W), in single precision, that returns a tensor or several.
+        outputs: Name of each tensor that it returns.
+        size: Size (D, H, W) of the volumes, voxels.
+        fixed: Whether it takes volumes of that size alone.
+    """
+
+    network: nn.Module
+    outputs: tuple[str, ...]
+    size: tuple[int, int, int]
+    fixed: bool
+
+
 class Model(nn.Module, ABC):
     """Trained network of a downstream task, in evaluation mode, as `ssl3d.load_model` returns it.
 
@@ -112,6 +131,14 @@ class Model(nn.Module, ABC):
             volume: Volume prepared as the training data were.
             flip: Whether to average over mirrored copies; only where `can_flip`.
         """
+
+    def portable(self) -> Portable:
+        """Return the network of one window, with probabilities or values as its output.
+
+        Raises:
+            UsageError: What the model does with a window cannot be said by one network.
+        """
+        raise UsageError(f"a model of {self.card['task']['name']} is no network of one tensor; use --to hf")
 
     def predict(self, volume: Any, flip: bool = False) -> Any:
         """Predict one volume for its user.

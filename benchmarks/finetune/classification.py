@@ -21,6 +21,7 @@ from ssl3d.api import (
     Contestant,
     DataError,
     LabelPrediction,
+    Portable,
     draw_crop,
     embed_volume,
 )
@@ -148,6 +149,27 @@ class Classifier(nn.Module):
             embeddings: Tensor = self.encoder.embed(x)
             return embeddings
         return self.encoder.pooled(x)
+
+
+class AnswerNetwork(nn.Module):
+    """Network of a volume as other programs use it, from its voxels to probabilities or a value.
+
+    Args:
+        model: Trained classifier.
+        classes: Whether it predicts classes.
+        dimmed: Whether intensities are halved, as after a training that dimmed them.
+    """
+
+    def __init__(self, model: Classifier, classes: bool, dimmed: bool) -> None:
+        super().__init__()
+        self.model, self.classes, self.scale = model, classes, 0.5 if dimmed else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute probabilities (B, K), or values (B, 1), of volumes (B, C, D, H, W)."""
+        outputs: Tensor = self.model(x * self.scale)
+        if self.classes:
+            return outputs.softmax(dim=1)
+        return outputs[:, :1] * self.model.spread + self.model.centre
 
 
 class Classification(FinetuneTask):
@@ -319,6 +341,14 @@ class Classification(FinetuneTask):
         each = [self._answers(model, self._outputs(model, image.flip(way) if way else image))[0]
                 for way in ways]  # fmt: skip
         return LabelPrediction(self.classes, tuple(np.mean(each, axis=0).tolist()))
+
+    def portable(self, model: nn.Module) -> Portable | None:
+        """Return the network of one volume, with probabilities or a value in the labels' unit."""
+        assert isinstance(model, Classifier)
+        name = "probabilities" if self.target == "classes" else "value"
+        network = AnswerNetwork(model, self.target == "classes", self.dimmed)
+        d, h, w = self.config.crop
+        return Portable(network, (name,), (d, h, w), fixed=False)
 
     def _image(self, model: Classifier, volume: Volume) -> Tensor:
         device = next(model.parameters()).device

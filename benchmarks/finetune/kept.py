@@ -20,6 +20,7 @@ from ssl3d.api import (
     AggregatorConfig,
     MaskPrediction,
     Model,
+    Portable,
     Prediction,
     SliceAggregator,
     Ssl3dError,
@@ -67,6 +68,10 @@ class FinetunedModel(Model):
         if isinstance(predicted, MaskPrediction):
             return dataclasses.replace(predicted, slabs=self._slabs(iter(predicted.slabs)))
         return predicted
+
+    def portable(self) -> Portable:
+        """Return the network of one window, as the task describes it."""
+        return self.task.portable(self.network) or super().portable()
 
     def _slabs(self, slabs: Iterator[Tensor]) -> Iterator[Tensor]:
         """Yield slabs, each computed without gradients and in the model's precision."""

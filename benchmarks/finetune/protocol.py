@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ssl3d.api import BatchRng, Collection, Encoder, Prediction, Volume, statistics
+    from ssl3d.api import BatchRng, Collection, Encoder, Portable, Prediction, Volume, statistics
 
 Array = NDArray[Any]
 
@@ -200,6 +200,10 @@ class FinetuneTask(ABC):
             volume: Volume to predict, perhaps one in memory only.
             flip: Whether to average over mirrored copies, where `can_flip`.
         """
+
+    def portable(self, model: nn.Module) -> Portable | None:
+        """Return the network of one window as other programs use it; None where there is none."""
+        return None
 
     def kinds(self, data: Collection) -> list[dict[str, Any]]:
         """Return `value` and `name` of each class, in the order of the outputs; none where values are."""

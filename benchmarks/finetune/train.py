@@ -8,6 +8,8 @@ import math
 import pickle
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -596,14 +598,42 @@ def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opt
 def _resume(
     path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan
 ) -> None:
-    """Restore a checkpoint, if there is one and it can be read."""
+    """Restore a checkpoint, if there is one and its bytes are those that were written.
+
+    Raises:
+        UsageError: Its bytes are right, and it is no checkpoint of this training.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes the check sum of each member, and reads none
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-        plan.say(f"{plan.name}: {path} cannot be read; the training starts at step 0")
+    except (
+        OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError,
+        pickle.UnpicklingError, zipfile.BadZipFile, zlib.error
+    ):  # fmt: skip
+        plan.say(f"{plan.name}: {path} is damaged; the training starts at step 0")
         return
+    try:
+        _restore(state, path, trial, model, optimizer, plan)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        # The model may be half restored: no training starts from that.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(
+            f"{path}: is no checkpoint of {plan.name} ({reason}); delete it to start at step 0"
+        ) from error
+
+
+def _restore(
+    state: dict[str, Any],
+    path: Path,
+    trial: Trial,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+) -> None:
     if state.get("format") != FORMAT or state["trial"]["total"] != trial.total:
         plan.say(f"{plan.name}: {path} belongs to another training; this one starts at step 0")
         return

@@ -12,7 +12,8 @@ in its own process. It runs from the first training step to the last. Preparatio
 cost nothing.
 
 * ours: the recipe of `ssl3d finetune --task segmentation` as it is planned, no validation, weights of the
-  last step; the number of steps is measured to fill the time.
+  last step; the number of steps is measured to fill the time, so other work on the machine that begins or
+  ends meanwhile shifts it: a cell that took more than 5% too long says how long.
 * nnunet: nnU-Net v2 (pip install nnunetv2), its own fingerprint, planner, preprocessing, trainer and
   predictor with mirroring; no validation epochs; its learning rate falls with the share of the time. The
   configuration is 2d where nnU-Net's ratio of spacings (3) is passed, else 3d_fullres.
@@ -151,9 +152,15 @@ def _table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str
         cells = []
         for side in sides:
             matching = [r for r in rows if r["asked"]["side"] == side and r["asked"]["minutes"] == wanted]
-            cells.append(f"{matching[0]['dice']:.3f}" if matching else "")
+            cells.append(_dice_cell(matching[0]) if matching else "")
         lines.append(f"| {wanted:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _dice_cell(row: dict[str, Any]) -> str:
+    """Format the Dice of a cell, with the seconds it took where they are over its time."""
+    over = row["seconds"] > 1.05 * 60 * row["asked"]["minutes"]
+    return f"{row['dice']:.3f}" + (f" (in {row['seconds']:.0f} s)" if over else "")
 
 
 # In the process of one side -----------------------------------------------------------------------

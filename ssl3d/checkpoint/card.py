@@ -18,6 +18,15 @@ FORMAT = 1
 """Format of `encoder.json` and of the checkpoints; a reader refuses anything newer."""
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "architecture": (str,), "config": (dict,), "preprocessing": (list,), "data": (dict,),
+    "identities": (list,), "travellers": (dict,), "patch": (list,), "spacing": (list, dict),
+    "proxies": (dict, list), "compute": (dict,), "citations": (dict,), "plugins": (dict,), "steps": (int,),
+    "seed": (int,), "labels_seen": (bool,), "channels": (list,), "strides": (list,), "versions": (dict,),
+    "sha256": (str,),
+}  # fmt: skip
+"""Types of what a card may hold, where it holds it; the first of several is the usual one."""
+
 PACKAGES = (
     "ssl3d", "torch", "torchvision", "lightly", "pytorch-lightning", "numpy", "scipy", "scikit-learn"
 )  # fmt: skip
@@ -56,6 +65,16 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     if not isinstance(card, dict) or not needed <= set(card):
         raise CheckpointError(f"{path}: is no encoder of ssl3d, which has {', '.join(sorted(needed))}")
     check_format(card["format"], str(path))
+    for key, kinds in _KINDS.items():
+        if card.get(key) is not None and not isinstance(card[key], kinds):
+            raise CheckpointError(
+                f"{path}: damaged: {key} is {type(card[key]).__name__}, not {kinds[0].__name__}"
+            )
+    for key in ("config", "architecture"):
+        if card[key] is None:
+            raise CheckpointError(f"{path}: damaged: {key} is empty")
+    if not all(isinstance(settings, dict) for settings in card.get("preprocessing") or ()):
+        raise CheckpointError(f"{path}: damaged: preprocessing is not a list of dict")
     return card
 
 

@@ -142,9 +142,17 @@ def load_encoder(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         raise CheckpointError(str(error)) from error
     if changes:
         config = from_dict(kind.Config, {**to_dict(config), **changes}, f"{folder} as {name}")
-    with torch.random.fork_rng(devices=[]):
-        encoder: Encoder = kind(config)
     state = read_weights(folder / WEIGHTS, card)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            encoder: Encoder = kind(config)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # a class of any origin, from options that a damaged card may name
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise (UsageError if changes else CheckpointError)(
+            f"{where}: no encoder can be built of its config ({reason})"
+        ) from error
     try:
         load_strictly(encoder, state, str(folder / WEIGHTS), name)
     except CheckpointError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl3d import plugins
 from ssl3d.checkpoint.card import check_format, plain_value, plugin_record, versions
-from ssl3d.checkpoint.weights import load_strictly, safetensors_of
+from ssl3d.checkpoint.weights import load_strictly, not_finite, safetensors_of
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
 from ssl3d.files import sync_folder, write_whole
@@ -51,7 +51,7 @@ def save_model(network: nn.Module, folder: str | Path, card: Mapping[str, Any]) 
         TrainingError: A weight is not finite, the disk is full, or the folder cannot be written.
     """
     folder = Path(folder)
-    wrong = _not_finite(network.state_dict())
+    wrong = not_finite(network.state_dict())
     if wrong:
         raise TrainingError(f"the model is not kept in {folder}: {wrong}")
     weights = safetensors_of(network)
@@ -232,18 +232,10 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         state = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not safetensors ({' '.join(str(error).split())})") from error
-    wrong = _not_finite(state)
+    wrong = not_finite(state)
     if wrong:
         raise CheckpointError(f"{path}: {wrong}")
     return state
-
-
-def _not_finite(state: Mapping[str, Tensor]) -> str:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            odd = int((~torch.isfinite(tensor)).sum())
-            return f"{odd:,} of the {tensor.numel():,} weights of {name} are NaN or infinite"
-    return ""
 
 
 def _signed(card: Mapping[str, Any]) -> str:

@@ -42,7 +42,8 @@ def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]
     """Read a file of weights whose digest a card keeps as `sha256`.
 
     Raises:
-        CheckpointError: The file is missing, truncated, or not the one that the card was written for.
+        CheckpointError: The file is missing, truncated, or not the one that the card was written for; or a
+            weight is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -53,7 +54,7 @@ def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]
         raise CheckpointError(f"{path}: {error.strerror}") from error
     try:
         state = load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: truncated or not safetensors ({len(content)} bytes: {error})"
         ) from error
@@ -61,7 +62,18 @@ def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]
         raise CheckpointError(
             f"{path}: its bytes are not those that {CARD} was written for (sha256 differs)"
         )
+    if wrong := not_finite(state):
+        raise CheckpointError(f"{path}: {wrong}; the training that wrote it had diverged")
     return state
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> str:
+    """Say how many weights of the first tensor with such are NaN or infinite; empty where none is."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            odd = int((~torch.isfinite(tensor)).sum())
+            return f"{odd:,} of the {tensor.numel():,} weights of {name} are NaN or infinite"
+    return ""
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str) -> None:

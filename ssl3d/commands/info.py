@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssl3d.amounts import duration, printable, size
+from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands.info_results import describe_results, records_of, result_lines
 from ssl3d.errors import DataError
@@ -28,10 +28,12 @@ class InfoOptions:
             their archive (.tar.xz), scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt,
             .safetensors).
         json: Whether to print JSON, with everything that the lines leave out.
+        verify: Whether to read all of a store, and to name what is damaged.
     """
 
     path: str = dataclasses.field(metadata={"positional": True})
     json: bool = False
+    verify: bool = False
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +41,9 @@ def main(argv: Sequence[str]) -> None:
     from ssl3d import config
 
     options = config.parse("ssl3d info", InfoOptions, argv).options
+    if options.verify:
+        print(printable(_verified(options.path)))
+        return
     described = describe(options.path)
     if options.json:
         print(json.dumps(described, indent=1, default=plain_value))
@@ -83,6 +88,28 @@ def describe(path: str | Path) -> dict[str, Any]:
     if place.suffix.lower() in (".csv", ".npz", ".json"):
         return _of_folder(place)
     return _of_scan([place])
+
+
+def _verified(path: str) -> str:
+    """Return a line that says that stores are whole, having printed what is damaged.
+
+    Raises:
+        DataError: There is no store, or something in one is damaged.
+    """
+    from ssl3d.data.open import holds_scans, open_data
+    from ssl3d.data.store.verify import damage_of
+
+    if holds_scans([path]):
+        raise DataError(f"{path}: no store; --verify reads stores (.h5), and folders of them")
+    data = open_data([path])
+    damaged = 0
+    for store in data.stores:
+        for line in damage_of(store):
+            damaged += 1
+            print(printable(line))
+    if damaged:
+        raise DataError(f"{path}: {count_of(damaged, 'part')} of {len(data):,} volumes damaged, see above")
+    return f"{path}: all of {count_of(len(data), 'volume')} read, nothing is damaged"
 
 
 def _is_hdf5(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Our `resenc` encoders for nnU-Net: the checkpoint and the adaptation plan that nnssl writes."""
+"""Our `resenc` encoders for nnU-Net: a checkpoint for its own loader and for nnssl's adaptation plan."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ssl3d.checkpoint.card import versions
 from ssl3d.encoder import Encoder
-from ssl3d.encoders.resenc import ResEnc
+from ssl3d.encoders.resenc import SLOPE, ResEnc
 from ssl3d.errors import TrainingError, UsageError
 from ssl3d.files import whole_file, write_whole
 
 CHECKPOINT = "checkpoint_final.pth"
 PLAN = "adaptation_plan.json"
-_PATCH = (160, 160, 160)  # what nnssl recommends downstream
+ARCHITECTURE = "architecture.json"
+"""File with the entry `architecture` for the plans of nnU-Net, whose own network may be another."""
+PATCH = (160, 160, 160)
+"""Crop size that nnssl recommends downstream."""
 
 
 def architecture(encoder: ResEnc) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def architecture(encoder: ResEnc) -> dict[str, Any]:
     }
 
 
-def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = _PATCH) -> dict[str, Any]:
+def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = PATCH) -> dict[str, Any]:
     """Build the plan that nnU-Net's fine-tuning reads beside the weights.
 
     Args:
@@ -111,11 +115,50 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = _PATCH) -> dict[str,
     }
 
 
-def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PATCH) -> Path:
-    """Write `checkpoint_final.pth` with the plan inside, and `adaptation_plan.json` beside it.
+def untrained_decoder(encoder: ResEnc, seed: int = 0) -> dict[str, Tensor]:
+    """Make nnU-Net's decoder round an encoder, but for the segmentation layers.
 
-    nnU-Net's fine-tuning of nnssl's checkpoints reads both; `network_weights` are those of the encoder of
-    a `ResidualEncoderUNet`, both names of every tensor, and no decoder.
+    The names and shapes are those of `ResidualEncoderUNet` in dynamic-network-architectures, with one
+    convolution in each stage; the weights are new, by nnU-Net's own rule (He et al., leaky ReLU of slope
+    0.01, no biases). No head of ssl3d has this architecture.
+
+    Args:
+        encoder: Encoder, in 3D with instance norm.
+        seed: Seed of the weights.
+
+    Returns:
+        Weights by their names in the whole network, `decoder.*` but for `decoder.encoder.*`.
+    """
+    options = architecture(encoder)
+    widths, kernels, strides = (options[key] for key in ("features_per_stage", "kernel_sizes", "strides"))
+    random = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+
+    def convolution(name: str, shape: tuple[int, ...], out: int) -> dict[str, Tensor]:
+        weight = nn.init.kaiming_normal_(torch.empty(shape), a=SLOPE, generator=random)
+        bias = {f"{name}.bias": torch.zeros(out)} if options["conv_bias"] else {}
+        return {f"{name}.weight": weight, **bias}
+
+    for n in range(len(widths) - 1):  # from the deepest map up
+        below, skip = widths[-1 - n], widths[-2 - n]
+        state |= convolution(f"decoder.transpconvs.{n}", (below, skip, *strides[-1 - n]), skip)
+        place = f"decoder.stages.{n}.convs.0"
+        own = convolution("conv", (skip, 2 * skip, *kernels[-2 - n]), skip)
+        own |= {"norm.weight": torch.ones(skip), "norm.bias": torch.zeros(skip)}
+        for name, value in own.items():  # both names of every tensor, as in the encoder
+            state[f"{place}.{name}"] = value
+            alias = name.replace("conv.", "all_modules.0.").replace("norm.", "all_modules.1.")
+            state[f"{place}.{alias}"] = value
+    return state
+
+
+def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATCH) -> Path:
+    """Write `checkpoint_final.pth` with the plan inside, `adaptation_plan.json` and `architecture.json`.
+
+    nnssl's fine-tuning reads the plan. The released nnU-Net's `-pretrained_weights` wants every weight of
+    its network but the segmentation layers, by all of their names, so `network_weights` are those of a
+    whole `ResidualEncoderUNet`: the encoder, again as `decoder.encoder.*`, and an untrained decoder.
+    `architecture.json` is what its plans must say for that network.
 
     Args:
         encoder: Encoder `resenc` of kind 3d with instance norm.
@@ -136,7 +179,8 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PAT
     plan = adaptation_plan(encoder, patch)
     card: Mapping[str, Any] = getattr(encoder, "metadata", {})
     citations = card.get("citations")
-    state = {f"encoder.{key}": value.detach().cpu() for key, value in encoder.state_dict().items()}
+    own = {f"encoder.{key}": value.detach().cpu() for key, value in encoder.state_dict().items()}
+    state = {**own, **{f"decoder.{key}": value for key, value in own.items()}, **untrained_decoder(encoder)}
     content = {
         "network_weights": state,
         "nnssl_adaptation_plan": plan,
@@ -152,6 +196,17 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = _PAT
         with whole_file(file) as temporary:
             torch.save(content, temporary)
         write_whole(file.parent / PLAN, json.dumps(plan, indent=1) + "\n")
+        write_whole(file.parent / ARCHITECTURE, json.dumps(_for_plans(plan), indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # torch's writer has no error number for a full disk
         raise TrainingError(f"{file}: cannot be written ({str(error)[:100]})") from error
     return file
+
+
+def _for_plans(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry `architecture` of a configuration in nnU-Net's own plans."""
+    network = plan["architecture_plans"]
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "arch_kwargs": network["arch_kwargs"],
+        "_kw_requires_import": [*network["arch_kwargs_requiring_import"], "dropout_op"],
+    }

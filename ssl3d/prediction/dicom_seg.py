@@ -12,33 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.data.scans.dicom import dicom_tags, frame_count, in_order, slices_of
-from ssl3d.segmentation.save import to_original
 
 Array = NDArray[Any]
 
 
 def write_dicom_seg(
-    files: Sequence[Path], record: Any, mask: Array, classes: Sequence[dict[str, Any]], path: Path
+    files: Sequence[Path], labels: Array, classes: Sequence[dict[str, Any]], path: Path
 ) -> bool:
     """Write the mask of a DICOM series as a segmentation object that refers to its slices.
 
     Args:
         files: Slices of the series, a file each, in any order.
-        record: Record of the volume.
-        mask: Mask values (D, H, W) on the stored grid.
+        labels: Mask values (I, J, K) on the grid of the series.
         classes: Value and name of each class, background first.
         path: File to write.
 
     Returns:
         Whether the file was written; not where slices are frames of one file, copies or several at a place.
     """
-    labels = to_original(record, mask)
     tags = {file: dicom_tags(file) for file in files}
-    if (
-        labels is None
-        or len(files) != labels.shape[2]
-        or any(frame_count(tag) > 1 for tag in tags.values())
-    ):
+    if len(files) != labels.shape[2] or any(frame_count(tag) > 1 for tag in tags.values()):
         return False
     order, place = in_order(slices_of(tags))
     if place[-1] + 1 != len(files):

@@ -75,6 +75,17 @@ class Needs:
         triples = zip(self.low, spacing, self.high, strict=True)
         return all(low / SLACK <= side <= high * SLACK for low, side, high in triples)
 
+    def kind(self, guessed: str) -> str:
+        """Return the normalisation of a scan that does not tell its modality, given a guess by its values.
+
+        Bytes and other numbers without a unit (mr, unit) are taken for what the training data were; HU are
+        not, nor are others taken for HU.
+        """
+        unitless = {"mr", "unit"}
+        if len(self.kinds) == 1 and guessed in unitless and self.kinds <= unitless:
+            return next(iter(self.kinds))
+        return guessed
+
     def check(self, volume: Any, normalize: str = "auto") -> None:
         """Refuse a prepared volume that is not what the models were trained on.
 

@@ -125,8 +125,16 @@ class ScanItem(Item):
         task = ScanTask(scan, "", Path(), recipe)
         if scan.member is not None:
             task.row, _, task.sha256 = rows.of(scan.files[0][0], *scan.member)
-        for prepared in prepared_volumes(task):
-            yield PreparedVolume(prepared)
+        first = next(volumes := prepared_volumes(task))
+        guessed = str(first.record.done["normalize"]["kind"])
+        kind = self._needs.kind(guessed)
+        if recipe.normalize == "auto" and kind != guessed and not (scan.modality or self.series):
+            task.recipe = dataclasses.replace(recipe, normalize=kind)
+            first = next(volumes := prepared_volumes(task))
+        waiting = PreparedVolume(first)
+        del first  # a large scan is not held twice
+        yield waiting
+        yield from map(PreparedVolume, volumes)
 
     @property
     def series(self) -> tuple[Path, ...]:

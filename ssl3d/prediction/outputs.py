@@ -56,16 +56,16 @@ class Writer:
             return write_boxes(prediction, volume, name, scratch)
         assert isinstance(prediction, MaskPrediction)
         named = [str(kind["name"]) for kind in self.classes]
-        files, mask, millilitres = write_mask(
+        files, labels, millilitres = write_mask(
             MaskPrediction(prediction.values, tuple(named), prediction.shape, prediction.slabs),
             volume, name, scratch,
             probabilities=self.options.probabilities, own_format=self.options.format == "own",
         )  # fmt: skip
-        if self.seg and item.series:
+        if self.seg and item.series and labels is not None:
             from ssl3d.prediction.dicom_seg import write_dicom_seg
 
             seg = scratch / f"{name}.dcm"
-            if write_dicom_seg(item.series, volume.record, mask, self.classes, seg):
+            if write_dicom_seg(item.series, labels, self.classes, seg):
                 files.append(seg)
         return files, {"millilitres": millilitres}
 

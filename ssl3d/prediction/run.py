@@ -23,7 +23,7 @@ from ssl3d.data.preparation.parts import digest_of
 from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.scans.arrays import Rows
 from ssl3d.errors import DataError, Ssl3dError, TransientError, UsageError, is_full, is_transient, reason_of
-from ssl3d.files import write_whole
+from ssl3d.files import time_of, write_whole
 from ssl3d.prediction import tables
 from ssl3d.prediction.ensemble import Ensemble
 from ssl3d.prediction.fit import Needs, needs_of, prepare_options
@@ -92,7 +92,7 @@ class Work:
     def __init__(self, options: PredictOptions, ensemble: Ensemble, needs: Needs, inputs: Inputs) -> None:
         self.options, self.ensemble, self.needs, self.inputs = options, ensemble, needs, inputs
         self.writer = Writer(options, ensemble.kind, ensemble.classes)
-        self.began = time.time()
+        self.began = 0.0
         models = [card["digest"] for card in ensemble.cards]
         settings = [models, options.flip, options.normalize, self.writer.settings()]
         self.keys = [digest_of([item.key, settings]) for item in inputs.items]
@@ -106,6 +106,7 @@ class Work:
         try:
             self.jobs.mkdir(parents=True, exist_ok=True)
             self.done.mkdir(parents=True, exist_ok=True)
+            self.began = time_of(self.done)  # what is compared with it has its date from there
         except OSError as error:
             raise UsageError(f"cannot write {self.options.out}: {error.strerror}") from error
         left = list(range(len(self.keys)))

@@ -10,11 +10,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.data.geometry import regrid
+from ssl3d.data.geometry import regrid, save_nifti
 from ssl3d.data.scans.itk import quiet_sitk
 from ssl3d.data.scans.read import format_by_suffix, suffix_of
 from ssl3d.model import MaskPrediction, best_class
-from ssl3d.segmentation.save import save_segmentation, to_original
+from ssl3d.segmentation.save import save_original, to_original
 
 Array = NDArray[Any]
 
@@ -27,10 +27,11 @@ def write_mask(
     *,
     probabilities: bool = False,
     own_format: bool = False,
-) -> tuple[list[Path], Array, dict[str, float]]:
+) -> tuple[list[Path], Array | None, dict[str, float]]:
     """Write the mask of a volume, and the probabilities of its classes if asked for.
 
-    The files lie in the scratch folder; they are whole, and may be moved to their place.
+    The files lie in the scratch folder; they are whole, and may be moved to their place. Of a scan that was
+    resampled, the probabilities are interpolated on its own grid before the most probable class is taken.
 
     Args:
         prediction: Prediction, whose slabs are read.
@@ -41,13 +42,16 @@ def write_mask(
         own_format: Whether to write the scan's own format, where that is NRRD or MetaImage.
 
     Returns:
-        Files; mask values (D, H, W) on the stored grid; and the volume of each class but the first, in ml.
+        Files; mask values (I, J, K) on the scan's own grid, None where that is not known; and the volume of
+        each class but the first, in ml.
     """
+    record = volume.record
     values = np.array(prediction.values)
     values = values.astype(np.min_scalar_type(int(values.max())))
     mask = np.empty(prediction.shape, values.dtype)
+    resampled = isinstance(record.done.get("resampled"), dict)
     kept = scratch / "probabilities.f16"
-    with kept.open("wb") if probabilities else contextlib.nullcontext() as stored:
+    with kept.open("wb") if probabilities or resampled else contextlib.nullcontext() as stored:
         first = 0
         for slab in prediction.slabs:
             end = first + slab.shape[1]
@@ -55,14 +59,37 @@ def write_mask(
             if stored is not None:
                 _put(stored, slab.cpu().numpy().astype(np.float16), first, prediction.shape)
             first = end
-    files = [_write_labels(volume.record, mask, name, scratch, own_format)]
+    restored = to_original(record, mask)
+    if restored is not None and resampled:
+        _most_probable(restored, record, kept, mask.shape, values)
+    files = [_write_labels(record, mask, restored, name, scratch, own_format)]
     if probabilities:
-        files.append(_write_probabilities(volume.record, kept, mask.shape, len(values), name, scratch))
-        kept.unlink()
+        files.append(_write_probabilities(record, kept, mask.shape, len(values), name, scratch))
+    kept.unlink(missing_ok=True)
     side = float(np.prod(volume.spacing)) / 1000
-    millilitres = {label: round(float((mask == value).sum()) * side, 4)
-                   for label, value in zip(prediction.names[1:], values[1:], strict=True)}  # fmt: skip
-    return files, mask, millilitres
+    millilitres = {
+        label: round(float((mask == value).sum()) * side, 4)
+        for label, value in zip(prediction.names[1:], values[1:], strict=True)
+    }
+    return files, restored, millilitres
+
+
+def _most_probable(labels: Array, record: Any, kept: Path, stored: tuple[int, ...], values: Array) -> None:
+    """Fill labels (I, J, K) with the most probable values, a class at a time."""
+    affine, world = np.array(record.affine), np.array(record.original_affine)
+    best = np.full(labels.shape, -1, np.float32)
+    for k, value in enumerate(values):
+        block = _on_source(_class_of(kept, k, stored), affine, labels.shape, world, float(k == 0), record)
+        better = block > best
+        labels[better] = value
+        np.maximum(best, block, out=best)
+
+
+def _class_of(kept: Path, k: int, stored: tuple[int, ...]) -> Array:
+    """Read the probabilities of a class, (D, H, W) float32."""
+    voxels = int(np.prod(stored))
+    part = np.fromfile(kept, np.float16, voxels, offset=2 * k * voxels)
+    return part.reshape(stored).astype(np.float32)
 
 
 def _put(file: IO[bytes], slab: Array, first: int, shape: tuple[int, int, int]) -> None:
@@ -76,19 +103,22 @@ def _put(file: IO[bytes], slab: Array, first: int, shape: tuple[int, int, int]) 
         file.write(part.tobytes())
 
 
-def _write_labels(record: Any, mask: Array, name: str, scratch: Path, own_format: bool) -> Path:
+def _write_labels(
+    record: Any, mask: Array, restored: Array | None, name: str, scratch: Path, own_format: bool
+) -> Path:
     suffix = suffix_of(Path(record.source.partition("#")[0]))
     form = format_by_suffix(Path(f"x{suffix}"))
     if form is not None and form.kind == "picture" and "#" not in record.source:
         return _write_picture(record, mask, scratch / f"{name}.png")
+    if restored is None:
+        path = scratch / f"{name}_stored_grid.nii.gz"
+        save_nifti(record, (0, 0, 0), mask, path)
+        return path
     if own_format and suffix in (".nrrd", ".nhdr", ".mha", ".mhd"):
-        restored = to_original(record, mask)
-        if restored is not None:
-            path = scratch / f"{name}{'.nrrd' if suffix in ('.nrrd', '.nhdr') else '.mha'}"
-            return _write_itk(restored, np.array(record.original_affine), path)
+        path = scratch / f"{name}{'.nrrd' if suffix in ('.nrrd', '.nhdr') else '.mha'}"
+        return _write_itk(restored, np.array(record.original_affine), path)
     path = scratch / f"{name}.nii.gz"
-    if not save_segmentation(record, mask, path):
-        path = path.replace(scratch / f"{name}_stored_grid.nii.gz")
+    save_original(record, restored, path)
     return path
 
 
@@ -145,10 +175,8 @@ def _write_probabilities(
     with gzip.open(path, "wb", compresslevel=1) as file:
         image.header.write_to(file)
         file.write(b"\0" * (352 - file.tell()))
-        voxels = int(np.prod(stored))
         for k in range(count):  # a class at a time, to save memory
-            part = np.fromfile(kept, np.float16, voxels, offset=2 * k * voxels)
-            block = part.reshape(stored).astype(np.float32)
+            block = _class_of(kept, k, stored)
             if own is None:
                 block = block.T
             else:

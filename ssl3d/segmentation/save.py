@@ -76,8 +76,6 @@ def save_segmentation(record: Record, labels: np.ndarray, path: str | Path) -> b
     Raises:
         DataError: The labels are not of three axes or too large, or the path has another ending.
     """
-    import nibabel
-
     if labels.ndim != 3:
         raise DataError(f"{path}: labels of shape {labels.shape}; expected (D, H, W)")
     low, high = int(labels.min()), int(labels.max())
@@ -90,13 +88,28 @@ def save_segmentation(record: Record, labels: np.ndarray, path: str | Path) -> b
     if restored is None:
         save_nifti(record, (0, 0, 0), values, path)
         return False
-    path = Path(path)
+    save_original(record, restored, Path(path))
+    return True
+
+
+def save_original(record: Record, labels: np.ndarray, path: Path) -> None:
+    """Write a label map that is on the grid of the scan already as NIfTI.
+
+    Args:
+        record: Record of the volume (`Volume.record`).
+        labels: Label map (I, J, K) in the source's own order of axes.
+        path: Path that ends in .nii or .nii.gz.
+
+    Raises:
+        DataError: The path has another ending.
+    """
+    import nibabel
+
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
-    image = nibabel.Nifti1Image(restored, np.array(record.original_affine))
+    image = nibabel.Nifti1Image(labels, np.array(record.original_affine))
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
-    return True
 
 
 def _spatial(shape: Sequence[int]) -> tuple[int, int, int] | None:

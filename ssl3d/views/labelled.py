@@ -87,10 +87,11 @@ def mask_values(volume: Volume) -> np.ndarray:
     """
     if not volume.has_mask:
         raise DataError(f"{volume.dataset}/{volume.id}: has no mask")
-    stored = volume._data("masks")  # as it is stored: `read_mask` widens every voxel to 8 bytes
+    stored = volume.stored("masks")  # `read_mask` widens every voxel to 8 bytes
     values = []
     for first in range(0, len(stored), _SLAB):
-        flat = stored[first : first + _SLAB].reshape(-1)
+        with volume.place[0].reading(f"the mask of {volume.dataset}/{volume.id}"):
+            flat = stored[first : first + _SLAB].reshape(-1)
         # A structure is a run of equal voxels: where runs end, every value is met, and few voxels are.
         ends = np.flatnonzero(flat[1:] != flat[:-1])
         values.append(np.unique(flat[np.append(ends, len(flat) - 1)]))

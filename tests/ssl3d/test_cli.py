@@ -123,9 +123,13 @@ def test_the_help_names_every_kind_of_encoder(command, capsys):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_ends_a_command_in_one_line_and_its_status(name, monkeypatch, capsys):
+def test_a_signal_ends_a_command_in_one_line_and_its_status(name, request, monkeypatch, capsys):
     number = getattr(signal, name)
     before = signal.getsignal(number)
+    if name == "SIGINT" and before is signal.SIG_IGN:  # the tests run in the background of a shell
+        signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
+        before = signal.default_int_handler
 
     def run(argv):
         os.kill(os.getpid(), number)

@@ -83,3 +83,41 @@ def test_a_silent_holder_elsewhere_loses_its_lock(lock):
     of_another(lock, silent=2 * locks.SILENT)
     assert locks.take(lock)
     assert list(lock.parent.iterdir()) == [lock]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "null", "7", '{"host": "HERE", "pid": "x"}', '{"host": "HERE"}', '{"host": "HERE", "pid": 0}',
+     '{"host": 1, "pid": 1}', "[" * 100_000, '{"host": "HERE", "pid": 1' + "0" * 5000 + "}", "",
+     "\x00\xff"],
+)  # fmt: skip
+def test_a_lock_of_odd_content_is_kept_while_fresh_and_taken_when_silent(lock, text):
+    lock.write_text(text.replace("HERE", socket.gethostname()), encoding="latin-1")
+    assert not locks.take(lock)
+    os.utime(lock, (1, 1))
+    assert locks.take(lock)
+    assert list(lock.parent.iterdir()) == [lock]
+
+
+def test_a_process_of_a_number_that_no_system_has_is_dead(lock):
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 10**20}), encoding="utf-8")
+    assert locks.take(lock)
+
+
+@pytest.mark.parametrize("ahead", [-7200, 2 * locks.SILENT])
+def test_a_live_lock_is_kept_whatever_our_clock_says(lock, monkeypatch, ahead):
+    of_another(lock)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    assert not locks.take(lock)
+
+
+def test_a_lock_dated_in_the_future_is_taken_when_its_date_stands_still(lock, monkeypatch):
+    of_another(lock, silent=-3600)
+    assert not locks.take(lock)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + locks.SILENT + 1)
+    of_another(lock, silent=-3700)  # a sign of life
+    assert not locks.take(lock)
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 2 * locks.SILENT + 2)
+    assert locks.take(lock)

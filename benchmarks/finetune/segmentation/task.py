@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl3d.api import (
     CoarseToFine,
     DataError,
     MaskPrediction,
+    Portable,
     SegmentationNetwork,
     Views,
     augment_labelled,
@@ -52,8 +53,6 @@ from ssl3d_benchmarks.finetune.segmentation.plan import fingerprint, plan_by_rul
 from ssl3d_benchmarks.task import ignored_values
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ssl3d.api import BatchRng, Collection, Encoder, Volume
 
 Array = NDArray[Any]
@@ -193,6 +192,23 @@ class SegmentationConfig(Views):
             raise ValueError("slicewise: a coarse stage finds regions of volumes, not of slices")
 
 
+class WindowNetwork(nn.Module):
+    """Network of one window, from its voxels to the probabilities of the classes.
+
+    Args:
+        network: Network whose first output is logits (B, K, D, H, W).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the probabilities (B, K, D, H, W) of windows (B, C, D, H, W)."""
+        logits: Tensor = self.network(x)[0]
+        return logits.float().softmax(dim=1)
+
+
 class Segmentation(FinetuneTask):
     """Segmentation of volumes from masks: every voxel gets a class.
 
@@ -249,6 +265,7 @@ class Segmentation(FinetuneTask):
     floors: ClassVar[Mapping[str, str | float]] = {"masks": "average mask"}
 
     config: SegmentationConfig
+    _ignored: Mapping[str, int] = {}
 
     def __init__(self, config: SegmentationConfig, data: Collection) -> None:
         """Read every mask once: its classes, its slices and the places of its objects."""
@@ -324,7 +341,9 @@ class Segmentation(FinetuneTask):
         own["ignore"] = -1 if self.config.ignore is None else self.config.ignore
         if self._ignored:
             own["ignored"] = self._ignored
-        # Records of before this option are found again.
+        # Records of before these options stand in one table with those of today, and are found again.
+        if not own["low_resolution"]:
+            del own["low_resolution"]
         if metrics := own.pop("metric"):
             own["metric"] = [recorded_metric(metric) for metric in metrics]
         if self._slices:
@@ -492,7 +511,7 @@ class Segmentation(FinetuneTask):
             box = region = find_region(model.coarse, whole, fit_size(whole, c.coarse), c.margin, size)
         start, extent = _padded(box, size)
         slabs = predict_slabs(
-            lambda x: model(x)[0].float().softmax(dim=1),
+            WindowNetwork(model),
             lambda first, depth: volume.read((start[0] + first, *start[1:]), (depth, *extent[1:])),
             extent,
             size,
@@ -502,6 +521,12 @@ class Segmentation(FinetuneTask):
             device,
         )
         return within_volume(slabs, start, shape), region
+
+    def portable(self, model: nn.Module) -> Portable | None:
+        """Return the network of one window, whose output is the classes' probabilities."""
+        if self.config.stages == 2:
+            return None
+        return Portable(WindowNetwork(model), ("probabilities",), self.patch, fixed=True)
 
     def predict(self, model: nn.Module, volume: Volume) -> dict[str, Any]:
         """Predict a volume and return Dice, HD95, surface Dice and voxel counts by class."""

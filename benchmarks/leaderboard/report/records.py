@@ -589,10 +589,13 @@ def _say_what_differs(tables: Sequence[Table]) -> None:
         for name in dict.fromkeys(name for settings in every for name in settings)
         if len({settings.get(name, "none") for settings in every}) > 1
     ]
+    newest = max(table.version for table in tables)
     # What is shortest said is said first: a size tells more than a list of moments.
     names.sort(key=lambda name: name != NETWORK and max(len(settings.get(name, "")) for settings in every))
     for table, own in zip(tables, every, strict=True):
-        words = [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
+        older = f"an older version of the task ({table.version}; the newest has {newest})"
+        words = [older] if table.version < newest else []
+        words += [f"{name.rpartition('.')[2].replace('_', ' ')} {own.get(name, 'none')}" for name in names]
         more = f" and {len(words) - SAID} other settings" if len(words) > SAID else ""
         table.differs = ", ".join(words[:SAID]) + more
 

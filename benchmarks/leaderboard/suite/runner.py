@@ -168,7 +168,7 @@ class Runner:
             self._do_held(job)
 
     def _do_held(self, job: Job) -> None:
-        began = time.time()
+        began = time.monotonic()
         status, why = 1, ""
         digest = ""
         words: list[str] = []
@@ -186,7 +186,7 @@ class Runner:
             return
         if status == 0 and job.product is not None and not job.product.exists():
             status, why = 1, f"ended well, but {job.product} is not there"
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         with contextlib.suppress(OSError):
             self.marks.write(job, {
                 "job": job.name, "state": "failed" if status else "done", "digest": digest,

@@ -208,11 +208,12 @@ def prepared_volumes(task: ScanTask) -> Iterator[Prepared]:
         raise DataError("its values are those of a label map; name the file itself if it is a scan")
     volumes = _frames(pixels, task, notes)
     del pixels
-    several = len(volumes) > 1
-    for frame in range(len(volumes)):
+    count = len(volumes)
+    several = count > 1
+    for frame in range(count):
         yield _prepared(
             task,
-            volumes[frame],
+            volumes.pop(0),  # what is read is not held while it is predicted
             missing=missing,
             done={**notes, "frame": frame} if several else dict(notes),
             sha256="",

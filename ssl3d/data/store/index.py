@@ -4,7 +4,8 @@ Layout (version 1). `index/table` has one row per volume (`ROW`); the names of t
 `index/text`, one after the other; `index/head` is JSON: data sets, people, orientations, label names.
 Foreground maps and boxes lie end to end in `foreground`, `boxes`, `box_labels`, and `provenance` holds
 one JSON `Record` per row. `settings`, `rejected` and `fingerprint` are JSON. Opening a store reads
-`index` and nothing else.
+`index` and nothing else, and compares it with the attribute `digest` of its table. All else has a check sum
+in each chunk (Fletcher32), which HDF5 compares as it reads. Stores made before have neither.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ssl3d.data.store.digests import index_digest
 from ssl3d.data.store.record import SPLITS, Record, blob, plain
 from ssl3d.errors import DataError
 
@@ -140,10 +142,10 @@ class IndexWriter:
             "identities": [list(person) for person in self._people],
         }
         file.create_group("index")  # one made on the way to a data set would hold the time of its making
-        file["index/head"] = blob(json.dumps(head))
-        file["index/text"] = blob("".join(self._ids))
-        file["index/table"] = rows
-        file["fingerprint"] = blob(json.dumps(self._fingerprint(), default=plain))
+        content, text = json.dumps(head), "".join(self._ids)
+        file["index/head"], file["index/text"], file["index/table"] = blob(content), blob(text), rows
+        file["index/table"].attrs["digest"] = index_digest(rows, text.encode(), content.encode())
+        put(file, "fingerprint", blob(json.dumps(self._fingerprint(), default=plain)))
         file.attrs.update(format=FORMAT, version=self.version, volumes=len(rows))
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -186,6 +188,61 @@ class IndexWriter:
         }
 
 
+def fault_of_index(rows: np.ndarray, text: bytes, head: Any) -> str:
+    """Return what contradicts itself in an index, in a few words; empty for one that can be read.
+
+    A store made before indices had a digest is checked by this alone.
+
+    Args:
+        rows: Table of the volumes.
+        text: Names of the volumes, one after the other.
+        head: Content of `index/head`.
+    """
+    lists = {"datasets": str, "orientations": str, "labels": str, "identities": list}
+    if not isinstance(head, dict) or not all(
+        isinstance(head.get(key), list) and all(isinstance(entry, kind) for entry in head[key])
+        for key, kind in lists.items()
+    ):
+        return "its head lacks a list"
+    people = head["identities"]
+    if not all(
+        len(person) == 2
+        and type(person[0]) is int
+        and 0 <= person[0] < len(head["datasets"])
+        and isinstance(person[1], str)
+        for person in people
+    ):
+        return "a person is of no data set"
+    kind, label = rows["label_kind"], rows["label"]
+    texts = kind == TEXT_LABEL
+    begin, length = rows["id_at"], rows["id_length"].astype(np.int64)
+    faults = {
+        "a person's number": (rows["identity"] < 0) | (rows["identity"] >= len(people)),
+        "a split": rows["split"] >= len(SPLITS),
+        "an orientation": rows["orientation"] >= len(head["orientations"]),
+        "a name's place": (begin < 0) | (length < 0) | (begin + length > len(text)),
+        "a label": (kind > TEXT_LABEL)
+        | (texts & ~((label >= 0) & (label < len(head["labels"])) & (label == np.rint(label))))
+        | ((kind == INT_LABEL) & ~np.isfinite(label)),
+        "a shape": (rows["shape"] < 1).any(axis=1),
+        "a block": (rows["block"] < 1).any(axis=1),
+        "a spacing": ~(np.isfinite(rows["spacing"]) & (rows["spacing"] > 0)).all(axis=1),
+        "a place in a list": (rows["boxes"] < -1)
+        | (rows["boxes_at"] < 0)
+        | (rows["foreground_at"] < 0)
+        | (rows["provenance_at"] < 0)
+        | (rows["provenance_length"] < 0),
+    }
+    for name, wrong in faults.items():
+        if wrong.any():
+            return f"{name} of volume {int(np.flatnonzero(wrong)[0])} cannot be"
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return "a name is no text"
+    return ""
+
+
 def label_of(row: Any, names: list[str]) -> int | float | str | None:
     """Return the label that a row's `label_kind` and `label` stand for."""
     kind, value = int(row["label_kind"]), row["label"]
@@ -194,6 +251,13 @@ def label_of(row: Any, names: list[str]) -> int | float | str | None:
     if kind == FLOAT_LABEL:
         return float(value)
     return names[int(value)] if kind == TEXT_LABEL else None
+
+
+def put(file: h5py.File, name: str, values: np.ndarray, **options: Any) -> h5py.Dataset:
+    """Write a data set with a check sum in each chunk; an empty one has no chunks."""
+    if values.size:
+        options = {"chunks": values.shape, "fletcher32": True, **options}
+    return file.create_dataset(name, data=values, **options)
 
 
 class _Appender:
@@ -209,6 +273,7 @@ class _Appender:
             maxshape=(None, *row),
             chunks=(size, *row),
             fillvalue=0,  # without it the rest of the last chunk is whatever was in memory
+            fletcher32=True,
         )
         self._waiting: list[np.ndarray] = []
         self._bytes = self.length = 0

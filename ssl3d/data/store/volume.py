@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, label_of
+from ssl3d.data.store.digests import index_digest
+from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, fault_of_index, label_of
 from ssl3d.data.store.record import SPLITS, Affine, Record
-from ssl3d.errors import DataError, PluginError
+from ssl3d.errors import DataError, PluginError, is_transient, reason_of
+from ssl3d.json_files import parse_json
 
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
 _MAX_KNOWN = 4096  # data sets of one file
+_UNREADABLE = (
+    OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError,
+    DataError,
+)  # fmt: skip
+"""Errors of HDF5 and of the parsers over bytes that are damaged."""
 
 
 class Store:
@@ -37,7 +44,7 @@ class Store:
         people: Position in `datasets` and subject, per identity code.
 
     Raises:
-        DataError: The file is missing, cut short, from a newer format, or not a store.
+        DataError: The file is missing, cut short, damaged, from a newer format, or not a store.
     """
 
     def __init__(self, path: str | Path):
@@ -47,12 +54,22 @@ class Store:
         self._state = state.st_ino, state.st_mtime_ns, state.st_size
         with file:
             try:
-                self.rows: np.ndarray = file["index/table"].astype(ROW)[()]
+                place = file["index/table"]
+                table = place[()]
+                self.rows: np.ndarray = table if table.dtype == ROW else place.astype(ROW)[()]
                 self.text: bytes = file["index/text"][()].tobytes()
-                head = json.loads(file["index/head"][()].tobytes())
-            except (KeyError, OSError, ValueError, TypeError) as error:
+                content = file["index/head"][()].tobytes()
+                expected = place.attrs.get("digest")
+                if expected not in (None, index_digest(table, self.text, content)):
+                    raise ValueError("its bytes are not those that were written")
+                head = parse_json(content)
+                if fault := fault_of_index(self.rows, self.text, head):
+                    raise ValueError(fault)
+            except _UNREADABLE as error:
+                if is_transient(error):
+                    raise
                 raise DataError(
-                    f"{path}: its index cannot be read ({error}); prepare the store again"
+                    f"{path}: its index cannot be read ({reason_of(error)}); prepare the store again"
                 ) from error
         self.datasets: list[str] = head["datasets"]
         self.orientations: list[str] = head["orientations"]
@@ -75,9 +92,31 @@ class Store:
         """
         return _dataset_here(self.path, self._state, name)
 
+    @contextmanager
+    def reading(self, subject: str) -> Iterator[None]:
+        """Raise what HDF5 and the parsers raise over damaged bytes as one line.
+
+        Args:
+            subject: What is read in the block, such as the mask of a volume.
+
+        Raises:
+            DataError: The bytes are damaged: a check sum does not hold, or they are of something else.
+            OSError: The disk or memory failed, which says nothing of the store.
+        """
+        try:
+            yield
+        except _UNREADABLE as error:
+            if is_transient(error):
+                raise
+            raise DataError(
+                f"{self.path}: {subject} is damaged ({reason_of(error)}); copy the store again, or prepare "
+                "it again (ssl3d info --verify names all that is damaged)"
+            ) from error
+
     def _json(self, name: str, default: Any) -> Any:
-        file = self.file
-        return json.loads(file[name][()].tobytes()) if name in file else default
+        with self.reading(f"what it says of its {name}"):
+            file = self.file
+            return parse_json(file[name][()].tobytes()) if name in file else default
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -181,14 +220,27 @@ class Volume:
 
     def _flat(self, name: str) -> np.ndarray | None:
         count, start = int(self._row["boxes"]), int(self._row["boxes_at"])
-        return None if count < 0 else self._store.file[name][start : start + count]
+        return None if count < 0 else self._slice(name, start, count)
+
+    def _slice(self, name: str, start: int, count: int) -> np.ndarray:
+        """Read the volume's own part of a flat data set."""
+        subject = "record" if name == "provenance" else name.replace("_", " ")
+        with self._reading(f"the {subject}"):
+            values: np.ndarray = self._store.file[name][start : start + count]
+            if len(values) != count:  # HDF5 cuts what reaches over the end
+                raise ValueError(f"{len(values)} of {count} entries")
+            return values
+
+    def _reading(self, subject: str) -> AbstractContextManager[None]:
+        return self._store.reading(f"{subject} of {self.dataset}/{self.id}")
 
     @cached_property
     def record(self) -> Record:
         """Record of all that is known about the volume, but for a label that is withheld."""
-        start = int(self._row["provenance_at"])
-        text = self._store.file["provenance"][start : start + int(self._row["provenance_length"])]
-        record = Record.from_json(text.tobytes())
+        start, length = int(self._row["provenance_at"]), int(self._row["provenance_length"])
+        text = self._slice("provenance", start, length)
+        with self._reading("the record"):
+            record = Record.from_json(text.tobytes())
         return replace(record, label=None) if self._withheld_from else record
 
     @property
@@ -205,7 +257,9 @@ class Volume:
     @cached_property
     def background(self) -> tuple[float, ...]:
         """Value of air per channel, which `read` fills in outside the volume."""
-        return tuple(self._data("images").attrs["background"].tolist())
+        data = self.stored("images")
+        with self._reading("the background"):
+            return tuple(data.attrs["background"].tolist())
 
     def read(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Read voxels (C, d, h, w), float32; by default the whole volume.
@@ -215,7 +269,7 @@ class Volume:
             size: Voxels along (D, H, W); may reach outside, where the background is filled in.
 
         Raises:
-            DataError: The store cannot be read here.
+            DataError: The store cannot be read here, or its check sum does not hold.
 
         Example:
             >>> from ssl3d.api import open_data
@@ -223,39 +277,44 @@ class Volume:
             >>> volume.read(start=(0, 8, 8), size=(16, 32, 32)).shape
             torch.Size([1, 16, 32, 32])
         """
-        data = self._data("images")
+        data = self.stored("images")
         start, size = self._window(start, size)
         inside, place, whole = _clip(start, size, self.shape[1:])
         if whole:
-            return _decoded(data[(slice(None), *inside)], data)
+            return self._voxels(data, inside)
         out = torch.empty((self.shape[0], *size))
         out[:] = torch.tensor(self.background)[:, None, None, None]
         if all(s.stop > s.start for s in inside):
-            out[(slice(None), *place)] = _decoded(data[(slice(None), *inside)], data)
+            out[(slice(None), *place)] = self._voxels(data, inside)
         return out
+
+    def _voxels(self, data: h5py.Dataset, inside: tuple[slice, ...]) -> Tensor:
+        with self._reading("the image"):
+            return _decoded(data[(slice(None), *inside)], data)
 
     def read_mask(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Read the mask (d, h, w), int64, 0 outside the volume; the arguments are those of `read`.
 
         Raises:
-            DataError: The volume has no mask, or the store cannot be read here.
+            DataError: The volume has no mask, the store cannot be read here, or its check sum does not
+                hold.
         """
         self._labelled("mask")
         if not self.has_mask:
             raise DataError(f"{self.dataset}/{self.id}: has no mask")
-        data = self._data("masks")
+        data = self.stored("masks")
         start, size = self._window(start, size)
         inside, place, _ = _clip(start, size, self.shape[1:])
         out = np.zeros(tuple(size), np.int64)
         if all(s.stop > s.start for s in inside):
-            out[place] = data[inside]
+            with self._reading("the mask"):
+                out[place] = data[inside]
         return torch.from_numpy(out)
 
     def foreground(self) -> np.ndarray:
         """Read the share of each block that is foreground, 0 to 1, float32; see `block`."""
         shape = tuple(-(-n // b) for n, b in zip(self.shape[1:], self.block, strict=True))
-        start = int(self._row["foreground_at"])
-        values = self._store.file["foreground"][start : start + int(np.prod(shape))]
+        values = self._slice("foreground", int(self._row["foreground_at"]), int(np.prod(shape)))
         return values.reshape(shape).astype(np.float32) / 255
 
     def foreground_box(self, share: float = 0.1) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -274,13 +333,18 @@ class Volume:
             end.append(min(int(where[-1] + 1) * block, limit))
         return (first[0], first[1], first[2]), (end[0], end[1], end[2])
 
-    def _data(self, group: str) -> h5py.Dataset:
-        try:
-            return self._store.array(f"{group}/{self._number}")
-        except KeyError as error:
-            raise DataError(
-                f"{self._store.path}: {self.id} is missing from {group}; prepare it again"
-            ) from error
+    def stored(self, group: str) -> h5py.Dataset:
+        """Look up the volume's data set in `images` or `masks`, as it is stored.
+
+        Raises:
+            DataError: It is missing, or its shape is not that of the index.
+        """
+        with self._reading(f"the {group[:-1]}"):
+            data = self._store.array(f"{group}/{self._number}")
+            expected = self.shape if group == "images" else self.shape[1:]
+            if data.shape != expected:
+                raise ValueError(f"its shape is {data.shape}, in the index {expected}")
+            return data
 
     def _window(
         self, start: Sequence[int] | None, size: Sequence[int] | None
@@ -343,7 +407,13 @@ def _checked(path: Path) -> h5py.File:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise DataError(_why_not(path, error)) from error
-    kind, version = file.attrs.get("format"), file.attrs.get("version")
+    try:
+        kind, version = file.attrs.get("format"), file.attrs.get("version")
+    except _UNREADABLE as error:
+        file.close()
+        raise DataError(
+            f"{path}: damaged ({reason_of(error)}); prepare it again, or copy it again"
+        ) from error
     if kind == FORMAT and isinstance(version, int | np.integer) and version <= VERSION:
         return file
     file.close()

@@ -7,7 +7,6 @@ the rest of the layout.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ import h5py
 import numpy as np
 
 from ssl3d.data.identity import reading_of
-from ssl3d.data.store.index import PART, VERSION, IndexWriter
+from ssl3d.data.store.digests import content_digest
+from ssl3d.data.store.index import PART, VERSION, IndexWriter, put
 from ssl3d.data.store.record import Record, blob, plain
 from ssl3d.errors import DataError
 from ssl3d.files import whole_file
@@ -70,26 +70,25 @@ def write_part(
         if len(labels) != len(boxes):
             raise DataError(f"{record.id}: {len(boxes)} boxes but {len(labels)} box labels")
     small = None if mask is None else mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
-    content = _content(stored, small, boxes)
-    if stored.dtype == np.int16:  # the same numbers are other voxels at another scale
-        content.update(np.array([scale, offset]).tobytes())
+    content = content_digest(stored, small, boxes, scale, offset)
     # Of what is read back, so that a store that lacks it gives the same later.
     reading = reading_of(
         stored if stored.dtype != np.int16 else stored * np.float32(scale) + np.float32(offset)
     )
-    record = dataclasses.replace(record, voxels=content.hexdigest(), reading=reading)
+    record = dataclasses.replace(record, voxels=content, reading=reading)
     path = folder / f"{name}.part"
     with whole_file(path) as temporary, _new_file(temporary) as (file, _):
         # Without a fill value, border chunks end in whatever was in memory.
-        data = file.create_dataset("image", data=stored, chunks=_chunks(stored.shape), fillvalue=0)
+        data = put(file, "image", stored, chunks=_chunks(stored.shape), fillvalue=0)
         data.attrs.update(background=background, scale=scale, offset=offset)
         if small is not None:
-            file.create_dataset("mask", data=small, chunks=_chunks(small.shape), fillvalue=0)
+            put(file, "mask", small, chunks=_chunks(small.shape), fillvalue=0)
         if boxes is not None and labels is not None:
-            file["boxes"], file["box_labels"] = boxes, labels.astype(np.int64)
-        file["foreground"] = _occupancy(occupied, block)
-        file["sketch"] = _sketch(image, occupied)
-        file["record"] = blob(record.to_json())
+            put(file, "boxes", boxes)
+            put(file, "box_labels", labels.astype(np.int64))
+        put(file, "foreground", _occupancy(occupied, block))
+        put(file, "sketch", _sketch(image, occupied))
+        put(file, "record", blob(record.to_json()))
         file.attrs.update(format=PART, version=VERSION)
     return path
 
@@ -169,8 +168,8 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
                     sketch=part["sketch"][()],
                 )
         index.close()
-        file["settings"] = blob(json.dumps(settings, default=plain, sort_keys=True))
-        file["rejected"] = blob(json.dumps(rejected, default=plain))
+        put(file, "settings", blob(json.dumps(settings, default=plain, sort_keys=True)))
+        put(file, "rejected", blob(json.dumps(rejected, default=plain)))
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -220,7 +219,7 @@ def encode_voxels(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray,
     if dtype == "float32":
         return image, 1.0, 0.0
     if dtype == "float16":
-        top = float(np.abs(image).max())
+        top = max(-float(image.min()), float(image.max()))  # `abs` would copy a large scan
         if top > 65504:
             raise DataError(
                 f"{name}: voxel of {top:.6g} exceeds half precision (65504); normalise, or store as float32"
@@ -237,15 +236,6 @@ def encode_voxels(name: str, image: np.ndarray, dtype: str) -> tuple[np.ndarray,
             )
         return np.rint(image * 255).astype(np.uint8), 1 / 255, 0.0
     raise DataError(f"{name}: cannot store voxels as {dtype!r}; known: float16, float32, int16, uint8")
-
-
-def _content(stored: np.ndarray, mask: np.ndarray | None, boxes: np.ndarray | None) -> hashlib.blake2b:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (stored, mask, boxes):
-        if array is not None:
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-    return digest
 
 
 def _chunks(shape: Sequence[int]) -> tuple[int, ...]:

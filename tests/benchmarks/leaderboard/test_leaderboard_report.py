@@ -1456,3 +1456,12 @@ def test_an_odd_curve_refuses_its_record_alone(tmp_path, curve):
     (refused,) = found.records.refused
     assert (refused.who, "curve cannot be read: " in refused.why) == ("runs/alpha-0", True)
     assert "beta" in arms(found)
+
+
+def test_a_table_of_an_older_version_says_so_beside_a_newer_one():
+    from ssl3d_benchmarks.leaderboard.report.records import Table, _say_what_differs
+
+    tables = [Table("seg", version, ("people",), {"width": version}, "dice", []) for version in (102, 106)]
+    _say_what_differs(tables)
+    assert tables[0].differs == "an older version of the task (102; the newest has 106), width 102"
+    assert tables[1].differs == "width 106"

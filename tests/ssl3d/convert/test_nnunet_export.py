@@ -1,5 +1,6 @@
 """Our residual encoders as nnU-Net's fine-tuning reads them."""
 
+import dataclasses
 import json
 import pydoc
 
@@ -110,3 +111,50 @@ def test_a_patch_that_cannot_be_halved_so_often_is_refused(encoder):
 def test_an_untrained_encoder_is_not_exported(tmp_path, capsys):
     assert main(["convert", "scratch:resenc", "--to", "nnunet", "--out", str(tmp_path / "n")]) == 2
     assert "no trained encoder" in capsys.readouterr().err
+
+
+def released_loader(network, file):
+    """nnU-Net's `load_pretrained_weights`, or its rule where nnunetv2 is not installed."""
+    try:
+        from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    except ImportError:
+        given = torch.load(file, weights_only=True)["network_weights"]
+        own = network.state_dict()
+        wanted = [key for key in own if ".seg_layers." not in key]
+        assert not [key for key in wanted if key not in given or given[key].shape != own[key].shape]
+        network.load_state_dict({**own, **{key: given[key] for key in wanted}})
+    else:
+        load_pretrained_weights(network, str(file))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_released_loader_of_nnunet_takes_every_weight_that_it_wants(tmp_path, bias):
+    unets = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    ours = ResEnc(dataclasses.replace(CONFIG, conv_bias=bias)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    file = export_nnunet(ours, tmp_path, (32, 64, 64))
+    told = json.loads((tmp_path / "architecture.json").read_text(encoding="utf-8"))
+    assert pydoc.locate(told["network_class_name"]) is unets.ResidualEncoderUNet
+    kwargs = {name: pydoc.locate(value) if name in told["_kw_requires_import"] and value else value
+              for name, value in told["arch_kwargs"].items()}  # fmt: skip
+    theirs = unets.ResidualEncoderUNet(2, num_classes=3, deep_supervision=True, **kwargs).eval()
+    given = torch.load(file, weights_only=True)["network_weights"]
+    assert set(given) == {key for key in theirs.state_dict() if ".seg_layers." not in key}
+    released_loader(theirs, file)
+    x = torch.randn(1, 2, 8, 16, 16)
+    with torch.no_grad():
+        for one, other in zip(theirs.encoder(x), ours(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        for one, other in zip(theirs.decoder.encoder(x), ours(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert theirs(x)[0].shape == (1, 3, 8, 16, 16)
+    for part in (
+        theirs.decoder.stages,
+        theirs.decoder.transpconvs,
+    ):  # new weights, of the scale of nnU-Net's
+        for module in part.modules():
+            if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
+                new = module.weight.detach().clone()
+                torch.nn.init.kaiming_normal_(new, a=1e-2)
+                assert float(module.weight.detach().std()) == pytest.approx(float(new.std()), rel=0.3)

@@ -26,7 +26,7 @@ from ssl3d.prediction.ensemble import joined, mean_slabs
 SPEC = "scratch:resnet10:width=4:stem_stride=1"
 SHORT = ["--steps", "30", "--batch-size", "2", "--threads", "1", "--no-trivial", "--eval-at", "1"]
 MASKS = ["--task", "segmentation", "--segmentation.patch", "12", "12", "12", "--segmentation.width", "8",
-         "--lr-scratch", "1e-2"]  # fmt: skip
+         "--segmentation.flip-axes", "2", "--lr-scratch", "1e-2"]  # fmt: skip
 SHAPE = (18, 16, 14)  # x, y, z
 
 
@@ -188,7 +188,7 @@ def test_a_scan_of_another_spacing_is_resampled_and_brought_back(tuned, tmp_path
     assert found.shape == fine.shape and np.allclose(found.affine, affine, atol=1e-5)
     plain = np.asarray(nibabel.load(tmp_path / "out/plain.nii.gz").dataobj)
     again = np.asarray(found.dataobj)[::2, ::2, ::2]
-    assert (again == plain).mean() > 0.97
+    assert (again == plain).mean() > 0.95  # fine voxels lie a quarter of a coarse one beside them
     assert 2 * ((again == 1) & (mask == 1)).sum() / ((again == 1).sum() + (mask == 1).sum()) > 0.5
 
 
@@ -223,6 +223,17 @@ def test_odd_scans_are_set_aside_by_name_and_the_others_go_on(tuned, tmp_path, c
     assert {row["path"] for row in table(tmp_path / "out/rejected.csv")} == {
         "empty.nii.gz", "nan.nii.gz", "unplaced.nii.gz"
     }  # fmt: skip
+
+
+def test_bytes_without_a_modality_are_normalised_as_the_training_data(tuned, tmp_path):
+    image, _ = a_scan(75)
+    small = ((image - image.min()) * (250 / np.ptp(image))).astype(np.uint8)
+    write(tmp_path / "bytes.nii.gz", small)
+    write(tmp_path / "same.nii.gz", small.astype(np.int16))
+    for name in ("bytes", "same"):
+        assert predict(tuned, tmp_path / f"{name}.nii.gz", tmp_path / "out") == 0
+    masks = [np.asarray(nibabel.load(tmp_path / f"out/{n}.nii.gz").dataobj) for n in ("bytes", "same")]
+    assert np.array_equal(*masks) and set(np.unique(masks[0])) == {0, 1, 4}
 
 
 def test_channels_are_those_of_the_training_or_refused(tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Encoders on disk: the same back, the same bytes, and one line for what is not one."""
 
+import hashlib
 import json
 import pickle
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 import ssl3d
@@ -96,6 +98,16 @@ def flip_a_bit(folder):
     path.write_bytes(bytes(content))
 
 
+def not_a_number(folder):
+    path = folder / "encoder.safetensors"
+    state = safetensors.torch.load(path.read_bytes())
+    name = next(name for name, tensor in state.items() if tensor.is_floating_point())
+    state[name].view(-1)[1] = float("nan")
+    content = safetensors.torch.save(state)
+    path.write_bytes(content)
+    rewrite(folder, sha256=hashlib.sha256(content).hexdigest())
+
+
 def pickled(folder):
     (folder / "encoder.safetensors").write_bytes(pickle.dumps({"a": 1}))
 
@@ -106,6 +118,19 @@ def pickled(folder):
         (break_weights, "truncated or not safetensors"),
         (flip_a_bit, "sha256 differs"),
         (pickled, "truncated or not safetensors"),
+        (not_a_number, "1 of the .* weights of .* are NaN or infinite"),
+        (lambda f: rewrite(f, config=[1]), "config is list, not dict"),
+        (lambda f: rewrite(f, config=7), "config is int, not dict"),
+        (lambda f: rewrite(f, config={"width": 10**30}), "no encoder can be built"),
+        (lambda f: rewrite(f, config={"width": -1}), "width must be at least 1"),
+        (lambda f: rewrite(f, config={"width": None}), "NoneType"),
+        (lambda f: rewrite(f, architecture=[]), "architecture is list, not str"),
+        (lambda f: rewrite(f, plugins={"resnet10": 3}, architecture="no-such"), "unknown encoder"),
+        (lambda f: rewrite(f, sha256=5), "sha256 is int, not str"),
+        (lambda f: rewrite(f, preprocessing=7), "preprocessing is int, not list"),
+        (lambda f: rewrite(f, preprocessing=[7]), "not a list of dict"),
+        (lambda f: rewrite(f, data=[]), "data is list, not dict"),
+        (lambda f: rewrite(f, patch="x"), "patch is str, not list"),
         (lambda f: (f / "encoder.safetensors").unlink(), "No such file"),
         (lambda f: (f / "encoder.json").write_text("{", encoding="utf-8"), "truncated or not JSON"),
         (

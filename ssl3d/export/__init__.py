@@ -1,0 +1,1 @@
+"""Encoders and kept models as files that other programs open without ssl3d."""

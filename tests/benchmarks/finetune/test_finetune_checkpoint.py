@@ -1,0 +1,61 @@
+"""Training goes on from a checkpoint whose bytes and parts are those that were written, or says why not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ssl3d.errors import UsageError
+from ssl3d_benchmarks.finetune.train import Trial, _resume, _save
+
+
+@pytest.fixture
+def kept(tmp_path):
+    model, optimizer = network()
+    trial = Trial(0.1, total=9, step=4)
+    path = tmp_path / "lr-0.1.pt"
+    _save(path, trial, model, optimizer)
+    return path, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def network():
+    model = torch.nn.Linear(40, 40)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def resume(path):
+    (model, optimizer), trial, said = network(), Trial(0.1, total=9), []
+    _resume(path, trial, model, optimizer, SimpleNamespace(name="job", say=said.append))
+    return model.state_dict(), trial.step, " ".join(said)
+
+
+def test_it_goes_on_from_what_was_written(kept):
+    path, state = kept
+    found, step, said = resume(path)
+    assert step == 4 and "goes on at step 4 of 9" in said
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_is_noticed_or_without_effect(kept, seed):
+    path, state = kept
+    content = bytearray(path.read_bytes())
+    place = int(torch.randint(len(content), (), generator=torch.Generator().manual_seed(seed)))
+    content[place] ^= 1 << seed % 8
+    path.write_bytes(content)
+    found, step, said = resume(path)
+    if step == 4:
+        assert all(torch.equal(found[name], state[name]) for name in state)
+    else:
+        assert step == 0 and f"{path} is damaged" in said
+
+
+@pytest.mark.parametrize("part", ["trial", "model", "optimizer"])
+@pytest.mark.parametrize("value", [None, 7, {}, [1]])
+def test_whole_bytes_with_wrong_parts_are_one_line(kept, part, value):
+    path, _ = kept
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, part: value}, path)
+    with pytest.raises(UsageError, match=f"{path}: is no checkpoint of job") as caught:
+        resume(path)
+    assert "\n" not in str(caught.value)
