@@ -56,7 +56,7 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     ]
     known = [(board, arms) for board, arms in tested if arms]
     if not known:
-        return f"{head}, nothing can be told on any of {_tables(len(boards))}."
+        return f"{head}, nothing can be told on {_any(len(boards))}."
     won = [(board, arm) for board, arms in known for arm in arms if shown(arm) and _gain(arm) > 0]
     up = {id(board) for board, _ in won}
     down = sum(any(shown(arm) and _gain(arm) < 0 for arm in arms) for _, arms in known)
@@ -65,14 +65,17 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     same, tables = f"the same network {reference}", _tables(len(known))
     if not won:
         worse = f", and one is significantly worse on {down}" if down else ""
-        where = f"any of {tables}" if len(known) > 1 else "the only table"
-        return f"{head}, no pretrained encoder is shown better than {same} on {where}{worse}{more}."
+        return f"{head}, no pretrained encoder is shown better than {same} on {_any(len(known))}{worse}{more}."
     board, arm = max(won, key=lambda pair: _gain(pair[1]))
     worse = f" and significantly worse on {down}" if down else ""
     return (
         f"{head}, a pretrained encoder is significantly better than {same} on {len(up)} of {tables}{worse}"
         f"{more}; the largest gain is {gained(arm)} {board.table.main} ({text.heading(board)})."
     )
+
+
+def _any(count: int) -> str:
+    return f"any of {_tables(count)}" if count > 1 else "the only table"
 
 
 def _tables(count: int) -> str:
