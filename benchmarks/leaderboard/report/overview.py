@@ -65,7 +65,8 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     same, tables = f"the same network {reference}", _tables(len(known))
     if not won:
         worse = f", and one is significantly worse on {down}" if down else ""
-        return f"{head}, no pretrained encoder is shown better than {same} on {_any(len(known))}{worse}{more}."
+        where = _any(len(known))
+        return f"{head}, no pretrained encoder is shown better than {same} on {where}{worse}{more}."
     board, arm = max(won, key=lambda pair: _gain(pair[1]))
     worse = f" and significantly worse on {down}" if down else ""
     return (
