@@ -114,7 +114,7 @@ def _readme(source: Source, licence: str) -> str:
         license=licence or "unknown",
         library_name="ssl3d",
         tags=["medical", "3d", "ssl3d", name, *([str(task["name"])] if task else ["feature-extraction"])],
-        **({"pipeline_tag": kind} if kind else {}),
+        pipeline_tag=kind,
     )
     described = f"a network for {task['name']} on an encoder {name}" if task else f"an encoder {name}"
     title = f"{name}, {task['name']}" if task else f"{name}, pretrained"
