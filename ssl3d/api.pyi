@@ -79,6 +79,7 @@ from .convert.networks import network_2d as network_2d
 from .data.cache import cache_folder as cache_folder
 from .data.identity import identity_hash as identity_hash
 from .data.open import (
+    holds_scans as holds_scans,
     open_data as open_data,
     open_data_for as open_data_for,
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ssl3d.api import Ssl3dError, count_of, duration
 from ssl3d_benchmarks.finetune.job import FinetuneJob
-from ssl3d_benchmarks.finetune.train import TrainingPlan, train
+from ssl3d_benchmarks.finetune.train import TrainingPlan, predict, train
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection
@@ -45,16 +46,41 @@ def forecast(jobs: Sequence[FinetuneJob]) -> str:
 
 def _seconds_a_step(jobs: Sequence[FinetuneJob]) -> float:
     """Time a few steps of the first training on copies that are thrown away; 0 where it cannot train."""
-    job, make = next((job, job.entry.make) for job in jobs if job.entry.make is not None)
-    fit = next(job.folds())[0]
+    with contextlib.suppress(Ssl3dError):  # the training itself will say so
+        return timed(next(job for job in jobs if job.entry.make is not None), volumes=0)[0]
+    return 0.0
+
+
+def timed(job: FinetuneJob, volumes: int = 2) -> tuple[float, float]:
+    """Time a few steps of a job's first training, and predictions, on copies that are thrown away.
+
+    Args:
+        job: Job whose entry has a network.
+        volumes: Number of volumes to predict, at most.
+
+    Returns:
+        Seconds of a step, and of predicting a volume (0 without any).
+    """
+    make, fit = job.entry.make, next(job.folds())[0]
+    assert make is not None
+    plan = _plan(job, fit)
     seconds = {}
     # The first step also counts FLOPs, so that it is slower than the others.
     for steps in (1, 1 + _TIMED):
-        plan = _plan(job, fit)
         plan = replace(plan, options=replace(plan.options, steps=steps, epochs=0, eval_at=(1.0,)))
-        with contextlib.suppress(Ssl3dError):  # the training itself will say so
-            seconds[steps] = train(plan, make, job.arm.rates[0])[1].seconds
-    return max(seconds[1 + _TIMED] - seconds[1], 0.0) / _TIMED if len(seconds) == 2 else 0.0
+        model, trial = train(plan, make, job.arm.rates[0])
+        seconds[steps] = trial.seconds
+    chosen = fit.select(range(min(volumes, len(fit))))
+    began = time.perf_counter()
+    if len(chosen):
+        predict(plan, model, chosen)
+    each = (time.perf_counter() - began) / max(len(chosen), 1)
+    return max(seconds[1 + _TIMED] - seconds[1], 0.0) / _TIMED, each if len(chosen) else 0.0
+
+
+def longest(job: FinetuneJob) -> int:
+    """Return the number of steps of a job's longest training."""
+    return max(_plan(job, fit).total for fit, _, _ in job.folds())
 
 
 def _plan(job: FinetuneJob, fit: Collection) -> TrainingPlan:

@@ -78,7 +78,7 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
             say(f"plan: {line}")
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
-        jobs = _jobs(arms, split, benchmark, options, device)
+        jobs = make_jobs(arms, split, benchmark, options, device)
         expected = forecast(jobs)
         if expected:
             say(expected)
@@ -105,7 +105,7 @@ def _configs(options: FinetuneOptions, config: Any) -> list[Any]:
     return [replace(config, sparse_slices=number) for number in numbers]
 
 
-def _jobs(
+def make_jobs(
     arms: Sequence[Arm],
     split: SplitData,
     benchmark: Finetune,

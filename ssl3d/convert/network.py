@@ -521,6 +521,10 @@ class _Swap:
             self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
         else:
+            origin = str(getattr(before, "__module__", None) or "torch").partition(".")[0]
+            known = isinstance(before, type) or origin in ("torch", "_operator", "builtins", "math")
+            if not known:  # wrapped for torch.fx, which does not see into it
+                self._refuse(node.name, getattr(before, "__name__", str(before)))
             return
         if before not in _BINARY and before not in _JOINING:
             self._tell(node.name, getattr(before, "__name__", str(before)), node.target.__name__)

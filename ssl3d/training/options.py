@@ -37,8 +37,8 @@ class PretrainOptions:
             prepared once and kept in $SSL3D_CACHE, else ~/.cache/ssl3d. Several sources are read as one,
             with an equal share for each data set.
         subjects: Labelled subjects to train on: train leaves the validation and test subjects of the house
-            split to the benchmarks, all takes everybody. Subjects without a label, a mask, boxes or a split
-            of their own are always used.
+            split to the benchmarks, all takes everybody, unlabelled takes none. Subjects without a label, a
+            mask, boxes or a split of their own are always used.
         holdout: Share of the subjects that is kept out of training, to report the proxies' metrics on
             people never seen.
         steps: Number of optimizer steps; 0 takes what the proxy recommends, else 1000.
@@ -88,7 +88,7 @@ class PretrainOptions:
     proxy: tuple[str, ...] = ()
     encoder: str = "resnet18"
     data: tuple[str, ...] = ("phantoms",)
-    subjects: Literal["train", "all"] = "train"
+    subjects: Literal["train", "all", "unlabelled"] = "train"
     holdout: float = 0.1
     steps: int = 0
     epochs: float = 0.0

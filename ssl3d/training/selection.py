@@ -48,7 +48,8 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
 
     Args:
         data: Volumes to choose from.
-        subjects: Labelled subjects to use: "train", or "all" of every split.
+        subjects: Labelled subjects to use: "train", "all" of every split, or none ("unlabelled"), so that a
+            cross-validation may test on each of them.
         share: Share of the chosen subjects to keep out; at least one subject where there are 8 or more.
         by: Rule of the choice: `BY_TARGET`, or that of an older run that goes on: `BY_SUBJECT`, or anything
             else to take all subjects of a data set for labelled where one is.
@@ -66,7 +67,8 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
     split = house_split(data, by_target=by_target) if known.any() else np.full(count, "train", dtype=object)
     unit = data.subject_codes if by in (BY_SUBJECT, BY_TARGET) else codes
     labelled = np.isin(unit, unit[known])
-    used = ~labelled | (split == "train") if subjects == "train" else np.ones(count, dtype=bool)
+    wanted = {"train": split == "train", "all": np.ones(count, dtype=bool)}
+    used = ~labelled | wanted.get(subjects, np.zeros(count, dtype=bool))
     notes = []
     for code in np.unique(codes):
         own = codes == code
@@ -74,6 +76,8 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         free = int((own & ~labelled).sum())
         why = "labelled in part" if 0 < free < own.sum() else "unlabelled" if free else "labelled"
         part = "all" if subjects == "all" or why == "unlabelled" else "the train split"
+        if why != "unlabelled" and subjects == "unlabelled":
+            part = "those without a target"
         if why == "labelled in part" and subjects == "train":
             part = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))

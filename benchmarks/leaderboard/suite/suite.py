@@ -111,10 +111,20 @@ def load_suite(name: str | Path) -> Suite:
         raise UsageError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    return _checked(path.stem, path, content)
+    return checked_suite(path.stem, path, content)
 
 
-def _checked(name: str, path: Path, content: Any) -> Suite:
+def checked_suite(name: str, path: Path, content: Any) -> Suite:
+    """Check the content of a suite file.
+
+    Args:
+        name: Name of the suite.
+        path: File that holds it, for messages.
+        content: Content of the file, as YAML holds it.
+
+    Raises:
+        UsageError: Something in it cannot be meant.
+    """
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a suite (a mapping with tasks)")
     _known(path, "", content, KEYS)
