@@ -47,7 +47,7 @@ def write_bundle(source: Source, folder: Path, options: ExportOptions) -> dict[s
         (folder / name).mkdir()
     about = write_program(source, folder / "models", options)
     texts = {
-        "scripts/__init__.py": '"""Code of the bundle, from ssl3d (Apache-2.0)."""\n',
+        "scripts/__init__.py": '"""Code of ssl3d (Apache-2.0) for the bundle."""\n',
         "scripts/intensities.py": _replaced(
             inspect.getsource(normalize), "from ssl3d.data.scans.found import MODALITIES",
             f"MODALITIES: dict = {normalize.MODALITIES!r}",

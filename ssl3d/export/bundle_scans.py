@@ -124,16 +124,22 @@ class MaskValuesd(MapTransform):
     Args:
         keys: Keys of the probabilities.
         values: Mask value of each class.
+        like: Key of the scan, whose place and name the mask has.
     """
 
-    def __init__(self, keys: KeysCollection, values: Sequence[int]) -> None:
+    def __init__(self, keys: KeysCollection, values: Sequence[int], like: str = "image") -> None:
         super().__init__(keys)
-        self.values = values
+        self.values, self.like = values, like
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Choose the value of each voxel."""
         out = dict(data)
         for key in self.key_iterator(out):
             best = torch.as_tensor(out[key]).argmax(dim=0, keepdim=True)
-            out[key] = torch.as_tensor(self.values, device=best.device)[best].float()
+            scan = out[self.like]
+            out[key] = MetaTensor(
+                torch.as_tensor(self.values, device=best.device)[best.as_subclass(torch.Tensor)].float(),
+                meta=scan.meta,
+                applied_operations=scan.applied_operations,
+            )
         return out
