@@ -15,8 +15,8 @@ class ExportOptions:
         source: Run of ssl3d pretrain or its encoder/, an encoder that ssl3d convert made, or a model that
             ssl3d finetune kept.
         to: Format: onnx; torch-export, a program that torch.export.load opens without ssl3d, in place of
-            TorchScript, which torch has deprecated; hf, a folder with a model card for the Hugging Face
-            hub; nnunet, a checkpoint that nnU-Net starts from.
+            TorchScript, which torch has deprecated; monai-bundle, which segments scans without ssl3d; hf,
+            a folder with a model card for the Hugging Face hub; nnunet, a checkpoint for nnU-Net.
         out: Folder for the files; by default the source's name and the format.
         patch: Size D H W in voxels of the volumes that the network takes, and that nnunet recommends; left
             out, that of the training, or 160 160 160 for nnunet.
@@ -27,7 +27,7 @@ class ExportOptions:
     """
 
     source: str = field(metadata={"positional": True})
-    to: Literal["onnx", "torch-export", "hf", "nnunet", "torchscript"] = "onnx"
+    to: Literal["onnx", "torch-export", "monai-bundle", "hf", "nnunet", "torchscript"] = "onnx"
     out: Path | None = None
     patch: tuple[int, int, int] | None = None
     licence: str = ""

@@ -23,6 +23,7 @@ WRITERS = {
     "onnx": "ssl3d.export.graphs:write_onnx",
     "torch-export": "ssl3d.export.graphs:write_program",
     "hf": "ssl3d.export.hub:write_hub",
+    "monai-bundle": "ssl3d.export.bundle:write_bundle",
     "nnunet": "ssl3d.export.nnunet:write_nnunet",
 }
 """Format -> module:function of (source, folder, options) that returns what `export.json` says of them."""
