@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +43,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_line_of_progress_fits_and_keeps_speed_and_time(tmp_path, monkeypatch, columns):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: SimpleNamespace(columns=columns))
+    monkeypatch.setenv("COLUMNS", str(columns))
     screen = Terminal()
     mains = ["sorting/kendall_tau", "mae/correlation"]
     monitor = Monitor(tmp_path, 0, 100, 10, mains, Log(stream=screen))
