@@ -148,7 +148,10 @@ def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
     while run.poll() is None and not (metrics.is_file() and metrics.read_text(encoding="utf-8")):
         time.sleep(0.1)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="utf-8").split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    readers = [
+        pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(int(readers[-1]), signal.SIGKILL)
     error = run.communicate(timeout=200)[1]
     assert run.returncode == 1 and error.count("\n") == 1, error
     assert "a process that reads data has died" in error and f"--resume {out}" in error
