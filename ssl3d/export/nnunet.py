@@ -42,7 +42,7 @@ def write_nnunet(source: Source, folder: Path, options: ExportOptions) -> dict[s
     d, h, w = (max(2 * step, 8) for step in encoder.strides[-1])
     x, worst = sample(source.channels, (d, h, w)), 0.0
     for prefix in ("encoder.", "decoder.encoder."):
-        again = type(encoder)(encoder.config).eval()  # type: ignore[arg-type]
+        again = type(encoder)(encoder.config).eval()
         again.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()
                                if key.startswith(prefix)})  # fmt: skip
         with torch.no_grad():

@@ -49,7 +49,7 @@ def write_timm(source: Source, folder: Path, options: ExportOptions) -> dict[str
     words: dict[str, Any] = {"in_chans": source.channels}
     if not timm.is_model(name):
         raise UsageError(f"{label}: timm has no {name}; {_INSTEAD}")
-    network = timm.create_model(name, num_classes=head.out_features if head else 0, **words)
+    network: Any = timm.create_model(name, num_classes=head.out_features if head else 0, **words)
     _fill(network, _weights(encoder, network), head, label, name)
     step = _stride(network, encoder, label, name)
     classes = [str(kind["name"]) for kind in source.card["classes"]] if head else []

@@ -26,10 +26,11 @@ pytestmark = [
     pytest.mark.skipif(not CASES.is_dir(), reason=f"no data in {CASES}"),
 ]
 TRAIN = """
-import sys, torch
+import functools, sys, torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.run.run_training import run_training_entry
 made = nnUNetTrainer.__init__
+@functools.wraps(made)  # whose signature it reads
 def short(self, *args, **kwargs):
     made(self, *args, **kwargs)
     self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
@@ -42,10 +43,10 @@ run_training_entry()
 """
 
 
-def run(root, *command):
+def run(root, *command, workers="1"):
     names = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "prep", "nnUNet_results": "results"}
     environment = {**os.environ, **{key: str(root / name) for key, name in names.items()},
-                   "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f", "PYTHONPATH": ""}  # fmt: skip
+                   "nnUNet_n_proc_DA": workers, "nnUNet_compile": "f", "PYTHONPATH": ""}  # fmt: skip
     done = subprocess.run(
         [PYTHON, *command], env=environment, cwd=root, capture_output=True, text=True, timeout=1500
     )
@@ -89,7 +90,9 @@ def test_nnunet_trains_from_the_weights_of_an_export(name, planned, tmp_path):
     }  # fmt: skip
     plans.write_text(json.dumps(content))
     shutil.rmtree(planned / "results", ignore_errors=True)
-    told = run(planned, "-c", TRAIN, "-pretrained_weights", str(tmp_path / "out/checkpoint_final.pth"))
+    told = run(
+        planned, "-c", TRAIN, "-pretrained_weights", str(tmp_path / "out/checkpoint_final.pth"), workers="0"
+    )
     assert "Loading pretrained weights" in told
     (trained,) = (planned / "results").rglob("checkpoint_final.pth")
     weights = torch.load(trained, weights_only=False)["network_weights"]
