@@ -171,10 +171,9 @@ def _difference(network: Any, source: Source, head: nn.Linear | None, size: tupl
     encoder, x = source.encoder, sample(source.channels, size, 2, seed=100)
     picture = x.squeeze(2)
     with torch.no_grad():
-        maps, found = encoder(x), network.forward_features(picture)
-        pooled = network.forward_head(found, pre_logits=True)
+        maps, deepest = encoder(x), network.forward_features(picture)
         ours = [maps[-1].squeeze(2), encoder.pool(maps)]
-        theirs = [found, pooled]
+        theirs = [deepest, network.forward_head(deepest, pre_logits=True)]
         if head:
             ours.append(source.portable().network(x))
             theirs.append(network(picture).softmax(dim=1))
