@@ -29,6 +29,7 @@ from ssl3d.api import (
     duration,
     lone_values,
     memory_format,
+    restore_optimizer,
     seed_of,
     start_from,
     tensor_bytes,
@@ -643,8 +644,37 @@ def _restore(
             f"{torch.get_num_threads()}, so sums may differ in their last bits"
         )
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(optimizer, state["optimizer"])
+    _check_trial(state["trial"], trial, model)
     for key, value in state["trial"].items():
         setattr(trial, key, value)
     if trial.step < trial.total:
         plan.say(f"{plan.name}: the training goes on at step {trial.step} of {trial.total}")
+
+
+def _check_trial(kept: dict[str, Any], trial: Trial, model: nn.Module) -> None:
+    """Check that what a checkpoint keeps of a training is of the kinds that a training has.
+
+    Raises:
+        ValueError: A part is missing, unknown, or of the wrong kind.
+    """
+    if not {"step", "curve", "weights"} <= set(kept) <= set(Trial.__dataclass_fields__):
+        raise ValueError(f"it keeps {', '.join(map(str, kept))}")
+    for key, value in kept.items():
+        own = getattr(trial, key)
+        if type(value) is not type(own) and not {type(value), type(own)} <= {int, float}:
+            raise ValueError(f"{key} is {type(value).__name__}, not {type(own).__name__}")
+    if not 0 <= kept["step"] <= kept["total"] or type(kept["step"]) is not int:
+        raise ValueError(f"it is of step {kept['step']} of {kept['total']}")
+    if not all(isinstance(value, int | float) for value in kept.get("losses", ())):
+        raise ValueError("a loss is no number")
+    scored = [*kept["curve"], *([kept["best"]] if kept.get("best") else [])]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in scored):
+        raise ValueError("an entry of the curve has no step")
+    if not all(isinstance(entry.get("score"), int | float | None) for entry in scored):
+        raise ValueError("a score is no number")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for key in ("weights", "average"):
+        state = kept.get(key)
+        if state and {k: isinstance(v, Tensor) and v.shape for k, v in state.items()} != shapes:
+            raise ValueError(f"its {key} are not those of the model")
