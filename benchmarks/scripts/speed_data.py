@@ -260,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{size}^3 from {len(paths)} files of {source}, median {shape}: {figures}", flush=True
                 )
-        for folder, shape, count in (("large", (155, 240, 240), 4), ("small", (36, 50, 38), 32)):
-            check_sums(temporary / folder, shape, count, options.batches)
+        check_sums(temporary / "large", (155, 240, 240), 4, options.batches)
+        check_sums(temporary / "small", (36, 50, 38), 32, options.batches)
         if options.volumes:
             for shards in (1, 100):
                 open_many(temporary, options.volumes, shards)
