@@ -20,7 +20,7 @@ from ssl3d.view.predicted import UNDEFINED, Predicted
 
 Array = NDArray[Any]
 
-MISSED, EXTRA = "#e6550d", "#3182bd"
+MISSED, EXTRA = "#f032a0", "#ffd92f"
 """Colours of voxels that are in the truth alone, and in the prediction alone."""
 BINS = 20
 """Bars of the histogram of Dice."""
