@@ -80,12 +80,12 @@ class Chunked:
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """Number of axes of the data set."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries."""
+        """Number of bytes of all entries."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __len__(self) -> int:
