@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from ssl3d.api import Collection, Encoder
 
 APART = (
-    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "lr",
-    "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
+    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",
+    "lr", "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
     "metric",
 )  # fmt: skip

@@ -36,6 +36,8 @@ class FinetuneOptions:
             such as 1 2 4 all, give a curve. A single number equals --segmentation.sparse_slices.
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Number of folds of a cross-validation by subject, instead of the house split; 0 for none.
+        part: Subjects that are scored: test; or val, the validation subjects, so that a recipe can be
+            chosen before anybody looks at the test subjects. Then the last weights are kept.
         split_seed: Seed of the subsets and the folds.
         steps: Number of optimizer steps; 0 to count epochs, or for the task's plan.
         epochs: Number of passes over the training volumes; 0 to count steps.
@@ -90,6 +92,7 @@ class FinetuneOptions:
     sparse_slices: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
+    part: Literal["test", "val"] = "test"
     split_seed: int = 0
     steps: int = 0
     epochs: int = 0
@@ -125,7 +128,7 @@ class FinetuneOptions:
     overwrite: bool = False
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "split_seed")),
+        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "part", "split_seed")),
         HelpSection(
             "training",
             ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
@@ -153,6 +156,8 @@ class FinetuneOptions:
             raise ValueError(f"sparse_slices: {' '.join(self.sparse_slices)}; give each once")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds: {self.folds} is impossible; use 0 for the house split, or 2 and more")
+        if self.folds and self.part == "val":
+            raise ValueError("part is val, which the house split has: leave out folds")
         for name in ("repeats", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
