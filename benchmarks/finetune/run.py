@@ -270,7 +270,7 @@ def make_arms(options: FinetuneOptions, loaded: Loaded | None = None, decoders: 
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders, options.folds):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:
