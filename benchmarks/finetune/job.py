@@ -138,12 +138,8 @@ class FinetuneJob:
     def begin_record(self, contestant: Contestant, settings: dict[str, Any]) -> Result:
         """Begin the record of this job, whose key says whether it was done before."""
         pool = pool_details(self.options.pool)
-        by_fold = [
-            described(own, own.make(), pool) for own in self.entry.folds if own.make is not None
-        ]
-        return record(
-            contestant, self.benchmark, self.split, self.subset, self.seed, settings, by_fold
-        )
+        by_fold = [described(own, own.make(), pool) for own in self.entry.folds if own.make is not None]
+        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings, by_fold)
 
     def folds(self) -> Iterator[tuple[Collection, Collection, Collection]]:
         """Yield the training, validation and test volumes of each fold."""

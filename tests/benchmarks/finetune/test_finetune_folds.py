@@ -78,7 +78,9 @@ def test_pretraining_leaves_out_whom_a_fold_tests_on(store):
 def test_a_fold_is_dealt_out_in_each_data_set_by_itself(store, tmp_path):
     more = a_store(tmp_path / "more.h5", "gfedcba", "other")
     both = open_data([store, more])
-    for number, (own, theirs) in enumerate(zip(people_of_folds(store, 3), people_of_folds(more, 3), strict=True)):
+    for number, (own, theirs) in enumerate(
+        zip(people_of_folds(store, 3), people_of_folds(more, 3), strict=True)
+    ):
         kept = select(both, "train", 0.0, leave_out=(number, 3)).train
         for name in set(both.datasets):
             away = theirs if name == "other" else own
@@ -103,7 +105,9 @@ def test_each_fold_starts_from_its_own_encoder_and_nobody_was_seen(store, tmp_pa
     # One encoder for all folds saw most of the people that are tested.
     assert main([*command[:1], f"one={tmp_path}/fold1", *command[2:], "--out", str(tmp_path / "one")]) == 0
     one = record(tmp_path / "one")
-    assert one.flags["seen_test_subjects"] == 9 - len(people_of_folds(store, 3)[1]) and not one.flags["ranked"]
+    assert (
+        one.flags["seen_test_subjects"] == 9 - len(people_of_folds(store, 3)[1]) and not one.flags["ranked"]
+    )
     # What the second fold predicted, with weights that did not move, is the same with either.
     weights = [[fold["weights"] for fold in result.compute["details"]] for result in (whole, one)]
     assert weights[0][1] == weights[1][1] and weights[0][0] != weights[1][0]

@@ -373,7 +373,9 @@ def labelled(people, alpha, scratch):
             ("scratch:resnet18, seed 1", "untrained", scratch, 1),
         ):
             if gain is not None:
-                row = record(name, kind, gain + 1e-3 * repeat, weights_seed=weights_seed, seed=weights_seed or 0)
+                row = record(
+                    name, kind, gain + 1e-3 * repeat, weights_seed=weights_seed, seed=weights_seed or 0
+                )
                 row.fraction, row.repeat = people / 60, repeat
                 row.split = {**row.split, "train": {"subjects": people, "of_subjects": 60}}
                 row.settings = {**row.settings, "fractions": f"{people}, nested"}
@@ -401,7 +403,9 @@ def test_a_gain_is_told_in_labelled_subjects(tmp_path):
     (line,) = [words for words in lines if "with 24 labelled subjects" in words]
     assert "reaches that with more than 54" in line
     out = tmp_path / "out"
-    assert main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "400"]) == 0
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "400"]) == 0
+    )
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "<title>alpha with 6 labelled subjects: from scratch 12</title>" in page
     assert "<title>alpha with 24 labelled subjects: from scratch more than 54</title>" in page

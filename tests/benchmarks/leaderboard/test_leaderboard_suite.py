@@ -255,7 +255,12 @@ def test_with_folds_every_run_is_made_for_each_and_scored_as_one(tmp_path):
 )  # fmt: skip
 def test_what_the_suites_folds_decide_is_left_out_elsewhere(tmp_path, changes, message):
     tuned = {"tuned": {"protocol": "finetune", "runs": ["*"], "options": "--data {people}"}}
-    good = {"runs": {"simclr": "--proxy simclr --data {people}"}, "contestants": {}, "tasks": tuned, "folds": 3}
+    good = {
+        "runs": {"simclr": "--proxy simclr --data {people}"},
+        "contestants": {},
+        "tasks": tuned,
+        "folds": 3,
+    }
     check(planned(tmp_path, **good))
     with pytest.raises(UsageError, match=message):
         check(planned(tmp_path, **{**good, **changes}))
