@@ -43,7 +43,7 @@ from ssl3d_benchmarks.finetune.train import (
 from ssl3d_benchmarks.task import SplitData, TrainingSubset, say
 
 if TYPE_CHECKING:
-    from ssl3d.api import Collection
+    from ssl3d.api import Collection, Encoder
 
 APART = (
     "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",

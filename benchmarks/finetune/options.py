@@ -129,7 +129,9 @@ class FinetuneOptions:
     overwrite: bool = False
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "part", "split_seed")),
+        HelpSection(
+            "data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "part", "split_seed")
+        ),
         HelpSection(
             "training",
             ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
