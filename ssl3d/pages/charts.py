@@ -112,8 +112,8 @@ def lines(
 ) -> str:  # fmt: skip
     """Draw curves over an amount, their intervals, and their names at the right, kept apart.
 
-    Amounts in `called` are written so below the axis. `distances` are pairs of amounts at one height, joined
-    by a line: first amount, second amount, height, and what it says when pointed at.
+    Amounts in `called` are written so below the axis. `distances` are pairs of amounts at one height,
+    joined by a line: first amount, second amount, height, and what it says when pointed at.
     """
     curves = [curve for curve in curves if any(isfinite(point[1]) for point in curve.points)]
     if not curves:

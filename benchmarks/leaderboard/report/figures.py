@@ -140,8 +140,8 @@ def fractions(boards: Sequence[Board]) -> str:
     return elements.figure(
         picture,
         "Score against the number of training subjects. The subsets are nested and are the same for every "
-        "contestant. A dashed level line joins the best pretrained contestant, where its gain is shown, with "
-        "the number of subjects at which the same network from scratch has its score.",
+        "contestant. A dashed level line joins the best pretrained contestant, where its gain is shown, "
+        "with the number of subjects at which the same network from scratch has its score.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What pretraining is worth in labelled subjects: how many the network from scratch needs for the same score."""
+"""Worth of pretraining in labelled subjects: how many more the network from scratch needs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def labelled_subjects(board: Board) -> float:
 
 
 def worths(boards: Sequence[Board]) -> list[Worth]:
-    """Measure what each pretrained contestant is worth on the boards of one table, the fewest labels first."""
+    """Measure what each pretrained contestant of a table is worth, the fewest labels first."""
     found = []
     for board in sorted((b for b in boards if b.few), key=labelled_subjects):
         for arm in board.of_kind("pretrained"):
