@@ -124,7 +124,7 @@ def _tested_on(data: Collection, known: np.ndarray, fold: int, folds: int) -> np
         count = len(np.unique(people[rows]))
         if count < folds:
             raise DataError(
-                f"{name}: leave_out {fold}/{folds} needs {folds} labelled subjects, not {count}"
+                f"{name}: --leave-out {fold}/{folds} needs {folds} labelled subjects, not {count}"
             )
         number = grouped_folds(people[rows], None, folds)
         left |= np.isin(people, people[rows][number == fold])

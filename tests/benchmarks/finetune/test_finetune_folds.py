@@ -1,4 +1,4 @@
-"""Cross-validation with an encoder of each fold, pretrained without its test subjects; scores of validation subjects."""
+"""Cross-validation with an encoder of each fold, which saw none of its test subjects; --part val."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from ssl3d_benchmarks.finetune.run import make_task
 from ssl3d_benchmarks.finetune.segmentation.task import SegmentationConfig
 
 SPEC = "scratch:resnet10:acs:width=4"
-SHORT = ["--task", "segmentation", "--steps", "1", "--segmentation.patch", "8", "16", "16", "--batch-size", "2",
-         "--segmentation.width", "2", "--no-trivial", "true", "--keep-models", "none", "--no-scratch", "true",
-         "--threads", "1"]  # fmt: skip
+SHORT = ["--task", "segmentation", "--steps", "1", "--segmentation.patch", "8", "16", "16",
+         "--batch-size", "2", "--segmentation.width", "2", "--no-trivial", "true", "--keep-models", "none",
+         "--no-scratch", "true", "--threads", "1"]  # fmt: skip
 
 
 def a_store(path, names, dataset, unlabelled=()):

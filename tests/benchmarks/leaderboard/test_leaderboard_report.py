@@ -365,7 +365,7 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
 
 
 def labelled(people, alpha, scratch):
-    """Records on three subsets of so many of 60 subjects, of one pretrained encoder and of two from scratch."""
+    """Records on three subsets of so many of 60 subjects: of one pretrained encoder, two from scratch."""
     for repeat in range(3):
         for name, kind, gain, weights_seed in (
             ("runs/alpha-0", "encoder", alpha, None),
@@ -383,8 +383,8 @@ def labelled(people, alpha, scratch):
 
 
 def test_a_gain_is_told_in_labelled_subjects(tmp_path):
-    # From scratch -.20, -.10 and -.06 with 6, 24 and 54 subjects; pretrained -.15 with 6, which is half of the
-    # way from 6 to 24 on a logarithmic axis: 12.
+    # From scratch -.20, -.10 and -.06 with 6, 24 and 54 subjects; pretrained -.15 with 6, which is half of
+    # the way from 6 to 24 on a logarithmic axis: 12.
     rows = [*labelled(6, -0.15, -0.2), *labelled(24, -0.02, -0.1), *labelled(54, None, -0.06)]
     boards = read_report([write(tmp_path / "r", rows)], resamples=400).boards
     few, more = worths(boards)

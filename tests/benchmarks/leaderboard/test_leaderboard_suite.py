@@ -248,7 +248,7 @@ def test_with_folds_every_run_is_made_for_each_and_scored_as_one(tmp_path):
     ("changes", "message"),
     [
         ({"runs": {"simclr": "--proxy simclr --leave-out 0/3 --data {people}"}}, "by the suite's folds"),
-        ({"tasks": {"a": {"runs": ["*"], "options": "--data {people}"}}}, "linear-probe has no encoder for each"),
+        ({"tasks": {"a": {"runs": ["*"], "options": "--data {people}"}}}, "linear-probe has no encoder"),
         ({"tasks": {"a": {"protocol": "finetune", "runs": ["*"], "options": "--data {people} --folds 4"}}},
          "set by the suite's folds"),
     ],
