@@ -77,7 +77,7 @@ def labelled_subjects(board: Board) -> float:
 
 def worths(boards: Sequence[Board]) -> list[Worth]:
     """Measure what each pretrained contestant of a table is worth, the fewest labels first."""
-    found = []
+    measured: list[Worth] = []
     for board in sorted((b for b in boards if b.few), key=labelled_subjects):
         for arm in board.of_kind("pretrained"):
             scratch = reference_of(arm, board)
@@ -95,8 +95,8 @@ def worths(boards: Sequence[Board]) -> list[Worth]:
                 for gain in (arm.gain.value, arm.gain.low, arm.gain.high)
             )
             most = max(amount for amount, _ in curve)
-            found.append(Worth(board, arm, scratch, begin, equal, low, high, most))
-    return found
+            measured.append(Worth(board, arm, scratch, begin, equal, low, high, most))
+    return measured
 
 
 def best_of_each(boards: Sequence[Board]) -> list[Worth]:
