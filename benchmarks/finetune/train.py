@@ -206,7 +206,7 @@ def _run(
     workers = options.workers if options.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = Loader(
         plan.train,
-        {"finetune": (_Drawing, plan.task)},  # type: ignore[dict-item]
+        {"finetune": (Drawing, plan.task)},  # type: ignore[dict-item]
         plan.batch_size,
         seed=seed_of(plan.seed, "order"),
         workers=workers,
@@ -226,7 +226,7 @@ def _run(
             group["lr"] = group["scale"] * rate(trial.step, trial.total, trial.lr, options)
         torch.manual_seed(seed_of(plan.seed, "step", trial.step))  # dropout takes no generator
         optimizer.zero_grad(set_to_none=True)
-        value, trial.flops = _step(plan, model, batch.to(device).groups, trial)
+        value, trial.flops = gradients(plan, model, batch.to(device).groups, trial)
         if not math.isfinite(value):
             raise Diverged(
                 f"{plan.name}: the loss is {value} at step {trial.step + 1} of {trial.total}, learning "
@@ -285,7 +285,9 @@ class _Progress:
 LONE_HELP = "--freeze-norm or, of volumes of several shapes, --classification.pad true"
 
 
-def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:
+def gradients(
+    plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial
+) -> tuple[float, float]:
     """Return the loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -383,7 +385,7 @@ def update_average(average: dict[str, Tensor], model: nn.Module, step: int, reac
         average[key].copy_(state[key])
 
 
-class _Drawing:
+class Drawing:
     """Adapter by which the toolkit's loader draws for a task, in place of a proxy."""
 
     @staticmethod
