@@ -35,7 +35,7 @@ def check(plan: SuitePlan) -> None:
             elif kind in ("measure", "pretrain"):
                 _run(plan, name)
             else:
-                _score(job.command())
+                _check_task(job.command())
         except Ssl3dError as error:
             raise UsageError(f"suite {suite.name}: {where}: {error}") from error
     for name, text in suite.contestants.items():
@@ -60,15 +60,24 @@ def _run(plan: SuitePlan, name: str) -> None:
     request_of(plan.commands.pretraining(name, 1, 0))
 
 
-def _score(command: list[str]) -> None:
-    from ssl3d.api import plugins as installed
-
-    protocol, *words = command
-    given = [word.partition("=")[0] for word in words]
+def _check_task(command: list[str]) -> None:
+    given = [word.partition("=")[0] for word in command[1:]]
     if given.count("--out") > 1:
         raise UsageError("options: --out is set by the suite, a folder for each task, so leave it out")
     if "--data" not in given:
         raise UsageError("options: --data is missing")
+    check_scoring(command)
+
+
+def check_scoring(command: list[str]) -> None:
+    """Check that a command which scores encoders can be read.
+
+    Raises:
+        UsageError: An option is unknown, or its value unusable.
+    """
+    from ssl3d.api import plugins as installed
+
+    protocol, *words = command
     plugins: Any = None
     if protocol == "finetune":
         plugins = Plugins({"task": lambda name: task_class(name).Config}, {"task": tuple(TASKS)})
