@@ -321,7 +321,6 @@ from .training.device import (
 )
 from .training.loader import Loader as Loader
 from .training.loggers import (
-    LoggerName as LoggerName,
     Loggers as Loggers,
     check_loggers as check_loggers,
     missing_loggers as missing_loggers,

@@ -212,8 +212,8 @@ def _only_validate(job: FinetuneJob, encoder: Encoder, result: Result) -> None:
         if scores.final() is None:
             with _loggers(job, result) as loggers:
                 parts = _train_folds(job, encoder, result, loggers, scores)
-                found = [part["details"]["validation"][job.benchmark.main] for part in parts]
-                scores.finish([math.nan if score is None else float(score) for score in found])
+                chosen = [part["details"]["validation"][job.benchmark.main] for part in parts]
+                scores.finish([math.nan if score is None else float(score) for score in chosen])
             shutil.rmtree(job.options.out / ".jobs" / result.key, ignore_errors=True)
     say(f"{job.name}: validation {job.benchmark.main} {scores.final():.3f}")
 

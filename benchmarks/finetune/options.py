@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ssl3d.api import HelpSection, LoggerName, check_loggers
+from ssl3d.api import HelpSection, check_loggers
 
 SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
@@ -125,7 +125,7 @@ class FinetuneOptions:
     save_predictions: bool = False
     keep_models: tuple[str, ...] = ("best",)
     checkpoint_seconds: float = 60.0
-    logger: tuple[LoggerName, ...] = ()
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 0
     workers: int = -1

@@ -91,12 +91,12 @@ class Worker:
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials of all workers."""
-        found: list[FrozenTrial] = self._study(0).get_trials(deepcopy=False)
-        return found
+        trials: list[FrozenTrial] = self._study(0).get_trials(deepcopy=False)
+        return trials
 
     def run(self) -> None:
         """Take and run trials until there are enough, or a signal comes."""
-        told = False
+        waiting = False
         while not self.child.asked:
             taken = self._take()
             if taken is not None:
@@ -104,9 +104,9 @@ class Worker:
                 with locks.holding(lock):
                     self._run(taken)
             elif any(trial.state.name == "RUNNING" for trial in self.trials()):
-                if not told:
+                if not waiting:
                     print("waiting for trials that other processes are running", flush=True)
-                told = True
+                waiting = True
                 time.sleep(locks.WAIT)
             else:
                 return

@@ -25,13 +25,13 @@ def points(folder: Path, value: str) -> list[tuple[int, float]]:
     if value != VALIDATION:
         rows = [(int(row["step"]), row[value]) for row in _metrics(folder) if row.get(value) is not None]
         return [(step, float(score)) for step, score in rows if math.isfinite(score)]
-    found: dict[Any, float | None] = {}
+    scores: dict[Any, float | None] = {}
     for path in _files(folder):
         for line in ValidationScores(path).lines():
             if not line.get("finished"):
                 # After a stop the same scoring comes again.
-                found.setdefault((path.name, line["part"], line["lr"], line["step"]), line["score"])
-    return [(n, score) for n, score in enumerate(found.values(), start=1) if score is not None]
+                scores.setdefault((path.name, line["part"], line["lr"], line["step"]), line["score"])
+    return [(n, score) for n, score in enumerate(scores.values(), start=1) if score is not None]
 
 
 def final(folder: Path, value: str) -> float:

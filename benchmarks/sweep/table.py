@@ -94,8 +94,10 @@ def lines_of(info: dict[str, Any]) -> list[str]:
         for row in trials
     ]
     counts = {word: sum(row["state"] == word for row in trials) for word in _WORDS.values()}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    text = [f"{info['path']}: {count_of(len(trials), 'trial')} of {info['command']}, {told or 'none yet'}"]
+    states = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    text = [
+        f"{info['path']}: {count_of(len(trials), 'trial')} of {info['command']}, {states or 'none yet'}"
+    ]
     if rows:
         text += ["", *aligned([head, *rows])]
     if info["best"]:

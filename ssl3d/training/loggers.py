@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssl3d.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 IDENTITIES = "loggers.json"
 """File of a run with what identifies it at W&B and MLflow, so that a resumed run goes on there."""
 PATIENCE = 60.0
@@ -284,13 +283,14 @@ class Loggers:
         self._warn = warn
         self._open: dict[str, Logger] = {}
         for key, value in _QUIET.items():
-            os.environ.setdefault(key, value)
+            if key.lower().startswith(tuple(names)):
+                os.environ.setdefault(key, value)
         known = _identities(folder)
         for name in names:
-            if find_spec(KINDS[name].package) is None:
+            if not _installed(name):
                 continue  # `missing_loggers` says so before the training
             with self._sheltered(name):
-                run = LoggedRun(folder, title, group, config, begin, known.get(name, ""))
+                run = LoggedRun(folder, title, group, _plain(config), begin, known.get(name, ""))
                 self._open[name] = KINDS[name](run)
         identities = {name: logger.identity for name, logger in self._open.items() if logger.identity}
         if identities and identities != known:
@@ -367,7 +367,7 @@ def missing_loggers(names: Sequence[str]) -> list[str]:
         >>> missing_loggers(["tensorboard"])
         []
     """
-    lacking = [name for name in names if find_spec(KINDS[name].package) is None]
+    lacking = [name for name in names if not _installed(name)]
     return [
         f"warning: --logger {name} is left out, as its package is not installed; "
         f"pip install 'ssl3d[{KINDS[name].extra}]' brings it"
@@ -376,7 +376,7 @@ def missing_loggers(names: Sequence[str]) -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Blot out the values of secret environment variables, and passwords in addresses.
+    """Remove the values of secret environment variables, and passwords in addresses, from a text.
 
     Example:
         >>> without_secrets("no answer from https://ann:pass@mlflow.example/api")
@@ -386,6 +386,21 @@ def without_secrets(text: str) -> str:
         if _SECRET.search(key) and len(value) >= 6:
             text = text.replace(value, "***")
     return _IN_ADDRESS.sub("://***@", text)
+
+
+def _installed(name: str) -> bool:
+    spec = find_spec(KINDS[name].package)
+    # A folder `wandb` in the working directory, which W&B makes, has a spec without an origin.
+    return spec is not None and spec.origin is not None
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration without secrets: an address of data may have a password in it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _knows_account() -> bool:

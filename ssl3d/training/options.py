@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from ssl3d import config, plugins
 from ssl3d.command_help import HelpSection
 from ssl3d.errors import PluginError, UsageError
-from ssl3d.training.loggers import LoggerName, check_loggers
+from ssl3d.training.loggers import check_loggers
 
 PROG = "ssl3d pretrain"
 STEPS = 1000
@@ -119,7 +119,7 @@ class PretrainOptions:
     checkpoint_every: int = 200
     eval_every: int = 0
     log_every: int = 0
-    logger: tuple[LoggerName, ...] = ("tensorboard",)
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     save_at: tuple[float, ...] = ()
     out: Path | None = None
     overwrite: bool = False

@@ -219,6 +219,9 @@ def test_numbers_that_are_not_finite_stay_away(tmp_path, monkeypatch):
     monkeypatch.setitem(loggers.KINDS, "mlflow", Failing)
     with Loggers(["mlflow"], tmp_path, "x", {}, print) as own:
         own.scalars({"loss": 1, "a/b": 0.5, "c": float("nan"), "d": None, "e": "text"}, 3)
+    monkeypatch.setattr(Failing, "__init__", lambda self, run: seen.append(run.config))
+    Loggers(["mlflow"], tmp_path, "x", {"data": ["s3://ann:hunter22@host/a"], "n": {"lr": 0.1}}, print)
+    assert seen.pop() == {"data": ["s3://***@host/a"], "n": {"lr": 0.1}}
     assert seen == [({"run/loss": 1.0, "a/b": 0.5}, 3)]
     assert missing_loggers(["tensorboard"]) == []
 
