@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
@@ -51,8 +50,8 @@ if TYPE_CHECKING:
     from ssl3d.api import Collection, Encoder
 
 APART = (
-    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "lr",
-    "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
+    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",
+    "lr", "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
     "metric", "logger", "validation_only",
 )  # fmt: skip
@@ -142,7 +141,9 @@ class FinetuneJob:
 
     def begin_record(self, contestant: Contestant, settings: dict[str, Any]) -> Result:
         """Begin the record of this job, whose key says whether it was done before."""
-        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings)
+        pool = pool_details(self.options.pool)
+        by_fold = [described(own, own.make(), pool) for own in self.entry.folds if own.make is not None]
+        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings, by_fold)
 
     def folds(self) -> Iterator[tuple[Collection, Collection, Collection]]:
         """Yield the training, validation and test volumes of each fold."""
@@ -167,7 +168,7 @@ def run_job(job: FinetuneJob) -> Result | None:
     contestant = described(job.entry, encoder, pool_details(options.pool))
     result = job.begin_record(contestant, settings_of(job.task, options, job.subset, job.arm.rates))
     if options.validation_only:
-        return _only_validate(job, encoder, result)
+        return _only_validate(job, result)
     unsaved = "" if not options.save_predictions else "; its predictions are saved with --overwrite only"
 
     def look() -> Result | None:
@@ -181,7 +182,7 @@ def run_job(job: FinetuneJob) -> Result | None:
         return existing
     with _holding(job, result):
         existing = look()  # another process may have made it just before the lock was taken
-        return existing or _train_and_score(job, encoder, result)
+        return existing or _train_and_score(job, result)
 
 
 @contextlib.contextmanager
@@ -203,7 +204,7 @@ def _holding(job: FinetuneJob, result: Result) -> Iterator[None]:
         yield
 
 
-def _only_validate(job: FinetuneJob, encoder: Encoder, result: Result) -> None:
+def _only_validate(job: FinetuneJob, result: Result) -> None:
     """Train, and write the score on the validation subjects; test subjects are not read."""
     scores = ValidationScores(job.options.out / "validation" / f"{_slug(job.name)}-{result.key[:8]}.jsonl")
     with _holding(job, result):
@@ -211,17 +212,17 @@ def _only_validate(job: FinetuneJob, encoder: Encoder, result: Result) -> None:
             scores.path.unlink(missing_ok=True)
         if scores.final() is None:
             with _loggers(job, result) as loggers:
-                parts = _train_folds(job, encoder, result, loggers, scores)
+                parts = _train_folds(job, result, loggers, scores)
                 chosen = [part["details"]["validation"][job.benchmark.main] for part in parts]
                 scores.finish([math.nan if score is None else float(score) for score in chosen])
             shutil.rmtree(job.options.out / ".jobs" / result.key, ignore_errors=True)
     say(f"{job.name}: validation {job.benchmark.main} {scores.final():.3f}")
 
 
-def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Result:
+def _train_and_score(job: FinetuneJob, result: Result) -> Result:
     """Train, score and write the record, beside the loggers that the options name."""
     with _loggers(job, result) as loggers:
-        _score_folds(job, encoder, result, loggers)
+        _score_folds(job, result, loggers)
     return result
 
 
@@ -235,11 +236,11 @@ def _loggers(job: FinetuneJob, result: Result) -> Loggers:
     return Loggers(options.logger, folder, job.name, about, say, group=options.out.resolve().name)
 
 
-def _score_folds(job: FinetuneJob, encoder: Encoder, result: Result, loggers: Loggers) -> None:
+def _score_folds(job: FinetuneJob, result: Result, loggers: Loggers) -> None:
     """Fill the record and write it; until then everything lies in `OUT/.jobs/KEY/`."""
     folder = job.options.out / ".jobs" / result.key
     began = time.perf_counter()
-    parts = _train_folds(job, encoder, result, loggers)
+    parts = _train_folds(job, result, loggers)
     merged = job.benchmark.summarise([row for part in parts for row in part["predictions"]])
     result.scores, result.intervals = merged.scores, merged.intervals
     result.predictions = merged.predictions
@@ -260,17 +261,12 @@ def _score_folds(job: FinetuneJob, encoder: Encoder, result: Result, loggers: Lo
 
 
 def _train_folds(
-    job: FinetuneJob,
-    encoder: Encoder,
-    result: Result,
-    loggers: Loggers,
-    scores: ValidationScores | None = None,
+    job: FinetuneJob, result: Result, loggers: Loggers, scores: ValidationScores | None = None
 ) -> list[dict[str, Any]]:
     """Train and predict each fold, or read what was written of it before a stop.
 
     Args:
         job: Job to do.
-        encoder: Encoder that every fold starts from.
         result: Record that was begun.
         loggers: Loggers of the job.
         scores: File of validation scores, where nothing is to be predicted for test subjects.
@@ -281,6 +277,8 @@ def _train_folds(
         path = folder / f"fold-{number}.json"
         part = None if job.options.overwrite else _read_json(path)
         if part is None:
+            entry = job.entry.of_fold(number)
+            assert entry.make is not None
             plan = TrainingPlan(
                 benchmark=job.benchmark,
                 task=job.task,
@@ -292,7 +290,7 @@ def _train_folds(
                 name=job.name if len(job.split.folds) == 1 else f"{job.name}, fold {number}",
                 folder=folder / f"fold-{number}",
                 say=say,
-                decoder=job.entry.decoder,
+                decoder=entry.decoder,
                 loggers=loggers,
                 scores=scores,
                 part="" if len(job.split.folds) == 1 else f"fold-{number}/",
@@ -301,7 +299,7 @@ def _train_folds(
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)
             part = score_fold(
                 plan,
-                lambda: copy.deepcopy(encoder),
+                entry.make,
                 rates=job.arm.rates,
                 test=test if scores is None else None,
                 key=result.key,
