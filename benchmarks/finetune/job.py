@@ -168,7 +168,8 @@ def run_job(job: FinetuneJob) -> Result | None:
     contestant = described(job.entry, encoder, pool_details(options.pool))
     result = job.begin_record(contestant, settings_of(job.task, options, job.subset, job.arm.rates))
     if options.validation_only:
-        return _only_validate(job, result)
+        _only_validate(job, result)
+        return None
     unsaved = "" if not options.save_predictions else "; its predictions are saved with --overwrite only"
 
     def look() -> Result | None:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ssl3d.api import Ssl3dError, UsageError, read_yaml, request_of
 from ssl3d_benchmarks.leaderboard.suite.check import check_scoring
@@ -94,7 +94,7 @@ class SweepPlan:
     fixed: tuple[str, ...]
     search: Mapping[str, Interval | Choices]
     value: str
-    direction: str
+    direction: Literal["maximize", "minimize"]
 
     def flags(self, values: Mapping[str, Any]) -> list[str]:
         """Return the words of the flags that were searched, as they are typed."""
@@ -182,10 +182,11 @@ def plan_of(content: Any) -> SweepPlan:
     if command == "finetune" and value != VALIDATION:
         raise UsageError(f"value: {value!r}, must be {VALIDATION} for finetune")
     lower = str(value).rpartition("/")[2] == "loss"
-    direction = content.get("direction") or ("minimize" if lower else "maximize")
-    if direction not in ("minimize", "maximize"):
-        raise UsageError(f"direction: {direction!r}, must be minimize or maximize")
-    return SweepPlan(str(command), fixed, ranges, str(value), str(direction))
+    asked = content.get("direction") or ("minimize" if lower else "maximize")
+    if asked not in ("minimize", "maximize"):
+        raise UsageError(f"direction: {asked!r}, must be minimize or maximize")
+    direction: Literal["maximize", "minimize"] = "minimize" if asked == "minimize" else "maximize"
+    return SweepPlan(str(command), fixed, ranges, str(value), direction)
 
 
 def _flag(word: str) -> str:
