@@ -110,10 +110,12 @@ def scatter(
 def lines(
     curves: Sequence[Line], x_axis: str, y_axis: str, title: str, log: bool = False,
     reference: float | None = None, called: Mapping[float, str] | None = None,
+    distances: Sequence[tuple[float, float, float, str]] = (),
 ) -> str:  # fmt: skip
     """Draw curves over an amount, their intervals, and their names at the right, kept apart.
 
-    Amounts in `called` are written so below the axis.
+    Amounts in `called` are written so below the axis. `distances` are pairs of amounts at one height,
+    joined by a line: first amount, second amount, height, and what it says when pointed at.
     """
     curves = [curve for curve in curves if any(isfinite(point[1]) for point in curve.points)]
     if not curves:
@@ -164,6 +166,11 @@ def lines(
     if reference is not None and isfinite(reference):
         y = up(reference)
         parts.append(f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for begin, end, height_, hint in distances:
+        parts.append(
+            f'<line class="ref" x1="{across(spread(begin)):.1f}" x2="{across(spread(end)):.1f}" '
+            f'y1="{up(height_):.1f}" y2="{up(height_):.1f}"><title>{escape(hint)}</title></line>'
+        )
     ends = sorted(
         ((up(last[1]), number) for number, curve in enumerate(curves) for last in [_last(curve)]),
     )
