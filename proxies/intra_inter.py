@@ -478,7 +478,7 @@ class IntraInter(Proxy):
         """
         config, before = self.config, read_number(self.progress)
         now = (step + 1) / max(total, 1)
-        if config.freezes and len(self.kept) != sum(p.numel() for p in self.encoder.parameters()):
+        if config.freezes and any(hasattr(p, "full_tensor") for p in self.encoder.parameters()):
             raise TrainingError(
                 "intra_inter: stages staged freezes the encoder, for which every process needs all of its "
                 "weights: take --strategy ddp, or stages joint"

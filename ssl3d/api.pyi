@@ -323,6 +323,8 @@ from .detection.two_stage3d import (
 # Training
 from .training.device import (
     autocast as autocast,
+    check_compiler as check_compiler,
+    compile_encoders as compile_encoders,
     device_of as device_of,
     peak_memory as peak_memory,
 )
@@ -365,6 +367,7 @@ from .evaluation.records import (
 
 # Options, errors, files and words
 from . import locks as locks
+from .slurm import submit_jobs as submit_jobs
 from .config import (
     Plugins as Plugins,
     added_option as added_option,

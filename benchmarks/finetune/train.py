@@ -26,6 +26,8 @@ from ssl3d.api import (
     TrainingError,
     UsageError,
     autocast,
+    check_compiler,
+    compile_encoders,
     duration,
     lone_values,
     memory_format,
@@ -214,12 +216,18 @@ def _run(
         balance=False,
         on_set_aside=lambda name, reason: plan.say(f"{plan.name}: volume {name} is set aside: {reason}"),
     )
+    if options.compile:
+        check_compiler(device)
+    compiled = False
     if trial.step == 0 and 0 in points and not trial.curve:
         _score(plan, model, trial)
     set_training(model, frozen)
     saved = began = time.perf_counter()
     progress = _Progress(plan, trial)
     for batch in loader:
+        if options.compile and trial.flops and not compiled:  # those of a compiled network are not counted
+            compile_encoders(model)
+            compiled = True
         trial.waited += batch.waited
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate(trial.step, trial.total, trial.lr, options)
