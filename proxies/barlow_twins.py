@@ -125,7 +125,7 @@ class BarlowTwins(Proxy):
         return EmbeddedViews({"projected": projected}, lambda: pair_picture(views, shown))
 
     def compare(self, embedded: EmbeddedViews) -> StepOutput:
-        """Correlate the features of all pairs and ranks."""
+        """Compute the correlations of features over all pairs and ranks."""
         projected = embedded.rows["projected"]
         if self.training:
             # Standardised, two rows are 1 and -1 in every feature, whatever they were: nothing to learn.

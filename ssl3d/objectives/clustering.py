@@ -381,12 +381,12 @@ class MemoryBank(nn.Module):
         last = torch.searchsorted(ordered, ordered, right=True) - 1
         rows = self.rows(ordered)
         known = rows >= 0
-        some, one = known.any(), known.int().argmax(0, keepdim=True)
-        chosen = torch.where(known, last, last[one])
-        rows = torch.where(known, rows, rows[one].clamp_min(0))
+        any_known, first = known.any(), known.int().argmax(0, keepdim=True)
+        chosen = torch.where(known, last, last[first])
+        rows = torch.where(known, rows, rows[first].clamp_min(0))
         values = given[order[chosen]].movedim(1, 0)
-        self.features[:, rows] = torch.where(some, values, self.features[:, rows])
-        self.filled[rows] |= some
+        self.features[:, rows] = torch.where(any_known, values, self.features[:, rows])
+        self.filled[rows] |= any_known
 
     @torch.no_grad()
     def cluster(

@@ -288,8 +288,8 @@ class Reducer:
         import torch.distributed as distributed
 
         known = [float(counts.get(name, 0)) for name in self.names]
-        told = sent([*known, float(flag), float(new)], self.device, torch.float32)
-        own = torch.cat([self._stacked(sums), told])
+        message = sent([*known, float(flag), float(new)], self.device, torch.float32)
+        own = torch.cat([self._stacked(sums), message])
         ranks = [torch.empty_like(own) for _ in range(self.world)]
         distributed.all_gather(ranks, own)
         gathered = torch.stack(ranks)
