@@ -58,14 +58,15 @@ def done(command: list[str]) -> str:
 
 
 def measure_ours(name: str, size: int, devices: int, options: argparse.Namespace, side: str) -> dict:
-    """Measure `ssl3d pretrain`."""
+    """Measure `ssl3d pretrain` as a user starts it."""
     chosen = {k: dict(v) if isinstance(v, dict) else v for k, v in ENCODERS[name].items()}
     if chosen["encoder"] == "vit":
         chosen["vit"]["grid"] = [size // side_ for side_ in chosen["vit"]["patch"]]
     steps = options.warmup + options.steps
     with tempfile.TemporaryDirectory() as folder:
         values = {
-            "proxy": "simclr", "data": [f"phantoms:{options.volumes}"], "steps": steps, "workers": options.workers,
+            "proxy": "simclr", "data": [f"phantoms:{options.volumes}"], "steps": steps,
+            "workers": options.workers,
             "batch_size": options.batch * devices, "precision": options.precision, "eval_every": -1,
             "checkpoint_every": steps + 1, "compile": side == "compiled", "device": options.device,
             "subjects": "all", "holdout": 0.0, "simclr": {"crop": [size] * 3}, **chosen,
@@ -86,25 +87,9 @@ def measure_ours(name: str, size: int, devices: int, options: argparse.Namespace
 
 def measure_stock(name: str, size: int, devices: int, options: argparse.Namespace) -> dict:
     """Measure the stock recipe, in processes of its own."""
-    words = [
-        __file__,
-        "--one",
-        name,
-        str(size),
-        "--batch",
-        str(options.batch),
-        "--steps",
-        str(options.steps),
-    ]
-    words += [
-        "--warmup",
-        str(options.warmup),
-        "--workers",
-        str(options.workers),
-        "--device",
-        options.device,
-    ]
-    words += ["--precision", options.precision]
+    words = [__file__, "--one", name, str(size)]
+    for flag in ("batch", "steps", "warmup", "workers", "device", "precision"):
+        words += [f"--{flag}", str(getattr(options, flag))]
     output = done(launched(devices, words))
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"seconds"')))
 
@@ -134,8 +119,8 @@ def stock(name: str, size: int, options: argparse.Namespace) -> None:
         def __init__(self, count: int) -> None:
             self.count, self.volume = count, torch.rand(1, size, size, size)
             self.views = torchio.Compose([
-                torchio.RandomAffine(scales=0.1, degrees=10), torchio.RandomBlur(0.7), torchio.RandomNoise(std=0.1),
-                torchio.RandomBiasField(0.2), torchio.RandomGamma(0.3),
+                torchio.RandomAffine(scales=0.1, degrees=10), torchio.RandomBlur(0.7),
+                torchio.RandomNoise(std=0.1), torchio.RandomBiasField(0.2), torchio.RandomGamma(0.3),
             ])  # fmt: skip
 
         def __len__(self) -> int:

@@ -44,7 +44,8 @@ def _gpu_cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "not measured"
     where = f"{row['device']}, {row['precision']}, {row['batch']} a device"
-    return f"{row['volumes_per_s']:.3g} volumes/s, MFU {row['mfu']:.2f}, {row['memory'] / 1e9:.3g} GB ({where})"
+    speed = f"{row['volumes_per_s']:.3g} volumes/s, MFU {row['mfu']:.2f}"
+    return f"{speed}, {row['memory'] / 1e9:.3g} GB ({where})"
 
 
 def _write_proxies(pages: Pages) -> None:

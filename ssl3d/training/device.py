@@ -106,6 +106,8 @@ def launch(options: PretrainOptions, precision: str) -> Fabric:
         UsageError: The devices are not there, or the batch size cannot be shared out among them.
     """
     fabric = make_fabric(options, precision)
+    if fabric.world_size > 1:
+        _meet_again(fabric.device)
     if fabric.world_size > 1 or fabric.strategy.launcher is not None:
         fabric.launch()
     if options.batch_size % (options.accumulate * fabric.world_size):
@@ -114,6 +116,27 @@ def launch(options: PretrainOptions, precision: str) -> Fabric:
             f"times {fabric.world_size} processes"
         )
     return fabric
+
+
+def _meet_again(device: torch.device) -> None:
+    """Bring processes together that torchrun started again, under names of this attempt.
+
+    They meet in the store of the agent that started the first ones, where those' addresses still stand: a
+    process that is earlier than the others would wait for one that is gone (torch 2.15).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    import torch.distributed as dist
+
+    place, world = os.environ["MASTER_ADDR"], int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(place, int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"ssl3d/attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+    )
 
 
 def device_words(fabric: Fabric, options: PretrainOptions) -> str:
@@ -303,7 +326,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_encoders(module: nn.Module) -> None:
-    """Compile the forward pass of every encoder in a module, in place; names of weights stay as they are.
+    """Replace the forward pass of every encoder in a module by a compiled one; names of weights stay.
 
     A copy of the module is not compiled. Hooks before a forward pass run as they did, uncompiled: what one
     of them notes in Python would else be compiled in.

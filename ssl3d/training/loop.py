@@ -185,8 +185,9 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.trainee.balance is not None:
             self.trainee.balance.step()
-        for _, proxy in self.trainee.each():
-            proxy.after_step(step, options.steps)
+        with whole(self.trainee):
+            for _, proxy in self.trainee.each():
+                proxy.after_step(step, options.steps)
         seconds = time.perf_counter() - began
         record = {"step": step + 1, "loss": means.pop("loss"), **means, "lr": rate}
         record |= {
@@ -347,15 +348,28 @@ class Loop:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Gather the weights of a module for calls that do not go through it, where each rank holds a part."""
+    """Gather the weights of a module for calls that do not go through it, where each rank holds a part.
+
+    What such a call changes in them, on every rank alike, goes back into the parts.
+    """
     if not hasattr(module, "unshard"):
         yield
         return
+    from torch.distributed.tensor import distribute_tensor
+
     module.unshard()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        module.reshard()  # type: ignore[operator]
+    before = {name: value._version for name, value in module.named_parameters()}
+    yield
+    changed = {
+        name: value.detach().clone()
+        for name, value in module.named_parameters()
+        if value._version != before[name]
+    }
+    module.reshard()  # type: ignore[operator]
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name in changed:
+                value.copy_(distribute_tensor(changed[name], value.device_mesh, value.placements))  # type: ignore[attr-defined]
 
 
 def reseed(seed: int, step: object, rank: int) -> None:
