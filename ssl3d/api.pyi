@@ -74,6 +74,7 @@ from .checkpoint.volumes_seen import (
 )
 from .checkpoint.weights import (
     encoder_digest as encoder_digest,
+    restore_optimizer as restore_optimizer,
     tensor_bytes as tensor_bytes,
 )
 from .convert.config import ConvertedConfig as ConvertedConfig
@@ -329,6 +330,11 @@ from .training.device import (
     peak_memory as peak_memory,
 )
 from .training.loader import Loader as Loader
+from .training.loggers import (
+    Loggers as Loggers,
+    check_loggers as check_loggers,
+    missing_loggers as missing_loggers,
+)
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
 
