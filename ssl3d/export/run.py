@@ -24,6 +24,7 @@ WRITERS = {
     "torch-export": "ssl3d.export.graphs:write_program",
     "hf": "ssl3d.export.hub:write_hub",
     "monai-bundle": "ssl3d.export.bundle:write_bundle",
+    "timm": "ssl3d.export.timm_folder:write_timm",
     "nnunet": "ssl3d.export.nnunet:write_nnunet",
 }
 """Format -> module:function of (source, folder, options) that returns what `export.json` says of them."""
@@ -46,8 +47,11 @@ class Written:
     def lines(self) -> list[str]:
         """Return what the command prints."""
         apart = self.about["largest_difference"]
+        shape = self.about.get("input", {}).get("shape")
+        sides = " x ".join("any" if side is None else str(side) for side in shape or ())
         return [
             *(f"{self.folder / name}  {byte_size(count)}" for name, count in self.files),
+            *([f"takes batch x channel x D x H x W: {sides}"] if shape else []),
             f"largest difference from ssl3d's own outputs: {apart:.2g}",
             *([f"uploaded to {self.about['address']}"] if "address" in self.about else []),
         ]
