@@ -6,6 +6,7 @@
 from . import plugins as plugins
 from .proxy import (
     Proxy as Proxy,
+    EmbeddedViews as EmbeddedViews,
     StepOutput as StepOutput,
 )
 from .encoder import Encoder as Encoder
@@ -40,6 +41,11 @@ from .rng import (
     one_group as one_group,
     seed_of as seed_of,
 )
+from .on_device import (
+    constant as constant,
+    read_number as read_number,
+    write_number as write_number,
+)
 from .distributed import (
     gather as gather,
     rank as rank,
@@ -68,6 +74,7 @@ from .checkpoint.volumes_seen import (
 )
 from .checkpoint.weights import (
     encoder_digest as encoder_digest,
+    restore_optimizer as restore_optimizer,
     tensor_bytes as tensor_bytes,
 )
 from .convert.config import ConvertedConfig as ConvertedConfig
@@ -140,6 +147,7 @@ from .views.outside import (
 from .views.pairs import (
     PairViews as PairViews,
     check_depth as check_depth,
+    check_pairs as check_pairs,
     check_slab as check_slab,
     draw_pairs as draw_pairs,
     embed_pairs as embed_pairs,
@@ -320,6 +328,11 @@ from .training.device import (
     peak_memory as peak_memory,
 )
 from .training.loader import Loader as Loader
+from .training.loggers import (
+    Loggers as Loggers,
+    check_loggers as check_loggers,
+    missing_loggers as missing_loggers,
+)
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
 

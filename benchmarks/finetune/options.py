@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ssl3d.api import HelpSection
+from ssl3d.api import HelpSection, check_loggers
 
 SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
@@ -19,7 +19,8 @@ class FinetuneOptions:
         encoder: One or several encoders: a run or its encoder/ folder (RUN:stem_stride=1 changes an option
             that leaves the weights as they are), weights of another toolkit (FILE.pth, .pt, .ckpt or
             .safetensors), scratch:NAME[:kind][:field=value...] or imagenet:NAME...; LABEL=ENCODER gives
-            the row a name of its own.
+            the row a name of its own. With --folds, {fold} in a path is the number of the fold: each fold
+            starts from the run that left its test subjects out (`ssl3d pretrain --leave-out 0/5`).
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         task: Downstream task to learn: classification, segmentation or detection.
         out: Folder for the records (JSON), the table and the pictures.
@@ -36,6 +37,8 @@ class FinetuneOptions:
             such as 1 2 4 all, give a curve. A single number equals --segmentation.sparse_slices.
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Number of folds of a cross-validation by subject, instead of the house split; 0 for none.
+        part: Subjects that are scored: test; or val, the validation subjects, so that a recipe can be
+            chosen before anybody looks at the test subjects. Then the last weights are kept.
         split_seed: Seed of the subsets and the folds.
         steps: Number of optimizer steps; 0 to count epochs, or for the task's plan.
         epochs: Number of passes over the training volumes; 0 to count steps.
@@ -67,12 +70,17 @@ class FinetuneOptions:
             the aggregator over its slices that intra_inter trained with the encoder.
         no_scratch: Whether to leave out the network from scratch.
         no_trivial: Whether to leave out the rows without a network.
+        validation_only: Whether to stop at the validation score of the weights kept: no test subject is
+            predicted, no record is written, and OUT/validation has a file of scores for each job.
         save_predictions: Whether to write the predictions on the test subjects (NIfTI, CSV, JSON) under
             OUT/predictions.
         keep_models: Arms whose trained networks are kept under OUT/models, for ssl3d predict: best (the arm
             and seed with the best score on the validation subjects, at the largest fraction; all, where
             there are no such subjects), all, none, or names of rows.
         checkpoint_seconds: Seconds between two checkpoints of a training.
+        logger: Loggers of curves, pictures, options, scores and kept models: tensorboard, wandb (Weights &
+            Biases, offline where no account is known) and mlflow, any number of them. Each arm, subset and
+            seed is a run of its own there; local files go to OUT/.logs.
         device: Device that computes: auto, cpu, cuda or mps.
         threads: Number of CPU threads; 0 for torch's own number.
         workers: Number of processes that read; -1 for none on a CPU and 4 beside a GPU.
@@ -90,6 +98,7 @@ class FinetuneOptions:
     sparse_slices: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
+    part: Literal["test", "val"] = "test"
     split_seed: int = 0
     steps: int = 0
     epochs: int = 0
@@ -116,16 +125,20 @@ class FinetuneOptions:
     pool: Literal["mean", "aggregator"] = "mean"
     no_scratch: bool = False
     no_trivial: bool = False
+    validation_only: bool = False
     save_predictions: bool = False
     keep_models: tuple[str, ...] = ("best",)
     checkpoint_seconds: float = 60.0
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 0
     workers: int = -1
     overwrite: bool = False
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "split_seed")),
+        HelpSection(
+            "data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "part", "split_seed")
+        ),
         HelpSection(
             "training",
             ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
@@ -133,7 +146,11 @@ class FinetuneOptions:
              "milestones", "gamma", "warmup", "clip", "eval_at", "keep", "checkpoint_seconds"),
         ),
         HelpSection("encoder", ("freeze", "pool"), ("layer_decay", "freeze_norm")),
-        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial", "metric")),
+        HelpSection(
+            "rows and files",
+            ("no_scratch", "save_predictions", "logger"),
+            ("no_trivial", "metric", "validation_only"),
+        ),
         HelpSection("hardware", ("device", "workers"), ("precision", "threads")),
     )  # fmt: skip
     """Sections of the help."""
@@ -153,6 +170,8 @@ class FinetuneOptions:
             raise ValueError(f"sparse_slices: {' '.join(self.sparse_slices)}; give each once")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds: {self.folds} is impossible; use 0 for the house split, or 2 and more")
+        if self.folds and self.part == "val":
+            raise ValueError("part is val, which the house split has: leave out folds")
         for name in ("repeats", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -191,3 +210,4 @@ class FinetuneOptions:
             raise ValueError(
                 f"eval_at: {list(self.eval_at)}; give shares of the steps, or steps, each 0 or more"
             )
+        check_loggers(self.logger)

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, load_metric, locks, open_data_for
+from ssl3d.api import (
+    DataError,
+    Ssl3dError,
+    UsageError,
+    device_of,
+    load_metric,
+    locks,
+    missing_loggers,
+    open_data_for,
+)
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,
@@ -29,7 +38,15 @@ from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.recipe import planned
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
-from ssl3d_benchmarks.task import SplitData, headline, say, show, split_up, training_subsets
+from ssl3d_benchmarks.task import (
+    SplitData,
+    headline,
+    say,
+    scored_on_validation,
+    show,
+    split_up,
+    training_subsets,
+)
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection
@@ -64,6 +81,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
     device = torch.device(device_of(options.device))
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
+    for line in missing_loggers(options.logger):
+        say(line)
     outcome, asked = Outcome(), options
     for number, own_config in enumerate(configs):
         split, benchmark = make_task(options, own_config, loaded)
@@ -114,7 +133,7 @@ def make_jobs(
 ) -> list[FinetuneJob]:
     """Plan every arm on every subset with every seed; rows without a network have the first seed alone."""
     first = options.seeds[0]
-    names = () if options.no_trivial else benchmark.downstream.trivial
+    names = () if options.no_trivial or options.validation_only else benchmark.downstream.trivial
     trivial = [Arm({first: entry}, ()) for entry in trivial_entries(names)]
     return [
         FinetuneJob(arm, benchmark, benchmark.downstream, split, subset, seed, options, device)
@@ -152,7 +171,8 @@ def _run(outcome: Outcome, jobs: Sequence[FinetuneJob]) -> None:
 def _try(outcome: Outcome, job: FinetuneJob) -> Row | None:
     """Run one job; a failure is reported by name and ends this job only."""
     try:
-        return Row(job.entry.kind, job.entry.group, run_job(job))
+        record = run_job(job)
+        return None if record is None else Row(job.entry.kind, job.entry.group, record)
     except HeldElsewhere:
         raise
     except Exception as error:
@@ -229,9 +249,13 @@ def make_task(
         data, known, config, task.strata(chosen), where, options.folds, options.split_seed,
         choose=True, noun="fine-tuning",
     )  # fmt: skip
+    if options.part == "val":
+        split = scored_on_validation(split)
     choosing = bool(split.folds[0].val.any())
     if options.tune and not choosing:
         raise DataError(f"{where} has no validation subjects, which --tune chooses on; give more data")
+    if options.validation_only and not choosing:
+        raise DataError(f"{where} has no validation subjects for --validation-only; give more data")
     if not choosing and options.keep == "best":
         say("there are no validation subjects: the weights of the last step are kept")
     return split, Finetune(task)
@@ -260,7 +284,7 @@ def make_arms(options: FinetuneOptions, loaded: Loaded | None = None, decoders: 
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders, options.folds):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:

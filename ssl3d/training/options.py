@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from ssl3d import config, plugins
 from ssl3d.command_help import HelpSection
 from ssl3d.errors import PluginError, UsageError
+from ssl3d.training.loggers import check_loggers
 
 PROG = "ssl3d pretrain"
 STEPS = 1000
@@ -19,7 +20,7 @@ STEPS = 1000
 
 NOT_RECORDED = ("out", "overwrite", "resume", "preset")
 FREE_ON_RESUME = frozenset(
-    ("resume", "workers", "data", "checkpoint_every", "log_every", "devices", "nodes", "device")
+    ("resume", "workers", "data", "checkpoint_every", "log_every", "logger", "devices", "nodes", "device")
 )
 """Options beside `--resume`: none of them changes what is learnt (data are checked by their digest)."""
 
@@ -39,13 +40,19 @@ class PretrainOptions:
         subjects: Labelled subjects to train on: train leaves the validation and test subjects of the house
             split to the benchmarks, all takes everybody, unlabelled takes none. Subjects without a label, a
             mask, boxes or a split of their own are always used.
+        leave_out: Fold K/N of a cross-validation whose subjects are left out, in place of the house split:
+            those that `ssl3d finetune --folds N` tests on in its fold K, from 0. Of each data set by
+            itself, subjects with a mask where it has masks, else those with a label or boxes.
         holdout: Share of the subjects that is kept out of training, to report the proxies' metrics on
             people never seen.
         steps: Number of optimizer steps; 0 takes what the proxy recommends, else 1000.
         epochs: Number of passes over the data, in place of steps.
         batch_size: Volumes per optimizer step, over all devices.
         accumulate: Number of parts that a batch is cut into, which are computed one after the other to save
-            memory. Contrastive losses compare within a part only.
+            memory. Contrastive losses compare within a part only, unless grad_cache is on.
+        grad_cache: Whether contrastive losses compare the whole batch though it is computed in parts: each
+            part is embedded twice, a third more time, and the gradients are those of the uncut batch, but
+            for batch norm, which sees a part (gradient caching, Gao et al., 2021).
         workers: Processes per device that read data; -1 chooses by the number of cores.
         optimizer: Optimizer of all weights: adamw, sgd or lars.
         lr: Peak learning rate.
@@ -75,8 +82,10 @@ class PretrainOptions:
         checkpoint_every: Steps between checkpoints; the last two are kept.
         eval_every: Steps between evaluations: the metrics of held-out subjects, pictures and the online kNN
             score. 0 makes it a tenth of the run, -1 switches evaluations off.
-        log_every: Steps between points in TensorBoard, and between lines where the output is no terminal; 0
+        log_every: Steps between points in the loggers, and between lines where the output is no terminal; 0
             makes it a fortieth of the run.
+        logger: Loggers of curves, pictures, options and the encoder: tensorboard, wandb (Weights & Biases,
+            offline where no account is known) and mlflow, any number of them.
         save_at: Shares of the run after which the encoder is exported too, into encoder-at-25/ and the
             like.
         out: Folder of the run; runs/<proxy>-<n> if left out.
@@ -89,11 +98,13 @@ class PretrainOptions:
     encoder: str = "resnet18"
     data: tuple[str, ...] = ("phantoms",)
     subjects: Literal["train", "all", "unlabelled"] = "train"
+    leave_out: str = ""
     holdout: float = 0.1
     steps: int = 0
     epochs: float = 0.0
     batch_size: int = 16
     accumulate: int = 1
+    grad_cache: bool = False
     workers: int = -1
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = 1e-3
@@ -116,6 +127,7 @@ class PretrainOptions:
     checkpoint_every: int = 200
     eval_every: int = 0
     log_every: int = 0
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     save_at: tuple[float, ...] = ()
     out: Path | None = None
     overwrite: bool = False
@@ -123,12 +135,13 @@ class PretrainOptions:
     preset: str | None = None
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "subjects"), ("holdout",)),
+        HelpSection("data", ("data", "subjects"), ("leave_out", "holdout")),
         HelpSection(
             "training",
-            ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite"),
-            ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "eval_every",
-             "checkpoint_every", "log_every", "save_at"),
+            ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite",
+             "logger"),
+            ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "grad_cache",
+             "eval_every", "checkpoint_every", "log_every", "save_at"),
         ),
         HelpSection("encoder", ("encoder", "init")),
         HelpSection("proxy", ("proxy",), ("weights", "balance", "balance_alpha")),
@@ -147,6 +160,10 @@ class PretrainOptions:
                             ("log_every", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.leave_out and fold_of(self.leave_out) is None:
+            raise ValueError(f"leave_out is {self.leave_out!r}, must be a fold K/N, such as 0/5")
+        if self.leave_out and self.subjects != "train":
+            raise ValueError(f"leave_out is {self.leave_out}: leave out subjects {self.subjects}")
         if self.steps and self.epochs:
             raise ValueError(
                 f"epochs is {self.epochs}, but steps is {self.steps} already: give one of them"
@@ -161,6 +178,8 @@ class PretrainOptions:
         for name in ("holdout", "warmup", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be a share from 0 to below 1")
+        if self.grad_cache and self.accumulate == 1:
+            raise ValueError("grad_cache is for batches in parts, but accumulate is 1: give 2 or more")
         if self.optimizer == "lars" and self.weight_decay == 0:
             raise ValueError("weight_decay is 0, which switches the scaling of lars off; give it 1e-6, say")
         if any(not 0 <= share <= 1 for share in self.save_at):
@@ -184,6 +203,19 @@ class PretrainOptions:
             raise ValueError(f"proxy names a proxy twice: {' '.join(self.proxy)}; name each once")
         if not self.data:
             raise ValueError("data is empty: name a store, scans or phantoms")
+        check_loggers(self.logger)
+
+
+def fold_of(words: str) -> tuple[int, int] | None:
+    """Read `K/N`, a fold from 0 and the number of folds; None where it is no fold.
+
+    >>> fold_of("4/5"), fold_of("5/5")
+    ((4, 5), None)
+    """
+    fold, slash, folds = words.partition("/")
+    if not (slash and fold.isdigit() and folds.isdigit() and int(fold) < int(folds) and int(folds) > 1):
+        return None
+    return int(fold), int(folds)
 
 
 @dataclass
@@ -306,6 +338,15 @@ def make_plan(
             rival = {"steps": "epochs", "epochs": "steps"}.get(key)
             if key not in given and rival not in given and rival not in chosen:
                 chosen.setdefault(key, value)
+    if options.grad_cache:
+        from ssl3d.proxy import Proxy
+
+        without = [name for name, (proxy, _) in proxies.items() if proxy.embed_views is Proxy.embed_views]
+        if without:
+            raise UsageError(
+                f"{PROG}: --grad-cache: the loss of {' and of '.join(without)} is no function of "
+                "embeddings alone (it has no embed_views): leave the flag out, or train other proxies"
+            )
     if not (chosen.keys() | given) & {"steps", "epochs"}:
         chosen["steps"] = STEPS
     try:

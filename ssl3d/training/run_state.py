@@ -14,8 +14,9 @@ from torch import Tensor
 from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.card import FORMAT
 from ssl3d.checkpoint.encoders import save_encoder
-from ssl3d.checkpoint.weights import tensor_bytes
+from ssl3d.checkpoint.weights import load_strictly, restore_optimizer, tensor_bytes
 from ssl3d.config import to_dict
+from ssl3d.errors import CheckpointError
 from ssl3d.training.build import (
     EpochBatches,
     encoder_with,
@@ -26,6 +27,7 @@ from ssl3d.training.build import (
     travellers_with,
 )
 from ssl3d.training.device import apply_layout, device_words, peak_memory
+from ssl3d.training.loggers import Loggers
 from ssl3d.training.loop import Feed, Loop
 from ssl3d.training.monitor import Log, Monitor
 from ssl3d.training.optim import build_optimizer, without_decay
@@ -44,6 +46,7 @@ class RunState:
         folder: Folder of the run; set when it exists.
         begin: Step that the run starts with: 0, or that of the checkpoint it goes on from.
         exports: Encoders that proxies export beside the shared one: folder -> prefix in a trainee's state.
+        loggers: Loggers of the run, on rank 0 alone; set when it trains.
 
     Args:
         fabric: Fabric, launched.
@@ -74,8 +77,14 @@ class RunState:
         self.travellers, self.exports = travellers_of(trainee), exports_of(trainee)
         self.folder = Path()
         self.loop: Loop
+        self.loggers: Loggers | None = None
         self._began = time.perf_counter()
         self._earlier = float(card.get("compute", {}).get("seconds", 0.0))
+
+    @property
+    def _origin(self) -> str:
+        """Checkpoint that the run goes on from, for messages."""
+        return f"{self.folder}, checkpoint of step {self.begin}"
 
     def train(self) -> tuple[int, int]:
         """Train to the end, or until a signal stops the run.
@@ -89,20 +98,38 @@ class RunState:
         self._wrap()
         steps, loop = self.plan.options.steps, self.loop
         if self.begin >= steps:
+            self._start_loggers()  # the encoder is still to come
             return self.begin, 0
         try:  # the first step is tried here, and may fail: workers are waiting by then
             loop.foretell(self.begin)
             # A run that goes on keeps the number it began with.
             self.card.setdefault("compute", {"flops_per_step": loop.flops_per_step})
+            # After the workers were forked: they inherit no thread of a logger.
+            self._start_loggers()
             if self.fabric.is_global_zero:
-                loop.monitor = Monitor(
-                    self.folder, self.begin, steps, self.plan.options.log_every, self.plan.mains, self.log
-                )
+                every, mains = self.plan.options.log_every, self.plan.mains
+                loop.monitor = Monitor(self.folder, self.begin, steps, every, mains, self.log, self.loggers)
             return loop.run(self.begin)
         finally:
             loop.feed.close()
             if loop.monitor is not None:
                 loop.monitor.close()
+
+    def _start_loggers(self) -> None:
+        if self.fabric.is_global_zero:
+            names, config = self.plan.options.logger, self.plan.as_config()
+            name = self.folder.resolve().name
+            self.loggers = Loggers(names, self.folder, name, config, self.log.say, begin=self.begin)
+
+    def close_loggers(self, finished: bool) -> None:
+        """Hand what a finished run has exported to its loggers, and close them."""
+        if self.loggers is None:
+            return
+        if finished:
+            for name in ("encoder", *self.exports):
+                self.loggers.artefact(name, self.folder / name)
+        self.loggers.close(finished)
+        self.loggers = None
 
     def save(self, done: int) -> None:
         """Write a checkpoint after so many steps; every rank calls it.
@@ -162,7 +189,7 @@ class RunState:
         options, train = plan.options, self.selection.train
         if checkpoint:
             trainee.patch[:] = checkpoint["patch"]
-            trainee.load_state_dict(checkpoint["module"])
+            load_strictly(trainee, checkpoint["module"], self._origin, "the run")
         apply_layout(trainee, trainee.encoder, fabric.device, options.memory_format)
         trainee.train()
         loader = loader_of(train, plan, fabric, self.begin, self.log)
@@ -219,7 +246,17 @@ class RunState:
         """Give the optimizer, the scaler of 16 bit, and each rank its own buffers, their state of then.
 
         With another number of ranks, all keep rank 0's buffers.
+
+        Raises:
+            CheckpointError: They are not those of this run.
         """
+        try:
+            self._restore_parts(checkpoint)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CheckpointError(f"{self._origin}: is not one of this run ({reason})") from error
+
+    def _restore_parts(self, checkpoint: dict[str, Any]) -> None:
         fabric, optimizer = self.fabric, self.optimizer
         ranks = checkpoint.get("ranks") or []
         if len(ranks) == fabric.world_size:
@@ -235,7 +272,7 @@ class RunState:
             )
             optimizer.optimizer.load_state_dict(state)
         else:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            restore_optimizer(optimizer.optimizer, checkpoint["optimizer"])
         fabric.strategy.precision.load_state_dict(checkpoint["precision"])
 
 
