@@ -67,7 +67,7 @@ def stock_network() -> nn.Module:
 
 
 class Stock:
-    """The stock recipe."""
+    """The recipe that one writes by hand."""
 
     precision = torch.float32
 
@@ -97,7 +97,7 @@ class Stock:
         return one, two
 
     def step(self, views: tuple[Tensor, Tensor], number: int) -> None:
-        """Train one step."""
+        """Train the network for one step."""
         one, two = self.network(torch.cat(views)).chunk(2)
         self.loss(one, two).backward()
         self.optimizer.step()
@@ -129,7 +129,7 @@ class Ours:
         return next(iter(Loader(self.data, proxies, batch, steps=1, pin=False)))
 
     def step(self, batch: Any, number: int) -> None:
-        """Train one step."""
+        """Train the network for one step."""
         (group,) = batch.groups
         rng = BatchRng(number, group.rows, group.total, "cpu")
         with torch.autocast("cpu", torch.bfloat16):
