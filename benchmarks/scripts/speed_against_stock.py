@@ -91,15 +91,15 @@ class Stock:
     def draw(self, batch: int) -> tuple[Tensor, Tensor]:
         """Draw two views of so many volumes."""
         chosen = self.rng.choice(len(self.volumes), batch, replace=False)
-        one, two = (
+        first, second = (
             torch.stack([self.views(self.volumes[k]).data.float() for k in chosen]) for _ in range(2)
         )
-        return one, two
+        return first, second
 
     def step(self, views: tuple[Tensor, Tensor], number: int) -> None:
         """Train the network for one step."""
-        one, two = self.network(torch.cat(views)).chunk(2)
-        self.loss(one, two).backward()
+        first, second = self.network(torch.cat(views)).chunk(2)
+        self.loss(first, second).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
