@@ -68,6 +68,7 @@ from .checkpoint.models import (
     save_model as save_model,
 )
 from .checkpoint.proxies import load_proxies as load_proxies
+from .checkpoint.snapshot import write_state as write_state
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
     hashes_in as hashes_in,
