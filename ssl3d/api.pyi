@@ -368,6 +368,7 @@ from .evaluation.records import (
     Result as Result,
     find_result as find_result,
     read_result as read_result,
+    result_of as result_of,
     split_digest as split_digest,
     write_result as write_result,
 )
