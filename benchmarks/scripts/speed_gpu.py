@@ -109,7 +109,7 @@ def stock(name: str, size: int, options: argparse.Namespace) -> None:
 
     several = "WORLD_SIZE" in os.environ
     kind = device_of(options.device)
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     if several:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 

@@ -95,8 +95,8 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     except ImportError:  # torch 2.4 and 2.5
         from torch.distributed._composable.fsdp import fully_shard
 
-    sharded: nn.Module = fully_shard(module, mesh=mesh["data_parallel"])
-    return sharded
+    fully_shard(module, mesh=mesh["data_parallel"])
+    return module
 
 
 def launch(options: PretrainOptions, precision: str) -> Fabric:
@@ -346,7 +346,7 @@ def _compile(encoder: nn.Module) -> None:
 
     def call(*inputs: Any, **named: Any) -> Any:
         for hook in encoder._forward_pre_hooks.values():
-            hook(encoder, inputs)  # type: ignore[call-arg]
+            hook(encoder, inputs)
         return compiled(*inputs, **named)
 
     # As nn.Module.compile does; a copy is made without it.

@@ -236,7 +236,9 @@ class RunState:
         from torch.distributed.checkpoint import state_dict as gathering
 
         whole = gathering.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return gathering.get_model_state_dict(self.trainee, options=whole)
+        gathered: Any = gathering.get_model_state_dict(self.trainee, options=whole)
+        weights: dict[str, Tensor] = gathered
+        return weights
 
     def _moments(self) -> dict[str, Any]:
         """Return the state of the optimizer, on rank 0; where it is sharded it is gathered, by names."""
