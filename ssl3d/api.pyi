@@ -114,10 +114,13 @@ from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
     corrupt_once as corrupt_once,
+    mean_of as mean_of,
+    means_of as means_of,
     relative_error as relative_error,
     restoration_error as restoration_error,
 )
 from .views.crops import (
+    centres_ignored as centres_ignored,
     draw_crop as draw_crop,
     draw_positions as draw_positions,
     fit_size as fit_size,
@@ -147,8 +150,11 @@ from .views.pairs import (
 )
 from .views.places import draw_places as draw_places
 from .views.restore import (
+    Restorable as Restorable,
     RestoreViews as RestoreViews,
     draw_one as draw_one,
+    flip_counted as flip_counted,
+    mirror_counted as mirror_counted,
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )

@@ -277,6 +277,7 @@ def _of_folder(path: Path) -> dict[str, Any]:
         "rejected": len(sources.rejected),
         "rejected_files": [{"path": name, "reason": reason} for name, reason in sources.rejected],
         "masks": sum(scan.mask is not None for scan in sources.scans),
+        "ignored": sum(scan.ignore is not None for scan in sources.scans),
         "labelled": sum(scan.label is not None for scan in sources.scans),
         "datasets": sorted({scan.dataset for scan in sources.scans}),
         "notes": sources.notes,
@@ -351,6 +352,8 @@ def _store_lines(info: dict[str, Any]) -> list[str]:
 
 def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
     marks = [f"{print_[part]:,} {part}" for part in ("masks", "labelled", "boxes") if print_.get(part)]
+    if print_.get("ignored"):
+        marks.append(f"{print_['ignored']:,} with voxels to ignore")
     splits = ", ".join(f"{split} {count:,}" for split, count in print_.get("splits", {}).items())
     lines = [
         f"{name}: {print_['volumes']:,} volumes of {print_['subjects']:,} subjects"
@@ -436,8 +439,10 @@ def _model_lines(info: dict[str, Any]) -> list[str]:
 def _folder_lines(info: dict[str, Any]) -> list[str]:
     lines = [
         f"{info['path']}: {info['volumes']:,} scans of {info['subjects']:,} subjects "
-        f"({', '.join(info['datasets'])}), {info['masks']:,} with masks, {info['labelled']:,} labelled, "
-        f"{info['rejected']:,} rejected; ssl3d prepare makes a store of them"
+        f"({', '.join(info['datasets'])}), {info['masks']:,} with masks, "
+        + (f"{info['ignored']:,} with voxels to ignore, " if info["ignored"] else "")
+        + f"{info['labelled']:,} labelled, {info['rejected']:,} rejected; "
+        "ssl3d prepare makes a store of them"
     ]
     lines += [f"  {note}" for note in info["notes"]]
     return lines + [
