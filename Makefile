@@ -57,7 +57,7 @@ endif
 
 demo: $(VENV)/.ready
 	$(BIN)/ssl3d pretrain --proxy sorting --encoder resnet10 --resnet10.width 16 $(DEMO_SIZE) --out demo/run --overwrite
-	$(BIN)/ssl3d linear-probe demo/run $(firstword $(subst --steps,,$(DEMO_SIZE))) $(word 2,$(DEMO_SIZE)) --target masks --recalibrate no --out demo/results --overwrite
+	$(BIN)/ssl3d linear-probe demo/run $(firstword $(subst --steps,,$(DEMO_SIZE))) $(word 2,$(DEMO_SIZE)) --target masks --out demo/results --overwrite
 	@$(BIN)/python benchmarks/scripts/demo_summary.py demo/run demo/results
 
 speed: $(VENV)/.ready

@@ -362,6 +362,15 @@ from .evaluation.records import (
     write_result as write_result,
 )
 
+# Pages
+from .pages import charts as charts
+from .pages import elements as elements
+from .pages import palette as palette
+from .pages.document import (
+    beside as beside,
+    document as document,
+)
+
 # Options, errors, files and words
 from . import locks as locks
 from .config import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d_benchmarks.palette import class_titles, colour, dice_words, legend
+from ssl3d.api import palette
 
 if TYPE_CHECKING:
     from ssl3d_benchmarks.contestants import Entry
@@ -66,7 +66,7 @@ def _draw(
         )
         masks = predict_masks(benchmark.dense, train, val, shown, task.config, options.seed)
         figure = masks_figure(
-            shown, masks, task.config.classes, class_titles(task.data, task.config.classes)
+            shown, masks, task.config.classes, palette.class_titles(task.data, task.config.classes)
         )
     else:
         figure = embedding_figure(benchmark, train, test)
@@ -93,7 +93,7 @@ def embedding_figure(benchmark: LinearProbe, train: Any, test: Any) -> Any:
         for k, name in enumerate(benchmark.config.classes):
             mine = target == k
             plot.scatter(
-                points[mine, 0], points[mine, 1], s=14, alpha=0.8, color=colour(k + 1),
+                points[mine, 0], points[mine, 1], s=14, alpha=0.8, color=palette.colour(k + 1),
                 label=f"{name} ({mine.sum()})",
             )  # fmt: skip
         plot.legend(title="class (test rows)", fontsize=8)
@@ -119,7 +119,7 @@ def masks_figure(
     from matplotlib.figure import Figure
 
     classes = len(titles)
-    colours = ListedColormap(["#00000000", *map(colour, range(1, classes))])
+    colours = ListedColormap(["#00000000", *map(palette.colour, range(1, classes))])
     figure = Figure(figsize=(7.5, 2.6 * len(masks) + 0.5), layout="constrained")
     for number, (volume, mask) in enumerate(zip(volumes, masks, strict=True)):
         truth = np.searchsorted(np.array(values, dtype=int), volume.read_mask().numpy())
@@ -137,11 +137,11 @@ def masks_figure(
                     shown, cmap=colours, vmin=0, vmax=classes - 1, alpha=0.6, aspect=aspect, origin="lower",
                     interpolation="nearest",
                 )  # fmt: skip
-            words = dice_words(truth, mask, titles) if column == 2 else ""
+            words = palette.dice_words(truth, mask, titles) if column == 2 else ""
             plot.set_title("\n".join(filter(None, (title * (number == 0), words))), fontsize=8)
             plot.set_xticks([])
             plot.set_yticks([])
             if column == 0:
                 plot.set_ylabel(f"{volume.subject}, slice {z}", fontsize=7)
-    legend(figure, titles)
+    palette.legend(figure, titles)
     return figure

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ssl3d.amounts import count_of
 from ssl3d.errors import DataError
@@ -48,7 +47,7 @@ def describe_results(path: Path, paths: Sequence[Path]) -> dict[str, Any]:
         raise DataError(f"{path}: none of its {len(refused)} records can be read: {refused[0]['reason']}")
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for record in records:
-        about = (record.task, record.version, tuple(np.atleast_1d(record.dataset)), record.split_digest)
+        about = (record.task, record.version, _datasets(record), record.split_digest)
         groups.setdefault((*about, record.fraction, str(_slices(record))), []).append(record)
     return {
         "kind": "results",
@@ -66,11 +65,11 @@ def _table(records: Sequence[Result]) -> dict[str, Any]:
         by_name.setdefault(str(record.contestant["name"]), []).append(record)
     rows = [_row(name, same) for name, same in by_name.items()]
     main = first.main
-    rows.sort(key=lambda row: -row["scores"][main] if np.isfinite(row["scores"][main]) else np.inf)
+    rows.sort(key=lambda row: -row["scores"][main] if math.isfinite(row["scores"][main]) else math.inf)
     return {
         "task": first.task,
         "version": first.version,
-        "datasets": [str(name) for name in np.atleast_1d(first.dataset)],
+        "datasets": list(_datasets(first)),
         "main": main,
         "fraction": first.fraction,
         "annotated_slices": _slices(first),
@@ -84,7 +83,8 @@ def _row(name: str, records: Sequence[Result]) -> dict[str, Any]:
 
     names = dict.fromkeys(score for record in records for score in record.scores)
     scores = {
-        score: float(np.mean([record.scores.get(score, np.nan) for record in records])) for score in names
+        score: sum(record.scores.get(score, math.nan) for record in records) / len(records)
+        for score in names
     }
     # Older records have intervals of classes with too few test subjects.
     sure = len(records) == 1 and not why_no_interval(class_support(records[0].predictions), 0.0)
@@ -96,6 +96,11 @@ def _row(name: str, records: Sequence[Result]) -> dict[str, Any]:
         "scores": scores,
         "intervals": {score: list(own) for score, own in ends.items()},
     }
+
+
+def _datasets(record: Result) -> tuple[str, ...]:
+    names: Any = record.dataset
+    return (names,) if isinstance(names, str) else tuple(map(str, names))
 
 
 def _slices(record: Result) -> int:
@@ -126,8 +131,8 @@ def result_lines(info: dict[str, Any]) -> list[str]:
 
 
 def _cells(row: dict[str, Any], main: str, others: Sequence[str]) -> list[str]:
-    low, high = row["intervals"].get(main, (np.nan, np.nan))
-    ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) and np.isfinite(high) else ""
+    low, high = row["intervals"].get(main, (math.nan, math.nan))
+    ends = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) and math.isfinite(high) else ""
     return [
         row["contestant"],
         f"{_number(row['scores'].get(main))}{ends}",
@@ -137,7 +142,7 @@ def _cells(row: dict[str, Any], main: str, others: Sequence[str]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return f"{value:.3f}" if value is not None and np.isfinite(value) else "-"
+    return f"{value:.3f}" if value is not None and math.isfinite(value) else "-"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -32,7 +32,7 @@ FENCE = re.compile(
 )
 SMALL = {
     "pretrain": "--steps 2 --batch-size 4 --workers 0 --eval-every -1",
-    "linear-probe": "--untrained 1 --recalibrate no --samples 32 --precision bf16",
+    "linear-probe": "--untrained 1 --samples 32 --precision bf16",
     "finetune": "--steps 2 --batch-size 2 --workers 0 --no-trivial --fractions 1 --eval-at 1",
     "report": "--resamples 100",
 }

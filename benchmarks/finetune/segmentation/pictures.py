@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d_benchmarks.palette import colour, dice_words, legend
+from ssl3d.api import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +64,9 @@ def segmentation_picture(
         row[0].text(
             0.02, 0.02, volume.id.split("/")[-1], color="white", fontsize=6, transform=row[0].transAxes
         )
-        words = dice_words(true, labels, names)
+        words = palette.dice_words(true, labels, names)
         row[1].text(0.02, 0.02, words, color="white", fontsize=6, transform=row[1].transAxes)
-    legend(figure, names)
+    palette.legend(figure, names)
     return figure
 
 
@@ -74,7 +74,7 @@ def _outline(panel: Any, labels: Array, classes: int) -> None:
     for k in range(1, classes):
         mask = labels == k
         if mask.any() and not mask.all() and min(mask.shape) > 1:
-            panel.contour(mask.astype(float), levels=[0.5], colors=[colour(k)], linewidths=1.2)
+            panel.contour(mask.astype(float), levels=[0.5], colors=[palette.colour(k)], linewidths=1.2)
 
 
 def _middle(true: Array, predicted: Array) -> tuple[int, int, int]:

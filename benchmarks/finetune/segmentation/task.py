@@ -617,13 +617,13 @@ class Segmentation(FinetuneTask):
 
     def picture(self, model: nn.Module, data: Collection) -> Any:
         """Draw slices through the objects of some volumes, with truth and prediction."""
+        from ssl3d.api import palette
         from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
-        from ssl3d_benchmarks.palette import class_titles
 
         shown = data[:4]
         predicted = [self.labels(model, volume) for volume in shown]
         truth = [class_indices(self._table(volume), volume.read_mask().numpy()) for volume in shown]
-        return segmentation_picture(list(shown), truth, predicted, class_titles(data, self.names))
+        return segmentation_picture(list(shown), truth, predicted, palette.class_titles(data, self.names))
 
 
 def _check_classes(classes: Sequence[int], data: Collection, ignore: int | Mapping[str, int]) -> None:

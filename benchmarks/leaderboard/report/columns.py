@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl3d.api import duration, size, statistics
+from ssl3d.api import duration, elements, size, statistics
 from ssl3d_benchmarks.leaderboard.report.board import NO_NETWORK, Arm, Board
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import reference_of
@@ -22,8 +22,6 @@ Published = Mapping[str, Any]
 
 CI, RANGE = "[95\u00a0%\u00a0CI]", "[95\u00a0%\u00a0range]"
 """Ends of headings, in one piece where a heading is broken into lines."""
-UNKNOWN = "–"
-"""Cell of a value that the records do not have."""
 LOWER_IS_BETTER = ("hd95", "mae")
 """Scores, and beginnings of the names of their classes' scores, of which a lower one is better."""
 
@@ -200,7 +198,7 @@ def settings_of(arm: Arm) -> str:
 
 def number(value: float | None) -> str:
     """Return a score with three decimals, or a dash where there is none."""
-    return f"{value:.3f}" if value is not None and isfinite(value) else UNKNOWN
+    return f"{value:.3f}" if value is not None and isfinite(value) else elements.UNKNOWN
 
 
 def gain_text(gain: statistics.Difference | None) -> str:
@@ -227,7 +225,7 @@ def _known(words: Callable[[float], str], amount: float | None, arm: Arm) -> str
     """Return an amount in words; a dash where an encoder was pretrained and its checkpoint lacks it."""
     if amount:
         return words(amount)
-    return UNKNOWN if arm.first.flops() else ""
+    return elements.UNKNOWN if arm.first.flops() else ""
 
 
 def _reference(board: Board, arm: Arm) -> str | None:

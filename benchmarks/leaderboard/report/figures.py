@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,37 +9,28 @@ from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
-from ssl3d.api import unpacked_place
-from ssl3d_benchmarks.leaderboard.report import charts
+from ssl3d.api import charts, elements, unpacked_place
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.charts import Line, Mark, Point
 from ssl3d_benchmarks.leaderboard.report.statistics import curve_of
 from ssl3d_benchmarks.leaderboard.report.text import heading, published_rows
 
-PICTURE_WIDTH = 900
-"""Largest width of a picture in the page, in pixels."""
 NAN = float("nan")
-
-
-def figure(picture: str, caption: str) -> str:
-    """Put a caption below a picture; without a picture, return an empty string."""
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" if picture else ""
 
 
 def forest(board: Board) -> str:
     """Draw the scores of all contestants with their intervals."""
     marks = [
-        Mark(arm.title, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind,
+        charts.Mark(arm.title, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind,
              arm.rank is None and arm.kind != "trivial")
         for arm in board.arms
     ]  # fmt: skip
     marks += [
-        Mark(f"{row['name']} (published)", row[board.table.main], kind="published", faint=True)
+        charts.Mark(f"{row['name']} (published)", row[board.table.main], kind="published", faint=True)
         for row in published_rows(board)
     ]
     marks.sort(key=lambda mark: -mark.value if isfinite(mark.value) else float("inf"))
     title = f"{board.table.main} of {len(marks)} contestants with 95 % intervals: {heading(board)}"
-    return figure(
+    return elements.figure(
         charts.forest(marks, board.table.main, _reference(board), title),
         "Scores with 95 % intervals. Differences are paired, so two contestants can differ although their "
         "intervals overlap: the table shows the intervals of the differences.",
@@ -56,7 +45,9 @@ def compute(board: Board) -> str:
         return ""
     several = any(len(curve.points) > 1 for curve in curves)
     if several:
-        curves = [Line(curve.label, [(x, v, NAN, NAN) for x, v, *_ in curve.points]) for curve in curves]
+        curves = [
+            charts.Line(curve.label, [(x, v, NAN, NAN) for x, v, *_ in curve.points]) for curve in curves
+        ]
     amounts = {point[0] for curve in curves for point in curve.points}
     if len(amounts) < 2 or (max(amounts) < 1.3 * max(min(amounts), 1e-9) and not several):
         return ""
@@ -71,14 +62,14 @@ def compute(board: Board) -> str:
     picture = charts.lines(
         curves, "training FLOPs of pretraining", board.table.main, title, not several, _reference(board)
     )
-    return figure(picture, caption)
+    return elements.figure(picture, caption)
 
 
-def _compute_curve(board: Board, arm: Arm) -> Line:
+def _compute_curve(board: Board, arm: Arm) -> charts.Line:
     """Return the score of a contestant against FLOPs; without points where its FLOPs are unknown."""
     flops = arm.first.flops()
     if not flops:
-        return Line(arm.title, [])
+        return charts.Line(arm.title, [])
     points = [
         (way.first.flops() or 0.0, way.interval.value, NAN, NAN)
         for way in board.on_the_way
@@ -91,7 +82,7 @@ def _compute_curve(board: Board, arm: Arm) -> Line:
     if points and reference is not None and min(x for x, *_ in points) > 0:
         points.append((0.0, reference, NAN, NAN))
     points.append((flops, arm.interval.value, arm.interval.low, arm.interval.high))
-    return Line(arm.title, sorted(points), arm.kind)
+    return charts.Line(arm.title, sorted(points), arm.kind)
 
 
 def data(board: Board) -> str:
@@ -102,14 +93,14 @@ def data(board: Board) -> str:
         if about.get("volumes") and arm.fair:
             sets = len(list(about.get("datasets") or ()))
             label = f"{arm.title} ({sets} data set{'s' * (sets != 1)})"
-            mark = Mark(label, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)
+            mark = charts.Mark(label, arm.interval.value, arm.interval.low, arm.interval.high, arm.kind)
             points.append((float(about["volumes"]), mark))
     amounts = [amount for amount, _ in points]
     if not amounts or max(amounts) < 1.5 * min(amounts):
         return ""
     title = "Score against pretraining data: " + heading(board)
     picture = charts.scatter(points, "volumes in pretraining", board.table.main, title, _reference(board))
-    return figure(
+    return elements.figure(
         picture,
         "Score against the number of pretraining volumes. Brackets give the number of data sets that the "
         "volumes come from.",
@@ -123,10 +114,10 @@ def steps(board: Board) -> str:
         numbers, values, _ = curve_of(arm)
         if len(numbers) > 1 and arm.fair:
             points = [(float(step), value, NAN, NAN) for step, value in zip(numbers, values, strict=True)]
-            curves.append(Line(arm.title, points, arm.kind))
+            curves.append(charts.Line(arm.title, points, arm.kind))
     picture = charts.lines(curves, "fine-tuning steps", f"{board.table.main} on validation subjects",
                            "Score against fine-tuning steps: " + heading(board))  # fmt: skip
-    return figure(
+    return elements.figure(
         picture,
         "Validation score during fine-tuning, as the mean over seeds. A curve that rises earlier "
         "belongs to a contestant that converges sooner.",
@@ -141,10 +132,10 @@ def fractions(boards: Sequence[Board]) -> str:
     curves = _over_boards((float(count or 0), board) for count, board in zip(counts, boards, strict=True))
     title = "Score against the number of labelled subjects: " + boards[0].table.title
     picture = charts.lines(
-        [Line(curve.label, sorted(curve.points), curve.kind) for curve in curves],
+        [charts.Line(curve.label, sorted(curve.points), curve.kind) for curve in curves],
         "training subjects with labels", boards[0].table.main, title, log=True,
     )  # fmt: skip
-    return figure(
+    return elements.figure(
         picture,
         "Score against the number of training subjects. The subsets are nested and are the same for every "
         "contestant.",
@@ -164,22 +155,22 @@ def sparse(boards: Sequence[Board]) -> str:
         "Score against annotated slices: " + last.title, log=True,
         called={every: "all"} if last.slices == 0 else {},
     )  # fmt: skip
-    return figure(
+    return elements.figure(
         picture,
         "Score against the number of annotated slices. The loss uses those slices only; the score uses all "
         "slices of the test volumes.",
     )
 
 
-def _over_boards(boards: Iterable[tuple[float, Board]]) -> list[Line]:
+def _over_boards(boards: Iterable[tuple[float, Board]]) -> list[charts.Line]:
     """Return the curves of the contestants that several boards have, over an amount of each board."""
-    curves: dict[str, tuple[str, list[Point]]] = {}
+    curves: dict[str, tuple[str, list[charts.Point]]] = {}
     for amount, board in boards:
         for arm in board.arms:
             if arm.fair and amount:
                 points = curves.setdefault(arm.title, (arm.kind, []))[1]
                 points.append((amount, arm.interval.value, arm.interval.low, arm.interval.high))
-    return [Line(label, points, kind) for label, (kind, points) in curves.items() if len(points) > 1]
+    return [charts.Line(label, points, kind) for label, (kind, points) in curves.items() if len(points) > 1]
 
 
 def froc(board: Board) -> str:
@@ -192,10 +183,10 @@ def froc(board: Board) -> str:
                 (float(name[5:]), fmean(record.result.scores[name] for record in arm.records()), NAN, NAN)
                 for name in rates
             ]
-            curves.append(Line(arm.title, sorted(points), arm.kind))
+            curves.append(charts.Line(arm.title, sorted(points), arm.kind))
     title = "FROC: " + heading(board)
     picture = charts.lines(curves, "false positives per scan", "sensitivity", title, log=True)
-    return figure(
+    return elements.figure(
         picture, "FROC: the share of the objects that is found, against the false positives per scan."
     )
 
@@ -207,7 +198,7 @@ def pictures(board: Board) -> str:
     for arm in [*ranked[:1], *board.of_kind("scratch")[:1]]:
         beside = (path for record in arm.records() for path in _beside(record.path, record.result.key))
         path = next(beside, None)
-        source = _inline(path) if path is not None else None
+        source = elements.inline(path) if path is not None else None
         if path is not None and source:
             embeddings = "embeddings of the test part on their principal axes"
             content = embeddings if "embeddings" in path.name else "predictions beside the truth"
@@ -221,32 +212,8 @@ def pictures(board: Board) -> str:
     return f'<details open><summary>Pictures</summary><div class="charts">{"".join(parts)}</div></details>'
 
 
-_LARGEST_PICTURE = 1 << 26  # pixels, four times those of the largest page that is drawn
-
-
 def _beside(path: Path, key: str) -> list[Path]:
     return sorted(unpacked_place(path).parent.glob(f"*{key[:8]}*.png"))
-
-
-def _inline(path: Path) -> str | None:
-    """Return a picture, down-sized, as a data URI; None where it cannot be read."""
-    from PIL import Image
-
-    if not path.is_file():  # to open a pipe is to wait for ever
-        return None
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > _LARGEST_PICTURE:
-                return None
-            small = image.convert("RGB")
-    except Exception:  # Pillow raises nearly anything on damaged files
-        return None
-    if small.width > PICTURE_WIDTH:
-        height = max(1, round(small.height * PICTURE_WIDTH / small.width))
-        small = small.resize((PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=72, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _reference(board: Board) -> float | None:

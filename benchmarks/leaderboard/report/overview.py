@@ -8,12 +8,11 @@ from html import escape
 from math import isfinite
 from typing import NamedTuple
 
-from ssl3d_benchmarks.leaderboard.report import charts, text
+from ssl3d.api import charts, elements
+from ssl3d_benchmarks.leaderboard.report import text
 from ssl3d_benchmarks.leaderboard.report.answer import gained, shown, why_untold
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.charts import Mark
 from ssl3d_benchmarks.leaderboard.report.columns import gain_text
-from ssl3d_benchmarks.leaderboard.report.figures import figure
 from ssl3d_benchmarks.leaderboard.report.names import network_title, relation
 
 FULL = 0.1
@@ -224,11 +223,13 @@ def _forest(group: Group, main: str, boards: Sequence[Board]) -> str:
         return ""
     every = sum(len(arms) for _, arms in rows)
     some = every > FEW_GAINS
-    marks: list[Mark] = []
+    marks: list[charts.Mark] = []
     for board, arms in rows:
-        marks.append(Mark(_column(board, boards), float("nan"), kind="heading"))
+        marks.append(charts.Mark(_column(board, boards), float("nan"), kind="heading"))
         kept = [arms[0], arms[-1]] if some and len(arms) > 2 else arms
-        marks += [Mark(arm.title, _gain(arm), *_ends(arm), arm.kind, faint=not shown(arm)) for arm in kept]
+        marks += [
+            charts.Mark(arm.title, _gain(arm), *_ends(arm), arm.kind, faint=not shown(arm)) for arm in kept
+        ]
     words = _group_words(group)
     title = f"Gains with 95 % intervals: {words}"
     caption = (
@@ -240,7 +241,7 @@ def _forest(group: Group, main: str, boards: Sequence[Board]) -> str:
             f" Of {every} gains the largest and the smallest of each table are drawn: the best of many is "
             "partly luck."
         )
-    return figure(charts.forest(marks, f"gain in {main}", 0.0, title), caption)
+    return elements.figure(charts.forest(marks, f"gain in {main}", 0.0, title), caption)
 
 
 def _tested(board: Board) -> list[Arm]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
-from math import isfinite
-from typing import Any, NamedTuple
 
-from ssl3d.api import printable, statistics
-from ssl3d_benchmarks.leaderboard.report import charts, figures, overview, text
+from ssl3d.api import beside, charts, document, elements, statistics
+from ssl3d_benchmarks.leaderboard.report import figures, overview, text
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.columns import (
-    UNKNOWN,
     Column,
     number,
     score_columns,
@@ -54,38 +50,6 @@ HOW_TO_READ = (
 )
 
 
-class Cell(NamedTuple):
-    """A cell of a table in the page.
-
-    Attributes:
-        text: Words that are shown.
-        key: Number or text to sort by; None for a cell that is last in either order.
-        tone: CSS class, or an empty string.
-    """
-
-    text: str
-    key: Any = None
-    tone: str = ""
-
-
-class Row(NamedTuple):
-    """A row of a table in the page.
-
-    Attributes:
-        name: Words in the first column.
-        cells: Cells of the other columns.
-        about: What stands below the name, always in sight.
-        kind: CSS class, or an empty string.
-        settings: What is shown at a click on the name.
-    """
-
-    name: str
-    cells: Sequence[Cell]
-    about: str = ""
-    kind: str = ""
-    settings: str = ""
-
-
 def page(
     title: str, boards: Sequence[Board], overall: Sequence[Overall], refused: Sequence[Refused],
     conditions: Sequence[tuple[str, str]], pictures: bool = True, resamples: int = statistics.RESAMPLES,
@@ -104,11 +68,11 @@ def page(
     full = answer(boards)
     parts = [f"<h1>{escape(title)}</h1>", '<section class="answer" aria-label="Answer">']
     parts.append("<p><strong>Does pretraining pay on these data?</strong></p>")
-    parts += _paragraphs(overview.in_short(boards))
+    parts += elements.paragraphs(overview.in_short(boards))
     parts.append("</section>")
     parts.append(_top_warnings([*(line for line in full if line.startswith("WARNING")), *_loud(boards)]))
     parts += [overview.matrix(boards), overview.gains(boards)]
-    inside = "".join(_paragraphs(full))
+    inside = "".join(elements.paragraphs(full))
     parts.append(f'<details class="paper"><summary>The answer in full</summary>{inside}</details>')
     points = "".join(f"<li>{escape(point)}</li>" for point in HOW_TO_READ)
     parts.append(f"<details><summary>How to read the numbers</summary><ul>{points}</ul></details>")
@@ -119,25 +83,14 @@ def page(
     )
     parts.append(_contents(boards, overall))
     parts += [_overall(ranks) for ranks in overall]
-    parts += _small(no_overall(boards))
+    parts += elements.small(no_overall(boards))
     if boards:
         parts.append("<h2>Tables</h2>")
     for board in boards:
         parts.append(_board(board, *_curves_at(board, boards), pictures))
     parts += [_refused(refused), _conditions(conditions)]
-    body = "\n".join(map(printable, "\n".join(parts).split("\n")))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(printable(title))}</title>'
-        f"<style>\n{beside('page.css')}</style></head>\n"
-        f"<body><main>\n{body}\n</main><script>\n{beside('page.js')}</script></body></html>\n"
-    )
-
-
-def beside(name: str) -> str:
-    """Read a file that lies beside this module in the package, such as the style of the page."""
-    return (files(__package__) / name).read_text(encoding="utf-8")
+    style, script = (beside(__package__, name) for name in ("page.css", "page.js"))
+    return document(title, "\n".join(parts), [style], [script])
 
 
 def _loud(boards: Sequence[Board]) -> list[str]:
@@ -208,17 +161,17 @@ def _overall(ranks: Overall) -> str:
     for k, name in enumerate(ranks.methods):
         low, high = ranks.intervals[k]
         cells = [
-            Cell(f"{ranks.average[k]:.2f} [{low:.2f}, {high:.2f}]", ranks.average[k]),
-            Cell(f"{ranks.first_share[k]:.0%}", ranks.first_share[k]),
-            *(Cell(f"{rank:g}", rank) for rank in ranks.ranks[k]),
+            elements.Cell(f"{ranks.average[k]:.2f} [{low:.2f}, {high:.2f}]", ranks.average[k]),
+            elements.Cell(f"{ranks.first_share[k]:.0%}", ranks.first_share[k]),
+            *(elements.Cell(f"{rank:g}", rank) for rank in ranks.ranks[k]),
         ]
-        rows.append(Row(name, cells))
-    parts.append(_table(
+        rows.append(elements.Row(name, cells))
+    parts.append(elements.table(
         "Average rank over tasks, 1 is best. The 95 % range resamples subjects and seeds within tasks.",
         ["method", "average rank [95 % range]", "first in", *tasks], rows,
     ))  # fmt: skip
-    parts += _paragraphs([text.stability(ranks)])
-    parts += _small([text.OVER_TASKS])
+    parts += elements.paragraphs([text.stability(ranks)])
+    parts += elements.small([text.OVER_TASKS])
     if ranks.left_out or ranks.tasks_left_out:
         gone, missing = len(ranks.tasks_left_out), len(ranks.left_out)
         tasks_gone = f"{gone} task{'s do' if gone > 1 else ' does'} not count; " if gone else ""
@@ -233,7 +186,7 @@ def _overall(ranks: Overall) -> str:
             "Critical-difference picture: " + text.stability(ranks),
         )  # fmt: skip
         caption = "Average ranks. A bar joins methods that Nemenyi's test cannot tell apart at .05."
-        parts.append(figures.figure(picture, caption))
+        parts.append(elements.figure(picture, caption))
     if len(ranks.methods) <= MOST_COMPARED:
         parts.append("<details><summary>How often each method is above each other</summary>")
         parts += [_above(ranks), "</details>"]
@@ -246,11 +199,13 @@ def _above(ranks: Overall) -> str:
     rows = []
     for k, name in enumerate(ranks.methods):
         shares = [ranks.above[k, j] if j != k else None for j in range(len(ranks.methods))]
-        cells = [Cell(UNKNOWN if share is None else f"{share:.0%}", share) for share in shares]
-        rows.append(Row(f"{k + 1}. {name}", cells))
+        cells = [
+            elements.Cell(elements.UNKNOWN if share is None else f"{share:.0%}", share) for share in shares
+        ]
+        rows.append(elements.Row(f"{k + 1}. {name}", cells))
     numbers = [str(k + 1) for k in range(len(ranks.methods))]
     caption = "Share of the resamples in which the method of the row is above that of the column"
-    return _table(caption, ["method", *numbers], rows, heat=True)
+    return elements.table(caption, ["method", *numbers], rows, heat=True)
 
 
 def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
@@ -263,15 +218,15 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         f"<h2>{escape(text.heading(board))}</h2> "
         f"<small>{escape(said)}</small></summary>"
     ]
-    parts += _paragraphs([text.about(board)])
-    parts += _warnings([*board.unlearned, *board.missing])
+    parts += elements.paragraphs([text.about(board)])
+    parts += elements.warnings([*board.unlearned, *board.missing])
     parts.append(_comparison(board, "main"))
-    parts += _small(text.about_published(board))
+    parts += elements.small(text.about_published(board))
     if board.of_section("labels"):
         parts.append("<h3>Pretrained with labels: ranked among themselves</h3>")
         parts.append(_comparison(board, "labels"))
     parts.append(_all_scores(board))
-    parts += _small(board.notes)
+    parts += elements.small(board.notes)
     drawn = (
         figures.forest(board), figures.compute(board), figures.data(board), figures.steps(board),
         figures.fractions(fractions), figures.sparse(sparse), figures.froc(board),
@@ -320,17 +275,19 @@ def _table_of(
     rows = []
     for arm in arms:
         cells = [
-            Cell(column.cell(board, arm), column.sort_key(board, arm), column.tone(arm))
+            elements.Cell(column.cell(board, arm), column.sort_key(board, arm), column.tone(arm))
             for column in others
         ]
         notes = by_key["notes"].cell(board, arm) if "notes" in by_key else ""
         # Beside the notes alone: a table of all scores repeats neither.
         settings = settings_of(arm) if "notes" in by_key else ""
-        rows.append(Row(arm.title, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair), settings))
+        rows.append(
+            elements.Row(arm.title, cells, notes, f"k-{arm.kind}" + " out" * (not arm.fair), settings)
+        )
     for row in text.published_rows(board) if published else ():
-        cells = [Cell(*column.published(board, row)) for column in others]
-        rows.append(Row(row["name"], cells, kind="k-published"))
-    return _table(caption, ["contestant", *(column.heading_on(board) for column in others)], rows)
+        cells = [elements.Cell(*column.published(board, row)) for column in others]
+        rows.append(elements.Row(row["name"], cells, kind="k-published"))
+    return elements.table(caption, ["contestant", *(column.heading_on(board) for column in others)], rows)
 
 
 def _refused(refused: Sequence[Refused]) -> str:
@@ -338,87 +295,40 @@ def _refused(refused: Sequence[Refused]) -> str:
     if not refused:
         return f"{heading}<p>No record was refused.</p></section>"
     rows = [
-        Row(record.where, [Cell(record.who or UNKNOWN, record.who), Cell(record.why, record.why, "notes")])
+        elements.Row(
+            record.where,
+            [
+                elements.Cell(record.who or elements.UNKNOWN, record.who),
+                elements.Cell(record.why, record.why, "notes"),
+            ],
+        )
         for record in refused
     ]
     count = len(refused)
     files_are = f"{count} files or records are" if count > 1 else "One file or record is"
     return (
         f"{heading}<p>{files_are} in no table, because they cannot be compared or cannot be read.</p>"
-        f"{_table('Refused records, and the reasons', ['file', 'contestant', 'reason'], rows)}</section>"
+        f"{elements.table('Refused records, and the reasons', ['file', 'contestant', 'reason'], rows)}"
+        "</section>"
     )
 
 
 def _conditions(conditions: Sequence[tuple[str, str]]) -> str:
-    rows = [Row(name, [Cell(value, value)]) for name, value in conditions]
-    table = _table("Conditions under which the numbers were made", ["", "value"], rows)
+    rows = [elements.Row(name, [elements.Cell(value, value)]) for name, value in conditions]
+    table = elements.table("Conditions under which the numbers were made", ["", "value"], rows)
     return f'<section><h2 id="conditions">Conditions</h2>{table}</section>'
 
 
 # Elements -----------------------------------------------------------------------------------------
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[Row], heat: bool = False) -> str:
-    """Return a table that the script can sort: every cell has its key, and without one it stays last."""
-    right = [any(_is_number(row.cells[k]) for row in rows) for k in range(len(head) - 1)]
-    columns = f'<th scope="col">{escape(head[0])}</th>' + "".join(
-        f'<th scope="col"{" class=n" * number}>{escape(name)}</th>'
-        for name, number in zip(head[1:], right, strict=True)
-    )
-    body = "".join(_row(row, right, heat) for row in rows)
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}">'
-        f'<table class="sort"><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _row(row: Row, right: Sequence[bool], heat: bool) -> str:
-    below = f"<small>{escape(row.about)}</small>" if row.about else ""
-    words = escape(row.name)
-    if row.settings:
-        words = f"<details><summary>{words}</summary><small>{escape(row.settings)}</small></details>"
-    name = f'<th scope="row" data-v="{escape(row.name, quote=True)}">{words}{below}</th>'
-    kind = f' class="{row.kind}"' if row.kind else ""
-    cells = "".join(_cell(cell, number, heat) for cell, number in zip(row.cells, right, strict=True))
-    return f"<tr{kind}>{name}{cells}</tr>"
-
-
-def _cell(cell: Cell, right: bool, heat: bool) -> str:
-    look, style = ["n"] * right, ""
-    if heat and cell.key is not None:
-        share = int(60 * float(cell.key))
-        style = f' style="background:color-mix(in srgb,var(--accent) {share}%,transparent)"'
-    look += [cell.tone] * bool(cell.tone)
-    classes = f' class="{" ".join(look)}"' if look else ""
-    undefined = cell.key is None or (isinstance(cell.key, float) and not isfinite(cell.key))
-    key = escape("" if undefined else str(cell.key), quote=True)
-    return f'<td{classes}{style} data-v="{key}">{escape(cell.text)}</td>'
-
-
-def _is_number(cell: Cell) -> bool:
-    return isinstance(cell.key, int | float) or cell.text in ("-", UNKNOWN)
-
-
-def _paragraphs(lines: Iterable[str]) -> list[str]:
-    return [f"<p>{escape(line)}</p>" for line in lines]
-
-
-def _small(lines: Iterable[str]) -> list[str]:
-    return [f"<p><small>{escape(line)}</small></p>" for line in lines]
-
-
-def _warnings(lines: Iterable[str]) -> list[str]:
-    return [f'<p class="loud" role="note">{escape(line)}</p>' for line in lines]
-
-
 def _top_warnings(lines: Sequence[str]) -> str:
     """Return the warnings of all tables in a box, of which several lines are folded."""
     if len(lines) < 2:
-        return "".join(_warnings(lines))
+        return "".join(elements.warnings(lines))
     first = lines[0].removeprefix("WARNING: ")
     head = first if len(first) <= 110 else first[:108].rpartition(" ")[0] + " …"
-    inside = "".join(_paragraphs(lines))
+    inside = "".join(elements.paragraphs(lines))
     return (
         f'<details class="loud"><summary>{len(lines)} warnings: {escape(head)}</summary>{inside}</details>'
     )

@@ -846,10 +846,9 @@ def test_published_scores_beside_the_main_one_are_shown(tmp_path):
 
 
 def test_the_style_has_a_colour_for_every_curve():
-    from ssl3d_benchmarks.leaderboard.report import charts
-    from ssl3d_benchmarks.leaderboard.report.page import beside
+    from ssl3d.api import beside, charts
 
-    colours = set(re.findall(r"svg \.c(\d+) ", beside("page.css")))
+    colours = set(re.findall(r"svg \.c(\d+) ", beside("ssl3d.pages", "page.css")))
     assert colours == {str(k) for k in range(charts.COLOURS)}
 
 
@@ -886,12 +885,13 @@ def test_notes_stand_below_the_name_and_numbers_of_others_are_explained_once(mad
 
 
 def test_cells_sort_by_numbers_or_words_and_what_has_neither_is_last():
-    from ssl3d_benchmarks.leaderboard.report.page import Cell, Row, _table, beside
+    from ssl3d.api import beside
+    from ssl3d.pages.elements import Cell, Row, table
 
     cells = [Cell("1 seed", "1 seed"), Cell("-"), Cell(".5", 0.5), Cell("–", float("nan"))]
-    page = _table("c", ["name", "about", "rank", "x", "y"], [Row("row", cells)])
+    page = table("c", ["name", "about", "rank", "x", "y"], [Row("row", cells)])
     assert re.findall(r'<td[^>]* data-v="([^"]*)"', page) == ["1 seed", "", "0.5", ""]
-    assert "if (x === '' || y === '') return (x === '') - (y === '');" in beside("page.js")
+    assert "if (x === '' || y === '') return (x === '') - (y === '');" in beside("ssl3d.pages", "page.js")
 
 
 def test_ranks_between_two_places_are_not_rounded(report):
@@ -924,7 +924,7 @@ def test_tables_of_one_title_say_what_differs(tmp_path):
 
 
 def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
-    from ssl3d_benchmarks.leaderboard.report.charts import critical
+    from ssl3d.pages.charts import critical
 
     names = [f"a method of a long name, {k}" for k in range(7)]
     picture = critical(names, [1.2, 2, 3, 4, 5, 6, 6.8], 2.5, [(0, 2)], "t")
@@ -940,7 +940,7 @@ def test_the_names_of_a_critical_difference_are_outside_of_its_stems():
 
 
 def test_an_axis_of_few_amounts_has_their_ticks_and_room_for_its_name():
-    from ssl3d_benchmarks.leaderboard.report.charts import Line, lines
+    from ssl3d.pages.charts import Line, lines
 
     points = [(x, y, y, y) for x, y in ((4, 0.8125), (8, 0.815), (16, 0.8175))]
     picture = lines([Line("a", points)], "people", "dice", "t", log=True, called={16: "all"})

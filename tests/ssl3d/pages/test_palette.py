@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 from ssl3d.api import open_data
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
+from ssl3d.pages.palette import class_titles, colour, dice_words
 from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
 from ssl3d_benchmarks.linear_probe.pictures import masks_figure
-from ssl3d_benchmarks.palette import class_titles, colour, dice_words
 
 
 @pytest.fixture

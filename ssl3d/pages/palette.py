@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ssl3d.api import Collection
+    from ssl3d.data.store.collection import Collection
 
 Array = NDArray[Any]
 
