@@ -65,7 +65,7 @@ class MAEConfig(RestoreViews):
     block: tuple[int, ...] = ()
     ratio: float = 0.75
     masking: Literal["token", "remask"] = "token"
-    densify_norm: bool = added_option(True, before=False)
+    densify_norm: bool = added_option(True, before=False, only={"masking": "remask"})
     norm_targets: bool | None = None
     width: int = 32
     skips: bool = True

@@ -100,6 +100,11 @@ from .data.store.writer import (
     write_part as write_part,
 )
 
+from .data.size_notes import (
+    large_batch_note as large_batch_note,
+    large_crop_note as large_crop_note,
+)
+
 # Crops and augmentations
 from .views.compose import (
     ViewRng as ViewRng,
@@ -374,6 +379,7 @@ from .pages.document import (
 # Options, errors, files and words
 from . import locks as locks
 from .config import (
+    former_defaults as former_defaults,
     Plugins as Plugins,
     added_option as added_option,
     parse as parse,

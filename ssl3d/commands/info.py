@@ -383,7 +383,7 @@ def _run_lines(info: dict[str, Any]) -> list[str]:
     state = (
         "finished" if info["finished"] else f"not finished; ssl3d pretrain --resume {info['path']} goes on"
     )
-    lines = [f"{info['path']}: a run, {state}; {info['steps_logged']:,} steps logged"]
+    lines = [f"{info['path']}: a run, {state}; {count_of(info['steps_logged'], 'step')} logged"]
     if info["last"]:
         lines.append("  last step: " + ", ".join(f"{k} {_words(v)}" for k, v in info["last"].items()))
     lines += [f"  {key}: {_words(value)}" for key, value in info["options"].items()]
