@@ -237,10 +237,9 @@ class TransVW(Proxy):
         """Corrupt the crops, restore them, and name their words."""
         config, word = self.config, batch["word"]
         everywhere = torch.ones_like(batch["crop"][:, 0], dtype=torch.bool)
-        views = {
-            "foreground": everywhere,
-            **{name: batch[name] for name in ("crop", "ignored") if name in batch},
-        }
+        views: dict[str, Tensor] = {"crop": batch["crop"], "foreground": everywhere}
+        if "ignored" in batch:
+            views["ignored"] = batch["ignored"]
         original, _, counted = mirror_counted(config, views, rng, self.training)
         corrupted = self.corrupted(original, rng)
         maps = self.encoder(corrupted)
