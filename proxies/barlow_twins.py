@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ssl3d.api import (
     BatchRng,
+    EmbeddedViews,
     Encoder,
     PairViews,
     Proxy,
     StepOutput,
     barlow_twins_loss,
     check_depth,
+    check_pairs,
     draw_pairs,
     embed_pairs,
     pair_picture,
@@ -110,12 +112,25 @@ class BarlowTwins(Proxy):
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
         """Augment, embed and project both views, and correlate their features over all groups."""
-        # Standardised, two rows are 1 and -1 in every feature whatever they were: nothing to learn from.
-        pairs = embed_pairs(self.config, self.encoder, batch, rng, least=3)
+        return self.compare(self.embed_views(batch, rng))
+
+    def embed_views(
+        self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
+    ) -> EmbeddedViews:
+        """Augment, embed and project both views of every pair: `projected` (R, 2, F)."""
+        pairs = embed_pairs(self.config, self.encoder, batch, rng)
         projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
+        views = pairs.views[0]
+        shown = projected[: len(views)].detach()
+        return EmbeddedViews({"projected": projected}, lambda: pair_picture(views, shown))
+
+    def compare(self, embedded: EmbeddedViews) -> StepOutput:
+        """Compute the correlations of features over all pairs and ranks."""
+        projected = embedded.rows["projected"]
+        if self.training:
+            # Standardised, two rows are 1 and -1 in every feature, whatever they were: nothing to learn.
+            check_pairs(self.config, len(projected), least=3)
         a, b = projected.unbind(1)
         loss, diagonal, off_diagonal = barlow_twins_loss(a, b, self.config.off_diagonal)
         metrics = {"diagonal": diagonal, "off_diagonal_rms": off_diagonal}
-        views = pairs.views[0]
-        shown = projected[: len(views)].detach()
-        return StepOutput(loss, metrics, lambda: pair_picture(views, shown))
+        return StepOutput(loss, metrics, embedded.picture)

@@ -17,6 +17,7 @@ from ssl3d.api import (
     Proxy,
     RestoreViews,
     StepOutput,
+    constant,
     decode,
     draw_one,
     mean_of,
@@ -180,7 +181,7 @@ def swap_patches(
 
     # Where layers, rows and bricks begin: within a brick's side, and so that two large ones still fit.
     begin_d, begin_h, begin_w = rng.uniform(1), rng.uniform(most[0], 1), rng.uniform(most[0], most[1], 1)
-    room = torch.minimum(sides, torch.tensor(size, device=device) - 2 * sides + 1).clamp_min(1)
+    room = torch.minimum(sides, constant(size, x) - 2 * sides + 1).clamp_min(1)
     d, h, w = (sides[:, a].view(-1, 1, 1, 1) for a in range(3))
     room_d, room_h, room_w = (room[:, a].view(-1, 1, 1, 1) for a in range(3))
     i, j, k = (torch.arange(n, device=device) for n in most)
@@ -189,7 +190,7 @@ def swap_patches(
     start_w = (begin_w * room_w).long() + k * w
     starts = torch.stack([start_d, start_h, start_w], dim=-1).flatten(1, 3)  # (B, bricks, 3)
     ends = starts + sides.unsqueeze(1)
-    exists = (ends <= torch.tensor(size, device=device)).all(-1)
+    exists = (ends <= constant(size, x)).all(-1)
 
     held = _held(foreground, starts, ends) * exists
     order = (rng.uniform(starts.shape[1]) + (held == 0)).argsort(dim=1)  # those with foreground come first
@@ -216,7 +217,7 @@ def _held(foreground: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     for axis in (1, 2, 3):
         total = total.cumsum(axis)
     total = functional.pad(total, (1, 0) * 3)
-    limits = torch.tensor(foreground.shape[1:], device=foreground.device)
+    limits = constant(foreground.shape[1:], foreground)
     corners = [torch.minimum(starts, limits), torch.minimum(ends, limits)]
     rows = torch.arange(len(foreground), device=foreground.device).unsqueeze(1)
     held = torch.zeros_like(starts[..., 0])

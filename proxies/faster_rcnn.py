@@ -17,7 +17,9 @@ from ssl3d.api import (
     DetectionTargets,
     evaluating,
     flat_parameters,
+    read_number,
     restore_parameters,
+    write_number,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ class FasterRCNN(DetectionProxy2d):
         """Train both stages at once, or the part that the phase trains."""
         if self.second is None:
             return super().run(images, targets, rng)
-        phase, detector, size = int(self.phase), self.detector, images.shape[-2:]
+        phase, detector, size = int(read_number(self.phase)), self.detector, images.shape[-2:]
         if phase == 1:
             levels = self._second_levels(images)
             first = detector.propose(levels, size, targets, rng)
@@ -145,7 +147,7 @@ class FasterRCNN(DetectionProxy2d):
         """Take back what weight decay and momentum did to frozen parameters; begin the next phase."""
         if self.second is None:
             return
-        phase = int(self.phase)
+        phase = int(read_number(self.phase))
         self._restore([part for part in _ALL if part not in _TRAINED[phase]])
         following = self.config.phase(step + 1, total)
         if following == phase:
@@ -153,7 +155,7 @@ class FasterRCNN(DetectionProxy2d):
         if phase < 3 <= following:
             restore_parameters(self._part("rpn"), self.fresh)
         self.kept.copy_(self._flat(_ALL))
-        self.phase.fill_(following)
+        write_number(self.phase, following)
 
     # ------------------------------------------------------------------------------------------------
 

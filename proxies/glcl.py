@@ -29,12 +29,14 @@ from ssl3d.api import (
     movements,
     pair_picture,
     projection_head,
+    read_number,
     region_places,
     regions_at,
     restoring_decoder,
     row_counts,
     set_contrast,
     travelling,
+    write_number,
 )
 
 if TYPE_CHECKING:
@@ -202,7 +204,7 @@ class GLCL(Proxy):
     def after_step(self, step: int, total: int) -> None:
         """Begin the stage of the decoder when its time has come."""
         if self.config.schedule == "stages" and step >= self.config.global_share * total:
-            self.local_stage.fill_(True)
+            write_number(self.local_stage, True)
 
     def forward(
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
@@ -212,7 +214,7 @@ class GLCL(Proxy):
         groups = [batch] if isinstance(batch, dict) else batch
         rngs = [rng] if isinstance(rng, BatchRng) else rng
         keys = torch.cat([self._keys(group) for group in groups])
-        local, joint = bool(self.local_stage), config.schedule == "joint"
+        local, joint = bool(read_number(self.local_stage)), config.schedule == "joint"
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         if joint or not local:

@@ -43,6 +43,7 @@ from ssl3d.api import (
     mask_scattered,
     momentum_teacher,
     projection_head,
+    read_number,
     read_slab,
     restore_parameters,
     row_counts,
@@ -53,6 +54,7 @@ from ssl3d.api import (
     standardise,
     view_margin,
     world_size,
+    write_number,
 )
 
 if TYPE_CHECKING:
@@ -430,7 +432,7 @@ class IntraInter(Proxy):
         config = self.config
         groups = [batch] if isinstance(batch, dict) else batch
         rngs = [rng] if isinstance(rng, BatchRng) else rng
-        progress = float(self.progress)
+        progress = read_number(self.progress)
         intra, inter, masked = config.weights_at(progress)
         how = (progress < config.freeze, progress >= config.queue_from)
         stacks = self._embed(groups, rngs)
@@ -474,7 +476,7 @@ class IntraInter(Proxy):
         Raises:
             TrainingError: A stage freezes the encoder, and this process holds a part of it only.
         """
-        config, before = self.config, float(self.progress)
+        config, before = self.config, read_number(self.progress)
         now = (step + 1) / max(total, 1)
         if config.freezes and len(self.kept) != sum(p.numel() for p in self.encoder.parameters()):
             raise TrainingError(
@@ -485,7 +487,7 @@ class IntraInter(Proxy):
             restore_parameters(self.encoder, self.kept)  # from the optimizer's momentum and weight decay
         elif config.frozen_at(now):
             self.kept.copy_(flat_parameters(self.encoder))
-        self.progress.fill_(now)
+        write_number(self.progress, now)
         for level in self._levels().values():
             level.after_step(step, stage_begins=config.weights_at(now) != config.weights_at(before))
         if self.teacher is not None:
@@ -498,7 +500,7 @@ class IntraInter(Proxy):
     def _embed(self, groups: list[Group], rngs: list[BatchRng]) -> Stacks:
         """Augment the groups of a batch and embed their slices, without gradient where frozen."""
         views = [augment_stack(self.config, group, each) for group, each in zip(groups, rngs, strict=True)]
-        if not self.config.frozen_at(float(self.progress)):
+        if not self.config.frozen_at(read_number(self.progress)):
             return Stacks(groups, rngs, views, *self._encode(self.encoder, views))
         with torch.no_grad(), evaluating(self.encoder):
             return Stacks(groups, rngs, views, *self._encode(self.encoder, views))

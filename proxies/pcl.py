@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl3d.api import (
     BatchRng,
     DataError,
+    EmbeddedViews,
     Encoder,
     Proxy,
     Relations,
@@ -163,24 +164,34 @@ class PCL(Proxy):
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
         """Augment every slab twice, embed and project the views, and compare those of all groups."""
-        config = self.config
+        return self.compare(self.embed_views(batch, rng))
+
+    def embed_views(
+        self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
+    ) -> EmbeddedViews:
+        """Augment every slab twice, embed and project: `projected` (R, F) and `keys` (R, 2) of R views."""
         groups = [batch] if isinstance(batch, dict) else batch
         rngs = [rng] if isinstance(rng, BatchRng) else rng
         views = [self._views(group, each) for group, each in zip(groups, rngs, strict=True)]
         embeddings = torch.cat([self.encoder.embed(x.flatten(0, 1)) for x in views])
         projected = self.head(embeddings)
         keys = torch.cat([self._keys(group) for group in groups]).repeat_interleave(2, 0)
-        contrast = set_contrast(projected, keys, self._relate, config.temperature)
-        pairs = projected.unflatten(0, (-1, 2)).detach()
-        a, b = pairs.unbind(1)
+        shown = views[0]
+        pairs = projected.detach().unflatten(0, (-1, 2))[: len(shown)]
+        return EmbeddedViews({"projected": projected, "keys": keys}, lambda: pair_picture(shown, pairs))
+
+    def compare(self, embedded: EmbeddedViews) -> StepOutput:
+        """Compare the views of all slabs and ranks."""
+        projected = embedded.rows["projected"]
+        contrast = set_contrast(projected, embedded.rows["keys"], self._relate, self.config.temperature)
+        a, b = projected.unflatten(0, (-1, 2)).detach().unbind(1)
         metrics = {
             "accuracy": contrast.accuracy,
             "chance": contrast.chance,
             "alignment": alignment(a, b),
             "uniformity": uniformity(a),
         }
-        shown = views[0]
-        return StepOutput(contrast.loss, metrics, lambda: pair_picture(shown, pairs[: len(shown)]))
+        return StepOutput(contrast.loss, metrics, embedded.picture)
 
     def _views(self, group: dict[str, Tensor], rng: BatchRng) -> Tensor:
         """Augment every slab twice: (B x S, 2, C, slab, height, width)."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl3d.api import (
     BatchRng,
+    EmbeddedViews,
     Encoder,
     PairViews,
     Proxy,
@@ -16,6 +17,7 @@ from ssl3d.api import (
     UsageError,
     alignment,
     check_depth,
+    check_pairs,
     draw_pairs,
     embed_pairs,
     nt_xent,
@@ -122,19 +124,32 @@ class SimCLR(Proxy):
         self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
     ) -> StepOutput:
         """Augment, embed and project both views, and tell pairs from the negatives of all groups."""
-        config = self.config
-        # Pairs of one volume are of one subject: without another volume there is no negative.
-        least = 2 if config.same_subject_negatives else config.per_volume + 1
-        pairs = embed_pairs(config, self.encoder, batch, rng, least)
+        return self.compare(self.embed_views(batch, rng))
+
+    def embed_views(
+        self, batch: dict[str, Tensor] | list[dict[str, Tensor]], rng: BatchRng | list[BatchRng]
+    ) -> EmbeddedViews:
+        """Augment, embed and project both views of each pair: `projected` (R, 2, F), `subjects` (R,)."""
+        pairs = embed_pairs(self.config, self.encoder, batch, rng)
         projected = self.head(pairs.embeddings.flatten(0, 1)).unflatten(0, (-1, 2))
-        a, b = projected.unbind(1)
-        contrast = nt_xent(a, b, pairs.subjects, config.temperature, config.same_subject_negatives)
+        views = pairs.views[0]
+        shown = projected[: len(views)].detach()
+        rows = {"projected": projected, "subjects": pairs.subjects}
+        return EmbeddedViews(rows, lambda: pair_picture(views, shown))
+
+    def compare(self, embedded: EmbeddedViews) -> StepOutput:
+        """Tell every pair from the negatives of all pairs and ranks."""
+        config, rows = self.config, embedded.rows
+        if self.training:
+            # Pairs of one volume are of one subject: without another volume there is no negative.
+            least = 2 if config.same_subject_negatives else config.per_volume + 1
+            check_pairs(config, len(rows["subjects"]), least)
+        a, b = rows["projected"].unbind(1)
+        contrast = nt_xent(a, b, rows["subjects"], config.temperature, config.same_subject_negatives)
         metrics = {
             "accuracy": contrast.accuracy,
             "chance": contrast.chance,
             "alignment": alignment(a, b),
             "uniformity": uniformity(a),
         }
-        views = pairs.views[0]
-        shown = projected[: len(views)].detach()
-        return StepOutput(contrast.loss, metrics, lambda: pair_picture(views, shown))
+        return StepOutput(contrast.loss, metrics, embedded.picture)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +30,13 @@ from ssl3d.api import (
     prototype_picture,
     push_pairs,
     queue_scores,
+    read_number,
     swav_loss,
     view_margin,
+    write_number,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ssl3d.api import Collection, Volume
 
 _PLACES = 4  # most places in a volume that count as items of their own; more show the same again
@@ -169,9 +170,11 @@ class SwAV(Proxy):
             embeddings.append(torch.cat(parts))
         together = torch.cat(embeddings, dim=1)
         projected = self.head(together.flatten(0, 1)).unflatten(0, together.shape[:2])
-        frozen = bool(self.progress < config.freeze)
+        # Compared as the buffer holds them, in float32.
+        progress = np.float32(read_number(self.progress))
+        frozen = bool(progress < np.float32(config.freeze))
         similarities = self.prototypes(projected, frozen)
-        queued = bool(self.progress >= config.queue_from)
+        queued = bool(progress >= np.float32(config.queue_from))
         earlier = queue_scores(self.prototypes, self.queue, self.queued) if queued else None
         assigned = balanced_assignments(similarities[:, :2], earlier, config.epsilon, config.iterations)
         scores = similarities.unbind(1)
@@ -194,7 +197,7 @@ class SwAV(Proxy):
     def after_step(self, step: int, total: int) -> None:
         """Normalise the prototypes, and note how far the training has come."""
         self.prototypes.normalize_()
-        self.progress.fill_((step + 1) / max(total, 1))
+        write_number(self.progress, (step + 1) / max(total, 1))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 from . import plugins as plugins
 from .proxy import (
     Proxy as Proxy,
+    EmbeddedViews as EmbeddedViews,
     StepOutput as StepOutput,
 )
 from .encoder import Encoder as Encoder
@@ -39,6 +40,11 @@ from .rng import (
     numpy_rng as numpy_rng,
     one_group as one_group,
     seed_of as seed_of,
+)
+from .on_device import (
+    constant as constant,
+    read_number as read_number,
+    write_number as write_number,
 )
 from .distributed import (
     gather as gather,
@@ -148,6 +154,7 @@ from .views.outside import (
 from .views.pairs import (
     PairViews as PairViews,
     check_depth as check_depth,
+    check_pairs as check_pairs,
     check_slab as check_slab,
     draw_pairs as draw_pairs,
     embed_pairs as embed_pairs,

@@ -33,6 +33,18 @@ class StepOutput(NamedTuple):
     picture: Callable[[], Figure] | None = None
 
 
+class EmbeddedViews(NamedTuple):
+    """Views of some examples as their network gives them, before they are compared with each other.
+
+    Attributes:
+        rows: Tensors by name, first axis R, in which a row depends on no other one (batch norm apart).
+        picture: Function that draws what there is to see; None where there is nothing.
+    """
+
+    rows: dict[str, Tensor]
+    picture: Callable[[], Figure] | None = None
+
+
 class Proxy(nn.Module, ABC):
     """Proxy task: one file, one class, registered under the entry-point group `ssl3d.proxies`.
 
@@ -106,6 +118,23 @@ class Proxy(nn.Module, ABC):
             batch: Group of stacked examples, first axis B.
             rng: Generator of the step for these B examples.
         """
+
+    def embed_views(self, batch: list[dict[str, Tensor]], rng: list[BatchRng]) -> EmbeddedViews:
+        """Augment and embed some examples: the part of `forward` that needs the memory.
+
+        A `mixed` proxy whose loss is a function of such rows writes this and `compare`; its `forward` is
+        the one after the other. Then `--grad-cache` can embed a batch part by part and compare all of it:
+        each part is embedded again in the backward pass, by the same random numbers.
+
+        Args:
+            batch: Groups of a part of the batch.
+            rng: Generator of each group.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no embed_views")
+
+    def compare(self, embedded: EmbeddedViews) -> StepOutput:
+        """Compute the loss of what `embed_views` gave, over all rows and ranks."""
+        raise NotImplementedError(f"{type(self).__name__} has no compare")
 
     @classmethod
     def runs_used(cls, config: Any) -> Sequence[str]:

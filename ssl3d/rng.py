@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+from ssl3d.on_device import sent
 
 
 def seed_of(*parts: object) -> int:
@@ -56,11 +59,14 @@ class BatchRng:
         self.total = total
         self._rows = list(rows)
         self._whole = self._rows == list(range(total))
-        self._index = torch.as_tensor(self._rows, dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
         """Return the number of examples B."""
         return len(self._rows)
+
+    @functools.cached_property
+    def _index(self) -> Tensor:
+        return sent(self._rows, self.device, torch.int64)
 
     def _made(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """Return this rank's rows of a draw of shape (total, *shape), made by `fill` in place."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -52,6 +52,20 @@ class recomputation(AbstractContextManager[None]):
 def recomputing() -> bool:
     """Tell whether this is the second pass."""
     return _recomputing.get()
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Compute once more what was computed before: batch norms of any kind do not count the batch again."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):  # copies, which are thrown away
+            norm._buffers.update({k: None if v is None else v.clone() for k, v in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 class BatchNorm(nn.BatchNorm3d):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ssl3d.distributed import gather, rank, row_counts, world_size
 from ssl3d.errors import UsageError
+from ssl3d.on_device import read_number, write_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,7 +186,7 @@ def queue_scores(prototypes: Prototypes, queue: Tensor, queued: Tensor) -> Tenso
     Returns:
         Cosine similarities (Q / ranks, V, K), or None until the queue is full.
     """
-    if not len(queue) or int(queued) < len(queue):
+    if not len(queue) or read_number(queued) < len(queue):
         return None
     similarities: Tensor = prototypes(shard(queue))
     return similarities
@@ -209,7 +210,7 @@ def push_pairs(queue: Tensor, queued: Tensor, features: Tensor, codes: Tensor) -
     # In the order of the items: then the queue is the same on any number of ranks.
     newest = newest[gather(codes).argsort(stable=True)]
     queue.copy_(torch.cat([newest, queue])[: len(queue)])
-    queued += len(newest)
+    write_number(queued, read_number(queued) + len(newest))
 
 
 def cluster_loss(scores: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
@@ -234,11 +235,11 @@ def cluster_loss(scores: Tensor, targets: Tensor, temperature: float = 0.1) -> T
         >>> round(cluster_loss(scores, torch.tensor([[[0, IGNORED]]]), temperature=1.0).item(), 4)
         0.3133
     """
-    valid = sum(row_counts(int((targets >= 0).sum()), targets.device))
+    valid = gather((targets >= 0).sum().view(1), [1] * world_size()).sum()
     total = F.cross_entropy(
         (scores / temperature).flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return total * world_size() / max(valid, 1)
+    return total * world_size() / valid.clamp_min(1)
 
 
 class Clusters(NamedTuple):
@@ -372,14 +373,20 @@ class MemoryBank(nn.Module):
         counts = row_counts(len(codes), codes.device)
         codes = gather(codes, counts)
         given = F.normalize(gather(features.detach().float(), counts), dim=2)
-        order = codes.argsort(stable=True)
-        ordered = codes[order]
-        last = torch.ones_like(ordered, dtype=torch.bool)
-        last[:-1] = ordered[1:] != ordered[:-1]
+        if not len(self) or not len(codes):
+            return
+        ordered, order = codes.sort(stable=True)
+        # Which rows to write would have to be waited for: so all are, with what the last of the same item
+        # has; those that are unknown write what a known one does, or where there is none, what is there.
+        last = torch.searchsorted(ordered, ordered, right=True) - 1
         rows = self.rows(ordered)
-        keep = last & (rows >= 0)
-        self.features[:, rows[keep]] = given[order[keep]].movedim(1, 0)
-        self.filled[rows[keep]] = True
+        known = rows >= 0
+        any_known, first = known.any(), known.int().argmax(0, keepdim=True)
+        chosen = torch.where(known, last, last[first])
+        rows = torch.where(known, rows, rows[first].clamp_min(0))
+        values = given[order[chosen]].movedim(1, 0)
+        self.features[:, rows] = torch.where(any_known, values, self.features[:, rows])
+        self.filled[rows] |= any_known
 
     @torch.no_grad()
     def cluster(
@@ -451,15 +458,16 @@ def agreement(first: Tensor, second: Tensor, count: int) -> Agreement:
         (0.75, 0.5)
     """
     both = gather(torch.stack([first, second], 1))
-    both = both[(both >= 0).all(1)]
-    if not len(both):
-        zero = torch.zeros((), device=first.device)
-        return Agreement(zero, zero, zero, zero)
-    same = (both[:, 0] == both[:, 1]).float().mean()
-    shares = F.one_hot(both, count).float().mean(0)
+    # Left out by a weight of 0: to take some rows out, the device would have to be waited for.
+    counts = (both >= 0).all(1)
+    rows = counts.sum().clamp_min(1)
+    same = ((both[:, 0] == both[:, 1]) & counts).sum() / rows
+    clusters = torch.arange(count, device=both.device)
+    shares = ((both[:, :, None] == clusters) & counts[:, None, None]).sum(0) / rows
     chance = (shares[0] * shares[1]).sum()
     kappa = torch.where(chance < 1, (same - chance) / (1 - chance).clamp_min(1e-6), 0.0)
-    return Agreement(same, chance, kappa, perplexity(shares.mean(0)))
+    used = torch.where(counts.any(), perplexity(shares.mean(0)), 0.0)
+    return Agreement(same, chance, kappa, used)
 
 
 def perplexity(weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.errors import UsageError
+from ssl3d.on_device import constant
 
 Place = tuple[int, int]
 
@@ -67,6 +68,6 @@ def regions_at(maps: Tensor, places: list[Place], region: int) -> Tensor:
         >>> regions_at(torch.arange(16.0).view(1, 1, 4, 4), [(1, 2)], 2).flatten().tolist()
         [6.0, 7.0, 10.0, 11.0]
     """
-    rows, columns = (torch.tensor([place[k] for place in places], device=maps.device) for k in (0, 1))
+    rows, columns = (constant([place[k] for place in places], maps, torch.int64) for k in (0, 1))
     windows = maps.unfold(2, region, 1).unfold(3, region, 1)
     return windows[:, :, rows, columns].flatten(3).permute(0, 2, 3, 1)

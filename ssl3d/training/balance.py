@@ -107,6 +107,7 @@ class GradNorm(Balance):
         given = torch.tensor(list(weights.values()), dtype=torch.float32)
         self.register_buffer("weights", given * (len(given) / given.sum()))
         self.register_buffer("first", torch.full_like(given, math.nan))
+        self._begun = False
         self._losses: list[Tensor] = []
         self._gradients: list[Tensor] = []
 
@@ -151,7 +152,7 @@ class GradNorm(Balance):
             dist.all_reduce(both)
             both /= world_size()
             losses, gradients = both[:, 0], both[:, 1:]
-        if bool(self.first.isnan().any()):
+        if not self._begun and bool(self.first.isnan().any()):  # asked once: the device is waited for
             wrong = [(n, v) for n, v in zip(self.names, losses.tolist(), strict=True) if not v > 0]
             if wrong:
                 raise TrainingError(
@@ -159,14 +160,15 @@ class GradNorm(Balance):
                     "step, but training rates are ratios of losses above 0: use --balance fixed"
                 )
             self.first.copy_(losses)
+        self._begun = True
         sizes = self.weights * gradients.norm(dim=1)
         mean = sizes.mean()
-        if not bool(torch.isfinite(mean)) or not bool(mean > 0):
-            return  # a step that a scaler skips, or nothing that reaches the shared weight
         rates = (losses / self.first).clamp_min(1e-8)
         target = mean * (rates / rates.mean()) ** self.alpha
         moved = self.weights * torch.exp(-self.rate * torch.sign(sizes - target) * sizes / mean)
-        self.weights.copy_(moved * (len(self.names) / moved.sum()))
+        moved = moved * (len(self.names) / moved.sum())
+        # They stay in a step that a scaler skips, or where nothing reaches the shared weight.
+        self.weights.copy_(torch.where(torch.isfinite(mean) & (mean > 0), moved, self.weights))
 
 
 def build_balance(kind: str, weights: Mapping[str, float], alpha: float) -> Balance | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Callable, Generator
@@ -155,20 +156,25 @@ class Loop:
             group["lr"] = rate
         sums: list[Sums] = []
         batch, waited = self.feed.next()
-        for part, cuts in enumerate(cut(batch, options.accumulate)):
-            groups = [group.to(self.fabric.device) for group in cuts]
-            last = part == options.accumulate - 1
+        passes = self._passes(batch)
+        for number, parts in enumerate(passes):
+            moved = [[group.to(self.fabric.device) for group in part] for part in parts]
+            last = number == len(passes) - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last and world > 1):
-                loss, part_sums = self.module("loss", groups, step)
-                self.fabric.backward(loss / options.accumulate)
+                loss, part_sums = self.module("loss of parts", moved, step)
+                self.fabric.backward(loss / len(passes))
             sums.append(part_sums)
         limit = options.clip or float("inf")
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False
         )
-        means, stop = self.reducer.mean([part.values for part in sums], asked.signum)
+        # The one place of a step that waits for the device: this decides whether weights may change.
+        measured = [part.values for part in sums]
+        measured += [] if norm is None else [{"grad_norm": (norm.detach(), 1)}]
+        means, stop = self.reducer.mean(measured, asked.signum)
+        gradient = means.pop("grad_norm", math.nan)
         # With 16 bit the scaler skips such a step and lowers its scale.
-        bad_gradient = norm is not None and options.precision != "16" and not bool(torch.isfinite(norm))
+        bad_gradient = norm is not None and options.precision != "16" and not math.isfinite(gradient)
         if not finite(means) or bad_gradient:
             raise TrainingError(self._blame(step, sums, means))
         self.optimizer.step()
@@ -180,13 +186,18 @@ class Loop:
         seconds = time.perf_counter() - began
         record = {"step": step + 1, "loss": means.pop("loss"), **means, "lr": rate}
         record |= {
-            "grad_norm": float(norm) if norm is not None else float("nan"),
+            "grad_norm": gradient,
             "epoch": int(step / self.steps_per_epoch),
             "seconds": seconds,
             "waiting": min(waited / seconds, 1.0),
             "volumes_per_s": options.batch_size / seconds,
         }
         return record, sums[0].pictures, stop if isinstance(stop, int) else 0
+
+    def _passes(self, batch: list[Group]) -> list[list[list[Group]]]:
+        """Cut a batch into the parts of its passes: a pass for each part, or one that compares them all."""
+        parts = cut(batch, self.options.accumulate)
+        return [parts] if self.options.grad_cache else [[part] for part in parts]
 
     def _look(self, fallback: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         """Measure held-out subjects, kNN and collapse, and collect pictures."""
@@ -257,8 +268,9 @@ class Loop:
         if start == 0:
             self._new_epoch(0)  # a proxy that clusters cannot be tried before
         seconds, flops = self._trial()
-        seconds *= self.options.accumulate
-        self.flops_per_step = flops * self.options.accumulate * self.fabric.world_size
+        passes = 1 if self.options.grad_cache else self.options.accumulate
+        seconds *= passes
+        self.flops_per_step = flops * passes * self.fabric.world_size
         weights = sum(p.numel() * p.element_size() for p in self.trainee.parameters())
         encoder = sum(p.numel() * p.element_size() for p in self.trainee.encoder.parameters())
         count = sum(p.numel() for p in self.trainee.encoder.parameters())
@@ -279,7 +291,7 @@ class Loop:
         )
 
     def _trial(self) -> tuple[float, int]:
-        """Time and count a part of a step, forward and backward of a copy on the first data.
+        """Time and count one pass of a step, forward and backward of a copy on the first data.
 
         Returns:
             Seconds and FLOPs.
@@ -288,8 +300,8 @@ class Loop:
             TrainingError: A proxy makes parameters in `forward`, too late for the optimizer.
         """
         copied = copy.deepcopy(self.trainee)
-        first = cut(self.feed.peek().groups, self.options.accumulate)[0]
-        groups = [group.to(self.fabric.device) for group in first]
+        first = self._passes(self.feed.peek().groups)[0]
+        parts = [[group.to(self.fabric.device) for group in part] for part in first]
         seconds = 0.0
         counter = FlopCounterMode(display=False)
         balance = copied.balance
@@ -300,7 +312,7 @@ class Loop:
             copied.balance = None if attempt == 0 else balance
             with counter if attempt == 0 else nullcontext():
                 with self.fabric.autocast():
-                    loss, _ = copied("loss", groups, "trial")
+                    loss, _ = copied("loss of parts", parts, "trial")
                 loss.backward()
             late = sorted({name for name, _ in copied.named_parameters()} - known)
             if late:

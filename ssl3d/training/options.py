@@ -45,7 +45,10 @@ class PretrainOptions:
         epochs: Number of passes over the data, in place of steps.
         batch_size: Volumes per optimizer step, over all devices.
         accumulate: Number of parts that a batch is cut into, which are computed one after the other to save
-            memory. Contrastive losses compare within a part only.
+            memory. Contrastive losses compare within a part only, unless grad_cache is on.
+        grad_cache: Whether contrastive losses compare the whole batch though it is computed in parts: each
+            part is embedded twice, a third more time, and the gradients are those of the uncut batch, but
+            for batch norm, which sees a part (gradient caching, Gao et al., 2021).
         workers: Processes per device that read data; -1 chooses by the number of cores.
         optimizer: Optimizer of all weights: adamw, sgd or lars.
         lr: Peak learning rate.
@@ -94,6 +97,7 @@ class PretrainOptions:
     epochs: float = 0.0
     batch_size: int = 16
     accumulate: int = 1
+    grad_cache: bool = False
     workers: int = -1
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = 1e-3
@@ -127,8 +131,8 @@ class PretrainOptions:
         HelpSection(
             "training",
             ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite"),
-            ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "eval_every",
-             "checkpoint_every", "log_every", "save_at"),
+            ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "grad_cache",
+             "eval_every", "checkpoint_every", "log_every", "save_at"),
         ),
         HelpSection("encoder", ("encoder", "init")),
         HelpSection("proxy", ("proxy",), ("weights", "balance", "balance_alpha")),
@@ -161,6 +165,8 @@ class PretrainOptions:
         for name in ("holdout", "warmup", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be a share from 0 to below 1")
+        if self.grad_cache and self.accumulate == 1:
+            raise ValueError("grad_cache is for batches in parts, but accumulate is 1: give 2 or more")
         if self.optimizer == "lars" and self.weight_decay == 0:
             raise ValueError("weight_decay is 0, which switches the scaling of lars off; give it 1e-6, say")
         if any(not 0 <= share <= 1 for share in self.save_at):
@@ -306,6 +312,15 @@ def make_plan(
             rival = {"steps": "epochs", "epochs": "steps"}.get(key)
             if key not in given and rival not in given and rival not in chosen:
                 chosen.setdefault(key, value)
+    if options.grad_cache:
+        from ssl3d.proxy import Proxy
+
+        without = [name for name, (proxy, _) in proxies.items() if proxy.embed_views is Proxy.embed_views]
+        if without:
+            raise UsageError(
+                f"{PROG}: --grad-cache: the loss of {' and of '.join(without)} is no function of "
+                "embeddings alone (it has no embed_views): leave the flag out, or train other proxies"
+            )
     if not (chosen.keys() | given) & {"steps", "epochs"}:
         chosen["steps"] = STEPS
     try:

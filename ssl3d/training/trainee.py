@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssl3d.encoder import Encoder
+from ssl3d.encoders.norms import uncounted
 from ssl3d.errors import TrainingError
-from ssl3d.proxy import Proxy, StepOutput
+from ssl3d.on_device import sent
+from ssl3d.proxy import EmbeddedViews, Proxy, StepOutput
 from ssl3d.rng import BatchRng, seed_of
 from ssl3d.training.balance import Balance, last_shared
 from ssl3d.training.batch import Group
@@ -81,8 +84,10 @@ class Trainee(nn.Module):
         """Compute the loss or embeddings, both here, so that wrappers (DDP, FSDP, precision) see it.
 
         Args:
-            task: Task: "loss" of a list of groups, or "embed" of a tensor (B, C, D, H, W).
-            given: Groups, or the tensor.
+            task: Task: "loss" of a list of groups; "loss of parts" of a list of such lists, the parts of a
+                batch that are embedded one after the other and compared together; or "embed" of a tensor
+                (B, C, D, H, W).
+            given: Groups, parts, or the tensor.
             step: Part of the seed of the views; the same step gives the same views.
 
         Returns:
@@ -91,14 +96,15 @@ class Trainee(nn.Module):
         if task == "embed":
             first = next(iter(self.each()), None)  # several agree on what the encoder takes
             return self.encoder.embed(given if first is None else first[1].present(given))
-        return self._loss(given, step)
+        return self._loss([given] if task == "loss" else given, step)
 
-    def _loss(self, groups: Sequence[Group], step: object) -> tuple[Tensor, Sums]:
+    def _loss(self, batch: Sequence[Sequence[Group]], step: object) -> tuple[Tensor, Sums]:
+        groups = [group for part in batch for group in part]
         sums = Sums({}, {}, [])
         losses: dict[str, Tensor] = {}
         for name, proxy in self.each():
-            own = [group for group in groups if group.proxy == name]
-            count = sum(len(group.rows) for group in own)
+            own = [[group for group in part if group.proxy == name] for part in batch]
+            count = sum(len(group.rows) for part in own for group in part)
             if not count:
                 continue
             parts: list[Tensor] = []
@@ -131,13 +137,13 @@ class Trainee(nn.Module):
         return total
 
     def _outputs(
-        self, name: str, proxy: Proxy, groups: list[Group], step: object
+        self, name: str, proxy: Proxy, parts: list[list[Group]], step: object
     ) -> list[tuple[StepOutput, list[Group]]]:
         """Run a proxy on its groups, one after the other, or at once where it takes a mixed batch."""
-        rngs = []
-        for group in groups:
-            device = group.tensors["index"].device
-            rngs.append(BatchRng(seed_of(self.seed, step, name), group.rows, group.total, device))
+        groups = [group for part in parts for group in part]
+        if len(parts) > 1:
+            return [(self._compared(name, proxy, [part for part in parts if part], step), groups)]
+        rngs = self._rngs(name, groups, step)
         if proxy.mixed:
             return [(proxy([group.tensors for group in groups], rngs), groups)]
         outputs = []
@@ -145,6 +151,33 @@ class Trainee(nn.Module):
             with lone_values(name, len(group.rows), "larger crops, or data of one kind"):
                 outputs.append((proxy(group.tensors, rng), [group]))
         return outputs
+
+    def _compared(self, name: str, proxy: Proxy, parts: list[list[Group]], step: object) -> StepOutput:
+        """Compare all views of a batch, which is embedded part by part, and again in the backward pass.
+
+        Only one part's activations are in memory at a time: the gradient of the embeddings is known before
+        the first part is embedded anew. Gao, Zhang, Han, Callan: Scaling Deep Contrastive Learning Batch
+        Size under Memory Limited Setup, RepL4NLP 2021. Batch norm sees each part by itself, once.
+        """
+
+        def embed(tensors: list[dict[str, Tensor]], part: list[Group]) -> EmbeddedViews:
+            return proxy.embed_views(tensors, self._rngs(name, part, step))
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), uncounted(proxy)
+
+        embedded = [
+            checkpoint(
+                embed, [group.tensors for group in part], part, use_reentrant=False, context_fn=contexts
+            )
+            for part in parts
+        ]
+        rows = {key: torch.cat([each.rows[key] for each in embedded]) for key in embedded[0].rows}
+        return proxy.compare(EmbeddedViews(rows, embedded[0].picture))
+
+    def _rngs(self, name: str, groups: list[Group], step: object) -> list[BatchRng]:
+        seed = seed_of(self.seed, step, name)
+        return [BatchRng(seed, group.rows, group.total, group.tensors["index"].device) for group in groups]
 
     def _nothing(self, like: Tensor) -> Tensor:
         """Return zero, with a gradient of zero for every parameter.
@@ -218,7 +251,7 @@ class Reducer:
     ) -> tuple[dict[str, float], int]:
         """Reduce values to means by name, and flags to the largest one; every rank calls it.
 
-        That takes one transfer from the device, and one collective (two when a name is new).
+        That takes one transfer from the device, and one collective (three when a name is new).
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
@@ -229,33 +262,41 @@ class Reducer:
         new = sorted(set(sums) - set(self.names))
         if self.world == 1:
             self.names += new
-        flags = self._largest(flag, bool(new)) if self.world > 1 else [flag, 0]
-        if flags[1]:
-            import torch.distributed as distributed
+            top = self._stacked(sums).tolist()
+            counted = [float(counts.get(name, 0)) for name in self.names]
+        else:
+            top, counted, flag, any_new = self._over_ranks(sums, counts, flag, bool(new))
+            if any_new:
+                import torch.distributed as distributed
 
-            offered: list[Any] = [None] * self.world
-            distributed.all_gather_object(offered, sorted(sums))
-            self.names += sorted(set().union(*offered) - set(self.names))
-        if not self.names:
-            return {}, flags[0]
+                offered: list[Any] = [None] * self.world
+                distributed.all_gather_object(offered, sorted(sums))
+                self.names += sorted(set().union(*offered) - set(self.names))
+                top, counted, _, _ = self._over_ranks(sums, counts, flag, False)
+        return {n: t / c for n, t, c in zip(self.names, top, counted, strict=True) if c}, flag
+
+    def _stacked(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Stack the sums in the order of the names, (N,); 0 of what is not there."""
         zero = torch.zeros((), device=self.device)
-        top = torch.stack([sums.get(name, zero).to(self.device) for name in self.names])
-        below = torch.tensor([counts.get(name, 0) for name in self.names], dtype=top.dtype)
-        both = torch.stack([top, below.to(self.device)])
-        if self.world > 1:
-            import torch.distributed as distributed
+        own = [sums.get(name, zero).to(self.device, torch.float32) for name in self.names]
+        return torch.stack(own) if own else zero.new_zeros(0)
 
-            distributed.all_reduce(both)
-        top_values, counted = both.tolist()
-        means = {n: t / c for n, t, c in zip(self.names, top_values, counted, strict=True) if c}
-        return means, flags[0]
-
-    def _largest(self, flag: int, new: bool) -> list[int]:
+    def _over_ranks(
+        self, sums: Mapping[str, Tensor], counts: Mapping[str, int], flag: int, new: bool
+    ) -> tuple[list[float], list[float], int, bool]:
+        """Sum by name over the ranks in one collective; find the largest flag, and whether one has news."""
         import torch.distributed as distributed
 
-        both = torch.tensor([flag, int(new)], device=self.device)
-        distributed.all_reduce(both, op=distributed.ReduceOp.MAX)
-        return [int(value) for value in both.tolist()]
+        known = [float(counts.get(name, 0)) for name in self.names]
+        message = sent([*known, float(flag), float(new)], self.device, torch.float32)
+        own = torch.cat([self._stacked(sums), message])
+        ranks = [torch.empty_like(own) for _ in range(self.world)]
+        distributed.all_gather(ranks, own)
+        gathered = torch.stack(ranks)
+        # The largest flag and news in place of their sums: one transfer from the device for all.
+        *summed, largest, any_new = torch.cat([gathered[:, :-2].sum(0), gathered[:, -2:].amax(0)]).tolist()
+        names = len(self.names)
+        return summed[:names], summed[names:], int(largest), bool(any_new)
 
 
 def finite(values: Mapping[str, float]) -> bool:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssl3d.on_device import can_ask
 from ssl3d.rng import BatchRng
 
 _NODES = 1000  # of a curve, between which it is straight
@@ -207,7 +208,9 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | 
     voxels = size.numel()
     cuts = [_pieces(rng, side) for side in size]
     chance, order = rng.chance(share, voxels), rng.uniform(voxels)
-    some = torch.arange(len(x), device=x.device) if rows is None else rows.nonzero()[:, 0]
+    # Elsewhere than on the CPU all are shuffled, since a choice of rows would have to be waited for.
+    every = rows is None or not can_ask(rows)
+    some = torch.arange(len(x), device=x.device) if rows is None or every else rows.nonzero()[:, 0]
     starts, lengths = zip(*[(start[some], length[some]) for start, length in cuts], strict=True)
     z, y, w = (_along(axis, start) for axis, start in enumerate(starts))
     p, q, r = (_along(axis, length) for axis, length in enumerate(lengths))
@@ -225,6 +228,8 @@ def local_shuffle(x: Tensor, rng: BatchRng, share: float = 0.82, rows: Tensor | 
     )
     flat = x[some].flatten(2)
     moved = flat.gather(2, source[:, None].expand_as(flat)).view(len(some), *x.shape[1:])
+    if rows is not None and every:
+        return torch.where(rows.view(-1, 1, 1, 1, 1), moved, x)
     return x.index_copy(0, some, moved)
 
 

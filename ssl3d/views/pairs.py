@@ -202,18 +202,35 @@ def embed_pairs(
     """
     groups = [batch] if isinstance(batch, dict) else batch
     rngs = [rng] if isinstance(rng, BatchRng) else rng
-    # The parts that a batch is cut into are equally large, in all steps and on all ranks: too small a one
-    # is found at the first step. Evaluation may end with an odd one.
-    volumes = world_size() * sum(len(group["a"]) for group in groups)
-    if encoder.training and volumes * config.per_volume < least:
-        raise UsageError(
-            f"a pair is compared with the others of its part of the batch: --batch-size divided by "
-            f"--accumulate must be at least {-(-least // config.per_volume)}, not {volumes}"
-        )
+    if encoder.training:
+        check_pairs(config, sum(len(group["a"]) for group in groups) * config.per_volume, least)
     views = [augment_pairs(config, group, each) for group, each in zip(groups, rngs, strict=True)]
     embeddings = [encoder.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
     subjects = [group["subject"].repeat_interleave(group["a"].shape[1], 0) for group in groups]
     return Embedded(views, torch.cat(embeddings), torch.cat(subjects))
+
+
+def check_pairs(config: PairViews, pairs: int, least: int) -> None:
+    """Refuse, while training, fewer pairs than a loss needs to compare.
+
+    The parts that a batch is cut into are equally large, in all steps and on all ranks: too small a one is
+    found at the first step. Evaluation may end with an odd one.
+
+    Args:
+        config: Options of the views.
+        pairs: Number of pairs on this rank.
+        least: Number of pairs, over all ranks, that the loss needs.
+
+    Raises:
+        UsageError: There are fewer.
+    """
+    volumes = world_size() * pairs // config.per_volume
+    if volumes * config.per_volume < least:
+        raise UsageError(
+            f"a pair is compared with the others of its part of the batch: --batch-size divided by "
+            f"--accumulate must be at least {-(-least // config.per_volume)}, not {volumes}; with "
+            "--grad-cache, which compares all parts, --batch-size alone"
+        )
 
 
 def pair_picture(views: Tensor, projected: Tensor) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl3d.on_device import can_ask, constant
 from ssl3d.rng import BatchRng
 
 _ISOTROPIC = 1.25  # voxel sides whose ratio is below this may change places
@@ -134,8 +136,9 @@ def affine(
         Views (B, C, *size), of x's dtype.
     """
     examples = len(x)
-    side = torch.tensor(size, dtype=torch.float32, device=x.device)
-    moves = torch.tensor([float(a in axes and size[a] > 1) for a in range(3)], device=x.device)
+    side = constant(size, x, torch.float32)
+    movable = [a in axes and size[a] > 1 for a in range(3)]
+    moves = constant([float(each) for each in movable], x)
     angles = rng.uniform(3, low=-1.0, high=1.0) * math.radians(rotate)
     zoom = torch.exp(rng.uniform(1, low=-1.0, high=1.0) * math.log1p(scale))
     stretches = torch.exp(rng.uniform(3, low=-1.0, high=1.0) * math.log1p(stretch) * moves)
@@ -148,7 +151,7 @@ def affine(
     mm = torch.ones(examples, 3, device=x.device) if spacing is None else spacing.float()
     for about in range(3):
         a, b = (i for i in range(3) if i != about)
-        if not (moves[a] and moves[b]):
+        if not (movable[a] and movable[b]):
             continue
         sides = mm[:, [a, b]]
         angle = angles[:, about] * sides.amin(1) / sides.amax(1)
@@ -191,14 +194,8 @@ def elastic(x: Tensor, rng: BatchRng, strength: float = 1.0) -> Tensor:
     moves = rng.uniform(2, *size, low=-1.0, high=1.0)
     factor = strength * _ALPHA
     for axis, (length, released) in enumerate(zip(size, _SIDES, strict=True)):
-        kernel = _gaussian(_SIGMA * length / released)
-        # A wider kernel averages more noise away, by the ratio of the norms.
-        factor *= float(_gaussian(_SIGMA).norm() / kernel.norm())
-        at = torch.arange(length)
-        away = (at[:, None] - at).abs()
-        reach = len(kernel) // 2
-        smooth = torch.where(away <= reach, kernel[(away + reach).clamp(max=2 * reach)], 0.0)
-        smooth = smooth.to(moves.device, moves.dtype)
+        smooth, ratio = _smoothing(length, released, moves.device, moves.dtype)
+        factor *= ratio
         moves = (moves.movedim(axis + 2, -1) @ smooth).movedim(-1, axis + 2)
     # Slices as images of one batch: nothing moves across them.
     grids = []
@@ -212,6 +209,20 @@ def elastic(x: Tensor, rng: BatchRng, strength: float = 1.0) -> Tensor:
         flat, torch.stack(grids, dim=-1).flatten(0, 1), padding_mode="reflection", align_corners=False
     )
     return moved.unflatten(0, (len(x), size[0])).transpose(1, 2).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _smoothing(
+    length: int, released: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """Return the matrix (length, length) that smooths along an axis, and the factor of the result."""
+    kernel = _gaussian(_SIGMA * length / released)
+    at = torch.arange(length)
+    away = (at[:, None] - at).abs()
+    reach = len(kernel) // 2
+    smooth = torch.where(away <= reach, kernel[(away + reach).clamp(max=2 * reach)], 0.0)
+    # A wider kernel averages more noise away, by the ratio of the norms.
+    return smooth.to(device, dtype), float(_gaussian(_SIGMA).norm() / kernel.norm())
 
 
 def _gaussian(sigma: float) -> Tensor:
@@ -277,11 +288,9 @@ def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Sample x at matrix @ (output voxel from the centre) + shifts."""
-    centre = (torch.tensor(x.shape[2:], device=x.device) - 1) / 2
+    centre = (constant(x.shape[2:], x) - 1) / 2
     # As centre_crop does: an odd margin leaves the middle half a voxel low.
-    middle = torch.tensor(
-        [(n - m) // 2 + (m - 1) / 2 for n, m in zip(x.shape[2:], size, strict=True)], device=x.device
-    )
+    middle = constant([(n - m) // 2 + (m - 1) / 2 for n, m in zip(x.shape[2:], size, strict=True)], x)
     # grid_sample wants places in [-1, 1] over voxel centres (align_corners), in the order W, H, D.
     unit = centre.clamp_min(0.5)
     offset = ((shifts + middle - centre) / unit).flip(1)[:, :, None, None, None]
@@ -299,8 +308,8 @@ def _sample(x: Tensor, matrix: Tensor, shifts: Tensor, size: Sequence[int], mode
 
 
 def none_chosen(flags: Tensor) -> bool:
-    """Tell whether no example is to be changed, on the CPU, where asking costs nothing."""
-    return flags.device.type == "cpu" and not flags.any()
+    """Tell whether no example is to be changed, where asking costs nothing; else say no."""
+    return can_ask(flags) and not flags.any()
 
 
 def _wide(flags: Tensor) -> Tensor:
