@@ -104,8 +104,8 @@ def _masks(sources: Sequence[Path], ignore_mask: str) -> list[Path]:
     """List the files that the option means, in a stable order."""
     folders = [source for source in sources if source.is_dir()]
     roots = [Path(ignore_mask)] if os.path.isdir(ignore_mask) else folders
-    found = (path for root in roots for path in walk(root) if is_ignore_mask(path, ignore_mask))
-    return list(dict.fromkeys(Path(os.path.abspath(path)) for path in found))
+    paths = (path for root in roots for path in walk(root) if is_ignore_mask(path, ignore_mask))
+    return list(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
 
 
 def _places_of(path: Path, scans: Sequence[Scan], ignore_mask: str) -> list[int]:
