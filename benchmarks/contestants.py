@@ -52,6 +52,7 @@ class Entry:
         recalibrate: Whether the norm statistics are taken anew.
         in_channels: Channels that the encoder takes; 0 for a trivial row.
         decoder: Decoder that the head starts from; None for new weights.
+        folds: Entry of each fold of a cross-validation, where each has an encoder of its own.
     """
 
     name: str
@@ -62,6 +63,15 @@ class Entry:
     recalibrate: bool = False
     in_channels: int = 0
     decoder: PretrainedDecoder | None = None
+    folds: tuple[Entry, ...] = ()
+
+    def of_fold(self, number: int) -> Entry:
+        """Return the entry of a fold: its own, or this one, whose encoder all folds start from."""
+        return self.folds[number] if self.folds else self
+
+
+FOLD = "{fold}"
+"""Place of the fold's number in an encoder's words, where every fold has an encoder of its own."""
 
 
 def named(spec: str) -> tuple[str, str]:
@@ -76,7 +86,8 @@ class Loaded(dict[str, "Encoder"]):
     """Encoders of one command by their words, each loaded when it is first asked for, and then kept."""
 
     def __missing__(self, spec: str) -> Encoder:
-        self[spec] = encoder = encoder_from(spec, seed=0)
+        # The first fold's stands for all: they have one architecture, and saw data prepared alike.
+        self[spec] = encoder = encoder_from(spec.replace(FOLD, "0"), seed=0)
         return encoder
 
     def trained(self, specs: Sequence[str]) -> list[Encoder]:
@@ -86,22 +97,30 @@ class Loaded(dict[str, "Encoder"]):
 
 
 def given(
-    specs: Sequence[str], pool: str = "mean", loaded: Loaded | None = None, decoders: bool = False
+    specs: Sequence[str],
+    pool: str = "mean",
+    loaded: Loaded | None = None,
+    decoders: bool = False,
+    folds: int = 0,
 ) -> Iterator[tuple[str, Encoder, Entry]]:
     """Load every encoder that the command line names, one after the other.
 
     Yields the word without its name, the encoder (seed 0 where it is untrained) and its entry. The entry
     of a `scratch:` word is of kind `untrained`, named by its architecture. With `decoders`, that of any
-    other has the decoder that travelled with it, and says so in its name.
+    other has the decoder that travelled with it, and says so in its name. Words with `{fold}` name an
+    encoder for each of the `folds`.
 
     Raises:
         CheckpointError: An encoder cannot be loaded, or has no decoder where one is asked for.
-        UsageError: A name is given twice.
+        UsageError: A name is given twice; or encoders of folds are given without folds, or differ in
+            architecture.
     """
     loaded = Loaded() if loaded is None else loaded
     names: set[str] = set()
     for text in specs:
         called, spec = named(text)
+        if FOLD in spec and folds < 2:
+            raise UsageError(f"{spec}: names an encoder for each fold, which finetune --folds 5 has")
         encoder = pooled_by(pool, loaded[spec], spec)
         words = architecture(encoder)
         group = words + pooled(pool)
@@ -115,7 +134,15 @@ def given(
             names.add(name)
             entry = Entry(name, "encoder", group, _copier(encoder), spec, in_channels=channels)
             if decoders:
-                entry = replace(entry, name=f"{name}, with decoder", decoder=load_decoder(spec))
+                first = spec.replace(FOLD, "0")
+                entry = replace(entry, name=f"{name}, with decoder", decoder=load_decoder(first))
+            if FOLD in spec:
+                every = (spec.replace(FOLD, str(number)) for number in range(folds))
+                own = tuple(entry for _, _, entry in given([*every], pool, decoders=decoders))
+                for other in own:
+                    if other.group != group:
+                        raise UsageError(f"{other.source}: is {other.group}, and that of fold 0 {group}")
+                entry = replace(entry, folds=own)
         yield spec, encoder, entry
 
 
@@ -172,6 +199,10 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
         details["weights_seed"] = card["seed"]
     if entry.decoder is not None:
         details["decoder"] = entry.decoder.digest
+    digest = _digest(entry, encoder)
+    if entry.folds:
+        details["folds"] = [_digest(own, own.make()) for own in entry.folds if own.make is not None]
+        digest = hashlib.sha256(" ".join(details["folds"]).encode()).hexdigest()[:16]
     kept = (
         "proxies", "steps", "compute", "flops", "seconds", "patch", "data", "sha256",
         # What tells two encoders of one proxy apart, and a seed from a batch size in a name.
@@ -180,7 +211,7 @@ def described(entry: Entry, encoder: Encoder, details: dict[str, Any]) -> Contes
     return Contestant(
         entry.name,
         entry.kind,
-        pooling_digest(encoder) if entry.decoder is None else _joint_digest(encoder, entry.decoder),
+        digest,
         encoder,
         group=entry.group,
         source=entry.source,
@@ -202,8 +233,12 @@ def pooling_digest(encoder: Encoder) -> str:
     return hashlib.sha256(f"{digest} aggregator v{encoder.version}".encode()).hexdigest()[:16]
 
 
-def _joint_digest(encoder: Encoder, decoder: PretrainedDecoder) -> str:
-    return hashlib.sha256(f"{pooling_digest(encoder)} decoder {decoder.digest}".encode()).hexdigest()[:16]
+def _digest(entry: Entry, encoder: Encoder) -> str:
+    """Return the digest of an encoder, and of the decoder that came with it where one starts the head."""
+    digest = pooling_digest(encoder)
+    if entry.decoder is None:
+        return digest
+    return hashlib.sha256(f"{digest} decoder {entry.decoder.digest}".encode()).hexdigest()[:16]
 
 
 def record(
@@ -213,14 +248,14 @@ def record(
     subset: TrainingSubset,
     seed: int,
     settings: dict[str, Any],
+    by_fold: Sequence[Contestant] = (),
 ) -> Result:
     """Begin the record of a contestant on a subset: all that decides its key, and its flags.
 
     Test subjects that pretraining saw, by identity, file or voxels, are counted; a record with such
-    subjects is not ranked.
+    subjects is not ranked. Where each fold has a contestant of its own, the test subjects of a fold are
+    looked for among those that this one saw.
     """
-    test = np.any([fold.test for fold in split.folds], axis=0)
-    tested = split.data.select(np.flatnonzero(test))
     return Result(
         task=benchmark.task,
         version=benchmark.task_version,
@@ -235,14 +270,31 @@ def record(
         settings=settings,
         main=benchmark.main,
         compute={"pretraining": contestant.pretraining},
-        flags=leak_flags(
-            tested,
-            contestant.identities,
-            contestant.volumes_seen,
-            contestant.saw_labels,
-            contestant.volumes_complete,
-        ),
+        flags=_flags(contestant, split, by_fold),
     )
+
+
+def _flags(contestant: Contestant, split: SplitData, by_fold: Sequence[Contestant]) -> dict[str, Any]:
+    """Return the flags of a record, with the people of all folds counted together."""
+    tests = [fold.test for fold in split.folds]
+    pairs = [*zip(by_fold, tests, strict=True)] if by_fold else [(contestant, np.any(tests, axis=0))]
+    each = [
+        leak_flags(
+            split.data.select(np.flatnonzero(test)),
+            own.identities,
+            own.volumes_seen,
+            own.saw_labels,
+            own.volumes_complete,
+        )
+        for own, test in pairs
+    ]
+    volumes = [flags["seen_test_volumes"] for flags in each]
+    return {
+        "seen_test_subjects": sum(flags["seen_test_subjects"] for flags in each),
+        "seen_test_volumes": None if None in volumes else sum(volumes),
+        "saw_labels": any(flags["saw_labels"] for flags in each),
+        "ranked": all(flags["ranked"] for flags in each),
+    }
 
 
 def check_channels(entries: Sequence[Entry], data: Collection) -> None:

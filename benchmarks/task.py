@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -297,6 +297,20 @@ def _fold(data: Collection, test: Array, strata: Array | None, choose: bool, see
         kinds = None if strata is None else strata[rest]
         val[rest[statistics.grouped_folds(people, kinds, 6, ("val", seed)) == 0]] = True
     return Fold(~test & ~val, val, test)
+
+
+def scored_on_validation(split: SplitData) -> SplitData:
+    """Return the split whose validation subjects are scored; nobody is left to choose a step on.
+
+    Raises:
+        DataError: There are no validation subjects.
+    """
+    folds = [Fold(fold.train, np.zeros_like(fold.val), fold.val) for fold in split.folds]
+    if not all(fold.test.any() for fold in folds):
+        raise DataError("--part val: the data has no validation subjects; give more data")
+    parts = np.select([folds[0].train, folds[0].test], ["train", "val scored"], "left out")
+    digest = split_digest(split.data, list(parts))
+    return replace(split, folds=folds, digest=digest, how=f"{split.how}, validation subjects scored")
 
 
 def headline(split: SplitData, target: str, classes: Sequence[str]) -> str:

@@ -74,6 +74,7 @@ from .checkpoint.volumes_seen import (
 )
 from .checkpoint.weights import (
     encoder_digest as encoder_digest,
+    restore_optimizer as restore_optimizer,
     tensor_bytes as tensor_bytes,
 )
 from .convert.config import ConvertedConfig as ConvertedConfig

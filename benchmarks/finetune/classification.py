@@ -226,6 +226,7 @@ class Classification(FinetuneTask):
         shapes = all(name.startswith(("adrenalmnist", "vesselmnist")) for name in names)
         most = np.max([shape[1:] for shape in data.shapes], axis=0)
         # An axis with one voxel in all volumes keeps it: they are images.
+        self._largest = np.minimum(most, config.crop)
         self._least = np.minimum(most, config.crop) if config.pad else np.ones(3, dtype=int)
         self.dimmed = config.scale == "random" or (config.scale == "medmnist" and shapes)
         if self.target != "classes":
@@ -267,8 +268,8 @@ class Classification(FinetuneTask):
         return self.config.flip > 0
 
     def keep(self, model: nn.Module) -> dict[str, Any]:
-        """Return the least size of what the encoder sees."""
-        return {"least": [int(n) for n in self._least]}
+        """Return the least and the largest size of what the encoder sees."""
+        return {"least": [int(n) for n in self._least], "largest": [int(n) for n in self._largest]}
 
     @classmethod
     def restore(
@@ -279,6 +280,7 @@ class Classification(FinetuneTask):
         assert isinstance(task, cls)
         task.dimmed = task.config.scale == "random"
         task._least = np.array(kept["least"], dtype=int)
+        task._largest = np.array(kept.get("largest", task.config.crop), dtype=int)  # absent in older ones
         return task, task.model(encoder, None)
 
     def model(self, encoder: Encoder, train: Collection | None) -> Classifier:
@@ -349,7 +351,7 @@ class Classification(FinetuneTask):
         assert isinstance(model, Classifier)
         name = "probabilities" if self.target == "classes" else "value"
         network = AnswerNetwork(model, self.target == "classes", self.dimmed)
-        d, h, w = self.config.crop
+        d, h, w = (int(side) for side in self._largest)
         return Portable(network, (name,), (d, h, w), fixed=False)
 
     def _image(self, model: Classifier, volume: Volume) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -47,8 +46,8 @@ if TYPE_CHECKING:
     from ssl3d.api import Collection, Encoder
 
 APART = (
-    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "lr",
-    "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
+    "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",
+    "lr", "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
     "metric",
 )  # fmt: skip
@@ -138,7 +137,9 @@ class FinetuneJob:
 
     def begin_record(self, contestant: Contestant, settings: dict[str, Any]) -> Result:
         """Begin the record of this job, whose key says whether it was done before."""
-        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings)
+        pool = pool_details(self.options.pool)
+        by_fold = [described(own, own.make(), pool) for own in self.entry.folds if own.make is not None]
+        return record(contestant, self.benchmark, self.split, self.subset, self.seed, settings, by_fold)
 
     def folds(self) -> Iterator[tuple[Collection, Collection, Collection]]:
         """Yield the training, validation and test volumes of each fold."""
@@ -175,7 +176,7 @@ def run_job(job: FinetuneJob) -> Result:
     _take(lock)
     with locks.holding(lock):
         existing = look()  # another process may have made it just before the lock was taken
-        return existing or _train_and_score(job, encoder, result)
+        return existing or _train_and_score(job, result)
 
 
 def _take(lock: Path) -> None:
@@ -187,7 +188,7 @@ def _take(lock: Path) -> None:
         raise UsageError(f"cannot write {lock}: {error.strerror}") from error
 
 
-def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Result:
+def _train_and_score(job: FinetuneJob, result: Result) -> Result:
     """Train, score and write the record; until then everything lies in `OUT/.jobs/KEY/`."""
     folder = job.options.out / ".jobs" / result.key
     began = time.perf_counter()
@@ -196,6 +197,8 @@ def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Resu
         path = folder / f"fold-{number}.json"
         part = None if job.options.overwrite else _read_json(path)
         if part is None:
+            entry = job.entry.of_fold(number)
+            assert entry.make is not None
             plan = TrainingPlan(
                 benchmark=job.benchmark,
                 task=job.task,
@@ -207,13 +210,13 @@ def _train_and_score(job: FinetuneJob, encoder: Encoder, result: Result) -> Resu
                 name=job.name if len(job.split.folds) == 1 else f"{job.name}, fold {number}",
                 folder=folder / f"fold-{number}",
                 say=say,
-                decoder=job.entry.decoder,
+                decoder=entry.decoder,
             )
             if job.options.overwrite:
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)
             part = score_fold(
                 plan,
-                lambda: copy.deepcopy(encoder),
+                entry.make,
                 rates=job.arm.rates,
                 test=test,
                 key=result.key,

@@ -19,7 +19,8 @@ class FinetuneOptions:
         encoder: One or several encoders: a run or its encoder/ folder (RUN:stem_stride=1 changes an option
             that leaves the weights as they are), weights of another toolkit (FILE.pth, .pt, .ckpt or
             .safetensors), scratch:NAME[:kind][:field=value...] or imagenet:NAME...; LABEL=ENCODER gives
-            the row a name of its own.
+            the row a name of its own. With --folds, {fold} in a path is the number of the fold: each fold
+            starts from the run that left its test subjects out (`ssl3d pretrain --leave-out 0/5`).
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).
         task: Downstream task to learn: classification, segmentation or detection.
         out: Folder for the records (JSON), the table and the pictures.
@@ -36,6 +37,8 @@ class FinetuneOptions:
             such as 1 2 4 all, give a curve. A single number equals --segmentation.sparse_slices.
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Number of folds of a cross-validation by subject, instead of the house split; 0 for none.
+        part: Subjects that are scored: test; or val, the validation subjects, so that a recipe can be
+            chosen before anybody looks at the test subjects. Then the last weights are kept.
         split_seed: Seed of the subsets and the folds.
         steps: Number of optimizer steps; 0 to count epochs, or for the task's plan.
         epochs: Number of passes over the training volumes; 0 to count steps.
@@ -90,6 +93,7 @@ class FinetuneOptions:
     sparse_slices: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
+    part: Literal["test", "val"] = "test"
     split_seed: int = 0
     steps: int = 0
     epochs: int = 0
@@ -125,7 +129,9 @@ class FinetuneOptions:
     overwrite: bool = False
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "split_seed")),
+        HelpSection(
+            "data", ("data", "fractions", "folds", "sparse_slices"), ("repeats", "part", "split_seed")
+        ),
         HelpSection(
             "training",
             ("task", "preset", "steps", "epochs", "batch_size", "lr", "tune", "seeds", "out", "overwrite"),
@@ -153,6 +159,8 @@ class FinetuneOptions:
             raise ValueError(f"sparse_slices: {' '.join(self.sparse_slices)}; give each once")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds: {self.folds} is impossible; use 0 for the house split, or 2 and more")
+        if self.folds and self.part == "val":
+            raise ValueError("part is val, which the house split has: leave out folds")
         for name in ("repeats", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

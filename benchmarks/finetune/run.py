@@ -29,7 +29,15 @@ from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.recipe import planned
 from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
-from ssl3d_benchmarks.task import SplitData, headline, say, show, split_up, training_subsets
+from ssl3d_benchmarks.task import (
+    SplitData,
+    headline,
+    say,
+    scored_on_validation,
+    show,
+    split_up,
+    training_subsets,
+)
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection
@@ -231,6 +239,8 @@ def make_task(
         data, known, config, task.strata(chosen), where, options.folds, options.split_seed,
         choose=True, noun="fine-tuning",
     )  # fmt: skip
+    if options.part == "val":
+        split = scored_on_validation(split)
     choosing = bool(split.folds[0].val.any())
     if options.tune and not choosing:
         raise DataError(f"{where} has no validation subjects, which --tune chooses on; give more data")
@@ -262,7 +272,7 @@ def make_arms(options: FinetuneOptions, loaded: Loaded | None = None, decoders: 
     scratch_rates = options.tune_scratch or options.tune or ((scratch_rate,) if scratch_rate else ())
     arms: list[Arm] = []
     scratch: dict[str, Arm] = {}
-    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders):
+    for spec, encoder, entry in given(options.encoder, options.pool, loaded, decoders, options.folds):
         asked = spec.startswith("scratch:")
         check_freeze(encoder, options.freeze)
         if not asked:

@@ -29,6 +29,7 @@ from ssl3d.api import (
     duration,
     lone_values,
     memory_format,
+    restore_optimizer,
     seed_of,
     start_from,
     tensor_bytes,
@@ -205,7 +206,7 @@ def _run(
     workers = options.workers if options.workers >= 0 else (4 if device.type == "cuda" else 0)
     loader = Loader(
         plan.train,
-        {"finetune": (_Drawing, plan.task)},  # type: ignore[dict-item]
+        {"finetune": (Drawing, plan.task)},  # type: ignore[dict-item]
         plan.batch_size,
         seed=seed_of(plan.seed, "order"),
         workers=workers,
@@ -225,7 +226,7 @@ def _run(
             group["lr"] = group["scale"] * rate(trial.step, trial.total, trial.lr, options)
         torch.manual_seed(seed_of(plan.seed, "step", trial.step))  # dropout takes no generator
         optimizer.zero_grad(set_to_none=True)
-        value, trial.flops = _step(plan, model, batch.to(device).groups, trial)
+        value, trial.flops = gradients(plan, model, batch.to(device).groups, trial)
         if not math.isfinite(value):
             raise Diverged(
                 f"{plan.name}: the loss is {value} at step {trial.step + 1} of {trial.total}, learning "
@@ -284,7 +285,9 @@ class _Progress:
 LONE_HELP = "--freeze-norm or, of volumes of several shapes, --classification.pad true"
 
 
-def _step(plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial) -> tuple[float, float]:
+def gradients(
+    plan: TrainingPlan, model: nn.Module, groups: Sequence[Any], trial: Trial
+) -> tuple[float, float]:
     """Return the loss of a batch, its gradients left on the parameters; and FLOPs, counted once."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -382,7 +385,7 @@ def update_average(average: dict[str, Tensor], model: nn.Module, step: int, reac
         average[key].copy_(state[key])
 
 
-class _Drawing:
+class Drawing:
     """Adapter by which the toolkit's loader draws for a task, in place of a proxy."""
 
     @staticmethod
@@ -643,8 +646,37 @@ def _restore(
             f"{torch.get_num_threads()}, so sums may differ in their last bits"
         )
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(optimizer, state["optimizer"])
+    _check_trial(state["trial"], trial, model)
     for key, value in state["trial"].items():
         setattr(trial, key, value)
     if trial.step < trial.total:
         plan.say(f"{plan.name}: the training goes on at step {trial.step} of {trial.total}")
+
+
+def _check_trial(kept: dict[str, Any], trial: Trial, model: nn.Module) -> None:
+    """Check that what a checkpoint keeps of a training is of the kinds that a training has.
+
+    Raises:
+        ValueError: A part is missing, unknown, or of the wrong kind.
+    """
+    if not {"step", "curve", "weights"} <= set(kept) <= set(Trial.__dataclass_fields__):
+        raise ValueError(f"it keeps {', '.join(map(str, kept))}")
+    for key, value in kept.items():
+        own = getattr(trial, key)
+        if type(value) is not type(own) and not {type(value), type(own)} <= {int, float}:
+            raise ValueError(f"{key} is {type(value).__name__}, not {type(own).__name__}")
+    if not 0 <= kept["step"] <= kept["total"] or type(kept["step"]) is not int:
+        raise ValueError(f"it is of step {kept['step']} of {kept['total']}")
+    if not all(isinstance(value, int | float) for value in kept.get("losses", ())):
+        raise ValueError("a loss is no number")
+    scored = [*kept["curve"], *([kept["best"]] if kept.get("best") else [])]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in scored):
+        raise ValueError("an entry of the curve has no step")
+    if not all(isinstance(entry.get("score"), int | float | None) for entry in scored):
+        raise ValueError("a score is no number")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for key in ("weights", "average"):
+        state = kept.get(key)
+        if state and {k: isinstance(v, Tensor) and v.shape for k, v in state.items()} != shapes:
+            raise ValueError(f"its {key} are not those of the model")

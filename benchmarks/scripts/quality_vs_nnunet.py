@@ -12,8 +12,8 @@ in its own process. It runs from the first training step to the last. Preparatio
 cost nothing.
 
 * ours: the recipe of `ssl3d finetune --task segmentation` as it is planned, no validation, weights of the
-  last step; the number of steps is measured to fill the time, so other work on the machine that begins or
-  ends meanwhile shifts it: a cell that took more than 5% too long says how long.
+  last step; the learning rate, and how far the average of the weights reaches back, go by the share of the
+  time, as those of the others do.
 * nnunet: nnU-Net v2 (pip install nnunetv2), its own fingerprint, planner, preprocessing, trainer and
   predictor with mirroring; no validation epochs; its learning rate falls with the share of the time. The
   configuration is 2d where nnU-Net's ratio of spacings (3) is passed, else 3d_fullres.
@@ -245,7 +245,6 @@ class Clock:
 
 
 def _ours(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
-    import copy
     import dataclasses
 
     import torch
@@ -257,7 +256,6 @@ def _ours(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
     from ssl3d_benchmarks.finetune.recipe import planned, resolve
     from ssl3d_benchmarks.finetune.segmentation.task import Segmentation
     from ssl3d_benchmarks.finetune.train import TrainingPlan
-    from ssl3d_benchmarks.finetune.train import train as train_by
 
     asked = FinetuneOptions((arguments.encoder,), task="segmentation", keep="last", eval_at=(1.0,))
     options, config = resolve(asked, Segmentation.Config(), {"keep", "eval_at"})
@@ -270,22 +268,9 @@ def _ours(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
     assert entry.make is not None
     encoder = entry.make()
     cpu = torch.device("cpu")
-
-    def trained(steps: int) -> Any:
-        plan = TrainingPlan(
-            Finetune(task), task, train, train[:0], dataclasses.replace(options, steps=steps),
-            arguments.seed, cpu, "ours",
-        )  # fmt: skip
-        return train_by(plan, lambda: copy.deepcopy(encoder), options.lr_scratch or options.lr or 0.0)[0]
-
+    plan = TrainingPlan(Finetune(task), task, train, train[:0], options, arguments.seed, cpu, "ours")
     clock = Clock(arguments.minutes[0])
-    marks = []
-    for steps in (2, 14):  # the first steps cost more: kernels are chosen, FLOPs counted
-        trained(steps)
-        marks.append(clock.seconds)
-    once = max((marks[1] - 2 * marks[0]) / 12, 1e-3)  # a start and 2 steps, then a start and 14
-    steps = max(int(0.97 * (clock.allowed - clock.seconds - marks[0]) / once), 1)
-    model = trained(steps)
+    model, steps = _trained_by_clock(plan, encoder, clock)
     seconds = clock.seconds
     labels = []
     with torch.inference_mode(), autocast(cpu, options.precision):
@@ -295,6 +280,50 @@ def _ours(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:
         "steps": steps, "batch": options.batch_size, "seconds": seconds, "patch": list(task.patch),
         "plan": list(task.reasons), "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _trained_by_clock(plan: Any, encoder: Any, clock: Clock) -> tuple[Any, int]:
+    """Train as `ssl3d finetune` does, for a time in place of a number of steps; return model and steps."""
+    import torch
+
+    from ssl3d.api import Loader, seed_of
+    from ssl3d_benchmarks.finetune.train import (
+        Drawing,
+        Trial,
+        build,
+        gradients,
+        optimizer_of,
+        rate,
+        update_average,
+    )
+
+    options, ticks = plan.options, 1_000_000
+    model = build(plan.task, encoder, plan.train, plan.seed, plan.device)
+    optimizer = optimizer_of(model, options)
+    loader = Loader(
+        plan.train, {"finetune": (Drawing, plan.task)}, plan.batch_size,  # type: ignore[dict-item]
+        seed=seed_of(plan.seed, "order"), steps=ticks, balance=False,
+    )  # fmt: skip
+    trial = Trial(options.lr_scratch or options.lr or 0.0, ticks, flops=1.0)  # FLOPs are not counted
+    average: dict[str, torch.Tensor] = {}
+    model.train()
+    for batch in loader:
+        if clock.share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * rate(int(clock.share * ticks), ticks, trial.lr, options)
+        optimizer.zero_grad(set_to_none=True)
+        gradients(plan, model, batch.groups, trial)
+        if options.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+        trial.step += 1
+        if options.ema:
+            # As many steps back as a share `ema` of all, of which so many are expected by now.
+            reach = options.ema * trial.step / max(clock.share, 1e-9)
+            update_average(average, model, trial.step, reach)
+    model.load_state_dict(average or model.state_dict())
+    return model.eval(), trial.step
 
 
 def _nnunet(arguments: argparse.Namespace, train: Any, test: Any) -> Outcome:

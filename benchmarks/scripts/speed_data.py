@@ -1,7 +1,7 @@
 """How fast random crops are read: from the store, from NIfTI files read each time, from torchio's Queue.
 
-All three read the same files in the same run with the same number of workers. It also prints what
-opening a large collection costs, simulated.
+All three read the same files in the same run with the same number of workers. It also prints what check
+sums cost the drawing of batches, and what opening a large collection costs, simulated.
 
 python benchmarks/scripts/speed_data.py [--data FOLDER] [--sizes 32 64] [--workers 2] [--seconds 3]
 """
@@ -14,17 +14,29 @@ import io
 import os
 import platform
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ssl3d.api import Loader, Proxy, open_data, phantom, simulated_index
+from ssl3d.api import (
+    Loader,
+    Proxy,
+    Record,
+    assemble,
+    open_data,
+    phantom,
+    simulated_index,
+    write_part,
+)
 
 BATCH = 16
 REPEATS = 3
@@ -177,6 +189,40 @@ def open_many(temporary: Path, count: int, shards: int) -> None:
     del columns
 
 
+def check_sums(temporary: Path, shape: tuple[int, int, int], count: int, batches: int) -> None:
+    """Compare the processor's time of drawing batches, with and without check sums, taking turns."""
+    parts, plain, summed = (temporary / name for name in ("parts", "plain.h5", "summed.h5"))
+    image = phantom(0, shape).image
+    for i in range(count):
+        write_part(parts, f"{i:03d}", Record(f"{i}", "phantoms", f"{i}"), image)
+    assemble(parts, temporary / "written.h5", {}, [])
+    for path in (plain, summed):  # both are copies: the system caches a file by how it was written
+        shutil.copy(temporary / "written.h5", path)
+    with h5py.File(plain, "r+") as file:
+        for data in file["images"].values():
+            del data.attrs["crc32"]
+    for name in ("sorting", "simclr"):
+        (point,) = entry_points(group="ssl3d.proxies", name=name)
+        cls = point.load()
+        streams = [
+            iter(Loader(open_data([path]), {name: (cls, cls.Config())}, 8, workers=0))
+            for path in (plain, summed)
+        ]
+        seconds = np.zeros((batches, 2))
+        for batch in range(batches):
+            for k in (0, 1) if batch % 2 else (1, 0):
+                began = time.process_time()
+                next(streams[k])
+                seconds[batch, k] = time.process_time() - began
+        first, rest = seconds[: batches // 4].sum(axis=0), np.median(seconds[batches // 4 :], axis=0)
+        print(
+            f"check sums, {count} volumes of {'x'.join(map(str, shape))}, {name}, batches of 8:"
+            f" {rest[0] * 1e3:.1f} ms without, {rest[1] * 1e3:.1f} ms with ({rest[1] / rest[0]:.3f}x);"
+            f" the first {batches // 4} batches {first[1] / first[0]:.3f}x",
+            flush=True,
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
@@ -186,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds per way and size")
     parser.add_argument("--files", type=int, default=40, help="largest number of files")
+    parser.add_argument("--batches", type=int, default=80, help="batches to compare check sums by")
     parser.add_argument("--volumes", type=int, default=100_000, help="simulated volumes to open")
     options = parser.parse_args(argv)
 
@@ -213,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{size}^3 from {len(paths)} files of {source}, median {shape}: {figures}", flush=True
                 )
+        check_sums(temporary / "large", (155, 240, 240), 4, options.batches)
+        check_sums(temporary / "small", (36, 50, 38), 32, options.batches)
         if options.volumes:
             for shards in (1, 100):
                 open_many(temporary, options.volumes, shards)

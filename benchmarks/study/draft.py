@@ -79,7 +79,7 @@ def content_of(
     """
     names = recipes.names[: design.recipes]
     contestants = {"scratch": f"scratch:{options.encoder}"}
-    if imagenet:
+    if imagenet and design.imagenet:
         contestants[IMAGENET] = imagenet
     words = ["--data", sources.data, "--task", look.task]
     if look.task == "classification":

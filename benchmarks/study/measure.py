@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,13 @@ def measure(plan: SuitePlan, look: Look) -> tuple[Costs, int]:
             runs[name] = _run_cost(plan, name)
             starts.append(max(_seconds(marks, job) - runs[name].step, 0.0))
     contestants = plan.suite.contestants
+    began = time.perf_counter(), time.process_time()
     network, wanted, scorings = _tuned(plan, contestants["scratch"])
+    share = (time.process_time() - began[1]) / (time.perf_counter() - began[0])
     imagenet = _tuned(plan, contestants[IMAGENET])[0] if IMAGENET in contestants else None
     start = sum(starts) / len(starts)
     folds = max(look.folds, 1)
-    return Costs(runs, network, imagenet, start, look.train, folds, scorings), wanted
+    return Costs(runs, network, imagenet, start, look.train, folds, scorings, share), wanted
 
 
 def _seconds(marks: Marks, job: Job) -> float:

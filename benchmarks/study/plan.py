@@ -23,6 +23,8 @@ GENEROUS = 0.5
 LONGEST = 20
 """Most of the wanted steps that pretraining takes where there is time left."""
 WANTED_PRETRAINING = 1000
+BUSY = 0.7
+"""Share of a core below which other programs are known to be at work."""
 LEAST_STEPS = 100
 
 
@@ -64,6 +66,7 @@ class Costs:
         volumes: Numbers of volumes to train on, choose on and test on, of one fold.
         folds: Number of trainings of an arm on a subset: the folds, or one.
         scorings: Number of times that a training scores the validation volumes.
+        share: Share of a core that fine-tuning had while it was timed; above 1 for several threads.
     """
 
     runs: Mapping[str, RunCost]
@@ -73,6 +76,13 @@ class Costs:
     volumes: tuple[int, int, int]
     folds: int
     scorings: int
+    share: float = 1.0
+
+    def busy(self) -> str:
+        """Say that other programs slowed what was timed; nothing where they did not."""
+        if self.share >= BUSY:
+            return ""
+        return f"other programs are at work: timing had {self.share:.0%} of one core"
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,14 @@ class Design:
         seeds: Number of seeds.
         few: Shares of the training subjects, beside all of them.
         repeats: Number of subsets of each share.
+        imagenet: Whether the network with ImageNet's weights is trained, where there is one.
     """
 
     recipes: int
     seeds: int
     few: tuple[float, ...]
     repeats: int
+    imagenet: bool = True
 
     @property
     def subsets(self) -> int:
@@ -128,6 +140,18 @@ def designs(recipes: int, few: Sequence[float], seeds: int = 0) -> list[Design]:
     return list(dict.fromkeys(every))
 
 
+def last_designs(few: Sequence[float], seeds: int, asked: bool) -> list[Design]:
+    """List what is tried where no design fits: without few labels, and without ImageNet's weights.
+
+    Args:
+        few: Shares of the training subjects that are worth a try, the smallest first.
+        seeds: Number of seeds asked for; 0 for one.
+        asked: Whether ImageNet's weights are asked for: few labels are given up before them.
+    """
+    first = Design(1, seeds or 1, (), 1) if asked else Design(1, seeds or 1, tuple(few[:1]), 1, False)
+    return [first, Design(1, seeds or 1, (), 1, False)]
+
+
 def few_shares(train: int) -> tuple[float, ...]:
     """Return the shares of the training subjects with which a study asks for few labels.
 
@@ -145,13 +169,13 @@ def trainings(design: Design, costs: Costs) -> tuple[int, int]:
     """Count the trainings of fine-tuning: of the network, and of that with ImageNet's weights."""
     each = design.seeds * design.subsets * costs.folds
     # From scratch each network is trained too.
-    return (design.recipes + 1) * each, 2 * each if costs.imagenet else 0
+    return (design.recipes + 1) * each, 2 * each if costs.imagenet and design.imagenet else 0
 
 
 def fixed_seconds(design: Design, costs: Costs) -> float:
     """Return the seconds that a design takes whatever its steps: starts, and the scoring of volumes."""
     runs = design.recipes * design.seeds
-    jobs = 2 * runs + 1 + bool(costs.imagenet)
+    jobs = 2 * runs + 1 + bool(costs.imagenet and design.imagenet)
     _, val, test = costs.volumes
     scored = costs.scorings * val + test
     own, others = trainings(design, costs)
@@ -199,11 +223,13 @@ def choose(
     wanted: int,
     pretraining: int = 0,
     tuning: int = 0,
+    last: Sequence[Design] = (),
 ) -> StudyPlan:
     """Choose the richest design that the time allows at half of the wanted steps, and its steps.
 
     What is over when fine-tuning has all the steps wanted goes to pretraining. Where no design gets half
-    of the steps, the leanest is taken with what it gets.
+    of the steps, the leanest is taken with what it gets; where none
+    fits at all, the first of the last ones.
 
     Args:
         choices: Designs, the richest first.
@@ -212,27 +238,34 @@ def choose(
         wanted: Steps that fine-tuning should have.
         pretraining: Steps of the first recipe that are asked for; 0 to plan them.
         tuning: Steps of fine-tuning that are asked for; 0 to plan them.
+        last: Designs that give up more, the richest first.
 
     Raises:
         UsageError: The time is too short for the leanest; the message says how much it needs.
     """
     goals = (pretraining or WANTED_PRETRAINING, tuning or wanted)
     least = (pretraining or LEAST_STEPS, tuning or min(LEAST_STEPS, wanted))
-    plan = None
+    plan, given = None, (pretraining > 0, tuning > 0)
     for design in choices:
-        plan = _fill(design, costs, time.usable, goals, least, (pretraining > 0, tuning > 0))
+        plan = _fill(design, costs, time.usable, goals, least, given)
         if (
             plan
             and plan.pretrain_steps >= GENEROUS * goals[0]
             and plan.finetune_steps >= GENEROUS * goals[1]
         ):
             return plan
+    plan = plan or next(
+        filter(None, (_fill(d, costs, time.usable, goals, least, given) for d in last)), None
+    )
     if plan:
         return plan
-    hours = time.needed(_total(choices[-1], costs, *least))
+    leanest = [*choices, *last][-1]
+    hours = time.needed(_total(leanest, costs, *least))
+    networks, busy = sum(trainings(leanest, costs)), costs.busy()
     raise UsageError(
         f"--hours {time.hours:g} are too few: the smallest study of these scans needs {hours:.2f} here "
-        f"({least[0]} steps of pretraining, {least[1]} of each fine-tuning); give --hours {hours:.2f}"
+        f"({least[0]} steps of pretraining, {networks} networks fine-tuned by {least[1]} steps of "
+        f"{costs.network.step:.2g} s{f'; {busy}' if busy else ''}); give --hours {hours:.2f}"
     )
 
 

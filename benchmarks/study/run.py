@@ -33,7 +33,7 @@ from ssl3d_benchmarks.study.draft import STORE, Sources, content_of, imagenet_of
 from ssl3d_benchmarks.study.look import Look, look
 from ssl3d_benchmarks.study.measure import do, measure
 from ssl3d_benchmarks.study.options import StudyOptions
-from ssl3d_benchmarks.study.plan import Design, Time, choose, designs, few_shares
+from ssl3d_benchmarks.study.plan import Design, Time, choose, designs, few_shares, last_designs
 from ssl3d_benchmarks.study.recipes import recipes_for
 from ssl3d_benchmarks.study.text import ending, plan_lines
 from ssl3d_benchmarks.task import say, show
@@ -117,8 +117,11 @@ def _plan(options: StudyOptions, sources: Sources, began: float) -> None:
     do(draft, ("prepare", "measure"), options.verbose)
     costs, wanted = measure(draft, seen)
     given = Time(options.hours, options.workers, time.monotonic() - began)
-    choices = designs(len(recipes.names), few_shares(seen.train[0]), options.seeds)
-    plan = choose(choices, costs, given, wanted, options.pretrain_steps, options.finetune_steps)
+    few = few_shares(seen.train[0])
+    plan = choose(
+        designs(len(recipes.names), few, options.seeds), costs, given, wanted, options.pretrain_steps,
+        options.finetune_steps, last_designs(few, options.seeds, bool(options.imagenet)),
+    )  # fmt: skip
     lines = plan_lines(seen, recipes, imagenet, plan, costs, options.hours, options.workers, options.spread)
     final = content(plan.design, (plan.pretrain_steps, plan.finetune_steps))
     check(SuitePlan(checked_suite("suite", out / "suite.yaml", final), places))

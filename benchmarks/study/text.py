@@ -10,7 +10,7 @@ import numpy as np
 
 from ssl3d.api import count_of, duration
 from ssl3d_benchmarks.study.look import Look
-from ssl3d_benchmarks.study.plan import OTHER, SPREADS, Costs, Power, StudyPlan, trainings
+from ssl3d_benchmarks.study.plan import OTHER, SPREADS, Costs, Power, StudyPlan, few_shares, trainings
 from ssl3d_benchmarks.study.recipes import Recipes
 
 SCORES = {"masks": "Dice", "boxes": "CPM", "classes": "AUC", "ordinal": "Spearman", "real": "R2"}
@@ -79,9 +79,16 @@ def _work(
     labels = ", ".join([*subsets, f"all {sizes[-1]}"])
     network = costs.network
     dropped = recipes.names[design.recipes :]
+    if not design.few and few_shares(look.train[0]):
+        labels += "; no time for fewer"
+    arm = f"  ImageNet: {imagenet[1]}" if imagenet[0] else f"  {imagenet[1]}"
+    if imagenet[0] and not design.imagenet:
+        arm = "  ImageNet: no time for it"
+    busy = costs.busy()
     return [
         f"Plan: about {duration(plan.seconds / workers)} of the {hours:g} hours given"
         f"{f', by {workers} workers' if workers > 1 else ''}, as timed on this machine just now",
+        *([f"  {busy}; the plan counts on no more"] if busy else []),
         f"  pretrain on {count_of(look.pretrained_on, 'subject')}, at equal training FLOPs, "
         f"{count_of(design.seeds, 'seed')} each: {each}",
         f"    {recipes.why}" + (f"; no time for {', '.join(dropped)}" if dropped else ""),
@@ -89,7 +96,7 @@ def _work(
         f"{plan.finetune_steps:,} steps each ({network.step:.2g} s a step, {network.volume:.2g} s to score "
         "a volume)",
         f"    training volumes of a fold: {labels}" if look.folds else f"    training volumes: {labels}",
-        f"  ImageNet: {imagenet[1]}" if imagenet[0] else f"  {imagenet[1]}",
+        arm,
     ]
 
 

@@ -7,7 +7,8 @@ import hashlib
 import os
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +94,63 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read the state of one checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
 
     Raises:
-        CheckpointError: Its bytes are not those that were written, or its format is newer.
+        CheckpointError: Its bytes are not those that were written, its format is newer, or a part is
+            missing or of the wrong kind.
     """
     expected = path.stem.rpartition("-")[2]
     if _digest(path) != expected:
         raise CheckpointError(f"{path}: is damaged or cut short ({path.stat().st_size} bytes)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError,
+        pickle.UnpicklingError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{path}: is no checkpoint of ssl3d ({type(error).__name__})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: is no checkpoint of ssl3d")
     check_format(state["format"], str(path))
+    if fault := _fault_of(state):
+        raise CheckpointError(f"{path}: is no checkpoint of ssl3d: {fault}")
     return state
+
+
+_PARTS: Mapping[str, type] = {
+    "step": int, "steps": int, "patch": list, "about": dict, "world": int, "device": str, "spec": dict,
+    "precision": dict, "module": dict, "optimizer": dict, "ranks": list, "outline": dict,
+}  # fmt: skip
+_LATER = ("ranks", "outline")  # the first checkpoints lack them
+
+
+def _fault_of(state: Mapping[str, Any]) -> str:
+    """Return which part of a checkpoint is missing or of the wrong kind; empty where none is."""
+    for name, kind in _PARTS.items():
+        value = state.get(name)
+        if not isinstance(value, kind) and not (value is None and name in _LATER):
+            return f"its {name} is {type(value).__name__}, not {kind.__name__}"
+    if not 0 <= state["step"] <= state["steps"]:
+        return f"it is of step {state['step']} of {state['steps']}"
+    if len(state["patch"]) != 3 or not all(type(side) is int for side in state["patch"]):
+        return "its patch is not three numbers"
+    about, spec = state["about"], state["spec"]
+    if not isinstance(about.get("data"), dict) or not isinstance(about["data"].get("digest"), str):
+        return "it does not say on which data"
+    for name in ("compute", "plugins"):
+        if not isinstance(about.get(name, {}), dict):
+            return f"its {name} is {type(about[name]).__name__}, not dict"
+    if not all(isinstance(n, int | float) for k, n in about.get("compute", {}).items() if k != "where"):
+        return "its compute is not of numbers"
+    if not (
+        isinstance(spec.get("encoder"), str)
+        and isinstance(spec.get("encoder_config"), dict)
+        and isinstance(spec.get("proxies"), dict)
+        and all(isinstance(options, dict) for options in spec["proxies"].values())
+    ):
+        return "it does not say of which encoder and proxies"
+    for tensors in (state["module"], state.get("outline") or {}, *(state.get("ranks") or ())):
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            return "its weights are not tensors by name"
+    return ""
 
 
 def checkpoints(run: str | Path) -> list[Path]:

@@ -107,6 +107,45 @@ def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], where: s
     module.load_state_dict(dict(state))
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Give an optimizer its state of then, which must be one of the same parameters and options.
+
+    Args:
+        optimizer: Optimizer to fill.
+        state: What its `state_dict` returned.
+
+    Raises:
+        ValueError: A part is missing, of the wrong kind or shape, or not finite.
+    """
+    own = [{key: type(value) for key, value in g.items()} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    for kinds, group in zip(own, optimizer.param_groups, strict=True):
+        if missing := sorted(set(kinds) - set(group)):
+            raise ValueError(f"a group lacks {', '.join(missing)}")
+        for key, kind in kinds.items():
+            numbers = {kind, type(group[key])} <= {int, float}
+            if kind is not type(group[key]) and not numbers:
+                raise ValueError(f"{key} is {type(group[key]).__name__}, not {kind.__name__}")
+    names: set[str] | None = None
+    for parameter, entries in optimizer.state.items():
+        if not isinstance(parameter, torch.Tensor) or not isinstance(entries, dict):
+            raise ValueError("it has the state of what is no parameter")
+        names = names or set(entries)
+        if set(entries) != names:
+            raise ValueError("parameters have states of different kinds")
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1 and value.shape != parameter.shape:
+                    raise ValueError(f"{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                if not_finite({key: value}):
+                    raise ValueError(f"{key} is NaN or infinite")
+            elif value is not None and not isinstance(value, int | float):
+                raise ValueError(f"{key} is {type(value).__name__}")
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's values, in the order of its axes, whatever its memory format."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

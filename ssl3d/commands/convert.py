@@ -38,7 +38,8 @@ class ConvertOptions(ConvertedConfig):
             where you know better than what is known of its layout. Its 3D kernels are turned to z y x.
         labels_seen: Whether a file's weights learned from labels of medical volumes, where you know better
             than what is known of its layout.
-        to: Toolkit to write for: nnunet writes a run's resenc encoder as nnU-Net's fine-tuning reads it.
+        to: Toolkit to write for: nnunet writes a run's resenc or plain_unet encoder for nnU-Net's
+            fine-tuning.
         patch: Crop size D H W in voxels that --to nnunet recommends downstream.
         allow_partial: Permission to take the weights that match, however few.
         overwrite: Permission to replace an encoder that is there.
@@ -152,7 +153,7 @@ def _export(options: ConvertOptions) -> None:
     encoder = encoder_from(options.network)
     written = export_nnunet(encoder, options.out, options.patch)
     numbers = sum(parameter.numel() for parameter in encoder.parameters())
-    print(f"{options.network}: {numbers:,} numbers as encoder.* of nnU-Net's ResidualEncoderUNet")
+    print(f"{options.network}: {numbers:,} numbers as encoder.* of nnU-Net's network")
     print(f"checkpoint in {written}, plan in {written.parent / PLAN}")
 
 

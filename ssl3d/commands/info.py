@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.checkpoint.card import plain_value
-from ssl3d.commands.info_results import describe_results, records_of, result_lines
+from ssl3d.commands.info_results import describe_results, result_lines
 from ssl3d.errors import DataError
+from ssl3d.evaluation.record_archive import result_files
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -70,7 +71,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             return _of_encoder(place)
         if (place / "model.json").is_file() or any(place.glob("fold-*/model.json")):
             return _of_model(place)
-        if records := records_of(place):
+        if records := result_files(place):
             return describe_results(place, records)
         if any(place.rglob("*.h5")):
             return _of_stores(place)
@@ -79,7 +80,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _of_encoder(place.parent)
     if place.name in ("model.json", "model.safetensors"):
         return _of_model(place)
-    if records := records_of(place):
+    if records := result_files(place):
         return describe_results(place, records)
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
         return _of_stores(place)

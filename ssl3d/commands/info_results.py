@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,8 @@ from ssl3d.errors import DataError
 if TYPE_CHECKING:
     from ssl3d.evaluation.records import Result
 
-_RECORD = re.compile(r".+-[0-9a-f]{8}\.json")  # as `Result.filename` has it: other JSON lies beside scans
 SHOWN = 4
 """Scores beside the main one that stand in the table; JSON has all."""
-
-
-def records_of(path: Path) -> list[Path]:
-    """Return the records in a folder, below it, or in an archive; none where it is something else."""
-    from ssl3d.evaluation.record_archive import ARCHIVE, record_files
-
-    if path.is_file():
-        return record_files(path) if path.name.endswith(ARCHIVE) else []
-    return [place for place in record_files(path) if _RECORD.fullmatch(place.name)]
 
 
 def describe_results(path: Path, paths: Sequence[Path]) -> dict[str, Any]:

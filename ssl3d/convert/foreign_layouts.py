@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ssl3d.convert import foreign_nnunet as nnunet
@@ -77,20 +78,26 @@ def _timm_mobilenet(state: State, place: Place) -> Recipe:
             f"{place}: timm's names of a network with inverted residuals that is no MobileNetV2; "
             "network=timm/NAME makes it of timm's"
         )
+    names = torchvision_names(state)
+    return _mobilenet({names[key]: value for key, value in state.items()}, place)
+
+
+def torchvision_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return torchvision's name of each weight of timm's MobileNetV2; of other names themselves."""
     before = [1 + sum(_TIMM_STAGES[:n]) for n in range(len(_TIMM_STAGES))]
     ends = {"conv_stem": "features.0.0", "bn1": "features.0.1"}
     ends |= {"conv_head": "features.18.0", "bn2": "features.18.1"}
-    named = {}
-    for key, value in state.items():
+    names = {}
+    for key in keys:
         match = re.match(r"blocks\.(\d)\.(\d+)\.(\w+)\.(\w+)$", key)
         module, _, leaf = key.rpartition(".")
         if match and int(match[1]) < len(before):
             stage, block = int(match[1]), int(match[2])
             part = _TIMM_PARTS[stage > 0].get(match[3], match[3])
-            named[f"features.{before[stage] + block}.conv.{part}.{match[4]}"] = value
+            names[key] = f"features.{before[stage] + block}.conv.{part}.{match[4]}"
         else:
-            named[f"{ends[module]}.{leaf}" if module in ends else key] = value
-    return _mobilenet(named, place)
+            names[key] = f"{ends[module]}.{leaf}" if module in ends else key
+    return names
 
 
 # Models Genesis -----------------------------------------------------------------------------------

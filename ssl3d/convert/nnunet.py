@@ -1,4 +1,4 @@
-"""Our `resenc` encoders for nnU-Net: a checkpoint for its own loader and for nnssl's adaptation plan."""
+"""Our encoders `resenc` and `plain_unet` for nnU-Net: a checkpoint for its loader and for nnssl's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl3d.checkpoint.card import versions
 from ssl3d.encoder import Encoder
+from ssl3d.encoders.plain_unet import PlainUNet
 from ssl3d.encoders.resenc import SLOPE, ResEnc
 from ssl3d.errors import TrainingError, UsageError
 from ssl3d.files import whole_file, write_whole
@@ -24,8 +25,11 @@ PATCH = (160, 160, 160)
 """Crop size that nnssl recommends downstream."""
 
 
-def architecture(encoder: ResEnc) -> dict[str, Any]:
-    """Return the options of the `ResidualEncoderUNet` that this encoder is one half of.
+def architecture(encoder: ResEnc | PlainUNet) -> dict[str, Any]:
+    """Return the options of the U-Net of nnU-Net's that this encoder is one half of.
+
+    The decoder has the convolutions of nnU-Net's own plans: one in each stage beside a residual encoder,
+    two beside a plain one.
 
     Raises:
         UsageError: nnU-Net has no such network.
@@ -33,19 +37,24 @@ def architecture(encoder: ResEnc) -> dict[str, Any]:
     config = encoder.config
     if config.kind != "3d" or config.norm != "instance":
         raise UsageError(
-            "nnU-Net's residual encoder has kind 3d and norm instance; this one has kind "
+            "nnU-Net's encoders have kind 3d and norm instance; this one has kind "
             f"{config.kind} and norm {config.norm}"
         )
     count = config.stages
-    blocks = [len(stage["blocks"]) for stage in encoder.stages]  # type: ignore[index]
+    stages: Any = encoder.stages
+    if isinstance(encoder, ResEnc):
+        layers = {"n_blocks_per_stage": [len(stage["blocks"]) for stage in stages]}
+    else:
+        layers = {"n_conv_per_stage": [len(stage[0].convs) for stage in stages]}
+    decoded = 1 if isinstance(encoder, ResEnc) else 2
     return {
         "n_stages": count,
         "features_per_stage": list(encoder.channels),
         "conv_op": "torch.nn.modules.conv.Conv3d",
         "kernel_sizes": [list(triple) for triple in config.kernels or ((3, 3, 3),) * count],
         "strides": [list(triple) for triple in config.strides or ((1, 1, 1), *((2, 2, 2),) * (count - 1))],
-        "n_blocks_per_stage": blocks,
-        "n_conv_per_stage_decoder": [1] * (count - 1),
+        **layers,
+        "n_conv_per_stage_decoder": [decoded] * (count - 1),
         "conv_bias": config.conv_bias,
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
         "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -56,7 +65,7 @@ def architecture(encoder: ResEnc) -> dict[str, Any]:
     }
 
 
-def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = PATCH) -> dict[str, Any]:
+def adaptation_plan(encoder: ResEnc | PlainUNet, patch: Sequence[int] = PATCH) -> dict[str, Any]:
     """Build the plan that nnU-Net's fine-tuning reads beside the weights.
 
     Args:
@@ -67,6 +76,9 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = PATCH) -> dict[str, 
         UsageError: nnU-Net has no such network, or the patch cannot be halved as often as it would be.
     """
     kwargs = architecture(encoder)
+    residual = isinstance(encoder, ResEnc)
+    stem = "encoder.stem" if residual else "encoder.stages.0"
+    first = f"{stem}.convs.0" if residual else f"{stem}.0.convs.0"
     reached = encoder.strides[-1]
     if any(size % step for size, step in zip(patch, reached, strict=True)):
         wanted, steps = (" x ".join(map(str, triple)) for triple in (patch, reached))
@@ -92,7 +104,7 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = PATCH) -> dict[str, 
     }
     return {
         "architecture_plans": {
-            "arch_class_name": "ResidualEncoderUNet",
+            "arch_class_name": "ResidualEncoderUNet" if residual else "PlainConvUNet",
             "arch_kwargs": kwargs,
             "arch_kwargs_requiring_import": ["conv_op", "norm_op", "nonlin"],
         },
@@ -109,18 +121,18 @@ def adaptation_plan(encoder: ResEnc, patch: Sequence[int] = PATCH) -> dict[str, 
         "pretrain_num_input_channels": encoder.config.in_channels,
         "recommended_downstream_patchsize": [int(size) for size in patch],
         "key_to_encoder": "encoder.stages",
-        "key_to_stem": "encoder.stem",
-        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+        "key_to_stem": stem,
+        "keys_to_in_proj": [f"{first}.conv", f"{first}.all_modules.0"],
         "key_to_lpe": None,
     }
 
 
-def untrained_decoder(encoder: ResEnc, seed: int = 0) -> dict[str, Tensor]:
+def untrained_decoder(encoder: ResEnc | PlainUNet, seed: int = 0) -> dict[str, Tensor]:
     """Make nnU-Net's decoder round an encoder, but for the segmentation layers.
 
-    The names and shapes are those of `ResidualEncoderUNet` in dynamic-network-architectures, with one
-    convolution in each stage; the weights are new, by nnU-Net's own rule (He et al., leaky ReLU of slope
-    0.01, no biases). No head of ssl3d has this architecture.
+    The names and shapes are those of `ResidualEncoderUNet` and `PlainConvUNet` in
+    dynamic-network-architectures; the weights are new, by nnU-Net's own rule (He et al., leaky ReLU of
+    slope 0.01, no biases). No head of ssl3d has this architecture.
 
     Args:
         encoder: Encoder, in 3D with instance norm.
@@ -142,13 +154,14 @@ def untrained_decoder(encoder: ResEnc, seed: int = 0) -> dict[str, Tensor]:
     for n in range(len(widths) - 1):  # from the deepest map up
         below, skip = widths[-1 - n], widths[-2 - n]
         state |= convolution(f"decoder.transpconvs.{n}", (below, skip, *strides[-1 - n]), skip)
-        place = f"decoder.stages.{n}.convs.0"
-        own = convolution("conv", (skip, 2 * skip, *kernels[-2 - n]), skip)
-        own |= {"norm.weight": torch.ones(skip), "norm.bias": torch.zeros(skip)}
-        for name, value in own.items():  # both names of every tensor, as in the encoder
-            state[f"{place}.{name}"] = value
-            alias = name.replace("conv.", "all_modules.0.").replace("norm.", "all_modules.1.")
-            state[f"{place}.{alias}"] = value
+        for k in range(options["n_conv_per_stage_decoder"][n]):
+            place = f"decoder.stages.{n}.convs.{k}"
+            own = convolution("conv", (skip, skip if k else 2 * skip, *kernels[-2 - n]), skip)
+            own |= {"norm.weight": torch.ones(skip), "norm.bias": torch.zeros(skip)}
+            for name, value in own.items():  # both names of every tensor, as in the encoder
+                state[f"{place}.{name}"] = value
+                alias = name.replace("conv.", "all_modules.0.").replace("norm.", "all_modules.1.")
+                state[f"{place}.{alias}"] = value
     return state
 
 
@@ -157,11 +170,12 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
 
     nnssl's fine-tuning reads the plan. The released nnU-Net's `-pretrained_weights` wants every weight of
     its network but the segmentation layers, by all of their names, so `network_weights` are those of a
-    whole `ResidualEncoderUNet`: the encoder, again as `decoder.encoder.*`, and an untrained decoder.
+    whole `ResidualEncoderUNet` or `PlainConvUNet`: the encoder, again as `decoder.encoder.*`, and an
+    untrained decoder.
     `architecture.json` is what its plans must say for that network.
 
     Args:
-        encoder: Encoder `resenc` of kind 3d with instance norm.
+        encoder: Encoder `resenc` or `plain_unet` of kind 3d with instance norm.
         out: Folder, or the checkpoint's own name, ending in .pth.
         patch: Recommended size of training crops downstream, along D, H, W.
 
@@ -172,8 +186,10 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
         UsageError: It is another encoder, or nnU-Net has no such network.
         TrainingError: The disk is full or the folder cannot be written.
     """
-    if not isinstance(encoder, ResEnc):
-        raise UsageError(f"nnU-Net's encoder is a resenc, this one is a {type(encoder).__name__}")
+    if not isinstance(encoder, ResEnc | PlainUNet):
+        raise UsageError(
+            f"nnU-Net's encoders are resenc and plain_unet, this one is a {type(encoder).__name__}"
+        )
     out = Path(out)
     file = out if out.suffix == ".pth" else out / CHECKPOINT
     plan = adaptation_plan(encoder, patch)
@@ -205,8 +221,9 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
 def _for_plans(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry `architecture` of a configuration in nnU-Net's own plans."""
     network = plan["architecture_plans"]
+    place = "dynamic_network_architectures.architectures.unet"
     return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "network_class_name": f"{place}.{network['arch_class_name']}",
         "arch_kwargs": network["arch_kwargs"],
         "_kw_requires_import": [*network["arch_kwargs_requiring_import"], "dropout_op"],
     }

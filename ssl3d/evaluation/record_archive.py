@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import re
 import tarfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -30,6 +31,7 @@ MODEL = "model.json"
 """Folders whose JSON files are no records."""
 PACKED = (".json", "table.txt")
 """Endings of the files that are packed: the records, and the table that a command printed of them."""
+_RECORD = re.compile(r".+-[0-9a-f]{8}\.json")  # as `Result.filename` has it: other JSON lies beside scans
 
 
 def record_files(folder: Path, endings: tuple[str, ...] = (".json",)) -> list[Path]:
@@ -58,6 +60,13 @@ def record_files(folder: Path, endings: tuple[str, ...] = (".json",)) -> list[Pa
     plain = (path for path in there if path.is_file() or not path.exists())
     paths |= {path: path for path in plain if path.name.endswith(endings)}
     return [paths[place] for place in sorted(paths) if not _skipped(paths[place].relative_to(folder))]
+
+
+def result_files(path: Path) -> list[Path]:
+    """Return the files below a folder, or in an archive, that are called as records are."""
+    if path.is_file():
+        return record_files(path) if path.name.endswith(ARCHIVE) else []
+    return [place for place in record_files(path) if _RECORD.fullmatch(place.name)]
 
 
 def record_bytes(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl3d.encoders import to_memory_format
 from ssl3d.errors import UsageError
 from ssl3d.export.options import ExportOptions
 from ssl3d.export.source import Source, largest_difference, require_equal, sample
@@ -103,12 +104,15 @@ def traced(source: Source, portable: Portable) -> torch.export.ExportedProgram:
         UsageError: The network cannot be traced.
     """
     auto = torch.export.Dim.AUTO
-    axes = [{0: auto}] if portable.fixed else [{0: auto, 2: auto, 3: auto, 4: auto}, {0: auto}]
+    free = [axis for axis in (2, 3, 4) if portable.size[axis - 2] > 1]  # images stay images
+    axes = [{0: auto}] if portable.fixed else [dict.fromkeys((0, *free), auto), {0: auto}]
     x, reason = sample(source.channels, portable.size), ""
-    for free in axes:
+    if portable.size[0] == 1:  # with channels last, torch's trace of 2D layers holds for no batch of one
+        to_memory_format(portable.network, torch.contiguous_format)
+    for dynamic in axes:
         try:
             with _quiet(), torch.no_grad(), _any_batch():
-                return torch.export.export(portable.network.eval(), (x,), dynamic_shapes=(free,))
+                return torch.export.export(portable.network.eval(), (x,), dynamic_shapes=(dynamic,))
         except Exception as error:  # its parts raise what they like
             reason = _short(error)
     raise UsageError(f"{source.word}: torch.export cannot trace the network ({reason})")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssl3d.convert.nnunet import PATCH, export_nnunet
+from ssl3d.encoders.plain_unet import PlainUNet
 from ssl3d.encoders.resenc import ResEnc
 from ssl3d.export.options import ExportOptions
 from ssl3d.export.source import Source, largest_difference, require_equal, sample
@@ -36,12 +37,12 @@ def write_nnunet(source: Source, folder: Path, options: ExportOptions) -> dict[s
             "sha256": card["sha256"],
         }
     file = export_nnunet(encoder, folder, options.patch or PATCH)
-    assert isinstance(encoder, ResEnc)
+    assert isinstance(encoder, ResEnc | PlainUNet)
     state = torch.load(file, weights_only=True)["network_weights"]
     d, h, w = (max(2 * step, 8) for step in encoder.strides[-1])
     x, worst = sample(source.channels, (d, h, w)), 0.0
     for prefix in ("encoder.", "decoder.encoder."):
-        again = ResEnc(encoder.config).eval()
+        again = type(encoder)(encoder.config).eval()
         again.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()
                                if key.startswith(prefix)})  # fmt: skip
         with torch.no_grad():

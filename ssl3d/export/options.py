@@ -16,10 +16,11 @@ class ExportOptions:
             ssl3d finetune kept.
         to: Format: onnx; torch-export, a program that torch.export.load opens without ssl3d, in place of
             TorchScript, which torch has deprecated; monai-bundle, which segments scans without ssl3d; hf,
-            a folder with a model card for the Hugging Face hub; nnunet, a checkpoint for nnU-Net.
+            a folder with a model card for the Hugging Face hub; timm, a folder that timm.create_model opens
+            as a 2D network, of encoders of kind acs or 2.5d; nnunet, a checkpoint for nnU-Net.
         out: Folder for the files; by default the source's name and the format.
-        patch: Size D H W in voxels of the volumes that the network takes, and that nnunet recommends; left
-            out, that of the training, or 160 160 160 for nnunet.
+        patch: Size D H W in voxels of the volumes that the network takes, and that nnunet recommends (timm
+            takes H W); left out, that of the training, or 160 160 160 for nnunet.
         licence: Licence of the weights by the hub's identifier, such as apache-2.0, for the card of hf.
         push: Repository OWNER/NAME of the hub to which hf is uploaded, private where it is new. The token
             is that of the environment variable HF_TOKEN.
@@ -27,7 +28,7 @@ class ExportOptions:
     """
 
     source: str = field(metadata={"positional": True})
-    to: Literal["onnx", "torch-export", "monai-bundle", "hf", "nnunet", "torchscript"] = "onnx"
+    to: Literal["onnx", "torch-export", "monai-bundle", "hf", "timm", "nnunet", "torchscript"] = "onnx"
     out: Path | None = None
     patch: tuple[int, int, int] | None = None
     licence: str = ""

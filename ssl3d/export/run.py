@@ -24,6 +24,7 @@ WRITERS = {
     "torch-export": "ssl3d.export.graphs:write_program",
     "hf": "ssl3d.export.hub:write_hub",
     "monai-bundle": "ssl3d.export.bundle:write_bundle",
+    "timm": "ssl3d.export.timm_folder:write_timm",
     "nnunet": "ssl3d.export.nnunet:write_nnunet",
 }
 """Format -> module:function of (source, folder, options) that returns what `export.json` says of them."""

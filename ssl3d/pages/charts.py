@@ -13,6 +13,8 @@ PLOT = 330.0
 """Width of what is drawn beside the labels; small, so that a phone needs not shrink the letters."""
 FEW = 9
 """Amounts at which each can have its own tick."""
+MARKED = 40
+"""Most points of a curve that have a mark each."""
 COLOURS = 8
 """Colours in the style of the page, .c0 to .c7; a ninth line is dashed."""
 
@@ -108,10 +110,12 @@ def scatter(
 def lines(
     curves: Sequence[Line], x_axis: str, y_axis: str, title: str, log: bool = False,
     reference: float | None = None, called: Mapping[float, str] | None = None,
+    distances: Sequence[tuple[float, float, float, str]] = (),
 ) -> str:  # fmt: skip
     """Draw curves over an amount, their intervals, and their names at the right, kept apart.
 
-    Amounts in `called` are written so below the axis.
+    Amounts in `called` are written so below the axis. `distances` are pairs of amounts at one height,
+    joined by a line: first amount, second amount, height, and what it says when pointed at.
     """
     curves = [curve for curve in curves if any(isfinite(point[1]) for point in curve.points)]
     if not curves:
@@ -162,6 +166,11 @@ def lines(
     if reference is not None and isfinite(reference):
         y = up(reference)
         parts.append(f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for begin, end, height_, hint in distances:
+        parts.append(
+            f'<line class="ref" x1="{across(spread(begin)):.1f}" x2="{across(spread(end)):.1f}" '
+            f'y1="{up(height_):.1f}" y2="{up(height_):.1f}"><title>{escape(hint)}</title></line>'
+        )
     ends = sorted(
         ((up(last[1]), number) for number, curve in enumerate(curves) for last in [_last(curve)]),
     )
@@ -184,7 +193,8 @@ def lines(
                     f'<line class="bar thin {tone}" x1="{x:.1f}" x2="{x:.1f}" '
                     f'y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
                 )
-            parts.append(_symbol(x, y, curve.kind, False, hint, tone))
+            if len(where) <= MARKED:
+                parts.append(_symbol(x, y, curve.kind, False, hint, tone))
         x, y = where[-1]
         end = at[number]
         parts.append(
@@ -338,3 +348,75 @@ def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         for k in range(len(places) - 2, -1, -1):
             places[k] = min(places[k], places[k + 1] - gap)
     return places
+
+
+def bars(low: float, high: float, shares: Sequence[float], axis: str, title: str) -> str:
+    """Draw a histogram with bars of one width.
+
+    Args:
+        low: Lower end of the first bar.
+        high: Upper end of the last bar.
+        shares: Height of each bar.
+        axis: Name of the axis.
+        title: Title for readers who cannot see it.
+    """
+    if not shares or max(shares) <= 0:
+        return ""
+    left, right, top, bottom = 20.0, 20.0 + 1.4 * PLOT, 10.0, 150.0
+    ticks = [tick for tick in _ticks(low, high) if low <= tick <= high] or [low, high]
+    place = _linear(low, high if high > low else low + 1, left, right)
+    width = (right - left) / len(shares)
+    parts = [_grid_x(ticks, place, top, bottom, axis, middle=(left + right) / 2)]
+    for number, share in enumerate(shares):
+        height = share / max(shares) * (bottom - top)
+        at = low + (high - low) * number / len(shares)
+        parts.append(
+            f'<rect class="column" x="{left + number * width:.1f}" y="{bottom - height:.1f}" '
+            f'width="{width - 0.8:.1f}" height="{height:.1f}"><title>{_short(at)}: {share:.3f}</title>'
+            "</rect>"
+        )
+    return _svg(bottom + 42, title, parts, right + 20)
+
+
+def spark(shares: Sequence[float], title: str) -> str:
+    """Draw a histogram as small as a word, without axes."""
+    highest = max(shares, default=0.0) or 1.0
+    step = 100 / max(len(shares), 1)
+    points = "".join(f"V{24 - 24 * (share / highest) ** 0.5:.1f}h{step:.3g}" for share in shares)
+    return (
+        '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(title, quote=True)}"><path d="M0 24{points}V24z"/></svg>'
+    )
+
+
+def dots(points: Sequence[tuple[float, float, str]], x_axis: str, y_axis: str, title: str) -> str:
+    """Draw points on equal axes, with the line on which both are the same.
+
+    Args:
+        points: Value across, value up, and name of each point.
+        x_axis: Name of the axis across.
+        y_axis: Name of the axis up.
+        title: Title for readers who cannot see it.
+    """
+    values = [v for x, y, _ in points for v in (x, y) if isfinite(v)]
+    if not values:
+        return ""
+    ticks = _ticks(min(values), max(values))
+    left, top = 30.0 + 7.0 * max(len(_short(tick)) for tick in ticks), 12.0
+    right, bottom = left + PLOT, top + PLOT
+    across, up = _linear(ticks[0], ticks[-1], left, right), _linear(ticks[0], ticks[-1], bottom, top)
+    parts = [_grid_x(ticks, across, top, bottom, x_axis)]
+    for tick in ticks:
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    parts.append(
+        f'<text class="axis" transform="translate(13 {(top + bottom) / 2:.0f}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_axis)}</text>'
+    )
+    parts.append(f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{bottom}" y2="{top}"/>')
+    for x, y, name in points:
+        if isfinite(x) and isfinite(y):
+            hint = f"{name}: {y:.3f} at {_short(x)}"
+            parts.append(_symbol(across(x), up(y), "pretrained", False, hint))
+    return _svg(bottom + 42, title, parts, right + 20)

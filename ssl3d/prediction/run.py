@@ -232,6 +232,7 @@ class Work:
                 {"folder": str(folder), "digest": card["digest"], "record": card["record"]["key"]}
                 for folder, card in zip(self.ensemble.folders, self.ensemble.cards, strict=True)
             ],
+            "data": list(self.options.data),
             "task": self.ensemble.cards[0]["task"]["record"],
             "labels": {str(kind["value"]): kind["name"] for kind in self.ensemble.classes},
             "flip": self.options.flip,

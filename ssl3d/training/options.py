@@ -39,6 +39,9 @@ class PretrainOptions:
         subjects: Labelled subjects to train on: train leaves the validation and test subjects of the house
             split to the benchmarks, all takes everybody, unlabelled takes none. Subjects without a label, a
             mask, boxes or a split of their own are always used.
+        leave_out: Fold K/N of a cross-validation whose subjects are left out, in place of the house split:
+            those that `ssl3d finetune --folds N` tests on in its fold K, from 0. Of each data set by
+            itself, subjects with a mask where it has masks, else those with a label or boxes.
         holdout: Share of the subjects that is kept out of training, to report the proxies' metrics on
             people never seen.
         steps: Number of optimizer steps; 0 takes what the proxy recommends, else 1000.
@@ -92,6 +95,7 @@ class PretrainOptions:
     encoder: str = "resnet18"
     data: tuple[str, ...] = ("phantoms",)
     subjects: Literal["train", "all", "unlabelled"] = "train"
+    leave_out: str = ""
     holdout: float = 0.1
     steps: int = 0
     epochs: float = 0.0
@@ -127,7 +131,7 @@ class PretrainOptions:
     preset: str | None = None
 
     help_sections: ClassVar[tuple[HelpSection, ...]] = (
-        HelpSection("data", ("data", "subjects"), ("holdout",)),
+        HelpSection("data", ("data", "subjects"), ("leave_out", "holdout")),
         HelpSection(
             "training",
             ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite"),
@@ -151,6 +155,10 @@ class PretrainOptions:
                             ("log_every", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.leave_out and fold_of(self.leave_out) is None:
+            raise ValueError(f"leave_out is {self.leave_out!r}, must be a fold K/N, such as 0/5")
+        if self.leave_out and self.subjects != "train":
+            raise ValueError(f"leave_out is {self.leave_out}: leave out subjects {self.subjects}")
         if self.steps and self.epochs:
             raise ValueError(
                 f"epochs is {self.epochs}, but steps is {self.steps} already: give one of them"
@@ -190,6 +198,18 @@ class PretrainOptions:
             raise ValueError(f"proxy names a proxy twice: {' '.join(self.proxy)}; name each once")
         if not self.data:
             raise ValueError("data is empty: name a store, scans or phantoms")
+
+
+def fold_of(words: str) -> tuple[int, int] | None:
+    """Read `K/N`, a fold from 0 and the number of folds; None where it is no fold.
+
+    >>> fold_of("4/5"), fold_of("5/5")
+    ((4, 5), None)
+    """
+    fold, slash, folds = words.partition("/")
+    if not (slash and fold.isdigit() and folds.isdigit() and int(fold) < int(folds) and int(folds) > 1):
+        return None
+    return int(fold), int(folds)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from ssl3d.training.device import (
     set_threads,
 )
 from ssl3d.training.monitor import Log, read_metrics
-from ssl3d.training.options import PretrainOptions, PretrainPlan, plan_from, preset_values
+from ssl3d.training.options import PretrainOptions, PretrainPlan, fold_of, plan_from, preset_values
 from ssl3d.training.preempt import name_of, requeue
 from ssl3d.training.run_folder import (
     check_code,
@@ -198,7 +198,7 @@ def _execute(
         with fabric.rank_zero_first(local=True):  # scans are prepared once per node
             data = open_data(options.data)
     by = str(checkpoint["about"]["data"].get("chosen_by", "")) if checkpoint else BY_TARGET
-    selection = select(data, options.subjects, options.holdout, by)
+    selection = select(data, options.subjects, options.holdout, by, fold_of(options.leave_out))
     digest = selection.train.digest()
     config = channels(plan, selection.train)
     encoder = build_encoder(plan, config, initial)

@@ -14,8 +14,9 @@ from torch import Tensor
 from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.card import FORMAT
 from ssl3d.checkpoint.encoders import save_encoder
-from ssl3d.checkpoint.weights import tensor_bytes
+from ssl3d.checkpoint.weights import load_strictly, restore_optimizer, tensor_bytes
 from ssl3d.config import to_dict
+from ssl3d.errors import CheckpointError
 from ssl3d.training.build import (
     EpochBatches,
     encoder_with,
@@ -76,6 +77,11 @@ class RunState:
         self.loop: Loop
         self._began = time.perf_counter()
         self._earlier = float(card.get("compute", {}).get("seconds", 0.0))
+
+    @property
+    def _origin(self) -> str:
+        """Checkpoint that the run goes on from, for messages."""
+        return f"{self.folder}, checkpoint of step {self.begin}"
 
     def train(self) -> tuple[int, int]:
         """Train to the end, or until a signal stops the run.
@@ -162,7 +168,7 @@ class RunState:
         options, train = plan.options, self.selection.train
         if checkpoint:
             trainee.patch[:] = checkpoint["patch"]
-            trainee.load_state_dict(checkpoint["module"])
+            load_strictly(trainee, checkpoint["module"], self._origin, "the run")
         apply_layout(trainee, trainee.encoder, fabric.device, options.memory_format)
         trainee.train()
         loader = loader_of(train, plan, fabric, self.begin, self.log)
@@ -219,7 +225,17 @@ class RunState:
         """Give the optimizer, the scaler of 16 bit, and each rank its own buffers, their state of then.
 
         With another number of ranks, all keep rank 0's buffers.
+
+        Raises:
+            CheckpointError: They are not those of this run.
         """
+        try:
+            self._restore_parts(checkpoint)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CheckpointError(f"{self._origin}: is not one of this run ({reason})") from error
+
+    def _restore_parts(self, checkpoint: dict[str, Any]) -> None:
         fabric, optimizer = self.fabric, self.optimizer
         ranks = checkpoint.get("ranks") or []
         if len(ranks) == fabric.world_size:
@@ -235,7 +251,7 @@ class RunState:
             )
             optimizer.optimizer.load_state_dict(state)
         else:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            restore_optimizer(optimizer.optimizer, checkpoint["optimizer"])
         fabric.strategy.precision.load_state_dict(checkpoint["precision"])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ssl3d.amounts import count_of
 from ssl3d.errors import DataError
+from ssl3d.evaluation.statistics.subsets import grouped_folds
 from ssl3d.rng import seed_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,13 @@ class Selection:
     notes: list[str]
 
 
-def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -> Selection:
+def select(
+    data: Collection,
+    subjects: str,
+    share: float,
+    by: str = BY_TARGET,
+    leave_out: tuple[int, int] | None = None,
+) -> Selection:
     """Choose the volumes by subject, from the data alone, so that runs with other seeds compare.
 
     Labelled subjects (one of their volumes has a class, a mask, boxes, or the split that it came with)
@@ -53,9 +60,11 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         share: Share of the chosen subjects to keep out; at least one subject where there are 8 or more.
         by: Rule of the choice: `BY_TARGET`, or that of an older run that goes on: `BY_SUBJECT`, or anything
             else to take all subjects of a data set for labelled where one is.
+        leave_out: Fold of a cross-validation, from 0, and the number of folds: labelled subjects of the
+            others are used then, whatever the split.
 
     Raises:
-        DataError: No volume is left to train on.
+        DataError: No volume is left to train on, or a data set has fewer labelled subjects than folds.
     """
     from ssl3d.data.split import house_split
 
@@ -68,6 +77,8 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
     unit = data.subject_codes if by in (BY_SUBJECT, BY_TARGET) else codes
     labelled = np.isin(unit, unit[known])
     wanted = {"train": split == "train", "all": np.ones(count, dtype=bool)}
+    if leave_out is not None:
+        wanted["train"] = ~_tested_on(data, known, *leave_out)
     used = ~labelled | wanted.get(subjects, np.zeros(count, dtype=bool))
     notes = []
     for code in np.unique(codes):
@@ -76,10 +87,12 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         free = int((own & ~labelled).sum())
         why = "labelled in part" if 0 < free < own.sum() else "unlabelled" if free else "labelled"
         part = "all" if subjects == "all" or why == "unlabelled" else "the train split"
+        if leave_out is not None and part == "the train split":
+            part = f"all but fold {leave_out[0]} of {leave_out[1]}"
         if why != "unlabelled" and subjects == "unlabelled":
             part = "those without a target"
         if why == "labelled in part" and subjects == "train":
-            part = f"{int((chosen & labelled).sum())} of the train split + {free} unlabelled"
+            part = f"{int((chosen & labelled).sum())} of {part} + {free} unlabelled"
         people = len(np.unique(data.subject_codes[chosen]))
         notes.append(
             f"{names[code]} ({why}): {part}, {chosen.sum()} of {count_of(own.sum(), 'volume')}, "
@@ -97,6 +110,25 @@ def select(data: Collection, subjects: str, share: float, by: str = BY_TARGET) -
         )
     queries = classes & ((split == "val") & ~used | held)
     return Selection(data.select(train), data.select(held), data.select(queries), notes)
+
+
+def _tested_on(data: Collection, known: np.ndarray, fold: int, folds: int) -> np.ndarray:
+    """Tell which volumes are of subjects of a fold, as fine-tuning deals each data set out; (N,)."""
+    left = np.zeros(len(data), dtype=bool)
+    for code, name in enumerate(data.dataset_names):
+        own = data.dataset_codes == code
+        rows = own & data.has_mask if (own & data.has_mask).any() else own & known
+        people = data.subject_codes
+        if not rows.any():
+            continue
+        count = len(np.unique(people[rows]))
+        if count < folds:
+            raise DataError(
+                f"{name}: --leave-out {fold}/{folds} needs {folds} labelled subjects, not {count}"
+            )
+        number = grouped_folds(people[rows], None, folds)
+        left |= np.isin(people, people[rows][number == fold])
+    return left
 
 
 def _namesakes(data: Collection, used: np.ndarray) -> list[str]:

@@ -11,6 +11,7 @@ from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.columns import gain_text
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet, reference_of
+from ssl3d_benchmarks.leaderboard.report.worth import Worth, best_of_each, by_table
 from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 
@@ -23,6 +24,7 @@ def answer(boards: Sequence[Board]) -> list[str]:
         groups.setdefault((board.table.protocol, board.table.family, board.few), []).append(board)
     families = [_Family(*about, members) for about, members in sorted(groups.items())]
     lines += [line for family in families for line in _gains(family)]
+    lines += [line for group in by_table(boards) for line in _worth(group)]
     lines += _over_imagenet([board for board in tried if not board.few])
     lines += [line for family in families for line in _gains_with_labels(family)]
     lines += _without_networks(tried)
@@ -44,6 +46,37 @@ def _not_learned(boards: Sequence[Board]) -> list[str]:
         f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. The recipe or "
         "the data is at fault, or the test set is too small to tell."
     ]
+
+
+def _worth(boards: Sequence[Board]) -> list[str]:
+    """Say, for each number of labelled subjects of a table, what the best pretraining adds and is worth."""
+    lines = []
+    for worth in best_of_each(boards):
+        arm, board = worth.arm, worth.board
+        title, metric = board.table.title.partition(":")[0], board.table.main
+        numbers = f"{worth.scratch.interval.value:.3f} to {arm.interval.value:.3f}"
+        p = "" if arm.p_holm is None else f", p {arm.p_holm:.3f} after Holm"
+        line = (
+            f"{title}: with {worth.labelled:.0f} labelled subjects, pretraining ({arm.title}) "
+            f"{'lifts' if _gain(arm) > 0 else 'takes'} {metric} from {numbers} ({gain_text(arm.gain)}{p})"
+        )
+        if not shown(arm):
+            lines.append(f"{line}: no gain is shown.")
+            continue
+        if _gain(arm) > 0 and np.isfinite(worth.most) and worth.most > worth.labelled:
+            line += f"; from scratch, the same network reaches that with {_labels(worth)}"
+        lines.append(f"{line}.")
+    return lines
+
+
+def _labels(worth: Worth) -> str:
+    """Write a number of labelled subjects, with its interval, as far as it was measured."""
+
+    def words(amount: float) -> str:
+        return f"{amount:.0f}" if np.isfinite(amount) else f"more than {worth.most:.0f}"
+
+    interval = "" if np.isnan(worth.low) else f" [{words(worth.low)}, {words(worth.high)}]"
+    return f"{words(worth.equal)}{interval} labelled subjects"
 
 
 @dataclass(frozen=True)

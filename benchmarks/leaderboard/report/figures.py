@@ -13,6 +13,7 @@ from ssl3d.api import charts, elements, unpacked_place
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.statistics import curve_of
 from ssl3d_benchmarks.leaderboard.report.text import heading, published_rows
+from ssl3d_benchmarks.leaderboard.report.worth import best_of_each
 
 NAN = float("nan")
 
@@ -134,12 +135,28 @@ def fractions(boards: Sequence[Board]) -> str:
     picture = charts.lines(
         [charts.Line(curve.label, sorted(curve.points), curve.kind) for curve in curves],
         "training subjects with labels", boards[0].table.main, title, log=True,
+        distances=_distances(boards),
     )  # fmt: skip
     return elements.figure(
         picture,
         "Score against the number of training subjects. The subsets are nested and are the same for every "
-        "contestant.",
+        "contestant. A dashed level line joins the best pretrained contestant, where its gain is shown, "
+        "with the number of subjects at which the same network from scratch has its score.",
     )
+
+
+def _distances(boards: Sequence[Board]) -> list[tuple[float, float, float, str]]:
+    """Return the way from a shown gain to the same score from scratch, or to the last number measured."""
+    ways = []
+    for worth in best_of_each(boards):
+        arm = worth.arm
+        if not (arm.p_holm is not None and arm.p_holm < 0.05 and worth.equal > worth.labelled):
+            continue
+        end = worth.equal if isfinite(worth.equal) else worth.most
+        words = f"{worth.equal:.0f}" if isfinite(worth.equal) else f"more than {worth.most:.0f}"
+        hint = f"{arm.title} with {worth.labelled:.0f} labelled subjects: from scratch {words}"
+        ways.append((worth.labelled, end, arm.interval.value, hint))
+    return ways
 
 
 def sparse(boards: Sequence[Board]) -> str:

@@ -35,7 +35,7 @@ def check(plan: SuitePlan) -> None:
             elif kind in ("measure", "pretrain"):
                 _run(plan, name)
             else:
-                _score(job.command())
+                _score(job.command(), bool(suite.folds))
         except Ssl3dError as error:
             raise UsageError(f"suite {suite.name}: {where}: {error}") from error
     for name, text in suite.contestants.items():
@@ -54,19 +54,26 @@ def _run(plan: SuitePlan, name: str) -> None:
     theirs = {"--seed": "seeds", "--out": "folder for runs"}
     if plan.suite.budget:
         theirs |= {"--steps": "budget", "--epochs": "budget"}
+    if plan.suite.folds:
+        theirs |= {"--leave-out": "folds"}
     for flag, by in theirs.items():
         if flag in given:
             raise UsageError(f"{flag} is set by the suite's {by}, so leave it out")
-    request_of(plan.commands.pretraining(name, 1, 0))
+    request_of(plan.commands.pretraining(name, 1, 0, fold=plan.commands.folds[0]))
 
 
-def _score(command: list[str]) -> None:
+def _score(command: list[str], folds: bool) -> None:
     from ssl3d.api import plugins as installed
 
     protocol, *words = command
     given = [word.partition("=")[0] for word in words]
     if given.count("--out") > 1:
         raise UsageError("options: --out is set by the suite, a folder for each task, so leave it out")
+    if folds and (protocol != "finetune" or given.count("--folds") > 1):
+        wrong = "--folds is set by the suite's folds, so leave it out"
+        if protocol != "finetune":
+            wrong = f"protocol {protocol} has no encoder for each of the suite's folds; use finetune"
+        raise UsageError(f"options: {wrong}")
     if "--data" not in given:
         raise UsageError("options: --data is missing")
     plugins: Any = None

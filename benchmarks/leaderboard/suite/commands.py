@@ -42,19 +42,23 @@ class SuiteCommands:
     suite: Suite
     places: Places
 
-    def words(self, text: str, seed: int | None = None, meant: bool = False) -> list[str]:
+    def words(
+        self, text: str, seed: int | None = None, meant: bool = False, fold: int | None = None
+    ) -> list[str]:
         """Split a command's words: {STORE} becomes its path, {RUN} its folder, {root} that of the data.
 
         Args:
             text: Text of the suite.
             seed: Seed of the runs that the text names; the first of the suite if None.
             meant: Whether names stand for paths: what is meant, wherever the folders lie.
+            fold: Fold of the runs that the text names; None for those of all folds, whose folders have
+                `{fold}` for its number.
 
         Raises:
             UsageError: There is no such store or run.
         """
         seed = self.suite.first if seed is None else seed
-        places = {name: str(self.run_folder(name, seed)) for name in self.suite.runs}
+        places = {name: str(self.run_folder(name, seed, fold)) for name in self.suite.runs}
         places |= {name: str(self.store(name)) for name in self.suite.stores}
         places["root"] = str(self.places.root)
         if meant:
@@ -75,12 +79,15 @@ class SuiteCommands:
                 f"suite {self.suite.name}: {text!r}: {error} names no store and no run: there are {there}"
             ) from error
 
-    def pretraining(self, name: str, steps: int | None, seed: int, meant: bool = False) -> list[str]:
+    def pretraining(
+        self, name: str, steps: int | None, seed: int, meant: bool = False, fold: int | None = None
+    ) -> list[str]:
         """Return the words of a run that follow `ssl3d pretrain`."""
-        words = self.words(self.suite.runs[name], seed, meant)
+        words = self.words(self.suite.runs[name], seed, meant, fold)
         encoder = [] if "--encoder" in words else self.words(self.suite.encoder, meant=meant)
         length = [] if steps is None else ["--steps", str(steps)]
-        return [*words, *encoder, *length, "--seed", str(seed)]
+        left_out = [] if fold is None else ["--leave-out", f"{fold}/{self.suite.folds}"]
+        return [*words, *encoder, *length, *left_out, "--seed", str(seed)]
 
     def steps(self, name: str) -> int | None:
         """Compute a run's steps from the budget and the measured cost of a step; None without a budget."""
@@ -121,9 +128,19 @@ class SuiteCommands:
                     files[word] = None
         return list(files)
 
-    def run_folder(self, name: str, seed: int) -> Path:
-        """Return the folder of a run at one seed."""
-        return self.places.work / f"{name}-{seed}"
+    @property
+    def folds(self) -> tuple[int | None, ...]:
+        """Folds that every run is done for; None alone, where there is no cross-validation."""
+        return tuple(range(self.suite.folds)) or (None,)
+
+    def run_folder(self, name: str, seed: int, fold: int | None = None) -> Path:
+        """Return the folder of a run at one seed, and of a fold; with `{fold}` where none is given."""
+        of_fold = f"-fold{'{fold}' if fold is None else fold}" if self.suite.folds else ""
+        return self.places.work / f"{name}-{seed}{of_fold}"
+
+    def cards(self, name: str, seed: int, folder: str = "encoder") -> tuple[Path, ...]:
+        """Return the cards of a run's encoder, one for each fold."""
+        return tuple(self.run_folder(name, seed, fold) / folder / "encoder.json" for fold in self.folds)
 
     def measured_folder(self, name: str) -> Path:
         """Return the folder of the one step of a run whose FLOPs are counted."""
@@ -134,22 +151,32 @@ class SuiteCommands:
         source = self.suite.stores[name]
         return source if is_phantoms(source) else self.places.work / f"{name}.h5"
 
-    def needs(self, text: str, seed: int | None = None) -> tuple[str, ...]:
-        """Name the jobs that make the stores and runs named in a text."""
+    def needs(self, text: str, seed: int | None = None, fold: int | None = None) -> tuple[str, ...]:
+        """Name the jobs that make the stores and runs named in a text; of all folds if none is given."""
         seed = self.suite.first if seed is None else seed
         real = [name for name, source in self.suite.stores.items() if not is_phantoms(source)]
         return (
             *(f"prepare:{name}" for name in real if f"{{{name}}}" in text),
-            *(f"pretrain:{name}:{seed}" for name in self.suite.runs if f"{{{name}}}" in text),
+            *(
+                need
+                for name in self.suite.runs
+                if f"{{{name}}}" in text
+                for need in self.pretrained(name, seed, fold)
+            ),
         )
+
+    def pretrained(self, name: str, seed: int, fold: int | None = None) -> tuple[str, ...]:
+        """Name the jobs that make a run: one, or one for each fold."""
+        folds = self.folds if fold is None else (fold,)
+        return tuple(f"pretrain:{name}:{seed}" + ("" if k is None else f":{k}") for k in folds)
 
     def sources(self, needs: Sequence[str]) -> dict[str, Path]:
         """Return the paths of the stores and runs that jobs make, by name."""
         sources = {}
         for need in needs:
-            kind, name, *seed = need.split(":")
+            kind, name, *run = need.split(":")
             sources[name] = (
-                Path(self.store(name)) if kind == "prepare" else self.run_folder(name, int(seed[0]))
+                Path(self.store(name)) if kind == "prepare" else self.run_folder(name, *map(int, run))
             )
         return sources
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -90,28 +91,33 @@ def _located(words: list[str], root: Path) -> tuple[list[str], list[str]]:
 
 def measure_job(commands: SuiteCommands, name: str) -> Job:
     """Make the job that counts the FLOPs of one step of a run."""
-    folder, seed = commands.measured_folder(name), commands.suite.first
+    folder, seed, fold = commands.measured_folder(name), commands.suite.first, commands.folds[0]
 
     def command() -> list[str]:
-        words = commands.pretraining(name, 1, seed)
+        words = commands.pretraining(name, 1, seed, fold=fold)
         return ["pretrain", *words, "--eval-every", "-1", "--out", str(folder), "--overwrite"]
 
     def ways() -> list[dict[str, list[str]]]:
-        return [options_in(commands.pretraining(name, None, seed, meant=True), apart=("seed",))]
+        words = commands.pretraining(name, None, seed, meant=True, fold=fold)
+        return [options_in(words, apart=("seed",))]
 
     def runs() -> list[Path]:
         every = commands.places.work.glob(f"{name}-*")
-        return sorted(path for path in every if path.name[len(name) + 1 :].isdigit())
+        theirs = re.compile(r"\d+(-fold\d+)?")
+        return sorted(path for path in every if theirs.fullmatch(path.name[len(name) + 1 :]))
 
-    needs = commands.needs(commands.suite.runs[name])
+    needs = commands.needs(commands.suite.runs[name], fold=fold)
     provenance = Provenance(folder, ways, commands.sources(needs), runs)
     return Job(f"measure:{name}", "measure", command, needs, card_of(folder), provenance=provenance)
 
 
-def pretrain_job(commands: SuiteCommands, name: str, seed: int) -> Job:
-    """Make the job that pretrains a run at one seed, or goes on with it where it was stopped."""
-    suite, folder = commands.suite, commands.run_folder(name, seed)
-    needs = list(commands.needs(suite.runs[name], seed))
+def pretrain_job(commands: SuiteCommands, name: str, seed: int, fold: int | None = None) -> Job:
+    """Make the job that pretrains a run at one seed, or goes on with it where it was stopped.
+
+    With a fold, the run leaves out the subjects that this fold tests.
+    """
+    suite, folder = commands.suite, commands.run_folder(name, seed, fold)
+    needs = list(commands.needs(suite.runs[name], seed, fold))
     sources = commands.sources(needs)
     if suite.budget:
         needs.append(f"measure:{name}")
@@ -122,17 +128,18 @@ def pretrain_job(commands: SuiteCommands, name: str, seed: int) -> Job:
         return (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
 
     def ways() -> list[dict[str, list[str]]]:
-        return [options_in(commands.pretraining(name, commands.steps(name), seed, meant=True))]
+        words = commands.pretraining(name, commands.steps(name), seed, meant=True, fold=fold)
+        return [options_in(words)]
 
     def command() -> list[str]:
         if begun():
             return ["pretrain", "--resume", str(folder)]
         marks = ["--save-at", "0", *(str(share / 100) for share in CURVE)]
-        words = commands.pretraining(name, commands.steps(name), seed)
+        words = commands.pretraining(name, commands.steps(name), seed, fold=fold)
         return ["pretrain", *words, *marks, "--out", str(folder), "--overwrite"]
 
     return Job(
-        f"pretrain:{name}:{seed}",
+        commands.pretrained(name, seed, fold)[0],
         "pretrain",
         command,
         tuple(dict.fromkeys(needs)),
@@ -170,17 +177,17 @@ class ScoreJobs:
         for name in names:
             text = suite.contestants[name]
             run = next((run for run in suite.runs if f"{{{run}}}" in text), None)
-            card = None if run is None else card_of(commands.run_folder(run, suite.first))
-            seeds = suite.seeds if card is None else (suite.first,)
+            cards = () if run is None else commands.cards(run, suite.first)
+            seeds = (suite.first,) if cards else suite.seeds
             encoder = f"{name}={commands.words(text)[0]}"
-            yield self._job(name, encoder, commands.needs(text), card, seeds)
+            yield self._job(name, encoder, commands.needs(text), cards, seeds)
 
     def _of_runs(self) -> Iterator[Job]:
         for seed in self.suite.seeds:
             for name in self.runs:
                 folder = self.commands.run_folder(name, seed)
-                needs = (f"pretrain:{name}:{seed}",)
-                yield self._job(f"{name}-{seed}", f"{name}={folder}", needs, card_of(folder), (seed,))
+                needs, cards = self.commands.pretrained(name, seed), self.commands.cards(name, seed)
+                yield self._job(f"{name}-{seed}", f"{name}={folder}", needs, cards, (seed,))
 
     def _on_the_way(self) -> Iterator[Job]:
         alone: tuple[str, ...] = ("--untrained", "0")
@@ -194,27 +201,31 @@ class ScoreJobs:
                     if share == 0 and start in begun:
                         continue  # the same weights as another run's
                     begun.add(start)
-                    mark = self.commands.run_folder(name, seed) / f"encoder-at-{share:02d}"
+                    way = f"encoder-at-{share:02d}"
+                    mark = self.commands.run_folder(name, seed) / way
                     yield self._job(
-                        f"{name}-at-{share:02d}-{seed}", f"{name}={mark}", (f"pretrain:{name}:{seed}",),
-                        mark / "encoder.json", (seed,), f"{self.task.name}-curve", alone,
+                        f"{name}-at-{share:02d}-{seed}", f"{name}={mark}",
+                        self.commands.pretrained(name, seed), self.commands.cards(name, seed, way),
+                        (seed,), f"{self.task.name}-curve", alone,
                     )  # fmt: skip
 
     def _job(
-        self, label: str, encoder: str, needs: tuple[str, ...], card: Path | None, seeds: Sequence[int],
-        folder: str = "", more: tuple[str, ...] = (),
+        self, label: str, encoder: str, needs: tuple[str, ...], cards: tuple[Path, ...],
+        seeds: Sequence[int], folder: str = "", more: tuple[str, ...] = (),
     ) -> Job:  # fmt: skip
-        """Make the job that scores an encoder, whose card decides whether it was done."""
+        """Make the job that scores an encoder, whose cards decide whether it was done."""
         task, folder = self.task, folder or self.task.name
         if task.protocol == "finetune" and not self.seeded:
             # The network from scratch has a seed for each of the pretrained ones that it stands beside.
             more = (*more, "--seeds", *map(str, seeds))
+        if self.suite.folds:
+            more = (*more, "--folds", str(self.suite.folds))
         words = self.commands.words(task.options)
         out = str(self.commands.places.out / folder)
         command = [task.protocol, encoder, *words, *more, "--out", out]
         waits = tuple(dict.fromkeys((*self.commands.needs(task.options), *needs)))
         name = f"score:{folder}:{label}"
-        return Job(name, "score", lambda: command, waits, inputs=(card,) if card else ())
+        return Job(name, "score", lambda: command, waits, inputs=cards)
 
     def _ordered(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Order the jobs of a folder after the first, which computes what all stand beside."""

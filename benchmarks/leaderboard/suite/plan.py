@@ -53,7 +53,8 @@ class SuitePlan:
                 yield measure_job(commands, name)
         for seed in dict.fromkeys((*suite.seeds, suite.first)):
             for name in suite.runs:
-                yield pretrain_job(commands, name, seed)
+                for fold in commands.folds:
+                    yield pretrain_job(commands, name, seed, fold)
         for task in suite.tasks:
             yield from ScoreJobs(commands, task).jobs()
 

@@ -14,7 +14,8 @@ from ssl3d.api import UsageError, read_yaml
 SUITES = Path(__file__).parents[2] / "suites"
 
 KEYS = frozenset(
-    ["description", "encoder", "seeds", "budget", "stores", "runs", "contestants", "tasks", "published"]
+    ["description", "encoder", "seeds", "folds", "budget", "stores", "runs", "contestants", "tasks",
+     "published"]
 )  # fmt: skip
 TASK_KEYS = frozenset(["protocol", "runs", "contestants", "options", "curve"])
 PROTOCOLS = ("linear-probe", "knn", "finetune")
@@ -60,6 +61,8 @@ class Suite:
         tasks: Tasks that are scored.
         published: Names of files with published numbers, shown beside the records.
         first: First seed of the file, whichever are to be done: contestants name runs of this one.
+        folds: Number of folds of a cross-validation over all subjects: every run is then done once for each
+            fold, on the subjects that this fold does not test; 0 for the house split.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Suite:
     tasks: tuple[SuiteTask, ...]
     published: tuple[str, ...]
     first: int
+    folds: int = 0
 
 
 def protocols() -> list[str]:
@@ -154,6 +158,9 @@ def checked_suite(name: str, path: Path, content: Any) -> Suite:
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise UsageError(f"{path}: seeds is {seeds}: a list of numbers from 0")
+    folds = content.get("folds", 0)
+    if type(folds) is not int or folds < 0 or folds == 1:
+        raise UsageError(f"{path}: folds is {folds!r}: a whole number from 2, or 0 for the house split")
     published = content.get("published") or []
     return Suite(
         name,
@@ -167,6 +174,7 @@ def checked_suite(name: str, path: Path, content: Any) -> Suite:
         tuple(_task(path, str(label), task, texts) for label, task in tasks.items()),
         tuple(map(str, published if isinstance(published, list) else [published])),
         seeds[0],
+        folds,
     )
 
 

@@ -77,7 +77,7 @@ def reuse_parts(
     options = digest_of([VERSION, dataclasses.asdict(recipe)])
     memo = folder / "options.json"
     names = [f"{i:08d}-{key_of(scan, stamps)}" for i, scan in enumerate(scans)]
-    before = memo.read_text(encoding="utf-8") if memo.is_file() else ""
+    before = memo.read_text(encoding="utf-8", errors="replace") if memo.is_file() else ""
     if before != options:
         stale = list(folder.glob("*.part"))
         for path in stale:

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import h5py
 import numpy as np
+
+from ssl3d.data.store.chunks import Chunked
 
 _SLAB = 1 << 26  # bytes hashed at a time
 
@@ -22,12 +23,12 @@ def index_digest(table: np.ndarray, text: bytes, head: bytes) -> str:
 
 
 def content_digest(
-    stored: np.ndarray | h5py.Dataset,
-    mask: np.ndarray | h5py.Dataset | None,
+    stored: np.ndarray | Chunked,
+    mask: np.ndarray | Chunked | None,
     boxes: np.ndarray | None,
     scale: float,
     offset: float,
-    ignored: np.ndarray | h5py.Dataset | None = None,
+    ignored: np.ndarray | Chunked | None = None,
 ) -> str:
     """Hash a volume as it is stored: `Record.voxels`, and `content` in the index.
 
@@ -57,7 +58,7 @@ def _slabs(array: Any) -> Iterator[np.ndarray]:
         return
     channels: Iterable[tuple[int, ...]] = np.ndindex(array.shape[:-3])
     layers = max(1, _SLAB // max(1, array.nbytes // int(np.prod(array.shape[:-2]))))
-    if isinstance(array, h5py.Dataset) and array.chunks:  # no chunk is read twice
+    if isinstance(array, Chunked) and array.chunks:  # no chunk is read twice
         layers = max(1, layers // array.chunks[-3]) * array.chunks[-3]
     for channel in channels:
         for first in range(0, array.shape[-3], layers):

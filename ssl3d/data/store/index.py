@@ -5,8 +5,9 @@ Layout (version 1). `index/table` has one row per volume (`ROW`); the names of t
 the rows that have voxels to ignore, if any.
 Foreground maps and boxes lie end to end in `foreground`, `boxes`, `box_labels`, and `provenance` holds
 one JSON `Record` per row. `settings`, `rejected` and `fingerprint` are JSON. Opening a store reads
-`index` and nothing else, and compares it with the attribute `digest` of its table. All else has a check sum
-in each chunk (Fletcher32), which HDF5 compares as it reads. Stores made before have neither.
+`index` and nothing else, and compares it with the attribute `digest` of its table. Chunks of images and
+masks have a CRC-32 each (`ssl3d.data.store.chunks`), all else HDF5's Fletcher32. Stores made before have
+neither.
 """
 
 from __future__ import annotations
@@ -267,11 +268,10 @@ def label_of(row: Any, names: list[str]) -> int | float | str | None:
     return names[int(value)] if kind == TEXT_LABEL else None
 
 
-def put(file: h5py.File, name: str, values: np.ndarray, **options: Any) -> h5py.Dataset:
-    """Write a data set with a check sum in each chunk; an empty one has no chunks."""
-    if values.size:
-        options = {"chunks": values.shape, "fletcher32": True, **options}
-    return file.create_dataset(name, data=values, **options)
+def put(file: h5py.File, name: str, values: np.ndarray) -> None:
+    """Write a small data set as one chunk with a check sum; an empty one has no chunk."""
+    options = {"chunks": values.shape, "fletcher32": True} if values.size else {}
+    file.create_dataset(name, data=values, **options)
 
 
 class _Appender:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d.data.store.chunks import UNREADABLE, Chunked
 from ssl3d.data.store.digests import index_digest
 from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, fault_of_index, label_of
 from ssl3d.data.store.record import SPLITS, Affine, Record
@@ -23,12 +24,9 @@ from ssl3d.errors import DataError, PluginError, is_transient, reason_of
 from ssl3d.json_files import parse_json
 
 _MAX_OPEN = 128  # files a process keeps open at once; a pool of shards may have thousands
-_MAX_KNOWN = 4096  # data sets of one file
-_UNREADABLE = (
-    OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError,
-    DataError,
-)  # fmt: skip
-"""Errors of HDF5 and of the parsers over bytes that are damaged."""
+_CACHE = 1 << 20  # bytes of chunks that HDF5 keeps of each open data set: no chunk is larger
+_MAX_CACHED = 1 << 26  # bytes that all open data sets together may keep
+_HANDLE = 1 << 14  # bytes that an open data set takes without its chunks
 
 
 class Store:
@@ -66,7 +64,7 @@ class Store:
                 head = parse_json(content)
                 if fault := fault_of_index(self.rows, self.text, head):
                     raise ValueError(fault)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 if is_transient(error):
                     raise
                 raise DataError(
@@ -86,7 +84,7 @@ class Store:
         """HDF5 file, opened by this process."""
         return _open_here(self.path, self._state)
 
-    def array(self, name: str) -> h5py.Dataset:
+    def array(self, name: str) -> Chunked:
         """Look up a data set of the file, and keep it: a look-up costs as much as reading a small crop.
 
         Raises:
@@ -107,7 +105,7 @@ class Store:
         """
         try:
             yield
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if is_transient(error):
                 raise
             raise DataError(
@@ -230,7 +228,7 @@ class Volume:
         """Read the volume's own part of a flat data set."""
         subject = "record" if name == "provenance" else name.replace("_", " ")
         with self._reading(f"the {subject}"):
-            values: np.ndarray = self._store.file[name][start : start + count]
+            values = self._store.array(name)[start : start + count]
             if len(values) != count:  # HDF5 cuts what reaches over the end
                 raise ValueError(f"{len(values)} of {count} entries")
             return values
@@ -292,7 +290,7 @@ class Volume:
             out[(slice(None), *place)] = self._voxels(data, inside)
         return out
 
-    def _voxels(self, data: h5py.Dataset, inside: tuple[slice, ...]) -> Tensor:
+    def _voxels(self, data: Chunked, inside: tuple[slice, ...]) -> Tensor:
         with self._reading("the image"):
             return _decoded(data[(slice(None), *inside)], data)
 
@@ -359,7 +357,7 @@ class Volume:
             end.append(min(int(where[-1] + 1) * block, limit))
         return (first[0], first[1], first[2]), (end[0], end[1], end[2])
 
-    def stored(self, group: str) -> h5py.Dataset:
+    def stored(self, group: str) -> Chunked:
         """Look up the volume's data set in `images`, `masks` or `ignored`, as it is stored.
 
         Raises:
@@ -389,8 +387,41 @@ class Volume:
 
 # By path and state of the file: a store that was made anew is another one, in a notebook too.
 _Key = tuple[Path, tuple[int, int, int]]
+
+
+class _Handles(OrderedDict[tuple[_Key, str], Chunked]):
+    """Open data sets, of which the oldest are dropped as soon as all together may keep too many bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held, self._names = 0, defaultdict[_Key, set[str]](set)
+
+    def keep(self, key: tuple[_Key, str], data: Chunked) -> None:
+        """Add a data set."""
+        self[key] = data
+        self._names[key[0]].add(key[1])
+        self._held += _size(data)
+        while self._held > _MAX_CACHED and len(self) > 1:
+            self._drop(next(iter(self)))
+
+    def close(self, file: _Key) -> None:
+        """Drop all data sets of a file."""
+        for name in list(self._names[file]):
+            self._drop((file, name))
+        del self._names[file]
+
+    def _drop(self, key: tuple[_Key, str]) -> None:
+        self._held -= _size(self.pop(key))
+        self._names[key[0]].discard(key[1])
+
+
+def _size(data: Chunked) -> int:
+    return _HANDLE + min(data.nbytes, _CACHE)
+
+
 _open_files: OrderedDict[_Key, h5py.File] = OrderedDict()
-_known: dict[_Key, dict[str, h5py.Dataset]] = {}
+_known = _Handles()
+_pending: dict[tuple[_Key, str], np.ndarray] = {}  # chunks not compared yet; outlives the handles
 _forgotten: list[object] = []
 _open_by = os.getpid()
 
@@ -401,27 +432,29 @@ def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
     if _open_by != os.getpid():
         # Dropped, not closed: the parent still uses what these handles stand for.
         _forgotten.append((_open_files, _known))
-        _open_files, _known, _open_by = OrderedDict(), {}, os.getpid()
+        _open_files, _known, _open_by = OrderedDict(), _Handles(), os.getpid()
     key = path, state
     if key in _open_files:
         _open_files.move_to_end(key)
         return _open_files[key]
     while len(_open_files) >= _MAX_OPEN:
         oldest, file = _open_files.popitem(last=False)
-        _known.pop(oldest, None)
+        _known.close(oldest)
         file.close()
     file = _open_files[key] = _checked(path)
     return file
 
 
-def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> h5py.Dataset:
-    file = _open_here(path, state)
-    known = _known.setdefault((path, state), {})
-    if name not in known:
-        if len(known) >= _MAX_KNOWN:
-            known.clear()
-        known[name] = file[name]
-    return known[name]
+def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> Chunked:
+    file, key = _open_here(path, state), ((path, state), name)
+    if key in _known:
+        _known.move_to_end(key)
+        return _known[key]
+    data = Chunked(file[name], _pending.get(key))
+    if data.pending is not None:
+        _pending[key] = data.pending
+    _known.keep(key, data)
+    return data
 
 
 def _checked(path: Path) -> h5py.File:
@@ -431,12 +464,12 @@ def _checked(path: Path) -> h5py.File:
     if path.is_dir():
         raise DataError(f"{path}: a folder, not a store")
     try:
-        file = h5py.File(path, "r", locking=False)
+        file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE, rdcc_nslots=521)
     except OSError as error:
         raise DataError(_why_not(path, error)) from error
     try:
         kind, version = file.attrs.get("format"), file.attrs.get("version")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         file.close()
         raise DataError(
             f"{path}: damaged ({reason_of(error)}); prepare it again, or copy it again"
@@ -475,7 +508,7 @@ def _clip(
     return tuple(inside), tuple(place), whole
 
 
-def _decoded(stored: np.ndarray, data: h5py.Dataset) -> Tensor:
+def _decoded(stored: np.ndarray, data: Chunked) -> Tensor:
     voxels = torch.from_numpy(stored).float()  # several times faster than numpy's cast from half
     if stored.dtype in (np.int16, np.uint8):
         voxels = voxels * float(data.attrs["scale"]) + float(data.attrs["offset"])

@@ -17,10 +17,11 @@ import h5py
 import numpy as np
 
 from ssl3d.data.identity import reading_of
+from ssl3d.data.store import chunks
 from ssl3d.data.store.digests import content_digest
 from ssl3d.data.store.index import PART, VERSION, IndexWriter, put
 from ssl3d.data.store.record import Record, blob, plain
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient, reason_of
 from ssl3d.files import whole_file
 
 _CHUNK = 32  # voxels a side: 64 KiB in half precision
@@ -83,13 +84,12 @@ def write_part(
     record = dataclasses.replace(record, voxels=content, reading=reading)
     path = folder / f"{name}.part"
     with whole_file(path) as temporary, _new_file(temporary) as (file, _):
-        # Without a fill value, border chunks end in whatever was in memory.
-        data = put(file, "image", stored, chunks=_chunks(stored.shape), fillvalue=0)
+        data = chunks.put(file, "image", stored, _chunks(stored.shape))
         data.attrs.update(background=background, scale=scale, offset=offset)
         if small is not None:
-            put(file, "mask", small, chunks=_chunks(small.shape), fillvalue=0)
+            chunks.put(file, "mask", small, _chunks(small.shape))
         if ignored is not None:
-            put(file, "ignored", ignored, chunks=_chunks(ignored.shape), fillvalue=False)
+            chunks.put(file, "ignored", ignored, _chunks(ignored.shape))
         if boxes is not None and labels is not None:
             put(file, "boxes", boxes)
             put(file, "box_labels", labels.astype(np.int64))
@@ -101,13 +101,25 @@ def write_part(
 
 
 def part_record(path: Path) -> Record:
-    """Read the record of a part, after checking that the part is whole.
+    """Read the record of a part, after comparing all of the part with its check sums.
 
     Raises:
-        DataError: The file is missing, cut short, or not a part.
+        DataError: The file is missing, cut short, damaged, or not a part.
     """
     with open_part(path) as file:
-        return Record.from_json(file["record"][()].tobytes())
+        try:
+            for data in file.values():
+                if data.ndim < 3 or data.fletcher32:
+                    data[()]
+                else:
+                    chunks.Chunked(data).check()
+            return Record.from_json(file["record"][()].tobytes())
+        except chunks.UNREADABLE as error:
+            if is_transient(error):
+                raise
+            raise DataError(
+                f"{path}: not a whole part ({reason_of(error)}); delete it and prepare again"
+            ) from error
 
 
 @contextmanager

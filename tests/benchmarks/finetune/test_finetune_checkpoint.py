@@ -59,3 +59,30 @@ def test_whole_bytes_with_wrong_parts_are_one_line(kept, part, value):
     with pytest.raises(UsageError, match=f"{path}: is no checkpoint of job") as caught:
         resume(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("trial", "step", "4"),
+        ("trial", "step", -1),
+        ("trial", "step", 10),
+        ("trial", "losses", None),
+        ("trial", "losses", ["x"]),
+        ("trial", "curve", [3]),
+        ("trial", "best", {"step": 1, "score": "x"}),
+        ("trial", "weights", {"weight": torch.zeros(40, 40)}),
+        ("trial", "average", {"weight": torch.zeros(2), "bias": torch.zeros(40)}),
+        ("trial", "nothing", 1),
+        ("optimizer", "param_groups", []),
+        ("optimizer", "state", {0: {"exp_avg": torch.zeros(3)}}),
+    ],
+)
+def test_whole_bytes_with_a_wrong_value_inside_a_part_are_one_line(kept, part, key, value):
+    path, _ = kept
+    state = torch.load(path, weights_only=True)
+    state[part][key] = value
+    torch.save(state, path)
+    with pytest.raises(UsageError, match=f"{path}: is no checkpoint of job") as caught:
+        resume(path)
+    assert "\n" not in str(caught.value)

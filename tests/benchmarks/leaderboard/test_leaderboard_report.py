@@ -16,6 +16,7 @@ from ssl3d.cli import main
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.output import read_report
 from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
+from ssl3d_benchmarks.leaderboard.report.worth import equal_labels, worths
 
 PEOPLE = 30
 CLASSES = ("0", "1")
@@ -361,6 +362,73 @@ def test_fractions_have_tables_of_their_own_and_a_curve(tmp_path):
     assert re.search(
         r"Segmentation with few labels \(linear-probe\): yes on [^.]*\.[^.]*set, (30|6) of 60", page
     )
+
+
+def labelled(people, alpha, scratch):
+    """Records on three subsets of so many of 60 subjects: of one pretrained encoder, two from scratch."""
+    for repeat in range(3):
+        for name, kind, gain, weights_seed in (
+            ("runs/alpha-0", "encoder", alpha, None),
+            ("scratch:resnet18, seed 0", "untrained", scratch, 0),
+            ("scratch:resnet18, seed 1", "untrained", scratch, 1),
+        ):
+            if gain is not None:
+                row = record(
+                    name, kind, gain + 1e-3 * repeat, weights_seed=weights_seed, seed=weights_seed or 0
+                )
+                row.fraction, row.repeat = people / 60, repeat
+                row.split = {**row.split, "train": {"subjects": people, "of_subjects": 60}}
+                row.settings = {**row.settings, "fractions": f"{people}, nested"}
+                yield row
+
+
+def test_a_gain_is_told_in_labelled_subjects(tmp_path):
+    # From scratch -.20, -.10 and -.06 with 6, 24 and 54 subjects; pretrained -.15 with 6, which is half of
+    # the way from 6 to 24 on a logarithmic axis: 12.
+    rows = [*labelled(6, -0.15, -0.2), *labelled(24, -0.02, -0.1), *labelled(54, None, -0.06)]
+    boards = read_report([write(tmp_path / "r", rows)], resamples=400).boards
+    few, more = worths(boards)
+    gain = few.arm.gain
+    scratch = {board.fraction: board.of_kind("scratch")[0].interval.value for board in boards}
+    rise = scratch[24 / 60] - scratch[6 / 60]
+    assert (few.labelled, few.most) == (6, 54) and few.equal == pytest.approx(12, abs=0.5)
+    for end, of_gain in ((few.low, gain.low), (few.equal, gain.value), (few.high, gain.high)):
+        assert end == pytest.approx(6 * 4 ** (of_gain / rise), rel=1e-6)
+    assert more.labelled == 24 and more.equal == float("inf")
+    lines = answer(boards)
+    (line,) = [words for words in lines if "with 6 labelled subjects" in words]
+    low, high = f"{few.low:.0f}", f"{few.high:.0f}"
+    assert f"reaches that with 12 [{low}, {high}] labelled subjects" in line
+    assert f"p {few.arm.p_holm:.3f} after Holm" in line and "pretraining (alpha) lifts dice from" in line
+    (line,) = [words for words in lines if "with 24 labelled subjects" in words]
+    assert "reaches that with more than 54" in line
+    out = tmp_path / "out"
+    assert (
+        main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "400"]) == 0
+    )
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<title>alpha with 6 labelled subjects: from scratch 12</title>" in page
+    assert "<title>alpha with 24 labelled subjects: from scratch more than 54</title>" in page
+
+
+def test_no_gain_is_told_as_none(tmp_path):
+    rows = [*labelled(6, -0.2, -0.2), *labelled(24, None, -0.1)]
+    boards = read_report([write(tmp_path, rows)], resamples=400).boards
+    (line,) = [words for words in answer(boards) if "with 6 labelled subjects" in words]
+    assert line.endswith("no gain is shown.") and "reaches" not in line
+
+
+@pytest.mark.parametrize(
+    ("curve", "score", "equal"),
+    [
+        ([(4, 0.7), (8, 0.6), (16, 0.8)], 0.75, 8 * 2**0.75),  # it falls before it rises
+        ([(4, 0.7), (8, float("nan")), (16, 0.8)], 0.75, 8),  # an undefined score is no point
+        ([(2, 0.9), (4, 0.7), (16, 0.8)], 0.75, 8),  # fewer labels than those it begins at are left out
+        ([(4, 0.7)], 0.6, 4), ([(4, 0.7)], 0.8, float("inf")),
+    ],
+)  # fmt: skip
+def test_the_same_score_is_found_from_the_number_on(curve, score, equal):
+    assert equal_labels(curve, 4, score) == pytest.approx(equal)
 
 
 def on_subsets(name, kind, gain, luck, **changes):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ssl3d.errors import UsageError
+from ssl3d_benchmarks.leaderboard.suite.check import check
 from ssl3d_benchmarks.leaderboard.suite.commands import Places
 from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
 from ssl3d_benchmarks.leaderboard.suite.suite import built_in, load_suite
@@ -216,6 +217,55 @@ def test_a_store_is_made_in_the_first_way_that_is_there(tmp_path):
     assert job.command()[:6] == ["prepare", folder, "--spacing", "1", "1", "1"]
 
 
+def test_with_folds_every_run_is_made_for_each_and_scored_as_one(tmp_path):
+    measured(tmp_path, simclr=30, after=30)
+    runs = {
+        "simclr": "--proxy simclr --data {scans}",
+        "after": "--proxy mae --data {scans} --init {simclr}",
+    }
+    tasks = {"tuned": {"protocol": "finetune", "runs": ["*"], "contestants": ["*"],
+                       "options": "--data {scans}"}}  # fmt: skip
+    contestants = {"fine": "{after}:high_resolution=true", "plain": "scratch:resnet10:width=8"}
+    plan = planned(tmp_path, runs=runs, tasks=tasks, contestants=contestants, folds=3)
+    jobs = {job.name: job for job in plan.jobs}
+    work = tmp_path / "work"
+    for fold in range(3):
+        words = jobs[f"pretrain:after:3:{fold}"].command()
+        assert words[words.index("--leave-out") + 1] == f"{fold}/3"
+        assert words[words.index("--init") + 1] == str(work / f"simclr-3-fold{fold}")  # of the same fold
+        assert f"pretrain:simclr:3:{fold}" in jobs[f"pretrain:after:3:{fold}"].needs
+        assert words[words.index("--out") + 1] == str(work / f"after-3-fold{fold}")
+    score = jobs["score:tuned:after-3"]
+    assert score.command()[1] == f"after={work}/after-3-fold{{fold}}"
+    assert score.command()[-4:] == ["--folds", "3", "--out", str(tmp_path / "out" / "tuned")]
+    assert set(score.needs) == {"prepare:scans", *(f"pretrain:after:3:{fold}" for fold in range(3))}
+    assert len(set(score.inputs)) == 3  # another encoder of any fold is another job
+    assert jobs["score:tuned:fine"].command()[1] == f"fine={work}/after-0-fold{{fold}}:high_resolution=true"
+    assert {"pretrain:after:0:0", "pretrain:after:0:2"} <= set(jobs["score:tuned:fine"].needs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": {"simclr": "--proxy simclr --leave-out 0/3 --data {people}"}}, "by the suite's folds"),
+        ({"tasks": {"a": {"runs": ["*"], "options": "--data {people}"}}}, "linear-probe has no encoder"),
+        ({"tasks": {"a": {"protocol": "finetune", "runs": ["*"], "options": "--data {people} --folds 4"}}},
+         "set by the suite's folds"),
+    ],
+)  # fmt: skip
+def test_what_the_suites_folds_decide_is_left_out_elsewhere(tmp_path, changes, message):
+    tuned = {"tuned": {"protocol": "finetune", "runs": ["*"], "options": "--data {people}"}}
+    good = {
+        "runs": {"simclr": "--proxy simclr --data {people}"},
+        "contestants": {},
+        "tasks": tuned,
+        "folds": 3,
+    }
+    check(planned(tmp_path, **good))
+    with pytest.raises(UsageError, match=message):
+        check(planned(tmp_path, **{**good, **changes}))
+
+
 def test_another_encoder_is_another_job(tmp_path):
     measured(tmp_path, simclr=30, vit=90)
     job = next(job for job in planned(tmp_path).jobs if job.name == "score:masks:simclr-0")
@@ -237,6 +287,7 @@ WRONG = {
     "runs sim matches none": {"tasks": {"a": {"runs": ["sim"], "options": "--data {scans}"}}},
     "nobody to score": {"tasks": {"a": {"options": "--data {scans}"}}},
     "options is missing": {"tasks": {"a": {"runs": ["*"]}}},
+    "folds is 1": {"folds": 1},
     "budget: no run other": {"budget": {"run": "other", "steps": 3}},
     "give flops, or run and steps": {"budget": {"steps": 3}},
     "seeds is [-1]": {"seeds": [-1]},

@@ -1,5 +1,7 @@
 """What a study plans within its hours, and what it says that it can show, by cases worked by hand."""
 
+import dataclasses
+
 import pytest
 
 from ssl3d.api import DataError, UsageError, open_data
@@ -14,6 +16,7 @@ from ssl3d_benchmarks.study.plan import (
     choose,
     designs,
     fixed_seconds,
+    last_designs,
     step_seconds,
     trainings,
 )
@@ -36,9 +39,7 @@ def test_the_seconds_of_a_design_are_those_counted_by_hand():
 
 
 def test_an_imagenet_network_is_trained_from_scratch_too():
-    from dataclasses import replace
-
-    costs = replace(COSTS, imagenet=ArmCost(1.0, 3.0))
+    costs = dataclasses.replace(COSTS, imagenet=ArmCost(1.0, 3.0))
     assert trainings(LEAN, costs) == (10, 10)
     assert fixed_seconds(LEAN, costs) == 4 * 10 + 10 * 13 * 2 + 10 * 13 * 3
     assert step_seconds(LEAN, costs) == (1, 10 * 0.5 + 10 * 1.0)
@@ -75,6 +76,23 @@ def test_too_few_hours_are_one_line_that_says_how_many(time, needed):
         choose([LEAN], COSTS, time, 200)
     assert "\n" not in str(caught.value)
     choose([LEAN], COSTS, Time(float(needed), time.workers, time.spent), 200)
+
+
+def test_what_is_given_up_last_is_given_up_only_where_nothing_else_fits():
+    costs = dataclasses.replace(COSTS, imagenet=ArmCost(0.5, 2.0), share=0.15)
+    full, both = Design(1, 1, (0.1,), 1), [Design(1, 1, (), 1), Design(1, 1, (), 1, False)]
+    assert last_designs((0.1, 0.4), 0, asked=True) == both
+    assert last_designs((0.1,), 2, asked=False) == [
+        Design(1, 2, (0.1,), 1, False), Design(1, 2, (), 1, False)
+    ]  # fmt: skip
+    # 100 steps: 4 starts of 10 s, 26 + 50 s for each of 40, 20 or 10 networks, 100 s of pretraining.
+    for design, seconds in zip([full, *both], (3180, 1660, 30 + 100 + 760), strict=True):
+        just = seconds / 0.85 / 3600
+        assert choose([full], costs, Time(just + 1e-6), 200, last=both).design == design
+    assert (trainings(both[1], costs), fixed_seconds(both[1], costs)) == ((10, 0), 30 + 260)
+    told = "10 networks fine-tuned by 100 steps of 0.5 s; .* timing had 15% of one core"
+    with pytest.raises(UsageError, match=told):
+        choose([full], costs, Time(0.2), 200, last=both)
 
 
 def test_designs_grow_leaner_and_keep_the_seeds_asked_for():

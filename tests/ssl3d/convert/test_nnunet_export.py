@@ -11,6 +11,7 @@ from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
 from ssl3d.convert.foreign import load_foreign
 from ssl3d.convert.nnunet import adaptation_plan, export_nnunet
+from ssl3d.encoders.plain_unet import PlainUNet, PlainUNetConfig
 from ssl3d.encoders.resenc import ResEnc, ResEncConfig
 from ssl3d.encoders.resnet import ResNet10, ResNetConfig
 from ssl3d.errors import UsageError
@@ -21,11 +22,16 @@ CONFIG = ResEncConfig(
     kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)), in_channels=2,
 )  # fmt: skip
 
+PLAIN = PlainUNetConfig(
+    stages=3, width=4, convolutions=(1, 2, 3), max_width=12, strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+    kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)), in_channels=2,
+)  # fmt: skip
 
-@pytest.fixture
-def encoder():
+
+@pytest.fixture(params=["residual", "plain"])
+def encoder(request):
     torch.manual_seed(0)
-    made = ResEnc(CONFIG).eval()
+    made = (ResEnc(CONFIG) if request.param == "residual" else PlainUNet(PLAIN)).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     made.metadata = {"spacing": [3.0, 1.0, 1.0], "patch": [16, 32, 32], "citations": {"mae": "He et al."}}
@@ -82,9 +88,9 @@ def test_the_command_writes_both_files_and_spares_what_is_there(tmp_path, encode
     save_encoder(encoder, tmp_path / "encoder")
     words = ["convert", str(tmp_path / "encoder"), "--to", "nnunet", "--out", str(tmp_path / "n")]
     assert main([*words, "--patch", "16", "32", "32"]) == 0
-    assert "ResidualEncoderUNet" in capsys.readouterr().out
+    assert "numbers as encoder.* of nnU-Net's network" in capsys.readouterr().out
     assert (tmp_path / "n" / "adaptation_plan.json").is_file()
-    assert encoder_from(f"{tmp_path / 'n' / 'checkpoint_final.pth'}:in_channels=2").config == CONFIG
+    assert encoder_from(f"{tmp_path / 'n' / 'checkpoint_final.pth'}:in_channels=2").config == encoder.config
     assert main(words) == 2
     assert "exists (--overwrite" in capsys.readouterr().err
 
@@ -92,7 +98,10 @@ def test_the_command_writes_both_files_and_spares_what_is_there(tmp_path, encode
 @pytest.mark.parametrize(
     "made,message",
     [
-        (lambda: ResNet10(ResNetConfig(width=4)), "nnU-Net's encoder is a resenc, this one is a ResNet10"),
+        (
+            lambda: ResNet10(ResNetConfig(width=4)),
+            "encoders are resenc and plain_unet, this one is a ResNet10",
+        ),
         (lambda: ResEnc(ResEncConfig(width=4, stages=2, norm="group")), "norm group"),
         (lambda: ResEnc(ResEncConfig(width=4, stages=2, kind="acs")), "kind acs"),
     ],
@@ -128,17 +137,20 @@ def released_loader(network, file):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_released_loader_of_nnunet_takes_every_weight_that_it_wants(tmp_path, bias):
+@pytest.mark.parametrize("made", [ResEnc, PlainUNet])
+def test_the_released_loader_of_nnunet_takes_every_weight_that_it_wants(tmp_path, made, bias):
     unets = pytest.importorskip("dynamic_network_architectures.architectures.unet")
-    ours = ResEnc(dataclasses.replace(CONFIG, conv_bias=bias)).eval()
+    config = CONFIG if made is ResEnc else PLAIN
+    ours = made(dataclasses.replace(config, conv_bias=bias)).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     file = export_nnunet(ours, tmp_path, (32, 64, 64))
     told = json.loads((tmp_path / "architecture.json").read_text(encoding="utf-8"))
-    assert pydoc.locate(told["network_class_name"]) is unets.ResidualEncoderUNet
+    whole = unets.ResidualEncoderUNet if made is ResEnc else unets.PlainConvUNet
+    assert pydoc.locate(told["network_class_name"]) is whole
     kwargs = {name: pydoc.locate(value) if name in told["_kw_requires_import"] and value else value
               for name, value in told["arch_kwargs"].items()}  # fmt: skip
-    theirs = unets.ResidualEncoderUNet(2, num_classes=3, deep_supervision=True, **kwargs).eval()
+    theirs = whole(2, num_classes=3, deep_supervision=True, **kwargs).eval()
     given = torch.load(file, weights_only=True)["network_weights"]
     assert set(given) == {key for key in theirs.state_dict() if ".seg_layers." not in key}
     released_loader(theirs, file)

@@ -142,5 +142,5 @@ def test_nnunet_gets_a_whole_network_and_other_encoders_are_refused(encoder, tmp
     about = json.loads((tmp_path / "out" / run.ABOUT).read_text())
     assert about["largest_difference"] == 0 and about["decoder"] == "untrained"
     assert export(encoder, "nnunet", tmp_path / "none") == 2
-    assert "nnU-Net's encoder is a resenc, this one is a ResNet10" in capsys.readouterr().err
+    assert "nnU-Net's encoders are resenc and plain_unet, this one is a ResNet10" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -1,14 +1,17 @@
 """A damaged store gives the numbers that were written, or refuses in one line that names it."""
 
 import shutil
+import zlib
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from ssl3d.commands import info
 from ssl3d.data.open import open_data
+from ssl3d.data.store import volume as handles
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.errors import DataError
@@ -80,6 +83,87 @@ def test_a_flipped_bit_changes_no_number_in_silence(store, tmp_path, capfd, begi
             assert everything(copy) == whole, f"seed {seed}: other numbers"
         except DataError as error:
             assert str(copy) in str(error) and "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def chunks_of(path):
+    """Return the name, place and length of every chunk of a store's data sets."""
+    chunks = []
+    with h5py.File(path, locking=False) as file:
+
+        def add(name, data):
+            if isinstance(data, h5py.Dataset) and data.chunks:
+                infos = [data.id.get_chunk_info(n) for n in range(data.id.get_num_chunks())]
+                chunks.extend((name, info.byte_offset, info.size) for info in infos)
+
+        file.visititems(add)
+    return chunks
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_damaged_byte_of_any_chunk_is_refused_at_its_first_reading(store, tmp_path, filtered):
+    whole, path = everything(store), Path(shutil.copy(store, tmp_path / "whole.h5"))
+    if filtered:  # as stores were written for a while
+        with h5py.File(path, "r+", libver="v110") as file:
+            for group in (file["images"], file["masks"]):
+                for name in list(group):
+                    values, attrs, sides = group[name][()], dict(group[name].attrs), group[name].chunks
+                    del group[name], attrs["crc32"]
+                    group.create_dataset(name, data=values, chunks=sides, fletcher32=True).attrs.update(
+                        attrs
+                    )
+    assert everything(path) == whole
+    rng, chunks = np.random.default_rng(7), chunks_of(path)
+    assert {name.partition("/")[0] for name, *_ in chunks} == {
+        "images", "masks", "foreground", "boxes", "box_labels", "provenance",
+        "settings", "rejected", "fingerprint",
+    }  # fmt: skip
+    for number, (name, place, length) in enumerate(chunks):
+        end = length - (4 if name in ("foreground", "boxes", "box_labels", "provenance") else 0)
+        at = place + int(rng.integers(min(end, 64)))
+        copy = flip(path, tmp_path / f"{number}.h5", [(at, int(rng.integers(8)))])
+        with pytest.raises(DataError, match=f"{copy}: "):
+            everything(copy)
+
+
+def test_a_chunk_is_compared_once_though_few_handles_are_kept(tmp_path, monkeypatch):
+    rng = np.random.default_rng(5)
+    images = [rng.normal(size=(1, 20, 100, 33)).astype(np.float32) for _ in range(4)]
+    for number, image in enumerate(images):
+        write_part(
+            tmp_path / "parts", str(number), Record(str(number), "d", f"p{number}"), image, dtype="float32"
+        )
+    assemble(tmp_path / "parts", tmp_path / "store.h5", {}, [])
+    data, sums, crc32 = open_data([tmp_path / "store.h5"]), [], zlib.crc32
+    monkeypatch.setattr("ssl3d.data.store.chunks.zlib.crc32", lambda part: sums.append(part) or crc32(part))
+    monkeypatch.setattr("ssl3d.data.store.volume._MAX_CACHED", 3 * images[0].nbytes)
+    assert torch.equal(data[0].read((2, 3, 4), (4, 4, 4)), torch.from_numpy(images[0])[:, 2:6, 3:7, 4:8])
+    assert len(sums) == 1
+    for _ in range(3):
+        for volume, image in zip(data, images, strict=True):
+            assert torch.equal(volume.read(), torch.from_numpy(image))
+        assert len(handles._known) < 4
+    assert len(sums) == 4 * data[0].stored("images")._data.id.get_num_chunks() > 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_byte_of_a_store_changes_a_number_in_silence(tmp_path, capfd):
+    image = np.random.default_rng(3).normal(size=(1, 6, 9, 10)).astype(np.float32)
+    entry = Record("scan", "study", "patient", label=3, source="a.nii")
+    write_part(tmp_path / "parts", "0", entry, image, (image[0] > 0).astype(int), [[0, 0, 0, 5, 5, 5]])
+    assemble(tmp_path / "parts", tmp_path / "small.h5", {"spacing": "keep"}, [])
+    path = tmp_path / "small.h5"
+    whole, refused, rng = everything(path), 0, np.random.default_rng(4)
+    for place in range(path.stat().st_size):
+        copy = flip(path, tmp_path / f"{place}.h5", [(place, int(rng.integers(8)))])
+        try:
+            assert everything(copy) == whole, f"byte {place}: other numbers"
+        except DataError as error:
+            assert str(copy) in str(error) and "\n" not in str(error)
+            refused += 1
+        copy.unlink()
+    assert refused > 5000
     assert capfd.readouterr().err == ""
 
 

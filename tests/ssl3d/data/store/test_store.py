@@ -337,6 +337,19 @@ def test_a_part_cut_short_is_noticed_and_nothing_assembled(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["store.h5.partial"]
 
 
+@pytest.mark.parametrize("name", ["image", "mask", "foreground", "record"])
+def test_a_part_with_a_damaged_byte_is_noticed(tmp_path, name):
+    part = write_part(tmp_path, "0", record(), IMAGE, np.ones(IMAGE.shape[1:], np.uint8))
+    assert part_record(part).id == "a"
+    with h5py.File(part, locking=False) as file:
+        place = file[name].id.get_chunk_info(0).byte_offset + 1
+    content = bytearray(part.read_bytes())
+    content[place] ^= 16
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=r"0\.part: not a whole part .*delete it"):
+        part_record(part)
+
+
 def test_a_failed_assembly_leaves_the_finished_store(tmp_path):
     path = make(tmp_path, [(record(), IMAGE, {})])
     before = path.read_bytes()

@@ -1,0 +1,1 @@
+"""Pages of `ssl3d view`: of a store, of runs, and of predictions beside the truth."""

@@ -1,0 +1,84 @@
+"""What the pages of masks, boxes and labels share: predictions beside what is known of their scans."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl3d.view.gallery import Card
+
+if TYPE_CHECKING:
+    from ssl3d.data.store.collection import Collection
+    from ssl3d.data.store.volume import Volume
+
+UNDEFINED = float("inf")
+"""Order of a scan without a score: after all others."""
+
+
+class Predicted(ABC):
+    """Predictions of one kind.
+
+    Attributes:
+        known: Whether the truth of a scan is known.
+
+    Args:
+        folder: Folder that `ssl3d predict` wrote.
+        rows: Rows of its `predictions.csv`.
+        about: Content of its `predict.json`.
+        data: Scans that were predicted; None where nobody knows them.
+    """
+
+    known = False
+
+    def __init__(
+        self, folder: Path, rows: Sequence[Mapping[str, str]], about: Mapping[str, Any],
+        data: Collection | None,
+    ) -> None:  # fmt: skip
+        self.folder, self.rows, self.about, self.data = folder, rows, about, data
+        self._places: dict[tuple[str, str], int] = {}
+        if data is not None:
+            names = zip(data.datasets, data.ids, strict=True)
+            self._places = {(str(dataset), str(name)): k for k, (dataset, name) in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, position: int) -> str:
+        """Return the name of a predicted scan."""
+        return self.rows[position].get("id") or self.rows[position].get("subject", "")
+
+    def volume(self, dataset: str, name: str) -> Volume | None:
+        """Return the scan of a prediction, if it is among the data."""
+        place = self._places.get((dataset, name))
+        return None if place is None or self.data is None else self.data[place]
+
+    @abstractmethod
+    def card(self, position: int, side: int, number: int) -> tuple[Card, float]:
+        """Return the card of a scan, and its place in the order: the lower, the worse.
+
+        Args:
+            position: Number of the prediction.
+            side: Pixels of the volume's longest side.
+            number: Number of the card in the page.
+
+        Raises:
+            DataError: A file is missing or damaged, or prediction and scan do not fit.
+        """
+
+    @abstractmethod
+    def summary(self, shown: int) -> list[str]:
+        """Return what the predictions come to, in sentences, once their cards are made."""
+
+    def tables(self) -> list[str]:
+        """Return tables and charts of all scores."""
+        return []
+
+    def legend(self) -> str:
+        """Return the colours and what they mean."""
+        return ""
+
+    def explained(self) -> str:
+        """Say how the cards are to be read."""
+        return ""
