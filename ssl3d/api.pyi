@@ -339,6 +339,11 @@ from .training.device import (
     peak_memory as peak_memory,
 )
 from .training.loader import Loader as Loader
+from .training.loggers import (
+    Loggers as Loggers,
+    check_loggers as check_loggers,
+    missing_loggers as missing_loggers,
+)
 from .training.options import request_of as request_of
 from .training.trainee import lone_values as lone_values
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 import time
@@ -19,6 +21,7 @@ from torch import nn
 from ssl3d.api import (
     Benchmark,
     Contestant,
+    Loggers,
     Result,
     UsageError,
     autocast,
@@ -40,6 +43,7 @@ from ssl3d_benchmarks.finetune.train import (
     train,
     weights_digest,
 )
+from ssl3d_benchmarks.finetune.validation import ValidationScores
 from ssl3d_benchmarks.task import SplitData, TrainingSubset, say
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ APART = (
     "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",
     "lr", "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
-    "metric",
+    "metric", "logger", "validation_only",
 )  # fmt: skip
 """Options that settings leave out: they change no score, or the record holds them elsewhere."""
 
@@ -148,8 +152,10 @@ class FinetuneJob:
             yield train, val, test
 
 
-def run_job(job: FinetuneJob) -> Result:
+def run_job(job: FinetuneJob) -> Result | None:
     """Return the record of a job: read it where it exists, else train, score and write it.
+
+    With `validation_only` there is no record, but a file of validation scores.
 
     Raises:
         HeldElsewhere: Another process is running the job.
@@ -161,6 +167,9 @@ def run_job(job: FinetuneJob) -> Result:
     encoder = job.entry.make()
     contestant = described(job.entry, encoder, pool_details(options.pool))
     result = job.begin_record(contestant, settings_of(job.task, options, job.subset, job.arm.rates))
+    if options.validation_only:
+        _only_validate(job, result)
+        return None
     unsaved = "" if not options.save_predictions else "; its predictions are saved with --overwrite only"
 
     def look() -> Result | None:
@@ -172,26 +181,98 @@ def run_job(job: FinetuneJob) -> Result:
     existing = look()
     if existing is not None:
         return existing
-    lock = options.out / ".jobs" / f"{result.key}.lock"
-    _take(lock)
-    with locks.holding(lock):
+    with _holding(job, result):
         existing = look()  # another process may have made it just before the lock was taken
         return existing or _train_and_score(job, result)
 
 
-def _take(lock: Path) -> None:
+@contextlib.contextmanager
+def _holding(job: FinetuneJob, result: Result) -> Iterator[None]:
+    """Hold the lock of a job.
+
+    Raises:
+        HeldElsewhere: Another process holds it.
+        UsageError: The folder cannot be written to.
+    """
+    lock = job.options.out / ".jobs" / f"{result.key}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         if not locks.take(lock):
             raise HeldElsewhere
     except OSError as error:
         raise UsageError(f"cannot write {lock}: {error.strerror}") from error
+    with locks.holding(lock):
+        yield
+
+
+def _only_validate(job: FinetuneJob, result: Result) -> None:
+    """Train, and write the score on the validation subjects; test subjects are not read."""
+    scores = ValidationScores(job.options.out / "validation" / f"{_slug(job.name)}-{result.key[:8]}.jsonl")
+    with _holding(job, result):
+        if job.options.overwrite:
+            scores.path.unlink(missing_ok=True)
+        if scores.final() is None:
+            with _loggers(job, result) as loggers:
+                parts = _train_folds(job, result, loggers, scores)
+                chosen = [part["details"]["validation"][job.benchmark.main] for part in parts]
+                scores.finish([math.nan if score is None else float(score) for score in chosen])
+            shutil.rmtree(job.options.out / ".jobs" / result.key, ignore_errors=True)
+    say(f"{job.name}: validation {job.benchmark.main} {scores.final():.3f}")
 
 
 def _train_and_score(job: FinetuneJob, result: Result) -> Result:
-    """Train, score and write the record; until then everything lies in `OUT/.jobs/KEY/`."""
+    """Train, score and write the record, beside the loggers that the options name."""
+    with _loggers(job, result) as loggers:
+        _score_folds(job, result, loggers)
+    return result
+
+
+def _loggers(job: FinetuneJob, result: Result) -> Loggers:
+    options = job.options
+    folder = options.out / ".logs" / f"{_slug(job.name)}-{result.key[:8]}"
+    if options.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    about = {**result.settings, "arm": job.entry.name, "fraction": result.fraction, "seed": job.seed,
+             "data": list(options.data)}  # fmt: skip
+    return Loggers(options.logger, folder, job.name, about, say, group=options.out.resolve().name)
+
+
+def _score_folds(job: FinetuneJob, result: Result, loggers: Loggers) -> None:
+    """Fill the record and write it; until then everything lies in `OUT/.jobs/KEY/`."""
     folder = job.options.out / ".jobs" / result.key
     began = time.perf_counter()
+    parts = _train_folds(job, result, loggers)
+    merged = job.benchmark.summarise([row for part in parts for row in part["predictions"]])
+    result.scores, result.intervals = merged.scores, merged.intervals
+    result.predictions = merged.predictions
+    details = [part["details"] for part in parts]
+    result.compute["finetune"] = _compute([part["compute"] for part in parts])
+    result.compute["details"] = details[0] if len(details) == 1 else details
+    # Before the record: where that is found, nothing is trained again.
+    model = kept.finish(result, folder, job.options.out, job.options, len(job.split.folds))
+    write_result(result, job.options.out)
+    steps = max(of_fold["steps"] for of_fold in details)
+    loggers.scalars({f"test/{name}": value for name, value in result.scores.items()}, steps)
+    if model is not None:
+        loggers.artefact("model", model)
+    shutil.rmtree(folder, ignore_errors=True)
+    chosen = ", ".join(f"{of_fold['lr']:g}" for of_fold in details)
+    say(f"{job.name}: {job.benchmark.main} {result.scores[job.benchmark.main]:.3f}"
+        f" (learning rate {chosen}; {time.perf_counter() - began:.0f} s)")  # fmt: skip
+
+
+def _train_folds(
+    job: FinetuneJob, result: Result, loggers: Loggers, scores: ValidationScores | None = None
+) -> list[dict[str, Any]]:
+    """Train and predict each fold, or read what was written of it before a stop.
+
+    Args:
+        job: Job to do.
+        result: Record that was begun.
+        loggers: Loggers of the job.
+        scores: File of validation scores, where nothing is to be predicted for test subjects.
+    """
+    folder = job.options.out / ".jobs" / result.key
     parts: list[dict[str, Any]] = []
     for number, (fit, choose, test) in enumerate(job.folds()):
         path = folder / f"fold-{number}.json"
@@ -211,6 +292,9 @@ def _train_and_score(job: FinetuneJob, result: Result) -> Result:
                 folder=folder / f"fold-{number}",
                 say=say,
                 decoder=entry.decoder,
+                loggers=loggers,
+                scores=scores,
+                part="" if len(job.split.folds) == 1 else f"fold-{number}/",
             )
             if job.options.overwrite:
                 shutil.rmtree(plan.folder or folder, ignore_errors=True)
@@ -218,34 +302,21 @@ def _train_and_score(job: FinetuneJob, result: Result) -> Result:
                 plan,
                 entry.make,
                 rates=job.arm.rates,
-                test=test,
+                test=test if scores is None else None,
                 key=result.key,
                 keep=_keeper(job, plan, result, folder / f"fold-{number}.model"),
             )
             _write_json(path, part)
             shutil.rmtree(folder / f"fold-{number}", ignore_errors=True)
         parts.append(part)
-    merged = job.benchmark.summarise([row for part in parts for row in part["predictions"]])
-    result.scores, result.intervals = merged.scores, merged.intervals
-    result.predictions = merged.predictions
-    details = [part["details"] for part in parts]
-    result.compute["finetune"] = _compute([part["compute"] for part in parts])
-    result.compute["details"] = details[0] if len(details) == 1 else details
-    # Before the record: where that is found, nothing is trained again.
-    kept.finish(result, folder, job.options.out, job.options, len(job.split.folds))
-    write_result(result, job.options.out)
-    shutil.rmtree(folder, ignore_errors=True)
-    chosen = ", ".join(f"{of_fold['lr']:g}" for of_fold in details)
-    say(f"{job.name}: {job.benchmark.main} {result.scores[job.benchmark.main]:.3f}"
-        f" (learning rate {chosen}; {time.perf_counter() - began:.0f} s)")  # fmt: skip
-    return result
+    return parts
 
 
 def _keeper(
     job: FinetuneJob, plan: TrainingPlan, result: Result, folder: Path
 ) -> Callable[[nn.Module, Trial], None] | None:
     """Return the function that keeps the model of a fold; None where it is not to be kept."""
-    if not kept.wanted(job.options, job.entry.name, result.fraction):
+    if job.options.validation_only or not kept.wanted(job.options, job.entry.name, result.fraction):
         return None
     return lambda model, trial: kept.keep_fold(plan, model, trial, result, folder)
 
@@ -255,7 +326,7 @@ def score_fold(
     make: Callable[[], Encoder],
     *,
     rates: Sequence[float],
-    test: Collection,
+    test: Collection | None,
     key: str = "",
     keep: Callable[[nn.Module, Trial], None] | None = None,
 ) -> dict[str, Any]:
@@ -265,7 +336,7 @@ def score_fold(
         plan: Settings of the training.
         make: Function that returns the encoder to start from, always the same.
         rates: Learning rates to try.
-        test: Volumes to predict at the end.
+        test: Volumes to predict at the end; None for none.
         key: Key of the record, by which predictions and pictures are named; empty for no pictures.
         keep: Function that keeps the model of the best learning rate, given its training.
 
@@ -298,14 +369,14 @@ def score_fold(
     assert best_so_far is not None
     model, best = best_so_far
     began = time.perf_counter()
-    predictions = predict(plan, model, test)
+    predictions = [] if test is None else predict(plan, model, test)
     seconds = time.perf_counter() - began
     if keep is not None:
         keep(model, best)
-    if plan.options.save_predictions:
+    if test is not None and plan.options.save_predictions:
         _save_predictions(plan, model, test, key)
-    if key and plan.seed == plan.options.seeds[0]:
-        _save_picture(plan, model, test, key)
+    if test is not None and key and plan.seed == plan.options.seeds[0]:
+        _save_picture(plan, model, test, key, best.total)
     steps = sum(trial.step for trial in trials)
     return {
         "predictions": predictions,
@@ -369,7 +440,7 @@ def _save_predictions(plan: TrainingPlan, model: nn.Module, test: Collection, ke
         say(f"{plan.name}: {sum(map(bool, written))} predictions written to {folder}")
 
 
-def _save_picture(plan: TrainingPlan, model: nn.Module, test: Collection, key: str) -> None:
+def _save_picture(plan: TrainingPlan, model: nn.Module, test: Collection, key: str, step: int) -> None:
     """Save a picture of predictions beside the truth, where the task draws one."""
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
         figure = plan.task.picture(model, test)
@@ -378,6 +449,8 @@ def _save_picture(plan: TrainingPlan, model: nn.Module, test: Collection, key: s
         path = plan.options.out / f"{_slug(plan.name)}-test-{key[:8]}.png"
         figure.savefig(path, dpi=110)
         say(f"picture: {path}")
+        if plan.loggers is not None:
+            plan.loggers.picture(f"{plan.part}test", figure, path, step)
 
 
 def _slug(name: str) -> str:

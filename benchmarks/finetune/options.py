@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ssl3d.api import HelpSection
+from ssl3d.api import HelpSection, check_loggers
 
 SCHEDULES = ("cosine", "milestones", "poly", "constant")
 
@@ -70,12 +70,17 @@ class FinetuneOptions:
             the aggregator over its slices that intra_inter trained with the encoder.
         no_scratch: Whether to leave out the network from scratch.
         no_trivial: Whether to leave out the rows without a network.
+        validation_only: Whether to stop at the validation score of the weights kept: no test subject is
+            predicted, no record is written, and OUT/validation has a file of scores for each job.
         save_predictions: Whether to write the predictions on the test subjects (NIfTI, CSV, JSON) under
             OUT/predictions.
         keep_models: Arms whose trained networks are kept under OUT/models, for ssl3d predict: best (the arm
             and seed with the best score on the validation subjects, at the largest fraction; all, where
             there are no such subjects), all, none, or names of rows.
         checkpoint_seconds: Seconds between two checkpoints of a training.
+        logger: Loggers of curves, pictures, options, scores and kept models: tensorboard, wandb (Weights &
+            Biases, offline where no account is known) and mlflow, any number of them. Each arm, subset and
+            seed is a run of its own there; local files go to OUT/.logs.
         device: Device that computes: auto, cpu, cuda or mps.
         threads: Number of CPU threads; 0 for torch's own number.
         workers: Number of processes that read; -1 for none on a CPU and 4 beside a GPU.
@@ -120,9 +125,11 @@ class FinetuneOptions:
     pool: Literal["mean", "aggregator"] = "mean"
     no_scratch: bool = False
     no_trivial: bool = False
+    validation_only: bool = False
     save_predictions: bool = False
     keep_models: tuple[str, ...] = ("best",)
     checkpoint_seconds: float = 60.0
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 0
     workers: int = -1
@@ -139,7 +146,11 @@ class FinetuneOptions:
              "milestones", "gamma", "warmup", "clip", "eval_at", "keep", "checkpoint_seconds"),
         ),
         HelpSection("encoder", ("freeze", "pool"), ("layer_decay", "freeze_norm")),
-        HelpSection("rows and files", ("no_scratch", "save_predictions"), ("no_trivial", "metric")),
+        HelpSection(
+            "rows and files",
+            ("no_scratch", "save_predictions", "logger"),
+            ("no_trivial", "metric", "validation_only"),
+        ),
         HelpSection("hardware", ("device", "workers"), ("precision", "threads")),
     )  # fmt: skip
     """Sections of the help."""
@@ -199,3 +210,4 @@ class FinetuneOptions:
             raise ValueError(
                 f"eval_at: {list(self.eval_at)}; give shares of the steps, or steps, each 0 or more"
             )
+        check_loggers(self.logger)

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ssl3d.api import DataError, Ssl3dError, UsageError, device_of, load_metric, locks, open_data_for
+from ssl3d.api import (
+    DataError,
+    Ssl3dError,
+    UsageError,
+    device_of,
+    load_metric,
+    locks,
+    missing_loggers,
+    open_data_for,
+)
 from ssl3d_benchmarks.contestants import (
     Loaded,
     check_channels,
@@ -72,6 +81,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
     device = torch.device(device_of(options.device))
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
+    for line in missing_loggers(options.logger):
+        say(line)
     outcome, asked = Outcome(), options
     for number, own_config in enumerate(configs):
         split, benchmark = make_task(options, own_config, loaded)
@@ -124,7 +135,7 @@ def make_jobs(
 ) -> list[FinetuneJob]:
     """Plan every arm on every subset with every seed; rows without a network have the first seed alone."""
     first = options.seeds[0]
-    names = () if options.no_trivial else benchmark.downstream.trivial
+    names = () if options.no_trivial or options.validation_only else benchmark.downstream.trivial
     trivial = [Arm({first: entry}, ()) for entry in trivial_entries(names)]
     return [
         FinetuneJob(arm, benchmark, benchmark.downstream, split, subset, seed, options, device)
@@ -162,7 +173,8 @@ def _run(outcome: Outcome, jobs: Sequence[FinetuneJob]) -> None:
 def _try(outcome: Outcome, job: FinetuneJob) -> Row | None:
     """Run one job; a failure is reported by name and ends this job only."""
     try:
-        return Row(job.entry.kind, job.entry.group, run_job(job))
+        record = run_job(job)
+        return None if record is None else Row(job.entry.kind, job.entry.group, record)
     except HeldElsewhere:
         raise
     except Exception as error:
@@ -244,6 +256,8 @@ def make_task(
     choosing = bool(split.folds[0].val.any())
     if options.tune and not choosing:
         raise DataError(f"{where} has no validation subjects, which --tune chooses on; give more data")
+    if options.validation_only and not choosing:
+        raise DataError(f"{where} has no validation subjects for --validation-only; give more data")
     if not choosing and options.keep == "best":
         say("there are no validation subjects: the weights of the last step are kept")
     return split, Finetune(task)

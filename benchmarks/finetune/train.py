@@ -40,13 +40,16 @@ from ssl3d.api import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ssl3d.api import Benchmark, Collection, Encoder, PretrainedDecoder, Volume
+    from ssl3d.api import Benchmark, Collection, Encoder, Loggers, PretrainedDecoder, Volume
     from ssl3d_benchmarks.finetune.options import FinetuneOptions
     from ssl3d_benchmarks.finetune.protocol import FinetuneTask
+    from ssl3d_benchmarks.finetune.validation import ValidationScores
 
 FORMAT = 1
 REPORT_EVERY = 30.0
 """Seconds between two lines about the progress of a training."""
+POINTS = 40
+"""Number of points in the curves of a training's loggers, about."""
 
 
 @dataclass
@@ -105,6 +108,9 @@ class TrainingPlan:
         folder: Folder of the checkpoints; None for no checkpoints.
         say: Function that prints a message.
         decoder: Decoder that the model's head starts from; None for new weights.
+        loggers: Loggers of the job; None where it has none.
+        scores: File of the job's validation scores; None where records hold them.
+        part: Words that tell this training from the others of its job in the loggers, as in "fold-1/".
     """
 
     benchmark: Benchmark
@@ -118,6 +124,16 @@ class TrainingPlan:
     folder: Path | None = None
     say: Callable[[str], None] = print
     decoder: PretrainedDecoder | None = None
+    loggers: Loggers | None = None
+    scores: ValidationScores | None = None
+    part: str = ""
+
+    def log(self, trial: Trial, values: Mapping[str, Any]) -> None:
+        """Log numbers of a training after its last step; those that are None or not finite are left out."""
+        if self.loggers is not None:
+            several = f"lr-{trial.lr:g}/" if len(self.options.tune) > 1 else ""
+            named = {f"{self.part}{several}{name}": value for name, value in values.items()}
+            self.loggers.scalars(named, trial.step)
 
     @property
     def batch_size(self) -> int:
@@ -218,6 +234,7 @@ def _run(
     if trial.step == 0 and 0 in points and not trial.curve:
         _score(plan, model, trial)
     set_training(model, frozen)
+    every = max(1, trial.total // POINTS)
     saved = began = time.perf_counter()
     progress = _Progress(plan, trial)
     for batch in loader:
@@ -240,6 +257,8 @@ def _run(
         if options.ema:
             update_average(trial.average, model, trial.step, options.ema * trial.total)
         trial.losses.append(value)
+        if trial.step % every == 0 or trial.step == trial.total:
+            plan.log(trial, {"train/loss": value, "train/lr": optimizer.param_groups[0]["lr"]})
         now = time.perf_counter()
         trial.seconds += now - began
         if trial.step in points:
@@ -340,6 +359,9 @@ def _score(plan: TrainingPlan, model: nn.Module, trial: Trial) -> None:
         }
     )
     trial.losses = []
+    plan.log(trial, {f"validation/{plan.benchmark.main}": trial.curve[-1]["score"]})
+    if plan.scores is not None:
+        plan.scores.add(plan.part, trial.lr, trial.step, trial.curve[-1]["score"])
     # Of equal scores the later one counts: it was trained longer. A NaN never replaces a score.
     before = trial.best.get("score")
     better = before is None or (math.isfinite(value) and value >= before)

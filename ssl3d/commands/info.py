@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d import plugins
 from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands.info_results import describe_results, result_lines
@@ -71,6 +72,9 @@ def describe(path: str | Path) -> dict[str, Any]:
             return _of_encoder(place)
         if (place / "model.json").is_file() or any(place.glob("fold-*/model.json")):
             return _of_model(place)
+        if (place / "sweep.yaml").is_file():
+            sweep: dict[str, Any] = plugins.load(plugins.COMMANDS, "sweep").describe(place)
+            return sweep
         if records := result_files(place):
             return describe_results(place, records)
         if any(place.rglob("*.h5")):
@@ -494,13 +498,14 @@ def _weights_lines(info: dict[str, Any]) -> list[str]:
     ]
 
 
-_LINES = {
+_LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "weights": _weights_lines,
     "store": _store_lines,
     "run": _run_lines,
     "encoder": _encoder_lines,
     "model": _model_lines,
     "results": result_lines,
+    "sweep": lambda info: plugins.load(plugins.COMMANDS, "sweep").lines_of(info),
     "scans": _folder_lines,
     "scan": _scan_lines,
 }

@@ -1,4 +1,4 @@
-"""Reports of a run: metrics.jsonl, TensorBoard, train.log, and a line on the terminal."""
+"""Reports of a run: metrics.jsonl, pictures, train.log, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ssl3d.files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ssl3d.training.loggers import Loggers
 
 METRICS = "metrics.jsonl"
 
@@ -92,20 +94,26 @@ class Monitor:
         folder: Folder of the run.
         start: Steps already done; later lines and events are dropped, as they will come again.
         total: Steps of the run.
-        log_every: Steps between lines off a terminal, and between TensorBoard points.
+        log_every: Steps between lines off a terminal, and between points in the loggers.
         main: Metrics to show, as in "sorting/kendall_tau".
         log: Log that lines go to.
+        loggers: Loggers of the run, which whoever made them closes.
     """
 
     def __init__(
-        self, folder: Path, start: int, total: int, log_every: int, main: list[str], log: Log
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        log_every: int,
+        main: list[str],
+        log: Log,
+        loggers: Loggers | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder, self.total, self.log_every, self.main, self.log = folder, total, log_every, main, log
         trim(folder / METRICS, start)
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._loggers = loggers
         self._started, self._start = time.monotonic(), start
         self._shown = 0.0
         self._speed: float | None = None
@@ -120,13 +128,8 @@ class Monitor:
         # A moving mean, so that the time left follows a machine whose load changes.
         self._speed = seconds if self._speed is None else 0.95 * self._speed + 0.05 * seconds
         if step % self.log_every == 0 or step == self.total or step == 1:
-            for name, value in record.items():
-                if (
-                    name not in ("step", "epoch")
-                    and isinstance(value, int | float)
-                    and math.isfinite(value)
-                ):
-                    self._events.add_scalar(_tag(name), value, step)
+            if self._loggers is not None:
+                self._loggers.scalars({k: v for k, v in record.items() if k not in ("step", "epoch")}, step)
             if not self._terminal:
                 self.log.say(self._line(record))
         if self._terminal and (time.monotonic() - self._shown > 0.2 or step == self.total):
@@ -136,13 +139,15 @@ class Monitor:
                 self.log.note(self._line(record))
 
     def pictures(self, figures: Mapping[str, Callable[[], Figure]], step: int) -> None:
-        """Draw every proxy's picture, into TensorBoard and `pictures/`."""
+        """Draw every proxy's picture, into `pictures/` and the loggers."""
         folder = self.folder / "pictures"
         for name, draw in figures.items():
             figure = draw()
-            with whole_file(folder / f"{name}-{step:08d}.png") as temporary:
+            path = folder / f"{name}-{step:08d}.png"
+            with whole_file(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=100)
-            self._events.add_figure(f"{name}/picture", figure, step)
+            if self._loggers is not None:
+                self._loggers.picture(name, figure, path, step)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         return "  ".join(self._words(record))
@@ -183,7 +188,6 @@ class Monitor:
     def close(self) -> None:
         """Flush and close all files."""
         self._metrics.close()
-        self._events.close()
         self.log.wipe()
 
 
@@ -207,10 +211,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if path.exists()
         else []
     )
-
-
-def _tag(name: str) -> str:
-    return name if "/" in name else f"run/{name}"
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from ssl3d import config, plugins
 from ssl3d.command_help import HelpSection
 from ssl3d.errors import PluginError, UsageError
+from ssl3d.training.loggers import check_loggers
 
 PROG = "ssl3d pretrain"
 STEPS = 1000
@@ -19,7 +20,7 @@ STEPS = 1000
 
 NOT_RECORDED = ("out", "overwrite", "resume", "preset")
 FREE_ON_RESUME = frozenset(
-    ("resume", "workers", "data", "checkpoint_every", "log_every", "devices", "nodes", "device")
+    ("resume", "workers", "data", "checkpoint_every", "log_every", "logger", "devices", "nodes", "device")
 )
 """Options beside `--resume`: none of them changes what is learnt (data are checked by their digest)."""
 
@@ -81,8 +82,10 @@ class PretrainOptions:
         checkpoint_every: Steps between checkpoints; the last two are kept.
         eval_every: Steps between evaluations: the metrics of held-out subjects, pictures and the online kNN
             score. 0 makes it a tenth of the run, -1 switches evaluations off.
-        log_every: Steps between points in TensorBoard, and between lines where the output is no terminal; 0
+        log_every: Steps between points in the loggers, and between lines where the output is no terminal; 0
             makes it a fortieth of the run.
+        logger: Loggers of curves, pictures, options and the encoder: tensorboard, wandb (Weights & Biases,
+            offline where no account is known) and mlflow, any number of them.
         save_at: Shares of the run after which the encoder is exported too, into encoder-at-25/ and the
             like.
         out: Folder of the run; runs/<proxy>-<n> if left out.
@@ -124,6 +127,7 @@ class PretrainOptions:
     checkpoint_every: int = 200
     eval_every: int = 0
     log_every: int = 0
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     save_at: tuple[float, ...] = ()
     out: Path | None = None
     overwrite: bool = False
@@ -134,7 +138,8 @@ class PretrainOptions:
         HelpSection("data", ("data", "subjects"), ("leave_out", "holdout")),
         HelpSection(
             "training",
-            ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite"),
+            ("steps", "epochs", "batch_size", "lr", "seed", "preset", "out", "resume", "overwrite",
+             "logger"),
             ("optimizer", "weight_decay", "momentum", "warmup", "clip", "accumulate", "grad_cache",
              "eval_every", "checkpoint_every", "log_every", "save_at"),
         ),
@@ -198,6 +203,7 @@ class PretrainOptions:
             raise ValueError(f"proxy names a proxy twice: {' '.join(self.proxy)}; name each once")
         if not self.data:
             raise ValueError("data is empty: name a store, scans or phantoms")
+        check_loggers(self.logger)
 
 
 def fold_of(words: str) -> tuple[int, int] | None:

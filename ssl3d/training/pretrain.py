@@ -29,6 +29,7 @@ from ssl3d.training.device import (
     resolve_precision,
     set_threads,
 )
+from ssl3d.training.loggers import missing_loggers
 from ssl3d.training.monitor import Log, read_metrics
 from ssl3d.training.options import PretrainOptions, PretrainPlan, fold_of, plan_from, preset_values
 from ssl3d.training.preempt import name_of, requeue
@@ -229,7 +230,11 @@ def _execute(
         write_config(state.folder, plan)
         log.open(state.folder)
     log.say(f"run {state.folder}, {device_words(fabric, plan.options)}")
-    for line in [*selection.notes, *size_notes(plan, selection.train)]:
+    for line in [
+        *missing_loggers(plan.options.logger),
+        *selection.notes,
+        *size_notes(plan, selection.train),
+    ]:
         log.say(line)
     if folder is not None:
         log.say(f"resuming at step {state.begin} of {plan.options.steps}")
@@ -239,6 +244,7 @@ def _execute(
         log.note(str(error))
         raise
     finally:
+        state.close_loggers(finished=False)  # a finished run has closed them
         log.close()
 
 
@@ -254,6 +260,7 @@ def _finish(state: RunState, done: int, signum: int) -> Run:
         )
         return Run(folder, options.steps, done, signum)
     state.export("encoder", options.steps)
+    state.close_loggers(finished=True)
     beside = "".join(f"; {name} in {folder / name}" for name in state.exports)
     log.say(f"done: {count_of(options.steps, 'step')}; encoder in {folder / 'encoder'}{beside}")
     place, probe = (shlex.quote(str(path)) for path in (folder, folder / "probe"))

@@ -27,6 +27,7 @@ from ssl3d.training.build import (
     travellers_with,
 )
 from ssl3d.training.device import apply_layout, device_words, peak_memory
+from ssl3d.training.loggers import Loggers
 from ssl3d.training.loop import Feed, Loop
 from ssl3d.training.monitor import Log, Monitor
 from ssl3d.training.optim import build_optimizer, without_decay
@@ -45,6 +46,7 @@ class RunState:
         folder: Folder of the run; set when it exists.
         begin: Step that the run starts with: 0, or that of the checkpoint it goes on from.
         exports: Encoders that proxies export beside the shared one: folder -> prefix in a trainee's state.
+        loggers: Loggers of the run, on rank 0 alone; set when it trains.
 
     Args:
         fabric: Fabric, launched.
@@ -75,6 +77,7 @@ class RunState:
         self.travellers, self.exports = travellers_of(trainee), exports_of(trainee)
         self.folder = Path()
         self.loop: Loop
+        self.loggers: Loggers | None = None
         self._began = time.perf_counter()
         self._earlier = float(card.get("compute", {}).get("seconds", 0.0))
 
@@ -95,20 +98,38 @@ class RunState:
         self._wrap()
         steps, loop = self.plan.options.steps, self.loop
         if self.begin >= steps:
+            self._start_loggers()  # the encoder is still to come
             return self.begin, 0
         try:  # the first step is tried here, and may fail: workers are waiting by then
             loop.foretell(self.begin)
             # A run that goes on keeps the number it began with.
             self.card.setdefault("compute", {"flops_per_step": loop.flops_per_step})
+            # After the workers were forked: they inherit no thread of a logger.
+            self._start_loggers()
             if self.fabric.is_global_zero:
-                loop.monitor = Monitor(
-                    self.folder, self.begin, steps, self.plan.options.log_every, self.plan.mains, self.log
-                )
+                every, mains = self.plan.options.log_every, self.plan.mains
+                loop.monitor = Monitor(self.folder, self.begin, steps, every, mains, self.log, self.loggers)
             return loop.run(self.begin)
         finally:
             loop.feed.close()
             if loop.monitor is not None:
                 loop.monitor.close()
+
+    def _start_loggers(self) -> None:
+        if self.fabric.is_global_zero:
+            names, config = self.plan.options.logger, self.plan.as_config()
+            name = self.folder.resolve().name
+            self.loggers = Loggers(names, self.folder, name, config, self.log.say, begin=self.begin)
+
+    def close_loggers(self, finished: bool) -> None:
+        """Hand what a finished run has exported to its loggers, and close them."""
+        if self.loggers is None:
+            return
+        if finished:
+            for name in ("encoder", *self.exports):
+                self.loggers.artefact(name, self.folder / name)
+        self.loggers.close(finished)
+        self.loggers = None
 
     def save(self, done: int) -> None:
         """Write a checkpoint after so many steps; every rank calls it.

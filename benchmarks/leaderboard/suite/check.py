@@ -35,7 +35,7 @@ def check(plan: SuitePlan) -> None:
             elif kind in ("measure", "pretrain"):
                 _run(plan, name)
             else:
-                _score(job.command(), bool(suite.folds))
+                _check_task(job.command(), bool(suite.folds))
         except Ssl3dError as error:
             raise UsageError(f"suite {suite.name}: {where}: {error}") from error
     for name, text in suite.contestants.items():
@@ -62,9 +62,7 @@ def _run(plan: SuitePlan, name: str) -> None:
     request_of(plan.commands.pretraining(name, 1, 0, fold=plan.commands.folds[0]))
 
 
-def _score(command: list[str], folds: bool) -> None:
-    from ssl3d.api import plugins as installed
-
+def _check_task(command: list[str], folds: bool) -> None:
     protocol, *words = command
     given = [word.partition("=")[0] for word in words]
     if given.count("--out") > 1:
@@ -76,6 +74,18 @@ def _score(command: list[str], folds: bool) -> None:
         raise UsageError(f"options: {wrong}")
     if "--data" not in given:
         raise UsageError("options: --data is missing")
+    check_scoring(command)
+
+
+def check_scoring(command: list[str]) -> None:
+    """Check that a command which scores encoders can be read.
+
+    Raises:
+        UsageError: An option is unknown, or its value unusable.
+    """
+    from ssl3d.api import plugins as installed
+
+    protocol, *words = command
     plugins: Any = None
     if protocol == "finetune":
         plugins = Plugins({"task": lambda name: task_class(name).Config}, {"task": tuple(TASKS)})

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ssl3d.api import UsageError, locks
-from ssl3d_benchmarks.leaderboard.suite.child import Child
+from ssl3d_benchmarks.child import Child
 from ssl3d_benchmarks.leaderboard.suite.jobs import Job
 from ssl3d_benchmarks.leaderboard.suite.marks import Marks
 

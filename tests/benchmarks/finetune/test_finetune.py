@@ -39,7 +39,7 @@ from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
-from ssl3d_benchmarks.finetune import run, train
+from ssl3d_benchmarks.finetune import job, run, train
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
@@ -56,6 +56,7 @@ from ssl3d_benchmarks.finetune.train import (
     set_training,
     stages_of,
 )
+from ssl3d_benchmarks.finetune.validation import ValidationScores
 from ssl3d_benchmarks.task import training_subsets
 
 SPEC = "scratch:resnet10:acs:width=4"
@@ -822,3 +823,68 @@ def test_a_record_does_not_depend_on_the_seeds_beside_it(two_classes, trained, t
     assert capsys.readouterr().err.count("record found") == 2
     assert {path: path.read_bytes() for path in first} == first
     assert len(records(out)) == 4
+
+
+def test_validation_alone_reads_no_test_subject_and_is_what_the_record_has(
+    two_classes, tmp_path, capsys, monkeypatch
+):
+    words = ["finetune", SPEC, "--data", two_classes, *SHORT, "--eval-at", "0.5", "1", "--seeds", "0", "1"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    seen = []
+    real = train.predict
+    monkeypatch.setattr(
+        train, "predict", lambda plan, model, data, **k: seen.append(data) or real(plan, model, data, **k)
+    )
+    monkeypatch.setattr(job, "predict", None)
+    out = tmp_path / "short"
+    assert main([*words, "--validation-only", "--out", str(out)]) == 0
+    assert seen and all(split == "val" for data in seen for split in data.splits)
+    assert not records(out) and not (out / "models").exists() and not list(out.glob("*.png"))
+    files = sorted((out / "validation").glob("*.jsonl"))
+    scores = [ValidationScores(path) for path in files]
+    whole = [r for r in records(tmp_path / "whole") if r.contestant["kind"] != "trivial"]
+    assert len(scores) == len(whole) == 2
+    for own, record in zip(scores, sorted(whole, key=lambda r: r.seed), strict=True):
+        details = record.compute["details"]
+        assert own.final() == details["validation"]["auc"]
+        assert [(line["step"], line["score"]) for line in own.lines() if "step" in line] == [
+            (entry["step"], entry["score"]) for entry in details["curve"]
+        ]
+    before = [path.read_bytes() for path in files]
+    seen.clear()
+    assert main([*words, "--validation-only", "--out", str(out)]) == 0  # nothing is trained twice
+    assert not seen and [path.read_bytes() for path in files] == before
+
+
+def test_validation_alone_needs_validation_subjects(tmp_path, capsys):
+    data = a_store(tmp_path / "s.h5", [0, 1] * 4)  # four to train on spare nobody
+    words = ["finetune", SPEC, "--data", data, *SHORT, "--folds", "2", "--out", str(tmp_path / "out")]
+    assert main([*words, "--validation-only"]) == 2
+    assert "no validation subjects for --validation-only" in capsys.readouterr().err
+
+
+def test_loggers_have_curves_scores_and_the_model_and_change_no_record(two_classes, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    words = ["finetune", SPEC, "--data", two_classes, *SHORT, "--eval-at", "0.5", "1"]
+    assert main([*words, "--out", "plain"]) == 0
+    assert main([*words, "--out", "logged", "--logger", "mlflow", "tensorboard"]) == 0
+    (plain,), (logged,) = records("plain"), records("logged")
+    same(plain, logged)
+    client = MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "ssl3d"]
+    (run_,) = client.search_runs([experiment.experiment_id])
+    assert run_.info.status == "FINISHED" and run_.data.tags["group"] == "logged"
+    assert run_.data.metrics["test/auc"] == pytest.approx(logged.scores["auc"])
+    curve = client.get_metric_history(run_.info.run_id, "validation/auc")
+    assert [(p.step, p.value) for p in curve] == [
+        (entry["step"], entry["score"]) for entry in logged.compute["details"]["curve"]
+    ]
+    assert {p.step for p in client.get_metric_history(run_.info.run_id, "train/loss")} == set(range(1, 7))
+    assert {f.path for f in client.list_artifacts(run_.info.run_id, "model")} >= {"model/model.json"}
+    assert list(Path("logged", ".logs").glob("*/tensorboard/events*"))
+    assert main(["info", "logged"]) in (0, None)  # what loggers write is taken for no record

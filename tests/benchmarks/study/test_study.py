@@ -9,7 +9,7 @@ import pytest
 
 from ssl3d import cli
 from ssl3d.api import record_files
-from ssl3d_benchmarks.leaderboard.suite.child import Child
+from ssl3d_benchmarks.child import Child
 
 WORDS = ["--encoder", "resnet10:width=4", "--recipes", "context_restoration", "--seeds", "1", "--folds",
          "2", "--pretrain-steps", "2", "--finetune-steps", "2"]  # fmt: skip

@@ -21,6 +21,7 @@ from ssl3d.specs import encoder_from
 PYTHON = os.environ.get("SSL3D_NNUNET_PYTHON", "")
 CASES = Path(os.environ.get("SSL3D_DATA") or Path(__file__).parents[4] / "shared/data") / "hippocampus"
 pytestmark = [
+    pytest.mark.timeout(3000),
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="SSL3D_NNUNET_PYTHON names no interpreter that has nnunetv2"),
     pytest.mark.skipif(not CASES.is_dir(), reason=f"no data in {CASES}"),

@@ -293,8 +293,12 @@ def as_volume(model, x):
 # DICOM -----------------------------------------------------------------------------------------------
 
 
-def a_series(folder, image, patient="p1"):
-    """A series of slices from head to feet, its files in no order; (x, y, z) int16 of LPS axes."""
+def a_series(folder, image, patient="p1", turned=None, step=2.0):
+    """A series of slices from head to feet, its files in no order; (x, y, z) int16 of LPS axes.
+
+    `turned` (3, 3) turns it about the origin; with a step below 0 slice 0 is the uppermost.
+    """
+    turned = np.eye(3) if turned is None else turned
     import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
@@ -312,7 +316,8 @@ def a_series(folder, image, patient="p1"):
         own.StudyDate, own.StudyTime, own.StudyID, own.AccessionNumber = "20200101", "000000", "1", ""
         own.Modality, own.Manufacturer, own.SeriesNumber, own.InstanceNumber = "MR", "m", 1, 99 - k
         own.ReferringPhysicianName = ""
-        own.ImagePositionPatient, own.ImageOrientationPatient = [-90, -70, -30 + 2 * k], [1, 0, 0, 0, 1, 0]
+        own.ImagePositionPatient = (turned @ [-90, -70, -30 + step * k]).round(9).tolist()
+        own.ImageOrientationPatient = turned[:, :2].T.ravel().round(9).tolist()
         own.PixelSpacing, own.SliceThickness = [1.2, 1.0], 2.0
         own.Rows, own.Columns, own.SamplesPerPixel = image.shape[1], image.shape[0], 1
         own.PhotometricInterpretation, own.PixelRepresentation = "MONOCHROME2", 1
@@ -360,6 +365,37 @@ def test_a_dicom_series_gets_dicom_seg_that_others_read(tuned, tmp_path):
     assert sitk.ReadImage(str(path)).GetSize() == (SHAPE[0], SHAPE[1], len(bits))
     assert predict(tuned, series, tmp_path / "no", "--dicom-seg", "no") == 0
     assert not list((tmp_path / "no").glob("*.dcm"))
+
+
+@pytest.mark.parametrize("step", [2.0, -2.0])
+def test_the_seg_of_an_oblique_series_lies_where_the_mask_lies(tuned, tmp_path, step):
+    highdicom = pytest.importorskip("highdicom")
+    a, b = np.deg2rad([12, 7])
+    about_x = [[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]]
+    about_z = [[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]]
+    turned = np.array(about_z) @ about_x
+    image, _ = a_scan(90)
+    stored = image if step > 0 else image[:, :, ::-1]  # the same patient, sliced from above
+    series = a_series(tmp_path / "series", stored, turned=turned, step=step)
+    assert predict(tuned, series, tmp_path / "out", "--dicom-seg", "yes") == 0
+    (row,) = table(tmp_path / "out/predictions.csv")
+    mask = nibabel.load(tmp_path / "out" / row["file"])
+    (path,) = (tmp_path / "out").glob("*.dcm")
+    # By highdicom's own reader, whose world is LPS.
+    volume = highdicom.seg.segread(path).get_volume(combine_segments=True, relabel=False)
+    labels = np.asarray(mask.dataobj)
+    places = np.argwhere(labels)
+    assert len(places) > 50
+    world = np.diag([-1, -1, 1, 1]) @ mask.affine @ np.c_[places, np.ones(len(places))].T
+    where = (np.linalg.inv(volume.affine) @ world)[:3].T
+    index = np.rint(where).astype(int)
+    assert np.abs(where - index).max() < 1e-3
+    found = volume.array[tuple(index.T)]
+    assert np.array_equal(np.array([0, 1, 4])[found], labels[tuple(places.T)])
+    assert (volume.array > 0).sum() == len(places)
+    # Slices' positions are the series' own, as numbers in the file.
+    mine = np.diag([-1, -1, 1]) @ mask.affine[:3, :3]
+    assert np.allclose(np.abs(np.linalg.inv(turned) @ mine), np.diag([1, 1.2, 2]), atol=1e-5)
 
 
 # Going on, sharing, kills ----------------------------------------------------------------------------

@@ -63,6 +63,13 @@ class Child:
             last = f"killed by signal {-status} (out of memory?); {last}"
         return status, last
 
+    def stop(self) -> None:
+        """Ask the process, from any thread, to save and end."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Pass signals on to the job in work, which saves and ends; then this process ends."""
