@@ -27,9 +27,14 @@ class Child:
         self._process: subprocess.Popen[Any] | None = None
 
     def run(
-        self, argv: Sequence[str], log: Path, environment: Mapping[str, str], verbose: bool
+        self,
+        argv: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        verbose: bool,
+        files: Sequence[int] = (),
     ) -> tuple[int, str]:
-        """Run a command; return its status and the last line it printed.
+        """Run a command, to which descriptors of open files are left; return its status and its last line.
 
         Raises:
             OSError: The command cannot be started, or its log cannot be written.
@@ -41,6 +46,7 @@ class Child:
                 argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                 errors="replace", start_new_session=True, preexec_fn=_die_with(os.getpid()),
                 env=dict(environment),
+                pass_fds=files,
             )  # fmt: skip
             try:
                 if self.asked:  # just before there was a job to hand it on to

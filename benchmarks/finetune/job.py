@@ -376,7 +376,7 @@ def score_fold(
     if test is not None and plan.options.save_predictions:
         _save_predictions(plan, model, test, key)
     if test is not None and key and plan.seed == plan.options.seeds[0]:
-        _save_picture(plan, model, test, key, best.total)
+        _save_picture(plan, model, test, predictions, key, best.total)
     steps = sum(trial.step for trial in trials)
     return {
         "predictions": predictions,
@@ -440,13 +440,20 @@ def _save_predictions(plan: TrainingPlan, model: nn.Module, test: Collection, ke
         say(f"{plan.name}: {sum(map(bool, written))} predictions written to {folder}")
 
 
-def _save_picture(plan: TrainingPlan, model: nn.Module, test: Collection, key: str, step: int) -> None:
-    """Save a picture of predictions beside the truth, where the task draws one."""
+def _save_picture(
+    plan: TrainingPlan,
+    model: nn.Module,
+    test: Collection,
+    rows: Sequence[dict[str, Any]],
+    key: str,
+    step: int,
+) -> None:
+    """Save a picture of the median and the worst prediction beside the truth, where the task draws one."""
     with torch.inference_mode(), autocast(plan.device, plan.options.precision):
-        figure = plan.task.picture(model, test)
+        figure = plan.task.picture(model, test, rows)
     if figure is not None:
         plan.options.out.mkdir(parents=True, exist_ok=True)
-        path = plan.options.out / f"{_slug(plan.name)}-test-{key[:8]}.png"
+        path = plan.options.out / f"{_slug(plan.name)}-median-and-worst-{key[:8]}.png"
         figure.savefig(path, dpi=110)
         say(f"picture: {path}")
         if plan.loggers is not None:

@@ -16,9 +16,9 @@ class FinetuneOptions:
     """Fine-tune encoders on a downstream task, and compare them with the same network from scratch.
 
     Attributes:
-        encoder: One or several encoders: a run or its encoder/ folder (RUN:stem_stride=1 changes an option
-            that leaves the weights as they are), weights of another toolkit (FILE.pth, .pt, .ckpt or
-            .safetensors), scratch:NAME[:kind][:field=value...] or imagenet:NAME...; LABEL=ENCODER gives
+        encoder: One or several encoders: a run, its encoder/ folder or zoo:NAME (RUN:stem_stride=1 changes
+            an option that leaves the weights as they are), weights of another toolkit (FILE.pth, .pt, .ckpt
+            or .safetensors), scratch:NAME[:kind][:field=value...] or imagenet:NAME...; LABEL=ENCODER gives
             the row a name of its own. With --folds, {fold} in a path is the number of the fold: each fold
             starts from the run that left its test subjects out (`ssl3d pretrain --leave-out 0/5`).
         data: Stores, folders of stores, phantoms[:N], or scans (prepared into $SSL3D_CACHE first).

@@ -248,9 +248,34 @@ class FinetuneTask(ABC):
         """Write a prediction for other programs (NIfTI, CSV); None where there is nothing to write."""
         return None
 
-    def picture(self, model: nn.Module, data: Collection) -> Any:
-        """Draw a matplotlib figure of predictions beside the truth on some of `data`, or None."""
+    def picture(self, model: nn.Module, data: Collection, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Draw a matplotlib figure of predictions beside the truth, for a median and the worst volume.
+
+        Args:
+            model: Trained network.
+            data: Volumes that were predicted.
+            rows: Predictions of these volumes, as `predict_all` returns them.
+
+        Returns:
+            Figure; None where the task draws none.
+        """
         return None
+
+
+def median_and_worst(values: Sequence[float]) -> list[tuple[str, int]]:
+    """Choose the volumes that a picture shows, with the words for each.
+
+    Args:
+        values: Score of each volume, a higher one is better; NaN for none.
+
+    Example:
+        >>> median_and_worst([0.9, float("nan"), 0.2, 0.7])
+        [('median', 3), ('worst', 2)]
+    """
+    order = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: values[k])
+    if len(order) < 2:
+        return [("", k) for k in order or range(min(len(values), 1))]
+    return [("median", order[len(order) // 2]), ("worst", order[0])]
 
 
 def _tupled(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from ssl3d.api import (
     UsageError,
     count_of,
+    duration,
     locks,
     model_folders,
     open_data,
@@ -125,7 +126,8 @@ def _plan(options: StudyOptions, sources: Sources, began: float) -> None:
     lines = plan_lines(seen, recipes, imagenet, plan, costs, options.hours, options.workers, options.spread)
     final = content(plan.design, (plan.pretrain_steps, plan.finetune_steps))
     check(SuitePlan(checked_suite("suite", out / "suite.yaml", final), places))
-    note = {"options": _plain(options), "plan": lines, "look": asdict(seen), "costs": asdict(costs)}
+    note = {"options": _plain(options), "plan": lines, "look": asdict(seen), "costs": asdict(costs),
+            "seconds": plan.seconds}  # fmt: skip
     try:
         write_whole(out / NOTE, json.dumps(note, indent=1) + "\n")
         write_whole(out / "suite.yaml", suite_text(final, lines))
@@ -201,13 +203,25 @@ def _conclude(options: StudyOptions, suite: Path) -> None:
     ]
     text = ending(
         in_short(boards), models, options.scans, out / "report" / "index.html",
-        methods_paragraph(boards, page.resamples),
+        methods_paragraph(boards, page.resamples), _time(out),
     )  # fmt: skip
     show(f"\n{text}")
     try:
         write_whole(out / "answer.txt", text + "\n")
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error
+
+
+def _time(out: Path) -> str:
+    """Say how long pretraining and fine-tuning took, beside the plan; empty where neither is known."""
+    marks = [
+        _read(path) for kind in ("pretrain", "score") for path in (out / ".jobs").glob(f"{kind}__*.json")
+    ]
+    taken = [float(mark["seconds"]) for mark in marks if mark.get("state") == "done" and "seconds" in mark]
+    planned = _read(out / NOTE).get("seconds")
+    if not taken or not planned:
+        return ""
+    return f"its jobs took {duration(sum(taken))}, planned were {duration(float(planned))}"
 
 
 def _about(place: Path) -> str:

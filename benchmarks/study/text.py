@@ -141,6 +141,7 @@ def ending(
     scans: Sequence[str],
     page: Path,
     methods: str,
+    time: str = "",
 ) -> str:
     """Write what a study ends with.
 
@@ -150,10 +151,13 @@ def ending(
         scans: Words of the scans.
         page: Page of the report.
         methods: Paragraph for a paper.
+        time: Time that it took, beside the plan.
     """
     lines = ["Does pretraining pay here?", *(f"  {sentence}" for sentence in sentences), "", "What to use:"]
     for folder, about in models:
         lines += [f"  {folder}", f"    {about}", f"    ssl3d predict {folder} --data SCANS --out predicted"]
     if not models:
         lines.append("  no model is kept: see the page")
+    if time:
+        lines += ["", f"Time: {time}"]
     return "\n".join([*lines, "", f"Everything else: {page}", "", "Methods:", f"  {methods}"])

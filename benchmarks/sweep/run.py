@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ssl3d.api import DataError, UsageError, count_of, locks, printable, seed_of, write_whole
 from ssl3d_benchmarks.child import Child
@@ -216,9 +216,12 @@ class Worker:
         watch = threading.Thread(target=self._watch, args=(trial, ended, pruned), daemon=True)
         watch.start()
         try:
-            status, last = self.child.run(
-                self._command(trial), self._path(trial.number, "log"), os.environ, self.options.verbose
-            )
+            with self._path(trial.number, "running").open("a") as mark:
+                _wait_for(mark)
+                status, last = self.child.run(
+                    self._command(trial), self._path(trial.number, "log"), os.environ,
+                    self.options.verbose, [mark.fileno()],
+                )  # fmt: skip
         finally:
             ended.set()
             watch.join()
@@ -252,3 +255,16 @@ class Worker:
 
     def _path(self, number: int, ending: str) -> Path:
         return self.options.out / TRIALS / f"{number:04d}.{ending}"
+
+
+def _wait_for(mark: TextIO) -> None:
+    """Wait until no process has the file of a trial open, and lock it for the one to come.
+
+    The process of a worker that was killed saves and ends by itself, but not at once.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return
+    with contextlib.suppress(OSError):  # not on this file system
+        fcntl.flock(mark, fcntl.LOCK_EX)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ssl3d.checkpoint.zoo import ZOO, fetched
 from ssl3d.errors import CheckpointError
 from ssl3d.json_files import parse_json
 
@@ -131,9 +132,13 @@ def plugin_record(about: Mapping[str, Any], name: str) -> Any:
 def encoder_folder(path: Path) -> Path:
     """Find the folder of an encoder in a run, in the folder itself, or beside one of its two files.
 
+    `zoo:NAME` is fetched, unless it was before.
+
     Raises:
         CheckpointError: There is none; the message says what there is.
     """
+    if str(path).startswith(ZOO):
+        return fetched(str(path))
     if (path / CARD).is_file():
         return path
     if (path / "encoder" / CARD).is_file():

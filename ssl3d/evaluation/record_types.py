@@ -48,6 +48,7 @@ PARTS: Mapping[str, Kinds] = {
     "contestant.pretraining.data": OBJECT,
     "contestant.pretraining.data.volumes": NUMBER,
     "contestant.pretraining.data.datasets": (WORDS, OBJECT),
+    "contestant.pretraining.data.modalities": OBJECT,
     "contestant.pretraining.init": OBJECT,
     "contestant.pretraining.init.from": WORD,
     "dataset": (WORD, WORDS),

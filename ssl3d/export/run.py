@@ -47,8 +47,11 @@ class Written:
     def lines(self) -> list[str]:
         """Return what the command prints."""
         apart = self.about["largest_difference"]
+        shape = self.about.get("input", {}).get("shape")
+        sides = " x ".join("any" if side is None else str(side) for side in shape or ())
         return [
             *(f"{self.folder / name}  {byte_size(count)}" for name, count in self.files),
+            *([f"takes batch x channel x D x H x W: {sides}"] if shape else []),
             f"largest difference from ssl3d's own outputs: {apart:.2g}",
             *([f"uploaded to {self.about['address']}"] if "address" in self.about else []),
         ]

@@ -77,7 +77,7 @@ class PretrainOptions:
         nodes: Number of nodes; 0 takes those that torchrun or SLURM started, else 1.
         strategy: Distribution over several devices: ddp keeps all weights on each of them, fsdp shards them
             (CUDA only), auto takes ddp.
-        init: Run or encoder whose weights and architecture the run starts from.
+        init: Run, encoder or zoo:NAME whose weights and architecture the run starts from.
         seed: Seed of everything random: weights, order, crops and views.
         checkpoint_every: Steps between checkpoints; the last two are kept.
         eval_every: Steps between evaluations: the metrics of held-out subjects, pictures and the online kNN

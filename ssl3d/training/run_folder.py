@@ -139,12 +139,25 @@ def metadata(
             "digest": digest,
             "volumes": len(data),
             "datasets": sorted(set(map(str, data.datasets))),
+            **({"modalities": kinds} if (kinds := _modalities(data)) else {}),
             "chosen_by": BY_TARGET,
         },
         "identities": sorted(identities),
         "volumes_seen": pack_hashes(volumes) | ({"incomplete": True} if unread else {}),
         "labels_seen": labels,
         "citations": citations | {plan.encoder_name: plan.encoder.paper},
+    }
+
+
+def _modalities(data: Collection) -> dict[str, str]:
+    """Return the modality of each data set whose scans say it, and all the same."""
+    kinds_of: dict[str, set[str]] = {}
+    for settings in data.settings:
+        for name, kind in (settings.get("modalities") or {}).items():
+            kinds_of.setdefault(str(name), set()).add(str(kind))
+    names = set(map(str, data.datasets))
+    return {
+        name: kinds.pop() for name, kinds in sorted(kinds_of.items()) if name in names and len(kinds) == 1
     }
 
 

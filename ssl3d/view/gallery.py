@@ -75,7 +75,8 @@ def gallery(cards: Sequence[Card], noun: str = "volume") -> str:
             "</select></label>"
         )
     parts.append('<label><input type="checkbox" class="toggle" checked> outlines</label>')
-    parts.append('<span class="pages"></span></div><div class="gallery">')
+    width = 360 if len(cards) <= SIDES[1][0] else 310
+    parts.append(f'<span class="pages"></span></div><div class="gallery" style="--card:{width}px">')
     parts += [_card(card, list(chosen), list(orders)) for card in cards]
     return "\n".join([*parts, "</div>"])
 

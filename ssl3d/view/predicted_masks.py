@@ -152,7 +152,7 @@ class PredictedMasks(Predicted):
         titles = {value: f"{value} ({name})" for value, name in self.names.items()}
         if not self.known:
             return parts.legend(titles)
-        words = ((MISSED, "difference: missed"), (EXTRA, "difference: too much, or another class"))
+        words = ((MISSED, "difference: missed, or another class"), (EXTRA, "difference: too much"))
         extra = "".join(f'<i class="swatch" style="background:{c}"></i>{w}' for c, w in words)
         return parts.legend(titles) + f'<p class="legend">{extra}</p>'
 

@@ -43,7 +43,7 @@ def predictions_page(folder: Path, words: Sequence[str], most: int) -> tuple[str
     predicted = kind(folder, rows, about, data)
     progress, begun = Progress(min(len(predicted), most)), time.monotonic()
     shown = _chosen(len(predicted), most)
-    side = side_of(3 * len(shown))
+    side = side_of(2 * len(shown))
     cards: list[tuple[float, Card]] = []
     for number, position in enumerate(shown):
         try:

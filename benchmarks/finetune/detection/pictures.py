@@ -21,8 +21,9 @@ _SHOWN = 5  # detections of a volume that are drawn at most
 
 
 def detection_picture(
-    volumes: Sequence[Volume], truths: Sequence[Array], detections: Sequence[Any], scores: DetectionScores
-) -> Figure:
+    volumes: Sequence[Volume], truths: Sequence[Array], detections: Sequence[Any], scores: DetectionScores,
+    roles: Sequence[str] = (),
+) -> Figure:  # fmt: skip
     """Draw truth and detections on the slice through each volume's largest object, and the FROC curve.
 
     Args:
@@ -30,6 +31,7 @@ def detection_picture(
         truths: True boxes (n, 6) of each volume.
         detections: Predicted `boxes`, `scores` and `labels` of each volume.
         scores: Scores over all test volumes.
+        roles: Words for what each volume is among those that were predicted, such as "worst".
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -38,8 +40,12 @@ def detection_picture(
     panels = figure.subplots(1, len(volumes) + 1, squeeze=False, width_ratios=[2.6] * len(volumes) + [3.4])[
         0
     ]
-    for panel, volume, boxes, predicted in zip(panels, volumes, truths, detections, strict=False):
+    roles = roles or [""] * len(volumes)
+    for panel, volume, role, boxes, predicted in zip(
+        panels, volumes, roles, truths, detections, strict=False
+    ):
         _slice(panel, volume, boxes, predicted)
+        panel.set_title("\n".join(filter(None, (role, panel.get_title()))), fontsize=7)
     draw_froc(panels[-1], {"": scores})
     handles = [Patch(color=_TRUE, label="truth"), Patch(color=_FOUND, label="detected, with score")]
     figure.legend(handles=handles, loc="outside lower left", ncol=2, fontsize=8, frameon=False)

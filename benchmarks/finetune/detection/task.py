@@ -42,7 +42,7 @@ from ssl3d.api import (
     window_starts,
     write_boxes,
 )
-from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, median_and_worst, patch_within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -511,22 +511,24 @@ class Detection(FinetuneTask):
         folder.mkdir(parents=True, exist_ok=True)
         return write_boxes(folder / f"{file_name(volume)}.json", volume, *predicted, self.classes)
 
-    def picture(self, model: nn.Module, data: Collection) -> Any:
-        """Draw truth and detections on slices of some volumes, and the FROC curve of all."""
+    def picture(self, model: nn.Module, data: Collection, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Draw truth and detections of a median and the worst volume, and the FROC curve of all.
+
+        Volumes are compared by the average precision of each, which one without an object has not.
+        """
         from ssl3d_benchmarks.finetune.detection.pictures import detection_picture
 
-        of_subject: dict[str, Volume] = {}
-        for volume in data:
-            if len(self.truth(volume).boxes):
-                of_subject.setdefault(f"{volume.dataset}/{volume.subject}", volume)
-        shown = (list(of_subject.values()) or list(data))[:4]
-        rows = [self.predict(model, volume) for volume in data]
+        iou, limit = self.config.froc_iou, self.config.detections
+        each = [float(scores_of([row], iou, limit).average_precision().mean[0]) for row in rows]
+        chosen = median_and_worst(each)
+        shown = [data[k] for _, k in chosen]
         predicted = [self.detect(model, volume) for volume in shown]
         return detection_picture(
             shown,
             [self.truth(volume).boxes for volume in shown],
             predicted,
-            scores_of(rows, self.config.froc_iou, self.config.detections),
+            scores_of(rows, iou, limit),
+            [words for words, _ in chosen],
         )
 
 

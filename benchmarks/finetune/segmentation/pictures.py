@@ -19,8 +19,9 @@ Array = NDArray[Any]
 
 
 def segmentation_picture(
-    volumes: Sequence[Volume], truth: Sequence[Array], predicted: Sequence[Array], names: Sequence[str]
-) -> Figure:
+    volumes: Sequence[Volume], truth: Sequence[Array], predicted: Sequence[Array], names: Sequence[str],
+    roles: Sequence[str] = (),
+) -> Figure:  # fmt: skip
     """Draw a row per volume: axial, coronal and sagittal slice, each with the truth and the prediction.
 
     The slices go through the middle of the true objects (of the predicted ones, or of the volume, if there
@@ -32,13 +33,17 @@ def segmentation_picture(
         truth: True class indices (D, H, W), negative where unknown.
         predicted: Predicted class indices (D, H, W).
         names: Names of the classes, background first.
+        roles: Words for what each volume is among those that were predicted, such as "worst".
     """
     from matplotlib.figure import Figure
 
     planes = 1 if volumes[0].shape[1] == 1 else 3
     figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
     axes = figure.subplots(len(volumes), 2 * planes, squeeze=False)
-    for row, volume, true, labels in zip(axes.tolist(), volumes, truth, predicted, strict=True):
+    roles = roles or [""] * len(volumes)
+    for row, volume, role, true, labels in zip(
+        axes.tolist(), volumes, roles, truth, predicted, strict=True
+    ):
         image = volume.read()[0].numpy()
         low, high = np.percentile(image, (1, 99))
         at = _middle(true, labels)
@@ -61,9 +66,8 @@ def segmentation_picture(
                 panel.set_axis_off()
                 if volume is volumes[0]:
                     panel.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}, {title}", fontsize=8)
-        row[0].text(
-            0.02, 0.02, volume.id.split("/")[-1], color="white", fontsize=6, transform=row[0].transAxes
-        )
+        title = ": ".join(filter(None, (role, volume.id.split("/")[-1])))
+        row[0].text(0.02, 0.02, title, color="white", fontsize=6, transform=row[0].transAxes)
         words = palette.dice_words(true, labels, names)
         row[1].text(0.02, 0.02, words, color="white", fontsize=6, transform=row[1].transAxes)
     palette.legend(figure, names)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ from ssl3d.api import (
     statistics,
     view_margin,
 )
-from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, patch_within
+from ssl3d_benchmarks.finetune.protocol import FinetuneTask, file_name, median_and_worst, patch_within
 from ssl3d_benchmarks.finetune.segmentation.data import (
     SLAB,
     Annotation,
@@ -615,15 +616,18 @@ class Segmentation(FinetuneTask):
             path = path.replace(folder / f"{name}_stored_grid.nii.gz")
         return path
 
-    def picture(self, model: nn.Module, data: Collection) -> Any:
-        """Draw slices through the objects of some volumes, with truth and prediction."""
+    def picture(self, model: nn.Module, data: Collection, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Draw slices through the objects of the volumes with the median and the worst mean Dice."""
         from ssl3d.api import palette
         from ssl3d_benchmarks.finetune.segmentation.pictures import segmentation_picture
 
-        shown = data[:4]
+        each = [[value for value in row["dice"].values() if value is not None] for row in rows]
+        chosen = median_and_worst([fmean(own) if own else float("nan") for own in each])
+        shown = [data[k] for _, k in chosen]
         predicted = [self.labels(model, volume) for volume in shown]
         truth = [class_indices(self._table(volume), volume.read_mask().numpy()) for volume in shown]
-        return segmentation_picture(list(shown), truth, predicted, palette.class_titles(data, self.names))
+        titles = palette.class_titles(data, self.names)
+        return segmentation_picture(shown, truth, predicted, titles, [words for words, _ in chosen])
 
 
 def _check_classes(classes: Sequence[int], data: Collection, ignore: int | Mapping[str, int]) -> None:

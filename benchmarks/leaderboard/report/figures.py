@@ -219,6 +219,8 @@ def pictures(board: Board) -> str:
         if path is not None and source:
             embeddings = "embeddings of the test part on their principal axes"
             content = embeddings if "embeddings" in path.name else "predictions beside the truth"
+            if "median-and-worst" in path.name:
+                content += ", for the volumes with the median and the worst score"
             alt = escape(f"{arm.title}: {content}", quote=True)
             parts.append(
                 f'<figure><img loading="lazy" alt="{alt}" src="{source}">'

@@ -115,6 +115,8 @@ def titled(arm: Arm, full: bool = False) -> str:
             words.append(network_title(arm, full))
         elif part.startswith("ImageNet ") and arm.kind == "imagenet":
             words.append("ImageNet " + _network(part.removeprefix("ImageNet "), full))
+        elif part in ("own data", data_words(arm, "on ")) and any(_modalities(arm)):
+            words.append(data_words(arm))
         else:
             method, after, start = part.partition(" after ")
             words.append(" + ".join(map(_known, method.split(" + "))) + after + start)
@@ -185,6 +187,27 @@ def relation(arm: Arm, table: Table) -> str:
     if names == set(table.dataset):
         return "own data"
     return "on " + " + ".join(sorted(names))
+
+
+def data_words(arm: Arm, before: str = "") -> str:
+    """Name the data of pretraining as people would: each data set, with its modality where that is known.
+
+    Args:
+        arm: Contestant that was pretrained.
+        before: Word before the names; with one, there are no modalities.
+    """
+    names = sorted(set(_trained_on(arm)))
+    if before:
+        return before + " + ".join(names)
+    known = dict(zip(names, _modalities(arm), strict=True))
+    return " + ".join(f"{name} {known[name]}".strip() for name in names)
+
+
+def _modalities(arm: Arm) -> list[str]:
+    """Return the modality of each data set of pretraining, in the order of their names; "" for unknown."""
+    kinds = (arm.first.pretraining.get("data") or {}).get("modalities")
+    known = kinds if isinstance(kinds, Mapping) else {}
+    return [str(known.get(name) or "") for name in sorted(set(_trained_on(arm)))]
 
 
 def decoder_words(arm: Arm) -> str:

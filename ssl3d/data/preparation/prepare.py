@@ -121,6 +121,7 @@ def _prepare(options: PrepareOptions, out: Path, say: Callable[[str], None]) -> 
             "mask_ignore": contents.ignore_labels,
             "mask_regions": contents.regions,
             "box_labels": _box_names(contents, options),
+            "modalities": _modalities(scans),
             "version": VERSION,
         }
         rejected = _make_store(work, refused, left_out, settings, overwrite=options.overwrite)
@@ -296,6 +297,16 @@ def _spacing(
     if len({scan.dataset for scan in contents.scans}) > 1:
         return None, medians
     return next(iter(medians.values()), None), {}
+
+
+def _modalities(scans: Sequence[Scan]) -> dict[str, str]:
+    """Return the modality (DICOM code) of each data set whose scans all say the same."""
+    kinds_of: dict[str, set[str]] = {}
+    for scan in scans:
+        kinds_of.setdefault(scan.dataset, set()).add(scan.modality)
+    return {
+        name: kinds.pop() for name, kinds in sorted(kinds_of.items()) if len(kinds) == 1 and "" not in kinds
+    }
 
 
 def _box_names(contents: Found, options: PrepareOptions) -> dict[str, dict[str, str]]:

@@ -328,7 +328,12 @@ def test_predictions_are_written_in_mm(tmp_path):
 def test_pictures_are_drawn(data, images, tmp_path):
     for number, some in enumerate((data, images)):
         task = task_of(some)
-        figure = task.picture(Told(wrong=1), some[:4])
+        own = rows_of(task, Told(wrong=1), some[:4])
+        own[2] = {**own[2], "boxes": [], "scores": [], "labels": []}  # nothing found: the worst
+        figure = task.picture(Told(wrong=1), some[:4], own)
+        titles = [panel.get_title() for panel in figure.axes[:2]]
+        assert titles[0].startswith("median") and titles[1].startswith("worst\n")
+        assert some[2].id[-20:] in titles[1]
         figure.savefig(tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").stat().st_size > 5000
     from ssl3d_benchmarks.finetune.detection.task import scores_of

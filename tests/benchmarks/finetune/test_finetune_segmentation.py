@@ -470,7 +470,11 @@ def test_a_prediction_is_written_with_mask_values(tmp_path, data):
 def test_a_picture_shows_truth_beside_prediction(tmp_path, data):
     task = Segmentation(SegmentationConfig(patch=(16, 16, 16)), data)
     path = tmp_path / "p.png"
-    figure = task.picture(Told(), data[:2])
+    rows = [{"dice": {"1": value, "4": None}} for value in (0.8, None, 0.3, 0.9)]
+    figure = task.picture(Told(), data[:4], rows)
+    words = [text.get_text() for panel in figure.axes for text in panel.texts]
+    ids = [volume.id.split("/")[-1] for volume in data[:4]]
+    assert [word for word in words if "Dice" not in word] == [f"median: {ids[0]}", f"worst: {ids[2]}"]
     titles = [panel.get_title() for panel in figure.axes]
     assert titles[:2] == ["axial, truth", "axial, predicted"] and len(titles) == 12 and not titles[6]
     figure.savefig(path)

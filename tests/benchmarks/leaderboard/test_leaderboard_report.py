@@ -1425,7 +1425,14 @@ def test_what_did_not_learn_tells_nothing(report):
 @pytest.mark.parametrize(
     ("kind", "label", "group", "title"),
     [
-        ("pretrained", "simclr, own data", "", "SimCLR, own data"),
+        ("pretrained", "simclr, own data", "", "SimCLR, hippocampus MR"),
+        ("pretrained", "simclr, on hippocampus", "", "SimCLR, hippocampus MR"),
+        (
+            "pretrained",
+            "simclr, own data, resnet18",
+            "scratch:resnet18",
+            "SimCLR, hippocampus MR, ResNet-18 ACS",
+        ),
         ("pretrained", "mae + sorting", "", "MAE + Slice sorting"),
         ("pretrained", "my_proxy", "", "my_proxy"),
         ("pretrained", "swav after ImageNet", "", "SwAV after ImageNet"),
@@ -1445,8 +1452,12 @@ def test_names_are_those_that_people_use(kind, label, group, title):
 
     who = {"group": group, "architecture": {"name": "resnet18", "config": {"kind": "acs"}}}
     result = SimpleNamespace(contestant=who)
-    arm = SimpleNamespace(label=label, kind=kind, first=SimpleNamespace(result=result))
+    data = {"datasets": ["hippocampus"], "modalities": {"hippocampus": "MR"}}
+    first = SimpleNamespace(result=result, pretraining={"data": data})
+    arm = SimpleNamespace(label=label, kind=kind, first=first)
     assert titled(arm) == title
+    first.pretraining = {"data": {"datasets": ["hippocampus"]}}  # as records of before have it
+    assert titled(arm) == title.replace("hippocampus MR", label.split(", ")[-1 - ("resnet" in label)])
     if kind == "imagenet":  # where two have the same name
         assert titled(arm, True) == "ImageNet MobileNetV2 I3D strides 1"
 

@@ -1,6 +1,7 @@
 """A whole study on small scans: planned, killed, resumed, edited by hand, refused in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -82,6 +83,7 @@ def test_a_study_that_was_killed_ends_with_the_same_records(scans, jobs, tmp_pat
     assert said.index("What it can show") < said.index("pretrain:context_restoration:0")
     assert "Does pretraining pay here?\n  Fine-tuned, " in said and "ssl3d predict " in said
     assert (whole / "answer.txt").read_text() in said + "\n"
+    assert re.search(r"\nTime: its jobs took \S+.*, planned were \S+", said)
     model = Path(next(w.split()[2] for w in said.splitlines() if w.strip().startswith("ssl3d predict")))
     assert model.is_dir()
     assert "(1 of 1 encoders" in said or "no gain" in said or "nothing can be" in said

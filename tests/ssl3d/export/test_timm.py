@@ -122,7 +122,8 @@ def test_a_classifier_of_volumes_gives_timm_its_encoder_alone(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch-export"])
-def test_other_formats_take_images_of_a_classifier_of_images(of_images, form, tmp_path):
+def test_other_formats_take_images_of_a_classifier_of_images(of_images, form, tmp_path, capsys):
     assert main(["export", str(of_images), "--to", form, "--out", str(tmp_path / "out")]) == 0
+    assert "takes batch x channel x D x H x W: any x 1 x 1 x any x any" in capsys.readouterr().out
     about = json.loads((tmp_path / "out/export.json").read_text())
     assert all(size[0] == 1 for size in about["input"]["checked_sizes"])
