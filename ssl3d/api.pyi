@@ -68,6 +68,7 @@ from .checkpoint.models import (
     save_model as save_model,
 )
 from .checkpoint.proxies import load_proxies as load_proxies
+from .checkpoint.snapshot import write_state as write_state
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
     hashes_in as hashes_in,
@@ -376,6 +377,7 @@ from .evaluation.records import (
     Result as Result,
     find_result as find_result,
     read_result as read_result,
+    result_of as result_of,
     split_digest as split_digest,
     write_result as write_result,
 )

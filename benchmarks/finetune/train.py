@@ -35,6 +35,7 @@ from ssl3d.api import (
     tensor_bytes,
     to_memory_format,
     whole_file,
+    write_state,
 )
 
 if TYPE_CHECKING:
@@ -614,8 +615,8 @@ def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opt
         "threads": torch.get_num_threads(),
     }
     try:
-        with whole_file(path, sync=True) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
+        with whole_file(path, sync=True) as temporary:
+            write_state(state, temporary)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -391,7 +391,7 @@ def plan_from(
     for name, proxy in proxies.items():
         own_section = values.get(name) or {}
         configured[name] = proxy, config.from_dict(proxy.Config, own_section, f"{where}, {name}", recorded)
-    unknown = sorted(set(values) - known - set(configured) - {options.encoder})
+    unknown = sorted(map(str, set(values) - known - set(configured) - {options.encoder}))
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     section = values.get(options.encoder) or {}

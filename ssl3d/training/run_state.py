@@ -163,7 +163,7 @@ class RunState:
                 snapshot.save_checkpoint(folder, done, lambda path: os.replace(whole, path))
         elif fabric.is_global_zero:
             state |= {"module": trainee.state_dict(), "optimizer": self.optimizer.state_dict()}
-            snapshot.save_checkpoint(folder, done, lambda path: _torch_save(state, path))
+            snapshot.save_checkpoint(folder, done, lambda path: snapshot.write_state(state, path))
         fabric.barrier()
 
     def export(self, name: str, done: int) -> None:
@@ -319,15 +319,3 @@ def _persistent_buffers(trainee: Trainee) -> dict[str, Tensor]:
 
 def _digest(value: Tensor) -> str:
     return f"{tuple(value.shape)} {hashlib.sha256(tensor_bytes(value)).hexdigest()}"
-
-
-def _torch_save(state: dict[str, Any], path: Path) -> None:
-    # Through a file of Python's: a full disk is an OSError then, though torch hides it behind another.
-    try:
-        with path.open("wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from error
