@@ -108,6 +108,11 @@ from .data.store.writer import (
     write_part as write_part,
 )
 
+from .data.size_notes import (
+    large_batch_note as large_batch_note,
+    large_crop_note as large_crop_note,
+)
+
 # Crops and augmentations
 from .views.compose import (
     ViewRng as ViewRng,
@@ -122,10 +127,13 @@ from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
     corrupt_once as corrupt_once,
+    mean_of as mean_of,
+    means_of as means_of,
     relative_error as relative_error,
     restoration_error as restoration_error,
 )
 from .views.crops import (
+    centres_ignored as centres_ignored,
     draw_crop as draw_crop,
     draw_positions as draw_positions,
     fit_size as fit_size,
@@ -156,8 +164,11 @@ from .views.pairs import (
 )
 from .views.places import draw_places as draw_places
 from .views.restore import (
+    Restorable as Restorable,
     RestoreViews as RestoreViews,
     draw_one as draw_one,
+    flip_counted as flip_counted,
+    mirror_counted as mirror_counted,
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )
@@ -386,6 +397,7 @@ from .pages.document import (
 from . import locks as locks
 from .slurm import submit_jobs as submit_jobs
 from .config import (
+    former_defaults as former_defaults,
     Plugins as Plugins,
     added_option as added_option,
     parse as parse,

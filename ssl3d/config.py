@@ -232,14 +232,16 @@ def _plain(value: Any) -> Any:
 
 
 _BEFORE = "before"
+_ONLY = "only"
 
 
-def added_option(default: Any, before: Any) -> Any:
+def added_option(default: Any, before: Any, only: Mapping[str, Any] | None = None) -> Any:
     """Declare an option that was added to a dataclass later, for its default means something new.
 
     Args:
         default: Value where the user gives none.
         before: Value that files mean which were written before there was the option.
+        only: Values of other options with which alone it has an effect.
 
     Example:
         >>> @dataclasses.dataclass
@@ -248,13 +250,33 @@ def added_option(default: Any, before: Any) -> Any:
         >>> from_dict(Options, {}, "here").rings, from_dict(Options, {}, "a run", recorded=True).rings
         ('published', 'none')
     """
-    return dataclasses.field(default=default, metadata={_BEFORE: before})
+    return dataclasses.field(default=default, metadata={_BEFORE: before, _ONLY: dict(only or {})})
 
 
 def as_before(config: type) -> dict[str, Any]:
     """Collect the values that files mean which were written before there were these options."""
     fields = dataclasses.fields(config)
     return {field.name: field.metadata[_BEFORE] for field in fields if _BEFORE in field.metadata}
+
+
+def former_defaults(config: type, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare the defaults that an earlier version made something with to those of now.
+
+    Args:
+        config: The dataclass.
+        recorded: Options that the earlier version wrote down, all that there were.
+
+    Returns:
+        (default then, default now) of each option that has come since, where it has an effect.
+    """
+    return {
+        field.name: (field.metadata[_BEFORE], field.default)
+        for field in dataclasses.fields(config)
+        if _BEFORE in field.metadata
+        and field.name not in recorded
+        and field.metadata[_BEFORE] != field.default
+        and all(recorded.get(name) == value for name, value in field.metadata[_ONLY].items())
+    }
 
 
 def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: bool = False) -> Any:
