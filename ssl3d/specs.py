@@ -30,12 +30,14 @@ def encoder_from(spec: str | Path, seed: int = 0) -> Encoder:
 
     Args:
         spec: Run or its `encoder/`, with `:field=value...` for options that leave the weights as they
-            are, as in `RUN:stem_stride=1`; or `scratch:NAME[:kind][:field=value...]` for an untrained one,
-            as in `scratch:resnet18:acs:width=32:stem_stride=1`; or `imagenet:NAME[:kind][:field=value...]
-            [:weights=FILE]` for a 2D network with ImageNet's weights made 3D, as in
-            `imagenet:mobilenet_v2:acs`, with the fields of `ssl3d.convert.config.ConvertedConfig`; or
-            another toolkit's weights, `FILE.pth[:kind][:field=value...]` (also .pt, .ckpt, .safetensors;
-            `foreign:FILE` whatever its name), as `ssl3d.convert.foreign.from_spec` reads them.
+            are, as in `RUN:stem_stride=1`; or `zoo:NAME`, as a run (`ssl3d.checkpoint.zoo`); or
+            `scratch:NAME[:kind][:field=value...]` for an untrained one, as in
+            `scratch:resnet18:acs:width=32:stem_stride=1`; or
+            `imagenet:NAME[:kind][:field=value...][:weights=FILE]` for a 2D network with ImageNet's weights
+            made 3D, as in `imagenet:mobilenet_v2:acs`, with the fields of
+            `ssl3d.convert.config.ConvertedConfig`; or another toolkit's weights,
+            `FILE.pth[:kind][:field=value...]` (also .pt, .ckpt, .safetensors; `foreign:FILE` whatever its
+            name), as `ssl3d.convert.foreign.from_spec` reads them.
         seed: Seed of an untrained encoder's weights.
 
     Raises:
