@@ -20,7 +20,9 @@ from ssl3d.api import (
     constant,
     decode,
     draw_one,
-    mirror_one,
+    mean_of,
+    means_of,
+    mirror_counted,
     relative_error,
     restoration_picture,
     restoring_decoder,
@@ -115,13 +117,13 @@ class ContextRestoration(Proxy):
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Swap patches of the crops (B, C, D, H, W) and restore them."""
         config = self.config
-        original, foreground = mirror_one(config, batch, rng, self.training)
+        original, foreground, counted = mirror_counted(config, batch, rng, self.training)
         damaged, moved = swap_patches(original, foreground, rng, config.moved, config.patch)
         restored = decode(self.decoder, damaged, self.encoder(damaged))
         with torch.autocast(original.device.type, enabled=False):
             restored, original = restored.float(), original.float()
-            loss = functional.mse_loss(restored, original)
-            metrics = _metrics(restored.detach(), damaged.float(), original, moved, foreground)
+            loss = mean_of((restored - original).square(), counted)
+            metrics = _metrics(restored.detach(), damaged.float(), original, moved, foreground, counted)
         return StepOutput(loss, metrics, lambda: restoration_picture(original, damaged, restored))
 
     def travels(self) -> dict[str, nn.Module]:
@@ -259,15 +261,21 @@ def _exchange(x: Tensor, starts: Tensor, sides: Tensor, most: Sequence[int], par
 
 
 def _metrics(
-    restored: Tensor, damaged: Tensor, original: Tensor, moved: Tensor, foreground: Tensor
+    restored: Tensor,
+    damaged: Tensor,
+    original: Tensor,
+    moved: Tensor,
+    foreground: Tensor,
+    counted: Tensor | None,
 ) -> dict[str, Tensor]:
-    where = moved.unsqueeze(1)
-    mean = original.mean(dim=(2, 3, 4), keepdim=True)
+    everywhere = torch.ones_like(moved).unsqueeze(1) if counted is None else counted
+    where, still = moved.unsqueeze(1) & everywhere, ~moved.unsqueeze(1) & everywhere
+    mean = means_of(original, counted)
     error, copying, guess = (
         ((y - original).square() * where).sum() for y in (restored, damaged, mean.expand_as(original))
     )
-    rest = ((restored - original).square() * ~where).sum()
-    spread = ((mean - original).square() * ~where).sum()
+    rest = ((restored - original).square() * still).sum()
+    spread = ((mean - original).square() * still).sum()
     return {
         "relative_error": relative_error(error, copying),
         "mean_error": relative_error(error, guess),

@@ -24,6 +24,7 @@ from ssl3d.api import (
     ViewRng,
     Views,
     augment,
+    centres_ignored,
     draw_crop,
     fit_size,
     foreground_shares,
@@ -246,7 +247,7 @@ class CubeOrdering(Proxy):
             moved = rng.integers(0, jitter + 1, size=steps.shape)
             places = start + steps * cells + gaps // 2 + moved
             shares = foreground_shares(volume, places, extent)
-            filled = shares >= config.min_foreground - 1e-9
+            filled = (shares >= config.min_foreground - 1e-9) & ~centres_ignored(volume, places, extent)
             rank = (int(filled.sum()), float(shares.min()))
             if not best or rank > best[0]:
                 best = (rank, start, places, filled)

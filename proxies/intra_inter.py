@@ -21,7 +21,6 @@ from ssl3d.api import (
     Proxy,
     SliceAggregator,
     StepOutput,
-    TrainingError,
     ViewRng,
     Views,
     added_option,
@@ -471,18 +470,9 @@ class IntraInter(Proxy):
             level.cluster(epoch)
 
     def after_step(self, step: int, total: int) -> None:
-        """Keep a frozen encoder as it was, update clusters and the moving average, note the time.
-
-        Raises:
-            TrainingError: A stage freezes the encoder, and this process holds a part of it only.
-        """
+        """Keep a frozen encoder as it was, update clusters and the moving average, note the time."""
         config, before = self.config, read_number(self.progress)
         now = (step + 1) / max(total, 1)
-        if config.freezes and len(self.kept) != sum(p.numel() for p in self.encoder.parameters()):
-            raise TrainingError(
-                "intra_inter: stages staged freezes the encoder, for which every process needs all of its "
-                "weights: take --strategy ddp, or stages joint"
-            )
         if config.frozen_at(before):
             restore_parameters(self.encoder, self.kept)  # from the optimizer's momentum and weight decay
         elif config.frozen_at(now):

@@ -21,7 +21,7 @@ from ssl3d.api import (
     can_mask,
     decode,
     draw_one,
-    mirror_one,
+    mirror_counted,
     norm_visible,
     only_visible,
     relative_error,
@@ -65,7 +65,7 @@ class MAEConfig(RestoreViews):
     block: tuple[int, ...] = ()
     ratio: float = 0.75
     masking: Literal["token", "remask"] = "token"
-    densify_norm: bool = added_option(True, before=False)
+    densify_norm: bool = added_option(True, before=False, only={"masking": "remask"})
     norm_targets: bool | None = None
     width: int = 32
     skips: bool = True
@@ -194,22 +194,24 @@ class MAE(Proxy):
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Mask blocks of the crops (B, C, D, H, W) and restore them."""
         config = self.config
-        original, foreground = mirror_one(config, batch, rng, self.training)
+        original, foreground, counted = mirror_counted(config, batch, rng, self.training)
         blocks = Blocks.of(original.shape[2:], self.block_of(original.shape[2:]))
         masked = mask_blocks(blocks, rng, config.ratio)
         seen, maps = self._encode(original, masked)
         predicted = decode(self.decoder, seen, maps)
         with torch.autocast(original.device.type, enabled=False):
             predicted, image = predicted.float(), original.float()
-            target = normalise(image, blocks) if config.standardised else image
-            error = (predicted - target).square().mean(1, keepdim=True) * masked
-            loss = (error.sum((1, 2, 3, 4)) / masked.sum((1, 2, 3, 4))).mean()
-            metrics = self._metrics(predicted.detach(), target, image, masked, foreground, blocks)
+            target = normalise(image, blocks, counted) if config.standardised else image
+            asked = masked if counted is None else masked & counted
+            error = (predicted - target).square().mean(1, keepdim=True) * asked
+            loss = (error.sum((1, 2, 3, 4)) / asked.sum((1, 2, 3, 4)).clamp_min(1)).mean()
+            shown = ~masked if counted is None else ~masked & counted
+            metrics = self._metrics(predicted.detach(), target, image, asked, shown, foreground, blocks)
 
         def picture() -> Any:
             filled = predicted.detach()
             if config.standardised:
-                mean, deviation = block_statistics(image, blocks)
+                mean, deviation = block_statistics(image, blocks, counted)
                 filled = filled * deviation + mean
             return restoration_picture(image, seen, torch.where(masked, filled, image))
 
@@ -241,12 +243,13 @@ class MAE(Proxy):
         target: Tensor,
         image: Tensor,
         masked: Tensor,
+        shown: Tensor,
         foreground: Tensor,
         blocks: Blocks,
     ) -> dict[str, Tensor]:
         body = foreground.unsqueeze(1)
         asked = masked & body
-        mean, blurred = visible_mean(image, ~masked, body), blur_in(image, ~masked, blocks)
+        mean, blurred = visible_mean(image, shown, body), blur_in(image, shown, blocks)
         if self.config.standardised:  # whoever knows nothing guesses 0 there
             mean, blurred = torch.zeros_like(mean), normalise(blurred, blocks)
         error, guess, blur = (
@@ -255,7 +258,7 @@ class MAE(Proxy):
         return {
             "relative_error": relative_error(error, guess),
             "blur_error": relative_error(error, blur),
-            "background": 1 - asked.sum() / masked.sum(),
+            "background": 1 - asked.sum() / masked.sum().clamp_min(1),
         }
 
 
@@ -304,16 +307,25 @@ def mask_blocks(blocks: Blocks, rng: BatchRng, ratio: float) -> Tensor:
     return blocks.spread(chosen.view(-1, 1, *blocks.counts))
 
 
-def block_statistics(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the block that each voxel of (B, C, D, H, W) lies in."""
-    mean = blocks.spread(blocks.mean(x))
-    var = blocks.spread(blocks.mean((x - mean).square()))
-    return mean, (var + 1e-6).sqrt()
+def block_statistics(x: Tensor, blocks: Blocks, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the block that each voxel of (B, C, D, H, W) lies in.
+
+    They are those of the voxels that are `counted`, (B, 1, D, H, W); None counts all.
+    """
+
+    def average(values: Tensor) -> Tensor:
+        if counted is None:
+            return blocks.spread(blocks.mean(values))
+        share = blocks.mean(counted.to(values.dtype)).clamp_min(1e-12)
+        return blocks.spread(blocks.mean(torch.where(counted, values, 0)) / share)
+
+    mean = average(x)
+    return mean, (average((x - mean).square()) + 1e-6).sqrt()
 
 
-def normalise(x: Tensor, blocks: Blocks) -> Tensor:
+def normalise(x: Tensor, blocks: Blocks, counted: Tensor | None = None) -> Tensor:
     """Normalise each block to (x - mean) / deviation, the targets of He et al. that stress texture."""
-    mean, deviation = block_statistics(x, blocks)
+    mean, deviation = block_statistics(x, blocks, counted)
     return (x - mean) / deviation
 
 
@@ -321,7 +333,7 @@ def visible_mean(x: Tensor, visible: Tensor, body: Tensor) -> Tensor:
     """Average what is seen of the body, else all that is seen, by example and channel: (B, C, 1, 1, 1)."""
     weight = (visible & body).to(x.dtype)
     weight = torch.where(weight.sum((2, 3, 4), keepdim=True) > 0, weight, visible.to(x.dtype))
-    return (x * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True)
+    return (x * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True).clamp_min(1)
 
 
 def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
@@ -331,7 +343,7 @@ def blur_in(x: Tensor, visible: Tensor, blocks: Blocks) -> Tensor:
     and heart MR. More than a block from everything visible the mean of the visible takes over.
     """
     known = visible.to(x.dtype)
-    mean = (x * known).sum((2, 3, 4), keepdim=True) / known.sum((2, 3, 4), keepdim=True)
+    mean = (x * known).sum((2, 3, 4), keepdim=True) / known.sum((2, 3, 4), keepdim=True).clamp_min(1)
     both = torch.cat([(x - mean) * known, known], dim=1)
     for axis, (n, side) in enumerate(zip(blocks.size, blocks.side, strict=True)):
         at = torch.arange(n, device=x.device, dtype=x.dtype)

@@ -12,14 +12,15 @@ from ssl3d.api import (
     Corruptions,
     Encoder,
     Proxy,
+    Restorable,
     RestoreViews,
     StepOutput,
     added_option,
     corrupt,
     decode,
     draw_one,
-    flip_in_turn,
-    mirror_one,
+    flip_counted,
+    mirror_counted,
     restoration_error,
     restoration_picture,
     restoring_decoder,
@@ -105,10 +106,10 @@ class ModelsGenesis(Proxy):
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Corrupt the crops and restore them; handing back the input as it came has relative_error 1."""
-        original = self._mirror(batch, rng)
+        original, _, counted = self._mirror(batch, rng)
         corrupted, done = corrupt(self.config, original, rng)
         restored = decode(self.decoder, corrupted, self.encoder(corrupted))
-        error = restoration_error(restored, corrupted, original)
+        error = restoration_error(restored, corrupted, original, counted)
         metrics = {
             "relative_error": error.relative,
             "flat_error": error.flat,
@@ -122,9 +123,9 @@ class ModelsGenesis(Proxy):
         """Send the decoder along with the encoder, where it can start a segmentation head."""
         return travelling(self.decoder)
 
-    def _mirror(self, batch: dict[str, Tensor], rng: BatchRng) -> Tensor:
+    def _mirror(self, batch: dict[str, Tensor], rng: BatchRng) -> Restorable:
         """Mirror the crops at random while training."""
         config = self.config
         if config.mirror == "axes":
-            return mirror_one(config, batch, rng, self.training)[0]
-        return flip_in_turn(batch["crop"], rng, config.flip) if self.training else batch["crop"]
+            return mirror_counted(config, batch, rng, self.training)
+        return flip_counted(batch, rng, config.flip, self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,13 +20,14 @@ from ssl3d.api import (
     RestoreViews,
     StepOutput,
     added_option,
+    centres_ignored,
     corrupt,
     corrupt_once,
     decode,
     elastic,
     find_alike,
     foreground_shares,
-    mirror_one,
+    mirror_counted,
     restoration_error,
     restoration_picture,
     restoring_decoder,
@@ -219,25 +221,32 @@ class TransVW(Proxy):
         for _ in range(_TRIES):
             word = int(rng.integers(config.words))
             start, size = _cut(config, volume, word, rng)
-            if foreground_shares(volume, np.array([start]), size)[0] >= config.min_foreground:
+            ignored = bool(centres_ignored(volume, np.array([start]), size)[0])
+            enough = foreground_shares(volume, np.array([start]), size)[0] >= config.min_foreground
+            if enough and not ignored:
                 break
-        crop = volume.read(start, size)
-        if tuple(crop.shape[1:]) != tuple(config.crop):
-            crop = functional.interpolate(crop[None], size=config.crop, mode="trilinear")[0]
-        return {"crop": crop, "word": torch.tensor(word)}
+        if ignored:
+            raise DataError(f"{volume.id}: {_TRIES} words have a voxel to be ignored at their centre")
+        crop = _resized(volume.read(start, size), config.crop)
+        drawn = {"crop": crop, "word": torch.tensor(word)}
+        if volume.may_ignore:  # a voxel between ignored and counted ones is made of both
+            drawn["ignored"] = _resized(volume.read_ignored(start, size)[None].float(), config.crop)[0] > 0
+        return drawn
 
     def forward(self, batch: dict[str, Tensor], rng: BatchRng) -> StepOutput:
         """Corrupt the crops, restore them, and name their words."""
         config, word = self.config, batch["word"]
         everywhere = torch.ones_like(batch["crop"][:, 0], dtype=torch.bool)
-        views = {"crop": batch["crop"], "foreground": everywhere}
-        original, _ = mirror_one(config, views, rng, self.training)
+        views: dict[str, Tensor] = {"crop": batch["crop"], "foreground": everywhere}
+        if "ignored" in batch:
+            views["ignored"] = batch["ignored"]
+        original, _, counted = mirror_counted(config, views, rng, self.training)
         corrupted = self.corrupted(original, rng)
         maps = self.encoder(corrupted)
         restored = decode(self.decoder, corrupted, maps)
         embedding = self.encoder.pool(maps)
         counts = self.counts(batch["index"], word)
-        error = restoration_error(restored, corrupted, original)
+        error = restoration_error(restored, corrupted, original, counted)
         with torch.autocast(embedding.device.type, enabled=False):
             logits = self.classifier(embedding.float())
             # A mean over all examples, whatever their number that counts: equal over any number of ranks.
@@ -282,6 +291,13 @@ class TransVW(Proxy):
         known = self.codes[row] == index
         share = self.member.float().mean().clamp_min(1e-9)
         return torch.where(known, self.member[row, word] / share, torch.ones_like(share))
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolate (C, d, h, w) to a size, if it has another."""
+    if tuple(x.shape[1:]) == tuple(size):
+        return x
+    return functional.interpolate(x[None], size=tuple(size), mode="trilinear")[0]
 
 
 def _cut(

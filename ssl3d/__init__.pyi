@@ -5,6 +5,7 @@ from . import testing as testing
 from .checkpoint.encoders import load_encoder as load_encoder
 from .checkpoint.models import load_model as load_model
 from .checkpoint.proxies import load_proxies as load_proxies
+from .commands.functions import convert_encoder as convert_encoder
 from .commands.functions import embed as embed
 from .commands.functions import finetune as finetune
 from .commands.functions import localize as localize

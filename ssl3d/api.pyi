@@ -68,6 +68,7 @@ from .checkpoint.models import (
     save_model as save_model,
 )
 from .checkpoint.proxies import load_proxies as load_proxies
+from .checkpoint.snapshot import write_state as write_state
 from .checkpoint.volumes_seen import (
     hashes_complete as hashes_complete,
     hashes_in as hashes_in,
@@ -107,6 +108,11 @@ from .data.store.writer import (
     write_part as write_part,
 )
 
+from .data.size_notes import (
+    large_batch_note as large_batch_note,
+    large_crop_note as large_crop_note,
+)
+
 # Crops and augmentations
 from .views.compose import (
     ViewRng as ViewRng,
@@ -121,10 +127,13 @@ from .views.corruptions import (
     Corruptions as Corruptions,
     corrupt as corrupt,
     corrupt_once as corrupt_once,
+    mean_of as mean_of,
+    means_of as means_of,
     relative_error as relative_error,
     restoration_error as restoration_error,
 )
 from .views.crops import (
+    centres_ignored as centres_ignored,
     draw_crop as draw_crop,
     draw_positions as draw_positions,
     fit_size as fit_size,
@@ -155,8 +164,11 @@ from .views.pairs import (
 )
 from .views.places import draw_places as draw_places
 from .views.restore import (
+    Restorable as Restorable,
     RestoreViews as RestoreViews,
     draw_one as draw_one,
+    flip_counted as flip_counted,
+    mirror_counted as mirror_counted,
     mirror_one as mirror_one,
     restoration_picture as restoration_picture,
 )
@@ -324,6 +336,8 @@ from .detection.two_stage3d import (
 # Training
 from .training.device import (
     autocast as autocast,
+    check_compiler as check_compiler,
+    compile_encoders as compile_encoders,
     device_of as device_of,
     peak_memory as peak_memory,
 )
@@ -365,6 +379,7 @@ from .evaluation.records import (
     Result as Result,
     find_result as find_result,
     read_result as read_result,
+    result_of as result_of,
     split_digest as split_digest,
     write_result as write_result,
 )
@@ -380,7 +395,9 @@ from .pages.document import (
 
 # Options, errors, files and words
 from . import locks as locks
+from .slurm import submit_jobs as submit_jobs
 from .config import (
+    former_defaults as former_defaults,
     Plugins as Plugins,
     added_option as added_option,
     parse as parse,

@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import itertools
 import json
+import numbers
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -230,14 +232,16 @@ def _plain(value: Any) -> Any:
 
 
 _BEFORE = "before"
+_ONLY = "only"
 
 
-def added_option(default: Any, before: Any) -> Any:
+def added_option(default: Any, before: Any, only: Mapping[str, Any] | None = None) -> Any:
     """Declare an option that was added to a dataclass later, for its default means something new.
 
     Args:
         default: Value where the user gives none.
         before: Value that files mean which were written before there was the option.
+        only: Values of other options with which alone it has an effect.
 
     Example:
         >>> @dataclasses.dataclass
@@ -246,13 +250,33 @@ def added_option(default: Any, before: Any) -> Any:
         >>> from_dict(Options, {}, "here").rings, from_dict(Options, {}, "a run", recorded=True).rings
         ('published', 'none')
     """
-    return dataclasses.field(default=default, metadata={_BEFORE: before})
+    return dataclasses.field(default=default, metadata={_BEFORE: before, _ONLY: dict(only or {})})
 
 
 def as_before(config: type) -> dict[str, Any]:
     """Collect the values that files mean which were written before there were these options."""
     fields = dataclasses.fields(config)
     return {field.name: field.metadata[_BEFORE] for field in fields if _BEFORE in field.metadata}
+
+
+def former_defaults(config: type, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare the defaults that an earlier version made something with to those of now.
+
+    Args:
+        config: The dataclass.
+        recorded: Options that the earlier version wrote down, all that there were.
+
+    Returns:
+        (default then, default now) of each option that has come since, where it has an effect.
+    """
+    return {
+        field.name: (field.metadata[_BEFORE], field.default)
+        for field in dataclasses.fields(config)
+        if _BEFORE in field.metadata
+        and field.name not in recorded
+        and field.metadata[_BEFORE] != field.default
+        and all(recorded.get(name) == value for name, value in field.metadata[_ONLY].items())
+    }
 
 
 def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: bool = False) -> Any:
@@ -270,12 +294,20 @@ def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: boo
     """
     values = todays(config, values)
     names = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(set(values) - names)
+    unknown = sorted(map(str, set(values) - names))
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(names))}")
     hints = typing.get_type_hints(config)
-    fields = {key: _tuples(hints[key], value) for key, value in values.items()}
+    fields = {}
     try:
+        for key, given in values.items():
+            try:
+                value = fields[key] = _tuples(hints[key], given)
+            except OverflowError as error:
+                raise ValueError(f"{key}: {error}") from error
+            if not _fits(hints[key], value):
+                shown = getattr(hints[key], "__name__", str(hints[key]).replace("typing.", ""))
+                raise ValueError(f"{key} is {reprlib.repr(value)}; expected {shown}")
         return config(**((as_before(config) if recorded else {}) | fields))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
@@ -679,6 +711,29 @@ def _tuples(hint: Any, value: Any) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Tell whether a value is of the kind that a hint names; what is no plain kind fits anything."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(arg, value) for arg in inner)
+    if origin is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin in (tuple, list):
+        if not isinstance(value, tuple | list):
+            return False
+        each = inner[:1] * len(value) if origin is list or inner[1:] == (Ellipsis,) else inner
+        return len(each) == len(value) and all(map(_fits, each, value))
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real)
+    if hint in (str, Path):
+        return isinstance(value, str | Path)
+    return hint is not bool or isinstance(value, bool)
 
 
 _PLAIN = {

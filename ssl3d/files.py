@@ -31,7 +31,7 @@ def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: The file cannot be written; the caller knows what to say.
     """
-    here = f".{path.name}.{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}-"
+    here = _begin(path)
     temporary = path.with_name(f"{here}{os.getpid()}-{os.urandom(2).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,20 +48,40 @@ def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _begin(path: Path) -> str:
+    """Return how this machine's processes begin the names of what is to become a file or folder."""
+    return f".{path.name}.{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}-"
+
+
 def _remove_abandoned(folder: Path, begin: str) -> None:
-    """Remove the temporary files of a name whose process has ended without doing so."""
+    """Remove what processes left that ended without doing so; a folder that was moved aside comes back."""
     if os.name == "nt":  # where signal 0 is no question
         return
     for name in os.listdir(folder):
         number = name[len(begin) :].partition("-")[0]
-        if name.startswith(begin) and name.endswith(".tmp") and number.isdigit():
+        if name.startswith(begin) and name.endswith((".tmp", ".old")) and number.isdigit():
             try:
                 os.kill(int(number), 0)
             except ProcessLookupError:
                 with contextlib.suppress(OSError):
-                    (folder / name).unlink()
+                    _give_up(folder / name)
             except OSError:  # it is there, and another user's
                 continue
+
+
+def _give_up(left: Path) -> None:
+    """Remove a temporary file or folder; put back a folder whose successor never came.
+
+    Raises:
+        OSError: It cannot be moved or removed.
+    """
+    place = left.with_name(left.name[1:].rpartition(".")[0].rpartition(".")[0])
+    if left.suffix == ".old" and not place.exists():
+        left.rename(place)
+    elif left.is_dir():
+        shutil.rmtree(left)
+    else:
+        left.unlink()
 
 
 def write_whole(path: Path, content: str | bytes, sync: bool = False) -> None:
@@ -105,6 +125,9 @@ def time_of(folder: Path) -> float:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder that takes the place of another when the block ends, or is removed if it fails.
 
+    At every moment one of the two is whole: what a process leaves that is killed between the renames, the
+    next one puts back.
+
     Args:
         path: Place of the folder; one that is there is replaced.
 
@@ -112,18 +135,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         OSError: The folder cannot be written; the caller knows what to say.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    here = f"{path.name}.{os.getpid()}-{os.urandom(2).hex()}"
-    temporary, old = path.with_name(f".{here}.tmp"), path.with_name(f".{here}.old")
+    begin = _begin(path)
+    here = f"{begin}{os.getpid()}-{os.urandom(2).hex()}"
+    temporary, old = path.with_name(f"{here}.tmp"), path.with_name(f"{here}.old")
     try:
+        _remove_abandoned(path.parent, begin)
         temporary.mkdir()
         yield temporary
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

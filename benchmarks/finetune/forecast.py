@@ -1,4 +1,4 @@
-"""What `ssl3d finetune` says before it trains: how many trainings, of how many steps, how long in all."""
+"""Lines of `ssl3d finetune` before it trains: how many trainings, how long, and sizes that do not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ssl3d.api import Ssl3dError, count_of, duration
+from ssl3d.api import Ssl3dError, count_of, duration, large_batch_note, large_crop_note
 from ssl3d_benchmarks.finetune.job import FinetuneJob
 from ssl3d_benchmarks.finetune.train import TrainingPlan, predict, train
 
@@ -42,6 +42,23 @@ def forecast(jobs: Sequence[FinetuneJob]) -> str:
             f", about {duration(seconds * total)} in all ({seconds:.2g} s a step) and the time of scoring"
         )
     return line
+
+
+def size_notes(jobs: Sequence[FinetuneJob]) -> list[str]:
+    """Return a line for a patch larger than most volumes, and one for a batch of more than there are.
+
+    Args:
+        jobs: Jobs of a run; of several trainings that with the fewest volumes is told of.
+    """
+    parts = [(fit, job) for job in jobs if job.entry.make is not None for fit, _, _ in job.folds()]
+    if not parts:
+        return []
+    fit, job = min(parts, key=lambda part: len(part[0]))
+    task, asked = job.task, getattr(job.task.config, "patch", None)
+    notes = [large_crop_note(f"{job.options.task}.patch", asked, fit.shapes)] if asked else []
+    then = "a batch holds some of them twice" if task.repeats_volumes else f"a batch holds {len(fit)}"
+    batch = job.options.batch_size
+    return [note for note in [*notes, large_batch_note(batch or 0, len(fit), then)] if note]
 
 
 def _seconds_a_step(jobs: Sequence[FinetuneJob]) -> float:

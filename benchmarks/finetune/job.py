@@ -53,7 +53,7 @@ APART = (
     "encoder", "data", "task", "out", "preset", "fractions", "repeats", "seeds", "folds", "part",
     "lr", "lr_scratch", "tune", "tune_scratch", "no_scratch", "no_trivial", "save_predictions",
     "keep_models", "checkpoint_seconds", "device", "threads", "workers", "overwrite", "sparse_slices",
-    "metric", "logger", "validation_only",
+    "metric", "logger", "validation_only", "compile",
 )  # fmt: skip
 """Options that settings leave out: they change no score, or the record holds them elsewhere."""
 

@@ -31,7 +31,7 @@ from ssl3d_benchmarks.contestants import (
 )
 from ssl3d_benchmarks.finetune import kept
 from ssl3d_benchmarks.finetune.benchmark import Finetune
-from ssl3d_benchmarks.finetune.forecast import forecast
+from ssl3d_benchmarks.finetune.forecast import forecast, size_notes
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
@@ -98,6 +98,8 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
         jobs = make_jobs(arms, split, benchmark, options, device)
+        for line in size_notes(jobs) if number == 0 else ():
+            say(line)
         expected = forecast(jobs)
         if expected:
             say(expected)

@@ -26,6 +26,8 @@ from ssl3d.api import (
     TrainingError,
     UsageError,
     autocast,
+    check_compiler,
+    compile_encoders,
     duration,
     lone_values,
     memory_format,
@@ -35,6 +37,7 @@ from ssl3d.api import (
     tensor_bytes,
     to_memory_format,
     whole_file,
+    write_state,
 )
 
 if TYPE_CHECKING:
@@ -231,6 +234,9 @@ def _run(
         balance=False,
         on_set_aside=lambda name, reason: plan.say(f"{plan.name}: volume {name} is set aside: {reason}"),
     )
+    if options.compile:
+        check_compiler(device)
+    compiled = False
     if trial.step == 0 and 0 in points and not trial.curve:
         _score(plan, model, trial)
     set_training(model, frozen)
@@ -238,6 +244,9 @@ def _run(
     saved = began = time.perf_counter()
     progress = _Progress(plan, trial)
     for batch in loader:
+        if options.compile and trial.flops and not compiled:  # those of a compiled network are not counted
+            compile_encoders(model)
+            compiled = True
         trial.waited += batch.waited
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate(trial.step, trial.total, trial.lr, options)
@@ -614,8 +623,8 @@ def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opt
         "threads": torch.get_num_threads(),
     }
     try:
-        with whole_file(path, sync=True) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
+        with whole_file(path, sync=True) as temporary:
+            write_state(state, temporary)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -8,7 +8,7 @@ exist. Training sees the maps at sampled voxels, interpolated there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -440,23 +440,6 @@ def dice(predicted: Array, truth: Array) -> float | None:
     """
     size = int(predicted.sum()) + int(truth.sum())
     return None if size == 0 else 2 * int((predicted & truth).sum()) / size
-
-
-def subject_scores(
-    predictions: Sequence[Mapping[str, Any]], names: Sequence[str], score: str = "dice"
-) -> tuple[Array, Array]:
-    """Return the subjects (S,) and their mean score over volumes by class (S, K), NaN where undefined."""
-    people: dict[str, list[list[float]]] = {}
-    for row in predictions:
-        values = [row[score][name] for name in names]
-        person = people.setdefault(f"{row['dataset']}\t{row['subject']}", [])
-        person.append([np.nan if value is None else value for value in values])
-    table = np.full((len(people), len(names)), np.nan)
-    for number, volumes in enumerate(people.values()):
-        for k, column in enumerate(zip(*volumes, strict=True)):
-            known = [value for value in column if np.isfinite(value)]
-            table[number, k] = np.mean(known) if known else np.nan
-    return np.array(list(people)), table
 
 
 def _joined(samples: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

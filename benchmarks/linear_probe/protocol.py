@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from ssl3d.api import Benchmark, DataError, Scores, metric_name, statistics
 from ssl3d_benchmarks.features import embeddings
 from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
+from ssl3d_benchmarks.subject_scores import class_statistics, subject_scores
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Contestant
@@ -215,16 +215,12 @@ class LinearProbe(Benchmark):
         self, predictions: Sequence[Mapping[str, Any]]
     ) -> tuple[Array, dict[str, statistics.Statistic]]:
         """Return the Dice of each class and their mean, over subjects, as functions of weights."""
-        from ssl3d_benchmarks.linear_probe.dense import subject_scores
-
         names = self.config.classes[1:]
         functions: dict[str, statistics.Statistic] = {}
         clusters: Array = np.zeros(0)
         for score in ("dice", *map(metric_name, self.config.metric)):
             clusters, table = subject_scores(predictions, names, score)
-            functions[score] = partial(_over_classes, table)
-            for column, name in enumerate(names):
-                functions[f"{score}_{name}"] = partial(statistics.mean, table[:, column])
+            functions |= class_statistics(table, names, score)
         return clusters, functions
 
 
@@ -343,12 +339,6 @@ def _spread(model: Any, x: Array, classes: int) -> Array:
     probability = np.zeros((len(x), classes))
     probability[:, model.classes_] = model.predict_proba(x) if len(x) else 0.0
     return probability
-
-
-def _over_classes(table: Array, weights: Array) -> Array:
-    """Average the classes' means over subjects (S, K), for weights (R, S)."""
-    each = np.stack([statistics.mean(column, weights) for column in table.T])
-    return np.nanmean(each, axis=0) if np.isfinite(each).any() else np.full(len(weights), np.nan)
 
 
 def _number(values: Array) -> float:

@@ -9,6 +9,7 @@ GENERATED = (
     "_extra",
     "explanation/proxies.md",
     "explanation/results",
+    "explanation/speed-gpu.inc",
     "explanation/speed-proxies.inc",
     "notebooks",
     "project",

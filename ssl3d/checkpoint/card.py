@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ssl3d.checkpoint.zoo import ZOO, fetched
@@ -32,6 +33,31 @@ PACKAGES = (
     "ssl3d", "torch", "torchvision", "lightly", "pytorch-lightning", "numpy", "scipy", "scikit-learn"
 )  # fmt: skip
 """Packages whose versions encoders and records keep."""
+
+_PLACE = re.compile(r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?/(?:[^/\s:,;=]+/)*([^/\s:,;=]+)")
+
+
+def without_places(value: Any) -> Any:
+    """Return the values of a card with the names alone of what lies on this machine.
+
+    Args:
+        value: Value of JSON: text, number, list or dictionary.
+
+    Example:
+        >>> without_places({"data": ["/home/me/scans/a.h5"], "init": "x=/data/r1:width=4", "by": "https://a.b/c"})
+        {'data': ['a.h5'], 'init': 'x=r1:width=4', 'by': 'https://a.b/c'}
+    """
+    if isinstance(value, str):
+        if "\n" not in value and any(
+            kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath)
+        ):
+            value = PureWindowsPath(value).name
+        return _PLACE.sub(r"\1", value)
+    if isinstance(value, list | tuple):
+        return [without_places(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {without_places(key): without_places(own) for key, own in value.items()}
+    return value
 
 
 def check_format(number: Any, where: str, newest: int = FORMAT) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ssl3d.checkpoint.weights import load_strictly, read_weights, safetensors_of
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
-from ssl3d.files import sync_folder, write_whole
+from ssl3d.files import whole_folder, write_whole
 
 
 def save_encoder(
@@ -82,25 +80,15 @@ def save_encoder(
     }
     apart = hashes_apart(card)
     text = json.dumps(card, indent=1, default=plain_value) + "\n"
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_whole(temporary / WEIGHTS, weights, sync=True)
-        for name, content in others.items():
-            write_whole(temporary / f"{name}.safetensors", content, sync=True)
-        if apart is not None:
-            write_whole(temporary / HASHES, apart, sync=True)
-        write_whole(temporary / CARD, text, sync=True)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-        sync_folder(folder.parent)
+        with whole_folder(folder) as place:
+            write_whole(place / WEIGHTS, weights, sync=True)
+            for name, content in others.items():
+                write_whole(place / f"{name}.safetensors", content, sync=True)
+            if apart is not None:
+                write_whole(place / HASHES, apart, sync=True)
+            write_whole(place / CARD, text, sync=True)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
             f"the encoder cannot be written to {folder}: {error.strerror or error}"
         ) from error

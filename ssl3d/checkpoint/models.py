@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl3d import plugins
-from ssl3d.checkpoint.card import check_format, plain_value, plugin_record, versions
+from ssl3d.checkpoint.card import check_format, plain_value, plugin_record, versions, without_places
 from ssl3d.checkpoint.weights import load_strictly, not_finite, safetensors_of
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
-from ssl3d.files import sync_folder, write_whole
+from ssl3d.files import whole_folder, write_whole
 from ssl3d.json_files import parse_json
 from ssl3d.model import Model
 
@@ -56,16 +54,11 @@ def save_model(network: nn.Module, folder: str | Path, card: Mapping[str, Any]) 
         raise TrainingError(f"the model is not kept in {folder}: {wrong}")
     weights = safetensors_of(network)
     text = _signed({**card, "sha256": hashlib.sha256(weights).hexdigest(), "versions": versions()})
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_whole(temporary / WEIGHTS, weights, sync=True)
-        write_whole(temporary / CARD, text, sync=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
+        with whole_folder(folder) as place:
+            write_whole(place / WEIGHTS, weights, sync=True)
+            write_whole(place / CARD, text, sync=True)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
             f"the model cannot be written to {folder}: {error.strerror or error}"
         ) from error
@@ -85,6 +78,11 @@ def amend_model(folder: str | Path, changes: Mapping[str, Any]) -> None:
         write_whole(path, _signed(card), sync=True)
     except OSError as error:
         raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def card_for_others(card: Mapping[str, Any]) -> str:
+    """Write the card of a model for other machines: without the places of files on this one."""
+    return _signed(without_places({key: value for key, value in card.items() if key != "format"}))
 
 
 def read_model_card(folder: str | Path) -> dict[str, Any]:

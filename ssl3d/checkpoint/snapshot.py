@@ -64,6 +64,22 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
     return path
 
 
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values to a file that `torch.load` reads.
+
+    Raises:
+        OSError: The disk is full or cannot be written, which torch itself hides behind a RuntimeError.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from error
+
+
 def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
     """Load the newest checkpoint whose bytes are whole; None where the run has none.
 

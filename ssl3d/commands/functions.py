@@ -33,6 +33,29 @@ def prepare(sources: str | Path | Sequence[str | Path], out: str | Path, **optio
     return Path(out)
 
 
+def convert_encoder(network: str | Path, out: str | Path, **options: Any) -> Path:
+    """Make an encoder of a 2D network or of another toolkit's checkpoint, as `ssl3d convert` does.
+
+    `ssl3d.convert` is the package of `to_3d`, which converts a network that is in memory.
+
+    Example:
+        >>> encoder = ssl3d.convert_encoder("resnet18", "encoders/resnet18", kind="acs")  # doctest: +SKIP
+
+    Args:
+        network: Name of a 2D network, or file of weights, with options after it.
+        out: Folder for the encoder.
+        options: Other options of the command, by their names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        Ssl3dError: The network or the options cannot be used, or the folder exists.
+    """
+    _run("convert", [network], {"out": out, **options})
+    return Path(out)
+
+
 def embed(
     encoder: str | Path,
     data: str | Path | Sequence[str | Path] = "phantoms",

@@ -282,6 +282,7 @@ def _of_folder(path: Path) -> dict[str, Any]:
         "rejected": len(sources.rejected),
         "rejected_files": [{"path": name, "reason": reason} for name, reason in sources.rejected],
         "masks": sum(scan.mask is not None for scan in sources.scans),
+        "ignored": sum(scan.ignore is not None for scan in sources.scans),
         "labelled": sum(scan.label is not None for scan in sources.scans),
         "datasets": sorted({scan.dataset for scan in sources.scans}),
         "notes": sources.notes,
@@ -356,6 +357,8 @@ def _store_lines(info: dict[str, Any]) -> list[str]:
 
 def _fingerprint_lines(name: str, print_: dict[str, Any]) -> list[str]:
     marks = [f"{print_[part]:,} {part}" for part in ("masks", "labelled", "boxes") if print_.get(part)]
+    if print_.get("ignored"):
+        marks.append(f"{print_['ignored']:,} with voxels to ignore")
     splits = ", ".join(f"{split} {count:,}" for split, count in print_.get("splits", {}).items())
     lines = [
         f"{name}: {print_['volumes']:,} volumes of {print_['subjects']:,} subjects"
@@ -385,7 +388,7 @@ def _run_lines(info: dict[str, Any]) -> list[str]:
     state = (
         "finished" if info["finished"] else f"not finished; ssl3d pretrain --resume {info['path']} goes on"
     )
-    lines = [f"{info['path']}: a run, {state}; {info['steps_logged']:,} steps logged"]
+    lines = [f"{info['path']}: a run, {state}; {count_of(info['steps_logged'], 'step')} logged"]
     if info["last"]:
         lines.append("  last step: " + ", ".join(f"{k} {_words(v)}" for k, v in info["last"].items()))
     lines += [f"  {key}: {_words(value)}" for key, value in info["options"].items()]
@@ -441,8 +444,10 @@ def _model_lines(info: dict[str, Any]) -> list[str]:
 def _folder_lines(info: dict[str, Any]) -> list[str]:
     lines = [
         f"{info['path']}: {info['volumes']:,} scans of {info['subjects']:,} subjects "
-        f"({', '.join(info['datasets'])}), {info['masks']:,} with masks, {info['labelled']:,} labelled, "
-        f"{info['rejected']:,} rejected; ssl3d prepare makes a store of them"
+        f"({', '.join(info['datasets'])}), {info['masks']:,} with masks, "
+        + (f"{info['ignored']:,} with voxels to ignore, " if info["ignored"] else "")
+        + f"{info['labelled']:,} labelled, {info['rejected']:,} rejected; "
+        "ssl3d prepare makes a store of them"
     ]
     lines += [f"  {note}" for note in info["notes"]]
     return lines + [

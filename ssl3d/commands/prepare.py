@@ -17,8 +17,13 @@ disk or the network failed: call again."""
 def main(argv: Sequence[str]) -> int:
     """Prepare a store; the exit status is 1 if no scan was usable."""
     from ssl3d import config
-    from ssl3d.data.preparation.prepare import PrepareOptions, prepare
+    from ssl3d.data.preparation.prepare import prepare
+    from ssl3d.data.preparation.shards import QueuedOptions, submit_shards
 
-    options = config.parse("ssl3d prepare", PrepareOptions, argv, epilog=EPILOG).options
-    store = prepare(options)
+    options = config.parse("ssl3d prepare", QueuedOptions, argv, epilog=EPILOG).options
+    if options.slurm:
+        for job in submit_shards(options):
+            print(f"submitted {job}")
+        return 0
+    store = prepare(options.of_part(options.part))
     return 0 if store.volumes or store.empty_shard else 1

@@ -148,7 +148,8 @@ def _fold(x: Tensor, batch: Axes, channels: Axes, rows: Axes, columns: Axes) -> 
     last = x.stride(1) == 1
     groups = (batch, rows, columns, channels) if last else (batch, channels, rows, columns)
     y = x.permute([axis for group in groups for axis in group])
-    y = y.reshape([prod(x.shape[axis] for axis in group) for group in groups])
+    # A list, not a generator, which torch.compile could not follow.
+    y = y.reshape([prod([x.shape[axis] for axis in group]) for group in groups])
     return y.permute(0, 3, 1, 2) if last else y
 
 

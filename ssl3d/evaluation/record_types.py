@@ -14,6 +14,7 @@ LARGEST = 1e30
 """Bound of every number: no FLOPs, bytes or seconds come near, and no chart has ticks beyond."""
 
 Kinds = str | tuple[str, ...]
+_NESTS = (dict, list, tuple)
 
 OBJECT, LIST, WORD, WORDS = "an object", "a list", "a text", "a list of texts"
 NUMBER, NUMBERS, COUNT, FLAG = "a number", "a list of numbers", "a whole number", "a flag"
@@ -98,7 +99,11 @@ def check_parts(content: Mapping[str, Any], where: str) -> None:
         if len(known) != 2 or not all(_undefined(end) or _is(end, NUMBER) for end in known):
             raise DataError(f"{where}: interval of {name} is {_short(ends)}, expected [low, high]")
     for row in content["predictions"]:
-        if not isinstance(row, dict) or not all(_is(row.get(key), WORD) for key in ("dataset", "subject")):
+        if not (
+            isinstance(row, dict)
+            and isinstance(row.get("dataset"), str)
+            and isinstance(row.get("subject"), str)
+        ):
             raise DataError(f"{where}: a prediction without dataset and subject")
     try:
         json.dumps(content, ensure_ascii=False, default=str).encode()
@@ -135,10 +140,15 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list | tuple):
-        return False
-    inside = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper(item, levels - 1) for item in inside)
+    nested = [value]
+    for _ in range(levels):
+        nested = [
+            item
+            for outer in nested
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, _NESTS)
+        ]
+    return bool(nested)
 
 
 def _short(value: Any) -> str:

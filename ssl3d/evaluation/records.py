@@ -144,20 +144,29 @@ def read_result(path: Path) -> Result:
         content = parse_json(record_bytes(Path(path)).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a result record: {error}") from error
-    try:
-        return _result_from(content, str(path))
-    except (TypeError, ValueError) as error:  # a word where a number belongs
-        raise DataError(f"{path}: not a result record: {error}") from error
+    return result_of(content, str(path))
 
 
-def _result_from(content: Any, where: str) -> Result:
+def result_of(content: Any, where: str) -> Result:
+    """Check the content of a record's file, and return the record.
+
+    Args:
+        content: What the file holds, parsed from JSON.
+        where: Path of the file, for messages.
+
+    Raises:
+        DataError: The content is no record, or one of a newer format.
+    """
     validate_result(content, where)
     values = {key: value for key, value in content.items() if key not in ("format", "key")}
-    values["scores"] = {k: math.nan if v is None else float(v) for k, v in values["scores"].items()}
-    values["intervals"] = {
-        k: tuple(math.nan if end is None else float(end) for end in v)
-        for k, v in values["intervals"].items()
-    }
+    try:
+        values["scores"] = {k: math.nan if v is None else float(v) for k, v in values["scores"].items()}
+        values["intervals"] = {
+            k: tuple(math.nan if end is None else float(end) for end in v)
+            for k, v in values["intervals"].items()
+        }
+    except (TypeError, ValueError) as error:  # a word where a number belongs
+        raise DataError(f"{where}: not a result record: {error}") from error
     known = Result.__dataclass_fields__
     return Result(**{key: value for key, value in values.items() if key in known})
 

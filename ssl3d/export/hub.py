@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ import torch
 
 from ssl3d.amounts import printable
 from ssl3d.checkpoint.card import WEIGHTS as ENCODER_WEIGHTS
+from ssl3d.checkpoint.card import without_places
 from ssl3d.checkpoint.encoders import load_encoder
-from ssl3d.checkpoint.models import WEIGHTS, load_model
+from ssl3d.checkpoint.models import CARD, WEIGHTS, card_for_others, load_model
 from ssl3d.checkpoint.volumes_seen import HASHES
 from ssl3d.encoder import Encoder
 from ssl3d.errors import TransientError, UsageError
 from ssl3d.export.options import ExportOptions
 from ssl3d.export.source import Source, require_equal
+from ssl3d.json_files import parse_json
 
 TOKEN = "HF_TOKEN"
 """Variable of the environment that holds the token for an upload; its value is shown nowhere."""
@@ -47,7 +50,9 @@ def write_hub(source: Source, folder: Path, options: ExportOptions) -> dict[str,
             f"--to hf: {source.word}: has other options than it was trained with; leave them out"
         )
     for path in sorted(source.folder.iterdir()):
-        if path.suffix in (".json", ".safetensors") or path.name == HASHES:
+        if path.suffix == ".json":
+            (folder / path.name).write_text(_for_others(path), encoding="utf-8")
+        elif path.suffix == ".safetensors" or path.name == HASHES:
             shutil.copyfile(path, folder / path.name)
     licence = options.licence or str(source.card.get("licence") or "")
     (folder / "README.md").write_text(_readme(source, licence), encoding="utf-8")
@@ -64,6 +69,14 @@ def write_hub(source: Source, folder: Path, options: ExportOptions) -> dict[str,
     worst = max(_apart(own, theirs), _apart(own, again))
     require_equal(worst, f"--to hf of {source.word}")
     return {"weights": weights, "licence": licence or "unknown", "largest_difference": worst}
+
+
+def _for_others(path: Path) -> str:
+    """Write a file of JSON anew without the places of files on this machine."""
+    content = parse_json(path.read_bytes())
+    if path.name == CARD:
+        return card_for_others(content)
+    return json.dumps(without_places(content), indent=1) + "\n"
 
 
 def push(folder: Path, repository: str) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl3d import plugins
-from ssl3d.amounts import count_of
 from ssl3d.checkpoint.outline import outline_of
 from ssl3d.checkpoint.travellers import make_traveller, traveller_class
+from ssl3d.data.size_notes import large_batch_note, large_crop_note
 from ssl3d.encoder import Encoder
 from ssl3d.errors import PluginError, UsageError
 from ssl3d.rng import seed_of
@@ -51,25 +50,14 @@ def lengths(options: PretrainOptions, volumes: int) -> dict[str, Any]:
 
 def size_notes(plan: PretrainPlan, data: Collection) -> list[str]:
     """Return a line for each crop larger than most volumes, and for a batch larger than the data."""
-    notes = []
-    shapes = np.array([tuple(shape)[-3:] for shape in data.shapes])
-    for name, (_, config) in plan.proxies.items():
-        crop = getattr(config, "crop", None)
-        if not isinstance(crop, tuple) or len(crop) != 3:
-            continue
-        smaller = int((shapes < np.array(crop)).any(axis=1).sum())
-        if 2 * smaller > len(shapes):
-            usual = " x ".join(f"{size:.0f}" for size in np.median(shapes, axis=0))
-            notes.append(
-                f"note: --{name}.crop {' '.join(map(str, crop))} is larger than {smaller} of "
-                f"{count_of(len(shapes), 'volume')} (median {usual} voxels): give a smaller one"
-            )
-    if plan.options.batch_size > len(shapes):
-        notes.append(
-            f"note: --batch-size {plan.options.batch_size} is larger than the number of volumes, "
-            f"{len(shapes)}: a batch holds some of them twice"
-        )
-    return notes
+    crops = {name: getattr(config, "crop", None) for name, (_, config) in plan.proxies.items()}
+    notes = [
+        large_crop_note(f"{name}.crop", crop, data.shapes)
+        for name, crop in crops.items()
+        if isinstance(crop, tuple) and len(crop) == 3
+    ]
+    batch = large_batch_note(plan.options.batch_size, len(data), "a batch holds some of them twice")
+    return [note for note in [*notes, batch] if note]
 
 
 def channels(plan: PretrainPlan, data: Collection) -> Any:

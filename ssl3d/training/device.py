@@ -19,10 +19,10 @@ from ssl3d.training.options import PretrainOptions
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Precision = Literal["auto", "32", "bf16", "16"]
+Precision = Literal["auto", "32", "tf32", "bf16", "16"]
 Layout = Literal["auto", "channels_last", "contiguous"]
 
-_FABRIC = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+_FABRIC = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 _FAST_BF16 = ("avx512_bf16", "amx_bf16")
 
 
@@ -31,13 +31,13 @@ def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
 
     Args:
         options: Options of the run.
-        precision: Precision of the run: 32, bf16 or 16.
+        precision: Precision of the run: 32, tf32, bf16 or 16.
 
     Raises:
         UsageError: The devices asked for are not there, or cannot do what is asked.
     """
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy, FSDPStrategy
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     accelerator = accelerator_of(options)
     devices, nodes = ranks(options, accelerator)
@@ -45,15 +45,22 @@ def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
         raise UsageError(
             f"--precision 16 needs a CUDA device, but the device is {accelerator}; use bf16 or 32"
         )
+    if precision == "tf32":
+        if accelerator != "cuda" or torch.cuda.get_device_capability() < (8, 0):
+            raise UsageError(
+                f"--precision tf32 needs a CUDA device of compute capability 8 or more, but the device is "
+                f"{accelerator}; use bf16 or 32"
+            )
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     # What it would say here, the run's first line says.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
     if options.strategy == "fsdp":
-        if accelerator != "cuda":
-            raise UsageError(
-                f"--strategy fsdp needs CUDA devices, but the device is {accelerator}; use ddp"
-            )
-        strategy = FSDPStrategy(state_dict_type="full")
+        if accelerator == "mps" or precision == "16":
+            cause = f"the device is {accelerator}" if accelerator == "mps" else "the precision is 16"
+            raise UsageError(f"--strategy fsdp needs CUDA or a CPU, and bf16 or 32, but {cause}; use ddp")
+        strategy = ModelParallelStrategy(_shard, devices * nodes, 1, save_distributed_checkpoint=False)
     elif devices * nodes > 1 or options.strategy == "ddp":
         # Buffers stay as they are on each rank: broadcasting them would overwrite memory banks.
         strategy = DDPStrategy(broadcast_buffers=False)
@@ -77,6 +84,21 @@ def make_fabric(options: PretrainOptions, precision: str) -> Fabric:
             raise UsageError(f"--devices {devices}: {' '.join(str(error).split())}") from error
 
 
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """Give each rank its part of all weights, gradients and moments; a step gathers the weights at once.
+
+    Not layer by layer: proxies call parts of an encoder, and an encoder reads weights of its layers, beside
+    the calls that would gather them.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # torch 2.4 and 2.5
+        from torch.distributed._composable.fsdp import fully_shard
+
+    fully_shard(module, mesh=mesh["data_parallel"])
+    return module
+
+
 def launch(options: PretrainOptions, precision: str) -> Fabric:
     """Start what makes a run of several processes, and return its Fabric.
 
@@ -84,6 +106,8 @@ def launch(options: PretrainOptions, precision: str) -> Fabric:
         UsageError: The devices are not there, or the batch size cannot be shared out among them.
     """
     fabric = make_fabric(options, precision)
+    if fabric.world_size > 1:
+        _meet_again(fabric.device)
     if fabric.world_size > 1 or fabric.strategy.launcher is not None:
         fabric.launch()
     if options.batch_size % (options.accumulate * fabric.world_size):
@@ -92,6 +116,27 @@ def launch(options: PretrainOptions, precision: str) -> Fabric:
             f"times {fabric.world_size} processes"
         )
     return fabric
+
+
+def _meet_again(device: torch.device) -> None:
+    """Bring processes together that torchrun started again, under names of this attempt.
+
+    They meet in the store of the agent that started the first ones, where those' addresses still stand: a
+    process that is earlier than the others would wait for one that is gone (torch 2.15).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    import torch.distributed as dist
+
+    place, world = os.environ["MASTER_ADDR"], int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(place, int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"ssl3d/attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+    )
 
 
 def device_words(fabric: Fabric, options: PretrainOptions) -> str:
@@ -165,7 +210,7 @@ def ranks(options: PretrainOptions, accelerator: str) -> tuple[int, int]:
 
 
 def resolve_precision(options: PretrainOptions, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
-    """Choose 32, bf16 or 16: what the options say, or for auto bf16 where the device is fast at it.
+    """Choose 32, tf32, bf16 or 16: what the options say, or for auto bf16 where the device is fast at it.
 
     Args:
         options: Options of the run.
@@ -257,6 +302,55 @@ def apply_layout(module: nn.Module, encoder: Any, device: torch.device, choice: 
     if choice == "channels_last":
         to_memory_format(module, torch.channels_last_3d)
     return choice
+
+
+BACKEND = "inductor"
+"""Compiler of `torch.compile`."""
+
+
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile works on a device, by compiling next to nothing.
+
+    Raises:
+        UsageError: It does not, as where there is no C++ compiler (CPU) or no Triton (CUDA).
+    """
+    try:
+        torch.compile(torch.square, backend=BACKEND)(torch.ones(2, device=device))
+    except Exception as error:  # of many kinds, by backend and version
+        reason = " ".join(str(error).split())[:200]
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler, such as g++"
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({type(error).__name__}: {reason}); it needs "
+            f"{needed}: install that, or leave --compile out"
+        ) from error
+
+
+def compile_encoders(module: nn.Module) -> None:
+    """Replace the forward pass of every encoder in a module by a compiled one; names of weights stay.
+
+    A copy of the module is not compiled. Hooks before a forward pass run as they did, uncompiled: what one
+    of them notes in Python would else be compiled in.
+    """
+    from ssl3d.encoder import Encoder
+
+    inner: set[int] = set()
+    for encoder in module.modules():
+        if not isinstance(encoder, Encoder) or id(encoder) in inner:
+            continue
+        inner |= {id(part) for part in encoder.modules()}  # compiled with it
+        _compile(encoder)
+
+
+def _compile(encoder: nn.Module) -> None:
+    compiled = torch.compile(encoder.forward, backend=BACKEND)
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        for hook in encoder._forward_pre_hooks.values():
+            hook(encoder, inputs)
+        return compiled(*inputs, **named)
+
+    # As nn.Module.compile does; a copy is made without it.
+    encoder._compiled_call_impl = call
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

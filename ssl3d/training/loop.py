@@ -6,13 +6,14 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl3d.amounts import count_of, duration, size
@@ -79,6 +80,7 @@ class Loop:
         log: Log of the run.
         save: Function that writes a checkpoint after so many steps.
         export: Function that writes the encoder into a folder of the run after so many steps.
+        spare: Copy of the trainee to try a step on; None where one can be made.
         flops_between: FLOPs spent between epochs so far (clustering), on all ranks.
         monitor: Monitor of the steps, on rank 0 alone.
     """
@@ -96,6 +98,7 @@ class Loop:
     log: Log
     save: Callable[[int], None]
     export: Callable[[str, int], None]
+    spare: Trainee | None = None
     flops_between: int = 0
     monitor: Monitor | None = None
 
@@ -165,9 +168,10 @@ class Loop:
                 self.fabric.backward(loss / len(passes))
             sums.append(part_sums)
         limit = options.clip or float("inf")
-        norm = self.fabric.clip_gradients(
+        norm: Any = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False
         )
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
         # The one place of a step that waits for the device: this decides whether weights may change.
         measured = [part.values for part in sums]
         measured += [] if norm is None else [{"grad_norm": (norm.detach(), 1)}]
@@ -181,8 +185,9 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.trainee.balance is not None:
             self.trainee.balance.step()
-        for _, proxy in self.trainee.each():
-            proxy.after_step(step, options.steps)
+        with whole(self.trainee):
+            for _, proxy in self.trainee.each():
+                proxy.after_step(step, options.steps)
         seconds = time.perf_counter() - began
         record = {"step": step + 1, "loss": means.pop("loss"), **means, "lr": rate}
         record |= {
@@ -235,7 +240,8 @@ class Loop:
             counter = FlopCounterMode(display=False)
             with counter:
                 for name, proxy in self.trainee.each():
-                    proxy.start_epoch(epoch, self.once(name, epoch))
+                    with whole(self.trainee):
+                        proxy.start_epoch(epoch, self.once(name, epoch))
             self.flops_between += counter.get_total_flops() * self.fabric.world_size
 
     def _blame(self, step: int, sums: list[Sums], means: dict[str, float]) -> str:
@@ -299,7 +305,10 @@ class Loop:
         Raises:
             TrainingError: A proxy makes parameters in `forward`, too late for the optimizer.
         """
-        copied = copy.deepcopy(self.trainee)
+        copied = self.spare or copy.deepcopy(self.trainee)
+        self.spare = None
+        for own, now in zip(copied.buffers(), self.trainee.buffers(), strict=True):
+            own.copy_(now)  # what clustering before the first step has left
         first = self._passes(self.feed.peek().groups)[0]
         parts = [[group.to(self.fabric.device) for group in part] for part in first]
         seconds = 0.0
@@ -335,6 +344,32 @@ class Loop:
                 "says more"
             )
         return seconds, counter.get_total_flops()
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of a module for calls that do not go through it, where each rank holds a part.
+
+    What such a call changes in them, on every rank alike, goes back into the parts.
+    """
+    if not hasattr(module, "unshard"):
+        yield
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    module.unshard()  # type: ignore[operator]
+    before = {name: value._version for name, value in module.named_parameters()}
+    yield
+    changed = {
+        name: value.detach().clone()
+        for name, value in module.named_parameters()
+        if value._version != before[name]
+    }
+    module.reshard()  # type: ignore[operator]
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name in changed:
+                value.copy_(distribute_tensor(changed[name], value.device_mesh, value.placements))  # type: ignore[attr-defined]
 
 
 def reseed(seed: int, step: object, rank: int) -> None:

@@ -27,8 +27,8 @@ def build_optimizer(
     """Build the optimizer over named parameters, in two groups: with weight decay and without.
 
     Args:
-        parameters: Names and parameters; names may carry the prefixes of wrappers (DDP, FSDP).
-        spared: Names from `without_decay`, taken before wrapping, as a sharded kernel is a vector too.
+        parameters: Names and parameters; names may carry the prefixes of wrappers (DDP).
+        spared: Names from `without_decay`, taken before wrapping.
         options: Options of the run.
     """
     decayed: list[nn.Parameter] = []
@@ -41,10 +41,12 @@ def build_optimizer(
         {"params": undecayed, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # One kernel for all, on GPUs; but with 16 bit Fabric scales gradients back itself, to clip them.
+    fused = (options.precision != "16" and all(_on_cuda(group["params"]) for group in groups)) or None
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr)
+        return torch.optim.AdamW(groups, lr=options.lr, fused=fused)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
     from lightly.utils.lars import LARS
 
     # Lightly's skips the trust ratio where weight decay is 0, which is what the papers do for biases
@@ -52,9 +54,12 @@ def build_optimizer(
     return LARS(groups, lr=options.lr, momentum=options.momentum)
 
 
+def _on_cuda(parameters: list[nn.Parameter]) -> bool:
+    return all(parameter.device.type == "cuda" for parameter in parameters)
+
+
 def _unwrapped(name: str) -> str:
-    """Strip a parameter's name of the prefixes of Fabric, DDP (`module.`) and FSDP."""
-    name = name.replace("_fsdp_wrapped_module.", "")
+    """Strip a parameter's name of the prefixes of Fabric and DDP (`module.`)."""
     if name.startswith("_forward_module."):
         return name.removeprefix("_forward_module.").removeprefix("module.")
     return name

@@ -67,7 +67,10 @@ class PretrainOptions:
             the encoder's last layer equally large, larger where a proxy learns slowly (Chen et al., 2018).
         balance_alpha: Strength with which gradnorm favours a proxy that learns slowly; 0 favours none.
         precision: Floating-point precision: 32, bf16, 16 (CUDA only), or auto, which takes bf16 where the
-            device is fast at it, else 32.
+            device is fast at it, else 32. tf32 is 32 whose products are rounded to 10 bits, on CUDA devices
+            that can; with 32 torch does so in convolutions alone.
+        compile: Whether torch.compile compiles the encoder: minutes at the start, and faster steps, on GPUs
+            above all. It needs a C++ compiler, on GPUs Triton.
         memory_format: Memory layout of the convolution kernels; auto takes the one in which the encoder is
             faster.
         threads: CPU threads of the main process; 0 leaves torch's number. A run that goes on keeps its own.
@@ -75,8 +78,8 @@ class PretrainOptions:
         devices: Number of devices per node; 0 takes those that torchrun or SLURM started, else every GPU,
             or one CPU process.
         nodes: Number of nodes; 0 takes those that torchrun or SLURM started, else 1.
-        strategy: Distribution over several devices: ddp keeps all weights on each of them, fsdp shards them
-            (CUDA only), auto takes ddp.
+        strategy: Distribution over several devices: ddp keeps all weights on each of them, fsdp gives each
+            a part of weights, gradients and moments, auto takes ddp.
         init: Run, encoder or zoo:NAME whose weights and architecture the run starts from.
         seed: Seed of everything random: weights, order, crops and views.
         checkpoint_every: Steps between checkpoints; the last two are kept.
@@ -115,7 +118,8 @@ class PretrainOptions:
     weights: tuple[float, ...] = ()
     balance: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
     balance_alpha: float = 1.5
-    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    precision: Literal["auto", "32", "tf32", "bf16", "16"] = "auto"
+    compile: bool = False
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     threads: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -148,7 +152,7 @@ class PretrainOptions:
         HelpSection(
             "hardware",
             ("device", "workers", "precision", "devices"),
-            ("nodes", "strategy", "threads", "memory_format"),
+            ("nodes", "strategy", "threads", "memory_format", "compile"),
         ),
     )  # fmt: skip
     """Sections of the help."""
@@ -391,7 +395,7 @@ def plan_from(
     for name, proxy in proxies.items():
         own_section = values.get(name) or {}
         configured[name] = proxy, config.from_dict(proxy.Config, own_section, f"{where}, {name}", recorded)
-    unknown = sorted(set(values) - known - set(configured) - {options.encoder})
+    unknown = sorted(map(str, set(values) - known - set(configured) - {options.encoder}))
     if unknown:
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     section = values.get(options.encoder) or {}

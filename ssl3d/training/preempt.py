@@ -117,6 +117,16 @@ def requeue() -> str:
     return f"SLURM job {job} is queued again"
 
 
-def requeued() -> bool:
-    """Tell whether SLURM has started this job again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+def restarted() -> list[str]:
+    """List the variables that name this job where it was started again: by SLURM, or by torchrun.
+
+    torchrun calls every job "none" that was given no name (by --standalone or --rdzv-id): such a name tells
+    no run from another.
+    """
+    variables = []
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0:
+        variables.append("SLURM_JOB_ID")
+    named = os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+    if named and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
+        variables.append("TORCHELASTIC_RUN_ID")
+    return variables

@@ -22,6 +22,7 @@ from ssl3d.training.build import build_encoder, build_trainee, channels, lengths
 from ssl3d.training.device import (
     accelerator_of,
     apply_layout,
+    check_compiler,
     check_descriptors,
     default_workers,
     device_words,
@@ -189,6 +190,8 @@ def _execute(
     threads, precision = set_threads(options), resolve_precision(options)
     fabric = launch(options, precision)
     check_descriptors(default_workers(options, accelerator_of(options), fabric.world_size))
+    if options.compile:
+        check_compiler(fabric.device)
     log = Log(on=fabric.is_global_zero)
     checkpoint = snapshot.load_checkpoint(folder, log.say) if folder is not None else None
     initial = None

@@ -20,7 +20,7 @@ from ssl3d.evaluation.leaks import volume_hashes
 from ssl3d.files import FULL_DISK, NOT_OURS, write_whole
 from ssl3d.training.monitor import Log
 from ssl3d.training.options import PretrainOptions, PretrainPlan
-from ssl3d.training.preempt import requeued
+from ssl3d.training.preempt import restarted
 from ssl3d.training.selection import BY_TARGET
 from ssl3d.yaml_files import dump_yaml
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from ssl3d.data.store.collection import Collection
 
-_JOB = "slurm-job"
+_JOBS = {"slurm-job": "SLURM_JOB_ID", "torchrun-job": "TORCHELASTIC_RUN_ID"}
+"""Files that name the job of a run, and the variables that hold its name."""
 
 
 def settle(fabric: Fabric, plan: PretrainPlan, folder: Path | None) -> Path:
@@ -92,8 +93,9 @@ def write_config(folder: Path, plan: PretrainPlan) -> None:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise
-    if os.environ.get("SLURM_JOB_ID"):
-        (folder / _JOB).write_text(os.environ["SLURM_JOB_ID"] + "\n", encoding="utf-8")
+    for name, variable in _JOBS.items():
+        if os.environ.get(variable):
+            (folder / name).write_text(os.environ[variable] + "\n", encoding="utf-8")
 
 
 def metadata(
@@ -229,19 +231,24 @@ def check_same(
 
 
 def requeued_run(plan: PretrainPlan) -> Path | None:
-    """Find the run that this SLURM job was at before it was put back into the queue, if any."""
-    if not requeued():
+    """Find the run that this job was at before SLURM or torchrun started it again, if any."""
+    variables = restarted()
+    if not variables:
         return None
     out = plan.options.out
     several = [out] if out else sorted(Path("runs").glob(f"{'-'.join(plan.proxies)}-*"))
     for folder in several:
-        if _job_of(folder) == os.environ.get("SLURM_JOB_ID") and (folder / "config.yaml").is_file():
+        own = any(
+            _text_of(folder / name) == os.environ.get(variable)
+            for name, variable in _JOBS.items()
+            if variable in variables
+        )
+        if own and (folder / "config.yaml").is_file():
             return folder
     return None
 
 
-def _job_of(folder: Path) -> str | None:
-    path = folder / _JOB
+def _text_of(path: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 

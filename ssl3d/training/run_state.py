@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ssl3d.training.build import (
     travellers_of,
     travellers_with,
 )
-from ssl3d.training.device import apply_layout, device_words, peak_memory
+from ssl3d.training.device import apply_layout, compile_encoders, device_words, peak_memory
 from ssl3d.training.loggers import Loggers
 from ssl3d.training.loop import Feed, Loop
 from ssl3d.training.monitor import Log, Monitor
@@ -156,14 +156,9 @@ class RunState:
             "precision": fabric.strategy.precision.state_dict(),
             "ranks": _own_buffers(fabric, trainee),
         }
-        if _sharded(fabric):
-            whole = folder / ".sharded.tmp"
-            fabric.save(whole, state | {"module": self.module, "optimizer": self.optimizer})
-            if fabric.is_global_zero:
-                snapshot.save_checkpoint(folder, done, lambda path: os.replace(whole, path))
-        elif fabric.is_global_zero:
-            state |= {"module": trainee.state_dict(), "optimizer": self.optimizer.state_dict()}
-            snapshot.save_checkpoint(folder, done, lambda path: _torch_save(state, path))
+        state |= {"module": self._weights(), "optimizer": self._moments()}
+        if fabric.is_global_zero:
+            snapshot.save_checkpoint(folder, done, lambda path: snapshot.write_state(state, path))
         fabric.barrier()
 
     def export(self, name: str, done: int) -> None:
@@ -194,7 +189,10 @@ class RunState:
         trainee.train()
         loader = loader_of(train, plan, fabric, self.begin, self.log)
         spared = without_decay(trainee)
+        spare = copy.deepcopy(trainee) if _sharded(fabric) else None  # impossible once it is sharded
         self.module: Any = fabric.setup_module(trainee)
+        if options.compile:
+            compile_encoders(trainee)
         self.optimizer: Any = fabric.setup_optimizers(
             build_optimizer(self.module.named_parameters(), spared, options)
         )
@@ -214,6 +212,7 @@ class RunState:
             log=self.log,
             save=self.save,
             export=self.export,
+            spare=spare,
             flops_between=int(self.card.get("compute", {}).get("flops_between_epochs", 0)),
         )
 
@@ -234,13 +233,23 @@ class RunState:
         """Return all weights and buffers, on rank 0; they are gathered where they are sharded."""
         if not _sharded(self.fabric):
             return self.trainee.state_dict()
-        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+        from torch.distributed.checkpoint import state_dict as gathering
 
-        inner = self.module._forward_module
-        whole = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
-        with FullyShardedDataParallel.state_dict_type(inner, StateDictType.FULL_STATE_DICT, whole):
-            gathered: dict[str, Tensor] = inner.state_dict()
-        return gathered
+        whole = gathering.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered: Any = gathering.get_model_state_dict(self.trainee, options=whole)
+        weights: dict[str, Tensor] = gathered
+        return weights
+
+    def _moments(self) -> dict[str, Any]:
+        """Return the state of the optimizer, on rank 0; where it is sharded it is gathered, by names."""
+        if not _sharded(self.fabric):
+            state: dict[str, Any] = self.optimizer.state_dict()
+            return state
+        from torch.distributed.checkpoint import state_dict as gathering
+
+        whole = gathering.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        inner = self.optimizer.optimizer
+        return dict(gathering.get_optimizer_state_dict(self.trainee, inner, options=whole))
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         """Give the optimizer, the scaler of 16 bit, and each rank its own buffers, their state of then.
@@ -265,12 +274,14 @@ class RunState:
                 for name, value in ranks[fabric.global_rank].items():
                     own[name].copy_(value)
         if _sharded(fabric):
-            from torch.distributed.fsdp import FullyShardedDataParallel
+            from torch.distributed.checkpoint import state_dict as gathering
 
-            state = FullyShardedDataParallel.optim_state_dict_to_load(
-                self.module._forward_module, optimizer.optimizer, checkpoint["optimizer"]
+            gathering.set_optimizer_state_dict(
+                self.trainee,
+                optimizer.optimizer,
+                checkpoint["optimizer"],
+                options=gathering.StateDictOptions(full_state_dict=True),
             )
-            optimizer.optimizer.load_state_dict(state)
         else:
             restore_optimizer(optimizer.optimizer, checkpoint["optimizer"])
         fabric.strategy.precision.load_state_dict(checkpoint["precision"])
@@ -278,7 +289,7 @@ class RunState:
 
 def _sharded(fabric: Fabric) -> bool:
     """Tell whether each rank holds a part of the weights (FSDP)."""
-    return type(fabric.strategy).__name__ == "FSDPStrategy"
+    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
 
 
 def _own_buffers(fabric: Fabric, trainee: Trainee) -> list[dict[str, Tensor]]:
@@ -305,29 +316,14 @@ def _own_buffers(fabric: Fabric, trainee: Trainee) -> list[dict[str, Tensor]]:
 
 
 def _persistent_buffers(trainee: Trainee) -> dict[str, Tensor]:
-    """Collect the buffers that a state dict holds, by their names there, wrapped or not."""
+    """Collect the buffers that a state dict holds, by their names there."""
     buffers = {}
     for prefix, module in trainee.named_modules():
         for name, value in module._buffers.items():
             if value is not None and name not in module._non_persistent_buffers_set:
-                place = f"{prefix}.{name}" if prefix else name
-                for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-                    place = place.replace(wrapper, "")
-                buffers[place] = value
+                buffers[f"{prefix}.{name}" if prefix else name] = value
     return buffers
 
 
 def _digest(value: Tensor) -> str:
     return f"{tuple(value.shape)} {hashlib.sha256(tensor_bytes(value)).hexdigest()}"
-
-
-def _torch_save(state: dict[str, Any], path: Path) -> None:
-    # Through a file of Python's: a full disk is an OSError then, though torch hides it behind another.
-    try:
-        with path.open("wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from error

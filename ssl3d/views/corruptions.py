@@ -309,11 +309,41 @@ def draw_boxes(
     return inside_any
 
 
-def value_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lowest value and range of each example's channels, (B, C, 1, 1, 1), float32."""
+def value_range(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return lowest value and range of each example's channels, (B, C, 1, 1, 1), float32.
+
+    Args:
+        x: Crops (B, C, D, H, W).
+        counted: Voxels that have a say, (B, 1, D, H, W), bool; all of them if None.
+    """
+    if counted is not None:  # the others take a value of those that count, if any does
+        first = counted.flatten(1).int().argmax(1).view(-1, 1, 1).expand(-1, x.shape[1], 1)
+        x = torch.where(counted, x, x.flatten(2).gather(2, first)[..., None, None])
     low, high = x.flatten(2).aminmax(dim=2)
     low, high = low.float()[..., None, None, None], high.float()[..., None, None, None]
     return low, high - low
+
+
+def mean_of(x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Average all values of (B, C, D, H, W), or those of the voxels (B, 1, D, H, W) that are counted.
+
+    Example:
+        >>> x, counted = torch.arange(4.0).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, 2, dtype=torch.bool)
+        >>> counted[..., 1, 1] = False
+        >>> mean_of(x), mean_of(x, counted)
+        (tensor(1.5000), tensor(1.))
+    """
+    if counted is None:
+        return x.mean()
+    return torch.where(counted, x, 0).sum() / (counted.sum() * x.shape[1]).clamp_min(1)
+
+
+def means_of(x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Average each example's channels over all voxels, or those that are counted: (B, C, 1, 1, 1)."""
+    if counted is None:
+        return x.mean((2, 3, 4), keepdim=True)
+    total = torch.where(counted, x, 0).sum((2, 3, 4), keepdim=True)
+    return total / counted.sum((2, 3, 4), keepdim=True).clamp_min(1)
 
 
 def _noise(x: Tensor, rng: BatchRng) -> Tensor:
@@ -353,7 +383,9 @@ class RestorationError(NamedTuple):
     flat: Tensor
 
 
-def restoration_error(restored: Tensor, corrupted: Tensor, original: Tensor) -> RestorationError:
+def restoration_error(
+    restored: Tensor, corrupted: Tensor, original: Tensor, counted: Tensor | None = None
+) -> RestorationError:
     """Compute how far a restored crop is from the original, and how far the corrupted and a flat one are.
 
     Squared errors are divided by the square of the range of each example's channel, as if it had been
@@ -364,6 +396,7 @@ def restoration_error(restored: Tensor, corrupted: Tensor, original: Tensor) -> 
         restored: Output of the network, (B, C, D, H, W).
         corrupted: Input of the network, (B, C, D, H, W).
         original: Crops before the corruption, (B, C, D, H, W).
+        counted: Voxels that count, (B, 1, D, H, W), bool; None counts all.
 
     Example:
         >>> original, corrupted = torch.rand(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4)
@@ -372,11 +405,11 @@ def restoration_error(restored: Tensor, corrupted: Tensor, original: Tensor) -> 
     """
     with torch.autocast(original.device.type, enabled=False):
         original = original.float()
-        scale = value_range(original)[1].clamp_min(1)
-        loss = ((restored.float() - original) / scale).square().mean()
+        scale = value_range(original, counted)[1].clamp_min(1)
+        loss = mean_of(((restored.float() - original) / scale).square(), counted)
         with torch.no_grad():
-            copied = ((corrupted.float() - original) / scale).square().mean()
-            flat = ((original - original.mean((2, 3, 4), keepdim=True)) / scale).square().mean()
+            copied = mean_of(((corrupted.float() - original) / scale).square(), counted)
+            flat = mean_of(((original - means_of(original, counted)) / scale).square(), counted)
             # A batch that chance left uncorrupted has nothing to restore: as good as its input.
             spoilt = copied > 0
             relative, flat = (

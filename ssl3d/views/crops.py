@@ -51,7 +51,8 @@ def draw_crop(
 ) -> Triple:
     """Draw the start (D, H, W) of a crop, uniformly among those with enough foreground.
 
-    Foreground is estimated from the volume's occupancy map, as if even within each block. A volume
+    Foreground is estimated from the volume's occupancy map, as if even within each block. No crop has a
+    voxel to be ignored at its centre (`Volume.read_ignored`). A volume
     smaller than the crop along an axis is put in its middle: the start is negative there, and `read`
     fills the rest with background. Where too few crops qualify to be met by chance, one is taken from a
     grid of starts, and where none does, the fullest of the grid.
@@ -64,11 +65,11 @@ def draw_crop(
         fixed: Starts that are given already, by axis 0 to 2.
 
     Raises:
-        DataError: The volume has no foreground at all.
+        DataError: The volume has no foreground at all, or every crop has a voxel to be ignored at its
+            centre.
     """
-    occupancy = _Occupancy(volume)
     low, high = start_range(volume, size, fixed)
-    return _draw(occupancy, size, low, high, rng, min_foreground)
+    return _draw(volume, size, low, high, rng, min_foreground)
 
 
 def draw_overlapping(
@@ -90,7 +91,6 @@ def draw_overlapping(
     Raises:
         DataError: The volume has no foreground at all.
     """
-    occupancy = _Occupancy(volume)
     low, high = start_range(volume, size, fixed)
     length, near = np.asarray(size), np.array(start)
     for axis, at in (fixed or {}).items():
@@ -102,7 +102,7 @@ def draw_overlapping(
         shared = np.prod(np.maximum(length - np.abs(starts - near), 0), axis=1)
         return shared / (2 * np.prod(length) - shared) >= min_iou - 1e-9
 
-    return _draw(occupancy, size, low, high, rng, min_foreground, enough_iou, to_triple(near))
+    return _draw(volume, size, low, high, rng, min_foreground, enough_iou, to_triple(near))
 
 
 def draw_positions(
@@ -167,6 +167,15 @@ def foreground_shares(volume: Volume, starts: np.ndarray, size: Sequence[int]) -
         DataError: The volume has no foreground at all.
     """
     return _Occupancy(volume).shares(np.asarray(starts), size)
+
+
+def centres_ignored(volume: Volume, starts: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Tell which crops of one size at `starts` (N, 3) have a voxel to be ignored at their centre: (N,)."""
+    if not volume.has_ignored:
+        return np.zeros(len(starts), bool)
+    centres = np.asarray(starts) + np.asarray(size) // 2
+    centres = np.clip(centres, 0, np.asarray(volume.shape[1:]) - 1)  # of a volume smaller than the crop
+    return np.array([bool(volume.read_ignored(at.tolist(), (1, 1, 1))) for at in centres], bool)
 
 
 def neighbour_position(
@@ -281,7 +290,7 @@ def start_range(
 
 
 def _draw(
-    occupancy: _Occupancy,
+    volume: Volume,
     size: Sequence[int],
     low: np.ndarray,
     high: np.ndarray,
@@ -290,6 +299,8 @@ def _draw(
     condition: Callable[[np.ndarray], np.ndarray] | None = None,
     otherwise: Triple | None = None,
 ) -> Triple:
+    occupancy = _Occupancy(volume)
+
     def qualify(starts: np.ndarray, shares: np.ndarray) -> np.ndarray:
         enough = shares >= min_foreground - 1e-9
         return enough if condition is None else enough & condition(starts)
@@ -297,6 +308,7 @@ def _draw(
     for _ in range(_ROUNDS):
         starts = rng.integers(low, high + 1, size=(_TRIES, 3))
         good = np.flatnonzero(qualify(starts, occupancy.shares(starts, size)))
+        good = good[~centres_ignored(volume, starts[good], size)]
         if len(good):
             return to_triple(starts[good[0]])
     if otherwise is not None:
@@ -306,8 +318,15 @@ def _draw(
         for a, b, edges in zip(low, high, occupancy.edges, strict=True)
     ]
     shares = occupancy.grid(axes, size)
-    starts = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    good = np.flatnonzero(qualify(starts, shares.reshape(-1)))
+    starts, shares = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3), shares.reshape(-1)
+    if volume.has_ignored:
+        counted = ~centres_ignored(volume, starts, size)
+        if not counted.any():
+            raise DataError(
+                f"{volume.id}: every crop of {tuple(size)} has a voxel to be ignored at its centre"
+            )
+        starts, shares = starts[counted], shares[counted]
+    good = np.flatnonzero(qualify(starts, shares))
     return to_triple(starts[rng.choice(good) if len(good) else shares.argmax()])
 
 

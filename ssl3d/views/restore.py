@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -54,14 +54,19 @@ def draw_one(config: RestoreViews, volume: Volume, rng: np.random.Generator) -> 
     """Draw one crop of a volume.
 
     Returns:
-        `crop` (C, d, h, w), float32, and `foreground` (d, h, w), bool: see `read_foreground`.
+        `crop` (C, d, h, w), float32, and `foreground` (d, h, w), bool: see `read_foreground`. Where the
+        store has voxels to ignore, `ignored` (d, h, w), bool, too.
 
     Raises:
         DataError: The volume has no foreground.
     """
     size = fit_size(volume, config.crop)
     start = draw_crop(volume, size, rng, config.min_foreground)
-    return {"crop": volume.read(start, size), "foreground": read_foreground(volume, start, size)}
+    crop, foreground = volume.read(start, size), read_foreground(volume, start, size)
+    if not volume.may_ignore:
+        return {"crop": crop, "foreground": foreground}
+    ignored = volume.read_ignored(start, size)
+    return {"crop": crop, "foreground": foreground & ~ignored, "ignored": ignored}
 
 
 def read_foreground(volume: Volume, start: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -91,12 +96,47 @@ def mirror_one(
         Crops (B, C, D, H, W), and foreground (B, D, H, W), bool. They may be the batch's own tensors: never
         write to them.
     """
-    crop, foreground = batch["crop"], batch["foreground"]
-    if not (training and config.flip):
-        return crop, foreground
-    # As one more channel, so that both turn alike.
-    both = spatial.flip(torch.cat([crop, foreground.unsqueeze(1).to(crop.dtype)], 1), rng, config.flip)
-    return both[:, :-1], both[:, -1] > 0.5
+    mirrored = mirror_counted(config, batch, rng, training)
+    return mirrored.crop, mirrored.foreground
+
+
+class Restorable(NamedTuple):
+    """Crops to be damaged and restored.
+
+    Attributes:
+        crop: Crops (B, C, D, H, W).
+        foreground: Foreground, (B, D, H, W), bool.
+        counted: Voxels that losses count, (B, 1, D, H, W), bool; None where that is all of them.
+    """
+
+    crop: Tensor
+    foreground: Tensor
+    counted: Tensor | None
+
+
+def mirror_counted(
+    config: RestoreViews, batch: dict[str, Tensor], rng: BatchRng, training: bool = True
+) -> Restorable:
+    """Mirror crops as `mirror_one` does, and tell which of their voxels a loss is to count."""
+    return _mirrored(batch, lambda x: spatial.flip(x, rng, config.flip) if training and config.flip else x)
+
+
+def flip_counted(
+    batch: dict[str, Tensor], rng: BatchRng, chance: float, training: bool = True
+) -> Restorable:
+    """Mirror crops as `flip_in_turn` does while training, and tell which voxels a loss is to count."""
+    return _mirrored(batch, lambda x: spatial.flip_in_turn(x, rng, chance) if training else x)
+
+
+def _mirrored(batch: dict[str, Tensor], mirror: Callable[[Tensor], Tensor]) -> Restorable:
+    """Mirror crops and maps of a batch alike, the maps as further channels."""
+    crop = batch["crop"]
+    names = [name for name in ("foreground", "ignored") if name in batch]
+    maps = torch.stack([batch[name].to(crop.dtype) for name in names], 1)
+    both = mirror(torch.cat([crop, maps], 1))
+    own = {name: both[:, crop.shape[1] + n] > 0.5 for n, name in enumerate(names)}
+    counted = ~own["ignored"].unsqueeze(1) if "ignored" in own else None
+    return Restorable(both[:, : crop.shape[1]], own["foreground"], counted)
 
 
 def restoration_picture(original: Tensor, corrupted: Tensor, restored: Tensor) -> Figure:

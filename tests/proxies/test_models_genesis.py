@@ -198,7 +198,8 @@ def test_crops_are_mirrored_as_in_the_released_code():
         theirs[flipped[0, 0, 0, 0]] += 1 / 40_000  # which corner came first
     corner = torch.zeros(10_000, 1, 2, 3, 3)
     corner[:, :, 0, 0, 0] = 1
-    found = make().train()._mirror({"crop": corner}, one_group(0, 10_000)).mean((0, 1))
+    drawn = {"crop": corner, "foreground": torch.ones_like(corner[:, 0], dtype=torch.bool)}
+    found = make().train()._mirror(drawn, one_group(0, 10_000)).crop.mean((0, 1))
     ours = np.array([found[0, a, b] for a in (0, -1) for b in (0, -1)])
     assert found[1].sum() == 0  # never along z
     assert np.allclose(ours, theirs, atol=0.02) and ours[0] == pytest.approx(0.729, abs=0.02)

@@ -399,3 +399,54 @@ def test_a_configuration_file_of_before_keeps_its_meaning(section, rings, tmp_pa
 def test_an_unknown_flag_says_what_is_near(flag, told):
     with pytest.raises(UsageError, match=re.escape(told)):
         run("--data", "a", flag)
+
+
+@dataclass
+class Kinds:
+    """Options of every plain kind.
+
+    Attributes:
+        count: Whole number.
+        rate: Number.
+        words: Words.
+        sides: Three numbers, or none.
+        way: One of two ways.
+        place: Folder.
+        on: Switch.
+    """
+
+    count: int = 1
+    rate: float = 0.5
+    words: tuple[str, ...] = ()
+    sides: tuple[int, int, int] | None = None
+    way: Literal["up", "down"] = "up"
+    place: Path | None = None
+    on: bool = False
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "x"), ("count", 1.5), ("count", None), ("rate", "1e-3"), ("rate", []), ("rate", 10**400),
+        ("words", "word"), ("words", [True]), ("words", [["a"]]), ("words", 7), ("sides", [1, 2]),
+        ("sides", ["a"] * 3), ("sides", 3), ("way", "left"), ("way", []), ("way", {}), ("place", 3),
+        ("on", 1), ("on", "no"), (7, 1),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_one_line(key, value):
+    with pytest.raises(UsageError, match=r"^file: ") as caught:
+        from_dict(Kinds, {"count": 2, key: value}, "file")
+    assert "\n" not in str(caught.value) and str(key) in str(caught.value)
+
+
+def test_values_of_the_right_kind_are_taken():
+    given = {
+        "count": 3,
+        "rate": 1,
+        "words": ["a", "b"],
+        "sides": [1, 2, 3],
+        "way": "down",
+        "place": "x",
+        "on": True,
+    }
+    assert from_dict(Kinds, given, "file") == Kinds(3, 1.0, ("a", "b"), (1, 2, 3), "down", Path("x"), True)

@@ -65,7 +65,7 @@ def test_stubs_take_names_from_where_they_are_defined(module):
 
 def test_the_first_names_of_the_package():
     functions = {"encoder_from", "load_encoder", "load_model", "load_proxies", "pretrain", "resume"}
-    functions |= {"embed", "finetune", "localize", "prepare"}
+    functions |= {"convert_encoder", "embed", "finetune", "localize", "prepare"}
     assert set(ssl3d.__all__) == functions | FOLDERS
     assert all(callable(getattr(ssl3d, name)) for name in functions)
     for name in FOLDERS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -51,6 +51,7 @@ from ssl3d_benchmarks.finetune.segmentation.data import (
     refuse_regions,
 )
 from ssl3d_benchmarks.finetune.segmentation.plan import fingerprint, plan_by_rule
+from ssl3d_benchmarks.subject_scores import class_statistics, subject_scores
 from ssl3d_benchmarks.task import ignored_values
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ class Segmentation(FinetuneTask):
 
     @property
     def can_flip(self) -> bool:  # type: ignore[override]
-        """Whether training mirrored volumes."""
+        """Whether predictions may be averaged over mirrored volumes, as training mirrored them too."""
         return self.config.flip > 0 and bool(self.flip_axes)
 
     @classmethod
@@ -572,12 +573,10 @@ class Segmentation(FinetuneTask):
         """
         functions: dict[str, statistics.Statistic] = {}
         clusters: Array = np.zeros(0)
+        names = self.names[1:]
         for measure in (*MEASURES, *map(metric_name, self.config.metric)):
-            clusters, table = _by_subject(predictions, measure, self.names[1:])
-            functions[measure] = _over_classes(table)
-            if table.shape[1] > 1:
-                for column, name in enumerate(self.names[1:]):
-                    functions[f"{measure}_{name}"] = _of_class(table, column)
+            clusters, table = subject_scores(predictions, names, measure)
+            functions |= class_statistics(table, names if len(names) > 1 else (), measure)
         return clusters, functions
 
     def predict_trivial(
@@ -717,34 +716,3 @@ def _batch_dice(logits: Tensor, target: Tensor) -> Tensor:
         size = here.sum() + true.sum()
         values.append(torch.where(true.any(), 2 * (here & true).sum() / size.clamp(min=1), torch.nan))
     return torch.stack(values).nanmean().nan_to_num(0.0)
-
-
-def _by_subject(
-    predictions: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]
-) -> tuple[Array, Array]:
-    """Return subjects (S,) and the mean over the volumes of each, by class (S, K), NaN where undefined."""
-    people: dict[str, list[list[float]]] = {}
-    for row in predictions:
-        values = [row[measure][name] for name in names]
-        person = people.setdefault(f"{row['dataset']}\t{row['subject']}", [])
-        person.append([np.nan if value is None else float(value) for value in values])
-    table = np.full((len(people), len(names)), np.nan)
-    for number, volumes in enumerate(people.values()):
-        for column, scores in enumerate(np.array(volumes).T):
-            if np.isfinite(scores).any():
-                table[number, column] = np.nanmean(scores)
-    return np.array(list(people)), table
-
-
-def _of_class(table: Array, column: int) -> Callable[[Array], Array]:
-    return lambda weights: statistics.mean(table[:, column], weights)
-
-
-def _over_classes(table: Array) -> Callable[[Array], Array]:
-    def value(weights: Array) -> Array:
-        each = np.stack([statistics.mean(table[:, k], weights) for k in range(table.shape[1])])
-        known = np.isfinite(each)
-        total = np.where(known, each, 0).sum(axis=0)
-        return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
-
-    return value

@@ -22,10 +22,10 @@ from ssl3d.api import (
     Ssl3dError,
     UsageError,
     parse_json,
-    read_result,
     read_yaml,
     record_bytes,
     record_files,
+    result_of,
     statistics,
 )
 
@@ -69,18 +69,54 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """What tables need of the predictions of a record.
+
+    Attributes:
+        clusters: Subject of every row, as a number (N,).
+        functions: Scores by name, as functions of resampling weights (R, N).
+        support: Number of test subjects of each class; empty where there are no classes.
+        volumes: Number of volumes, and a hash of which they are.
+    """
+
+    clusters: Array
+    functions: dict[str, statistics.Statistic]
+    support: Mapping[str, int]
+    volumes: str
+
+
+@dataclass(frozen=True)
 class ReadRecord:
     """A record as it was read, and what it says of its contestant.
 
     Attributes:
         path: File of the record.
         where: The same file, below the folder of the records.
-        result: Content of the record.
+        result: Content of the record. `release_predictions` empties its predictions, which are most of it.
     """
 
     path: Path
     where: str
     result: Result
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What tables need of the predictions.
+
+        Raises:
+            Ssl3dError: The protocol is not installed, or its predictions are not its own.
+        """
+        rows = self.result.predictions
+        # In an order that is the same for all contestants.
+        ordered = sorted(rows, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
+        clusters, functions = score_functions(self.result, ordered)
+        codes = np.unique(clusters, return_inverse=True)[1].ravel()
+        return Scorer(codes, functions, statistics.class_support(rows), _volumes(rows))
+
+    def release_predictions(self) -> None:
+        """Keep `scorer` in place of the predictions: thousands of records fit into memory."""
+        assert self.scorer
+        self.result.predictions = []
 
     @cached_property
     def kind(self) -> str:
@@ -231,10 +267,6 @@ class ReadRecord:
         ):
             hash(str(getattr(self, name)))
         self.flops()
-
-    def ordered(self) -> list[dict[str, Any]]:
-        """Sort the predictions in an order that is the same for all contestants."""
-        return sorted(self.result.predictions, key=lambda p: (p["dataset"], p["subject"], str(p.get("id"))))
 
 
 def contestants_of(rows: Iterable[ReadRecord]) -> list[list[ReadRecord]]:
@@ -388,8 +420,16 @@ def read_records(folders: Sequence[Path], published: Sequence[Path] = ()) -> Rec
 def _tables(records: Sequence[ReadRecord], refused: list[Refused]) -> list[Table]:
     """Put together the records that can be compared, and refuse the others by name."""
     tables: list[Table] = []
-    for key in sorted({_table_key(record) for record in records if not _loose(record)}):
-        kept = _comparable([record for record in records if _belongs(record, key)], refused)
+    trained: dict[tuple[str, ...], list[int]] = {}
+    loose: dict[tuple[str, ...], list[int]] = {}
+    for number, record in enumerate(records):
+        if _loose(record):
+            loose.setdefault(_base_key(record.result), []).append(number)
+        else:
+            trained.setdefault(_table_key(record), []).append(number)
+    for key in sorted(trained):
+        same = sorted(trained[key] + loose.get(key[:-1], []))
+        kept = _comparable([records[number] for number in same], refused)
         if kept:
             first = next(record.result for record in kept if not _loose(record))
             settings = {k: v for k, v in first.settings.items() if k not in ("fractions", "rates")}
@@ -463,7 +503,7 @@ def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: li
     if isinstance(content, dict) and not {"task", "contestant"} & set(content):
         return  # another JSON file: timings, localize
     try:
-        record = ReadRecord(path, where, read_result(path))
+        record = ReadRecord(path, where, result_of(content, str(path)))
     except Ssl3dError as error:
         refused.append(Refused(where, "", str(error).removeprefix(f"{path}: ")))
         return
@@ -472,6 +512,7 @@ def _read_one(path: Path, where: str, by_key: dict[str, ReadRecord], refused: li
     if why:
         refused.append(Refused(where, name, why))
         return
+    record.release_predictions()
     key = f"{record.result.key} {' '.join(record.result.dataset)}"
     if key in by_key:
         other = by_key[key]
@@ -493,8 +534,8 @@ def _wrong(record: ReadRecord) -> str:
     except ODD as error:
         return f"its contestant or its curve cannot be read: {type(error).__name__} {error}"
     try:
-        clusters, functions = score_functions(result, record.ordered())
-        value = float(functions[result.main](np.ones((1, len(clusters))))[0])
+        scorer = record.scorer
+        value = float(scorer.functions[result.main](np.ones((1, len(scorer.clusters))))[0])
     except ODD as error:
         return f"its predictions cannot be scored as {result.task}: {type(error).__name__} {error}"
     except Ssl3dError as error:
@@ -524,30 +565,26 @@ def _base_key(result: Result) -> tuple[str, ...]:
     return (result.task, "|".join(result.dataset), text, result.main)
 
 
-def _belongs(record: ReadRecord, key: tuple[str, ...]) -> bool:
-    return _base_key(record.result) == key[:-1] if _loose(record) else _table_key(record) == key
-
-
 def _comparable(same: list[ReadRecord], refused: list[Refused]) -> list[ReadRecord]:
     """Keep the networks' newest version, then the split, data, and volumes that most rows have."""
     # A row without a network may be of a newer version: it must not refuse all that are compared.
     newest = max(record.result.version for record in same if not _loose(record))
     kept = _agreeing(
-        same, lambda r: r.version, newest, "task version {mine}, the table has {theirs}", refused
+        same, lambda r: r.result.version, newest, "task version {mine}, the table has {theirs}", refused
     )
     tests = (
-        (lambda r: r.split_digest, "another split of the subjects ({mine}; the table has {theirs})"),
+        (lambda r: r.result.split_digest, "another split of the subjects ({mine}; the table has {theirs})"),
         (
-            lambda r: r.data_digest,
+            lambda r: r.result.data_digest,
             "the data or their preprocessing differ (data digest {mine}; the table has {theirs})",
         ),
         (
-            lambda r: _volumes(r.predictions),
+            lambda r: r.scorer.volumes,
             "predicts other test volumes ({mine}; the table has {theirs})",
         ),
     )
     for of, words in tests:
-        counts = Counter(of(record.result) for record in kept if not _loose(record))
+        counts = Counter(of(record) for record in kept if not _loose(record))
         if not counts:
             return []
         usual = max(counts, key=lambda value: (counts[value], str(value)))
@@ -560,7 +597,7 @@ def _agreeing(
 ) -> list[ReadRecord]:
     kept = []
     for record in rows:
-        mine = of(record.result)
+        mine = of(record)
         if mine == usual:
             kept.append(record)
             continue

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ssl3d.api import statistics
 from ssl3d_benchmarks.leaderboard.report.board import NO_NETWORK, Arm, Board
 from ssl3d_benchmarks.leaderboard.report.names import label
-from ssl3d_benchmarks.leaderboard.report.records import ReadRecord, Table, contestants_of, score_functions
+from ssl3d_benchmarks.leaderboard.report.records import ReadRecord, Table, contestants_of
 from ssl3d_benchmarks.table import same_subsets
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
 from ssl3d_benchmarks.unlearned import floor_words, unlearned
@@ -68,26 +68,18 @@ def _grid(group: Sequence[ReadRecord], notes: list[str]) -> list[list[ReadRecord
 
 
 def _arm(grid: list[list[ReadRecord]], table: Table, resamples: int) -> Arm:
-    scores = []
-    clusters: Array = np.zeros(0)
-    names: tuple[str, ...] = ()
-    for row in grid:
-        line = []
-        for record in row:
-            clusters, functions = score_functions(record.result, record.ordered())
-            line.append(functions[table.main])
-            names = tuple(functions)
-        scores.append(line)
+    first, last = grid[0][0], grid[-1][-1]
     runs = statistics.runs_of(
-        scores,
-        clusters,
+        [[record.scorer.functions[table.main] for record in row] for row in grid],
+        last.scorer.clusters,
         resamples,
         # The same people in two tasks are the same draw, other people are another.
         ("leaderboard", *table.dataset),
-        statistics.class_support(grid[0][0].result.predictions),
+        first.scorer.support,
         statistics.bounds_of(table.main),
     )
-    return Arm(grid, grid[0][0].kind, runs, statistics.nested_interval(runs), scores=names)
+    names = tuple(last.scorer.functions)
+    return Arm(grid, first.kind, runs, statistics.nested_interval(runs), scores=names)
 
 
 def _flag(board: Board) -> None:

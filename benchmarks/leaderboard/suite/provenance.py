@@ -18,7 +18,10 @@ from typing import Any
 import yaml
 
 from ssl3d.api import (
+    Ssl3dError,
     code_digest,
+    former_defaults,
+    plugins,
     write_whole,
 )
 
@@ -98,6 +101,9 @@ class Provenance:
     def difference(self) -> str:
         """Say why what is there is not what would be made now; empty if it is, or if nobody knows."""
         ways, then = self.ways(), _note_of(self.path)
+        former = _former_defaults(_read(self.path / "config.yaml"), ways[0])
+        if former:
+            return self._refusal(f"made with the defaults of an earlier version: {former}")
         if not isinstance(then.get("options"), dict):
             why = _difference_from_config(_read(self.path / "config.yaml"), ways[0])
             return self._refusal(f"made with other options: {why}") if why else ""
@@ -165,6 +171,25 @@ def _difference_from_config(config: Mapping[str, Any], now: Options) -> str:
         if not _agrees(values, recorded):
             then[flag] = [_text(entry) for entry in recorded]
     return f"{_flags(then, list(then))} then, {_flags(now, list(then))} now" if then else ""
+
+
+def _former_defaults(config: Mapping[str, Any], now: Options) -> str:
+    """Say which options of a run's plugins had other defaults when it was made, and how they differ."""
+    then: dict[str, list[str]] = {}
+    meant: dict[str, Sequence[str]] = {}
+    named = {plugins.PROXIES: config.get("proxy") or [], plugins.ENCODERS: [config.get("encoder") or ""]}
+    for group, name in ((group, name) for group, names in named.items() for name in names):
+        section = config.get(name)
+        if not isinstance(section, Mapping):
+            continue
+        with contextlib.suppress(Ssl3dError):  # the command itself will say so
+            former = former_defaults(plugins.load(group, name).Config, section)
+            for option, (before, default) in former.items():
+                flag = f"{name}.{option}".replace("_", "-")
+                given = now.get(flag, [_text(default)])
+                if not _agrees(given, [before]):
+                    then[flag], meant[flag] = [_text(before)], given
+    return f"{_flags(then, list(then))} then, {_flags(meant, list(then))} now" if then else ""
 
 
 def _phantoms(values: Sequence[Any]) -> bool:

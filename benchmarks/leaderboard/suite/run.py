@@ -9,16 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError, record_files, unpacked_place
+from ssl3d.api import UsageError, record_files, submit_jobs, unpacked_place
 from ssl3d_benchmarks.leaderboard.suite.check import check
 from ssl3d_benchmarks.leaderboard.suite.commands import Places
 from ssl3d_benchmarks.leaderboard.suite.jobs import Job
 from ssl3d_benchmarks.leaderboard.suite.plan import SuitePlan
 from ssl3d_benchmarks.leaderboard.suite.runner import Runner
 from ssl3d_benchmarks.leaderboard.suite.suite import load_suite
-
-REQUEUES = 100
-"""Times that a worker is queued again when its time is over."""
 
 
 @dataclass(frozen=True)
@@ -118,26 +115,10 @@ def submit(options: RunOptions) -> int:
     Raises:
         UsageError: submitit is not installed, or SLURM is not there.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UsageError('--slurm needs submitit: pip install "ssl3d[slurm]"') from error
-    given: dict[str, Any] = {}
-    for text in options.slurm_options:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--slurm-options {text}: expected KEY=VALUE, as in partition=gpu")
-        given[key] = int(value) if value.isdigit() else value
-    folder = options.out / ".jobs" / "slurm"
-    try:
-        executor = submitit.AutoExecutor(folder, options.cluster, slurm_max_num_timeout=REQUEUES)
-    except RuntimeError as error:
-        raise UsageError(f"--slurm {options.slurm}: {error}") from error
-    executor.update_parameters(name=f"ssl3d-{Path(options.suite).stem}", **given)
-    with executor.batch():
-        jobs = [executor.submit(Worker(replace(options, slurm=0))) for _ in range(options.slurm)]
-    for job in jobs:
-        print(f"submitted {job.job_id}")
+    works = [Worker(replace(options, slurm=0))] * options.slurm
+    folder, name = options.out / ".jobs" / "slurm", f"ssl3d-{Path(options.suite).stem}"
+    for job in submit_jobs(works, folder, name, options.slurm_options, options.cluster):
+        print(f"submitted {job}")
     return 0
 
 

@@ -24,7 +24,7 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
     """Decide the normalisation of `auto`: by the header's modality, else by the values.
 
     Args:
-        voxels: (C, D, H, W).
+        voxels: (C, ...).
         modality: DICOM code, or "".
         eight_bit: Whether the source held unsigned bytes.
 
@@ -54,7 +54,7 @@ def decide(voxels: np.ndarray, modality: str, eight_bit: bool) -> str:
     return "ct" if abs(float(np.percentile(around, 2)) + 1000) < 100 else "mr"
 
 
-def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
+def foreground(voxels: np.ndarray, kind: str, ignored: np.ndarray | None = None) -> np.ndarray:
     """Mark where there is something to see: body, head, organ; cavities inside it included.
 
     A tenth of the way from the darkest to the brightest (99.5th percentile) separates air and its noise
@@ -64,9 +64,10 @@ def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
     Args:
         voxels: (C, D, H, W), before normalisation.
         kind: Normalisation: ct, mr, unit or none.
+        ignored: (D, H, W), boolean: voxels that are no foreground and have no say.
 
     Returns:
-        (D, H, W), boolean; all true where nothing stands out.
+        (D, H, W), boolean; where nothing stands out, all that is not ignored.
     """
     from scipy import ndimage
 
@@ -74,17 +75,25 @@ def foreground(voxels: np.ndarray, kind: str) -> np.ndarray:
     steps = [max(1, round(n / 128)) for n in voxels.shape[1:]]
     coarse = voxels[:, :: steps[0], :: steps[1], :: steps[2]]
     body: np.ndarray = np.zeros(coarse.shape[1:], dtype=bool)
+    counted = _counted(ignored)
+    coarsely = None if counted is None else counted[:: steps[0], :: steps[1], :: steps[2]]
     for channel in coarse:
-        low = float(channel.min())
-        level = -500.0 if kind == "ct" else low + 0.1 * (float(np.percentile(channel, 99.5)) - low)
+        seen = channel if coarsely is None else channel[coarsely]
+        if not seen.size:
+            continue
+        low = float(seen.min())
+        level = -500.0 if kind == "ct" else low + 0.1 * (float(np.percentile(seen, 99.5)) - low)
         body |= channel > level
+    if coarsely is not None:  # nor do they close a hole
+        body &= coarsely
     if body.shape[1] > 2 and body.shape[2] > 2:
         body = np.stack([ndimage.binary_fill_holes(layer) for layer in body])
     if not body.any():
-        return np.ones(voxels.shape[1:], dtype=bool)
+        body[:] = True
     for axis, step in enumerate(steps):
         body = np.repeat(body, step, axis=axis)
-    return body[tuple(slice(n) for n in voxels.shape[1:])]
+    body = body[tuple(slice(n) for n in voxels.shape[1:])]
+    return body if counted is None else body & counted
 
 
 def normalize(
@@ -95,6 +104,7 @@ def normalize(
     eight_bit: bool = False,
     missing: Sequence[int] = (),
     in_place: bool = False,
+    ignored: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Bring intensities to a common scale, and say how.
 
@@ -111,6 +121,7 @@ def normalize(
         eight_bit: Whether the source held unsigned bytes.
         missing: Channels that the subject lacks; they stay 0.
         in_place: Whether `voxels`, then float32, may be overwritten: a large scan is not held twice.
+        ignored: (D, H, W), boolean: voxels that are brought to the scale of the others without a say in it.
 
     Returns:
         (C, D, H, W) float32, and what was done: `kind`, `clip` per channel, `mean` and `std` of `mr`,
@@ -121,6 +132,7 @@ def normalize(
     means: list[float] = []
     deviations: list[float] = []
     background: list[float] = []
+    counted = _counted(ignored)
     for index, channel in enumerate(result):
         if index in missing:
             clips.append([0.0, 0.0])
@@ -129,11 +141,12 @@ def normalize(
             background.append(0.0)
             continue
         if kind == "none":
-            background.append(float(channel.min()))
+            background.append(float(channel.min() if counted is None else channel[counted].min()))
             continue
-        low, high = window if window else _limits(channel, kind, inside, eight_bit)
+        seen, within = (channel, inside) if counted is None else (channel[counted], inside[counted])
+        low, high = window if window else _limits(seen, kind, within, eight_bit)
         clips.append([float(low), float(high)])
-        air = float(np.clip(_air(channel, inside), low, high))
+        air = float(np.clip(_air(seen, within), low, high))
         np.clip(channel, low, high, out=channel)
         if kind == "mr":
             mean, deviation = _moments(channel, inside)
@@ -151,6 +164,11 @@ def normalize(
     if means:
         done["mean"], done["std"] = means, deviations
     return result, done
+
+
+def _counted(ignored: np.ndarray | None) -> np.ndarray | None:
+    """Mark the voxels that have a say; None where all have."""
+    return None if ignored is None else ~ignored
 
 
 def _limits(channel: np.ndarray, kind: str, inside: np.ndarray, eight_bit: bool) -> tuple[float, float]:

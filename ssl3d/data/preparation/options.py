@@ -24,7 +24,7 @@ class PrepareOptions:
     Attributes:
         sources: Folders and files of scans: NIfTI, NRRD, MHA, DICOM, MedMNIST .npz, PNG, JPEG, BMP and
             TIFF, folders with dataset.json (MSD, nnU-Net), BIDS, or a CSV with a column path and, if you
-            like, subject, label, split, mask.
+            like, subject, label, split, mask, ignore_mask.
         out: File of the store.
         dataset: Name of the data set; by default what dataset.json says, else the folder's name.
         channels: File-name parts that tell the sequences of one subject apart, such as t1 flair; they
@@ -32,6 +32,10 @@ class PrepareOptions:
         label: Column of a CSV that holds the labels, such as survival_days; by default label, class,
             class_index or diagnosis.
         masks: File-name part that tells the label map beside a scan, such as seg; kept as its mask.
+        ignore_mask: Masks of voxels to ignore, such as defaced ones: a folder of them, a part of their
+            names, such as desc-deface, or a pattern with * and ?. Voxels above 0 are ignored: no loss of a
+            restoration counts them, no crop has one at its centre, they are no foreground and have no say
+            in the normalisation. A CSV has a column ignore_mask instead.
         take_labels: Whether files that look like label maps are scans too.
         spacing: Voxel size in mm along D H W; keep leaves every scan its own (the default: nothing is
             interpolated, and the spacing is stored), and median takes the median over each data set
@@ -65,6 +69,7 @@ class PrepareOptions:
     channels: tuple[str, ...] = ()
     label: str = ""
     masks: str = ""
+    ignore_mask: str = ""
     take_labels: bool = False
     spacing: tuple[float, float, float] | Literal["keep", "median"] = "keep"
     normalize: Literal["auto", "ct", "mr", "unit", "none"] = "auto"
@@ -136,6 +141,7 @@ class PrepareOptions:
             colour=self.colour,
             box_readers=self.box_readers,
             label=self.label,
+            ignore_mask=self.ignore_mask,
         )
 
     def recipe(self, spacing: Triple | None, medians: dict[str, Triple]) -> Recipe:
@@ -164,7 +170,13 @@ def plain_options(options: PrepareOptions) -> dict[str, Any]:
     plain = dataclasses.asdict(options)
     for name in ("out", "workers", "overwrite", "sources"):
         del plain[name]
-    for name, usual in (("boxes", "listed"), ("box_readers", "merge"), ("label", ""), ("nan", None)):
+    for name, usual in (
+        ("boxes", "listed"),
+        ("box_readers", "merge"),
+        ("label", ""),
+        ("nan", None),
+        ("ignore_mask", ""),
+    ):
         if plain[name] == usual:  # stores made before there were these options are made the same way
             del plain[name]
     return json.loads(json.dumps(plain))

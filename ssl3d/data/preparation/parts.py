@@ -24,7 +24,7 @@ from ssl3d.errors import DataError
 from ssl3d.files import write_whole
 
 _BATCH = 4096  # records read at once
-VERSION = 2  # of what `process` makes of a scan: raise it, and nothing made before is reused
+VERSION = 3  # of what `process` makes of a scan: raise it, and nothing made before is reused
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -50,6 +50,10 @@ def key_of(scan: Scan, stamps: dict[Path, tuple[int, int]]) -> str:
             stamps[path] = stamp(path)
     described = dataclasses.asdict(scan)
     del described["files"], described["mask"]
+    if scan.ignore is None:
+        del described["ignore"]
+    else:
+        described["ignore"] = scan.ignore.name
     if not scan.mask_boxes:  # as it was before there was such a thing
         del described["mask_boxes"]
     if scan.world_boxes is None:

@@ -242,7 +242,9 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
         if not root.exists():
             raise DataError(f"{root}: no such file or folder")
     unkeyed = {key: value for key, value in options.items() if key not in ("workers", "out", "overwrite")}
-    listing = [state for root in roots for state in keys.state_of(root)]
+    ignored = str(options.get("ignore_mask") or "")
+    read = roots + [Path(os.path.abspath(ignored))] * os.path.isdir(ignored)
+    listing = [state for root in read for state in keys.state_of(root)]
     key = digest_of([VERSION, keys.FOUND, [str(root) for root in roots], listing, unkeyed])
     cache = cache_folder()
     name = re.sub(r"[^\w\-]+", "-", roots[0].stem)[:40]

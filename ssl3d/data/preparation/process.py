@@ -118,6 +118,7 @@ class Prepared:
         record: Identity, geometry and what was done.
         image: Normalised voxels (C, D, H, W), float32.
         mask: Labels (D, H, W), if there are any.
+        ignored: Voxels to ignore (D, H, W), boolean, if there are any.
         boxes: Boxes (n, 6) in voxels, if somebody looked for any.
         box_labels: Class of each box.
         foreground: Foreground (D, H, W), boolean.
@@ -127,6 +128,7 @@ class Prepared:
     record: Record
     image: np.ndarray
     mask: np.ndarray | None
+    ignored: np.ndarray | None
     boxes: np.ndarray | None
     box_labels: np.ndarray | None
     foreground: np.ndarray
@@ -193,7 +195,7 @@ def _write(folder: Path, name: str, prepared: Prepared) -> Path:
 
     return write_part(
         folder, name, prepared.record, prepared.image, prepared.mask, prepared.boxes, prepared.box_labels,
-        prepared.foreground, prepared.dtype,
+        prepared.foreground, prepared.dtype, prepared.ignored,
     )  # fmt: skip
 
 
@@ -359,23 +361,28 @@ def _prepared(
     """
     scan, recipe = task.scan, task.recipe
     voxels = _checked(pixels, scan, missing)
-    mask = _mask(task, pixels, done)
+    mask, ignored = _mask(task, pixels, done), _ignored(task, pixels, done)
     affine = pixels.affine
     kind = recipe.normalize
     if kind == "auto":
         present = [i for i in range(len(voxels)) if i not in missing]
-        kind = decide(voxels[present], pixels.modality or scan.modality, pixels.eight_bit)
+        judged = voxels[present] if ignored is None else voxels[present][:, ~ignored]
+        kind = decide(judged, pixels.modality or scan.modality, pixels.eight_bit)
     if recipe.spacing and pixels.original_affine is None:
         done["resampled"] = "not: the source has no spacing"
     elif recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
-        voxels, mask, affine = _resampled(voxels, mask, affine, recipe, done)
-    inside = foreground(voxels, kind)
-    if mask is not None:
-        inside |= mask > 0
+        voxels, (mask, ignored), affine = _resampled(voxels, (mask, ignored), affine, recipe, done)
+    inside = foreground(voxels, kind, ignored)
     natural = pixels.colours and pixels.eight_bit and kind == "unit"
     # A channel that is nearly black is one of a picture, and no mask of 0 and 1.
     window = (0.0, 255.0) if natural and recipe.window is None else recipe.window
-    image, how = normalize(voxels, kind, inside, window, pixels.eight_bit, missing, in_place=True)
+    image, how = normalize(
+        voxels, kind, inside, window, pixels.eight_bit, missing, in_place=True, ignored=ignored
+    )
+    # No sooner: what is tested must not scale the question, and a scan to be predicted has no mask.
+    if mask is not None:
+        inside |= mask > 0
+        inside = inside if ignored is None else inside & ~ignored
     done["background"] = how.pop("background")
     done["normalize"] = how
     # 255ths, exactly: stored as they came, in half the room.
@@ -388,7 +395,7 @@ def _prepared(
         done["crop"] = {"start": start, "of": inside.shape}
         cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         image, inside = image[(slice(None), *cut)], inside[cut]
-        mask = None if mask is None else mask[cut]
+        mask, ignored = (None if own is None else own[cut] for own in (mask, ignored))
         affine = geometry.shifted(affine, start)
     top = float(np.abs(image).max())
     if top > _LARGEST:
@@ -409,7 +416,7 @@ def _prepared(
         done=done,
     )
     dtype = "uint8" if plain else "float16"
-    return Prepared(record, image, mask, boxes, box_labels, inside, dtype)
+    return Prepared(record, image, mask, ignored, boxes, box_labels, inside, dtype)
 
 
 def _record(scan: Scan, pixels: Pixels, *, affine: np.ndarray, **fields: Any) -> Record:
@@ -519,17 +526,43 @@ def _mask(task: ScanTask, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | 
     path = task.scan.mask
     if path is None:
         return None
-    mask = read_mask(path)
-    labels, how = mask_onto(pixels, mask, path.name)
+    return _map(path, pixels, "mask", done)
+
+
+def _ignored(task: ScanTask, pixels: Pixels, done: dict[str, Any]) -> np.ndarray | None:
+    """Read the voxels to ignore on the scan's own grid, (D, H, W), boolean; None where there are none.
+
+    Raises:
+        DataError: All of them are.
+    """
+    path = task.scan.ignore
+    if path is None:
+        return None
+    ignored = _map(path, pixels, "ignore_mask", done) > 0
+    if ignored.all():
+        raise DataError(
+            f"{path.name}: every voxel is above 0, and those are ignored; a mask of what was kept is the "
+            "other way round"
+        )
+    return ignored if ignored.any() else None
+
+
+def _map(path: Path, pixels: Pixels, key: str, done: dict[str, Any]) -> np.ndarray:
+    """Read a label map on the scan's own grid, (D, H, W), and note under a key how it got there."""
+    labels, how = mask_onto(pixels, mask := read_mask(path), path.name)
     if how:
         resampled = f"resampled from a grid of {mask.voxels.shape[1:]}"
-        done["mask"] = MASK_ELSEWHERE if how == "elsewhere" else resampled
+        done[key] = MASK_ELSEWHERE if how == "elsewhere" else resampled
     return labels
 
 
 def _resampled(
-    voxels: np.ndarray, mask: np.ndarray | None, affine: np.ndarray, recipe: Recipe, done: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    voxels: np.ndarray,
+    maps: Sequence[np.ndarray | None],
+    affine: np.ndarray,
+    recipe: Recipe,
+    done: dict[str, Any],
+) -> tuple[np.ndarray, list[np.ndarray | None], np.ndarray]:
     assert recipe.spacing is not None
     shape, target = geometry.respaced(voxels.shape[1:], affine, recipe.spacing)
     if int(np.prod(shape, dtype=np.float64)) * len(voxels) > recipe.max_voxels:
@@ -542,8 +575,16 @@ def _resampled(
         "interpolation": "linear, smoothed before larger voxels; masks nearest",
     }
     images = np.stack([geometry.regrid(channel, affine, shape, target) for channel in voxels])
-    labels = None if mask is None else geometry.regrid(mask, affine, shape, target, nearest=True)
+    labels = [None if own is None else _regridded(own, affine, shape, target) for own in maps]
     return images, labels, target
+
+
+def _regridded(
+    labels: np.ndarray, affine: np.ndarray, shape: Sequence[int], target: np.ndarray
+) -> np.ndarray:
+    """Put labels, or booleans, on another grid, each voxel by its nearest."""
+    plain = labels.astype(np.uint8) if labels.dtype == bool else labels
+    return geometry.regrid(plain, affine, tuple(shape), target, nearest=True).astype(labels.dtype)
 
 
 def _box(inside: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:

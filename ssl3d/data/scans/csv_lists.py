@@ -52,6 +52,7 @@ _COLUMNS = {
     "label": ("label", "class", "class_index", "diagnosis"),
     "split": ("split",),
     "mask": ("mask",),
+    "ignore": ("ignore_mask",),
 }
 
 
@@ -66,6 +67,7 @@ class _Row:
     label: int | float | str | None
     split: str
     mask: Path | None
+    ignore: Path | None
 
 
 def from_csv(path: Path, wanted: Wanted) -> Found:
@@ -223,6 +225,7 @@ def _with_row(scan: Scan, row: _Row) -> Scan:
         label=row.label if row.label is not None else scan.label,
         split=row.split or scan.split,
         mask=row.mask or scan.mask,
+        ignore=row.ignore or scan.ignore,
         named=True,
     )
 
@@ -236,7 +239,7 @@ def named_in(path: Path) -> Iterator[Path]:
     table, columns = _table(path)
     folder = _folder_of(path, table, columns)
     for _, row in table.rows:
-        for name in ("path", "mask"):
+        for name in ("path", "mask", "ignore"):
             if name in columns and (named := row[columns[name]]):
                 yield folder / named
 
@@ -302,7 +305,7 @@ def _listings(contents: Found, root: Path, series: Container[Path]) -> tuple[lis
             continue
         if not boxes:
             listings.append(path)
-        elif any(_column(path, name) is not None for name in ("subject", "split", "mask")):
+        elif any(_column(path, name) is not None for name in ("subject", "split", "mask", "ignore")):
             of_boxes.append(path)
     return listings, of_boxes
 
@@ -339,14 +342,16 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
         if not name:
             contents.rejected.append((f"{path.name}:{line}", "no path in this line"))
             continue
-        target, mask = folder / name, values.get("mask", "")
+        target, mask, ignore = folder / name, values.get("mask", ""), values.get("ignore", "")
         if not os.path.exists(target):  # not `target.exists()`, which raises for a name that is too long
             why = missing(target) if os.path.islink(target) else "no such file"
             contents.rejected.append((name, f"line {line} of {path.name}: {why}"))
             continue
-        if mask and not os.path.exists(folder / mask):
-            contents.rejected.append((name, f"line {line} of {path.name}: its mask {mask} does not exist"))
-            maskless.append(f"{mask} of {name}")
+        lost = [own for own in (mask, ignore) if own and not os.path.exists(folder / own)]
+        if lost:
+            reason = f"line {line} of {path.name}: its mask {lost[0]} does not exist"
+            contents.rejected.append((name, reason))
+            maskless.append(f"{lost[0]} of {name}")
             continue
         split = split_of(values.get("split", ""))
         if split is None:
@@ -362,6 +367,7 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
             kind(given) if given else None,
             split,
             folder / mask if mask else None,
+            folder / ignore if ignore else None,
         )
     if maskless:
         contents.notes.append(missing_masks(path.name, maskless))

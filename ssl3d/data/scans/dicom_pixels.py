@@ -41,11 +41,17 @@ _KINDS = (*_LONG, *b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL
 
 
 def looks_like_dicom(path: Path) -> bool:
-    """Tell by its first bytes whether a file is DICOM, with its preamble of 128 bytes or without."""
+    """Tell by its first bytes whether a file is DICOM, with its preamble of 128 bytes or without.
+
+    Raises:
+        OSError: Disk, descriptors or network failed, which says nothing of the file.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(132)
-    except OSError:
+    except OSError as error:
+        if is_transient(error):
+            raise
         return False
     if head[128:] == b"DICM":
         return True

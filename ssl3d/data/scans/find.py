@@ -33,6 +33,7 @@ from ssl3d.data.scans.folders import (
     without_part,
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
+from ssl3d.data.scans.ignored import OF_NO_SCAN, is_ignore_mask, with_ignored
 from ssl3d.data.scans.read import (
     KNOWN_FORMATS,
     LISTS,
@@ -72,6 +73,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         if not here.scans and not here.rejected and not here.notes:
             raise DataError(f"{source}: no scans found; {_LOOKED_FOR}")
         contents.add(here)
+    with_ignored(contents, [Path(source) for source in sources], wanted.ignore_mask)
     if wanted.label and all(scan.label is None for scan in contents.scans):
         raise DataError(
             f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
@@ -79,7 +81,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
-    contents.left_out = _left_out(contents, [Path(source) for source in sources])
+    contents.left_out = _left_out(contents, [Path(source) for source in sources], wanted)
     contents = _distinct(contents.printable())
     contents.notes += _in_two_splits(contents.scans)
     return contents
@@ -162,7 +164,7 @@ def from_folder(root: Path, wanted: Wanted) -> Found:
         if path.name.upper() == "DICOMDIR" or suffix_of(path) in NO_SCANS or is_header_of_another(path):
             continue
         form = format_of(path)
-        if form is None:
+        if form is None or is_ignore_mask(path, wanted.ignore_mask):
             continue
         if form.kind == "rows":
             contents.add(from_arrays(path, wanted, root))
@@ -185,7 +187,7 @@ def _is_bids(root: Path) -> bool:
 # What was found and is not used -------------------------------------------------------------------
 
 
-def _left_out(contents: Found, sources: Sequence[Path]) -> list[tuple[str, str]]:
+def _left_out(contents: Found, sources: Sequence[Path], wanted: Wanted) -> list[tuple[str, str]]:
     """List (path, reason) of the files in folders that are neither used nor refused, in a stable order.
 
     Documents and lists (`NO_SCANS`) are not counted, nor is what `walk` passes over.
@@ -208,7 +210,9 @@ def _left_out(contents: Found, sources: Sequence[Path]) -> list[tuple[str, str]]
             if path.resolve() in real:
                 continue
             first = name.split("/")[0]
-            if bids and first in _NO_RAW_SCANS and "/" in name:
+            if is_ignore_mask(path, wanted.ignore_mask):
+                left.setdefault(name, OF_NO_SCAN)
+            elif bids and first in _NO_RAW_SCANS and "/" in name:
                 left.setdefault(name, f"in {first}/ of a BIDS data set, which holds no raw scans")
             else:
                 left.setdefault(name, _why_left_out(path, source))

@@ -22,6 +22,7 @@ class Scan:
         channels: Names of the channels; one name for a file whose own channels are not known yet.
         frames_are_channels: Whether a fourth axis holds these channels.
         mask: Label map, if there is one.
+        ignore: Mask of voxels to ignore, as defaced ones are: those above 0; if there is one.
         label: Class or value of the volume.
         split: "", "train", "val" or "test".
         modality: Modality that a list beside the data tells; "" where none does.
@@ -40,6 +41,7 @@ class Scan:
     channels: tuple[str, ...] = ("image",)
     frames_are_channels: bool = False
     mask: Path | None = None
+    ignore: Path | None = None
     label: int | float | str | None = None
     split: str = ""
     modality: str = ""
@@ -52,7 +54,8 @@ class Scan:
     @property
     def all_files(self) -> list[Path]:
         """Files that decide what this scan becomes."""
-        return [path for group in self.files for path in group] + ([self.mask] if self.mask else [])
+        masks = [path for path in (self.mask, self.ignore) if path]
+        return [path for group in self.files for path in group] + masks
 
 
 @dataclasses.dataclass
@@ -123,6 +126,7 @@ class Wanted:
         colour: grey, or rgb: pictures are then natural images, in folders named by their class.
         box_readers: Fate of one object's boxes by several readers: merge, or keep.
         label: Column of lists that holds the labels; "" for the usual ones.
+        ignore_mask: Folder, part or pattern of the names of masks of voxels to ignore; "" takes none.
     """
 
     dataset: str = ""
@@ -132,6 +136,7 @@ class Wanted:
     colour: str = "grey"
     box_readers: str = "merge"
     label: str = ""
+    ignore_mask: str = ""
 
 
 MODALITIES = {

@@ -28,6 +28,7 @@ def content_digest(
     boxes: np.ndarray | None,
     scale: float,
     offset: float,
+    ignored: np.ndarray | Chunked | None = None,
 ) -> str:
     """Hash a volume as it is stored: `Record.voxels`, and `content` in the index.
 
@@ -37,9 +38,10 @@ def content_digest(
         boxes: (n, 6) float32, or None.
         scale: Factor of the stored values; it counts for int16 only.
         offset: Summand of the stored values; it counts for int16 only.
+        ignored: (D, H, W) booleans, or None.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for array in (stored, mask, boxes):
+    for array in (stored, mask, boxes, ignored):
         if array is not None:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             for slab in _slabs(array):

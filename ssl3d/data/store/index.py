@@ -1,7 +1,8 @@
 """The index of a store: one table, written volume by volume, read at once.
 
 Layout (version 1). `index/table` has one row per volume (`ROW`); the names of the volumes are
-`index/text`, one after the other; `index/head` is JSON: data sets, people, orientations, label names.
+`index/text`, one after the other; `index/head` is JSON: data sets, people, orientations, label names, and
+the rows that have voxels to ignore, if any.
 Foreground maps and boxes lie end to end in `foreground`, `boxes`, `box_labels`, and `provenance` holds
 one JSON `Record` per row. `settings`, `rejected` and `fingerprint` are JSON. Opening a store reads
 `index` and nothing else, and compares it with the attribute `digest` of its table. Chunks of images and
@@ -22,7 +23,9 @@ from ssl3d.data.store.record import SPLITS, Record, blob, plain
 from ssl3d.errors import DataError
 
 FORMAT = "ssl3d-store"
-VERSION = 2  # 2: some voxels are stored as uint8; a store without any is of version 1
+VERSION = (
+    3  # 2: some voxels are stored as uint8; 3: some are to be ignored; a store without is of version 1
+)
 NO_LABEL, INT_LABEL, FLOAT_LABEL, TEXT_LABEL = range(4)
 
 # One row of the index table. Offsets point into the flat data sets; boxes is -1 where there are none
@@ -70,6 +73,7 @@ class IndexWriter:
         self._datasets, self._orientations, self._labels = _Codes(), _Codes(), _Codes()
         self._people, self._ids = _Codes(), dict[str, None]()
         self._sketches: list[np.ndarray] = []
+        self._ignored: list[int] = []
         self._foreground = _Appender(file, "foreground", np.uint8)
         self._boxes = _Appender(file, "boxes", np.float32, 6)
         self._box_labels = _Appender(file, "box_labels", np.int64)
@@ -82,6 +86,7 @@ class IndexWriter:
         shape: tuple[int, ...],
         block: tuple[int, ...],
         has_mask: bool,
+        has_ignored: bool = False,
         foreground: np.ndarray,
         boxes: np.ndarray | None = None,
         box_labels: np.ndarray | None = None,
@@ -94,6 +99,7 @@ class IndexWriter:
             shape: (C, D, H, W).
             block: Voxels per block of the foreground map.
             has_mask: Whether the volume has a mask.
+            has_ignored: Whether it has voxels to ignore.
             foreground: Foreground map, uint8.
             boxes: (n, 6), or None.
             box_labels: (n,), where there are boxes.
@@ -127,6 +133,8 @@ class IndexWriter:
         row["provenance_at"], row["provenance_length"] = self._provenance.append(text), len(text)
         self._ids[record.id] = None
         self._sketches.append(sketch)
+        if has_ignored:
+            self._ignored.append(self._filled)
         self._filled += 1
 
     def close(self) -> None:
@@ -142,6 +150,8 @@ class IndexWriter:
             "labels": list(self._labels),
             "identities": [list(person) for person in self._people],
         }
+        if self._ignored:
+            head["ignored"] = self._ignored
         file.create_group("index")  # one made on the way to a data set would hold the time of its making
         content, text = json.dumps(head), "".join(self._ids)
         file["index/head"], file["index/text"], file["index/table"] = blob(content), blob(text), rows
@@ -170,6 +180,7 @@ class IndexWriter:
             "volumes": len(rows),
             "subjects": len(np.unique(rows["identity"])),
             "masks": int(rows["has_mask"].sum()),
+            **({"ignored": ignored} if (ignored := len(np.intersect1d(here, self._ignored))) else {}),
             "labelled": len(labelled),
             "classes": classes if len(classes) <= 50 else {},
             "boxes": int(np.maximum(rows["boxes"], 0).sum()),
@@ -205,6 +216,9 @@ def fault_of_index(rows: np.ndarray, text: bytes, head: Any) -> str:
         for key, kind in lists.items()
     ):
         return "its head lacks a list"
+    own = head.get("ignored", [])
+    if not isinstance(own, list) or not all(type(row) is int and 0 <= row < len(rows) for row in own):
+        return "voxels to ignore are of no volume"
     people = head["identities"]
     if not all(
         len(person) == 2

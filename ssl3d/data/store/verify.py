@@ -45,9 +45,10 @@ def _fault_of(volume: Volume) -> str:
     store, number = volume.place
     image = volume.stored("images")
     mask = volume.stored("masks") if volume.has_mask else None
+    ignored = volume.stored("ignored") if volume.has_ignored else None
     with store.reading(f"the image, the mask or the boxes of {volume.dataset}/{volume.id}"):
         scale, offset = (float(image.attrs[key]) for key in ("scale", "offset"))
-        content = content_digest(image, mask, volume.boxes, scale, offset)
+        content = content_digest(image, mask, volume.boxes, scale, offset, ignored)
     volume.foreground(), volume.box_labels, volume.background
     row, record = store.rows[number], volume.record
     where = f"{store.path}: {volume.dataset}/{volume.id}"

@@ -40,6 +40,7 @@ class Store:
         rows: Index table, one row per volume.
         datasets: Names of the data sets.
         people: Position in `datasets` and subject, per identity code.
+        ignored: Rows of the volumes that have voxels to ignore.
 
     Raises:
         DataError: The file is missing, cut short, damaged, from a newer format, or not a store.
@@ -73,6 +74,7 @@ class Store:
         self.orientations: list[str] = head["orientations"]
         self.label_names: list[str] = head["labels"]
         self.people: list[tuple[int, str]] = [tuple(person) for person in head["identities"]]
+        self.ignored: frozenset[int] = frozenset(head.get("ignored", ()))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,6 +142,7 @@ class Volume:
         shape: (C, D, H, W).
         spacing: Voxel sides, mm along (D, H, W).
         has_mask: Whether `read_mask` works.
+        has_ignored: Whether some of its voxels are to be ignored, such as defaced ones.
         block: Voxels per block of the foreground map along (D, H, W).
     """
 
@@ -151,6 +154,7 @@ class Volume:
         self.shape: tuple[int, int, int, int] = tuple(entry["shape"].tolist())
         self.spacing: tuple[float, float, float] = tuple(entry["spacing"].tolist())
         self.has_mask = bool(entry["has_mask"])
+        self.has_ignored = row in store.ignored
         self.block: tuple[int, int, int] = tuple(entry["block"].tolist())
 
     def __repr__(self) -> str:
@@ -309,6 +313,28 @@ class Volume:
                 out[place] = data[inside]
         return torch.from_numpy(out)
 
+    @property
+    def may_ignore(self) -> bool:
+        """Whether some volume of its store has voxels to ignore."""
+        return bool(self._store.ignored)
+
+    def read_ignored(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """Read which voxels are to be ignored, (d, h, w), bool; the arguments are those of `read`.
+
+        None are outside the volume, nor in a volume without such voxels.
+
+        Raises:
+            DataError: The store cannot be read here, or its check sum does not hold.
+        """
+        start, size = self._window(start, size)
+        inside, place, _ = _clip(start, size, self.shape[1:])
+        out = np.zeros(tuple(size), bool)
+        if self.has_ignored and all(s.stop > s.start for s in inside):
+            data = self.stored("ignored")
+            with self._reading("the mask of voxels to ignore"):
+                out[place] = data[inside]
+        return torch.from_numpy(out)
+
     def foreground(self) -> np.ndarray:
         """Read the share of each block that is foreground, 0 to 1, float32; see `block`."""
         shape = tuple(-(-n // b) for n, b in zip(self.shape[1:], self.block, strict=True))
@@ -332,12 +358,13 @@ class Volume:
         return (first[0], first[1], first[2]), (end[0], end[1], end[2])
 
     def stored(self, group: str) -> Chunked:
-        """Look up the volume's data set in `images` or `masks`, as it is stored.
+        """Look up the volume's data set in `images`, `masks` or `ignored`, as it is stored.
 
         Raises:
             DataError: It is missing, or its shape is not that of the index.
         """
-        with self._reading(f"the {group[:-1]}"):
+        named = {"ignored": "mask of voxels to ignore"}.get(group, group[:-1])
+        with self._reading(f"the {named}"):
             data = self._store.array(f"{group}/{self._number}")
             expected = self.shape if group == "images" else self.shape[1:]
             if data.shape != expected:

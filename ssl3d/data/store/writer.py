@@ -38,6 +38,7 @@ def write_part(
     box_labels: np.ndarray | None = None,
     foreground: np.ndarray | None = None,
     dtype: str = "float16",
+    ignored: np.ndarray | None = None,
 ) -> Path:
     """Write one volume as `folder/name.part`; what is there under that name is whole.
 
@@ -51,18 +52,22 @@ def write_part(
         box_labels: (n,), integers; zeros if left out.
         foreground: (D, H, W), boolean; by default what is brighter than the background.
         dtype: float16, float32, int16 (scaled per volume to its own range), or uint8 (255ths of 1).
+        ignored: (D, H, W), boolean: voxels to ignore, which are no foreground either.
 
     Raises:
         DataError: Shapes disagree, a voxel is not finite, or the type cannot hold it.
     """
     image = np.asarray(image, dtype=np.float32)
-    _check(record, image, mask, boxes, foreground)
+    _check(record, image, mask, boxes, foreground, ignored)
     background = np.asarray(record.done.get("background", image.min(axis=(1, 2, 3))), dtype=np.float32)
     stored, scale, offset = encode_voxels(record.id, image, dtype)
     if stored.dtype == np.float16:  # air outside the volume is to equal air inside
         background = background.astype(np.float16).astype(np.float32)
     background = np.broadcast_to(background, image.shape[:1])
     occupied = _derived_foreground(image, background) if foreground is None else foreground.astype(bool)
+    if ignored is not None:
+        ignored = ignored.astype(bool)
+        occupied = occupied & ~ignored
     block = block_size(image.shape[1:])
     boxes = None if boxes is None else np.asarray(boxes, dtype=np.float32).reshape(-1, 6)
     labels = None
@@ -71,7 +76,7 @@ def write_part(
         if len(labels) != len(boxes):
             raise DataError(f"{record.id}: {len(boxes)} boxes but {len(labels)} box labels")
     small = None if mask is None else mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
-    content = content_digest(stored, small, boxes, scale, offset)
+    content = content_digest(stored, small, boxes, scale, offset, ignored)
     # Of what is read back, so that a store that lacks it gives the same later.
     reading = reading_of(
         stored if stored.dtype != np.int16 else stored * np.float32(scale) + np.float32(offset)
@@ -83,6 +88,8 @@ def write_part(
         data.attrs.update(background=background, scale=scale, offset=offset)
         if small is not None:
             chunks.put(file, "mask", small, _chunks(small.shape))
+        if ignored is not None:
+            chunks.put(file, "ignored", ignored, _chunks(ignored.shape))
         if boxes is not None and labels is not None:
             put(file, "boxes", boxes)
             put(file, "box_labels", labels.astype(np.int64))
@@ -167,13 +174,15 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
                 part.copy("image", images, name=str(number))
                 if "mask" in part:
                     part.copy("mask", masks, name=str(number))
-                if part["image"].dtype == np.uint8:
-                    index.version = VERSION
+                if "ignored" in part:
+                    part.copy("ignored", file.require_group("ignored"), name=str(number))
+                index.version = max(index.version, _version_of(part))
                 index.add(
                     Record.from_json(part["record"][()].tobytes()),
                     shape=part["image"].shape,
                     block=block_size(part["image"].shape[1:]),
                     has_mask="mask" in part,
+                    has_ignored="ignored" in part,
                     foreground=part["foreground"][()],
                     boxes=part["boxes"][()] if "boxes" in part else None,
                     box_labels=part["box_labels"][()] if "boxes" in part else None,
@@ -182,6 +191,13 @@ def assemble(folder: Path, out: Path, settings: dict[str, Any], rejected: list[d
         index.close()
         put(file, "settings", blob(json.dumps(settings, default=plain, sort_keys=True)))
         put(file, "rejected", blob(json.dumps(rejected, default=plain)))
+
+
+def _version_of(part: h5py.File) -> int:
+    """Return the version of the format that a part needs: one that ignores nothing of it."""
+    if "ignored" in part:
+        return 3
+    return 2 if part["image"].dtype == np.uint8 else 1
 
 
 def block_size(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -199,12 +215,13 @@ def _check(
     mask: np.ndarray | None,
     boxes: np.ndarray | None,
     foreground: np.ndarray | None,
+    ignored: np.ndarray | None,
 ) -> None:
     if image.ndim != 4 or 0 in image.shape:
         raise DataError(f"{record.id}: image of shape {image.shape}; expected (C, D, H, W), not empty")
     if not np.isfinite(image).all():
         raise DataError(f"{record.id}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
-    for name, array in (("mask", mask), ("foreground", foreground)):
+    for name, array in (("mask", mask), ("foreground", foreground), ("ignored", ignored)):
         if array is not None and array.shape != image.shape[1:]:
             raise DataError(f"{record.id}: {name} of shape {array.shape} for an image of {image.shape[1:]}")
     if mask is not None and (mask.dtype.kind not in "iub" or (mask.size and mask.min() < 0)):

@@ -49,9 +49,11 @@ def minimum_detectable_difference(
         power: Share of experiments that find it.
         freedom: Degrees of freedom of the error.
     """
-    from scipy.stats import t
+    from scipy.special import ndtri, stdtrit
 
-    return float((t.ppf(1 - alpha / 2, freedom) + t.ppf(power, freedom)) * error)
+    levels = np.array([1 - alpha / 2, power])
+    quantiles = ndtri(levels) if np.isinf(freedom) else stdtrit(freedom, levels)
+    return float(quantiles.sum() * error)
 
 
 class Difference(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ssl3d.evaluation.statistics.metrics import Array, Statistic
-from ssl3d.rng import numpy_rng
+from ssl3d.rng import seed_of
 
 LEVEL = 0.95
 
@@ -59,10 +60,16 @@ def resampling_weights(clusters: ArrayLike, resamples: int = RESAMPLES, seed: ob
     """
     _, codes = np.unique(np.asarray(clusters), return_inverse=True)
     number = int(codes.max()) + 1
-    drawn = numpy_rng("bootstrap", seed, number).integers(number, size=(resamples, number))
-    drawn += number * np.arange(resamples)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=resamples * number).reshape(resamples, number)
-    return counts[:, codes.ravel()].astype(np.float64)
+    return _counts(number, resamples, seed_of("bootstrap", seed, number))[codes.ravel()].T
+
+
+@lru_cache(maxsize=1)  # the contestants of a table come one after the other, and are drawn alike
+def _counts(number: int, resamples: int, seed: int) -> Array:
+    """Count how often each of `number` clusters is drawn in each resample, (number, R)."""
+    drawn = np.random.default_rng(seed).integers(number, size=(resamples, number))
+    drawn = drawn * resamples + np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=number * resamples)
+    return counts.reshape(number, resamples).astype(np.float64)
 
 
 def resample(
@@ -385,7 +392,7 @@ def _acceleration(statistic: Statistic, clusters: Array) -> float:
     number = int(codes.max()) + 1
     if number > 1000:
         return 0.0
-    left_out = statistic(1.0 - (codes.ravel()[None] == np.arange(number)[:, None]))
+    left_out = statistic(1.0 - (codes.ravel()[:, None] == np.arange(number)).T)
     left_out = left_out[np.isfinite(left_out)]
     if len(left_out) < 3:
         return 0.0

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 
 Statistic = Callable[[Array], Array]  # weights (R, N) -> values (R,)
+# Metrics take and sort the rows of weights.T: of weights as `resampling_weights` makes them, the resamples
+# of a row lie together, and a row moves in one piece.
 
 BOUNDS = {
     **dict.fromkeys(
@@ -49,14 +51,17 @@ def auc(target: ArrayLike, score: ArrayLike, weights: Array | None = None) -> Ar
         array([1., 0.])
     """
     positive, score = np.asarray(target).astype(bool), np.asarray(score, dtype=np.float64)
-    weights = _weights(weights, len(score))
+    rows = _weights(weights, len(score)).T
     order = np.argsort(score, kind="stable")
-    starts = _tie_starts(score[order])
-    up = np.add.reduceat(np.where(positive[order], weights[:, order], 0.0), starts, axis=1)
-    down = np.add.reduceat(np.where(positive[order], 0.0, weights[:, order]), starts, axis=1)
-    below = np.cumsum(down, axis=1) - down
-    pairs = up.sum(axis=1) * down.sum(axis=1)
-    return _divide((up * (below + 0.5 * down)).sum(axis=1), pairs)
+    ups, downs = order[positive[order]], order[~positive[order]]
+    below = np.zeros((len(downs) + 1, rows.shape[1]))  # weight of the k lowest of class 0
+    np.cumsum(rows[downs], axis=0, out=below[1:])
+    up = rows[ups]
+    lower, not_higher = (np.searchsorted(score[downs], score[ups], side) for side in ("left", "right"))
+    won = np.einsum("ij,ij->j", up, below[lower])
+    if np.any(lower != not_higher):
+        won = 0.5 * (won + np.einsum("ij,ij->j", up, below[not_higher]))
+    return _divide(won, up.sum(axis=0) * below[-1])
 
 
 def multiclass_auc(target: ArrayLike, scores: ArrayLike, weights: Array | None = None) -> Array:
@@ -87,7 +92,7 @@ def mean(values: ArrayLike, weights: Array | None = None) -> Array:
     values = np.asarray(values, dtype=np.float64)
     weights = _weights(weights, len(values))
     known = np.isfinite(values)
-    return _divide(weights[:, known] @ values[known], weights[:, known].sum(axis=1))
+    return _divide(weights @ np.where(known, values, 0.0), weights @ known.astype(np.float64))
 
 
 def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | None = None) -> Array:
@@ -100,9 +105,7 @@ def balanced_accuracy(target: ArrayLike, predicted: ArrayLike, weights: Array | 
     target, predicted = np.asarray(target), np.asarray(predicted)
     weights = _weights(weights, len(target))
     recalls = [
-        _divide(
-            weights[:, target == k] @ (predicted[target == k] == k), weights[:, target == k].sum(axis=1)
-        )
+        _divide(weights @ ((target == k) & (predicted == k)), weights @ (target == k))
         for k in np.unique(target)
     ]
     return np.mean(recalls, axis=0)
@@ -116,13 +119,14 @@ def spearman(target: ArrayLike, predicted: ArrayLike, weights: Array | None = No
         array([1.])
     """
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    weights = _weights(weights, len(target))
-    a, b = _midranks(target, weights), _midranks(predicted, weights)
-    total = weights.sum(axis=1, keepdims=True)
-    a -= (weights * a).sum(axis=1, keepdims=True) / total
-    b -= (weights * b).sum(axis=1, keepdims=True) / total
-    covariance = (weights * a * b).sum(axis=1)
-    scale = (weights * a**2).sum(axis=1) * (weights * b**2).sum(axis=1)
+    rows = _weights(weights, len(target)).T
+    a, b = _midranks(target, rows), _midranks(predicted, rows)
+    total = rows.sum(axis=0)
+    a -= np.einsum("ij,ij->j", rows, a) / total
+    b -= np.einsum("ij,ij->j", rows, b) / total
+    of_a, of_b = rows * a, rows * b
+    covariance = np.einsum("ij,ij->j", of_a, b)
+    scale = np.einsum("ij,ij->j", of_a, a) * np.einsum("ij,ij->j", of_b, b)
     return _divide(covariance, np.sqrt(scale))
 
 
@@ -136,7 +140,8 @@ def r_squared(target: ArrayLike, predicted: ArrayLike, weights: Array | None = N
     target, predicted = np.asarray(target, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     weights = _weights(weights, len(target))
     centre = (weights @ target) / weights.sum(axis=1)
-    spread = (weights * (target[None] - centre[:, None]) ** 2).sum(axis=1)
+    rows, apart = weights.T, target[:, None] - centre
+    spread = np.einsum("ij,ij,ij->j", rows, apart, apart)
     return 1.0 - _divide(weights @ (target - predicted) ** 2, spread)
 
 
@@ -153,13 +158,14 @@ def _tie_starts(ordered: Array) -> Array:
     return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
-def _midranks(values: Array, weights: Array) -> Array:
-    """Rank the rows within each resample (R, N) by mid-ranks, a row of weight w standing there w times."""
+def _midranks(values: Array, rows: Array) -> Array:
+    """Rank the rows (N, R) within each resample by mid-ranks, a row of weight w standing there w times."""
     order = np.argsort(values, kind="stable")
     starts = _tie_starts(values[order])
-    group = np.add.reduceat(weights[:, order], starts, axis=1)
-    rank = np.cumsum(group, axis=1) - group + (group + 1) / 2
+    group = rows[order] if len(starts) == len(values) else np.add.reduceat(rows[order], starts, axis=0)
+    rank = np.cumsum(group, axis=0)
+    rank += (1 - group) / 2
     sizes = np.diff(np.r_[starts, len(values)])
-    ranks = np.empty_like(weights)
-    ranks[:, order] = np.repeat(rank, sizes, axis=1)
+    ranks = np.empty(rows.shape)
+    ranks[order] = rank if len(starts) == len(values) else np.repeat(rank, sizes, axis=0)
     return ranks

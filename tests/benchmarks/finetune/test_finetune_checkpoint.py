@@ -1,5 +1,6 @@
 """Training goes on from a checkpoint whose bytes and parts are those that were written, or says why not."""
 
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +87,17 @@ def test_whole_bytes_with_a_wrong_value_inside_a_part_are_one_line(kept, part, k
     with pytest.raises(UsageError, match=f"{path}: is no checkpoint of job") as caught:
         resume(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("room", [0, 64, 3000])
+def test_a_disk_that_fills_is_one_line_and_the_older_checkpoint_stays(kept, room):
+    path, _ = kept
+    before, (model, optimizer) = path.read_bytes(), network()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
+    try:
+        with pytest.raises(UsageError, match=f"cannot write {path}: File too large"):
+            _save(path, Trial(0.1, total=9, step=5), model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -1,5 +1,6 @@
 """Records in one archive: read as their folder, packed alike each time, and refused if damaged."""
 
+import csv
 import io
 import json
 import lzma
@@ -26,6 +27,7 @@ from ssl3d.api import (
 from ssl3d.cli import main
 from ssl3d.evaluation import record_archive
 from ssl3d_benchmarks.leaderboard.report.output import read_report
+from ssl3d_benchmarks.leaderboard.report.text import csv_text
 
 PEOPLE = 12
 
@@ -454,3 +456,17 @@ def test_the_repository_keeps_its_records_packed():
     """41 MB of JSON files were checked out with the code once."""
     assert len(list(RESULTS.glob("*/records.tar.xz"))) >= 7
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 8e6
+
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("suite", ["intra_inter_ablation", "longer"])
+def test_a_report_of_today_has_the_scores_of_the_one_beside_the_records(suite):
+    numbers = read_report([RESULTS / suite])
+    before = csv.reader((RESULTS / suite / "report" / "scores.csv").open(encoding="utf-8"))
+    for now, then in zip(csv.reader(io.StringIO(csv_text(numbers.boards))), before, strict=True):
+        for mine, theirs in zip(now, then, strict=True):
+            assert mine == theirs or float(mine) == pytest.approx(float(theirs), rel=1e-9, abs=1e-12)
+    rows = [record for table in numbers.records.tables for record in table.rows]
+    assert rows and not any(record.result.predictions for record in rows)  # thousands fit into memory

@@ -476,6 +476,38 @@ def test_a_configuration_is_compared_by_what_it_means(tmp_path):
         assert told in difference(text)
 
 
+@pytest.mark.parametrize(
+    ("config", "text", "told"),
+    [
+        ({"proxy": ["transvw"], "transvw": {"words": 8}}, "--proxy transvw",
+         "--transvw.elastic 0.0, --transvw.corruptions several then, --transvw.elastic 1.0, "
+         "--transvw.corruptions one now"),
+        ({"proxy": ["transvw"], "transvw": {"words": 8}},
+         "--proxy transvw --transvw.elastic 0 --transvw.corruptions several", ""),
+        ({"proxy": ["transvw"], "transvw": {"elastic": 1.0, "corruptions": "one"}}, "--proxy transvw", ""),
+        ({"proxy": ["models_genesis"], "models_genesis": {"flip": 0.4}}, "--proxy models_genesis",
+         "--models-genesis.mirror axes then, --models-genesis.mirror in_turn now"),
+        ({"proxy": ["intra_inter"], "intra_inter": {"slices": 4}}, "--proxy intra_inter",
+         "--intra-inter.slice-features last"),
+        ({"proxy": ["mae"], "mae": {"masking": "remask"}}, "--proxy mae --mae.masking remask",
+         "--mae.densify-norm false then, --mae.densify-norm true now"),
+        ({"proxy": ["mae"], "mae": {"masking": "token"}}, "--proxy mae", ""),
+        ({"proxy": ["nowhere.py"], "nowhere.py": {"a": 1}}, "--proxy nowhere.py", ""),
+    ],
+)  # fmt: skip
+def test_a_run_of_former_defaults_is_another_run(tmp_path, config, text, told):
+    """With its note too: what nobody gave is in no note, and meant something else."""
+    folder = tmp_path / "run-0"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    provenance = Provenance(folder, lambda: [options_in(text.split())])
+    provenance.note()
+    said = provenance.difference()
+    assert told in said if told else not said
+    if told:
+        assert said.startswith("made with the defaults of an earlier version: ") and str(folder) in said
+
+
 def test_a_store_may_have_been_made_in_any_of_its_ways(marks):
     ways = {"stores": {"scans": "flat.npz | folder --spacing 1 1 1", "people": "phantoms:60"}}
     done(marks, **ways)

@@ -83,5 +83,6 @@ def test_a_network_is_itself_on_images_and_equal_slices_or_is_refused(name):
         check(flat(x.unsqueeze(2).expand(-1, -1, 5, -1, -1)), expected)
     volumes = torch.randn(2, 3, 5, *x.shape[2:])
     together = acs(volumes)
-    assert not torch.allclose(together[0], together[1])
+    if not torch.allclose(expected[0], expected[1]):  # untrained mobilenet_v3 takes all pictures for one
+        assert not torch.allclose(together[0], together[1])
     check(together, torch.cat([acs(volumes[:1]), acs(volumes[1:])]))  # no volume sees another

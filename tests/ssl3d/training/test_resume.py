@@ -18,7 +18,7 @@ from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.errors import CheckpointError, TrainingError
-from ssl3d.training import run_folder, run_state
+from ssl3d.training import run_folder
 from ssl3d.training.preempt import Preemption
 
 COMMAND = [sys.executable, "-m", "ssl3d", "pretrain"]
@@ -273,7 +273,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 def test_a_full_disk_is_one_line_and_older_checkpoints_stay(train, monkeypatch, tmp_path):
     import errno
 
-    real = run_state._torch_save
+    real = snapshot.write_state
 
     def full_at_step_4(state, path):
         real(state, path)
@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(train, monkeypatch, 
             path.write_bytes(path.read_bytes()[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_state, "_torch_save", full_at_step_4)
+    monkeypatch.setattr(snapshot, "write_state", full_at_step_4)
     with pytest.raises(TrainingError, match=r"No space left on device.*older ones are intact") as caught:
         train(steps=6, checkpoint_every=2)
     assert caught.value.exit_status == 1 and "\n" not in str(caught.value)

@@ -413,7 +413,7 @@ def test_every_optimizer_trains(train, optimizer):
         ({"batch_size": 5, "accumulate": 2}, "multiple of --accumulate 2"),
         ({"optimizer": "lars", "weight_decay": 0.0}, "switches the scaling of lars off"),
         ({"precision": "16"}, "needs a CUDA device"),
-        ({"strategy": "fsdp"}, "fsdp needs CUDA"),
+        ({"strategy": "fsdp", "precision": "16"}, "16 needs a CUDA device"),
         ({"weights": [1.0, 2.0]}, "weights has 2 values for 1"),
         ({"save_at": [2.0]}, "save_at"),
         ({"stepps": 3}, "unknown option stepps"),

@@ -22,6 +22,7 @@ class Fake:
     """A volume whose voxels are its foreground; counts what is read."""
 
     id = "fake"
+    has_ignored = False
 
     def __init__(self, body, block=(8, 8, 8), spacing=(1.0, 1.0, 1.0)):
         self.body, self.block, self.spacing, self.asked = body, block, spacing, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import zipfile
@@ -302,3 +303,24 @@ def test_values_on_surfaces_are_refused_by_name(tmp_path):
     nibabel.save(image, tmp_path / "a.dscalar.nii")
     with pytest.raises(DataError, match="CIFTI: values at points of the brain's surface, not a volume"):
         read([tmp_path / "a.dscalar.nii"])
+
+
+# A passing fault is no verdict ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["EMFILE", "EIO", "ESTALE", "ETIMEDOUT"])
+def test_a_file_that_cannot_be_opened_just_now_is_not_left_out(scans, tmp_path, monkeypatch, capsys, code):
+    for path in scans.dicom(tmp_path / "in", scans.body((10, 12, 6)), "1.2.3.4", np.eye(4)):
+        path.rename(path.with_suffix(""))  # told by its first bytes
+
+    def fails(*args, **options):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl3d.data.scans.dicom_pixels.open", fails, raising=False)
+        assert (
+            main(["prepare", str(tmp_path / "in"), "--out", str(tmp_path / "s.h5"), "--workers", "0"]) == 3
+        )
+    assert os.strerror(getattr(errno, code)) in capsys.readouterr().err
+    assert not (tmp_path / "s.h5").exists()
+    assert main(["prepare", str(tmp_path / "in"), "--out", str(tmp_path / "s.h5"), "--workers", "0"]) == 0

@@ -383,7 +383,7 @@ def without_index(path):
         (lambda p: p.write_bytes(b"PK\x03\x04" * 500), "not an HDF5 file"),
         (lambda p: p.write_bytes(b""), "not an HDF5 file"),
         (lambda p: p.unlink(), "no such file"),
-        (newer, "format 99, this ssl3d reads up to 2"),
+        (newer, "format 99, this ssl3d reads up to 3"),
         (foreign, "not a store of ssl3d"),
         (without_index, "index cannot be read"),
         (lambda p: write_part(p.parent, "x", record(), IMAGE).replace(p), "unfinished store"),
