@@ -421,7 +421,7 @@ def test_a_damaged_card_is_one_line(kept, damage, message, capsys):
         ({"architecture": {"name": "no_such"}}, "unknown encoder"),
         (
             {"architecture": {"name": "resnet10", "config": {"width": "wide"}}},
-            "resnet10: '<' not",
+            "width is 'wide'; expected int",
         ),
         ({"architecture": {"name": "resnet10", "config": {"breadth": 1}}}, "unknown option breadth"),
         ({"architecture": {"name": "resnet10", "config": {"width": 8}}}, "expects|missing"),
