@@ -15,7 +15,7 @@ QUIET = {"zoom": 0.0, "intensity": 0.0, "axes": ()}
 class Scan:
     """A volume in memory: dark, with a bright block where each box is."""
 
-    id, block = "scan", (8, 8, 8)
+    id, block, has_ignored = "scan", (8, 8, 8), False
 
     def __init__(self, shape, boxes):
         self.shape = (1, *shape)
