@@ -56,7 +56,7 @@ def size_notes(plan: PretrainPlan, data: Collection) -> list[str]:
         for name, crop in crops.items()
         if isinstance(crop, tuple) and len(crop) == 3
     ]
-    batch = large_batch_note(plan.options.batch_size, len(data), "a batch holds some of them twice")
+    batch = large_batch_note(plan.options.batch_size, len(data.shapes), "a batch holds some of them twice")
     return [note for note in [*notes, batch] if note]
 
 
