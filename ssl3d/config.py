@@ -306,11 +306,17 @@ def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: boo
             except OverflowError as error:
                 raise ValueError(f"{key}: {error}") from error
             if not _fits(hints[key], value):
-                shown = getattr(hints[key], "__name__", str(hints[key]).replace("typing.", ""))
-                raise ValueError(f"{key} is {reprlib.repr(value)}; expected {shown}")
+                raise ValueError(f"{key} is {reprlib.repr(value)}; {_wanted(hints[key])}")
         return config(**((as_before(config) if recorded else {}) | fields))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{where}: {_one_line(error)}") from error
+
+
+def _wanted(hint: Any) -> str:
+    """Say what a type takes."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"choose {', '.join(map(str, typing.get_args(hint)))}"
+    return f"expected {getattr(hint, '__name__', str(hint).replace('typing.', ''))}"
 
 
 def todays(options: type, values: Mapping[str, Any]) -> dict[str, Any]:

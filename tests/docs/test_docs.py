@@ -236,7 +236,7 @@ def test_links_lead_somewhere(path, site):
 @pytest.mark.parametrize("name", plugins.names(plugins.COMMANDS))
 def test_every_option_of_a_command_is_on_its_page(name, site, capsys):
     page = (site / "reference" / "commands" / f"{name}.md").read_text(encoding="utf-8")
-    words = [["run"], ["report"]] if name == "leaderboard" else [[]]
+    words = {"leaderboard": [["run"], ["report"]], "zoo": [["list"], ["pack"]]}.get(name, [[]])
     for more in words:
         with pytest.raises(SystemExit):
             cli.main([name, *more, "--help-all"])

@@ -154,6 +154,7 @@ class Image:
     """A picture without a store; every voxel says where it lies, from 1 on."""
 
     id, dataset, shape, block, spacing = "picture", "made", (1, 1, 40, 40), (1, 8, 8), (5.0, 1.0, 2.0)
+    has_ignored = False
 
     def foreground(self):
         return np.ones((1, 5, 5), np.float32)

@@ -123,7 +123,7 @@ def pickled(folder):
         (lambda f: rewrite(f, config=7), "config is int, not dict"),
         (lambda f: rewrite(f, config={"width": 10**30}), "no encoder can be built"),
         (lambda f: rewrite(f, config={"width": -1}), "width must be at least 1"),
-        (lambda f: rewrite(f, config={"width": None}), "NoneType"),
+        (lambda f: rewrite(f, config={"width": None}), "width is None; expected int"),
         (lambda f: rewrite(f, architecture=[]), "architecture is list, not str"),
         (lambda f: rewrite(f, plugins={"resnet10": 3}, architecture="no-such"), "unknown encoder"),
         (lambda f: rewrite(f, sha256=5), "sha256 is int, not str"),
