@@ -87,12 +87,18 @@ def files(title: str, explained: str, rows: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def listed(path: Path) -> list[tuple[str, str]]:
-    """Read a table of paths and reasons that `ssl3d prepare` or `ssl3d predict` wrote; none if missing."""
+def listed(path: Path, store: str = "") -> list[tuple[str, str]]:
+    """Read a table of paths and reasons that `ssl3d prepare` or `ssl3d predict` wrote; none if missing.
+
+    Args:
+        path: The table.
+        store: File name of the store whose rows are meant, where several stores share the table.
+    """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return [(row[0], row[1]) for row in list(csv.reader(file))[1:] if len(row) > 1]
+        rows = [row for row in list(csv.reader(file))[1:] if len(row) > 1]
+    return [(row[0], row[1]) for row in rows if not store or len(row) < 3 or row[2] == store]
 
 
 def legend(titles: Mapping[int, str]) -> str:

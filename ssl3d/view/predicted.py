@@ -22,6 +22,7 @@ class Predicted(ABC):
 
     Attributes:
         known: Whether the truth of a scan is known.
+        unit: What a prediction is of: a scan, or a subject.
 
     Args:
         folder: Folder that `ssl3d predict` wrote.
@@ -31,6 +32,7 @@ class Predicted(ABC):
     """
 
     known = False
+    unit = "scan"
 
     def __init__(
         self, folder: Path, rows: Sequence[Mapping[str, str]], about: Mapping[str, Any],
@@ -48,6 +50,27 @@ class Predicted(ABC):
     def name(self, position: int) -> str:
         """Return the name of a predicted scan."""
         return self.rows[position].get("id") or self.rows[position].get("subject", "")
+
+    def sought(self) -> list[tuple[str, str]]:
+        """Return the data set and the name of each prediction's scan, or subject."""
+        return [(row["dataset"], row["id"]) for row in self.rows]
+
+    def strangers(self) -> str:
+        """Say in a sentence which predictions have no scan among the data; nothing where all have one."""
+        if self.data is None or not len(self.data):
+            return ""
+        theirs = self.data.ids if self.unit == "scan" else self.data.subjects
+        known = {(str(a), str(b)) for a, b in zip(self.data.datasets, theirs, strict=True)}
+        wanted = dict.fromkeys(self.sought())
+        lost = [pair for pair in wanted if pair not in known]
+        if not lost:
+            return ""
+        return (
+            f"{len(lost):,} of {len(wanted):,} predicted {self.unit}s are not among the data, such as "
+            f"{lost[0][1]} of data set {lost[0][0]}; the data begin with {theirs[0]} of data set "
+            f"{self.data.datasets[0]}. Give --data the store or the folder that was predicted, "
+            "or a list in that folder."
+        )
 
     def volume(self, dataset: str, name: str) -> Volume | None:
         """Return the scan of a prediction, if it is among the data."""

@@ -53,6 +53,12 @@ class PredictedBoxes(Predicted):
         file, content = self.files[position]
         return str(content.get("id") or file)
 
+    def sought(self) -> list[tuple[str, str]]:
+        """Return the data set and the name of each prediction's scan."""
+        return [
+            (str(content.get("dataset", "")), self.name(k)) for k, (_, content) in enumerate(self.files)
+        ]
+
     def card(self, position: int, side: int, number: int) -> tuple[Card, float]:
         """Return the card of a scan: the more objects missed, then the more false alarms, the earlier."""
         file, content = self.files[position]

@@ -24,6 +24,8 @@ MOST_ROWS = 5000
 class PredictedLabels(Predicted):
     """Classes with probabilities, or values, of subjects."""
 
+    unit = "subject"
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         columns = self.rows[0] if self.rows else {}
@@ -44,6 +46,10 @@ class PredictedLabels(Predicted):
 
     def _share(self, row: Any, name: str) -> float:
         return float(row.get(PROBABILITY + name) or 0)
+
+    def sought(self) -> list[tuple[str, str]]:
+        """Return the data set and the name of each prediction's subject."""
+        return [(row["dataset"], row["subject"]) for row in self.rows]
 
     def card(self, position: int, side: int, number: int) -> tuple[Card, float]:
         """Return the card of a subject, by the probability of the true class, or by the error."""

@@ -57,7 +57,7 @@ def predictions_page(folder: Path, words: Sequence[str], most: int) -> tuple[str
     ordered = [card for _, card in cards]
     faults = sum(bool(card.fault) for card in ordered)
     body = [parts.summary(predicted.summary(len(shown)))]
-    body += elements.warnings([note] if note else [])
+    body += elements.warnings([line for line in (note, predicted.strangers()) if line])
     if faults:
         body += elements.warnings([f"{count_of(faults, 'scan')} cannot be compared: see the first cards."])
     body += [*predicted.tables(), f"<h2>Scans{', the worst first' * predicted.known}</h2>"]

@@ -283,8 +283,8 @@ def _aside(data: Collection) -> list[str]:
         (str(entry.get("path", "")), str(entry.get("reason", "")))
         for store in data.stores for entry in store.rejected
     ]  # fmt: skip
-    left = [row for folder in {store.path.parent for store in data.stores}
-            for row in parts.listed(folder / "left_out.csv")]  # fmt: skip
+    left = [row for store in data.stores
+            for row in parts.listed(store.path.parent / "left_out.csv", store.path.name)]  # fmt: skip
     return [
         parts.files("Refused", "These files were to be prepared and could not be used.", refused),
         parts.files(

@@ -129,7 +129,7 @@ def report(options: ReportOptions) -> Report:
         show(f"refused: {record.where}{': ' + record.who if record.who else ''}: {record.why}")
     rows = sum(len(table.rows) for table in numbers.records.tables)
     show(
-        f"{rows} records in {len(numbers.records.tables)} table{'s' * (len(numbers.records.tables) != 1)}, "
+        f"{rows} records in {len(numbers.boards)} table{'s' * (len(numbers.boards) != 1)}, "
         f"{len(refused)} refused: "
         f"{options.out / 'index.html'}"
     )

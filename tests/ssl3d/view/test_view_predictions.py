@@ -144,6 +144,18 @@ def test_without_the_scans_the_page_asks_for_them(tmp_path):
     assert text.count('<svg class="slices"') == 6
 
 
+def test_scans_that_are_not_those_predicted_are_told(tmp_path):
+    folder = predicted_masks(tmp_path / "out", a_store(tmp_path))
+    parts = tmp_path / "t.partial"
+    image = np.random.default_rng(0).normal(size=(1, *SHAPE)).astype(np.float32)
+    write_part(parts, "v0", Record(id="other/v0", dataset="other", subject="p0"), image)
+    assemble(parts, tmp_path / "t.h5", {}, [])
+    text = page(folder, tmp_path / "p.html", "--data", str(tmp_path / "t.h5"))
+    assert "6 of 6 predicted scans are not among the data, such as set/v0 of data set set" in text
+    assert "the data begin with other/v0 of data set other" in text
+    assert "are not among the data" not in page(folder, tmp_path / "q.html")
+
+
 def test_classes_have_confusions_and_the_least_probable_truth_comes_first(tmp_path):
     store = a_store(tmp_path)
     folder = tmp_path / "out"

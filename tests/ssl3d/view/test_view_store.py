@@ -182,8 +182,10 @@ def test_a_damaged_volume_is_named_and_the_others_are_shown(tmp_path):
 
 def test_what_was_refused_or_left_out_stands_there_with_its_reason(tmp_path):
     store = made(tmp_path, [a_volume()], rejected=[{"path": "bad.nii", "reason": "not finite"}])
-    (tmp_path / "left_out.csv").write_text("path,reason\nnotes.txt,not a scan\n")
+    table = f"path,reason,store\nnotes.txt,not a scan,{store.name}\ntheirs.txt,not a scan,another.h5\n"
+    (tmp_path / "left_out.csv").write_text(table)
     words = " ".join(Read(page(store, tmp_path / "p.html")).words)
+    assert "theirs.txt" not in words
     assert "bad.nii" in words and "not finite" in words and "notes.txt" in words and "not a scan" in words
 
 
