@@ -372,6 +372,12 @@ def _prepared(
         done["resampled"] = "not: the source has no spacing"
     elif recipe.spacing and not np.allclose(pixels.spacing, recipe.spacing, rtol=1e-3):
         voxels, (mask, ignored), affine = _resampled(voxels, (mask, ignored), affine, recipe, done)
+        if ignored is not None and ignored.all():
+            assert scan.ignore is not None
+            raise DataError(
+                f"{scan.ignore.name}: at {recipe.spacing} mm every voxel left is one to ignore; a smaller "
+                "--spacing keeps the others"
+            )
     inside = foreground(voxels, kind, ignored)
     natural = pixels.colours and pixels.eight_bit and kind == "unit"
     # A channel that is nearly black is one of a picture, and no mask of 0 and 1.

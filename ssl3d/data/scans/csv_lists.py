@@ -353,6 +353,10 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
             contents.rejected.append((name, reason))
             maskless.append(f"{lost[0]} of {name}")
             continue
+        if ignore and os.path.samefile(target, folder / ignore):  # else it would leave the scans as a mask
+            reason = f"line {line} of {path.name}: its ignore_mask is the scan itself"
+            contents.rejected.append((name, reason))
+            continue
         split = split_of(values.get("split", ""))
         if split is None:
             raise DataError(

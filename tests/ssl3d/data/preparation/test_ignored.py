@@ -187,6 +187,35 @@ def test_masks_that_cannot_be_meant_are_refused(tmp_path, mask, option, message)
         pytest.fail("it was taken")
 
 
+def test_voxels_that_are_all_ignored_on_a_coarse_grid_are_refused(tmp_path):
+    """A mask with one voxel left, which no voxel of a coarser grid is nearest to, is named."""
+    mask = np.ones(SHAPE, np.uint8)
+    mask[5, 5, 5] = 0
+    save(tmp_path / "scans/p1_t1.nii.gz", head(1))
+    save(tmp_path / "scans/p1_face.nii.gz", mask)
+    options = {"ignore_mask": "face", "spacing": (4.0, 4.0, 4.0)}
+    with pytest.raises(DataError):
+        made(tmp_path, str(tmp_path / "scans"), **options)
+    assert (
+        "p1_face.nii.gz: at (4.0, 4.0, 4.0) mm every voxel left" in (tmp_path / "rejected.csv").read_text()
+    )
+
+
+def test_a_scan_listed_as_its_own_ignore_mask_is_not_lost(tmp_path):
+    """Such a line is refused by name; the others are taken."""
+    for i in (1, 2):
+        save(tmp_path / f"p{i}.nii.gz", head(i))
+    rows = [["path", "ignore_mask"], ["p1.nii.gz", ""], ["p2.nii.gz", "p2.nii.gz"]]
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    volumes, _, out = made(tmp_path, str(tmp_path / "list.csv"))
+    assert [volume.id.split("/")[-1] for volume in volumes] == ["p1"]
+    assert (
+        "line 3 of list.csv: its ignore_mask is the scan itself"
+        in (out.parent / "rejected.csv").read_text()
+    )
+
+
 @pytest.fixture
 def volume(tmp_path):
     """Return a volume whose face is to be ignored."""
