@@ -32,10 +32,13 @@ from typing import Any
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """FLOP/s of dense bf16 matrix products by the data sheet, for devices whose name has such a part."""
 ENCODERS: dict[str, dict[str, Any]] = {
-    "resnet50": {"encoder": "resnet50", "resnet50": {"kind": "3d", "stem_stride": [2, 2, 2]}},
+    "resnet50": {"encoder": "resnet50", "resnet50": {"kind": "3d", "stem_pool": True}},
     "vit_b": {"encoder": "vit", "vit": {"patch": [16, 16, 16], "width": 768, "layers": 12, "heads": 12}},
-    "tiny_resnet": {"encoder": "resnet10", "resnet10": {"kind": "3d", "width": 4}},
-    "tiny_vit": {"encoder": "vit", "vit": {"patch": [8, 8, 8], "width": 24, "layers": 2, "heads": 2}},
+    "tiny_resnet": {
+        "encoder": "resnet10",
+        "resnet10": {"kind": "3d", "width": 4, "stem_stride": [1, 1, 1], "stem_pool": True},
+    },
+    "tiny_vit": {"encoder": "vit", "vit": {"patch": [8, 8, 8], "width": 24, "layers": 4, "heads": 2}},
 }
 SIDES = ("ssl3d", "compiled", "stock")
 OUT = Path(__file__).parents[1] / "results" / "speed_gpu.json"

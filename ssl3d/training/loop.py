@@ -273,10 +273,9 @@ class Loop:
         left = self.options.steps - start
         if start == 0:
             self._new_epoch(0)  # a proxy that clusters cannot be tried before
-        seconds, flops = self._trial()
-        passes = 1 if self.options.grad_cache else self.options.accumulate
-        seconds *= passes
-        self.flops_per_step = flops * passes * self.fabric.world_size
+        seconds, flops, share = self._trial()
+        seconds /= share
+        self.flops_per_step = round(flops / share) * self.fabric.world_size
         weights = sum(p.numel() * p.element_size() for p in self.trainee.parameters())
         encoder = sum(p.numel() * p.element_size() for p in self.trainee.encoder.parameters())
         count = sum(p.numel() for p in self.trainee.encoder.parameters())
@@ -296,11 +295,11 @@ class Loop:
             f"{size(memory)} of memory, {size(disk)} on disk"
         )
 
-    def _trial(self) -> tuple[float, int]:
-        """Time and count one pass of a step, forward and backward of a copy on the first data.
+    def _trial(self) -> tuple[float, int, float]:
+        """Time and count a part of a step, forward and backward of a copy on the first data.
 
         Returns:
-            Seconds and FLOPs.
+            Seconds, FLOPs, and the share of a step that they are for.
 
         Raises:
             TrainingError: A proxy makes parameters in `forward`, too late for the optimizer.
@@ -309,7 +308,11 @@ class Loop:
         self.spare = None
         for own, now in zip(copied.buffers(), self.trainee.buffers(), strict=True):
             own.copy_(now)  # what clustering before the first step has left
-        first = self._passes(self.feed.peek().groups)[0]
+        # Of parts that are compared, two, and four volumes, which every loss can compare: of all that it
+        # sees, the counter keeps alive what is computed again.
+        volumes = self.options.batch_size // self.options.accumulate // self.fabric.world_size
+        first = self._passes(self.feed.peek().groups)[0][: max(2, -(-4 // volumes))]
+        share = len(first) / self.options.accumulate
         parts = [[group.to(self.fabric.device) for group in part] for part in first]
         seconds = 0.0
         counter = FlopCounterMode(display=False)
@@ -343,7 +346,7 @@ class Loop:
                 "last layer that begins at zero), the encoder learns nothing; ssl3d.testing.check_proxy "
                 "says more"
             )
-        return seconds, counter.get_total_flops()
+        return seconds, counter.get_total_flops(), share
 
 
 @contextmanager
