@@ -69,8 +69,8 @@ class ClassificationConfig:
             labels.
         crop: Largest input of the encoder along D H W, voxels. A larger volume is trained on crops with
             foreground, and predicted as the mean over windows that cover it.
-        pad: Whether smaller volumes are surrounded by their lowest value until they are as large as the
-            largest volume, or the crop.
+        pad: Padding of smaller volumes with their lowest value, to the size of the largest volume or of the
+            crop.
             Without it, volumes of each shape go through the encoder, and so through batch norm, apart:
             one at a time, where every scan has a shape of its own.
         dropout: Probability of dropout before the last layer.
@@ -157,9 +157,8 @@ class AnswerNetwork(nn.Module):
 
     Args:
         model: Trained classifier.
-        classes: Whether the outputs are the logits of classes; else they are one value.
-        dimmed: Whether the input is halved first, as it was on average in a training that darkened volumes
-            at random.
+        classes: Kind of the outputs: logits of classes if true, else one value.
+        dimmed: Halving of the input, which a training that darkened volumes at random saw on average.
     """
 
     def __init__(self, model: Classifier, classes: bool, dimmed: bool) -> None:
@@ -264,7 +263,7 @@ class Classification(FinetuneTask):
 
     @property
     def can_flip(self) -> bool:  # type: ignore[override]
-        """Whether predictions may be averaged over mirrored volumes, as training mirrored them too."""
+        """Permission to average predictions over mirrored volumes, where training mirrored them too."""
         return self.config.flip > 0
 
     def keep(self, model: nn.Module) -> dict[str, Any]:

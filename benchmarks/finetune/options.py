@@ -37,8 +37,8 @@ class FinetuneOptions:
             such as 1 2 4 all, give a curve. A single number equals --segmentation.sparse_slices.
         seeds: Seeds of the training: order, crops, augmentation, head, and the weights from scratch.
         folds: Number of folds of a cross-validation by subject, instead of the house split; 0 for none.
-        part: Subjects that are scored: test; or val, the validation subjects, so that a recipe can be
-            chosen before anybody looks at the test subjects. Then the last weights are kept.
+        part: Subjects that the records score: test; or val, the validation subjects, so that a recipe can
+            be chosen before anybody looks at the test subjects. Then the last weights are kept.
         split_seed: Seed of the subsets and the folds.
         steps: Number of optimizer steps; 0 to count epochs, or for the task's plan.
         epochs: Number of passes over the training volumes; 0 to count steps.
@@ -63,7 +63,7 @@ class FinetuneOptions:
         ema: Share of the steps over which an exponential moving average of the weights reaches back, which
             is then scored and kept in place of the weights; 0 for none.
         precision: Numerical precision of the forward passes, 32 or bf16.
-        compile: Whether torch.compile compiles the encoder: minutes at the start of each training, and
+        compile: Compilation of the encoder by torch.compile: minutes at the start of each training, and
             faster steps, on GPUs above all. It needs a C++ compiler, on GPUs Triton.
         eval_at: Places at which the validation subjects are scored: shares of the steps if at most 1,
             else steps.
@@ -72,8 +72,8 @@ class FinetuneOptions:
             the aggregator over its slices that intra_inter trained with the encoder.
         no_scratch: Whether to leave out the network from scratch.
         no_trivial: Whether to leave out the rows without a network.
-        validation_only: Whether to stop at the validation score of the weights kept: no test subject is
-            predicted, no record is written, and OUT/validation has a file of scores for each job.
+        validation_only: Stop at the validation score of the weights kept, as ssl3d sweep needs it: no
+            subject is predicted for a record, and OUT/validation has the scores at each step for each job.
         save_predictions: Whether to write the predictions on the test subjects (NIfTI, CSV, JSON) under
             OUT/predictions.
         keep_models: Arms whose trained networks are kept under OUT/models, for ssl3d predict: best (the arm

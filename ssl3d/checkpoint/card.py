@@ -44,7 +44,7 @@ def without_places(value: Any) -> Any:
         value: Value of JSON: text, number, list or dictionary.
 
     Example:
-        >>> without_places({"data": ["/home/me/scans/a.h5"], "init": "x=/data/r1:width=4", "by": "https://a.b/c"})
+        >>> without_places({"data": ["/scans/a.h5"], "init": "x=/data/r1:width=4", "by": "https://a.b/c"})
         {'data': ['a.h5'], 'init': 'x=r1:width=4', 'by': 'https://a.b/c'}
     """
     if isinstance(value, str):

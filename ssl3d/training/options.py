@@ -69,8 +69,8 @@ class PretrainOptions:
         precision: Floating-point precision: 32, bf16, 16 (CUDA only), or auto, which takes bf16 where the
             device is fast at it, else 32. tf32 is 32 whose products are rounded to 10 bits, on CUDA devices
             that can; with 32 torch does so in convolutions alone.
-        compile: Whether torch.compile compiles the encoder: minutes at the start, and faster steps, on GPUs
-            above all. It needs a C++ compiler, on GPUs Triton.
+        compile: Compilation of the encoder by torch.compile: minutes at the start, and faster steps, on
+            GPUs above all. It needs a C++ compiler, on GPUs Triton.
         memory_format: Memory layout of the convolution kernels; auto takes the one in which the encoder is
             faster.
         threads: CPU threads of the main process; 0 leaves torch's number. A run that goes on keeps its own.

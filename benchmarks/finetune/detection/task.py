@@ -67,7 +67,7 @@ class DetectionConfig(BoxViews3d):
             and images; faster-rcnn-2d (two stages, parts of torchvision) for images.
         boxes: Source of the boxes: stored with the data (phantoms, or prepared from COCO, CSV or MONAI JSON
             lists), or the connected components of the masks.
-        one_class: Whether classes of objects are ignored, so that there is one class, of any object.
+        one_class: Merging of all classes of objects into one.
         min_voxels: Smallest component of a mask that is an object, voxels.
         patch: Size D H W of training crops and prediction windows, voxels; no larger than the largest
             volume.

@@ -367,7 +367,7 @@ class Segmentation(FinetuneTask):
 
     @property
     def can_flip(self) -> bool:  # type: ignore[override]
-        """Whether predictions may be averaged over mirrored volumes, as training mirrored them too."""
+        """Permission to average predictions over mirrored volumes, where training mirrored them too."""
         return self.config.flip > 0 and bool(self.flip_axes)
 
     @classmethod

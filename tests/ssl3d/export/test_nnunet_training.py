@@ -16,6 +16,7 @@ import torch
 
 from ssl3d.checkpoint.encoders import save_encoder
 from ssl3d.cli import main
+from ssl3d.convert.foreign_files import read_file
 from ssl3d.specs import encoder_from
 
 PYTHON = os.environ.get("SSL3D_NNUNET_PYTHON", "")
@@ -96,10 +97,10 @@ def test_nnunet_trains_from_the_weights_of_an_export(name, planned, tmp_path):
     )
     assert "Loading pretrained weights" in told
     (trained,) = (planned / "results").rglob("checkpoint_final.pth")
-    weights = torch.load(trained, weights_only=False)["network_weights"]
+    weights = read_file(trained).tensors
     moved = 0.0
     for key, value in encoder.state_dict().items():
         for place in ("encoder", "decoder.encoder"):  # two steps of 1e-5 away, where others would be far
-            np.testing.assert_allclose(weights[f"{place}.{key}"], value, atol=1e-3)
-        moved = max(moved, float((weights[f"encoder.{key}"] - value).abs().max()))
+            np.testing.assert_allclose(weights[f"network_weights.{place}.{key}"], value, atol=1e-3)
+        moved = max(moved, float((weights[f"network_weights.encoder.{key}"] - value).abs().max()))
     assert moved > 0
