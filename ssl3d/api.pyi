@@ -410,6 +410,7 @@ from .errors import (
     Ssl3dError as Ssl3dError,
     TrainingError as TrainingError,
     UsageError as UsageError,
+    is_transient as is_transient,
 )
 from .json_files import parse_json as parse_json
 from .files import (

@@ -33,16 +33,10 @@ from ssl3d.api import (
 )
 from ssl3d_benchmarks.contestants import Entry, described, pool_details, record, trivial_contestant
 from ssl3d_benchmarks.finetune import kept
+from ssl3d_benchmarks.finetune.checkpoint import Trial, weights_digest
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask
-from ssl3d_benchmarks.finetune.train import (
-    Diverged,
-    TrainingPlan,
-    Trial,
-    predict,
-    train,
-    weights_digest,
-)
+from ssl3d_benchmarks.finetune.train import Diverged, TrainingPlan, predict, train
 from ssl3d_benchmarks.finetune.validation import ValidationScores
 from ssl3d_benchmarks.task import SplitData, TrainingSubset, say
 

@@ -39,8 +39,9 @@ from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Encoder, Result
+    from ssl3d_benchmarks.finetune.checkpoint import Trial
     from ssl3d_benchmarks.finetune.options import FinetuneOptions
-    from ssl3d_benchmarks.finetune.train import TrainingPlan, Trial
+    from ssl3d_benchmarks.finetune.train import TrainingPlan
 
 FOLDER = "models"
 """Folder of the models in that of the records."""

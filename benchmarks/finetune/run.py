@@ -34,9 +34,9 @@ from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.forecast import forecast, size_notes
 from ssl3d_benchmarks.finetune.job import Arm, FinetuneJob, HeldElsewhere, run_job
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
+from ssl3d_benchmarks.finetune.parameters import check_freeze
 from ssl3d_benchmarks.finetune.protocol import FinetuneTask, task_class
 from ssl3d_benchmarks.finetune.recipe import planned
-from ssl3d_benchmarks.finetune.train import check_freeze
 from ssl3d_benchmarks.table import Row
 from ssl3d_benchmarks.task import (
     SplitData,

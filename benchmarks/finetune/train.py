@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import pickle
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl3d.api import (
-    AggregatedEncoder,
     BatchRng,
     Loader,
     TrainingError,
-    UsageError,
     autocast,
     check_compiler,
     compile_encoders,
     duration,
     lone_values,
     memory_format,
-    restore_optimizer,
     seed_of,
     start_from,
-    tensor_bytes,
     to_memory_format,
-    whole_file,
-    write_state,
 )
+from ssl3d_benchmarks.finetune.checkpoint import Trial, resume, save
+from ssl3d_benchmarks.finetune.parameters import freeze, optimizer_of, set_training, shared_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,51 +39,10 @@ if TYPE_CHECKING:
     from ssl3d_benchmarks.finetune.protocol import FinetuneTask
     from ssl3d_benchmarks.finetune.validation import ValidationScores
 
-FORMAT = 1
 REPORT_EVERY = 30.0
 """Seconds between two lines about the progress of a training."""
 POINTS = 40
 """Number of points in the curves of a training's loggers, about."""
-
-
-@dataclass
-class Trial:
-    """State of a training with one learning rate.
-
-    Attributes:
-        lr: Peak learning rate.
-        total: Number of steps of the whole training.
-        step: Number of steps done.
-        curve: Step, score on the validation subjects (None where there are none) and mean training loss
-            since the last entry, for each scoring.
-        best: Step and score of the scoring whose weights are kept.
-        weights: State of the model at that scoring, on the CPU.
-        average: Exponential moving average of the model's state; empty without one.
-        seconds: Seconds spent on steps, reading included.
-        waited: Seconds spent on reading.
-        scoring: Seconds spent on validation.
-        flops: Floating-point operations of one step.
-        losses: Training losses since the last scoring.
-    """
-
-    lr: float
-    total: int
-    step: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
-    waited: float = 0.0
-    scoring: float = 0.0
-    flops: float = 0.0
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def value(self) -> float:
-        """Validation score of the weights kept; NaN without validation subjects."""
-        score = self.best.get("score")
-        return math.nan if score is None else float(score)
 
 
 @dataclass(frozen=True)
@@ -184,7 +134,7 @@ def train(plan: TrainingPlan, make: Callable[[], Encoder], lr: float) -> tuple[n
     trial = Trial(lr, plan.total)
     path = None if plan.folder is None else plan.folder / f"lr-{lr:g}.pt"
     if path is not None:
-        _resume(path, trial, model, optimizer, plan)
+        resume(path, trial, model, optimizer, plan.name, plan.say)
     if trial.step < trial.total or not trial.curve:
         _run(plan, model, frozen, optimizer, trial, path)
     if trial.weights:
@@ -201,15 +151,10 @@ def build(
         model = task.model(encoder, data)
     task.start(model, data)
     model.to(device)
-    layout = memory_format(_inner(encoder), device)
+    layout = memory_format(shared_encoder(encoder), device)
     if layout is not torch.contiguous_format:
         to_memory_format(model, layout)
     return model
-
-
-def _inner(encoder: Encoder) -> Encoder:
-    inner: Encoder = encoder.encoder if isinstance(encoder, AggregatedEncoder) else encoder
-    return inner
 
 
 def _run(
@@ -276,7 +221,7 @@ def _run(
         if path is not None and (
             trial.step == trial.total or time.perf_counter() - saved >= options.checkpoint_seconds
         ):
-            _save(path, trial, model, optimizer)
+            save(path, trial, model, optimizer)
             saved = time.perf_counter()
         progress.step(value, now - began)
         began = time.perf_counter()
@@ -456,258 +401,3 @@ def rate(step: int, total: int, peak: float, options: FinetuneOptions) -> float:
         passed = sum(step >= round(share * total) for share in options.milestones)
         return float(peak * options.gamma**passed)
     return peak
-
-
-# Parameters ---------------------------------------------------------------------------------------
-
-
-def stages_of(encoder: Encoder) -> dict[str, int]:
-    """Find the stage of every parameter of an encoder, by name: the first feature map that depends on it.
-
-    Each map is differentiated, so this holds for any encoder. Parameters that no map depends on (those of
-    an aggregator) count as beyond the last stage.
-    """
-    inner = _inner(encoder)
-    prefix = "encoder." if inner is not encoder else ""
-    count = len(inner.strides)
-    stages = {name: count for name, _ in encoder.named_parameters()}
-    named = [(prefix + name, parameter) for name, parameter in inner.named_parameters()]
-    modes = [(part, part.training) for part in inner.modules()]
-    wanted = [parameter.requires_grad for _, parameter in named]
-    device = named[0][1].device
-    # The input is a volume, whatever the depth of the data: some kernels see nothing of an image. The
-    # deepest map has two cells, since instance norm makes zeros of a single one.
-    size = [max(step, 8) * cells for step, cells in zip(inner.strides[-1], (1, 1, 2), strict=True)]
-    inner.eval()
-    try:
-        for _, parameter in named:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            x = torch.zeros(1, inner.config.in_channels, *size, device=device)
-            maps = inner(x)
-            for stage in reversed(range(count)):
-                reached = torch.autograd.grad(
-                    maps[stage].sum(), [p for _, p in named], allow_unused=True, retain_graph=True
-                )
-                for (name, _), gradient in zip(named, reached, strict=True):
-                    if gradient is not None:
-                        stages[name] = stage
-    finally:
-        for (_, parameter), needed in zip(named, wanted, strict=True):
-            parameter.requires_grad_(needed)
-        for part, training in modes:
-            part.training = training
-    return stages
-
-
-def check_freeze(encoder: Encoder, asked: str) -> None:
-    """Raise a UsageError where an encoder has fewer stages than shall be frozen."""
-    count = len(_inner(encoder).strides)
-    if asked.isdigit() and int(asked) > count:
-        raise UsageError(f"--freeze {asked}: the encoder has {count} stages; freeze fewer of them, or all")
-
-
-def encoders_of(model: nn.Module) -> list[Encoder]:
-    """List the encoders in a model: its `encoder`, and the copy that a coarse stage has."""
-    encoders: list[Encoder] = []
-    above: list[str] = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "encoder" and not any(name.startswith(prefix) for prefix in above):
-            above.append(f"{name}.")  # an aggregator's encoder is part of it
-            encoders.append(module)
-    return encoders
-
-
-def freeze(model: nn.Module, asked: str, norms: bool) -> list[nn.Module]:
-    """Freeze parameters of the encoders and return the modules that stay in evaluation mode.
-
-    Args:
-        model: Model with its `encoder`, and perhaps others of that name in it.
-        asked: Stages to freeze: none, all, or a number of first stages.
-        norms: Whether the batch norms of the encoder are frozen too.
-    """
-    return [module for encoder in encoders_of(model) for module in _freeze(encoder, asked, norms)]
-
-
-def _freeze(encoder: Encoder, asked: str, norms: bool) -> list[nn.Module]:
-    if asked == "all":
-        encoder.requires_grad_(False)
-        return [encoder]
-    calm: list[nn.Module] = []
-    if asked != "none":
-        stages = stages_of(encoder)
-        for name, parameter in encoder.named_parameters():
-            if stages[name] < int(asked):
-                parameter.requires_grad_(False)
-        for module in encoder.modules():
-            own = list(module.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
-                calm.append(module)
-    if norms:
-        for module in encoder.modules():
-            if isinstance(module, _BatchNorm):
-                module.requires_grad_(False)
-                calm.append(module)
-    return calm
-
-
-def set_training(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
-    """Set training mode for all but the frozen modules, whose norm statistics stay too."""
-    model.train()
-    for module in frozen:
-        module.eval()
-
-
-def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate and weight decay.
-
-    The head has the full learning rate (`scale` 1), the encoder's last stage `layer_decay` of it, each
-    stage before it `layer_decay` of the next. Biases, norms and other vectors are not decayed.
-    """
-    place: dict[int, int] = {}
-    for encoder in encoders_of(model):
-        count = len(_inner(encoder).strides)
-        stages = stages_of(encoder) if layer_decay < 1 else {}
-        place |= {id(p): count - stages.get(name, count) for name, p in encoder.named_parameters()}
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale = layer_decay ** place.get(id(parameter), 0)
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else weight_decay
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "names": [], "scale": scale, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
-
-
-def optimizer_of(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
-    """Build the optimizer, whose learning rates are set at every step."""
-    groups: list[dict[str, Any]] = [
-        {key: value for key, value in group.items() if key != "names"}
-        for group in parameter_groups(model, options.layer_decay, options.weight_decay)
-    ]
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
-    if options.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=0.0)
-    nesterov = options.momentum > 0
-    return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, nesterov=nesterov)
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Hash the weights and buffers of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
-# Checkpoints --------------------------------------------------------------------------------------
-
-
-def _save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, whole or not at all.
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
-    state = {
-        "format": FORMAT,
-        "trial": {key: getattr(trial, key) for key in Trial.__dataclass_fields__},
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "threads": torch.get_num_threads(),
-    }
-    try:
-        with whole_file(path, sync=True) as temporary:
-            write_state(state, temporary)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _resume(
-    path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan
-) -> None:
-    """Restore a checkpoint, if there is one and its bytes are those that were written.
-
-    Raises:
-        UsageError: Its bytes are right, and it is no checkpoint of this training.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes the check sum of each member, and reads none
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        return
-    except (
-        OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError,
-        pickle.UnpicklingError, zipfile.BadZipFile, zlib.error
-    ):  # fmt: skip
-        plan.say(f"{plan.name}: {path} is damaged; the training starts at step 0")
-        return
-    try:
-        _restore(state, path, trial, model, optimizer, plan)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        # The model may be half restored: no training starts from that.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(
-            f"{path}: is no checkpoint of {plan.name} ({reason}); delete it to start at step 0"
-        ) from error
-
-
-def _restore(
-    state: dict[str, Any],
-    path: Path,
-    trial: Trial,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    plan: TrainingPlan,
-) -> None:
-    if state.get("format") != FORMAT or state["trial"]["total"] != trial.total:
-        plan.say(f"{plan.name}: {path} belongs to another training; this one starts at step 0")
-        return
-    if state["threads"] != torch.get_num_threads():
-        plan.say(
-            f"{plan.name}: the training began with {state['threads']} threads and goes on with "
-            f"{torch.get_num_threads()}, so sums may differ in their last bits"
-        )
-    model.load_state_dict(state["model"])
-    restore_optimizer(optimizer, state["optimizer"])
-    _check_trial(state["trial"], trial, model)
-    for key, value in state["trial"].items():
-        setattr(trial, key, value)
-    if trial.step < trial.total:
-        plan.say(f"{plan.name}: the training goes on at step {trial.step} of {trial.total}")
-
-
-def _check_trial(kept: dict[str, Any], trial: Trial, model: nn.Module) -> None:
-    """Check that what a checkpoint keeps of a training is of the kinds that a training has.
-
-    Raises:
-        ValueError: A part is missing, unknown, or of the wrong kind.
-    """
-    if not {"step", "curve", "weights"} <= set(kept) <= set(Trial.__dataclass_fields__):
-        raise ValueError(f"it keeps {', '.join(map(str, kept))}")
-    for key, value in kept.items():
-        own = getattr(trial, key)
-        if type(value) is not type(own) and not {type(value), type(own)} <= {int, float}:
-            raise ValueError(f"{key} is {type(value).__name__}, not {type(own).__name__}")
-    if not 0 <= kept["step"] <= kept["total"] or type(kept["step"]) is not int:
-        raise ValueError(f"it is of step {kept['step']} of {kept['total']}")
-    if not all(isinstance(value, int | float) for value in kept.get("losses", ())):
-        raise ValueError("a loss is no number")
-    scored = [*kept["curve"], *([kept["best"]] if kept.get("best") else [])]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in scored):
-        raise ValueError("an entry of the curve has no step")
-    if not all(isinstance(entry.get("score"), int | float | None) for entry in scored):
-        raise ValueError("a score is no number")
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    for key in ("weights", "average"):
-        state = kept.get(key)
-        if state and {k: isinstance(v, Tensor) and v.shape for k, v in state.items()} != shapes:
-            raise ValueError(f"its {key} are not those of the model")

@@ -287,15 +287,9 @@ def _trained_by_clock(plan: Any, encoder: Any, clock: Clock) -> tuple[Any, int]:
     import torch
 
     from ssl3d.api import Loader, seed_of
-    from ssl3d_benchmarks.finetune.train import (
-        Drawing,
-        Trial,
-        build,
-        gradients,
-        optimizer_of,
-        rate,
-        update_average,
-    )
+    from ssl3d_benchmarks.finetune.checkpoint import Trial
+    from ssl3d_benchmarks.finetune.parameters import optimizer_of
+    from ssl3d_benchmarks.finetune.train import Drawing, build, gradients, rate, update_average
 
     options, ticks = plan.options, 1_000_000
     model = build(plan.task, encoder, plan.train, plan.seed, plan.device)

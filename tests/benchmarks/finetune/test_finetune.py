@@ -43,19 +43,17 @@ from ssl3d_benchmarks.finetune import job, run, train
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig, shifted
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
-from ssl3d_benchmarks.finetune.protocol import TASKS, file_name, task_class
-from ssl3d_benchmarks.finetune.recipe import resolve
-from ssl3d_benchmarks.finetune.run import Outcome, make_task
-from ssl3d_benchmarks.finetune.train import (
-    build,
+from ssl3d_benchmarks.finetune.parameters import (
     freeze,
     optimizer_of,
     parameter_groups,
-    rate,
-    scoring_steps,
     set_training,
     stages_of,
 )
+from ssl3d_benchmarks.finetune.protocol import TASKS, file_name, task_class
+from ssl3d_benchmarks.finetune.recipe import resolve
+from ssl3d_benchmarks.finetune.run import Outcome, make_task
+from ssl3d_benchmarks.finetune.train import build, rate, scoring_steps
 from ssl3d_benchmarks.finetune.validation import ValidationScores
 from ssl3d_benchmarks.task import training_subsets
 

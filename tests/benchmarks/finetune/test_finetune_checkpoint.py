@@ -1,13 +1,14 @@
 """Training goes on from a checkpoint whose bytes and parts are those that were written, or says why not."""
 
+import errno
 import resource
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ssl3d.errors import UsageError
-from ssl3d_benchmarks.finetune.train import Trial, _resume, _save
+from ssl3d_benchmarks.finetune import checkpoint
+from ssl3d_benchmarks.finetune.checkpoint import Trial
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def kept(tmp_path):
     model, optimizer = network()
     trial = Trial(0.1, total=9, step=4)
     path = tmp_path / "lr-0.1.pt"
-    _save(path, trial, model, optimizer)
+    checkpoint.save(path, trial, model, optimizer)
     return path, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -26,7 +27,7 @@ def network():
 
 def resume(path):
     (model, optimizer), trial, said = network(), Trial(0.1, total=9), []
-    _resume(path, trial, model, optimizer, SimpleNamespace(name="job", say=said.append))
+    checkpoint.resume(path, trial, model, optimizer, "job", said.append)
     return model.state_dict(), trial.step, " ".join(said)
 
 
@@ -49,6 +50,15 @@ def test_a_flipped_bit_is_noticed_or_without_effect(kept, seed):
         assert all(torch.equal(found[name], state[name]) for name in state)
     else:
         assert step == 0 and f"{path} is damaged" in said
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(kept, monkeypatch):
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        resume(kept[0])
 
 
 @pytest.mark.parametrize("part", ["trial", "model", "optimizer"])
@@ -97,7 +107,7 @@ def test_a_disk_that_fills_is_one_line_and_the_older_checkpoint_stays(kept, room
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
     try:
         with pytest.raises(UsageError, match=f"cannot write {path}: File too large"):
-            _save(path, Trial(0.1, total=9, step=5), model, optimizer)
+            checkpoint.save(path, Trial(0.1, total=9, step=5), model, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
