@@ -79,6 +79,18 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else_on_top(wheel):
     assert "ssl3d/py.typed" in names
 
 
+def test_the_wheel_holds_every_file_that_lies_in_the_packages(wheel):
+    """Style sheets, suites and stubs lie beside the modules that read them; setup.cfg names each."""
+    packages = {"ssl3d": "ssl3d", "proxies": "ssl3d_proxies", "benchmarks": "ssl3d_benchmarks"}
+    wanted = {
+        f"{package}/{file.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in packages.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and not {"__pycache__", "results", "scripts"} & set(file.relative_to(ROOT).parts)
+    }
+    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_an_installed_wheel_tells_the_help_of_every_command(wheel, tmp_path):
     install(wheel, tmp_path / "site")
     code = (
