@@ -17,6 +17,8 @@ from ssl3d_benchmarks.leaderboard.report.names import network_title, relation
 
 FULL = 0.1
 """Gain whose cell has the full colour."""
+PALE = 0.005
+"""Gain below which a cell has no colour."""
 ROWS = 14
 """Rows of the matrix that are in sight; the others are folded."""
 FEW_GAINS = 40
@@ -140,8 +142,9 @@ def matrix(boards: Sequence[Board]) -> str:
     )
     legend = (f"Network: {escape(next(iter(networks), ''))}. " * (len(networks) == 1)) + (
         'Gain over the same network untrained or from scratch: <i class="up3"></i> better, '
-        '<i class="down3"></i> worse, full colour from ±0.1 on; <b class="star">●</b> significant after '
-        'Holm\'s correction; <i class="untold"></i> nothing can be told.'
+        f'<i class="down3"></i> worse, no colour below ±{PALE:g}, full colour from ±{FULL:g} on; '
+        '<b class="star">●</b> significant after Holm\'s correction: without it, a gain may be chance; '
+        '<i class="untold"></i> nothing can be told.'
     )
     caption = "Gains of every contestant on every table; a cell leads to its table"
     return (
@@ -193,11 +196,11 @@ def _cell(board: Board, arm: Arm | None) -> str:
     hint = f"{arm.title} on {text.heading(board)}: {gain_text(arm.gain)} {why or board.table.main}".strip()
     look, words, mark = "untold", "", ""
     if arm.gain and isfinite(arm.gain.value):
-        words = f"{arm.gain.value:+.2f}".replace("0.", ".").replace("-", "−")
-        words = "0" if words[1:] == ".00" else words
+        words = f"{arm.gain.value:+.3f}".replace("0.", ".").replace("-", "−")
+        words = "0" if words[1:] == ".000" else words
     if not why:
         steps = min(3, 1 + int(2.999 * min(abs(_gain(arm)) / FULL, 1.0)))
-        look = f"{'up' if _gain(arm) >= 0 else 'down'}{steps}"
+        look = f"{'up' if _gain(arm) >= 0 else 'down'}{steps}" if abs(_gain(arm)) >= PALE else "even"
         mark = '<b class="star">●</b>' if shown(arm) else ""
     inside = f'<a href="#{board.slug}">{words}{mark}</a>'
     return f'<td class="{look}" title="{escape(hint, quote=True)}">{inside}</td>'

@@ -19,6 +19,7 @@ from ssl3d_benchmarks.leaderboard.report.columns import (
 from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
 from ssl3d_benchmarks.leaderboard.report.overall import Overall, no_overall
 from ssl3d_benchmarks.leaderboard.report.records import Refused
+from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 MOST_COMPARED = 20
 """Most methods for the table of how often each is above each other."""
@@ -209,10 +210,7 @@ def _above(ranks: Overall) -> str:
 
 
 def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
-    best = next(iter(board.ranked()), None)
-    said = f"{len(board.arms)} contestants"
-    if best:
-        said += f"; best: {best.title}, {board.table.main} {number(best.interval.value)}"
+    said = f"{len(board.arms)} contestants{_best(board)}"
     parts = [
         f'<section class="board"><details id="{board.slug}"><summary>'
         f"<h2>{escape(text.heading(board))}</h2> "
@@ -238,6 +236,20 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         parts.append(figures.pictures(board))
     parts.append("</details></section>")
     return "\n".join(part for part in parts if part)
+
+
+def _best(board: Board) -> str:
+    """Name the best network of a board, and the best row without one where that is above it."""
+    best = next(iter(board.ranked()), None)
+    if best is None:
+        return ""
+    words = f"; best network: {best.title}, {board.table.main} {number(best.interval.value)}"
+    above = [arm for arm in board.of_kind("trivial") if arm.interval.value > best.interval.value]
+    if above:
+        easy = max(above, key=lambda arm: arm.interval.value)
+        words += f"; without a network: {easy.title}, {number(easy.interval.value)}"
+        words += f" ({TRUE_MASKS})" * reads_true_masks(easy.first.result.contestant)
+    return words
 
 
 def _comparison(board: Board, section: str) -> str:

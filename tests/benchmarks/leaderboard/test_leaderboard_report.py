@@ -1390,7 +1390,7 @@ def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
         (name,) = [row for row in cells if row.startswith(label)]
         ((look, words),) = cells[name]
         gain = found[label].gain.value
-        assert words.startswith(f"{gain:+.2f}".replace("0.", ".").replace("-", "\u2212"))
+        assert words.startswith(f"{gain:+.3f}".replace("0.", ".").replace("-", "\u2212"))
         if label == "leak":  # it saw test subjects: nothing can be told
             assert look == "untold" and "\u25cf" not in words
             continue
@@ -1398,6 +1398,26 @@ def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
         assert ("\u25cf" in words) == (found[label].p_holm < 0.05)
     (alpha,), (gamma,) = cells["alpha, own data"], cells["gamma, own data"]
     assert alpha[0] == "up3" and gamma[0] == "down2"
+
+
+def test_a_gain_too_small_to_matter_has_no_colour_but_its_digits(tmp_path):
+    same = [one for one in usual() if one.contestant["name"] != "runs/gamma-0"]
+    (board,) = read_report([write(tmp_path, [*same, record("runs/gamma-0", gain=0.0)])], resamples=100).boards
+    ((look, words),) = cells_of([board])["gamma, own data"]
+    (gain,) = (arm.gain.value for arm in board.arms if arm.title.startswith("gamma"))
+    assert 0 < abs(gain) < 0.005 and look == "even"
+    assert words == f"{gain:+.3f}".replace("0.", ".").replace("-", "\u2212")
+
+
+def test_the_best_network_of_a_table_does_not_hide_a_better_row_without_one(tmp_path):
+    from ssl3d_benchmarks.leaderboard.report.page import page
+
+    rows = [one for one in usual() if one.contestant["kind"] != "trivial"]
+    for name, gain, words in (("low", -0.2, ""), ("high", 0.19, "; without a network: high, 0.")):
+        easy = record(name, "trivial", gain=gain)
+        report = read_report([write(tmp_path / name, [*rows, easy])], resamples=100)
+        said = re.search(r"contestants; best network: alpha[^<]*", page("t", report.boards, [], [], []))[0]
+        assert ("without a network" in said) == bool(words) and words in said
 
 
 def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
