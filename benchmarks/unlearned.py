@@ -41,7 +41,7 @@ def unlearned(
         beside = f"only {value:+.3f} above" if value > 0 else "no better than"
         return (
             f"{words}, {beside} {floor_name} ({level:.3f}): it has not learned its task, and no conclusion "
-            "can be drawn; train it longer (--steps, --epochs), or look for a fault in the recipe or the data"
+            "can be drawn; train it longer (--steps or --epochs), or look for a fault in recipe and data"
         )
     between = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else f"{value:+.3f}"
     return (

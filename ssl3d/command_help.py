@@ -92,7 +92,7 @@ COMMON = OptionGroup(
             "Print the options that would be used, in the form of such a file, and exit; "
             "=skip_default leaves out those at their defaults, =skip_null those without a value.",
         ),
-        OptionHelp("--help", "", "", "Show this help and exit; --help-all lists every option."),
+        OptionHelp("--help", "", "", "Show this help and exit."),
     ],
 )
 """Options that every command takes."""

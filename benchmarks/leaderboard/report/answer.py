@@ -43,8 +43,8 @@ def _not_learned(boards: Sequence[Board]) -> list[str]:
         return []
     return [
         f"WARNING: on {len(unsure)} of {tables} tables of fine-tuning, networks are not clearly above what "
-        f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. They were trained "
-        "too briefly, the recipe or the data is at fault, or the test set is too small to tell."
+        f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. They were "
+        "trained too briefly, the recipe or the data is at fault, or the test set is too small to tell."
     ]
 
 

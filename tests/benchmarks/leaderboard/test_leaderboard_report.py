@@ -1402,7 +1402,9 @@ def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
 
 def test_a_gain_too_small_to_matter_has_no_colour_but_its_digits(tmp_path):
     same = [one for one in usual() if one.contestant["name"] != "runs/gamma-0"]
-    (board,) = read_report([write(tmp_path, [*same, record("runs/gamma-0", gain=0.0)])], resamples=100).boards
+    (board,) = read_report(
+        [write(tmp_path, [*same, record("runs/gamma-0", gain=0.0)])], resamples=100
+    ).boards
     ((look, words),) = cells_of([board])["gamma, own data"]
     (gain,) = (arm.gain.value for arm in board.arms if arm.title.startswith("gamma"))
     assert 0 < abs(gain) < 0.005 and look == "even"
