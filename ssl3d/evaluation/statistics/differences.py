@@ -119,8 +119,8 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     and Howell 1998). That is an assumption, and `borrowed` says that it was made; if the single one's seeds
     differ twice as much as the other's, 14 % of such tests are false with three of those, 21 % with five.
 
-    There is no interval where one of the two has none for lack of test subjects (`Runs.sure`), or where both
-    scores are at one bound (`Runs.at_bound`), and none goes beyond the differences that the bounds allow.
+    There is no interval where one of the two has none for lack of test subjects (`Runs.sure`), or where
+    both scores are at a bound (`Runs.at_bound`), and none goes beyond the differences that are possible.
 
     Args:
         a: Runs of one contestant.

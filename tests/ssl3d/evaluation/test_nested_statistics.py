@@ -92,11 +92,11 @@ def test_intervals_of_r_squared_hold_the_truth_and_seldom_end_at_1(several):
         assert found.low < found.value < found.high < 1
         hits += found.low <= share <= found.high
         ends += found.high > 0.99
-    assert 0.92 <= hits / 120 and ends / 120 < 0.05
+    assert hits / 120 >= 0.92 and ends / 120 < 0.05
 
 
 def test_a_score_at_its_bound_has_no_interval_and_no_gain_over_another():
-    """An AUC of 1 said [1, 1]: with five subjects of each class and a true .92, in a third of experiments."""
+    """An AUC of 1 said [1, 1]: with five subjects a class and a true .92, in a third of experiments."""
     target = np.repeat([0, 1], 5)
     perfect = [lambda w: st.auc(target, np.arange(10.0), w)]
     good = [lambda w: st.auc(target, np.array([0, 1, 2, 3, 6, 4, 5, 7, 8, 9.0]), w)]
