@@ -121,7 +121,9 @@ def _dtype(kind: int) -> np.dtype | None:
     """Return the type of a value of one of SimpleITK's types of voxels; None where it is no plain number."""
     name = quiet_sitk().GetPixelIDValueAsString(kind)
     match = re.fullmatch(r"(?:vector of )?(\d+)-bit (unsigned integer|signed integer|float)", name)
-    return np.dtype({"u": "u", "s": "i", "f": "f"}[match[2][0]] + str(int(match[1]) // 8)) if match else None
+    return (
+        np.dtype({"u": "u", "s": "i", "f": "f"}[match[2][0]] + str(int(match[1]) // 8)) if match else None
+    )
 
 
 def itk_spacing(files: Sequence[Path]) -> Triple:

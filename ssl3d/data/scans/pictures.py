@@ -17,7 +17,15 @@ from ssl3d.data.scans.pixels import Pixels, check_size
 from ssl3d.errors import DataError
 
 # Tags of TIFF.
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = 256, 257, 258, 259, 262, 274, 277
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (
+    256,
+    257,
+    258,
+    259,
+    262,
+    274,
+    277,
+)
 _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 278, 284, 322, 323
 _STRIPS, _TILES = (273, 279), (324, 325)  # where they begin, and their lengths
 

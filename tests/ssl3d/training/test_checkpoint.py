@@ -32,9 +32,7 @@ def saved(encoder, tmp_path):
 
 def rewrite(folder, **changes):
     path = folder / "encoder.json"
-    path.write_text(
-        signed({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8"
-    )
+    path.write_text(signed({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
 def change_quietly(folder):

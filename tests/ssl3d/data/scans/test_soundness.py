@@ -84,10 +84,19 @@ def test_voxels_of_metaimage_inflate_whatever_its_header_says_of_their_bytes(tmp
     np.testing.assert_array_equal(read([path]).voxels, whole)
 
 
-@pytest.mark.parametrize("name", ["a.mha", "z.mha", "a.mhd", "z.mhd", "a.nrrd", "z.nrrd", "a.nhdr", "z.nhdr"])
-@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "float32", "float64"])
+@pytest.mark.parametrize(
+    "name", ["a.mha", "z.mha", "a.mhd", "z.mhd", "a.nrrd", "z.nrrd", "a.nhdr", "z.nhdr"]
+)
+@pytest.mark.parametrize(
+    "kind", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "float32", "float64"]
+)
 def test_voxels_of_itk_formats_are_those_that_itk_reads(tmp_path, name, kind):
-    for shape, vector in (((4, 5, 6), False), ((4, 5, 6, 3), True), ((2, 4, 5, 6), False), ((3,) * 4, True)):
+    for shape, vector in (
+        ((4, 5, 6), False),
+        ((4, 5, 6, 3), True),
+        ((2, 4, 5, 6), False),
+        ((3,) * 4, True),
+    ):
         voxels = np.random.default_rng(0).normal(0, 60, shape).astype(kind)
         sitk.WriteImage(sitk.GetImageFromArray(voxels, vector), str(tmp_path / name), name[0] == "z")
         ours, theirs = read([tmp_path / name]), pixels_of(image_of(tmp_path / name), colours=False)
@@ -97,8 +106,12 @@ def test_voxels_of_itk_formats_are_those_that_itk_reads(tmp_path, name, kind):
 
 def test_numbers_whose_highest_byte_comes_first_are_read_so(tmp_path):
     voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    head = b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryData = True\nBinaryDataByteOrderMSB = "
-    (tmp_path / "a.mha").write_bytes(head + b"True\nElementDataFile = LOCAL\n" + voxels.astype(">i2").tobytes())
+    head = (
+        b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryData = True\nBinaryDataByteOrderMSB = "
+    )
+    (tmp_path / "a.mha").write_bytes(
+        head + b"True\nElementDataFile = LOCAL\n" + voxels.astype(">i2").tobytes()
+    )
     head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nencoding: raw\nendian: big\n\n"
     (tmp_path / "a.nrrd").write_bytes(head + voxels.astype(">i2").tobytes())
     for name in ("a.mha", "a.nrrd"):
@@ -204,7 +217,8 @@ def test_a_tiff_whose_strips_do_not_cover_it_is_refused_at_once(tmp_path, compre
     place = max(content.find(bytes((1, 1, kind, 0, 1, 0, 0, 0))) for kind in (3, 4))  # the height
     content[place + 2 : place + 12] = bytes((4, 0, 1, 0, 0, 0)) + (8388626).to_bytes(4, "little")
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"1 piece of 16 x {rows}, its header promises [\d,]+ \(16 x 8388626"):
+    told = rf"1 piece of 16 x {rows}, its header promises [\d,]+ \(16 x 8388626"
+    with pytest.raises(DataError, match=told):
         read([path])
 
 
