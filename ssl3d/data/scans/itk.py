@@ -118,12 +118,13 @@ def read_itk(files: Sequence[Path], max_voxels: int | None) -> Pixels:
 
 
 def _dtype(kind: int) -> np.dtype | None:
-    """Return the type of a value of one of SimpleITK's types of voxels; None where it is no plain number."""
+    """Return the type of a value of one of SimpleITK's types of voxels; None of complex ones and labels."""
     name = quiet_sitk().GetPixelIDValueAsString(kind)
     match = re.fullmatch(r"(?:vector of )?(\d+)-bit (unsigned integer|signed integer|float)", name)
-    return (
-        np.dtype({"u": "u", "s": "i", "f": "f"}[match[2][0]] + str(int(match[1]) // 8)) if match else None
-    )
+    if match is None:
+        return None
+    letter = {"unsigned integer": "u", "signed integer": "i", "float": "f"}[match[2]]
+    return np.dtype(f"{letter}{int(match[1]) // 8}")
 
 
 def itk_spacing(files: Sequence[Path]) -> Triple:

@@ -1,7 +1,7 @@
 """Where the voxels of NRRD and MetaImage files lie, in which form, and whether all of them are there.
 
-ITK takes memory for what a header promises, and gives what that memory holds where the voxels of a MetaImage
-file do not inflate, or its header does not say to how many bytes they were deflated.
+ITK takes memory for what a header promises, and gives what that memory holds where the voxels of a
+MetaImage file do not inflate, or its header does not say to how many bytes they were deflated.
 """
 
 from __future__ import annotations

@@ -105,15 +105,11 @@ def test_voxels_of_itk_formats_are_those_that_itk_reads(tmp_path, name, kind):
 
 
 def test_numbers_whose_highest_byte_comes_first_are_read_so(tmp_path):
-    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    head = (
-        b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryData = True\nBinaryDataByteOrderMSB = "
-    )
-    (tmp_path / "a.mha").write_bytes(
-        head + b"True\nElementDataFile = LOCAL\n" + voxels.astype(">i2").tobytes()
-    )
+    voxels = np.arange(24, dtype=">i2").reshape(2, 3, 4).tobytes()
+    head = b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryDataByteOrderMSB = True\n"
+    (tmp_path / "a.mha").write_bytes(head + b"ElementDataFile = LOCAL\n" + voxels)
     head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nencoding: raw\nendian: big\n\n"
-    (tmp_path / "a.nrrd").write_bytes(head + voxels.astype(">i2").tobytes())
+    (tmp_path / "a.nrrd").write_bytes(head + voxels)
     for name in ("a.mha", "a.nrrd"):
         theirs = pixels_of(image_of(tmp_path / name)).voxels
         np.testing.assert_array_equal(read([tmp_path / name]).voxels, theirs)
