@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -48,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename)
+            line = f"ssl3d: {name[:60]}...: a name of {len(name):,} characters; no file can have it"
+            print(printable(line), file=sys.stderr)
+            return 2
         if error.errno not in NOT_OURS:
             raise
         where = f"{error.filename}: " if error.filename else ""

@@ -238,7 +238,7 @@ def _kind(group: str) -> str:
 def _unknown(group: str, name: str) -> str:
     points = _installed(group)
     close = difflib.get_close_matches(name, points, n=3, cutoff=0.5)
-    if group in _BASES and Path(f"{name}.py").is_file():
+    if group in _BASES and os.path.isfile(f"{name}.py"):  # false of a name that no file can have, too
         close = [f"the file here, {name}.py"]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     message = f"unknown {_kind(group)} {name!r}.{hint} Available: {', '.join(points) or 'none'}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +27,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "identities": (list,), "travellers": (dict,), "patch": (list,), "spacing": (list, dict),
     "proxies": (dict, list), "compute": (dict,), "citations": (dict,), "plugins": (dict,), "steps": (int,),
     "seed": (int,), "labels_seen": (bool,), "channels": (list,), "strides": (list,), "versions": (dict,),
-    "sha256": (str,),
+    "sha256": (str,), "digest": (str,),
 }  # fmt: skip
 """Types of what a card may hold, where it holds it; the first of several is the usual one."""
 
@@ -102,7 +104,31 @@ def read_card(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: damaged: {key} is empty")
     if not all(isinstance(settings, dict) for settings in card.get("preprocessing") or ()):
         raise CheckpointError(f"{path}: damaged: preprocessing is not a list of dict")
+    check_digest(card, str(path))
     return card
+
+
+def signed(card: Mapping[str, Any], allow_nan: bool = True) -> str:
+    """Write a card as JSON, with the digest of all that it says."""
+    content = json.loads(json.dumps({**card, "digest": ""}, default=plain_value, allow_nan=allow_nan))
+    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
+
+
+def check_digest(card: Mapping[str, Any], where: str) -> None:
+    """Compare a card with its digest, which earlier versions did not write into that of an encoder.
+
+    Raises:
+        CheckpointError: It says something else than was written; the message begins with `where`.
+    """
+    if card.get("digest") is not None and _digest(card) != card["digest"]:
+        raise CheckpointError(
+            f"{where}: was changed after it was written (its digest differs); take an intact copy"
+        )
+
+
+def _digest(card: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in card.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from ssl3d.checkpoint.card import (
     plain_value,
     plugin_record,
     read_card,
+    signed,
     versions,
 )
 from ssl3d.checkpoint.travellers import traveller_class, travellers_of
@@ -79,7 +80,7 @@ def save_encoder(
         "versions": versions(),
     }
     apart = hashes_apart(card)
-    text = json.dumps(card, indent=1, default=plain_value) + "\n"
+    text = signed(card)
     try:
         with whole_folder(folder) as place:
             write_whole(place / WEIGHTS, weights, sync=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ssl3d import plugins
-from ssl3d.checkpoint.card import check_format, plain_value, plugin_record, versions, without_places
+from ssl3d.checkpoint.card import (
+    check_digest,
+    check_format,
+    plugin_record,
+    signed,
+    versions,
+    without_places,
+)
 from ssl3d.checkpoint.weights import load_strictly, not_finite, safetensors_of
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
@@ -104,10 +110,7 @@ def read_model_card(folder: str | Path) -> dict[str, Any]:
     for key, kind in _NEEDED.items():
         if not isinstance(card.get(key), kind):
             raise CheckpointError(f"{path}: damaged: {key!r} is missing or no {kind.__name__}")
-    if _digest(card) != card["digest"]:
-        raise CheckpointError(
-            f"{path}: was changed after it was written (its digest differs); take an intact copy"
-        )
+    check_digest(card, str(path))
     return card
 
 
@@ -237,16 +240,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def _signed(card: Mapping[str, Any]) -> str:
-    """Write a card as JSON, with the digest of all that it says."""
-    content = json.loads(
-        json.dumps({"format": FORMAT, **card, "digest": ""}, default=plain_value, allow_nan=False)
-    )
-    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
-
-
-def _digest(card: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in card.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return signed({"format": FORMAT, **card}, allow_nan=False)
 
 
 def _folder_of(place: Path) -> Path:

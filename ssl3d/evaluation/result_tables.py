@@ -103,14 +103,14 @@ def settings_numbers(records: Sequence[Result]) -> list[int]:
 
 
 def _row(name: str, settings: int, records: Sequence[Result]) -> dict[str, Any]:
-    from ssl3d.evaluation.statistics import class_support, why_no_interval
+    from ssl3d.evaluation.statistics import bounds_of, class_support, why_no_interval
 
     names = dict.fromkeys(score for record in records for score in record.scores)
     scores = {
         score: sum(record.scores.get(score, math.nan) for record in records) / len(records)
         for score in names
     }
-    # Older records have intervals of classes with too few test subjects.
+    # Older records have intervals of classes with too few test subjects, and of scores at a bound.
     sure = len(records) == 1 and not why_no_interval(class_support(records[0].predictions), 0.0)
     ends = records[0].intervals if sure else {}
     return {
@@ -119,5 +119,9 @@ def _row(name: str, settings: int, records: Sequence[Result]) -> dict[str, Any]:
         "kind": records[0].contestant["kind"],
         "records": len(records),
         "scores": scores,
-        "intervals": {score: list(own) for score, own in ends.items()},
+        "intervals": {
+            score: list(own)
+            for score, own in ends.items()
+            if own[0] != own[1] or own[0] not in bounds_of(score)
+        },
     }

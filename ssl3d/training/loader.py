@@ -152,6 +152,9 @@ class Loader:
                 self.waited += batch.waited
                 self._note(batch)
                 yield batch
+        except Exception:
+            ending.value = 1  # what was raised holds the workers: they end with the program
+            raise
         finally:
             del batches  # ends the workers
             at_end.cancel()

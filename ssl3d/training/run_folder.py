@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,9 +269,17 @@ class plain_errors:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 needed = "raise `ulimit -n`, or give --workers 0"
             failure = f"{self._where}: {os.strerror(error.errno)}"
-        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        elif (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)) or (
+            isinstance(error, ConnectionError) and _of_a_socket(error)
+        ):
             needed = "give fewer --workers, or smaller crops"
             failure = f"{self._where}: a process that reads data has died, as it does where memory is short"
+        elif isinstance(error, FileNotFoundError) and _of_a_socket(error):
+            needed = "leave that folder alone, or set TMPDIR to another"
+            failure = (
+                f"{self._where}: the processes that read data cannot be reached; has something emptied "
+                f"{tempfile.gettempdir()}, where they listen?"
+            )
         elif isinstance(error, RuntimeError) and "Too many open files" in str(error):
             needed = "raise `ulimit -n`, or give --workers 0"
             failure = f"{self._where}: too many open files"
@@ -285,3 +294,8 @@ class plain_errors:
     @property
     def _where(self) -> Path | str:
         return self.folder or "runs"
+
+
+def _of_a_socket(error: OSError) -> bool:
+    """Tell whether a connection between processes failed; no file is named, and no worker raised it."""
+    return error.errno is not None and error.filename is None

@@ -40,7 +40,14 @@ def test_no_command_shows_the_help_and_fails(capsys):
 
 @pytest.mark.parametrize(
     ("argv", "said"),
-    [(["pretrian"], "Did you mean pretrain"), (["--steps", "3"], "a command must come first")],
+    [
+        (["pretrian"], "Did you mean pretrain"),
+        (["--steps", "3"], "a command must come first"),
+        (["info", "a" * 300], "aaa...: a name of 300 characters"),
+        (["embed", "scratch:" + "b" * 300], "may be named too"),
+        (["prepare", "x", "--out", "c" * 300 + ".h5"], "no file can have it"),
+        (["predict", "d" * 300, "--data", "phantoms:4"], "no file can have it"),
+    ],
 )
 def test_wrong_words_give_one_line_and_status_2(argv, said, capsys):
     assert cli.main(argv) == 2

@@ -305,6 +305,9 @@ def why_untold(board: Board, arm: Arm) -> str:
     if any(words.startswith(ended) for words in board.unlearned):
         return "a network is not shown to have learned its task"
     if not np.isfinite(arm.gain.low):
-        few = "a class has too few test subjects"
-        return few if board.why_no_interval else "one untrained seed tells no interval"
+        if board.why_no_interval:
+            return "a class has too few test subjects"
+        if arm.runs.at_bound and reference.runs.at_bound:
+            return "both scores are at their bound"
+        return "one untrained seed tells no interval"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,11 +102,29 @@ def read_itk(files: Sequence[Path], max_voxels: int | None) -> Pixels:
     if stored is not None:
         stored.check_there()
     header = information(path)
-    check_size((*header.GetSize(), header.GetNumberOfComponents()), max_voxels)
-    if stored is not None:
-        stored.check()
+    size, components = header.GetSize(), header.GetNumberOfComponents()
+    check_size((*size, components), max_voxels)
     kinds = {header.GetMetaData(key) for key in header.GetMetaDataKeys() if key.startswith("NRRD_kinds")}
-    return pixels_of(image_of(path), colours=bool(kinds & {"RGB-color", "RGBA-color"}))
+    colours = bool(kinds & {"RGB-color", "RGBA-color"})
+    dtype = _dtype(header.GetPixelIDValue())
+    voxels = None
+    if stored is not None and dtype is not None:
+        voxels = stored.read(dtype, size, components)
+    elif stored is not None:
+        stored.check()
+    if voxels is None:
+        return pixels_of(image_of(path), colours=colours)
+    return _pixels(voxels, header, components, colours=colours)
+
+
+def _dtype(kind: int) -> np.dtype | None:
+    """Return the type of a value of one of SimpleITK's types of voxels; None of complex ones and labels."""
+    name = quiet_sitk().GetPixelIDValueAsString(kind)
+    match = re.fullmatch(r"(?:vector of )?(\d+)-bit (unsigned integer|signed integer|float)", name)
+    if match is None:
+        return None
+    letter = {"unsigned integer": "u", "signed integer": "i", "float": "f"}[match[2]]
+    return np.dtype(f"{letter}{int(match[1]) // 8}")
 
 
 def itk_spacing(files: Sequence[Path]) -> Triple:
@@ -128,13 +147,18 @@ def pixels_of(image: Any, unplaced: bool = False, colours: bool = True) -> Pixel
     Raises:
         DataError: The voxels are complex, of another number of dimensions, or colours in frames.
     """
-    sitk = quiet_sitk()
-    components = image.GetNumberOfComponentsPerPixel()
-    dimension = image.GetDimension()
     if "complex" in image.GetPixelIDTypeAsString():
         raise DataError("complex voxels; save the magnitude")
-    voxels = sitk.GetArrayFromImage(image)  # (..., K, J, I[, C])
-    shape = tuple(int(n) for n in image.GetSize()) + ((components,) if components > 1 else ())
+    voxels = quiet_sitk().GetArrayFromImage(image)  # (..., K, J, I[, C])
+    return _pixels(voxels, image, image.GetNumberOfComponentsPerPixel(), unplaced, colours)
+
+
+def _pixels(
+    voxels: np.ndarray, header: Any, components: int, unplaced: bool = False, colours: bool = True
+) -> Pixels:
+    """Turn voxels (..., K, J, I[, C]) into pixels, by the header of a SimpleITK image or reader."""
+    dimension = header.GetDimension()
+    shape = tuple(int(n) for n in header.GetSize()) + ((components,) if components > 1 else ())
     voxels = np.moveaxis(voxels, -1, 0) if components > 1 else voxels[None]
     colours = colours and components == 3
     vector = components > 1 and not colours
@@ -147,10 +171,10 @@ def pixels_of(image: Any, unplaced: bool = False, colours: bool = True) -> Pixel
     elif dimension != 3:
         raise DataError(f"{dimension} dimensions; expected 2, 3 or 4")
     if dimension == 2 or unplaced:
-        pixels = unplaced_pixels(voxels, image, shape, colours)
+        pixels = unplaced_pixels(voxels, header, shape, colours)
         pixels.vector = vector
         return pixels
-    return placed_pixels(voxels, affine_of(image), shape, colours, vector)
+    return placed_pixels(voxels, affine_of(header), shape, colours, vector)
 
 
 def unplaced_pixels(

@@ -1,6 +1,7 @@
 """Where the voxels of NRRD and MetaImage files lie, in which form, and whether all of them are there.
 
-ITK takes memory for what a header promises, and voxels whose check sum does not hold.
+ITK takes memory for what a header promises, and gives what that memory holds where the voxels of a
+MetaImage file do not inflate, or its header does not say to how many bytes they were deflated.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from ssl3d.data.scans.streams import check_deflated, check_promise
 from ssl3d.errors import DataError
@@ -31,14 +34,16 @@ class StoredVoxels:
         offset: Byte at which they begin; None where they are the file's last.
         form: raw, deflated (by zlib or gzip), or another that only the reader knows.
         needed: Bytes of all voxels by the header.
-        longest: Number of voxels along the longest axis.
+        sizes: Number of voxels along each axis, the fastest first; of NRRD the values of a voxel are one.
+        big: Whether the first byte of a number is the highest.
     """
 
     path: Path
     offset: int | None
     form: Literal["raw", "deflated", "other"]
     needed: int
-    longest: int
+    sizes: tuple[int, ...]
+    big: bool
 
     def check_there(self) -> None:
         """Refuse a header whose file of voxels is missing.
@@ -60,10 +65,43 @@ class StoredVoxels:
         offset = self.offset or 0
         deflated = self.form == "deflated"
         # Less than a slice, row or column: a length that is too small in the header leaves more.
-        spare = max(self.needed // self.longest - 1, 0) if self.offset is not None else _HEAD
+        spare = max(self.needed // max(self.sizes) - 1, 0) if self.offset is not None else _HEAD
         check_promise(self.path, offset + self.needed, deflated, spare)
         if deflated:
             check_deflated(self.path, offset, self.needed)
+
+    def read(self, dtype: np.dtype, size: Sequence[int], components: int) -> np.ndarray | None:
+        """Read the voxels, (..., K, J, I[, C]); those that are not deflated stay on the disk until used.
+
+        Args:
+            dtype: Type of a value.
+            size: Number of voxels along I, J, K and so on, as the reader understood the header.
+            components: Number of values of a voxel.
+
+        Returns:
+            Voxels; None where only the reader knows their form or the order of their axes.
+
+        Raises:
+            DataError: The file is cut short, damaged, or longer than its header says.
+        """
+        whole = [components, *size] if components > 1 else list(size)
+        # Of as many values as voxels along every axis nothing tells which axis of NRRD the values are.
+        known = self.sizes == tuple(size) or (self.sizes == tuple(whole) and len(set(whole)) > 1)
+        if self.form == "other" or not known or math.prod(whole) * dtype.itemsize != self.needed:
+            self.check()
+            return None
+        dtype, shape = dtype.newbyteorder(">" if self.big else "<"), tuple(reversed(whole))
+        if components > 1:
+            shape = (*shape[:-1], components)
+        if self.form == "raw":
+            self.check()
+            last = self.path.stat().st_size - self.needed
+            return np.memmap(self.path, dtype, "r", last if self.offset is None else self.offset, shape)
+        offset = self.offset or 0
+        check_promise(self.path, offset + self.needed, zipped=True)
+        voxels = np.empty(shape, dtype)
+        check_deflated(self.path, offset, self.needed, voxels.reshape(-1).view(np.uint8).data)
+        return voxels
 
 
 def detached_voxels(path: Path) -> Iterator[Path]:
@@ -103,7 +141,8 @@ def _of_nrrd(path: Path, head: bytes) -> StoredVoxels | None:
     begin = 0 if data is not None else len(text) + len(blank)
     place = path if data is None else path.parent / os.fsdecode(data)
     needed = math.prod(sizes) * size
-    return StoredVoxels(place, None if last else begin, form or "other", needed, max(sizes))  # type: ignore[arg-type]
+    big = fields.get(b"endian", b"").lower() == b"big"
+    return StoredVoxels(place, None if last else begin, form or "other", needed, tuple(sizes), big)  # type: ignore[arg-type]
 
 
 def _of_metaimage(path: Path, head: bytes) -> StoredVoxels | None:
@@ -123,13 +162,15 @@ def _of_metaimage(path: Path, head: bytes) -> StoredVoxels | None:
     local = data in (b"LOCAL", b"Local", b"local")
     place = path if local else path.parent / os.fsdecode(data)
     skip = _numbers(fields.get(b"HeaderSize", b"0"))
+    order = fields.get(b"BinaryDataByteOrderMSB", fields.get(b"ElementByteOrderMSB", b"False"))
     form: Literal["raw", "deflated", "other"] = "raw"
     if fields.get(b"BinaryData", b"True").lower() == b"false":
         form = "other"
     elif fields.get(b"CompressedData", b"False").lower() == b"true":
         form = "deflated"
     offset = match.end() if local else skip[0] if skip else None
-    return StoredVoxels(place, offset, form, math.prod(sizes) * channels[0] * size, max(sizes))
+    needed = math.prod(sizes) * channels[0] * size
+    return StoredVoxels(place, offset, form, needed, tuple(sizes), order[:1] in b"Tt1")
 
 
 def _numbers(text: bytes) -> list[int]:

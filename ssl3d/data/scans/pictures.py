@@ -9,13 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from ssl3d.amounts import count_of
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
 from ssl3d.data.scans.itk import image_of, quiet_sitk
 from ssl3d.data.scans.pixels import Pixels, check_size
 from ssl3d.errors import DataError
 
-_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of TIFF
+# Tags of TIFF.
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (
+    256,
+    257,
+    258,
+    259,
+    262,
+    274,
+    277,
+)
+_ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 278, 284, 322, 323
+_STRIPS, _TILES = (273, 279), (324, 325)  # where they begin, and their lengths
 
 
 def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = False) -> Pixels:
@@ -27,8 +39,8 @@ def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = F
         labels: Whether its values are labels: the indices of a palette, 0 and 1 of single bits.
 
     Raises:
-        DataError: The picture has several pages, more pixels than `max_voxels`, or a check sum that does
-            not hold; or it is of labels and lossy.
+        DataError: The picture has several pages, more pixels than `max_voxels` or than its file holds, or a
+            check sum that does not hold; or it is of labels and lossy.
     """
     from PIL import Image, ImageOps
 
@@ -38,6 +50,8 @@ def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = F
         pages = getattr(picture, "n_frames", 1)
         if picture.format == "PNG":
             _check_png(files[0])
+        elif picture.format == "TIFF":
+            _check_tiff(picture.tag_v2, files[0].stat().st_size)
         if pages > 1 and picture.format != "MPO":  # a telephone's JPEG, whose second page is a preview
             raise DataError(f"{pages} pages in one picture; save them one by one, or as NIfTI")
         kind, tags = picture.format, getattr(picture, "tag_v2", {})
@@ -145,6 +159,43 @@ def _check_png(path: Path) -> None:
             if file.read(4) != total.to_bytes(4, "big"):
                 name = kind.decode("ascii", "replace")
                 raise DataError(f"damaged: the check sum of {name} does not hold" if name else "cut short")
+
+
+def _check_tiff(tags: Any, size: int) -> None:
+    """Refuse a TIFF whose strips or tiles do not cover it: Pillow leaves the rest of it black.
+
+    Args:
+        tags: Tags of the page.
+        size: Bytes of the file.
+
+    Raises:
+        DataError: The file is damaged or cut short.
+    """
+    width, height = int(tags[_WIDTH]), int(tags[_HEIGHT])
+    tiled = _TILES[0] in tags
+    starts, lengths = (tags.get(tag, ()) for tag in (_TILES if tiled else _STRIPS))
+    bits, samples = tags.get(_BITS, (1,)), int(tags.get(_SAMPLES, 1))
+    apart = int(tags.get(_PLANAR, 1)) == 2
+    wide = int(tags.get(_TILE_WIDTH, 0)) if tiled else width
+    high = int(tags.get(_TILE_HEIGHT, 0)) if tiled else min(int(tags.get(_ROWS, height)), height)
+    if min(width, height, wide, high, samples) < 1:
+        raise DataError(f"damaged: a picture of {width} x {height}, in pieces of {wide} x {high}")
+    rows = -(-height // high)
+    needed = rows * -(-width // wide) * (samples if apart else 1)
+    if len(starts) < needed:
+        raise DataError(
+            f"damaged: {count_of(len(starts), 'piece')} of {wide} x {high}, its header promises {needed:,} "
+            f"({width} x {height})"
+        )
+    # Of these Pillow does not look at the lengths; YCbCr (6) may have fewer values than pixels.
+    plain = int(tags.get(_COMPRESSION, 1)) == 1 and tags.get(_PHOTOMETRIC) != 6
+    line = -(-wide * int(bits[0]) * (1 if apart else samples) // 8)
+    for number, start in enumerate(starts[:needed]):
+        last = not tiled and number % rows == rows - 1
+        own = line * (height - (rows - 1) * high if last else high)
+        length = own if plain else lengths[number] if number < len(lengths) else 0
+        if start + length > size:
+            raise DataError(f"cut short: {size:,} bytes, its header promises {start + length:,}")
 
 
 def picture_spacing(files: Sequence[Path]) -> Triple:

@@ -95,13 +95,14 @@ def copy_of(path: Path, most: int) -> Iterator[Path]:
         yield plain
 
 
-def check_deflated(path: Path, offset: int, needed: int) -> None:
+def check_deflated(path: Path, offset: int, needed: int, into: memoryview | None = None) -> None:
     """Read a zlib or gzip stream to its end, for its check sum and length, in little memory.
 
     Args:
         path: File.
         offset: Place in the file where the stream begins.
         needed: Bytes that it holds by the header.
+        into: Place of as many bytes for what is read; None drops it.
 
     Raises:
         DataError: The stream is damaged, cut short, or of another length.
@@ -115,9 +116,12 @@ def check_deflated(path: Path, offset: int, needed: int) -> None:
             if not block:
                 raise DataError("cut short: its compressed voxels do not end")
             try:
-                held += len(stream.decompress(block, _BLOCK))
+                part = stream.decompress(block, _BLOCK)
             except zlib.error as error:
                 raise DataError(f"damaged: {str(error)[:80]}") from error
+            if into is not None:
+                into[held : held + len(part)] = part[: needed - held]
+            held += len(part)
             if held > needed:
                 break
     if held != needed:

@@ -1182,7 +1182,7 @@ def few_seeds(rows):
 
 @pytest.mark.parametrize(("people", "given"), [(8, False), (20, True)])
 def test_no_interval_where_a_class_has_too_few_test_subjects(tmp_path, people, given):
-    rows = [classified("runs/alpha-0", wrong=0, people=people)] + [
+    rows = [classified("runs/alpha-0", wrong=1, people=people)] + [
         classified(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, people=people)
         for k in range(5)
     ]
@@ -1199,6 +1199,21 @@ def test_no_interval_where_a_class_has_too_few_test_subjects(tmp_path, people, g
     written = "".join((out / name).read_text(encoding="utf-8") for name in FILES)
     assert not re.search(r"\bnan\b|[+-]nan", written)
     assert ("nothing can be said on set" in written) != given
+
+
+def test_scores_at_their_bound_have_no_interval_and_no_gain(tmp_path):
+    rows = [classified("runs/alpha-0", wrong=0, people=20)] + [
+        classified(f"scratch:resnet18, seed {k}", "untrained", wrong=0, weights_seed=k, people=20)
+        for k in range(3)
+    ]
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    alpha = arms(made)["alpha"]
+    assert alpha.interval.value == 1 and np.isnan(alpha.interval.low) and np.isnan(alpha.gain.low)
+    assert sum(note.startswith("No interval is given of 1.000") for note in made.boards[0].notes) == 1
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    written = "".join((out / name).read_text(encoding="utf-8") for name in FILES)
+    assert not re.search(r"\bnan\b|[+-]nan", written) and "both scores are at their bound" in written
 
 
 def test_one_untrained_seed_gives_a_gain_without_interval(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import ssl3d
 from ssl3d import cli
 from ssl3d.checkpoint import snapshot
+from ssl3d.checkpoint.card import signed
 from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.data.identity import identity_hash
 from ssl3d.errors import CheckpointError, TrainingError, UsageError
@@ -31,9 +32,25 @@ def saved(encoder, tmp_path):
 
 def rewrite(folder, **changes):
     path = folder / "encoder.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8"
-    )
+    path.write_text(signed({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def change_quietly(folder):
+    """Change an option that leaves the weights as they are, as a flipped bit of the card may."""
+    path = folder / "encoder.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    assert card["config"]["pool_stride"] == [2, 2, 2]
+    card["config"]["pool_stride"] = [1, 2, 2]
+    path.write_text(json.dumps(card), encoding="utf-8")
+
+
+def test_a_card_without_a_digest_as_it_was_once_written_is_read(saved, encoder):
+    path = saved / "encoder.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    del card["digest"]
+    path.write_text(json.dumps(card), encoding="utf-8")
+    x = torch.rand(1, 1, 9, 20, 20)
+    assert torch.equal(ssl3d.load_encoder(saved).embed(x), encoder.embed(x))
 
 
 def test_an_encoder_comes_back_as_it_was(encoder, saved, tmp_path):
@@ -133,6 +150,7 @@ def pickled(folder):
         (lambda f: rewrite(f, patch="x"), "patch is str, not list"),
         (lambda f: (f / "encoder.safetensors").unlink(), "No such file"),
         (lambda f: (f / "encoder.json").write_text("{", encoding="utf-8"), "truncated or not JSON"),
+        (change_quietly, "was changed after it was written"),
         (
             lambda f: (f / "encoder.json").write_text('{"a": 1}', encoding="utf-8"),
             "is no encoder of ssl3d",

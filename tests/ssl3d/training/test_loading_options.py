@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssl3d.checkpoint.card import signed
 from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.encoders.resenc import ResEnc, ResEncConfig
 from ssl3d.encoders.resnet import ResNet10, ResNet50, ResNetConfig
@@ -104,7 +105,7 @@ def test_files_that_hold_both_names_are_read_too(tmp_path):
     save_encoder(encoder, tmp_path / "e")
     card = json.loads((tmp_path / "e" / "encoder.json").read_text(encoding="utf-8"))
     del card["sha256"]
-    (tmp_path / "e" / "encoder.json").write_text(json.dumps(card), encoding="utf-8")
+    (tmp_path / "e" / "encoder.json").write_text(signed(card), encoding="utf-8")
     both = {key: value.clone() for key, value in encoder.state_dict().items()}
     save_file(both, tmp_path / "e" / "encoder.safetensors")
     loaded = load_encoder(tmp_path / "e").state_dict()

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,32 +122,40 @@ def test_too_few_open_files_are_told_before_training(monkeypatch):
     assert limits["now"] == (256, 4096)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the worker in /proc")
-def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
-    out = tmp_path / "run"
+def training(out, **environment):
+    """Start a run with one worker, and wait for its first steps."""
     words = ["--proxy", "simclr", "--data", "phantoms:20", "--encoder", "resnet10", "--resnet10.width", "4"]
-    words += [
-        "--steps",
-        "2000",
-        "--batch-size",
-        "4",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-        "--precision",
-        "32",
-    ]
-    words += ["--memory-format", "contiguous", "--eval-every", "-1", "--simclr.crop", "16", "16", "16"]
+    words += ["--steps", "2000", "--batch-size", "4", "--device", "cpu", "--workers", "1"]
+    words += ["--precision", "32", "--memory-format", "contiguous", "--eval-every", "-1"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "ssl3d", "pretrain", *words, "--out", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "ssl3d",
+            "pretrain",
+            *words,
+            "--simclr.crop",
+            "16",
+            "16",
+            "16",
+            "--out",
+            str(out),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **environment},
     )
     metrics = out / "metrics.jsonl"
     while run.poll() is None and not (metrics.is_file() and metrics.read_text(encoding="utf-8")):
         time.sleep(0.1)
+    return run
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the worker in /proc")
+def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    run = training(out)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="utf-8").split()
     readers = [
         pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -155,3 +164,17 @@ def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
     error = run.communicate(timeout=200)[1]
     assert run.returncode == 1 and error.count("\n") == 1, error
     assert "a process that reads data has died" in error and f"--resume {out}" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tensors travel by sockets in the folder")
+def test_an_emptied_folder_of_temporary_files_ends_a_run_in_one_line(tmp_path):
+    """Those who tidy up do so; the worker, which hears nothing of it, must not keep the program alive."""
+    out = tmp_path / "run"
+    with tempfile.TemporaryDirectory(prefix="t") as folder:  # the names of sockets are short
+        run = training(out, TMPDIR=folder)
+        for socket in Path(folder).glob("pymp-*/*"):
+            socket.unlink()
+        error = run.communicate(timeout=200)[1]
+    line, *rest = error.splitlines()  # Python laments its missing socket once more as it ends
+    assert run.returncode == 1 and not any("ssl3d" in more for more in rest), error
+    assert f"has something emptied {folder}" in line and f"--resume {out}" in line

@@ -12,7 +12,7 @@ import yaml
 
 import ssl3d
 from ssl3d import cli, plugins
-from ssl3d.checkpoint.card import read_card
+from ssl3d.checkpoint.card import read_card, signed
 from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.checkpoint.snapshot import config_of
 from ssl3d.errors import CheckpointError, PluginError, UsageError
@@ -323,8 +323,8 @@ def test_a_card_that_calls_a_file_its_architecture_runs_nothing(one, phantoms, s
         {"architecture": str(evil)},
         {"architecture": "x", "plugins": {"x": {"from": str(evil)}}},
     ):
-        path.write_text(json.dumps(card | words), encoding="utf-8")
-        with pytest.raises(CheckpointError):
+        path.write_text(signed(card | words), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"evil|'x'"):
             ssl3d.load_encoder(run.folder)
     assert not ran.exists()
 

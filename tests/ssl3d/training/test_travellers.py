@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssl3d.checkpoint import travellers
+from ssl3d.checkpoint.card import signed
 from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.checkpoint.travellers import load_traveller
 from ssl3d.errors import CheckpointError, PluginError
@@ -95,7 +96,7 @@ def edit(folder, **changes):
     path = folder / "encoder.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     card["travellers"]["aggregator"] |= changes
-    path.write_text(json.dumps(card), encoding="utf-8")
+    path.write_text(signed(card), encoding="utf-8")
 
 
 def test_no_class_is_made_that_is_not_listed(tmp_path):
@@ -128,7 +129,7 @@ def test_a_file_elsewhere_is_never_read(tmp_path):
     path = folder / "encoder.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     card["travellers"] = {"../aggregator": card["travellers"]["aggregator"]}
-    path.write_text(json.dumps(card), encoding="utf-8")
+    path.write_text(signed(card), encoding="utf-8")
     with pytest.raises(CheckpointError, match="it has none"):
         load_traveller(folder, "../aggregator")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import re
 import zipfile
 import zlib
 
@@ -12,6 +13,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless
@@ -21,6 +23,7 @@ from ssl3d.data.open import open_data
 from ssl3d.data.preparation.prepare import PrepareOptions, prepare
 from ssl3d.data.scans.find import find
 from ssl3d.data.scans.found import Wanted
+from ssl3d.data.scans.itk import image_of, pixels_of
 from ssl3d.data.scans.read import read
 from ssl3d.errors import DataError
 
@@ -68,6 +71,49 @@ def test_compressed_voxels_of_itk_are_checked_to_their_end(scans, tmp_path, name
     held.write_bytes(content[:-40])
     with pytest.raises(DataError, match="cut short"):
         read([path])
+
+
+@pytest.mark.parametrize("said", [b"", b"CompressedDataSize = 100\n", b"CompressedDataSize = 9999\n"])
+def test_voxels_of_metaimage_inflate_whatever_its_header_says_of_their_bytes(tmp_path, said):
+    voxels = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
+    path = tmp_path / "a.mha"
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
+    whole, content = read([path]).voxels, path.read_bytes()
+    path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", said, content))
+    assert path.read_bytes() != content
+    np.testing.assert_array_equal(read([path]).voxels, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.mha", "z.mha", "a.mhd", "z.mhd", "a.nrrd", "z.nrrd", "a.nhdr", "z.nhdr"]
+)
+@pytest.mark.parametrize(
+    "kind", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "float32", "float64"]
+)
+def test_voxels_of_itk_formats_are_those_that_itk_reads(tmp_path, name, kind):
+    for shape, vector in (
+        ((4, 5, 6), False),
+        ((4, 5, 6, 3), True),
+        ((2, 4, 5, 6), False),
+        ((3,) * 4, True),
+    ):
+        voxels = np.random.default_rng(0).normal(0, 60, shape).astype(kind)
+        sitk.WriteImage(sitk.GetImageFromArray(voxels, vector), str(tmp_path / name), name[0] == "z")
+        ours, theirs = read([tmp_path / name]), pixels_of(image_of(tmp_path / name), colours=False)
+        assert ours.voxels.dtype == theirs.voxels.dtype and ours.vector == theirs.vector
+        np.testing.assert_array_equal(ours.voxels, theirs.voxels)
+
+
+def test_numbers_whose_highest_byte_comes_first_are_read_so(tmp_path):
+    voxels = np.arange(24, dtype=">i2").reshape(2, 3, 4).tobytes()
+    head = b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryDataByteOrderMSB = True\n"
+    (tmp_path / "a.mha").write_bytes(head + b"ElementDataFile = LOCAL\n" + voxels)
+    head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nencoding: raw\nendian: big\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head + voxels)
+    for name in ("a.mha", "a.nrrd"):
+        theirs = pixels_of(image_of(tmp_path / name)).voxels
+        np.testing.assert_array_equal(read([tmp_path / name]).voxels, theirs)
+        assert sorted(theirs.reshape(-1)) == list(range(24))
 
 
 def test_damage_in_an_archive_costs_the_archive_before_a_row_is_used(scans, tmp_path):
@@ -153,6 +199,34 @@ def test_a_picture_whose_check_sum_does_not_hold_is_refused(tmp_path):
 
 
 # Sizes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "packbits", "tiff_deflate"])
+def test_a_tiff_whose_strips_do_not_cover_it_is_refused_at_once(tmp_path, compression):
+    values = np.random.default_rng(0).integers(0, 255, (18, 16)).astype(np.uint8)
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path, compression=compression)
+    np.testing.assert_array_equal(read([path]).voxels[0, 0], values)
+    content = bytearray(path.read_bytes())
+    with Image.open(path) as picture:
+        rows = picture.tag_v2.get(278)
+    place = max(content.find(bytes((1, 1, kind, 0, 1, 0, 0, 0))) for kind in (3, 4))  # the height
+    content[place + 2 : place + 12] = bytes((4, 0, 1, 0, 0, 0)) + (8388626).to_bytes(4, "little")
+    path.write_bytes(content)
+    told = rf"1 piece of 16 x {rows}, its header promises [\d,]+ \(16 x 8388626"
+    with pytest.raises(DataError, match=told):
+        read([path])
+
+
+def test_a_tiff_that_ends_before_its_strips_is_cut_short(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.ones((40, 50), np.uint16) * 700).save(path)
+    content = path.read_bytes()
+    with Image.open(path) as picture:
+        start = picture.tag_v2[273][0]
+    path.write_bytes(content[: start + 3999])
+    with pytest.raises(DataError, match=r"cut short: [\d,]+ bytes, its header promises [\d,]+"):
+        read([path])
 
 
 @pytest.mark.parametrize("explicit", [True, False])
