@@ -48,7 +48,173 @@ class Histograms:
         self.sums: dict[str, Array] = {}
         for store in data.stores:
             for name, print_ in store.fingerprint.items():
-                known = [
+                known = [float(v) for own in print_["intensity"][:1] for v in own.values()]
+                if not known or not np.isfinite(known).all():
+                    continue
+                low, high = min(known), max(known)
+                before = self.ends.get(name, (low, high))
+                self.ends[name] = min(low, before[0]), max(high, before[1])
+
+    def count(self, volume: Volume) -> Array | None:
+        """Count the first channel of a volume, in shares of its voxels; None where nothing is known."""
+        if volume.dataset not in self.ends:
+            return None
+        low, high = self.ends[volume.dataset]
+        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        depth = volume.shape[1]
+        if int(np.prod(volume.shape[1:])) <= WHOLE:
+            counts = np.histogram(np.clip(volume.read()[0].numpy(), edges[0], edges[-1]), edges)[0]
+        else:
+            counts = np.zeros(BINS, np.int64)
+            for at in np.unique(np.linspace(0, depth - 1, COUNTED).astype(int)):
+                layer = volume.read((int(at), 0, 0), (1, *volume.shape[2:]))[0].numpy()
+                counts += np.histogram(np.clip(layer, edges[0], edges[-1]), edges)[0]
+        shares: Array = counts / max(int(counts.sum()), 1)
+        self.sums[volume.dataset] = self.sums.get(volume.dataset, 0) + shares
+        return shares
+
+    def draw(self) -> str:
+        """Draw the histogram of each data set, the mean over its volumes."""
+        drawn = []
+        for name, total in self.sums.items():
+            low, high = self.ends[name]
+            title = f"Intensities of {name}"
+            bars = charts.bars(low, high, (total / total.sum()).tolist(), "stored intensity", title)
+            drawn.append(
+                elements.figure(bars, f"{title}: first channel, as stored; mean over the volumes shown.")
+            )
+        return "".join(drawn)
+
+
+def store_page(path: str, most: int) -> tuple[str, str]:
+    """Return the page of stores, and a line that says what is in it.
+
+    Args:
+        path: Store, folder of stores, or phantoms.
+        most: Largest number of volumes that are shown.
+
+    Raises:
+        DataError: There is no store, or its index is damaged.
+    """
+    data = open_data([path])
+    shown = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)).tolist()
+    histograms, side = Histograms(data), side_of(len(shown))
+    values: set[int] = set()
+    cards: list[Card] = []
+    progress, begun = Progress(len(shown)), time.monotonic()
+    for number, position in enumerate(shown):
+        volume = data[position]
+        try:
+            card, there = _card(volume, side, histograms, number)
+            values |= there
+        except DataError as error:
+            card = _unreadable(volume, str(error))
+        cards.append(card)
+        progress.show(number + 1, time.monotonic() - begun)
+    progress.clear()
+    faults = sum(bool(card.fault) for card in cards)
+    body = [*_top(path, data, len(shown), faults), _beside(data, histograms), "<h2>Volumes</h2>"]
+    known = sorted(values)
+    titles = palette.class_titles(data, [0, *known])[1:]
+    boxes = "box" if any('class="true"' in card.picture for card in cards) else ""
+    body.append(parts.legend(dict(zip(known, titles, strict=True)), boxes))
+    body += elements.small([
+        "Slices go through the middle of the mask or of the largest box where there is one, else through "
+        "the middle of the volume, in physical proportions. Letters: R and L are right and left of the "
+        "patient, A and P anterior and posterior, S and I superior and inferior; without letters, the "
+        "orientation is unknown."
+    ])  # fmt: skip
+    body.append(gallery(cards, flat=bool((data.shapes[:, 1] == 1).all())))
+    body += _aside(data)
+    body.append(_settings(data))
+    aside = f", {count_of(faults, 'damaged volume')}" if faults else ""
+    return parts.page(path, body), f"{count_of(len(shown), 'volume')}{aside}"
+
+
+def _card(volume: Volume, side: int, histograms: Histograms, number: int) -> tuple[Card, set[int]]:
+    boxes = volume.boxes
+    middle = slices.centre_of_mask(volume)
+    shape = volume.shape[1:]
+    at = middle[0] if middle else slices.centre_of_boxes(boxes, shape) or tuple(n // 2 for n in shape)
+    plan = slices.layout(volume, at, side)
+    source = slices.grey(plan, [slices.cut(volume, plane, shape) for plane in plan.planes])
+    overlay = ""
+    if middle:
+        overlay = slices.outlines(plan, [slices.cut_mask(volume, plane, shape) for plane in plan.planes])
+    shapes = "" if boxes is None else slices.rectangles(plan, boxes, "true")
+    drawn = slices.picture(
+        plan, source, [slices.Layer("", overlay, shapes)], f"Slices of {volume.id}", f"v{number}"
+    )
+    counts = histograms.count(volume)
+    card = Card(
+        volume.id, drawn, describe(volume), _filters(volume),
+        extra="" if counts is None else charts.spark(counts.tolist(), f"Intensities of {volume.id}"),
+    )  # fmt: skip
+    return card, set(middle[1]) if middle else set()
+
+
+def _unreadable(volume: Volume, why: str) -> Card:
+    return Card(volume.id, "", describe(volume), _filters(volume), fault=f"Damaged: {why}")
+
+
+def describe(volume: Volume) -> list[str]:
+    """Describe a volume in lines: who it is of, its grid, and what is known of it."""
+    label = volume.label
+    boxes = volume.boxes
+    who = [f"subject {volume.subject}", volume.split, "" if label is None else f"label {label}"]
+    if boxes is not None:
+        who.append(f"boxes: {len(boxes)}")
+    channels = f", {volume.shape[0]} channels" if volume.shape[0] > 1 else ""
+    grid = (
+        f"{_by(volume.shape[1:])} voxels (D, H, W){channels}; {_by(volume.spacing)} mm; "
+        f"{'orientation unknown' if volume.orientation == UNKNOWN else volume.orientation}"
+        f"{_file_letters(volume)}"
+    )
+    return [" · ".join(word for word in who if word), grid]
+
+
+def _file_letters(volume: Volume) -> str:
+    """Name the directions in which the axes of the file run, where it says so."""
+    import nibabel
+
+    try:
+        affine = volume.record.original_affine
+    except DataError:
+        return ""
+    if affine is None:
+        return ""
+    return f" ({''.join(nibabel.aff2axcodes(np.array(affine)))} in the file)"
+
+
+def _filters(volume: Volume) -> dict[str, str]:
+    label = volume.label
+    return {
+        "data set": volume.dataset,
+        "split": volume.split or NO_SPLIT,
+        "label": NO_LABEL if label is None else str(label),
+        "mask": "with a mask" if volume.has_mask else "without a mask",
+    }
+
+
+def _by(sides: Sequence[float]) -> str:
+    return " × ".join(f"{side:.4g}" for side in sides)
+
+
+# About all of them --------------------------------------------------------------------------------
+
+
+def _top(path: str, data: Collection, shown: int, faults: int) -> list[str]:
+    people = len(data.identities())
+    refused = sum(len(store.rejected) for store in data.stores)
+    first = f"{count_of(len(data), 'volume')} of {count_of(people, 'subject')}"
+    first += f" in {count_of(len(data.dataset_names), 'data set')}." if len(data.dataset_names) > 1 else "."
+    sentences = [first]
+    counts = {
+        "a mask": int(data.has_mask.sum()),
+        "boxes": int(data.has_boxes.sum()),
+        "a label": sum(label is not None for label in data.labels),
+    }
+    known = [
         f"{count:,} {'has' if count == 1 else 'have'} {mark}" for mark, count in counts.items() if count
     ]
     if known:
