@@ -57,7 +57,8 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     ]
     known = [(board, arms) for board, arms in tested if arms]
     if not known:
-        return f"{head}, nothing can be told on {_any(len(boards))}."
+        reasons = dict.fromkeys(why_untold(board, arm) for board in boards for arm in _pretrained(board))
+        return f"{head}, nothing can be told on {_any(len(boards))}: {'; '.join(reasons)}."
     won = [(board, arm) for board, arms in known for arm in arms if shown(arm) and _gain(arm) > 0]
     up = {id(board) for board, _ in won}
     down = sum(any(shown(arm) and _gain(arm) < 0 for arm in arms) for _, arms in known)

@@ -7,7 +7,7 @@ from html import escape
 
 from ssl3d.api import beside, charts, document, elements, statistics
 from ssl3d_benchmarks.leaderboard.report import figures, overview, text
-from ssl3d_benchmarks.leaderboard.report.answer import answer
+from ssl3d_benchmarks.leaderboard.report.answer import ahead_of_networks, answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.columns import (
     Column,
@@ -19,7 +19,6 @@ from ssl3d_benchmarks.leaderboard.report.columns import (
 from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
 from ssl3d_benchmarks.leaderboard.report.overall import Overall, no_overall
 from ssl3d_benchmarks.leaderboard.report.records import Refused
-from ssl3d_benchmarks.trivial_rows import TRUE_MASKS, reads_true_masks
 
 MOST_COMPARED = 20
 """Most methods for the table of how often each is above each other."""
@@ -240,16 +239,10 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
 
 def _best(board: Board) -> str:
     """Name the best network of a board, and the best row without one where that is above it."""
+    if easy := ahead_of_networks(board):
+        return f"; no network is above {easy}"
     best = next(iter(board.ranked()), None)
-    if best is None:
-        return ""
-    words = f"; best network: {best.title}, {board.table.main} {number(best.interval.value)}"
-    above = [arm for arm in board.of_kind("trivial") if arm.interval.value > best.interval.value]
-    if above:
-        easy = max(above, key=lambda arm: arm.interval.value)
-        words += f"; without a network: {easy.title}, {number(easy.interval.value)}"
-        words += f" ({TRUE_MASKS})" * reads_true_masks(easy.first.result.contestant)
-    return words
+    return f"; best network: {best.title}, {board.table.main} {number(best.interval.value)}" if best else ""
 
 
 def _comparison(board: Board, section: str) -> str:

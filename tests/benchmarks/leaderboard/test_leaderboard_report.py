@@ -1430,11 +1430,14 @@ def test_the_best_network_of_a_table_does_not_hide_a_better_row_without_one(tmp_
     from ssl3d_benchmarks.leaderboard.report.page import page
 
     rows = [one for one in usual() if one.contestant["kind"] != "trivial"]
-    for name, gain, words in (("low", -0.2, ""), ("high", 0.19, "; without a network: high, 0.")):
+    for name, gain, words in (
+        ("low", -0.2, "best network: alpha"),
+        ("high", 0.19, "no network is above high 0."),
+    ):
         easy = record(name, "trivial", gain=gain)
         report = read_report([write(tmp_path / name, [*rows, easy])], resamples=100)
-        said = re.search(r"contestants; best network: alpha[^<]*", page("t", report.boards, [], [], []))[0]
-        assert ("without a network" in said) == bool(words) and words in said
+        (said,) = re.findall(r"<small>(\d+ contestants; [^<]*)", page("t", report.boards, [], [], []))
+        assert said.startswith(f"6 contestants; {words}")
 
 
 def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
@@ -1449,14 +1452,19 @@ def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
 
 def test_what_did_not_learn_tells_nothing(report):
     from ssl3d_benchmarks.leaderboard.report.answer import why_untold
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
 
     board, alpha = report.boards[0], arms(report)["alpha"]
     assert not why_untold(board, alpha)
     board.unlearned.append("alpha ended at dice 0.1, no better than")
     try:
         assert why_untold(board, alpha) == "a network is not shown to have learned its task"
+        scratch = next(arm for arm in board.arms if arm.kind == "scratch").title
+        board.unlearned.append(f"{scratch} ended at dice 0.1, no better than")
+        said = in_short([board])[0]
+        assert "nothing can be told" in said and "a network is not shown to have learned" in said
     finally:
-        board.unlearned.pop()
+        board.unlearned.clear()
 
 
 @pytest.mark.parametrize(
