@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data.scans.streams import check_deflated, check_promise
 from ssl3d.errors import DataError
 
@@ -99,6 +100,7 @@ class StoredVoxels:
             return np.memmap(self.path, dtype, "r", last if self.offset is None else self.offset, shape)
         offset = self.offset or 0
         check_promise(self.path, offset + self.needed, zipped=True)
+        memory.check(self.needed)
         voxels = np.empty(shape, dtype)
         check_deflated(self.path, offset, self.needed, voxels.reshape(-1).view(np.uint8).data)
         return voxels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d import memory
 from ssl3d.data.store.chunks import UNREADABLE, Chunked
 from ssl3d.data.store.digests import index_digest
 from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, fault_of_index, label_of
@@ -271,7 +273,8 @@ class Volume:
             size: Voxels along (D, H, W); may reach outside, where the background is filled in.
 
         Raises:
-            DataError: The store cannot be read here, or its check sum does not hold.
+            DataError: The store cannot be read here, its check sum does not hold, or the voxels need more
+                memory than may be taken.
 
         Example:
             >>> from ssl3d.api import open_data
@@ -282,6 +285,7 @@ class Volume:
         data = self.stored("images")
         start, size = self._window(start, size)
         inside, place, whole = _clip(start, size, self.shape[1:])
+        self._check_memory(self.shape[0] * math.prod(size) * (4 + data.dtype.itemsize))
         if whole:
             return self._voxels(data, inside)
         out = torch.empty((self.shape[0], *size))
@@ -289,6 +293,9 @@ class Volume:
         if all(s.stop > s.start for s in inside):
             out[(slice(None), *place)] = self._voxels(data, inside)
         return out
+
+    def _check_memory(self, needed: int) -> None:
+        memory.check(needed, f"{self.dataset}/{self.id}, shape {self.shape}: ")
 
     def _voxels(self, data: Chunked, inside: tuple[slice, ...]) -> Tensor:
         with self._reading("the image"):
@@ -307,6 +314,7 @@ class Volume:
         data = self.stored("masks")
         start, size = self._window(start, size)
         inside, place, _ = _clip(start, size, self.shape[1:])
+        self._check_memory(math.prod(size) * (8 + data.dtype.itemsize))
         out = np.zeros(tuple(size), np.int64)
         if all(s.stop > s.start for s in inside):
             with self._reading("the mask"):
