@@ -120,14 +120,17 @@ def with_interval(score: statistics.Interval | statistics.Difference, text: Call
 
 
 def why_no_interval(lines: Sequence[Line]) -> list[str]:
-    """Say why the scores of a table have no intervals, as a line or none."""
+    """Say why scores of a table have no intervals, a line for all and a line for those at a bound."""
     reasons = [
         statistics.why_no_interval(
             line.runs.support, line.runs.undefined, int(line.first.result.split.get("folds") or 0) < 2
         )
         for line in lines
     ]
-    return [reason for reason in dict.fromkeys(reasons) if reason][:1]
+    few = [reason for reason in dict.fromkeys(reasons) if reason][:1]
+    return few or list(
+        dict.fromkeys(statistics.at_bound_note(line.runs.value) for line in lines if line.runs.at_bound)
+    )
 
 
 def detectable(differences: Sequence[statistics.Difference], main: str) -> list[str]:

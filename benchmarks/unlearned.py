@@ -38,9 +38,10 @@ def unlearned(
         return ""
     words = f"{name} ended at {main} {runs.value:.3f}"
     if not value >= LEAST:
+        beside = f"only {value:+.3f} above" if value > 0 else "no better than"
         return (
-            f"{words}, no better than {floor_name} ({level:.3f}): it has not learned its task; the recipe "
-            "or the data is at fault, and no conclusion can be drawn"
+            f"{words}, {beside} {floor_name} ({level:.3f}): it has not learned its task, and no conclusion "
+            "can be drawn; train it longer (--steps or --epochs), or look for a fault in recipe and data"
         )
     between = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else f"{value:+.3f}"
     return (

@@ -36,6 +36,19 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def parameters(count: int) -> str:
+    """Return a number of parameters in words, however small a network is.
+
+    Example:
+        >>> parameters(64), parameters(191_016), parameters(11_700_000)
+        ('64 parameters', '191 k parameters', '11.7 M parameters')
+    """
+    for least, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * least:
+            return f"{count / least:.3g} {unit} parameters"
+    return f"{count} parameters"
+
+
 def count_of(number: int, thing: str) -> str:
     """Return a number of things in words.
 

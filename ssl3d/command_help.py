@@ -99,7 +99,7 @@ COMMON = OptionGroup(
             "Memory that may be taken at once for scans, volumes and files, such as 8GB; what needs more "
             "is set aside by name. By default $SSL3D_MAX_MEMORY, else half of what is free.",
         ),
-        OptionHelp("--help", "", "", "Show this help and exit; --help-all lists every option."),
+        OptionHelp("--help", "", "", "Show this help and exit."),
     ],
 )
 """Options that every command takes."""

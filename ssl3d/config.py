@@ -306,8 +306,11 @@ def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: boo
             added since, and means what it meant before (see `added_option`).
 
     Raises:
-        UsageError: A key is unknown or a value unusable; the message starts with `where`.
+        UsageError: There are no options by name, a key is unknown or a value unusable; the message starts
+            with `where`.
     """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: {reprlib.repr(values)}; expected options by name")
     values = todays(config, values)
     names = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(map(str, set(values) - names))

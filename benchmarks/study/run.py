@@ -21,6 +21,7 @@ from ssl3d.api import (
     unpacked_place,
     write_whole,
 )
+from ssl3d_benchmarks.leaderboard.report.answer import ahead_of_networks
 from ssl3d_benchmarks.leaderboard.report.methods import methods_paragraph
 from ssl3d_benchmarks.leaderboard.report.output import ReportOptions, report
 from ssl3d_benchmarks.leaderboard.report.overview import in_short
@@ -204,6 +205,7 @@ def _conclude(options: StudyOptions, suite: Path) -> None:
     text = ending(
         in_short(boards), models, options.scans, out / "report" / "index.html",
         methods_paragraph(boards, page.resamples), _time(out),
+        next((words for board in boards if not board.few and (words := ahead_of_networks(board))), ""),
     )  # fmt: skip
     show(f"\n{text}")
     try:

@@ -142,6 +142,7 @@ def ending(
     page: Path,
     methods: str,
     time: str = "",
+    easy: str = "",
 ) -> str:
     """Write what a study ends with.
 
@@ -152,8 +153,11 @@ def ending(
         page: Page of the report.
         methods: Paragraph for a paper.
         time: Time that it took, beside the plan.
+        easy: Row without a network that is above every network, with both scores; empty where none is.
     """
     lines = ["Does pretraining pay here?", *(f"  {sentence}" for sentence in sentences), "", "What to use:"]
+    if easy:
+        lines.append(f"  No network of this study: a row without one is ahead ({easy}). Give more hours.")
     for folder, about in models:
         lines += [f"  {folder}", f"    {about}", f"    ssl3d predict {folder} --data SCANS --out predicted"]
     if not models:

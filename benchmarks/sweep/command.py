@@ -14,7 +14,8 @@ summary = "find good flags of pretrain or finetune by Optuna, with any number of
 EPILOG = """FILE names the command, its fixed options, the flags to search and the score to go by: the
 online score of a pretraining, or the score of a fine-tuning on the validation subjects. Test subjects are
 never predicted. The same command goes on after any stop, and several may work on one OUT at a time, on
-machines that share the folder too. `ssl3d info OUT` prints the table."""
+machines that share the folder too. `ssl3d info OUT` prints the table. Such a file in one
+line: {command: finetune, options: runs/a --data scans.h5, search: {lr: {low: 1e-4, high: 1e-2}}}."""
 
 
 def main(argv: Sequence[str]) -> int:

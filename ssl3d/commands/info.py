@@ -1,4 +1,4 @@
-"""`ssl3d info`: what a store, a run, an encoder, a model, results or a scan holds."""
+"""`ssl3d info`: what a store, a run, a model, results, predictions, an export or a scan holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ssl3d import plugins
 from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.checkpoint.card import plain_value
+from ssl3d.commands import info_written
 from ssl3d.commands.info_results import describe_results, result_lines
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
@@ -18,17 +19,17 @@ from ssl3d.evaluation.record_archive import result_files
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
 
-summary = "show what a store, a run, an encoder, a model, results or a scan holds"
+summary = "show what a store, a run, a model, results, predictions, an export or a scan holds"
 
 
 @dataclasses.dataclass
 class InfoOptions:
-    """Show what a store, a folder of stores, a run, an encoder, a model, results or a scan holds.
+    """Show what a store, a run, an encoder, a model, results, predictions, an export or a scan holds.
 
     Attributes:
         path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
-            their archive (.tar.xz), scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt,
-            .safetensors).
+            their archive (.tar.xz), folder of ssl3d predict or ssl3d export, scan, folder of scans, or
+            another toolkit's weights (.pth, .pt, .ckpt, .safetensors).
         json: Whether to print JSON, with everything that the lines leave out.
         verify: Whether to read all of a store, and to name what is damaged.
     """
@@ -68,6 +69,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if place.is_dir():
         if (place / "config.yaml").is_file():
             return _of_run(place)
+        if (place / info_written.PREDICTIONS).is_file():
+            return info_written.describe_predictions(place)
+        if (place / info_written.EXPORT).is_file():
+            return info_written.describe_export(place)
         if (place / "encoder.json").is_file():
             return _of_encoder(place)
         if (place / "model.json").is_file() or any(place.glob("fold-*/model.json")):
@@ -506,6 +511,8 @@ _LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "model": _model_lines,
     "results": result_lines,
     "sweep": lambda info: plugins.load(plugins.COMMANDS, "sweep").lines_of(info),
+    "predictions": info_written.prediction_lines,
+    "export": info_written.export_lines,
     "scans": _folder_lines,
     "scan": _scan_lines,
 }

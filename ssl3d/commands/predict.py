@@ -9,7 +9,9 @@ from ssl3d.prediction.options import PredictOptions
 summary = "predict scans with models that ssl3d finetune kept"
 
 EPILOG = """Nothing is predicted twice: a call that was killed goes on where it was, and several calls
-with one --out share the scans. A scan that cannot be used is set aside by name, in rejected.csv."""
+with one --out share the scans. A scan that cannot be used is set aside by name, in rejected.csv.
+OUT/predictions.csv has the classes and values, the volumes of structures in ml, or the boxes. ssl3d view
+OUT makes a page of the predictions beside the truth."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,9 @@ from ssl3d.view.options import ViewOptions
 summary = "write a page to look at: of a store, a run or predictions"
 
 EPILOG = """The page is one file of HTML. It loads nothing, so it can be mailed, and opened off the network.
-Names and headers of files are shown as text, whatever they hold."""
+Of a store it shows slices of every volume with masks and boxes; of a run its curves and pictures; of a
+folder of ssl3d finetune its scores; of predictions the scan, the truth and the prediction, the worst first.
+Example: ssl3d view predicted --data labelled.csv --out predicted.html."""
 
 
 def main(argv: Sequence[str]) -> None:

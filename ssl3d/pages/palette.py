@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#d6616b", "#e7ba52", "#17becf", "#8c6d31")
+BOX = "#31a354"
+"""Colour of true boxes, which the style sheet of `ssl3d view` has too."""
 
 
 def colour(k: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl3d.amounts import count_of, duration, size
+from ssl3d.amounts import count_of, duration, parameters, size
 from ssl3d.errors import DataError, TrainingError
 from ssl3d.rng import seed_of
 from ssl3d.training.batch import Batch, Group, cut
@@ -286,7 +286,7 @@ class Loop:
         held = weights * moments
         memory = peak_memory(self.fabric.device) + held
         self.log.say(
-            f"encoder {count / 1e6:.3g} M parameters, heads {heads / 1e6:.3g} M; "
+            f"encoder {parameters(count)}, heads {parameters(heads)}; "
             f"{count_of(left, 'step')} of "
             f"{count_of(self.options.batch_size, 'volume')}, {self.flops_per_step:.3g} FLOPs a step"
         )

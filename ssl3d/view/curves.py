@@ -46,6 +46,10 @@ class Curve:
         self.values.append(sum(value for _, value in self._waiting) / count)
         self._waiting = []
 
+    def is_constant(self) -> bool:
+        """Return whether every point has the same value."""
+        return len({value for _, value, *_ in self.points()}) == 1
+
     def points(self) -> list[charts.Point]:
         """Return the points of the curve, as charts take them."""
         if self._waiting:

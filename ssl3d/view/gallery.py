@@ -42,12 +42,13 @@ def side_of(count: int) -> int:
     return next(side for most, side in SIDES if count <= most)
 
 
-def gallery(cards: Sequence[Card], noun: str = "volume") -> str:
+def gallery(cards: Sequence[Card], noun: str = "volume", flat: bool = False) -> str:
     """Return the cards and what chooses among them; without scripts, all of them are in sight.
 
     Args:
         cards: Cards in their first order.
         noun: Word for what a card shows.
+        flat: Whether a card shows one picture, not three slices side by side.
     """
     if not cards:
         return ""
@@ -74,8 +75,9 @@ def gallery(cards: Sequence[Card], noun: str = "volume") -> str:
             f'<label>order <select class="order"><option value="">as listed</option>{options}'
             "</select></label>"
         )
-    parts.append('<label><input type="checkbox" class="toggle" checked> outlines</label>')
-    width = 360 if len(cards) <= SIDES[1][0] else 310
+    if any('class="over"' in card.picture for card in cards):
+        parts.append('<label><input type="checkbox" class="toggle" checked> outlines</label>')
+    width = 230 if flat else 360 if len(cards) <= SIDES[1][0] else 310
     parts.append(f'<span class="pages"></span></div><div class="gallery" style="--card:{width}px">')
     parts += [_card(card, list(chosen), list(orders)) for card in cards]
     return "\n".join([*parts, "</div>"])

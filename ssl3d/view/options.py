@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Write a page to look at: of a store, of runs, or of predictions beside the truth.
+    """Write a page to look at: of a store, a run, fine-tuning, or predictions beside the truth.
 
     Attributes:
         path: Store (.h5), folder of stores, phantoms[:N], run of ssl3d pretrain, folder of ssl3d finetune,

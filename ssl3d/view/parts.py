@@ -101,10 +101,17 @@ def listed(path: Path, store: str = "") -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in rows if not store or len(row) < 3 or row[2] == store]
 
 
-def legend(titles: Mapping[int, str]) -> str:
-    """Return the colours and names of mask values."""
+def legend(titles: Mapping[int, str], boxes: str = "") -> str:
+    """Return the colours and names of mask values, and of boxes where they have a name.
+
+    Args:
+        titles: Names of the mask values.
+        boxes: Name of the boxes; empty where there are none.
+    """
     items = "".join(
         f'<i class="swatch" style="background:{palette.colour(value)}"></i>{escape(printable(title))}'
         for value, title in titles.items()
     )
+    if boxes:
+        items += f'<i class="swatch" style="background:{palette.BOX}"></i>{escape(boxes)}'
     return f'<p class="legend">{items}</p>' if items else ""

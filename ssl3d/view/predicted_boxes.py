@@ -12,7 +12,7 @@ from ssl3d.amounts import count_of
 from ssl3d.detection.files import to_mm
 from ssl3d.detection.metrics import Detections, Truths, average_precision, froc, match
 from ssl3d.errors import DataError
-from ssl3d.pages import elements
+from ssl3d.pages import elements, palette
 from ssl3d.view import parts, slices
 from ssl3d.view.gallery import Card
 from ssl3d.view.predicted import UNDEFINED, Predicted
@@ -81,7 +81,9 @@ class PredictedBoxes(Predicted):
             self.detections.append(Detections(boxes, scores))
             self.truths.append(Truths(truth))
             self.counts.append((name, len(truth), caught, alarms))
-            lines.append(f"{caught} of {len(truth)} found, {alarms} false alarms (score from {SURE:g})")
+            lines.append(
+                f"{caught} of {len(truth)} found, {count_of(alarms, 'false alarm')} (score from {SURE:g})"
+            )
             order = -(1000.0 * missed + alarms)
             orders = {"missed objects": -float(missed), "false alarms": -float(alarms)}
         best = np.argsort(-scores, kind="stable")[:SHOWN]
@@ -91,7 +93,9 @@ class PredictedBoxes(Predicted):
         plan = slices.layout(volume, at, side)
         source = slices.grey(plan, [slices.cut(volume, plane, shape) for plane in plan.planes])
         drawn = "" if truth is None else slices.rectangles(plan, truth, "true")
-        drawn += slices.rectangles(plan, boxes[best], "found", [words[k] for k in best])
+        drawn += slices.rectangles(
+            plan, boxes[best], "found", [words[k] for k in best], scores[best].tolist()
+        )
         picture = slices.picture(
             plan, source, [slices.Layer(), slices.Layer("", "", drawn)], f"Boxes of {name}", f"v{number}"
         )
@@ -106,7 +110,7 @@ class PredictedBoxes(Predicted):
         )
         sentence = (
             f"{caught} of {count_of(total, 'object')} in {count_of(len(self.counts), 'scan')} are found by "
-            f"a box of any score, with {alarms} false alarms of score {SURE:g} or more."
+            f"a box of any score, with {count_of(alarms, 'false alarm')} of score {SURE:g} or more."
         )
         precision = float(average_precision(self.detections, self.truths, IOU).mean[0])
         mean = float(froc(self.detections, self.truths, IOU).cpm[0])
@@ -126,14 +130,17 @@ class PredictedBoxes(Predicted):
 
     def legend(self) -> str:
         """Return the colours of true and predicted boxes."""
-        pairs = (("#31a354", "truth"), ("#e6550d", "prediction (dashed)"))
+        pairs = ((palette.BOX, "truth"), ("#e6550d", "prediction (dashed)"))
         return '<p class="legend">' + "".join(
             f'<i class="swatch" style="background:{colour}"></i>{words}' for colour, words in pairs
         ) + "</p>"  # fmt: skip
 
     def explained(self) -> str:
         """Say where the slices lie."""
-        return f"Slices go through the largest object; the {SHOWN} surest boxes of each scan are drawn."
+        return (
+            f"Slices go through the largest object. The {SHOWN} surest boxes of each scan are drawn, the "
+            "less sure the fainter; a pointer on a box shows its score."
+        )
 
 
 def _boxes(file: str, content: dict[str, Any]) -> tuple[Array, Array, list[str]]:

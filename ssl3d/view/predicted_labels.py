@@ -99,6 +99,10 @@ class PredictedLabels(Predicted):
             shares = np.array([[self._share(row, name) for name in self.classes] for row, _ in pairs])
             area = float(metrics.multiclass_auc(target, shares)[0])
             sentence += f"; balanced accuracy {balanced:.3f}, AUC {area:.3f}"
+        never = [name for name in self.classes if all(row["prediction"] != name for row, _ in pairs)]
+        missed = [name for name in never if any(truth == name for _, truth in pairs)]
+        if missed:
+            sentence += f". Never predicted: {', '.join(missed)}"
         return [sentence + "."]
 
     def _number(self, name: str) -> int:

@@ -57,7 +57,7 @@ def predictions_page(folder: Path, words: Sequence[str], most: int) -> tuple[str
     ordered = [card for _, card in cards]
     faults = sum(bool(card.fault) for card in ordered)
     body = [parts.summary(predicted.summary(len(shown)))]
-    body += elements.warnings([line for line in (note, predicted.strangers()) if line])
+    body += elements.warnings(line for line in (_seen(about), note, predicted.strangers()) if line)
     if faults:
         body += elements.warnings([f"{count_of(faults, 'scan')} cannot be compared: see the first cards."])
     body += [*predicted.tables(), f"<h2>Scans{', the worst first' * predicted.known}</h2>"]
@@ -66,6 +66,17 @@ def predictions_page(folder: Path, words: Sequence[str], most: int) -> tuple[str
     body.append(parts.files("Set aside", "These scans could not be predicted.", aside))
     body.append(parts.settings("How they were predicted", _settings(about)))
     return parts.page(str(folder), body), f"{count_of(len(shown), 'predicted scan')}"
+
+
+def _seen(about: Mapping[str, Any]) -> str:
+    """Warn of scans whose subjects a model was trained on: their scores do not hold for other people."""
+    seen, predicted = about.get("of_training_subjects"), about.get("predicted")
+    if not isinstance(seen, int) or not seen:
+        return ""
+    return (
+        f"{seen:,} of {predicted:,} volumes are of subjects that a model was trained or chosen on, so "
+        "these scores are better than those of other people."
+    )
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -156,7 +156,9 @@ def areas(plan: Layout, slices: Sequence[Array], colours: Sequence[str]) -> str:
     return _overlay(plan, drawn, colours, 190)
 
 
-def rectangles(plan: Layout, boxes: Array, kind: str, words: Sequence[str] = ()) -> str:
+def rectangles(
+    plan: Layout, boxes: Array, kind: str, words: Sequence[str] = (), strengths: Sequence[float] = ()
+) -> str:
     """Draw the boxes that the planes cut, as elements of SVG.
 
     Args:
@@ -164,6 +166,7 @@ def rectangles(plan: Layout, boxes: Array, kind: str, words: Sequence[str] = ())
         boxes: Boxes (n, 6), z1 y1 x1 z2 y2 x2 in voxels, upper corner exclusive.
         kind: CSS class.
         words: What a pointer shows of each box.
+        strengths: Opacity of each box, from 0 to 1; by default 1.
     """
     parts = []
     for plane in plan.planes:
@@ -180,9 +183,10 @@ def rectangles(plan: Layout, boxes: Array, kind: str, words: Sequence[str] = ())
                 low.append(ends[0])
                 high.append(ends[1])
             title = f"<title>{escape(words[number])}</title>" if words else ""
+            faint = f' opacity="{min(max(strengths[number], 0.15), 1):.2f}"' if len(strengths) else ""
             parts.append(
                 f'<rect class="{kind}" x="{plane.left + low[1]:.1f}" y="{plane.top + low[0]:.1f}" '
-                f'width="{high[1] - low[1]:.1f}" height="{high[0] - low[0]:.1f}">{title}</rect>'
+                f'width="{high[1] - low[1]:.1f}" height="{high[0] - low[0]:.1f}"{faint}>{title}</rect>'
             )
     return "".join(parts)
 

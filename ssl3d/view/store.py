@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl3d.amounts import count_of, size
+from ssl3d.data.geometry import UNKNOWN
 from ssl3d.data.open import open_data
 from ssl3d.data.preparation.progress import Progress
 from ssl3d.errors import DataError
@@ -82,7 +83,7 @@ class Histograms:
             drawn.append(
                 elements.figure(bars, f"{title}: first channel, as stored; mean over the volumes shown.")
             )
-        return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+        return "".join(drawn)
 
 
 def store_page(path: str, most: int) -> tuple[str, str]:
@@ -112,17 +113,18 @@ def store_page(path: str, most: int) -> tuple[str, str]:
         progress.show(number + 1, time.monotonic() - begun)
     progress.clear()
     faults = sum(bool(card.fault) for card in cards)
-    body = [*_top(path, data, len(shown), faults), histograms.draw(), "<h2>Volumes</h2>"]
+    body = [*_top(path, data, len(shown), faults), _beside(data, histograms), "<h2>Volumes</h2>"]
     known = sorted(values)
     titles = palette.class_titles(data, [0, *known])[1:]
-    body.append(parts.legend(dict(zip(known, titles, strict=True))))
+    boxes = "box" if any('class="true"' in card.picture for card in cards) else ""
+    body.append(parts.legend(dict(zip(known, titles, strict=True)), boxes))
     body += elements.small([
         "Slices go through the middle of the mask or of the largest box where there is one, else through "
         "the middle of the volume, in physical proportions. Letters: R and L are right and left of the "
         "patient, A and P anterior and posterior, S and I superior and inferior; without letters, the "
         "orientation is unknown."
     ])  # fmt: skip
-    body.append(gallery(cards))
+    body.append(gallery(cards, flat=bool((data.shapes[:, 1] == 1).all())))
     body += _aside(data)
     body.append(_settings(data))
     aside = f", {count_of(faults, 'damaged volume')}" if faults else ""
@@ -165,7 +167,8 @@ def describe(volume: Volume) -> list[str]:
     channels = f", {volume.shape[0]} channels" if volume.shape[0] > 1 else ""
     grid = (
         f"{_by(volume.shape[1:])} voxels (D, H, W){channels}; {_by(volume.spacing)} mm; "
-        f"{volume.orientation}{_file_letters(volume)}"
+        f"{'orientation unknown' if volume.orientation == UNKNOWN else volume.orientation}"
+        f"{_file_letters(volume)}"
     )
     return [" · ".join(word for word in who if word), grid]
 
@@ -206,10 +209,16 @@ def _top(path: str, data: Collection, shown: int, faults: int) -> list[str]:
     first = f"{count_of(len(data), 'volume')} of {count_of(people, 'subject')}"
     first += f" in {count_of(len(data.dataset_names), 'data set')}." if len(data.dataset_names) > 1 else "."
     sentences = [first]
-    masks, labels = int(data.has_mask.sum()), sum(label is not None for label in data.labels)
-    if masks or labels:
-        known = [f"{masks:,} have a mask"] * bool(masks) + [f"{labels:,} have a label"] * bool(labels)
-        sentences.append(f"{' and '.join(known)}.")
+    counts = {
+        "a mask": int(data.has_mask.sum()),
+        "boxes": int(data.has_boxes.sum()),
+        "a label": sum(label is not None for label in data.labels),
+    }
+    known = [
+        f"{count:,} {'has' if count == 1 else 'have'} {mark}" for mark, count in counts.items() if count
+    ]
+    if known:
+        sentences.append(f"{', '.join(known)}.")
     if refused:
         sentences.append(
             f"{count_of(refused, 'file')} {'were' if refused > 1 else 'was'} refused: see below."
@@ -225,16 +234,32 @@ def _top(path: str, data: Collection, shown: int, faults: int) -> list[str]:
     facts = {
         "volumes": f"{len(data):,}",
         "subjects": f"{people:,}",
-        "median shape (D, H, W)": _by(np.median(shapes, axis=0)),
-        "median spacing, mm": _by(np.median(spacings, axis=0)),
+        "voxels (D × H × W)": _ends(shapes),
+        "spacing, mm": _ends(spacings),
         "orientation": ", ".join(sorted(set(map(str, data.orientations)))),
         "channels": ", ".join(map(str, sorted(set(data.shapes[:, 0].tolist())))),
         "size on disk": size(sum(store.path.stat().st_size for store in data.stores)),
     }
-    return [*lines, parts.facts(facts), _ranges(data), _splits(data)]
+    return [*lines, parts.facts(facts)]
+
+
+def _beside(data: Collection, histograms: Histograms) -> str:
+    """Put the table of splits and the histograms side by side, so that the pictures follow soon."""
+    splits = _splits(data)
+    table = f"<div>{splits}</div>" if splits else ""
+    return f'{_ranges(data)}<div class="charts">{table}{histograms.draw()}</div>'
+
+
+def _ends(values: Array) -> str:
+    """Write the smallest and the largest of each side."""
+    ends = zip(np.min(values, axis=0), np.max(values, axis=0), strict=True)
+    return " × ".join(f"{a:.4g}" if a == b else f"{a:.4g}–{b:.4g}" for a, b in ends)
 
 
 def _ranges(data: Collection) -> str:
+    """Return the table of data sets; of one, all that it would say stands above."""
+    if len(data.dataset_names) < 2:
+        return ""
     rows = []
     for code, name in enumerate(data.dataset_names):
         own = data.dataset_codes == code
@@ -244,12 +269,9 @@ def _ranges(data: Collection) -> str:
         cells = [elements.Cell(f"{own.sum():,}", int(own.sum()))]
         cells.append(elements.Cell(f"{len(set(data.subject_codes[own].tolist())):,}", 0))
         for values in (shapes, spacings):
-            low, middle, high = (f(values, axis=0) for f in (np.min, np.median, np.max))
-            same = (low == high).all()
-            words = _by(middle) if same else f"{_by(low)} to {_by(high)}, median {_by(middle)}"
-            cells.append(elements.Cell(words, float(np.prod(middle))))
+            cells.append(elements.Cell(_ends(values), float(np.prod(np.median(values, axis=0)))))
         rows.append(elements.Row(name, cells))
-    head = ["data set", "volumes", "subjects", "shape (D, H, W)", "spacing (D, H, W), mm"]
+    head = ["data set", "volumes", "subjects", "voxels (D × H × W)", "mm"]
     return elements.table("Shapes and spacings of each data set", head, rows)
 
 

@@ -36,8 +36,10 @@ def run_page(run: Path) -> tuple[str, str]:
     card = _card(run)
     total = int(options.get("steps") or last)
     body = [parts.summary([_state(run, card, last, total)]), parts.facts(_facts(card, last, curves))]
-    drawn = _charts(curves)
+    still = {name: curve for name, curve in curves.items() if curve.is_constant() and name != "loss"}
+    drawn = _charts({name: curve for name, curve in curves.items() if name not in still})
     body.append(f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else "")
+    body += elements.small(_constants(still))
     pictures = _pictures(run / "pictures")
     body += [pictures, parts.commands(_next(run, card))]
     body.append(_citations(card))
@@ -79,14 +81,31 @@ def _facts(card: Mapping[str, Any], last: int, curves: Mapping[str, Curve]) -> d
     }
 
 
+def _constants(still: Mapping[str, Curve]) -> list[str]:
+    """Say which metrics had one value from the first step to the last: they need no chart."""
+    values = {name: curve.values[0] for name, curve in still.items() if name not in PACE}
+    words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return [f"The same at every step: {printable(words)}."] if words else []
+
+
+def _losses(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Name the losses as people do: the sum and its parts, or, of a single proxy, its only loss."""
+    measured = {name: curve for name, curve in curves.items() if name == "loss" or name.endswith("/loss")}
+    titles = {name: name.replace(HOLDOUT, "held out, ").replace("/loss", "") for name in measured}
+    titles |= {"loss": "training", f"{HOLDOUT}loss": "held out"}
+    losses: dict[str, Curve] = {}
+    for name, curve in sorted(measured.items(), key=lambda pair: pair[0] not in ("loss", f"{HOLDOUT}loss")):
+        if all(curve.values != other.values for other in losses.values()):
+            losses[titles[name]] = curve
+    return losses
+
+
 def _charts(curves: Mapping[str, Curve]) -> list[str]:
     """Draw the losses, each score of training beside that of held-out subjects, the rate and the pace."""
-    losses = {name: curve for name, curve in curves.items() if name == "loss" or name.endswith("/loss")}
-    losses |= {name: curve for name, curve in curves.items()
-               if name.startswith(HOLDOUT) and name.endswith("loss")}  # fmt: skip
+    losses = _losses(curves)
     drawn = [chart("Loss of training, and of held-out subjects where it is measured", losses, "loss")]
     rates = {name: curve for name, curve in curves.items() if name == "lr" or name.endswith("/lr")}
-    used = {*losses, *rates, *PACE}
+    used = {*rates, *PACE, *(name for name in curves if name == "loss" or name.endswith("/loss"))}
     for name in curves:
         if name in used or name.startswith(HOLDOUT):
             continue

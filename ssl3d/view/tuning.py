@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +12,7 @@ from ssl3d.amounts import count_of, printable
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
 from ssl3d.evaluation.records import Result, read_result
+from ssl3d.evaluation.result_tables import describe_table, kind_words, settings_numbers, tables_of
 from ssl3d.pages import charts, elements
 from ssl3d.view import parts
 
@@ -37,16 +39,13 @@ def tuning_page(folder: Path) -> tuple[str, str]:
             refused.append((str(path), str(error)))
     if not records:
         raise DataError(f"{folder}: none of its {len(refused)} records can be read: {refused[0][1]}")
-    tasks: dict[tuple[str, str, float], list[Result]] = {}
-    for record in records:
-        about = (record.task, ", ".join(map(str, record.dataset)), record.fraction)
-        tasks.setdefault(about, []).append(record)
-    body = [parts.summary([_best(own) for own in tasks.values()])]
-    for (task, data, share), own in sorted(tasks.items()):
-        part = "" if share == 1 else f", {share:g} of the training subjects"
-        body.append(f"<h2>{escape(printable(f'{task} on {data}{part}'))}</h2>")
-        body += [_scores(own), _curve(own)]
-    body += [_pictures(folder), parts.commands(_next(folder))]
+    tables = tables_of(records)
+    described = [describe_table(own) for own in tables]
+    body = [parts.summary(map(_sentence, described)), parts.commands(_next(folder))]
+    for own, table in zip(tables, described, strict=True):
+        body.append(f"<h2>{escape(printable(table['title']))}</h2>")
+        body += [_scores(own, table), _curve(own)]
+    body.append(_pictures(folder))
     body.append(parts.files("Not read", "These files are no records, or damaged ones.", refused))
     first = records[0]
     training = first.settings.get("training")
@@ -58,48 +57,79 @@ def tuning_page(folder: Path) -> tuple[str, str]:
     return parts.page(str(folder), body), count_of(len(records), "record")
 
 
-def _best(records: Sequence[Result]) -> str:
-    first = records[0]
-    best = max(records, key=lambda record: _finite(record.scores.get(first.main)))
-    low, high = best.intervals.get(first.main, (NAN, NAN))
+def _sentence(table: Mapping[str, Any]) -> str:
+    """Say how good the best network is, beside the same network from scratch and what needs no network."""
+    main, rows = table["main"], table["rows"]
+    networks = [row for row in rows if row["kind"] != "trivial"]
+    best = (networks or rows)[0]
+    low, high = best["intervals"].get(main, (NAN, NAN))
     ends = f" [{low:.3f}, {high:.3f}]" if low == low and high == high else ""
-    subjects = (first.split.get("test") or {}).get("subjects", "?")
-    return (
-        f"{first.task} on {', '.join(map(str, first.dataset))}, {subjects} test subjects: the highest "
-        f"{first.main} is {best.scores.get(first.main, NAN):.3f}{ends}, of {best.contestant['name']}."
-    )
+    words = [f"{_named(best, table)} has the highest {main}, {_value(best, main)}{ends}"]
+    for kind in ("untrained", "trivial"):
+        others = [row for row in rows if row["kind"] == kind and row is not best]
+        words += [f"{_named(row, table)} {_value(row, main)}" for row in others[:1]]
+    subjects = count_of(int(table["test_subjects"] or 0), "test subject")
+    sentence = f"{table['title']}, {subjects}: {'; '.join(words)}."
+    if networks and rows[0]["kind"] == "trivial":
+        sentence += " No network is better than what needs none: train longer, or look at the recipe."
+    return sentence
+
+
+def _named(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+    about = kind_words(row["kind"], table["task"], row["settings"])
+    return f"{row['contestant']}{f' ({about})' if about else ''}"
+
+
+def _value(row: Mapping[str, Any], name: str) -> str:
+    value = row["scores"].get(name, NAN)
+    return f"{value:.3f}" if value == value else "undefined"
 
 
 def _finite(value: float | None) -> float:
     return value if value is not None and value == value else float("-inf")
 
 
-def _scores(records: Sequence[Result]) -> str:
-    names = list(dict.fromkeys(name for record in records for name in record.scores))
+def _scores(records: Sequence[Result], table: Mapping[str, Any]) -> str:
+    names = list(dict.fromkeys([records[0].main, *(name for record in records for name in record.scores)]))
+    several = len({(record.seed, record.repeat) for record in records}) > 1
     rows = []
-    for record in sorted(records, key=lambda own: -_finite(own.scores.get(own.main))):
-        cells = [elements.Cell(str(record.seed), record.seed)]
+    numbers = settings_numbers(records)
+    ordered = sorted(
+        zip(records, numbers, strict=True), key=lambda own: -_finite(own[0].scores.get(own[0].main))
+    )
+    for record, number in ordered:
+        cells = [elements.Cell(f"{record.seed}, {record.repeat}", record.seed)] if several else []
         for name in names:
             value = record.scores.get(name)
             known = value is not None and value == value
             cells.append(
                 elements.Cell(f"{value:.3f}" if known else elements.UNKNOWN, value if known else None)
             )
-        rows.append(elements.Row(str(record.contestant["name"]), cells))
-    return elements.table(f"Scores of {records[0].task}", ["contestant", "seed", *names], rows)
+        kind = str(record.contestant["kind"])
+        about, look = (
+            kind_words(kind, record.task, number),
+            {"untrained": "k-scratch", "trivial": "k-trivial"},
+        )
+        rows.append(elements.Row(str(record.contestant["name"]), cells, about, look.get(kind, "")))
+    head = ["contestant", *["seed, subset"] * several, *names]
+    return elements.table(f"Scores on the test subjects: {table['title']}", head, rows)
 
 
 def _curve(records: Sequence[Result]) -> str:
     """Draw the validation score of each record over its steps of training."""
     curves = []
-    for record in records:
+    for record, settings in zip(records, settings_numbers(records), strict=True):
         details = record.compute.get("details")
         several = details if isinstance(details, list) else [details]
         for number, own in enumerate(several):
             points = [point for point in map(_point, (own or {}).get("curve") or ()) if point]
             if len(points) > 1:
                 fold = f", fold {number}" if len(several) > 1 else ""
-                curves.append(charts.Line(f"{record.contestant['name']}, seed {record.seed}{fold}", points))
+                seed = f", seed {record.seed}" if len({own.seed for own in records}) > 1 else ""
+                subset = f", subset {record.repeat}" if len({own.repeat for own in records}) > 1 else ""
+                kind = f", settings {settings}" if settings else ""
+                label = f"{record.contestant['name']}{kind}{seed}{subset}{fold}"
+                curves.append(charts.Line(label, points))
     title = f"{records[0].main} of validation subjects over the steps of training"
     drawn = charts.lines(curves, "steps", records[0].main, title)
     return f'<div class="charts">{elements.figure(drawn, title + ".")}</div>' if drawn else ""
@@ -113,12 +143,19 @@ def _point(entry: Any) -> charts.Point | None:
 
 def _pictures(folder: Path) -> str:
     drawn = []
-    for path in sorted(folder.glob("*.png"))[:MOST_PICTURES]:
+    shown = [path for path in sorted(folder.glob("*.png")) if not path.name.startswith("curves-")]
+    for path in shown[:MOST_PICTURES]:  # the curves are drawn above
         source = elements.inline(path)
         if source:
             picture = elements.image(source, f"Picture {path.name}")
-            drawn.append(elements.figure(picture, printable(path.stem)))
+            drawn.append(elements.figure(picture, _caption(path.stem)))
     return f'<h2>Pictures</h2><div class="charts">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _caption(stem: str) -> str:
+    """Name a picture as its record is named, without the hash at its end."""
+    words = re.sub(r"-[0-9a-f]{8}$", "", stem).replace("-median-and-worst", ": the median and the worst")
+    return printable(words.replace("_", " "))
 
 
 def _next(folder: Path) -> list[str]:

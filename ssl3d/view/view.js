@@ -10,6 +10,7 @@ document.querySelectorAll('.gallery').forEach(gallery => {
   const pages = controls.querySelector('.pages');
   const texts = cards.map(card => card.textContent.toLowerCase());
   const said = document.createElement('span');
+  const page = document.createElement('input');
   let first = 0;
   let kept = cards;
 
@@ -19,7 +20,10 @@ document.querySelectorAll('.gallery').forEach(gallery => {
     kept.forEach(card => { if (shown.has(card)) gallery.appendChild(card); });
     const noun = controls.dataset.noun + (kept.length === 1 ? '' : 's');
     said.textContent = kept.length
-      ? (first + 1) + '–' + (first + shown.size) + ' of ' + kept.length + ' ' + noun : 'no ' + noun;
+      ? (first + 1) + '–' + (first + shown.size) + ' of ' + kept.length.toLocaleString('en') + ' ' + noun
+      : 'no ' + noun;
+    page.value = 1 + first / AT_ONCE;
+    page.max = Math.max(1, Math.ceil(kept.length / AT_ONCE));
     before.disabled = first === 0;
     after.disabled = first + AT_ONCE >= kept.length;
   }
@@ -46,8 +50,14 @@ document.querySelectorAll('.gallery').forEach(gallery => {
   const after = button('→', () => move(1));
   before.setAttribute('aria-label', 'earlier');
   after.setAttribute('aria-label', 'later');
-  pages.append(said, before, after);
+  Object.assign(page, { type: 'number', min: 1 });
+  page.setAttribute('aria-label', 'page');
+  page.addEventListener('change', () => {
+    first = 0;
+    move(Math.min(Math.max(Math.round(page.value) || 1, 1), page.max) - 1);
+  });
+  pages.append(said, before, page, after);
   [search, ...filters, ...(order ? [order] : [])].forEach(own => own.addEventListener('input', choose));
-  outlines.addEventListener('input', () => gallery.classList.toggle('plain', !outlines.checked));
+  if (outlines) outlines.addEventListener('input', () => gallery.classList.toggle('plain', !outlines.checked));
   show();
 });

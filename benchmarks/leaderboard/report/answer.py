@@ -43,8 +43,8 @@ def _not_learned(boards: Sequence[Board]) -> list[str]:
         return []
     return [
         f"WARNING: on {len(unsure)} of {tables} tables of fine-tuning, networks are not clearly above what "
-        f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. The recipe or "
-        "the data is at fault, or the test set is too small to tell."
+        f"needs no training, and nothing can be concluded from them: {'; '.join(unsure)}. They were "
+        "trained too briefly, the recipe or the data is at fault, or the test set is too small to tell."
     ]
 
 
@@ -255,14 +255,7 @@ def _without_networks(boards: Sequence[Board]) -> list[str]:
     """Say where a row without a network is ahead of all networks: they have not learned what is easy."""
     ahead: dict[str, list[str]] = {}
     for board in boards:
-        networks = [arm for arm in board.arms if arm.kind != "trivial" and np.isfinite(arm.interval.value)]
-        rows = [arm for arm in board.of_kind("trivial") if np.isfinite(arm.interval.value)]
-        if not networks or not rows:
-            continue
-        best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
-        if row.interval.value > best.interval.value:
-            masks = f", {TRUE_MASKS}" * reads_true_masks(row.first.result.contestant)
-            words = f"{row.title} {row.interval.value:.3f}{masks}, best network {best.interval.value:.3f}"
+        if words := ahead_of_networks(board):
             title = board.table.title.partition(":")[0]
             ahead.setdefault(title, []).append(f"{board.amount}: {words}" if board.few else words)
     if not ahead:
@@ -274,6 +267,19 @@ def _without_networks(boards: Sequence[Board]) -> list[str]:
         f"table{'s' * (len(boards) > 1)}: {where}. Differences between networks say little about "
         "pretraining there. Train the networks longer, or give them what the row uses."
     ]
+
+
+def ahead_of_networks(board: Board) -> str:
+    """Name the best row without a network, with both scores, where it is above every network."""
+    networks = [arm for arm in board.arms if arm.kind != "trivial" and np.isfinite(arm.interval.value)]
+    rows = [arm for arm in board.of_kind("trivial") if np.isfinite(arm.interval.value)]
+    if not networks or not rows:
+        return ""
+    best, row = (max(some, key=lambda arm: arm.interval.value) for some in (networks, rows))
+    if row.interval.value <= best.interval.value:
+        return ""
+    masks = f", {TRUE_MASKS}" * reads_true_masks(row.first.result.contestant)
+    return f"{row.title} {row.interval.value:.3f}{masks}, best network {best.interval.value:.3f}"
 
 
 def _bracketed(names: Sequence[str]) -> str:
@@ -305,6 +311,9 @@ def why_untold(board: Board, arm: Arm) -> str:
     if any(words.startswith(ended) for words in board.unlearned):
         return "a network is not shown to have learned its task"
     if not np.isfinite(arm.gain.low):
-        few = "a class has too few test subjects"
-        return few if board.why_no_interval else "one untrained seed tells no interval"
+        if board.why_no_interval:
+            return "a class has too few test subjects"
+        if arm.runs.at_bound and reference.runs.at_bound:
+            return "both scores are at their bound"
+        return "one untrained seed tells no interval"
     return ""

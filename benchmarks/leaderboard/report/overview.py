@@ -17,6 +17,8 @@ from ssl3d_benchmarks.leaderboard.report.names import network_title, relation
 
 FULL = 0.1
 """Gain whose cell has the full colour."""
+PALE = 0.005
+"""Gain below which a cell has no colour."""
 ROWS = 14
 """Rows of the matrix that are in sight; the others are folded."""
 FEW_GAINS = 40
@@ -55,7 +57,8 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     ]
     known = [(board, arms) for board, arms in tested if arms]
     if not known:
-        return f"{head}, nothing can be told on {_any(len(boards))}."
+        reasons = dict.fromkeys(why_untold(board, arm) for board in boards for arm in _pretrained(board))
+        return f"{head}, nothing can be told on {_any(len(boards))}: {'; '.join(reasons)}."
     won = [(board, arm) for board, arms in known for arm in arms if shown(arm) and _gain(arm) > 0]
     up = {id(board) for board, _ in won}
     down = sum(any(shown(arm) and _gain(arm) < 0 for arm in arms) for _, arms in known)
@@ -140,8 +143,9 @@ def matrix(boards: Sequence[Board]) -> str:
     )
     legend = (f"Network: {escape(next(iter(networks), ''))}. " * (len(networks) == 1)) + (
         'Gain over the same network untrained or from scratch: <i class="up3"></i> better, '
-        '<i class="down3"></i> worse, full colour from ±0.1 on; <b class="star">●</b> significant after '
-        'Holm\'s correction; <i class="untold"></i> nothing can be told.'
+        f'<i class="down3"></i> worse, no colour below ±{PALE:g}, full colour from ±{FULL:g} on; '
+        '<b class="star">●</b> significant after Holm\'s correction: without it, a gain may be chance; '
+        '<i class="untold"></i> nothing can be told.'
     )
     caption = "Gains of every contestant on every table; a cell leads to its table"
     return (
@@ -193,11 +197,11 @@ def _cell(board: Board, arm: Arm | None) -> str:
     hint = f"{arm.title} on {text.heading(board)}: {gain_text(arm.gain)} {why or board.table.main}".strip()
     look, words, mark = "untold", "", ""
     if arm.gain and isfinite(arm.gain.value):
-        words = f"{arm.gain.value:+.2f}".replace("0.", ".").replace("-", "−")
-        words = "0" if words[1:] == ".00" else words
+        words = f"{arm.gain.value:+.3f}".replace("0.", ".").replace("-", "−")
+        words = "0" if words[1:] == ".000" else words
     if not why:
         steps = min(3, 1 + int(2.999 * min(abs(_gain(arm)) / FULL, 1.0)))
-        look = f"{'up' if _gain(arm) >= 0 else 'down'}{steps}"
+        look = f"{'up' if _gain(arm) >= 0 else 'down'}{steps}" if abs(_gain(arm)) >= PALE else "even"
         mark = '<b class="star">●</b>' if shown(arm) else ""
     inside = f'<a href="#{board.slug}">{words}{mark}</a>'
     return f'<td class="{look}" title="{escape(hint, quote=True)}">{inside}</td>'

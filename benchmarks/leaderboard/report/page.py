@@ -7,7 +7,7 @@ from html import escape
 
 from ssl3d.api import beside, charts, document, elements, statistics
 from ssl3d_benchmarks.leaderboard.report import figures, overview, text
-from ssl3d_benchmarks.leaderboard.report.answer import answer
+from ssl3d_benchmarks.leaderboard.report.answer import ahead_of_networks, answer
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
 from ssl3d_benchmarks.leaderboard.report.columns import (
     Column,
@@ -209,10 +209,7 @@ def _above(ranks: Overall) -> str:
 
 
 def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pictures: bool) -> str:
-    best = next(iter(board.ranked()), None)
-    said = f"{len(board.arms)} contestants"
-    if best:
-        said += f"; best: {best.title}, {board.table.main} {number(best.interval.value)}"
+    said = f"{len(board.arms)} contestants{_best(board)}"
     parts = [
         f'<section class="board"><details id="{board.slug}"><summary>'
         f"<h2>{escape(text.heading(board))}</h2> "
@@ -238,6 +235,14 @@ def _board(board: Board, fractions: Sequence[Board], sparse: Sequence[Board], pi
         parts.append(figures.pictures(board))
     parts.append("</details></section>")
     return "\n".join(part for part in parts if part)
+
+
+def _best(board: Board) -> str:
+    """Name the best network of a board, and the best row without one where that is above it."""
+    if easy := ahead_of_networks(board):
+        return f"; no network is above {easy}"
+    best = next(iter(board.ranked()), None)
+    return f"; best network: {best.title}, {board.table.main} {number(best.interval.value)}" if best else ""
 
 
 def _comparison(board: Board, section: str) -> str:

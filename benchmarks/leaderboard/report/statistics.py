@@ -296,7 +296,10 @@ def _notes(board: Board) -> list[str]:
     undefined = max((arm.interval.undefined for arm in board.arms), default=0.0)
     if reason := board.why_no_interval:
         lines.append(reason)
-    elif undefined > 0.01:
+    else:
+        at_bound = [arm.runs.value for arm in board.arms if arm.runs.at_bound]
+        lines += map(statistics.at_bound_note, dict.fromkeys(at_bound))
+    if undefined > 0.01 and not reason:
         lines.append(
             f"In {undefined:.0%} of the resamples a class is missing and {board.table.main} is undefined; "
             "those resamples are left out."

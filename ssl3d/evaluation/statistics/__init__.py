@@ -48,6 +48,9 @@ from ssl3d.evaluation.statistics.intervals import (
     Runs as Runs,
 )
 from ssl3d.evaluation.statistics.intervals import (
+    at_bound_note as at_bound_note,
+)
+from ssl3d.evaluation.statistics.intervals import (
     class_support as class_support,
 )
 from ssl3d.evaluation.statistics.intervals import (

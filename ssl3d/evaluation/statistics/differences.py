@@ -119,8 +119,8 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     and Howell 1998). That is an assumption, and `borrowed` says that it was made; if the single one's seeds
     differ twice as much as the other's, 14 % of such tests are false with three of those, 21 % with five.
 
-    There is no interval where one of the two has none, for lack of test subjects (`Runs.sure`), and none
-    goes beyond the differences that the score's bounds allow.
+    There is no interval where one of the two has none for lack of test subjects (`Runs.sure`), or where
+    both scores are at a bound (`Runs.at_bound`), and none goes beyond the differences that are possible.
 
     Args:
         a: Runs of one contestant.
@@ -132,7 +132,8 @@ def paired_difference(a: Runs, b: Runs, paired_subsets: bool = True, level: floa
     draws = a.mean_drawn - b.mean_drawn
     draws = draws[np.isfinite(draws)]
     span = min(a.bounds[1], b.bounds[1]) - max(a.bounds[0], b.bounds[0])
-    if len(draws) < 2 or a.subjects < 2 or not np.isfinite(value) or not (a.sure and b.sure):
+    known = a.sure and b.sure and not (a.at_bound and b.at_bound)
+    if len(draws) < 2 or a.subjects < 2 or not np.isfinite(value) or not known:
         unknown = float("nan")
         return Difference(value, unknown, unknown, unknown, unknown, unknown)
     of_subjects = float(draws.var(ddof=1)) * a.subjects / (a.subjects - 1)

@@ -23,9 +23,9 @@ TAIL = 5  # resamples that an end of an interval has beyond it, at least
 LEAST_SUPPORT = 5
 """Fewest test subjects of a class with which there are intervals.
 
-In a simulation of two classes, intervals of an AUC held the truth in 0, 50, 76 and 85 % of experiments with
-one to four subjects of each, and in 93 to 97 % from five on. Those of means of values, such as Dice, held
-it in 91 to 96 % from two subjects on.
+In a simulation of two classes with an AUC of .76, intervals held the truth in 0, 50, 76 and 85 % of
+experiments with one to four subjects of each, and in 93 to 97 % from five on. Those of means of values,
+such as Dice, held it in 91 to 96 % from two subjects on.
 """
 
 MOST_UNDEFINED = 0.1
@@ -99,7 +99,12 @@ def interval(
     "expanded percentile": Student's t in place of the normal, and n - 1 in place of n) makes up for the
     bootstrap's too narrow intervals at twenty or forty subjects. Resamples where the statistic is
     undefined are left out and counted; where they are more than `MOST_UNDEFINED` of all, there is no
-    interval.
+    interval, and none of a score that is at one of its bounds on every resample: of an AUC of 1 they do not
+    tell how far below it the truth is.
+
+    A score with one bound (R2, at most 1; an error, at least 0) is skewed by it, so the ends are sought on
+    the logarithm of the distance from it. Where there are few resamples they go on with the standard error,
+    and that of such a score is made by its other, long tail.
 
     Args:
         statistic: Function of weights (R, N) to values (R,); a paired difference is the difference of two.
@@ -156,6 +161,18 @@ def why_no_interval(support: Mapping[str, int], undefined: float, folds: bool = 
     return ""
 
 
+def at_bound_note(value: float) -> str:
+    """Say in one sentence why a score that is the lowest or highest possible has no interval.
+
+    Args:
+        value: Score.
+    """
+    return (
+        f"No interval is given of {value:.3f}, because the score cannot go beyond it and is the same on "
+        "every resample, which does not tell how far from it the truth is."
+    )
+
+
 def summarise(
     value: float,
     drawn: Array,
@@ -174,13 +191,15 @@ def summarise(
         return Interval(value, float("nan"), float("nan"), float("nan"), undefined)
     spread = float(defined.std(ddof=1))
     if spread == 0.0:
-        return Interval(value, float(defined.min()), float(defined.max()), 0.0, undefined)
+        end = float("nan") if value in bounds else value
+        return Interval(value, end, end, 0.0, undefined)
     # Expanded: the t quantile, and sqrt(n / (n - 1)) for the bootstrap's variance of (n - 1) / n.
     reach = float(t.ppf(0.5 + level / 2, number - 1)) * np.sqrt(number / (number - 1))
     share = (np.sum(defined < value) + 0.5 * np.sum(defined == value)) / len(defined)
     bias = float(norm.ppf(np.clip(share, 1 / len(defined), 1 - 1 / len(defined))))
-    skew = 0.0 if statistic is None else _acceleration(statistic, clusters)
-    low, high = _accelerated(defined, spread, reach, bias, skew)
+    scale = scale_of(bounds, defined)
+    skew = 0.0 if statistic is None else _acceleration(statistic, clusters, scale)
+    low, high = _accelerated(defined, reach, bias, skew, scale)
     return Interval(value, *_within(low, high, bounds), spread, undefined)
 
 
@@ -223,6 +242,11 @@ class Runs(NamedTuple):
     def sure(self) -> bool:
         """Whether the test subjects are enough for intervals, as `why_no_interval` has it."""
         return not why_no_interval(self.support, self.undefined)
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether the mean score is the lowest or highest possible, and so on every resample too."""
+        return self.value in self.bounds
 
 
 class Part(NamedTuple):
@@ -268,7 +292,8 @@ def runs_of(
         return np.stack([score(weights) for score in flat])
 
     drawn = resample(stacked, clusters, resamples, seed).reshape(*each.shape, resamples)
-    skew = _acceleration(lambda weights: stacked(weights).mean(axis=0), clusters)
+    scale = scale_of(bounds, drawn.mean(axis=(0, 1)))
+    skew = _acceleration(lambda weights: stacked(weights).mean(axis=0), clusters, scale)
     return Runs(each, drawn, len(np.unique(clusters)), skew, support or {}, bounds)
 
 
@@ -294,12 +319,13 @@ def nested_interval(runs: Runs, level: float = LEVEL) -> Interval:
     of_subjects, others = variances(runs)
     error = standard_error(of_subjects, others)
     if error == 0.0:
-        return Interval(value, value, value, 0.0, undefined)
+        end = float("nan") if runs.at_bound else value
+        return Interval(value, end, end, 0.0, undefined)
     share = float(np.mean(known < value) + 0.5 * np.mean(known == value))
     bias = float(norm.ppf(np.clip(share, 1 / len(known), 1 - 1 / len(known))))
     quantile = float(t.ppf(0.5 + level / 2, runs.subjects - 1))
     widened = quantile * np.sqrt(runs.subjects / (runs.subjects - 1))
-    low, high = _accelerated(known, float(known.std(ddof=1)), widened, bias, runs.skew)
+    low, high = _accelerated(known, widened, bias, runs.skew, scale_of(runs.bounds, known))
     added = reach_of(of_subjects, runs.subjects, others, 1 - level) ** 2 - quantile**2 * of_subjects
     if added > 0.0:  # a bias may put both ends of the subjects' interval on one side of the value
         low = min(low, value - float(np.hypot(max(value - low, 0.0), np.sqrt(added))))
@@ -360,25 +386,68 @@ def _split(of_subjects: float, others: Sequence[Part]) -> list[float]:
     return [max(0.0, rest), *[part.gross for part in others]]
 
 
-def _accelerated(
-    drawn: Array, spread: float, reach: float, bias: float, skew: float
-) -> tuple[float, float]:
+class Scale(NamedTuple):
+    """Scale on which an interval is made: a score's own, or the logarithm of the distance from a bound.
+
+    Attributes:
+        sign: 1 for a lowest score, -1 for a highest, 0 for the score's own scale.
+        bound: The lowest or highest score.
+    """
+
+    sign: float
+    bound: float
+
+    def to(self, values: Array) -> Array:
+        """Bring scores to the scale, on which they rise as before."""
+        if self.sign == 0.0:
+            return values
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.sign * np.log(self.sign * (values - self.bound)))
+
+    def back(self, values: Array) -> Array:
+        """Bring values on the scale back to scores."""
+        return values if self.sign == 0.0 else self.bound + self.sign * np.exp(self.sign * values)
+
+
+def scale_of(bounds: tuple[float, float], drawn: Array) -> Scale:
+    """Choose the scale: the logarithm for scores with one bound, their own for the rest.
+
+    In simulations with 8 to 40 subjects, intervals of R2 held the truth in 91 to 98 % of experiments on
+    either scale. On its own, four of five over 8 subjects ended at 1, whatever R2 was; on the logarithm one
+    of a hundred where it is .5. Intervals of scores with two bounds came out alike on either scale.
+
+    Args:
+        bounds: Lowest and highest value that the score can have.
+        drawn: Resampled scores; where one is at the bound, which has no logarithm, the scale is their own.
+    """
+    low, high = bounds
+    if np.isfinite(low) == np.isfinite(high):
+        return Scale(0.0, 0.0)
+    sign, bound = (1.0, low) if np.isfinite(low) else (-1.0, high)
+    distance = sign * (drawn[np.isfinite(drawn)] - bound)
+    return Scale(sign if (distance > 0.0).all() else 0.0, bound)
+
+
+def _accelerated(drawn: Array, reach: float, bias: float, skew: float, scale: Scale) -> tuple[float, float]:
     """Return the ends of a BCa interval (Efron 1987) that reaches `reach` standard errors to each side.
 
     So far out that fewer than `TAIL` of the resamples are left there is nothing to read a quantile from:
-    from there on the ends go on with the standard error, as a normal distribution's would. (Student's t at
-    few degrees of freedom goes far out: 12.7 at one.)
+    from there on the ends go on with the standard error, on the scale given, as a normal distribution's
+    would. (Student's t at few degrees of freedom goes far out: 12.7 at one.)
     """
     from scipy.stats import norm
 
+    scaled = scale.to(drawn)
+    spread = float(scaled.std(ddof=1))
     furthest = float(norm.isf(min(0.25, TAIL / len(drawn))))
     ends = []
     for side in (-reach, reach):
         shifted = bias + side
         at = bias + shifted / max(1.0 - skew * shifted, 0.1)
         inside = min(max(at, -furthest), furthest)
-        ends.append(float(np.quantile(drawn, norm.cdf(inside))) + (at - inside) * spread)
-    return min(ends), max(ends)
+        ends.append(float(np.quantile(scaled, norm.cdf(inside))) + (at - inside) * spread)
+    low, high = scale.back(np.array([min(ends), max(ends)]))
+    return float(low), float(high)
 
 
 def _within(low: float, high: float, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -386,16 +455,16 @@ def _within(low: float, high: float, bounds: tuple[float, float]) -> tuple[float
     return max(low, bounds[0]), min(high, bounds[1])
 
 
-def _acceleration(statistic: Statistic, clusters: Array) -> float:
+def _acceleration(statistic: Statistic, clusters: Array, scale: Scale) -> float:
     """Compute Efron's acceleration by the jackknife over clusters; 0 above a thousand of them."""
     _, codes = np.unique(clusters, return_inverse=True)
     number = int(codes.max()) + 1
     if number > 1000:
         return 0.0
-    left_out = statistic(1.0 - (codes.ravel()[:, None] == np.arange(number)).T)
+    left_out = scale.to(statistic(1.0 - (codes.ravel()[:, None] == np.arange(number)).T))
     left_out = left_out[np.isfinite(left_out)]
     if len(left_out) < 3:
         return 0.0
     centred = left_out.mean() - left_out
-    scale = float((centred**2).sum()) ** 1.5
-    return 0.0 if scale < 1e-30 else float((centred**3).sum()) / (6 * scale)
+    size = float((centred**2).sum()) ** 1.5
+    return 0.0 if size < 1e-30 else float((centred**3).sum()) / (6 * size)

@@ -14,7 +14,7 @@ from ssl3d.training.options import PretrainOptions
 from ssl3d.training.selection import select
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.run import make_task
-from ssl3d_benchmarks.finetune.segmentation.task import SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.config import SegmentationConfig
 
 SPEC = "scratch:resnet10:acs:width=4"
 SHORT = ["--task", "segmentation", "--steps", "1", "--segmentation.patch", "8", "16", "16",

@@ -40,7 +40,8 @@ from ssl3d.cli import main
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig
 from ssl3d_benchmarks.finetune.detection.task import Detection, DetectionConfig
 from ssl3d_benchmarks.finetune.kept import FinetunedModel
-from ssl3d_benchmarks.finetune.segmentation.task import Segmentation, SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.config import SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.task import Segmentation
 
 SPEC = "scratch:resnet10:width=4:stem_stride=1"
 SHORT = ["--steps", "4", "--batch-size", "2", "--threads", "1", "--no-trivial", "--eval-at", "0.5", "1"]

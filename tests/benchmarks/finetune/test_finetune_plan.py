@@ -18,8 +18,9 @@ from ssl3d_benchmarks.finetune import train as finetune_train
 from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.recipe import planned, resolve
+from ssl3d_benchmarks.finetune.segmentation.config import SegmentationConfig
 from ssl3d_benchmarks.finetune.segmentation.plan import Fingerprint, fixed_sides, patch_of, plan_by_rule
-from ssl3d_benchmarks.finetune.segmentation.task import Segmentation, SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.task import Segmentation
 from ssl3d_benchmarks.finetune.train import update_average
 
 # Count, shape, spacing, classes -> what the rules of the docstring give, worked out by hand.

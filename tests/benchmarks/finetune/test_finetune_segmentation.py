@@ -12,6 +12,7 @@ from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.resnet import ResNet10
 from ssl3d_benchmarks.finetune.parameters import freeze, parameter_groups
+from ssl3d_benchmarks.finetune.segmentation.config import SegmentationConfig
 from ssl3d_benchmarks.finetune.segmentation.data import (
     Annotation,
     annotate,
@@ -20,7 +21,7 @@ from ssl3d_benchmarks.finetune.segmentation.data import (
     place_patch,
     sparse_slices,
 )
-from ssl3d_benchmarks.finetune.segmentation.task import IGNORE, Segmentation, SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.task import IGNORE, Segmentation
 
 PLAIN = {"chance": 0.0, "flip": 0.0}
 

@@ -17,7 +17,8 @@ from ssl3d_benchmarks.finetune.benchmark import Finetune
 from ssl3d_benchmarks.finetune.classification import Classification, ClassificationConfig
 from ssl3d_benchmarks.finetune.detection.task import Detection, DetectionConfig
 from ssl3d_benchmarks.finetune.segmentation import task as finetune_segmentation
-from ssl3d_benchmarks.finetune.segmentation.task import Segmentation, SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.config import SegmentationConfig
+from ssl3d_benchmarks.finetune.segmentation.task import Segmentation
 
 VOLUME, IMAGE = (10, 28, 28), (1, 28, 28)
 

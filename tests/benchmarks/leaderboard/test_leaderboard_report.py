@@ -1182,7 +1182,7 @@ def few_seeds(rows):
 
 @pytest.mark.parametrize(("people", "given"), [(8, False), (20, True)])
 def test_no_interval_where_a_class_has_too_few_test_subjects(tmp_path, people, given):
-    rows = [classified("runs/alpha-0", wrong=0, people=people)] + [
+    rows = [classified("runs/alpha-0", wrong=1, people=people)] + [
         classified(f"scratch:resnet18, seed {k}", "untrained", weights_seed=k, people=people)
         for k in range(5)
     ]
@@ -1199,6 +1199,21 @@ def test_no_interval_where_a_class_has_too_few_test_subjects(tmp_path, people, g
     written = "".join((out / name).read_text(encoding="utf-8") for name in FILES)
     assert not re.search(r"\bnan\b|[+-]nan", written)
     assert ("nothing can be said on set" in written) != given
+
+
+def test_scores_at_their_bound_have_no_interval_and_no_gain(tmp_path):
+    rows = [classified("runs/alpha-0", wrong=0, people=20)] + [
+        classified(f"scratch:resnet18, seed {k}", "untrained", wrong=0, weights_seed=k, people=20)
+        for k in range(3)
+    ]
+    out = tmp_path / "out"
+    made = read_report([write(tmp_path / "r", rows)], resamples=200)
+    alpha = arms(made)["alpha"]
+    assert alpha.interval.value == 1 and np.isnan(alpha.interval.low) and np.isnan(alpha.gain.low)
+    assert sum(note.startswith("No interval is given of 1.000") for note in made.boards[0].notes) == 1
+    main(["leaderboard", "report", str(tmp_path / "r"), "--out", str(out), "--resamples", "200"])
+    written = "".join((out / name).read_text(encoding="utf-8") for name in FILES)
+    assert not re.search(r"\bnan\b|[+-]nan", written) and "both scores are at their bound" in written
 
 
 def test_one_untrained_seed_gives_a_gain_without_interval(tmp_path):
@@ -1390,7 +1405,7 @@ def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
         (name,) = [row for row in cells if row.startswith(label)]
         ((look, words),) = cells[name]
         gain = found[label].gain.value
-        assert words.startswith(f"{gain:+.2f}".replace("0.", ".").replace("-", "\u2212"))
+        assert words.startswith(f"{gain:+.3f}".replace("0.", ".").replace("-", "\u2212"))
         if label == "leak":  # it saw test subjects: nothing can be told
             assert look == "untold" and "\u25cf" not in words
             continue
@@ -1398,6 +1413,31 @@ def test_the_matrix_has_every_gain_its_colour_and_its_mark(report):
         assert ("\u25cf" in words) == (found[label].p_holm < 0.05)
     (alpha,), (gamma,) = cells["alpha, own data"], cells["gamma, own data"]
     assert alpha[0] == "up3" and gamma[0] == "down2"
+
+
+def test_a_gain_too_small_to_matter_has_no_colour_but_its_digits(tmp_path):
+    same = [one for one in usual() if one.contestant["name"] != "runs/gamma-0"]
+    (board,) = read_report(
+        [write(tmp_path, [*same, record("runs/gamma-0", gain=0.0)])], resamples=100
+    ).boards
+    ((look, words),) = cells_of([board])["gamma, own data"]
+    (gain,) = (arm.gain.value for arm in board.arms if arm.title.startswith("gamma"))
+    assert 0 < abs(gain) < 0.005 and look == "even"
+    assert words == f"{gain:+.3f}".replace("0.", ".").replace("-", "\u2212")
+
+
+def test_the_best_network_of_a_table_does_not_hide_a_better_row_without_one(tmp_path):
+    from ssl3d_benchmarks.leaderboard.report.page import page
+
+    rows = [one for one in usual() if one.contestant["kind"] != "trivial"]
+    for name, gain, words in (
+        ("low", -0.2, "best network: alpha"),
+        ("high", 0.19, "no network is above high 0."),
+    ):
+        easy = record(name, "trivial", gain=gain)
+        report = read_report([write(tmp_path / name, [*rows, easy])], resamples=100)
+        (said,) = re.findall(r"<small>(\d+ contestants; [^<]*)", page("t", report.boards, [], [], []))
+        assert said.startswith(f"6 contestants; {words}")
 
 
 def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
@@ -1412,14 +1452,19 @@ def test_of_several_encoders_of_one_name_none_stands_for_all(tmp_path):
 
 def test_what_did_not_learn_tells_nothing(report):
     from ssl3d_benchmarks.leaderboard.report.answer import why_untold
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
 
     board, alpha = report.boards[0], arms(report)["alpha"]
     assert not why_untold(board, alpha)
     board.unlearned.append("alpha ended at dice 0.1, no better than")
     try:
         assert why_untold(board, alpha) == "a network is not shown to have learned its task"
+        scratch = next(arm for arm in board.arms if arm.kind == "scratch").title
+        board.unlearned.append(f"{scratch} ended at dice 0.1, no better than")
+        said = in_short([board])[0]
+        assert "nothing can be told" in said and "a network is not shown to have learned" in said
     finally:
-        board.unlearned.pop()
+        board.unlearned.clear()
 
 
 @pytest.mark.parametrize(

@@ -146,3 +146,15 @@ def test_crops_fit_the_volumes():
     assert (crop_for(image, (32, 32, 32)), recipes_for(image).names) == ((1, 24, 24), ("simclr", "swav"))
     assert recipes_for(seen).names[0] == "context_restoration"
     assert recipes_for(seen, ["mae"]).names == ("mae",)
+
+
+def test_the_end_of_a_study_tells_of_a_row_that_needs_no_network():
+    from pathlib import Path
+
+    from ssl3d_benchmarks.study.text import ending
+
+    models = [(Path("tuned/models/a"), "a: auc 0.587")]
+    plain = ending(["Yes."], models, ["scans"], Path("index.html"), "Methods")
+    told = ending(["Yes."], models, ["scans"], Path("index.html"), "Methods", easy="shape features 0.894")
+    assert "without one is ahead" not in plain and "is ahead (shape features 0.894)" in told
+    assert "ssl3d predict tuned/models/a --data SCANS" in told

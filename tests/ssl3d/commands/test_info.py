@@ -212,10 +212,44 @@ def test_results_tuned_folders_and_boards_print_their_tables(capsys, name, table
     assert info["records"] == len(paths) and not info["refused"]
     text = shown(capsys, place)
     for table in info["tables"]:
-        assert f"{table['task']} v{table['version']} on people" in text
+        assert f"people: {table['task'].replace('/', ', ')}" in text and table["title"] in text
         values = [row["scores"][table["main"]] for row in table["rows"]]
         assert values == sorted(values, reverse=True) and f"{values[0]:.3f}" in text
     assert f"ssl3d leaderboard report {place}" in text
+
+
+def test_predictions_and_exports_say_what_they_are(capsys, tmp_path):
+    predicted, exported = tmp_path / "predicted", tmp_path / "exported"
+    for folder in (predicted, exported):
+        folder.mkdir()
+    about = {
+        "task": "finetune-segmentation/masks",
+        "models": [{"folder": "tuned/models/a"}],
+        "data": ["new"],
+        "labels": {"1": "liver"},
+        "predicted": 3,
+        "set_aside": 1,
+        "of_training_subjects": 2,
+    }
+    (predicted / "predict.json").write_text(json.dumps(about), encoding="utf-8")
+    (predicted / "predictions.csv").write_text("id,file\na,a.nii.gz\n", encoding="utf-8")
+    assert as_json(capsys, predicted)["kind"] == "predictions"
+    text = shown(capsys, predicted)
+    for words in ("3 volumes, 1 scan set aside", "tuned/models/a", "1 liver", "2 volumes are of subjects"):
+        assert words in text
+    about = {"format": "onnx", "largest_difference": 8.3e-7, "card": {"architecture": "resnet10"},
+             "input": {"axes": "batch, channel", "shape": [None, 1]}}  # fmt: skip
+    (exported / "export.json").write_text(json.dumps(about), encoding="utf-8")
+    (exported / "model.onnx").write_bytes(bytes(2000))
+    assert as_json(capsys, exported)["files"] == {"model.onnx": 2000}
+    text = shown(capsys, exported)
+    for words in ("format onnx", "model.onnx  2 kB", "any x 1", "encoder: resnet10", "8.3e-07"):
+        assert words in text
+    for path in (predicted / "predict.json", exported / "export.json"):
+        path.write_text("[", encoding="utf-8")
+        assert main(["info", str(path.parent)]) != 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and path.name in said and "write it again" in said
 
 
 def test_a_folder_of_odd_records_names_them(capsys, tmp_path):

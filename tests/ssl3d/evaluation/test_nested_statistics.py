@@ -73,17 +73,44 @@ def test_an_interval_stays_in_the_range_of_the_score():
     assert 0 <= found.low < found.value < found.high <= 1
 
 
-def test_an_interval_of_r_squared_ends_at_1():
-    target, predicted = np.array([1.0, 2, 3, 4, 5]), np.array([2.5, 1, 5, 2, 2.5])
+@pytest.mark.parametrize("several", [False, True])
+def test_intervals_of_r_squared_hold_the_truth_and_seldom_end_at_1(several):
+    """With the skew and the error taken on R2's own scale, four of five of them ended at 1."""
+    rng, bounds, n, share = np.random.default_rng(0), st.bounds_of("r2"), 8, 0.5
+    hits = ends = 0
+    for number in range(120):
+        target = rng.normal(size=n)  # of which the prediction explains a half
+        predicted = share * target + np.sqrt(share * (1 - share)) * rng.normal(size=n)
 
-    def score(weights):
-        return st.r_squared(target, predicted, weights)
+        def score(weights, target=target, predicted=predicted):
+            return st.r_squared(target, predicted, weights)
 
-    bounds = st.bounds_of("r2")
-    one = st.interval(score, np.arange(5), bounds=bounds)
-    several = st.nested_interval(st.runs_of([[score]], np.arange(5), bounds=bounds))
-    for found in (one, several):
-        assert found.low < -1 and found.high == 1
+        if several:
+            found = st.nested_interval(st.runs_of([[score]], np.arange(n), 500, number, bounds=bounds))
+        else:
+            found = st.interval(score, np.arange(n), resamples=500, seed=number, bounds=bounds)
+        assert found.low < found.value < found.high < 1
+        hits += found.low <= share <= found.high
+        ends += found.high > 0.99
+    assert hits / 120 >= 0.92 and ends / 120 < 0.05
+
+
+def test_a_score_at_its_bound_has_no_interval_and_no_gain_over_another():
+    """An AUC of 1 said [1, 1]: with five subjects a class and a true .92, in a third of experiments."""
+    target = np.repeat([0, 1], 5)
+    perfect = [lambda w: st.auc(target, np.arange(10.0), w)]
+    good = [lambda w: st.auc(target, np.array([0, 1, 2, 3, 6, 4, 5, 7, 8, 9.0]), w)]
+    at_1, below = (st.runs_of([each], np.arange(10), bounds=(0, 1)) for each in (perfect, good))
+    assert at_1.at_bound and not below.at_bound
+    for found in (st.nested_interval(at_1), st.interval(perfect[0], np.arange(10), bounds=(0, 1))):
+        assert found.value == 1 and np.isnan(found.low) and np.isnan(found.high)
+    gain = st.paired_difference(at_1, at_1)
+    assert gain.value == 0 and np.isnan(gain.low) and np.isnan(gain.p)
+    assert st.paired_difference(at_1, below).low < st.paired_difference(at_1, below).high
+    assert "No interval is given of 1.000" in st.at_bound_note(1.0)
+    constant = [lambda w: st.auc(target, np.zeros(10), w)]  # .5 whoever is drawn, and of whomever
+    found = st.nested_interval(st.runs_of([constant], np.arange(10), bounds=(0, 1)))
+    assert (found.low, found.high) == (0.5, 0.5)
 
 
 def test_rows_of_one_subject_are_drawn_together():

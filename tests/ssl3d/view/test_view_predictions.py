@@ -169,10 +169,19 @@ def test_classes_have_confusions_and_the_least_probable_truth_comes_first(tmp_pa
     text = page(folder, tmp_path / "p.html")
     truth = [p if k % 2 == 0 else 1 - p for k, p in enumerate(shares)]
     assert cards(text) == [f"p{k}" for k in np.argsort(truth)]
-    assert "3 of 6 subjects are right (50.0%)" in text
+    assert "3 of 6 subjects are right (50.0%)" in text and "Never predicted" not in text
+    assert "are of subjects that a model was trained" not in text
     table = text[text.index("Confusions") :]
     counts = [int(n) for n in re.findall(r'<td class="n"[^>]*>(\d+)</td>', table)[:4]]
     assert counts == [2, 1, 2, 1]
+    for row in rows:
+        row[3] = "well"
+    tabled(folder / "predictions.csv",
+           ["dataset", "subject", "scans", "prediction", "probability of ill", "probability of well"],
+           rows)  # fmt: skip
+    noted(folder, data=[str(store)], predicted=6, of_training_subjects=2)
+    text = page(folder, tmp_path / "q.html")
+    assert "Never predicted: ill." in text and "2 of 6 volumes are of subjects that a model" in text
 
 
 def test_values_are_ordered_by_their_error(tmp_path):
@@ -214,8 +223,10 @@ def test_boxes_that_miss_come_first_and_others_are_mapped_to_the_scan(tmp_path):
     noted(folder, data=[str(store)])
     text = page(folder, tmp_path / "p.html")
     assert cards(text) == ["set/v1", "set/v2", "set/v0"]
-    assert "5 of 6 objects in 3 scans are found" in text and "with 1 false alarms" in text
+    assert "5 of 6 objects in 3 scans are found" in text and "with 1 false alarm of" in text
     assert 'class="true"' in text and 'class="found"' in text and "lesion 0.90" in text
+    strengths = re.findall(r'class="found"[^>]* opacity="([0-9.]+)"><title>lesion ([0-9.]+)<', text)
+    assert strengths and all(opacity == score for opacity, score in strengths)
 
 
 def test_names_in_predictions_are_text(tmp_path):

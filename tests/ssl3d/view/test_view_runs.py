@@ -22,7 +22,9 @@ def a_run(folder, steps=300):
         record = {
             "step": step,
             "loss": 5 / step,
-            "lr": 0.001,
+            "sorting/loss": 5 / step,
+            "lr": 0.001 * (steps - step),
+            "sorting/undecidable": 0.0,
             "sorting/kendall_tau": step / steps,
             "waiting": 0.1,
         }
@@ -43,6 +45,9 @@ def test_a_run_shows_curves_pictures_settings_and_what_to_type_next(tmp_path, ca
     text = out.read_text(encoding="utf-8")
     assert "300 of 600 steps are logged" in text and f"ssl3d pretrain --resume {run}" in text
     assert "Loss of training" in text and "Learning rate" in text and "held out" in text
+    assert "The same at every step: sorting/undecidable 0." in text and ">undecidable<" not in text
+    first = text[text.index("<svg") : text.index("</svg>")]
+    assert first.count('<polyline class="curve') == 1 and ">training<" in first  # one loss, drawn once
     assert text.count("<img ") == 12 and "step 10<" in text and "step 200<" in text
     assert "proxy" in text and "sorting" in text
 
@@ -76,12 +81,20 @@ def test_a_folder_of_records_shows_scores_and_curves(tmp_path, capsys):
 
     for name, score in (("runs/<b>a</b>", 0.8), ("scratch:resnet18", 0.7)):
         write_result(record(name, score), tmp_path / "tuned")
-    Image.new("RGB", (30, 20)).save(tmp_path / "tuned" / "x-test-12345678.png")
+    other = record("scratch:resnet18", 0.9)
+    other.settings["training"] = {"lr": 0.2}
+    write_result(other, tmp_path / "tuned")
+    Image.new("RGB", (30, 20)).save(tmp_path / "tuned" / "x_1-median-and-worst-12345678.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "tuned" / "curves-f1-12345678.png")
     (tmp_path / "tuned" / "models" / "best").mkdir(parents=True)
     out = tmp_path / "p.html"
     assert main(["view", str(tmp_path / "tuned"), "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
-    assert "the highest dice is 0.800 [0.700, 0.900], of runs/&lt;b&gt;a&lt;/b&gt;." in text
-    assert "<polyline" in text and "over the steps of training" in text and "<img " in text
+    first = "scratch:resnet18 (settings 2) has the highest dice, 0.900 [0.800, 1.000]"
+    assert f"blocks: finetune-segmentation, 4 test subjects: {first}." in text
+    assert "runs/&lt;b&gt;a&lt;/b&gt;" in text and "settings 1" in text  # no mean over both settings
+    assert "<polyline" in text and "over the steps of training" in text
+    assert text.count("<img ") == 1 and "x 1: the median and the worst" in text  # curves are drawn once
+    assert text.index("What to type next") < text.index("<table")
     assert f"ssl3d predict {tmp_path / 'tuned' / 'models' / 'best'} --data SCANS" in text
     assert "<b>" not in text.replace('<b class="star">', "")
