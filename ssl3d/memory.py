@@ -67,8 +67,8 @@ def budget() -> int:
     share = _share.get()
     if share is not None:
         return share
-    told = os.environ.get(VARIABLE)
-    return parse_size(told) if told else free() // 2
+    allowed = os.environ.get(VARIABLE)
+    return parse_size(allowed) if allowed else free() // 2
 
 
 @contextlib.contextmanager
