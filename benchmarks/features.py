@@ -91,10 +91,10 @@ def _encoded(
             # An aggregator takes slices out of a volume of any depth, and windows in plane itself.
             whole = isinstance(encoder, AggregatedEncoder)
             if not whole and any(n > w for n, w in zip(shape[1:], window, strict=True)):
-                from ssl3d.api import embed_volume
+                from ssl3d.api import embed_volume, voxels_of
 
                 for position in same:
-                    image = data[position].read().to(device)
+                    image = voxels_of(data[position], device)
                     embedding = embed_volume(
                         encoder, image, window, autocast=torch.bfloat16 if precision == "bf16" else None
                     )

@@ -103,6 +103,7 @@ from .data.split import house_split as house_split
 from .data.store.collection import Collection as Collection
 from .data.store.record import Record as Record
 from .data.store.volume import Volume as Volume
+from .data.store.windows import voxels_of as voxels_of
 from .data.store.writer import (
     assemble as assemble,
     write_part as write_part,

@@ -81,7 +81,7 @@ class CommandHelp(NamedTuple):
 
 
 COMMON = OptionGroup(
-    "help and files of options",
+    "help, files of options, memory",
     "",
     [
         OptionHelp("--config", "path", "", "YAML file of options, which flags override."),
@@ -91,6 +91,13 @@ COMMON = OptionGroup(
             "",
             "Print the options that would be used, in the form of such a file, and exit; "
             "=skip_default leaves out those at their defaults, =skip_null those without a value.",
+        ),
+        OptionHelp(
+            "--max-memory",
+            "size",
+            "",
+            "Memory that may be taken at once for scans, volumes and files, such as 8GB; what needs more "
+            "is set aside by name. By default $SSL3D_MAX_MEMORY, else half of what is free.",
         ),
         OptionHelp("--help", "", "", "Show this help and exit."),
     ],

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ssl3d import memory
 from ssl3d.command_help import help_of, print_help
 from ssl3d.errors import PluginError, UsageError
 
@@ -88,7 +89,7 @@ def parse(
     """
     plugins = plugins or Plugins()
     argv, asked = without_print_config(_equals_apart(argv))
-    argv = _today(options, argv)
+    argv = _today(options, _with_memory(argv))
     help_words = {"-h", "--help", "--help-all"} & set(argv)
     config_files = [path for word, path in itertools.pairwise(argv) if word == "--config"]
     contents = {path: todays(options, _read_yaml(path)) for path in config_files if path[:2] != "--"}
@@ -173,6 +174,21 @@ def without_print_config(argv: Sequence[str]) -> tuple[list[str], set[str] | Non
         if words and set(words[0].split(",")) <= {"skip_default", "skip_null", "comments"}:
             asked = set(words.pop(0).split(","))
     return rest, asked
+
+
+def _with_memory(argv: Sequence[str]) -> list[str]:
+    """Take `--max-memory` out of a command line, and set the budget; it is no option of what is made."""
+    words: list[str] = []
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if word.replace("_", "-") != memory.FLAG:
+            words.append(word)
+        elif not left or left[0].startswith("--"):
+            raise UsageError(f"{memory.FLAG}: name a number of bytes after it, such as 8GB")
+        else:
+            memory.allow(left.pop(0))
+    return words
 
 
 def print_config(
@@ -290,8 +306,11 @@ def from_dict(config: type, values: Mapping[str, Any], where: str, recorded: boo
             added since, and means what it meant before (see `added_option`).
 
     Raises:
-        UsageError: A key is unknown or a value unusable; the message starts with `where`.
+        UsageError: There are no options by name, a key is unknown or a value unusable; the message starts
+            with `where`.
     """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: {reprlib.repr(values)}; expected options by name")
     values = todays(config, values)
     names = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(map(str, set(values) - names))

@@ -18,8 +18,10 @@ _SECTIONS = {
 _COMMON = """Every command also takes `--config FILE.yaml`, a file of options that stands below the flags;
 `--print_config`, which prints the options that would be used, in the form of such a file
 (`--print_config=skip_default` without those at their defaults); `--help`, which shows the options that are
-used most; and `--help-all`, which shows every option. In flags, dashes and underscores mean the same. An
-option of several values takes them as several words, as in `--fractions 0.1 1`.
+used most; `--help-all`, which shows every option; and `--max-memory 8GB`, the memory that may be taken at
+once for scans, volumes and files, by default `$SSL3D_MAX_MEMORY`, else half of what is free. In flags,
+dashes and underscores mean the same. An option of several values takes them as several words, as in
+`--fractions 0.1 1`.
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl3d import plugins
+from ssl3d import memory, plugins
 from ssl3d.checkpoint.card import (
     check_digest,
     check_format,
@@ -222,6 +222,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
+        memory.check(2 * path.stat().st_size, f"{path}: ")
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

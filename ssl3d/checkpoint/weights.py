@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssl3d import memory
 from ssl3d.checkpoint.card import CARD
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError
@@ -49,6 +50,7 @@ def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]
     from safetensors.torch import load
 
     try:
+        memory.check(2 * path.stat().st_size, f"{path}: ")
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -105,6 +105,7 @@ def embed_collection(
     import numpy as np
     import torch
 
+    from ssl3d.data.store.windows import voxels_of
     from ssl3d.encoders.inference import dense_features, embed_volume
     from ssl3d.heads.aggregator import AggregatedEncoder
     from ssl3d.training.device import device_of
@@ -122,20 +123,23 @@ def embed_collection(
     try:
         with whole_file(options.out) as temporary, h5py.File(temporary, "w") as file:
             for position, volume in enumerate(data):
+                maps = None
                 try:
-                    voxels = volume.read().to(device)
+                    if isinstance(encoder, AggregatedEncoder):
+                        voxels = volume.read().to(device)
+                        vector = encoder.aggregator.embed_volume(encoder.encoder, voxels, autocast=autocast)
+                    else:
+                        voxels = voxels_of(volume, device)
+                        vector = embed_volume(encoder, voxels, patch, *windows, autocast=autocast)
+                    if options.dense:
+                        maps = dense_features(
+                            encoder, voxels, patch, *windows,
+                            levels=options.dense_levels, every=options.dense_every, autocast=autocast,
+                        )  # fmt: skip
                 except (DataError, OSError) as error:
                     say(f"set aside: {volume.dataset}/{volume.id}: {error}")
                     continue
-                if isinstance(encoder, AggregatedEncoder):
-                    vector = encoder.aggregator.embed_volume(encoder.encoder, voxels, autocast=autocast)
-                else:
-                    vector = embed_volume(encoder, voxels, patch, *windows, autocast=autocast)
-                if options.dense:
-                    maps = dense_features(
-                        encoder, voxels, patch, *windows,
-                        levels=options.dense_levels, every=options.dense_every, autocast=autocast,
-                    )  # fmt: skip
+                if maps is not None:
                     half = maps.cpu().numpy().astype(np.float16)
                     file.create_dataset(f"dense/{len(kept)}", data=half, chunks=True)
                 vectors.append(vector.float().cpu().numpy())

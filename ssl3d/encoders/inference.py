@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ssl3d import memory
 from ssl3d.encoder import Encoder
 
 Triple = tuple[int, int, int]
@@ -158,6 +159,9 @@ def dense_features(
     Returns:
         (sum of the maps' channels, ceil(D / every), ceil(H / every), ceil(W / every)) float32, on the
         volume's device.
+
+    Raises:
+        DataError: The feature maps need more memory than may be taken.
     """
     step: Triple = (every[0], every[1], every[2])
     count = len(encoder.channels)
@@ -165,6 +169,7 @@ def dense_features(
     size, windows = _windows(volume, patch, overlap)
     shape = tuple(-(-n // s) for n, s in zip(volume.shape[1:], step, strict=True))
     width = sum(encoder.channels[level] for level in chosen)
+    memory.check(4 * (width + 1) * math.prod(shape), f"feature maps of shape {(width, *shape)}: ")
     total = torch.zeros(width, *shape, device=volume.device)
     seen = torch.zeros(shape, device=volume.device)
     with _inference(encoder, autocast) as device:

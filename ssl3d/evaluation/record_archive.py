@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ssl3d import memory
 from ssl3d.errors import DataError, UsageError
 from ssl3d.files import whole_file
 
@@ -26,6 +27,7 @@ UNPACKED = 2**28
 MEMORY = 2**27
 """Most bytes that xz may ask for its dictionary: twice as much as its highest preset does."""
 STEP = 2**20
+_PARSED = 12  # bytes of memory that a byte of JSON takes once it is parsed
 SKIPPED = ("partial", ".jobs", "work")
 MODEL = "model.json"
 """Folders whose JSON files are no records."""
@@ -78,6 +80,7 @@ def record_bytes(path: Path) -> bytes:
     """
     archive = _archive_of(path)
     if archive is None:
+        memory.check(_PARSED * path.stat().st_size, f"{path}: ")
         return path.read_bytes()
     content = _read(archive).get(path.relative_to(archive).as_posix())
     if content is None:

@@ -335,6 +335,9 @@ def test_dataclasses_round_trip_through_plain_values():
     assert from_dict(Options, to_dict(options), "file") == options
     with pytest.raises(UsageError, match="file: unknown option nonsense"):
         from_dict(Options, {"data": ["a"], "nonsense": 1}, "file")
+    for odd in (1.5, "words", None, ["a"]):
+        with pytest.raises(UsageError, match=r"file: .*; expected options by name"):
+            from_dict(Options, odd, "file")
 
 
 @dataclass

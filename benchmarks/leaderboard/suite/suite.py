@@ -150,7 +150,7 @@ def checked_suite(name: str, path: Path, content: Any) -> Suite:
     budget = content.get("budget") or {}
     if not isinstance(budget, dict) or set(budget) not in ({"flops"}, {"run", "steps"}, set()):
         raise UsageError(f"{path}: budget is {budget}: give flops, or run and steps")
-    if "run" in budget and budget["run"] not in texts["runs"]:
+    if "run" in budget and str(budget["run"]) not in texts["runs"]:
         raise UsageError(f"{path}: budget: no run {budget['run']}")
     for key in budget.keys() & {"flops", "steps"}:
         if type(budget[key]) not in ((int, float) if key == "flops" else (int,)) or budget[key] <= 0:

@@ -41,6 +41,7 @@ def run(
     tasks: Iterator[T],
     workers: int,
     start: Callable[[], None] | None = None,
+    alone: Callable[[T], T] = lambda task: task,
 ) -> Iterator[tuple[T, R | Died]]:
     """Apply a function to tasks in worker processes; results come as they are ready.
 
@@ -53,6 +54,7 @@ def run(
         tasks: Tasks, drawn one by one in this process.
         workers: Number of processes; 0 works in this one.
         start: Function that is called once in every worker.
+        alone: Function that returns a task as it is tried again, when no other runs beside it.
 
     Raises:
         OSError: No worker can be started, for want of memory or descriptors.
@@ -64,7 +66,7 @@ def run(
         else:
             yield task, result
     for task in again:
-        yield from _once(function, iter([task]), min(workers, 1), start)
+        yield from _once(function, iter([alone(task)]), min(workers, 1), start)
 
 
 def _once(

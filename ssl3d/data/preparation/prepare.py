@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssl3d import memory
 from ssl3d.amounts import count_of, duration, printable, size
 from ssl3d.data.cache import cache_folder
 from ssl3d.data.geometry import Triple
@@ -55,6 +56,7 @@ class Summary:
         reused: Whether the store was there already.
         seconds: Duration of the call.
         empty_shard: Whether no subject falls to this shard.
+        short_of_memory: Number of files refused, when a store was made before, for want of memory.
     """
 
     store: Path
@@ -64,6 +66,7 @@ class Summary:
     reused: bool = False
     seconds: float = 0.0
     empty_shard: bool = False
+    short_of_memory: int = 0
 
 
 def prepare(options: PrepareOptions, output: TextIO | None = None) -> Summary:
@@ -109,6 +112,11 @@ def _prepare(options: PrepareOptions, out: Path, say: Callable[[str], None]) -> 
     summary = _finished(out, signed, options)
     if summary is not None:
         say(f"{out}: already prepared: {count_of(summary.volumes, 'volume')}, {summary.rejected} rejected")
+        if summary.short_of_memory:
+            say(
+                f"{count_of(summary.short_of_memory, 'file')} of them for want of memory: {memory.FLAG} "
+                "gives it, --overwrite prepares again"
+            )
         _tidy(work)
     else:
         spacing, medians = _spacing(options, contents, work.workers, say)
@@ -337,7 +345,8 @@ def _finished(out: Path, signed: dict[str, Any], options: PrepareOptions) -> Sum
         before = settings.get("prepare", {})
         if before == signed:
             volumes, subjects = store_counts(out)
-            return Summary(out, volumes, subjects, len(rejected), reused=True)
+            short = sum(str(row.get("reason")).endswith(f" of {memory.FLAG}") for row in rejected)
+            return Summary(out, volumes, subjects, len(rejected), reused=True, short_of_memory=short)
         same_options = before.get("options") == signed["options"]
         reason = (
             f"a store of other data ({before.get('found', '?')} scans found then, {signed['found']} now, "

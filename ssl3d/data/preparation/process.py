@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.amounts import count_of
 from ssl3d.data import geometry
 from ssl3d.data.geometry import UNKNOWN, Triple
@@ -24,6 +25,8 @@ from ssl3d.data.scans.read import Pixels, header_spacing, read, read_mask, sha25
 from ssl3d.data.store.record import Record
 from ssl3d.errors import DataError, is_full
 
+# Bytes of memory for a voxel: in single precision, as it is stored, mask, foreground and what marks them.
+_PREPARED = 10
 _LABEL_VALUES = 32  # a label map has no more values than this
 _LARGEST = float(np.finfo(np.float16).max)  # of the type that stores have
 MASK_ELSEWHERE = "its header places it elsewhere; taken voxel by voxel"
@@ -76,6 +79,7 @@ class ScanTask:
         row: Voxels of a row, where a file holds many volumes.
         row_mask: Mask of that row.
         sha256: SHA-256 of the file, where it holds many volumes.
+        share: Bytes of memory that the scan may take beside others; None for the whole budget.
     """
 
     scan: Scan
@@ -85,6 +89,7 @@ class ScanTask:
     row: np.ndarray | None = None
     row_mask: np.ndarray | None = None
     sha256: str = ""
+    share: int | None = None
 
 
 @dataclasses.dataclass
@@ -136,12 +141,19 @@ class Prepared:
 
 
 def process(task: ScanTask) -> Outcome:
-    """Read, place, resample, normalise, crop and write one scan; bad data are rejected, not raised."""
+    """Read, place, resample, normalise, crop and write one scan; bad data are rejected, not raised.
+
+    Raises:
+        MemoryError: Its share of the memory is not enough; alone it may be.
+    """
     started = time.monotonic()
     outcome = Outcome()
     try:
-        _process(task, outcome)
+        with memory.sharing(task.share):
+            _process(task, outcome)
     except DataError as error:
+        if isinstance(error, memory.TooLarge) and task.share is not None:
+            raise MemoryError(str(error)) from error
         outcome.rejected.append((task.scan.source, str(error)))
     outcome.seconds = time.monotonic() - started
     return outcome
@@ -181,6 +193,8 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
             outcome.parts.append(name)
             outcome.size += path.stat().st_size
         except DataError as error:
+            if isinstance(error, memory.TooLarge) and task.share is not None:
+                raise
             outcome.rejected.append((source, str(error).removeprefix(f"{scan.id}: ")))
         except OSError as error:
             if not is_full(error):
@@ -253,6 +267,7 @@ def _read_channels(task: ScanTask) -> tuple[Pixels, list[int], dict[str, Any]]:
         notes["missing"] = [scan.channels[i] for i in missing]
     if len(first.voxels) != 1:
         raise DataError(f"{len(first.voxels)} frames or colours in the file of one channel")
+    memory.check(memory.held(first.voxels) + 4 * len(scan.files) * first.voxels.size)
     voxels = np.zeros((len(scan.files), *first.voxels.shape[1:]), dtype=np.float32)
     voxels[present[0]] = first.voxels[0]
     for index in present[1:]:
@@ -360,6 +375,8 @@ def _prepared(
         DataError: The volume is of no use.
     """
     scan, recipe = task.scan, task.recipe
+    needed = memory.held(pixels.voxels) + _PREPARED * pixels.voxels.size
+    memory.check(needed, f"{pixels.voxels.size:,} voxels {pixels.voxels.shape}: ")
     voxels = _checked(pixels, scan, missing)
     mask, ignored = _mask(task, pixels, done), _ignored(task, pixels, done)
     affine = pixels.affine
@@ -571,10 +588,12 @@ def _resampled(
 ) -> tuple[np.ndarray, list[np.ndarray | None], np.ndarray]:
     assert recipe.spacing is not None
     shape, target = geometry.respaced(voxels.shape[1:], affine, recipe.spacing)
-    if int(np.prod(shape, dtype=np.float64)) * len(voxels) > recipe.max_voxels:
+    count = int(np.prod(shape, dtype=np.float64)) * len(voxels)
+    if count > recipe.max_voxels:
         raise DataError(
             f"{shape} voxels at {recipe.spacing} mm, more than --max-voxels {recipe.max_voxels:,}"
         )
+    memory.check(voxels.nbytes + (_PREPARED + 2) * count, f"{shape} voxels at {recipe.spacing} mm: ")
     done["resampled"] = {
         "from_spacing": geometry.spacing_of(affine),
         "from_shape": voxels.shape[1:],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.amounts import count_of, duration, size
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import pool
@@ -133,7 +134,8 @@ def make_parts(work: Work, names: Sequence[str]) -> Made:
     places = {names[i]: i for i in missing}
     started, unspaced = time.monotonic(), 0
     tasks = _tasks(work, names, order, parts.rejected)
-    for number, (task, result) in enumerate(pool.run(process, tasks, work.workers, start_worker), start=1):
+    results = pool.run(process, tasks, work.workers, start_worker, _with_all_memory)
+    for number, (task, result) in enumerate(results, start=1):
         seconds, written = 0.0, 0
         if isinstance(result, pool.Died):
             if result.transient:
@@ -219,6 +221,11 @@ def _spread(scans: Sequence[int], weights: dict[int, float]) -> list[int]:
 # ------------------------------------------------------------------------------------------------
 
 
+def _with_all_memory(task: ScanTask) -> ScanTask:
+    """Return a task as it is tried alone, when it may take all the memory that others shared."""
+    return dataclasses.replace(task, share=None)
+
+
 def _kind(scan: Scan) -> str:
     """Return what decides how much work a byte of a scan is: its format, and whether it has a mask."""
     if scan.member is not None:
@@ -252,11 +259,12 @@ def _tasks(
     """Yield tasks in order; rows of archives are read here, one at a time, as they lie in one stream."""
     rows = Rows()
     damaged: set[Path] = set()
+    share = memory.budget() // work.workers if work.workers > 1 else None
     for i in order:
         scan = work.scans[i]
         if scan.member is not None and scan.files[0][0] in damaged:
             continue
-        task = ScanTask(scan, names[i], work.folder, work.recipe.of(scan.dataset))
+        task = ScanTask(scan, names[i], work.folder, work.recipe.of(scan.dataset), share=share)
         if scan.member is not None:
             try:
                 task.row, task.row_mask, task.sha256 = rows.of(scan.files[0][0], *scan.member)

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.read import sha256_of, stem_of
 from ssl3d.data.scans.streams import DEFLATED
@@ -20,6 +21,7 @@ from ssl3d.errors import DataError, is_transient
 
 _SPLITS = ("train", "val", "test")
 PACKED = "masks_packed"
+_ROWS = ("images", PACKED)  # ends of the names of arrays that are read row by row
 Label = int | float | str | None
 
 
@@ -241,6 +243,8 @@ def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]
                 raise ValueError(
                     f"{name} holds {member.file_size:,} bytes, but its header promises {needed:,}"
                 )
+            if not name.endswith(_ROWS):
+                memory.check(2 * needed, f"{name}: ")  # read whole: labels, subjects, splits
             headers[name] = shape, dtype
     return headers
 
@@ -316,6 +320,7 @@ class RowReader:
         if fortran:
             raise DataError(f"{path.name}: {member} is in Fortran order; save it in C order")
         self._bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        memory.check(self._bytes, f"a row of {member}: ")
         self._next = 0
 
     def __getitem__(self, index: int) -> np.ndarray:

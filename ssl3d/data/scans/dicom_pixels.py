@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d import memory
 from ssl3d.data.scans.itk import image_of, information
 from ssl3d.data.scans.streams import copy_of, is_zipped
 from ssl3d.errors import DataError, is_transient
@@ -171,8 +172,7 @@ def _rewrite(path: Path, plain: Path, *, inflate: bool, decode: bool) -> None:
 
     try:
         with warnings.catch_warnings(action="ignore"):
-            if inflate:
-                _check_inflated(path)
+            memory.check(2 * (_inflated(path) if inflate else path.stat().st_size))
             with mapped(path) as file:
                 dataset = dcmread(file, force=True)
             if decode:
@@ -195,8 +195,12 @@ def _rewrite(path: Path, plain: Path, *, inflate: bool, decode: bool) -> None:
         raise DataError(f"damaged DICOM: {' '.join(str(error).split())[:150]}") from error
 
 
-def _check_inflated(path: Path) -> None:
-    """Refuse a deflated file that would fill the memory, or that is cut short."""
+def _inflated(path: Path) -> int:
+    """Count the bytes of a deflated file once it is inflated.
+
+    Raises:
+        DataError: They are too many, or the file is cut short.
+    """
     from pydicom.filereader import _read_file_meta_info as read_meta
     from pydicom.filereader import read_preamble
 
@@ -211,6 +215,7 @@ def _check_inflated(path: Path) -> None:
             count += len(stream.decompress(block, 1 << 24))
             if count > _MOST:
                 raise DataError(f"inflates to more than {_MOST:,} bytes")
+    return count
 
 
 def _element(file: Any, big: bool = False) -> tuple[tuple[int, int], int]:

@@ -22,7 +22,7 @@ from ssl3d.data.scans.dicom import (
 from ssl3d.data.scans.dicom_frames import read_frames
 from ssl3d.data.scans.dicom_mosaic import is_mosaic, read_mosaics
 from ssl3d.data.scans.dicom_pixels import dicom_image, dicom_information
-from ssl3d.data.scans.itk import affine_of, pixels_of, quiet_sitk, unplaced_pixels
+from ssl3d.data.scans.itk import affine_of, image_bytes, pixels_of, quiet_sitk, unplaced_pixels
 from ssl3d.data.scans.pixels import Pixels, check_size, placed_pixels
 from ssl3d.errors import DataError
 
@@ -43,7 +43,8 @@ def read_dicom(files: Sequence[Path], max_voxels: int | None, header_only: bool 
     tags = {path: dicom_tags(path) for path in files}
     first = tags[files[0]]
     header = dicom_information(files[0])
-    check_size((*header.GetSize(), len(files)), max_voxels)
+    each = 0 if header_only else image_bytes(header)
+    check_size((*header.GetSize(), header.GetNumberOfComponents(), len(files)), max_voxels, each)
     film = first["modality"] in FILMS  # of several frames: a film, not a volume
     if is_mosaic(first):
         timed = sorted(

@@ -113,8 +113,15 @@ def read_itk(files: Sequence[Path], max_voxels: int | None) -> Pixels:
     elif stored is not None:
         stored.check()
     if voxels is None:
+        check_size((*size, components), None, image_bytes(header))
         return pixels_of(image_of(path), colours=colours)
     return _pixels(voxels, header, components, colours=colours)
+
+
+def image_bytes(header: Any) -> int:
+    """Return the bytes of memory that SimpleITK takes for one value: its own copy, and that for numpy."""
+    dtype = _dtype(header.GetPixelIDValue())
+    return 2 * (8 if dtype is None else dtype.itemsize)
 
 
 def _dtype(kind: int) -> np.dtype | None:

@@ -6,6 +6,7 @@ MetaImage file do not inflate, or its header does not say to how many bytes they
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -16,9 +17,11 @@ from typing import Literal
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data.scans.streams import check_deflated, check_promise
 from ssl3d.errors import DataError
 
+_UNTOLD = "unreadable: its header does not tell size, type and place of its voxels"
 _HEAD = 1 << 16  # bytes in which a header ends
 # Bytes of a number by a part of its type's name; NRRD's and MetaImage's names, the longer ones first.
 _BYTES = {"long_long": 8, "long long": 8, "longlong": 8, "64": 8, "double": 8, "16": 2, "short": 2, "32": 4,
@@ -99,6 +102,7 @@ class StoredVoxels:
             return np.memmap(self.path, dtype, "r", last if self.offset is None else self.offset, shape)
         offset = self.offset or 0
         check_promise(self.path, offset + self.needed, zipped=True)
+        memory.check(self.needed)
         voxels = np.empty(shape, dtype)
         check_deflated(self.path, offset, self.needed, voxels.reshape(-1).view(np.uint8).data)
         return voxels
@@ -106,13 +110,19 @@ class StoredVoxels:
 
 def detached_voxels(path: Path) -> Iterator[Path]:
     """Yield the file that holds the voxels of a header, where that is another."""
-    stored = stored_voxels(path)
-    if stored is not None and stored.path != path:
-        yield stored.path
+    with contextlib.suppress(DataError):  # its reader tells it
+        stored = stored_voxels(path)
+        if stored is not None and stored.path != path:
+            yield stored.path
 
 
 def stored_voxels(path: Path) -> StoredVoxels | None:
-    """Find the voxels of a NRRD or MetaImage file; None where they lie in several files, or untold."""
+    """Find the voxels of a NRRD or MetaImage file; None where they lie in several files.
+
+    Raises:
+        DataError: The header does not tell where they lie, or how many there are: ITK makes something of
+            some that are damaged.
+    """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
     return _of_nrrd(path, head) if head.startswith(b"NRRD") else _of_metaimage(path, head)
@@ -127,10 +137,10 @@ def _of_nrrd(path: Path, head: bytes) -> StoredVoxels | None:
     }
     sizes, size = _numbers(fields.get(b"sizes", b"")), _size(fields.get(b"type", b""))
     data = fields.get(b"datafile")
+    if data is not None and (data.split()[:1] == [b"LIST"] or b"%" in data):
+        return None
     if not sizes or not size or (data is None and not blank):
-        return None
-    if data is not None and (data.split()[0] == b"LIST" or b"%" in data):
-        return None
+        raise DataError(_UNTOLD)
     form = {b"raw": "raw", b"gzip": "deflated", b"gz": "deflated"}.get(fields.get(b"encoding", b"").lower())
     skipped = [fields.get(name, b"0") for name in (b"lineskip", b"byteskip")]
     if any(skip != b"0" for skip in skipped):
@@ -148,7 +158,7 @@ def _of_nrrd(path: Path, head: bytes) -> StoredVoxels | None:
 def _of_metaimage(path: Path, head: bytes) -> StoredVoxels | None:
     match = re.search(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(.+?)[ \t]*\r?\n", head + b"\n", re.MULTILINE)
     if match is None:
-        return None
+        raise DataError(_UNTOLD)
     fields = {
         name.strip(): value.strip()
         for name, equals, value in (line.partition(b"=") for line in head[: match.start()].splitlines())
@@ -157,8 +167,10 @@ def _of_metaimage(path: Path, head: bytes) -> StoredVoxels | None:
     data = match[1]
     sizes, size = _numbers(fields.get(b"DimSize", b"")), _size(fields.get(b"ElementType", b""))
     channels = _numbers(fields.get(b"ElementNumberOfChannels", b"1"))
-    if not sizes or not size or not channels or data.startswith(b"LIST") or b"%" in data:
+    if data.startswith(b"LIST") or b"%" in data:
         return None
+    if not sizes or not size or not channels:
+        raise DataError(_UNTOLD)
     local = data in (b"LOCAL", b"Local", b"local")
     place = path if local else path.parent / os.fsdecode(data)
     skip = _numbers(fields.get(b"HeaderSize", b"0"))

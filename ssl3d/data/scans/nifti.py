@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data import geometry
 from ssl3d.data.geometry import CANONICAL, UNKNOWN, Triple
 from ssl3d.data.scans.pixels import Pixels, canonical_spacing, check_size
 from ssl3d.data.scans.streams import check_promise, is_zipped, unzipped
 from ssl3d.errors import DataError
 
+_SLAB = 1 << 25  # bytes of voxels that are scaled at a time
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and microns; no unit is taken as mm
 
 
@@ -124,11 +126,29 @@ def _voxels(image: Any) -> np.ndarray:
     spare = 1 << 26 if behind else max(bytes_of_voxels // max(proxy.shape) - 1, 0)
     zipped = is_zipped(path)
     check_promise(path, proxy.offset + bytes_of_voxels, zipped, spare)
+    scaled = (proxy.slope, proxy.inter) != (1, 0)  # to double precision
+    taken = bytes_of_voxels * (zipped or scaled) + 8 * math.prod(proxy.shape) * scaled
+    read: Callable[[Any], np.ndarray] = np.asanyarray
+    if scaled and not memory.fits(taken):
+        read, taken = _by_slabs, 4 * math.prod(proxy.shape) + _SLAB
+    memory.check(taken, f"{math.prod(proxy.shape):,} voxels {proxy.shape}: ")
     if not zipped:
-        return np.asanyarray(proxy)
+        return read(proxy)
     with unzipped(path, spare) as stream:
         spec = proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter
-        return np.asanyarray(ArrayProxy(stream, spec, order=proxy.order))
+        return read(ArrayProxy(stream, spec, order=proxy.order))
+
+
+def _by_slabs(proxy: Any) -> np.ndarray:
+    """Read scaled voxels in single precision, and no more than a slab of them in double precision."""
+    voxels = np.empty(proxy.shape, np.float32, order=proxy.order)
+    axis = max(n for n, length in enumerate(proxy.shape) if length > 1 or n == 0)
+    step = max(1, _SLAB // (8 * math.prod(proxy.shape[:axis])))
+    with np.errstate(over="ignore"):
+        for first in range(0, proxy.shape[axis], step):
+            slab: Any = (..., slice(first, first + step), *[slice(None)] * (len(proxy.shape) - axis - 1))
+            voxels[slab] = proxy[slab]
+    return voxels
 
 
 def _affine(image: Any) -> tuple[np.ndarray, bool]:

@@ -26,6 +26,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (
     274,
     277,
 )
+_DECODED = 8  # bytes of memory for a pixel: Pillow's own, those of another mode, and numpy's
 _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 278, 284, 322, 323
 _STRIPS, _TILES = (273, 279), (324, 325)  # where they begin, and their lengths
 
@@ -46,7 +47,7 @@ def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = F
 
     with Image.open(files[0]) as opened:
         picture: Any = opened
-        check_size(picture.size, max_voxels)
+        check_size(picture.size, max_voxels, _DECODED)
         pages = getattr(picture, "n_frames", 1)
         if picture.format == "PNG":
             _check_png(files[0])

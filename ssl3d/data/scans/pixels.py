@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data import geometry
 from ssl3d.data.geometry import CANONICAL, Triple
 from ssl3d.errors import DataError
@@ -82,8 +83,13 @@ def canonical_spacing(affine: np.ndarray) -> Triple:
     return geometry.spacing_of(geometry.to_canonical(np.empty((1, 1, 1)), affine)[1])
 
 
-def check_size(shape: Sequence[int], max_voxels: int | None) -> None:
-    """Refuse a scan of no voxels, or of more than `max_voxels`.
+def check_size(shape: Sequence[int], max_voxels: int | None, each: int = 0) -> None:
+    """Refuse a scan of no voxels, of more than `max_voxels`, or of more memory than may be taken.
+
+    Args:
+        shape: Shape by the header.
+        max_voxels: Largest number of voxels; None where it does not matter.
+        each: Bytes of memory that reading takes for a voxel.
 
     Raises:
         DataError: The scan is empty or too large.
@@ -93,3 +99,4 @@ def check_size(shape: Sequence[int], max_voxels: int | None) -> None:
         raise DataError(f"empty: shape {tuple(shape)}")
     if max_voxels is not None and count > max_voxels:
         raise DataError(f"{count:,} voxels {tuple(shape)}, more than --max-voxels {max_voxels:,}")
+    memory.check(count * each, f"{count:,} voxels {tuple(shape)}: ")

@@ -61,6 +61,7 @@ class Chunked:
         chunks: Shape of a chunk; None where the data set has no chunks.
         attrs: Attributes of the data set.
         pending: Which chunks are not compared yet, booleans; None where none is.
+        summed: Whether its chunks have check sums.
     """
 
     def __init__(self, data: h5py.Dataset, pending: np.ndarray | None = None):
@@ -70,7 +71,8 @@ class Chunked:
         self.chunks: tuple[int, ...] | None = data.chunks
         self.attrs = data.attrs
         self.pending: np.ndarray | None = None
-        if self.chunks and _SUMS in data.attrs:
+        self.summed = bool(self.chunks) and _SUMS in data.attrs
+        if self.chunks and self.summed:
             self._sums: np.ndarray = data.attrs[_SUMS]
             grid = _grid(self.shape, self.chunks)
             if self._sums.shape != grid:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ssl3d.data.store.digests import content_digest
 from ssl3d.data.store.volume import Store, Volume
 from ssl3d.errors import DataError
 
@@ -43,12 +42,7 @@ def _fault_of(volume: Volume) -> str:
         DataError: Part of it cannot be read.
     """
     store, number = volume.place
-    image = volume.stored("images")
-    mask = volume.stored("masks") if volume.has_mask else None
-    ignored = volume.stored("ignored") if volume.has_ignored else None
-    with store.reading(f"the image, the mask or the boxes of {volume.dataset}/{volume.id}"):
-        scale, offset = (float(image.attrs[key]) for key in ("scale", "offset"))
-        content = content_digest(image, mask, volume.boxes, scale, offset, ignored)
+    content = volume.content()
     volume.foreground(), volume.box_labels, volume.background
     row, record = store.rows[number], volume.record
     where = f"{store.path}: {volume.dataset}/{volume.id}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl3d import memory
 from ssl3d.data.store.chunks import UNREADABLE, Chunked
-from ssl3d.data.store.digests import index_digest
+from ssl3d.data.store.digests import content_digest, index_digest
 from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, fault_of_index, label_of
 from ssl3d.data.store.record import SPLITS, Affine, Record
 from ssl3d.errors import DataError, PluginError, is_transient, reason_of
@@ -41,6 +43,7 @@ class Store:
         datasets: Names of the data sets.
         people: Position in `datasets` and subject, per identity code.
         ignored: Rows of the volumes that have voxels to ignore.
+        state: Number, time of change and size of the file.
 
     Raises:
         DataError: The file is missing, cut short, damaged, from a newer format, or not a store.
@@ -50,7 +53,7 @@ class Store:
         self.path = Path(path).absolute()
         file = _checked(self.path)
         state = self.path.stat()
-        self._state = state.st_ino, state.st_mtime_ns, state.st_size
+        self.state = state.st_ino, state.st_mtime_ns, state.st_size
         with file:
             try:
                 place = file["index/table"]
@@ -82,7 +85,7 @@ class Store:
     @property
     def file(self) -> h5py.File:
         """HDF5 file, opened by this process."""
-        return _open_here(self.path, self._state)
+        return _open_here(self.path, self.state)
 
     def array(self, name: str) -> Chunked:
         """Look up a data set of the file, and keep it: a look-up costs as much as reading a small crop.
@@ -90,7 +93,7 @@ class Store:
         Raises:
             KeyError: There is no data set of that name.
         """
-        return _dataset_here(self.path, self._state, name)
+        return _dataset_here(self.path, self.state, name)
 
     @contextmanager
     def reading(self, subject: str) -> Iterator[None]:
@@ -271,7 +274,8 @@ class Volume:
             size: Voxels along (D, H, W); may reach outside, where the background is filled in.
 
         Raises:
-            DataError: The store cannot be read here, or its check sum does not hold.
+            DataError: The store cannot be read here, its check sum does not hold, or the voxels need more
+                memory than may be taken.
 
         Example:
             >>> from ssl3d.api import open_data
@@ -279,9 +283,10 @@ class Volume:
             >>> volume.read(start=(0, 8, 8), size=(16, 32, 32)).shape
             torch.Size([1, 16, 32, 32])
         """
-        data = self.stored("images")
+        data = self._summed("images")
         start, size = self._window(start, size)
         inside, place, whole = _clip(start, size, self.shape[1:])
+        self._check_memory(self.shape[0] * math.prod(size) * (4 + data.dtype.itemsize))
         if whole:
             return self._voxels(data, inside)
         out = torch.empty((self.shape[0], *size))
@@ -289,6 +294,9 @@ class Volume:
         if all(s.stop > s.start for s in inside):
             out[(slice(None), *place)] = self._voxels(data, inside)
         return out
+
+    def _check_memory(self, needed: int) -> None:
+        memory.check(needed, f"{self.dataset}/{self.id}, shape {self.shape}: ")
 
     def _voxels(self, data: Chunked, inside: tuple[slice, ...]) -> Tensor:
         with self._reading("the image"):
@@ -304,9 +312,10 @@ class Volume:
         self._labelled("mask")
         if not self.has_mask:
             raise DataError(f"{self.dataset}/{self.id}: has no mask")
-        data = self.stored("masks")
+        data = self._summed("masks")
         start, size = self._window(start, size)
         inside, place, _ = _clip(start, size, self.shape[1:])
+        self._check_memory(math.prod(size) * (8 + data.dtype.itemsize))
         out = np.zeros(tuple(size), np.int64)
         if all(s.stop > s.start for s in inside):
             with self._reading("the mask"):
@@ -330,7 +339,7 @@ class Volume:
         inside, place, _ = _clip(start, size, self.shape[1:])
         out = np.zeros(tuple(size), bool)
         if self.has_ignored and all(s.stop > s.start for s in inside):
-            data = self.stored("ignored")
+            data = self._summed("ignored")
             with self._reading("the mask of voxels to ignore"):
                 out[place] = data[inside]
         return torch.from_numpy(out)
@@ -370,6 +379,35 @@ class Volume:
             if data.shape != expected:
                 raise ValueError(f"its shape is {data.shape}, in the index {expected}")
             return data
+
+    def _summed(self, group: str) -> Chunked:
+        """Look up a data set as `stored` does, whose damage is told as it is read.
+
+        In a store made before chunks had check sums, all of the volume is compared with its hash, once in
+        each process.
+        """
+        data = self.stored(group)
+        known = self._row["content"].tobytes().hex()
+        key = self._store.path, self._store.state, self._number
+        if not data.summed and data.nbytes and known.strip("0") and key not in _whole:
+            with self._reading("the image, the mask or the boxes"):
+                if self.content() != known:
+                    raise ValueError("they are not those that were written")
+            _whole.add(key)
+        return data
+
+    def content(self) -> str:
+        """Hash all that is stored of the volume, in little memory: `Record.voxels` of what was written.
+
+        Raises:
+            DataError: Part of it cannot be read.
+        """
+        image = self.stored("images")
+        mask = self.stored("masks") if self.has_mask else None
+        ignored = self.stored("ignored") if self.has_ignored else None
+        with self._reading("the image, the mask or the boxes"):
+            scale, offset = (float(image.attrs[key]) for key in ("scale", "offset"))
+            return content_digest(image, mask, self._flat("boxes"), scale, offset, ignored)
 
     def _window(
         self, start: Sequence[int] | None, size: Sequence[int] | None
@@ -422,6 +460,7 @@ def _size(data: Chunked) -> int:
 _open_files: OrderedDict[_Key, h5py.File] = OrderedDict()
 _known = _Handles()
 _pending: dict[tuple[_Key, str], np.ndarray] = {}  # chunks not compared yet; outlives the handles
+_whole: set[tuple[Path, tuple[int, int, int], int]] = set()  # volumes compared with their hashes
 _forgotten: list[object] = []
 _open_by = os.getpid()
 

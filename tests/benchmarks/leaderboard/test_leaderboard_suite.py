@@ -289,6 +289,7 @@ WRONG = {
     "options is missing": {"tasks": {"a": {"runs": ["*"]}}},
     "folds is 1": {"folds": 1},
     "budget: no run other": {"budget": {"run": "other", "steps": 3}},
+    "budget: no run ['simclr']": {"budget": {"run": ["simclr"], "steps": 3}},
     "give flops, or run and steps": {"budget": {"steps": 3}},
     "seeds is [-1]": {"seeds": [-1]},
     "simclr: a run and a contestant of one name": {"contestants": {"simclr": "scratch:resnet10"}},

@@ -104,6 +104,18 @@ def test_voxels_of_itk_formats_are_those_that_itk_reads(tmp_path, name, kind):
         np.testing.assert_array_equal(ours.voxels, theirs.voxels)
 
 
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "z.nrrd", "z.mha"])
+def test_a_header_whose_sizes_are_no_numbers_is_refused(tmp_path, name):
+    voxels = np.arange(4 * 18 * 16, dtype=np.int16).reshape(4, 18, 16)
+    path = tmp_path / name
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), name[0] == "z")
+    content = path.read_bytes()
+    assert b"16 18 4" in content
+    path.write_bytes(content.replace(b"16 18 4", b"16 1\x18 4", 1))  # ITK reads 16 x 1 x 4 of one
+    with pytest.raises(DataError, match="its header does not tell size, type and place of its voxels"):
+        read([path])
+
+
 def test_numbers_whose_highest_byte_comes_first_are_read_so(tmp_path):
     voxels = np.arange(24, dtype=">i2").reshape(2, 3, 4).tobytes()
     head = b"NDims = 3\nDimSize = 4 3 2\nElementType = MET_SHORT\nBinaryDataByteOrderMSB = True\n"

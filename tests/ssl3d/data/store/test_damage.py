@@ -228,6 +228,18 @@ def test_an_index_without_a_digest_must_make_sense(tmp_path, field, value, said)
         open_data([copy])
 
 
+def test_a_volume_of_a_store_made_before_is_compared_with_its_hash_as_it_is_first_read(tmp_path):
+    copy = flip(OLD, tmp_path / "old.h5", [(place_of(OLD, "images/3") + 11, 6)])
+    data, whole = open_data([copy]), open_data([OLD])
+    with pytest.raises(DataError, match=r"damaged \(they are not those that were written\)"):
+        data[3].read((0, 0, 0), (2, 2, 2))
+    assert torch.equal(data[4].read(), whole[4].read())
+    at = next(number for number, volume in enumerate(whole) if volume.has_mask)
+    copy = flip(OLD, tmp_path / "other.h5", [(place_of(OLD, f"masks/{at}") + 11, 6)])
+    with pytest.raises(DataError, match="not those that were written"):
+        open_data([copy])[at].read_mask()
+
+
 def test_a_store_made_before_is_verified_by_its_hashes(tmp_path, capsys):
     info.main(["--verify", str(OLD)])
     assert "all of 14 volumes read, nothing is damaged" in capsys.readouterr().out
