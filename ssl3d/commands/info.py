@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d import plugins
-from ssl3d.amounts import count_of, duration, printable, size
+from ssl3d.amounts import count_of, duration, parameters, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands import info_written
 from ssl3d.commands.info_results import describe_results, result_lines
@@ -427,7 +427,8 @@ def _encoder_lines(info: dict[str, Any]) -> list[str]:
 def _model_lines(info: dict[str, Any]) -> list[str]:
     card = info["card"]
     several = f"{info['models']} models, one for each fold," if info["models"] > 1 else "a model,"
-    classes = ", ".join(f"{kind['value']} {kind['name']}" for kind in card["classes"])
+    pairs = [(str(kind["value"]), str(kind["name"])) for kind in card["classes"]]
+    classes = ", ".join(value if value == name else f"{value} {name}" for value, name in pairs)
     spacing = card["spacing"]
     lines = [
         f"{info['path']}: {several} {info['bytes'] / 1e6:,.1f} MB of weights",
@@ -442,8 +443,22 @@ def _model_lines(info: dict[str, Any]) -> list[str]:
         low, high = (card.get("intervals") or {}).get(name, (None, None))
         interval = "" if low is None else f" [{low:.4g}, {high:.4g}]"
         lines.append(f"  {name}: {'undefined' if score is None else f'{score:.4g}'}{interval}")
-    rest = ("architecture", "training", "citations", "precision", "record", "versions")
-    return lines + [f"  {key}: {_words(card[key])}" for key in rest if key in card]
+    network, training = card["architecture"], card["training"]
+    volumes = training.get("volumes") or {}
+    chosen = training.get("step_chosen")
+    people = f"{training['subjects']} subjects of {', '.join(training.get('datasets') or ['?'])}"
+    lines += [
+        f"  network: {network['name']}, {parameters(network['parameters'])}, in {card.get('precision')}",
+        f"  trained for {training.get('steps')} steps"
+        + (f" (the network of step {chosen} is kept)" if chosen is not None else "")
+        + f", learning rate {training.get('lr')}, seed {training.get('seed')}; {volumes.get('train', '?')} "
+        f"volumes to train and {volumes.get('val', '?')} to choose by, of {people}",
+        f"  to cite: {'; '.join(dict.fromkeys(map(str, (card.get('citations') or {}).values())))}",
+    ]
+    return [
+        *lines,
+        f"  ssl3d predict {info['path']} --data SCANS --out predicted; --json prints the whole card",
+    ]
 
 
 def _folder_lines(info: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 // A gallery shows some cards at a time: those that the search and the filters leave, in the order chosen.
 const AT_ONCE = 24;
+const written = number => number.toLocaleString('en');
 document.querySelectorAll('.gallery').forEach(gallery => {
   const controls = gallery.previousElementSibling;
   const cards = Array.from(gallery.children);
@@ -20,7 +21,7 @@ document.querySelectorAll('.gallery').forEach(gallery => {
     kept.forEach(card => { if (shown.has(card)) gallery.appendChild(card); });
     const noun = controls.dataset.noun + (kept.length === 1 ? '' : 's');
     said.textContent = kept.length
-      ? (first + 1) + '–' + (first + shown.size) + ' of ' + kept.length.toLocaleString('en') + ' ' + noun
+      ? written(first + 1) + '–' + written(first + shown.size) + ' of ' + written(kept.length) + ' ' + noun
       : 'no ' + noun;
     page.value = 1 + first / AT_ONCE;
     page.max = Math.max(1, Math.ceil(kept.length / AT_ONCE));
