@@ -52,7 +52,7 @@ docs: $(VENV)/.docs
 ifeq ($(DEMO),small)
 DEMO_SIZE := --data phantoms:60 --steps 40
 else
-DEMO_SIZE := --data phantoms:150 --steps 400
+DEMO_SIZE := --data phantoms:150 --steps 300
 endif
 
 demo: $(VENV)/.ready

@@ -37,7 +37,10 @@ def summary(run: Path, results: Path) -> list[str]:
     }
     shares = ", ".join(f"{means[kind]:.2f} {words}" for kind, words in rows.items() if kind in means)
     lines.append(f"worth: a linear layer finds the organs with a Dice of {shares}")
-    lines.append("next: ssl3d pretrain --proxy sorting --data FOLDER_OF_SCANS --out runs/first")
+    lines.append(
+        "next: ssl3d study FOLDER_OF_SCANS --hours 8 --out study asks whether this pays on your own scans; "
+        "ssl3d pretrain --proxy sorting --data FOLDER_OF_SCANS --out runs/first trains one encoder"
+    )
     pictures = sorted(results.glob("*.png")) or sorted((run / "pictures").glob("*.png"))
     return [*lines, *(f"picture: {path}" for path in pictures[-1:])]
 

@@ -128,4 +128,5 @@ def _slice(panel: Axes, volume: Volume, boxes: Array, predicted: Any) -> None:
             alpha=alpha,
         )
     panel.set_axis_off()
-    panel.set_title(f"{volume.id}, slice {at}"[-34:], fontsize=7)
+    title = f"{volume.id}, slice {at}"
+    panel.set_title(title if len(title) <= 34 else f"…{title[-33:]}", fontsize=7)

@@ -19,6 +19,8 @@ FULL = 0.1
 """Gain whose cell has the full colour."""
 PALE = 0.005
 """Gain below which a cell has no colour."""
+FEW_COLUMNS = 3
+"""Most columns whose headings are written across; those of more are turned."""
 ROWS = 14
 """Rows of the matrix that are in sight; the others are folded."""
 FEW_GAINS = 40
@@ -151,7 +153,8 @@ def matrix(boards: Sequence[Board]) -> str:
     return (
         f'<p class="legend"><small>{legend}</small></p>'
         f'<div class="wide matrix" tabindex="0" role="region" aria-label="{caption}">'
-        f'<table style="--columns:{len(columns)}"><colgroup class="name"></colgroup>'
+        f'<table{" class=few" * (len(columns) <= FEW_COLUMNS)} style="--columns:{len(columns)}">'
+        '<colgroup class="name"></colgroup>'
         f'<colgroup span="{len(columns)}"></colgroup>'
         f"<caption>{caption}</caption><thead>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
