@@ -53,6 +53,8 @@ def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = F
             _check_png(files[0])
         elif picture.format == "TIFF":
             _check_tiff(picture.tag_v2, files[0].stat().st_size)
+        elif picture.format in ("JPEG", "MPO"):
+            _check_jpeg(picture.size, files[0].stat().st_size)
         if pages > 1 and picture.format != "MPO":  # a telephone's JPEG, whose second page is a preview
             raise DataError(f"{pages} pages in one picture; save them one by one, or as NIfTI")
         kind, tags = picture.format, getattr(picture, "tag_v2", {})
@@ -160,6 +162,14 @@ def _check_png(path: Path) -> None:
             if file.read(4) != total.to_bytes(4, "big"):
                 name = kind.decode("ascii", "replace")
                 raise DataError(f"damaged: the check sum of {name} does not hold" if name else "cut short")
+
+
+def _check_jpeg(sides: tuple[int, int], size: int) -> None:
+    """Refuse a JPEG of fewer bits than it has blocks of 8 x 8 pixels: libjpeg makes the rest grey."""
+    if sides[0] * sides[1] > 512 * size:
+        raise DataError(
+            f"cut short: {size:,} bytes, its header promises {sides[0]:,} x {sides[1]:,} pixels"
+        )
 
 
 def _check_tiff(tags: Any, size: int) -> None:

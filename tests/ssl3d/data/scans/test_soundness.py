@@ -230,6 +230,20 @@ def test_a_tiff_whose_strips_do_not_cover_it_is_refused_at_once(tmp_path, compre
         read([path])
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_fewer_bits_than_blocks_is_cut_short(tmp_path, progressive):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.full((4000, 5000), 90, np.uint8)).save(path, progressive=progressive, quality=5)
+    assert read([path]).voxels.shape == (1, 1, 4000, 5000)  # as few bits as there can be
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(path, progressive=progressive)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 5
+    content[place : place + 4] = (13_000).to_bytes(2, "big") * 2
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cut short: [\d,]+ bytes, its header promises 13,000 x 13,000"):
+        read([path])
+
+
 def test_a_tiff_that_ends_before_its_strips_is_cut_short(tmp_path):
     path = tmp_path / "a.tif"
     Image.fromarray(np.ones((40, 50), np.uint16) * 700).save(path)
