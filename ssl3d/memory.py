@@ -97,6 +97,23 @@ def check(needed: int, subject: str = "") -> None:
             raise TooLarge(f"{subject}needs {size(needed)} of memory, more than the {size(most)} of {FLAG}")
 
 
+def check_mapping(needed: int, subject: str = "") -> None:
+    """Refuse to map more of a file than this process has addresses for; it takes no memory.
+
+    Args:
+        needed: Bytes of the file.
+        subject: Beginning of the message of an error.
+
+    Raises:
+        TooLarge: They are more than `ulimit -v` leaves.
+    """
+    most = min(_own_free(), default=needed)
+    if needed > most:
+        raise TooLarge(
+            f"{subject}needs {size(needed)} of addresses, and `ulimit -v` leaves {size(max(most, 0))}"
+        )
+
+
 def fits(needed: int) -> bool:
     """Tell whether bytes that are about to be taken are within the budget."""
     try:

@@ -90,7 +90,12 @@ def dicom_image(path: Path) -> Any:
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[Any]:
-    """Open a file for pydicom so that a damaged header makes it read no more than there is."""
+    """Open a file for pydicom so that a damaged header makes it read no more than there is.
+
+    Raises:
+        TooLarge: It is longer than this process has addresses for.
+    """
+    memory.check_mapping(path.stat().st_size)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
