@@ -22,7 +22,7 @@ from ssl3d.checkpoint.card import (
 from ssl3d.checkpoint.weights import load_strictly, not_finite, safetensors_of
 from ssl3d.config import from_dict
 from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError, not_written
-from ssl3d.files import whole_folder, write_whole
+from ssl3d.files import check_regular, whole_folder, write_whole
 from ssl3d.json_files import parse_json
 from ssl3d.model import Model
 
@@ -102,6 +102,7 @@ def read_model_card(folder: str | Path) -> dict[str, Any]:
     """
     path = _folder_of(Path(folder)) / CARD
     try:
+        check_regular(path)
         card = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: no model that ssl3d finetune kept") from error
@@ -225,6 +226,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
+        check_regular(path)
         memory.check(2 * path.stat().st_size, f"{path}: ")
         content = path.read_bytes()
     except OSError as error:

@@ -16,7 +16,7 @@ import torch
 
 from ssl3d.checkpoint.card import check_format
 from ssl3d.errors import CheckpointError, not_written
-from ssl3d.files import sync_folder
+from ssl3d.files import check_regular, sync_folder
 from ssl3d.yaml_files import read_yaml
 
 
@@ -115,7 +115,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             missing or of the wrong kind.
     """
     expected = path.stem.rpartition("-")[2]
-    if _digest(path) != expected:
+    try:
+        check_regular(path)
+        whole = _digest(path) == expected
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if not whole:
         raise CheckpointError(f"{path}: is damaged or cut short ({path.stat().st_size} bytes)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -178,6 +178,16 @@ def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, name, monkeypatch):
         read([path])
 
 
+@linux
+def test_a_damaged_element_of_dicom_takes_no_memory(tmp_path):
+    path = tmp_path / "a.dcm"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((1, 20, 20), np.int16)), str(path))
+    with path.open("ab") as file:
+        file.write(b"\xe1\x7f\x10\x00OB\0\0\x00\x00\x00\xf0" + bytes(100))
+    taken, said = most_taken(lambda: read([path]))
+    assert taken < 500e6, said
+
+
 def test_a_batch_that_no_memory_holds_is_refused_at_once():
     codes = np.arange(4)
     with pytest.raises(memory.TooLarge, match="--batch-size 1,000,000,000: needs 4 TB"):
