@@ -76,7 +76,7 @@ def test_one_image_with_one_box_is_learned_by_heart(tmp_path):
     before = score_boxes(proxy, data).mean[0]
     optimizer = torch.optim.AdamW(proxy.train().parameters(), lr=2e-3)
     first = None
-    for step in range(60):
+    for step in range(120):
         output = proxy(batch, one_group(step, 1))
         optimizer.zero_grad()
         output.loss.backward()
