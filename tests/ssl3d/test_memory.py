@@ -18,6 +18,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from PIL import Image
+from pydicom import dcmwrite
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from ssl3d import memory
 from ssl3d.cli import main
@@ -180,10 +183,18 @@ def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, name, monkeypatch):
 
 @linux
 def test_a_damaged_element_of_dicom_takes_no_memory(tmp_path):
-    path = tmp_path / "a.dcm"
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((1, 20, 20), np.int16)), str(path))
-    with path.open("ab") as file:
-        file.write(b"\xe1\x7f\x10\x00OB\0\0\x00\x00\x00\xf0" + bytes(100))
+    path, meta = tmp_path / "a.dcm", FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = MRImageStorage, ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    scan = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    scan.SOPClassUID, scan.SOPInstanceUID, scan.Modality = MRImageStorage, "1.2.3", "MR"
+    scan.Rows, scan.Columns, scan.PixelData = 18, 16, bytes(2 * 18 * 16)
+    scan.BitsAllocated = scan.BitsStored = 16
+    scan.HighBit, scan.PixelRepresentation, scan.SamplesPerPixel = 15, 1, 1
+    scan.PhotometricInterpretation = "MONOCHROME2"
+    dcmwrite(path, scan, enforce_file_format=True)
+    with path.open("ab") as file:  # of no kind, and of 1.9 GB
+        file.write(b"\x01\x84\x70\x01\xd8\x00\x17\x70" + bytes(100))
     taken, said = most_taken(lambda: read([path]))
     assert taken < 500e6, said
 
