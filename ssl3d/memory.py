@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ssl3d.amounts import size
 from ssl3d.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VARIABLE = "SSL3D_MAX_MEMORY"
 """Environment variable with the budget, for commands that a command starts, too."""
@@ -112,6 +114,8 @@ def fits(needed: int) -> bool:
 
 def held(array: np.ndarray) -> int:
     """Return the bytes of memory that an array keeps; of one that is mapped from a file none."""
+    import numpy as np  # not for the help of the command line
+
     owner = array
     while isinstance(owner, np.ndarray) and owner.base is not None and not isinstance(owner, np.memmap):
         owner = owner.base
