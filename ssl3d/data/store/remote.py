@@ -258,11 +258,11 @@ class RemoteFile(io.RawIOBase):
         self._folder = _folder() / key
 
     def readable(self) -> bool:
-        """Return True."""
+        """Return True, for it can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
+        """Return True, for any place can be read."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -271,7 +271,7 @@ class RemoteFile(io.RawIOBase):
         return self._at
 
     def tell(self) -> int:
-        """Return the place."""
+        """Return the place where reading goes on."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
