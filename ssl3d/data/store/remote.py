@@ -99,13 +99,13 @@ class Remote:
             DataError: There is no such file, it may not be read, or its size is not told.
             TransientError: The server does not answer.
         """
-        told = asked(self.url, lambda server, path: server.info(path))
-        if told.get("type") == "directory" or told.get("size") is None:
+        status = asked(self.url, lambda server, path: server.info(path))
+        if status.get("type") == "directory" or status.get("size") is None:
             reason = (
-                "a folder, not a store" if told.get("type") == "directory" else "the server tells no size"
+                "a folder, not a store" if status.get("type") == "directory" else "the server tells no size"
             )
             raise DataError(f"{self.url}: {reason}")
-        return told
+        return status
 
     @property
     def state(self) -> tuple[int, int, int]:
@@ -133,7 +133,7 @@ def stores_at(address: str | Path) -> list[Remote]:
     if remote.name.lower().endswith((".h5", ".hdf5")):
         return [remote]
     names = asked(
-        remote.url, lambda server, path: [server.unstrip_protocol(found) for found in server.find(path)]
+        remote.url, lambda server, path: [server.unstrip_protocol(entry) for entry in server.find(path)]
     )
     stores = [Remote(name) for name in sorted(names) if name.lower().endswith((".h5", ".hdf5"))]
     if not stores:
@@ -345,8 +345,8 @@ def bound() -> int:
     Raises:
         UsageError: The variable holds no number of bytes.
     """
-    told = os.environ.get(VARIABLE)
-    return parse_size(told, f"${VARIABLE}") if told else DEFAULT_BOUND
+    text = os.environ.get(VARIABLE)
+    return parse_size(text, f"${VARIABLE}") if text else DEFAULT_BOUND
 
 
 def _keep_on_disk(path: Path, content: bytes) -> None:
