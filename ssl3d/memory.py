@@ -103,6 +103,50 @@ def check(needed: int, subject: str = "") -> None:
             raise TooLarge(f"{subject}needs {size(needed)} of memory, more than the {size(most)} of {FLAG}")
 
 
+def check_mapping(needed: int, subject: str = "") -> None:
+    """Refuse to map more of a file than this process has addresses for; it takes no memory.
+
+    Args:
+        needed: Bytes of the file.
+        subject: Beginning of the message of an error.
+
+    Raises:
+        TooLarge: They are more than `ulimit -v` leaves.
+    """
+    most = min(_own_free(), default=needed)
+    if needed > most:
+        raise TooLarge(
+            f"{subject}needs {size(needed)} of addresses, and `ulimit -v` leaves {size(max(most, 0))}"
+        )
+
+
+@contextlib.contextmanager
+def bounded(room: int) -> Iterator[None]:
+    """Let this process take no more than some bytes beside what it has, where the system can see to that.
+
+    It is for readers of other makers, which take memory for whatever a damaged file asks for.
+
+    Args:
+        room: Bytes of addresses; to a reader, more are out of memory.
+    """
+    try:
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError, ValueError, IndexError):
+        yield
+        return
+    most = pages * resource.getpagesize() + room
+    if limits[0] != resource.RLIM_INFINITY:
+        most = min(most, limits[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def fits(needed: int) -> bool:
     """Tell whether bytes that are about to be taken are within the budget."""
     try:

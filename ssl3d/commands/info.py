@@ -16,6 +16,7 @@ from ssl3d.commands.info_results import describe_results, result_lines
 from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -195,10 +196,10 @@ def _of_run(path: Path) -> dict[str, Any]:
     log = path / "metrics.jsonl"
     steps = 0
     if log.is_file():
-        with open(log, encoding="utf-8") as file:
+        with open(log, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    last = json.loads(line)
+                    last = parse_json(line)
                     steps += 1
                 except ValueError:  # the line being written, or cut by a kill
                     break

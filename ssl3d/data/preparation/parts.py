@@ -22,6 +22,7 @@ from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.read import with_voxels
 from ssl3d.errors import DataError
 from ssl3d.files import write_whole
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     import h5py
@@ -200,8 +201,8 @@ def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
             if file.attrs.get("format") != FORMAT:
                 return {}, [], "an HDF5 file but not a store"
             return (
-                json.loads(file["settings"][()].tobytes()),
-                json.loads(file["rejected"][()].tobytes()),
+                parse_json(file["settings"][()].tobytes()),
+                parse_json(file["rejected"][()].tobytes()),
                 "",
             )
     except (OSError, KeyError, ValueError):
@@ -239,7 +240,7 @@ def odd_masks(file: h5py.File) -> dict[str, list[str]]:
             line = text[at - start : end - start]
             if b'"mask":"' not in line:  # nearly all: they need not be parsed
                 continue
-            record = json.loads(line)
+            record = parse_json(line)
             how = record["done"].get("mask")
             if how is not None:
                 odd["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
