@@ -31,8 +31,12 @@ class TooLarge(DataError):
     """Something needs more memory than the budget."""
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = FLAG) -> int:
     """Parse a number of bytes, such as 8GB, 500M or 1.5 GiB.
+
+    Args:
+        text: Number with its unit.
+        name: Option or variable that holds it, for the message.
 
     Raises:
         UsageError: The text is no such number, or it is 0.
@@ -44,7 +48,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?)?B?", text.strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise UsageError(f"{FLAG} {text}: expected a number of bytes above 0, such as 8GB or 500MB")
+        raise UsageError(f"{name} {text}: expected a number of bytes above 0, such as 8GB or 500MB")
     return count
 
 

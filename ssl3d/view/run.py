@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError, UsageError, is_full, not_written, reason_of
 from ssl3d.files import write_whole
 from ssl3d.view.options import ViewOptions
@@ -59,7 +60,7 @@ def _kind(path: str, place: Path) -> str:
     Raises:
         DataError: There is nothing, or nothing that has a page.
     """
-    if path == "phantoms" or path.startswith("phantoms:"):
+    if path == "phantoms" or path.startswith("phantoms:") or is_address(path):
         return "store"
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
