@@ -260,6 +260,10 @@ def _text_of(path: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
+_RANK_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say where another rank is gone."""
+
+
 class plain_errors:
     """Context that turns a failure of the machine into one line; other errors stay what they are."""
 
@@ -290,6 +294,9 @@ class plain_errors:
         elif isinstance(error, RuntimeError) and "Too many open files" in str(error):
             needed = "raise `ulimit -n`, or give --workers 0"
             failure = f"{self._where}: too many open files"
+        elif isinstance(error, RuntimeError) and any(word in str(error) for word in _RANK_GONE):
+            needed = "see what ended it"
+            failure = f"{self._where}: the process of another rank has ended"
         elif is_out_of_memory(error):
             needed = "give a smaller --batch-size, or smaller crops"
             failure = f"{self._where}: out of memory"

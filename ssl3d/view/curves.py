@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,7 @@ def read_curves(log: Path) -> tuple[dict[str, Curve], int]:
             last = max(last, step)
             for name, value in record.items():
                 plain = isinstance(value, int | float) and not isinstance(value, bool)
-                if name != "step" and plain and math.isfinite(value):
+                if name != "step" and plain and abs(value) <= sys.float_info.max:  # NaN is not
                     curves.setdefault(str(name), Curve()).add(step, float(value))
     return curves, last
 

@@ -39,7 +39,14 @@ def test_files_are_parsed_by_this_function_alone():
 
 
 @pytest.mark.parametrize(
-    "odd", [b"[" * 100_000 + b"\n", b"[1]\n", b"\xff\xfe\n", b'{"step": 1e999}\n', b"5\n"]
+    "odd",
+    [
+        b"[" * 100_000 + b"\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b'{"step": 1e999}\n',
+        b"5\n",
+    ],
 )
 def test_an_odd_line_of_metrics_ends_nothing(tmp_path, odd):
     run = tmp_path / "run"
@@ -52,3 +59,10 @@ def test_an_odd_line_of_metrics_ends_nothing(tmp_path, odd):
     describe(run)
     trim(log, 2)
     assert log.read_text(encoding="utf-8") == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+
+
+def test_a_number_beyond_every_float_is_no_point_of_a_curve(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "loss": 1%s, "lr": 0.5}\n' % ("0" * 400), encoding="utf-8")
+    curves, last = read_curves(log)
+    assert list(curves) == ["lr"] and last == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections import defaultdict
@@ -220,7 +219,7 @@ def _listed_label(root: Path, label: Any) -> tuple[Path | None, int | float | No
         if not os.path.isfile(root / label):
             raise MissingMask(f"its mask {label}, listed in dataset.json, does not exist")
         return root / label, None
-    if isinstance(label, int | float) and math.isfinite(label):
+    if isinstance(label, int | float) and abs(label) < 2**63:  # NaN is not
         return None, int(label) if float(label).is_integer() else float(label)
     raise DataError(f"its label in dataset.json is {str(label)[:40]}; expected a mask's file or one number")
 

@@ -71,6 +71,10 @@ def test_the_line_of_progress_fits_and_keeps_speed_and_time(tmp_path, monkeypatc
         ),
         (RuntimeError("Too many open files. Communication with"), "ulimit -n"),
         (
+            RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]"),
+            "another rank has ended.*see",
+        ),
+        (
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
             "out of memory.*smaller --batch",
         ),

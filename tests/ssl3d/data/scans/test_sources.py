@@ -243,6 +243,9 @@ def test_a_number_as_label_is_the_class(tmp_path):
         ("v.nii", "its label in dataset.json is [0, 1]; expected a mask's file or one number"),
         ("m.nii", "its mask gone.nii, listed in dataset.json, does not exist"),
     ]
+    for odd in (10**400, float("nan"), -float("inf")):
+        found = _json_listed(tmp_path, training=[{"image": "a.nii", "label": odd}])
+        assert not found.scans and "expected a mask's file or one number" in found.rejected[0][1]
 
 
 def test_the_validation_part_of_a_list_is_one(tmp_path):
