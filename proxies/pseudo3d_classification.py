@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssl3d.api import BatchRng, DataError, Encoder, Proxy, StepOutput, UsageError
+from ssl3d.api import BatchRng, DataError, Encoder, Proxy, StepOutput, UsageError, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ class Pseudo3DClassification(Proxy):
             DataError: There are no labels, a single one, or real values; or there are volumes only.
         """
         kept = getattr(data, "found", None)  # of a checkpoint without its data
-        names = json.loads(bytes(kept["classes"].tolist())) if kept else _classes(data)
+        names = parse_json(bytes(kept["classes"].tolist())) if kept else _classes(data)
         self.names = names
         self.keys = torch.tensor([_key(name) for name in names], dtype=torch.int64)
         self.head = nn.Linear(self.encoder.embed_dim, len(names))

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ssl3d import plugins
 from ssl3d.amounts import printable
-from ssl3d.errors import PluginError, Ssl3dError
+from ssl3d.errors import PluginError, Ssl3dError, TransientError, UsageError, is_out_of_memory, is_transient
 from ssl3d.files import NOT_OURS
 from ssl3d.training.preempt import Stoppable, Stopped, name_of
 
@@ -26,7 +26,9 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed), 2 (wrong input), 128 + number of a signal.
+    """Run one command and return its exit status.
+
+    It is 0, 1 (failed), 2 (wrong input), 3 (the machine failed: call again), or 128 + number of a signal.
 
     A command is an entry point in `ssl3d.commands`: an object (a module, usually) with `summary`, one
     line, and `main(argv) -> int | None`.
@@ -58,11 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(printable(f"ssl3d: {where}{os.strerror(error.errno)}"), file=sys.stderr)
+        status = TransientError.exit_status if is_transient(error) else UsageError.exit_status
         with contextlib.suppress(OSError):  # what is still to be written to a full device stays away
             sys.stdout.flush()
-            return 1
+            return status
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return status
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "ssl3d: out of memory; call again with more of it free, or with smaller batches or crops",
+            file=sys.stderr,
+        )
+        return TransientError.exit_status
     except KeyboardInterrupt:
         print("ssl3d: interrupted", file=sys.stderr)
         return 130

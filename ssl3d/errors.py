@@ -45,10 +45,12 @@ class TransientError(Ssl3dError):
     exit_status = 3
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more, or of a limit of files (`ulimit -f`)."""
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
 _TRANSIENT = frozenset(
-    (*_FULL, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY,
-     errno.ESTALE, errno.ETIMEDOUT, errno.ENOBUFS, errno.ECONNABORTED, errno.ECONNREFUSED,
+    (*FULL_DISK, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR,
+     errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENOBUFS, errno.ECONNABORTED, errno.ECONNREFUSED,
      errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH,
      errno.ENOTCONN)
 )  # fmt: skip
@@ -56,7 +58,7 @@ _TRANSIENT = frozenset(
 
 def is_full(error: BaseException) -> bool:
     """Tell whether an error is one of a full disk, or of a quota that is used up."""
-    return _code(error) in _FULL
+    return _code(error) in FULL_DISK
 
 
 def is_transient(error: BaseException) -> bool:
@@ -66,7 +68,29 @@ def is_transient(error: BaseException) -> bool:
         >>> is_transient(OSError(24, "Too many open files")), is_transient(FileNotFoundError(2, "gone"))
         (True, False)
     """
-    return isinstance(error, MemoryError) or _code(error) in _TRANSIENT
+    return is_out_of_memory(error) or _code(error) in _TRANSIENT
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is one of memory, of torch's devices too.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+def not_written(error: OSError, message: str) -> Ssl3dError:
+    """Make the error of something that cannot be written.
+
+    Returns:
+        TransientError where the machine failed, as where a disk is full; else UsageError, of a place that
+        takes no files.
+    """
+    return TransientError(message) if is_transient(error) else UsageError(message)
 
 
 @contextlib.contextmanager
@@ -91,7 +115,7 @@ def transient_reported(subject: str, advice: str = "call again") -> Iterator[Non
 
 def reason_of(error: BaseException) -> str:
     """Return what an error says, on one line."""
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())

@@ -7,15 +7,32 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk that takes no more."""
+from ssl3d.errors import FULL_DISK
+
 NOT_OURS = (*FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO)
 """Errors of the machine that no traceback explains better than their own words."""
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which may give nothing for ever, or never end.
+
+    What a shell hands over as /dev/fd/N is read.
+
+    Raises:
+        OSError: It is one, or the path cannot be looked at.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    handed_over = path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) or path == Path("/dev/stdin")
+    if not (handed_over and stat.S_ISFIFO(mode)):
+        raise OSError(errno.EINVAL, "no file, but a pipe or a device", str(path))
 
 
 @contextlib.contextmanager

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ssl3d.amounts import size
 from ssl3d.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VARIABLE = "SSL3D_MAX_MEMORY"
 """Environment variable with the budget, for commands that a command starts, too."""
@@ -29,8 +31,12 @@ class TooLarge(DataError):
     """Something needs more memory than the budget."""
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = FLAG) -> int:
     """Parse a number of bytes, such as 8GB, 500M or 1.5 GiB.
+
+    Args:
+        text: Number with its unit.
+        name: Option or variable that holds it, for the message.
 
     Raises:
         UsageError: The text is no such number, or it is 0.
@@ -42,7 +48,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?)?B?", text.strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise UsageError(f"{FLAG} {text}: expected a number of bytes above 0, such as 8GB or 500MB")
+        raise UsageError(f"{name} {text}: expected a number of bytes above 0, such as 8GB or 500MB")
     return count
 
 
@@ -97,6 +103,50 @@ def check(needed: int, subject: str = "") -> None:
             raise TooLarge(f"{subject}needs {size(needed)} of memory, more than the {size(most)} of {FLAG}")
 
 
+def check_mapping(needed: int, subject: str = "") -> None:
+    """Refuse to map more of a file than this process has addresses for; it takes no memory.
+
+    Args:
+        needed: Bytes of the file.
+        subject: Beginning of the message of an error.
+
+    Raises:
+        TooLarge: They are more than `ulimit -v` leaves.
+    """
+    most = min(_own_free(), default=needed)
+    if needed > most:
+        raise TooLarge(
+            f"{subject}needs {size(needed)} of addresses, and `ulimit -v` leaves {size(max(most, 0))}"
+        )
+
+
+@contextlib.contextmanager
+def bounded(room: int) -> Iterator[None]:
+    """Let this process take no more than some bytes beside what it has, where the system can see to that.
+
+    It is for readers of other makers, which take memory for whatever a damaged file asks for.
+
+    Args:
+        room: Bytes of addresses; to a reader, more are out of memory.
+    """
+    try:
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError, ValueError, IndexError):
+        yield
+        return
+    most = pages * resource.getpagesize() + room
+    if limits[0] != resource.RLIM_INFINITY:
+        most = min(most, limits[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def fits(needed: int) -> bool:
     """Tell whether bytes that are about to be taken are within the budget."""
     try:
@@ -108,6 +158,8 @@ def fits(needed: int) -> bool:
 
 def held(array: np.ndarray) -> int:
     """Return the bytes of memory that an array keeps; of one that is mapped from a file none."""
+    import numpy as np  # not for the help of the command line
+
     owner = array
     while isinstance(owner, np.ndarray) and owner.base is not None and not isinstance(owner, np.memmap):
         owner = owner.base

@@ -21,6 +21,7 @@ from types import CodeType, ModuleType
 from urllib.parse import unquote
 
 from ssl3d.errors import PluginError
+from ssl3d.files import check_regular
 
 __path__: list[str] = []  # makes this module the parent of those that the finder below finds
 
@@ -40,6 +41,7 @@ def load_file(path: Path, title: str) -> ModuleType:
     """
     path = path.expanduser().resolve()
     try:
+        check_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise PluginError(f"{title}: {error.strerror}") from error

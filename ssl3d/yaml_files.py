@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ssl3d.files import check_regular
+
 MOST_VALUES = 100_000
 """Largest number of values in a document, aliases written out."""
 
@@ -95,6 +97,7 @@ def read_yaml(path: Path) -> Any:
         OSError: The file cannot be read.
         ValueError: It is not YAML in UTF-8, nests too deeply, or holds too many values.
     """
+    check_regular(path)
     return parse_yaml(path.read_text(encoding="utf-8"))
 
 

@@ -27,6 +27,7 @@ from ssl3d.api import (
     autocast,
     find_result,
     locks,
+    parse_json,
     peak_memory,
     write_result,
     write_whole,
@@ -482,10 +483,10 @@ def _run_trivial(job: FinetuneJob) -> Result:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a file that is missing or cut short is made again
         return None
-    return content
+    return content if isinstance(content, dict) else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError
+from ssl3d.api import UsageError, parse_json
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class ValidationScores:
         """Yield the lines; one that was cut short by a kill is left out."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                content = json.loads(line)
+                content = parse_json(line)
             except ValueError:
                 continue
             if isinstance(content, dict):

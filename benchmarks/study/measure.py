@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssl3d.api import Plugins, UsageError, device_of, parse
+from ssl3d.api import Plugins, UsageError, device_of, parse, parse_json
 from ssl3d_benchmarks.finetune.forecast import longest, timed
 from ssl3d_benchmarks.finetune.options import FinetuneOptions
 from ssl3d_benchmarks.finetune.protocol import TASKS, task_class
@@ -89,11 +88,11 @@ def _run_cost(plan: SuitePlan, name: str) -> RunCost:
     folder = plan.commands.measured_folder(name)
     flops = float(_read(folder / "encoder" / "encoder.json")["compute"]["flops_per_step"])
     last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return RunCost(float(json.loads(last)["seconds"]), flops)
+    return RunCost(float(parse_json(last)["seconds"]), flops)
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def _tuned(plan: SuitePlan, encoder: str) -> tuple[ArmCost, int, int]:

@@ -16,6 +16,7 @@ from ssl3d.api import (
     locks,
     model_folders,
     open_data,
+    parse_json,
     read_model_card,
     record_files,
     unpacked_place,
@@ -162,7 +163,7 @@ def _plain(options: StudyOptions) -> dict[str, Any]:
 def _read(note: Path) -> dict[str, Any]:
     """Read the note of a plan; empty where a person wrote the suite, or it cannot be read."""
     try:
-        content = json.loads(note.read_text(encoding="utf-8"))
+        content = parse_json(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

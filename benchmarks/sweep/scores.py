@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import DataError
+from ssl3d.api import DataError, parse_json
 from ssl3d_benchmarks.finetune.validation import ValidationScores
 from ssl3d_benchmarks.sweep.space import VALIDATION
 
@@ -61,8 +60,10 @@ def _metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            content = parse_json(line)
         except ValueError:  # being written
             continue
+        if isinstance(content, dict):
+            yield content

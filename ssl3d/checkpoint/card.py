@@ -13,6 +13,7 @@ from typing import Any
 
 from ssl3d.checkpoint.zoo import ZOO, fetched
 from ssl3d.errors import CheckpointError
+from ssl3d.files import check_regular
 from ssl3d.json_files import parse_json
 
 CARD = "encoder.json"
@@ -85,6 +86,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CARD
     try:
+        check_regular(path)
         card = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -28,7 +28,7 @@ from ssl3d.checkpoint.volumes_seen import HASHES, hashes_apart, hashes_together
 from ssl3d.checkpoint.weights import load_strictly, read_weights, safetensors_of
 from ssl3d.config import from_dict, to_dict
 from ssl3d.encoder import Encoder
-from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
+from ssl3d.errors import CheckpointError, PluginError, UsageError, not_written
 from ssl3d.files import whole_folder, write_whole
 
 
@@ -54,7 +54,8 @@ def save_encoder(
 
     Raises:
         PluginError: A traveller cannot be made again from what would be written.
-        TrainingError: The disk is full or the folder cannot be written.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     folder = Path(folder)
     weights = safetensors_of(encoder)
@@ -90,8 +91,8 @@ def save_encoder(
                 write_whole(place / HASHES, apart, sync=True)
             write_whole(place / CARD, text, sync=True)
     except OSError as error:
-        raise TrainingError(
-            f"the encoder cannot be written to {folder}: {error.strerror or error}"
+        raise not_written(
+            error, f"the encoder cannot be written to {folder}: {error.strerror or error}"
         ) from error
     return folder
 

@@ -21,8 +21,8 @@ from ssl3d.checkpoint.card import (
 )
 from ssl3d.checkpoint.weights import load_strictly, not_finite, safetensors_of
 from ssl3d.config import from_dict
-from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError
-from ssl3d.files import whole_folder, write_whole
+from ssl3d.errors import CheckpointError, PluginError, TrainingError, UsageError, not_written
+from ssl3d.files import check_regular, whole_folder, write_whole
 from ssl3d.json_files import parse_json
 from ssl3d.model import Model
 
@@ -52,7 +52,9 @@ def save_model(network: nn.Module, folder: str | Path, card: Mapping[str, Any]) 
         The folder.
 
     Raises:
-        TrainingError: A weight is not finite, the disk is full, or the folder cannot be written.
+        TrainingError: A weight is not finite.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     folder = Path(folder)
     wrong = not_finite(network.state_dict())
@@ -65,8 +67,8 @@ def save_model(network: nn.Module, folder: str | Path, card: Mapping[str, Any]) 
             write_whole(place / WEIGHTS, weights, sync=True)
             write_whole(place / CARD, text, sync=True)
     except OSError as error:
-        raise TrainingError(
-            f"the model cannot be written to {folder}: {error.strerror or error}"
+        raise not_written(
+            error, f"the model cannot be written to {folder}: {error.strerror or error}"
         ) from error
     return folder
 
@@ -76,14 +78,15 @@ def amend_model(folder: str | Path, changes: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: There is no model, or it is damaged.
-        TrainingError: The disk is full or the folder cannot be written.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     path = Path(folder) / CARD
     card = {**read_model_card(folder), **changes}
     try:
         write_whole(path, _signed(card), sync=True)
     except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise not_written(error, f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def card_for_others(card: Mapping[str, Any]) -> str:
@@ -99,6 +102,7 @@ def read_model_card(folder: str | Path) -> dict[str, Any]:
     """
     path = _folder_of(Path(folder)) / CARD
     try:
+        check_regular(path)
         card = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: no model that ssl3d finetune kept") from error
@@ -222,6 +226,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
+        check_regular(path)
         memory.check(2 * path.stat().st_size, f"{path}: ")
         content = path.read_bytes()
     except OSError as error:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ssl3d.checkpoint.card import check_format
-from ssl3d.errors import CheckpointError, TrainingError
-from ssl3d.files import sync_folder
+from ssl3d.errors import CheckpointError, not_written
+from ssl3d.files import check_regular, sync_folder
 from ssl3d.yaml_files import read_yaml
 
 
@@ -35,7 +35,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
         The file of the checkpoint.
 
     Raises:
-        TrainingError: The disk is full; older checkpoints are intact.
+        TransientError: The disk is full; older checkpoints are intact.
     """
     folder = run / "checkpoints"
     temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
@@ -54,9 +54,10 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
-        raise TrainingError(
+        raise not_written(
+            error,
             f"the checkpoint of step {step} cannot be written to {folder} ({reason}); older ones are "
-            f"intact: make room, then ssl3d pretrain --resume {run}"
+            f"intact: make room, then ssl3d pretrain --resume {run}",
         ) from error
     for stale in checkpoints(run):
         if stale != path and (step_of(stale) >= step or stale not in checkpoints(run)[:keep]):
@@ -114,7 +115,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             missing or of the wrong kind.
     """
     expected = path.stem.rpartition("-")[2]
-    if _digest(path) != expected:
+    try:
+        check_regular(path)
+        whole = _digest(path) == expected
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if not whole:
         raise CheckpointError(f"{path}: is damaged or cut short ({path.stat().st_size} bytes)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

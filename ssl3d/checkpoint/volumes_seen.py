@@ -10,6 +10,7 @@ from typing import Any
 
 from ssl3d.data.identity import SIZE
 from ssl3d.errors import CheckpointError
+from ssl3d.files import check_regular
 
 HASHES = "volumes_seen.bin"
 """File beside `encoder.json`, for hashes that would make it long."""
@@ -84,6 +85,7 @@ def hashes_together(card: dict[str, Any], folder: Path) -> dict[str, Any]:
         return card
     path = folder / HASHES
     try:
+        check_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -15,6 +15,7 @@ from ssl3d import memory
 from ssl3d.checkpoint.card import CARD
 from ssl3d.encoder import Encoder
 from ssl3d.errors import CheckpointError
+from ssl3d.files import check_regular
 
 
 def safetensors_of(module: nn.Module) -> bytes:
@@ -50,6 +51,7 @@ def read_weights(path: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]
     from safetensors.torch import load
 
     try:
+        check_regular(path)
         memory.check(2 * path.stat().st_size, f"{path}: ")
         content = path.read_bytes()
     except OSError as error:

@@ -13,8 +13,10 @@ from ssl3d.amounts import count_of, duration, parameters, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands import info_written
 from ssl3d.commands.info_results import describe_results, result_lines
+from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -64,6 +66,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     place = Path(path)
     if str(path).partition(":")[0] == "phantoms" and not place.exists():
         return _of_stores(place)
+    if is_address(path):
+        return _of_stores(path)
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
     if place.is_dir():
@@ -130,7 +134,7 @@ def _is_hdf5(path: Path) -> bool:
 # What is there ------------------------------------------------------------------------------------
 
 
-def _of_stores(path: Path) -> dict[str, Any]:
+def _of_stores(path: str | Path) -> dict[str, Any]:
     from ssl3d.data.open import open_data
     from ssl3d.data.preparation.parts import odd_masks
 
@@ -143,7 +147,7 @@ def _of_stores(path: Path) -> dict[str, Any]:
         "subjects": len(data.identities()),
         "rejected": len(rejected),
         "rejected_files": rejected,
-        "bytes": sum(store.path.stat().st_size for store in data.stores),
+        "bytes": sum(store.state[2] for store in data.stores),
         "digest": data.digest(),
         "stores": [
             {
@@ -151,7 +155,7 @@ def _of_stores(path: Path) -> dict[str, Any]:
                 "volumes": len(store),
                 "rejected": len(store.rejected),
                 "datasets": _with_values(store),
-                "odd_masks": odd_masks(store.path) if store.rows["has_mask"].any() else {},
+                "odd_masks": odd_masks(store.file) if store.rows["has_mask"].any() else {},
                 "settings": store.settings,
             }
             for store in data.stores
@@ -192,10 +196,10 @@ def _of_run(path: Path) -> dict[str, Any]:
     log = path / "metrics.jsonl"
     steps = 0
     if log.is_file():
-        with open(log, encoding="utf-8") as file:
+        with open(log, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    last = json.loads(line)
+                    last = parse_json(line)
                     steps += 1
                 except ValueError:  # the line being written, or cut by a kill
                     break

@@ -164,7 +164,8 @@ def save_foreign(foreign: Foreign, folder: Path) -> Path:
     """Write the encoder of a foreign file as an encoder folder.
 
     Raises:
-        TrainingError: The disk is full or the folder cannot be written.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     own = ("architecture", "config", "sha256")  # `save_encoder` says these itself
     about = {key: value for key, value in foreign.encoder.metadata.items() if key not in own}

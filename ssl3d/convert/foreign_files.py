@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ssl3d.errors import CheckpointError
+from ssl3d.files import check_regular
 from ssl3d.json_files import parse_json
 
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|queue|callback|rng|loops", re.I)
@@ -56,6 +57,7 @@ def read_file(path: str | Path) -> WeightsFile:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, not a file of weights")
     try:
+        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
@@ -251,6 +253,7 @@ def whole_numbers(value: Any, count: int = 3) -> list[int] | None:
 
 def _json(path: Path) -> Any:
     try:
+        check_regular(path)
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from error

@@ -110,7 +110,8 @@ def save(encoder: ConvertedEncoder, folder: Path, **more: Any) -> Path:
     """Write a converted network as an encoder folder.
 
     Raises:
-        TrainingError: The disk is full or the folder cannot be written.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     own = ("architecture", "config", "sha256")  # `save_encoder` says these itself
     about = {key: value for key, value in encoder.metadata.items() if key not in own}

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl3d.checkpoint.card import versions
+from ssl3d.checkpoint.snapshot import write_state
 from ssl3d.encoder import Encoder
 from ssl3d.encoders.plain_unet import PlainUNet
 from ssl3d.encoders.resenc import SLOPE, ResEnc
-from ssl3d.errors import TrainingError, UsageError
+from ssl3d.errors import UsageError, not_written, reason_of
 from ssl3d.files import whole_file, write_whole
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -184,7 +185,8 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
 
     Raises:
         UsageError: It is another encoder, or nnU-Net has no such network.
-        TrainingError: The disk is full or the folder cannot be written.
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     if not isinstance(encoder, ResEnc | PlainUNet):
         raise UsageError(
@@ -210,11 +212,11 @@ def export_nnunet(encoder: Encoder, out: str | Path, patch: Sequence[int] = PATC
     }
     try:
         with whole_file(file) as temporary:
-            torch.save(content, temporary)
+            write_state(content, temporary)
         write_whole(file.parent / PLAN, json.dumps(plan, indent=1) + "\n")
         write_whole(file.parent / ARCHITECTURE, json.dumps(_for_plans(plan), indent=1) + "\n")
-    except (OSError, RuntimeError) as error:  # torch's writer has no error number for a full disk
-        raise TrainingError(f"{file}: cannot be written ({str(error)[:100]})") from error
+    except OSError as error:
+        raise not_written(error, f"{file}: cannot be written ({reason_of(error)})") from error
     return file
 
 

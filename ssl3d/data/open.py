@@ -12,6 +12,7 @@ from typing import Any
 
 from ssl3d.data.scans.read import LISTS, STORES, format_by_suffix, suffix_of
 from ssl3d.data.store.collection import Collection
+from ssl3d.data.store.remote import Remote, is_address, stores_at
 from ssl3d.data.store.volume import Store as Store
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, UsageError
@@ -21,7 +22,8 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
     """Open stores, folders of shards, phantoms or scans as one collection.
 
     Args:
-        paths: Stores (`.h5`); folders that hold only stores; `phantoms`, `phantoms:N`,
+        paths: Stores (`.h5`); folders that hold only stores; either of them on a server, such as
+            `s3://bucket/shards`; `phantoms`, `phantoms:N`,
             `phantoms:N:faint` (lesions that are hard to detect) or `phantoms:N:noise` (nothing to learn);
             or whatever `ssl3d prepare` takes, prepared into a cache ($SSL3D_CACHE, else ~/.cache/ssl3d).
         prepare_options: Options of `prepare`, for scans.
@@ -37,7 +39,7 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    stores: list[Path] = []
+    stores: list[Path | Remote] = []
     scans: list[Path] = []
     for path in paths:
         text = str(path)
@@ -46,6 +48,9 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
 
             count, kind = _phantoms(text)
             stores.append(phantom_store(count, kind=kind))
+            continue
+        if is_address(path):
+            stores += stores_at(path)
             continue
         behind, is_store = _sort_out(Path(text))
         if is_store:
@@ -58,11 +63,11 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
         stores.append(_prepared(scans, prepare_options))
     if not stores:
         raise DataError("no data given: name a store, a folder of scans, or phantoms")
-    resolved = [path.resolve() for path in stores]
-    for i, path in enumerate(resolved):
-        if path in resolved[:i]:
+    resolved = [store.resolve() for store in stores]
+    for i, place in enumerate(resolved):
+        if place in resolved[:i]:
             raise DataError(f"{stores[i]}: given twice; its volumes would count double")
-    return Collection([Store(path) for path in stores])
+    return Collection([Store(store) for store in stores])
 
 
 def _sort_out(path: Path) -> tuple[list[Path], bool]:
@@ -108,7 +113,11 @@ def holds_scans(paths: Sequence[str | Path]) -> bool:
         DataError: A path is missing, or a folder mixes stores and scans.
     """
     named = [str(path) for path in paths]
-    files = [text for text in named if text != "phantoms" and not text.startswith("phantoms:")]
+    files = [
+        text
+        for text in named
+        if text != "phantoms" and not text.startswith("phantoms:") and not is_address(text)
+    ]
     return any(not _sort_out(Path(text))[1] for text in files)
 
 

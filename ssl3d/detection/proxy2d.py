@@ -22,6 +22,7 @@ from ssl3d.detection.two_stage2d import (
 )
 from ssl3d.encoder import Encoder
 from ssl3d.errors import DataError, UsageError
+from ssl3d.json_files import parse_json
 from ssl3d.proxy import Proxy, StepOutput
 from ssl3d.rng import BatchRng, numpy_rng, one_group
 
@@ -138,7 +139,7 @@ class DetectionProxy2d(Proxy):
         """
         outline = getattr(data, "found", None)  # of a checkpoint without its data
         if outline:
-            self.names = json.loads(bytes(outline["classes"].tolist()))
+            self.names = parse_json(bytes(outline["classes"].tolist()))
             self.known = outline["known"].clone()
         else:
             self.names, self.known = _classes(data)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssl3d.amounts import size as byte_size
 from ssl3d.checkpoint.card import plain_value, versions
-from ssl3d.errors import TrainingError, UsageError, is_full
+from ssl3d.errors import UsageError, is_full, not_written
 from ssl3d.export.options import ExportOptions
 from ssl3d.export.source import Source, read_source
 from ssl3d.files import whole_folder
@@ -62,8 +62,10 @@ def export(options: ExportOptions) -> Written:
 
     Raises:
         CheckpointError: It is missing or damaged.
-        TrainingError: The outputs of what was written differ, or the folder cannot be written.
-        UsageError: The format cannot hold it, an option does not go with it, or --out exists.
+        TrainingError: The outputs of what was written differ.
+        TransientError: The disk is full.
+        UsageError: The format cannot hold it, an option does not go with it, or --out exists or cannot be
+            written.
     """
     out = options.out or Path(f"{Path(options.source).name}-{options.to}")
     if out.exists() and not out.is_dir():
@@ -88,7 +90,7 @@ def export(options: ExportOptions) -> Written:
             (folder / ABOUT).write_text(text, encoding="utf-8")
     except OSError as error:
         why = "no space left on the disk" if is_full(error) else error.strerror or error
-        raise TrainingError(f"{out}: cannot be written ({why})") from error
+        raise not_written(error, f"{out}: cannot be written ({why})") from error
     files = tuple((str(path.relative_to(out)), path.stat().st_size)
                   for path in sorted(out.rglob("*")) if path.is_file())  # fmt: skip
     if options.push:

@@ -24,6 +24,7 @@ from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.scans.arrays import Rows
 from ssl3d.errors import DataError, Ssl3dError, TransientError, UsageError, is_full, is_transient, reason_of
 from ssl3d.files import time_of, write_whole
+from ssl3d.json_files import parse_json
 from ssl3d.prediction import tables
 from ssl3d.prediction.ensemble import Ensemble
 from ssl3d.prediction.fit import Needs, needs_of, prepare_options
@@ -195,12 +196,10 @@ class Work:
 
     def _read(self, number: int) -> dict[str, Any] | None:
         try:
-            content: dict[str, Any] = json.loads(
-                (self.done / f"{self.keys[number]}.json").read_text(encoding="utf-8")
-            )
+            content = parse_json((self.done / f"{self.keys[number]}.json").read_bytes())
         except (OSError, ValueError):
             return None
-        return content
+        return content if isinstance(content, dict) else None
 
     def _is_done(self, number: int) -> bool:
         """Tell whether a scan is predicted, or was set aside since this call began."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssl3d.files import write_whole
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -420,7 +421,7 @@ def _knows_account() -> bool:
 
 def _identities(folder: Path) -> dict[str, str]:
     try:
-        content = json.loads((folder / IDENTITIES).read_text(encoding="utf-8"))
+        content = parse_json((folder / IDENTITIES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ssl3d.amounts import duration
 from ssl3d.files import whole_file, write_whole
+from ssl3d.json_files import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,9 +197,9 @@ def trim(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if int(json.loads(line)["step"]) <= step:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            if int(parse_json(line)["step"]) <= step:
                 kept.append(line + "\n")
     write_whole(path, "".join(kept))
 
@@ -207,7 +208,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's `metrics.jsonl`, a record each."""
     path = Path(run) / METRICS
     return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if path.exists()
         else []
     )

@@ -16,9 +16,16 @@ from ssl3d.checkpoint.card import encoder_folder, read_card
 from ssl3d.checkpoint.volumes_seen import hashes_complete, hashes_in, hashes_together, pack_hashes
 from ssl3d.config import to_dict
 from ssl3d.data.identity import identity_hash
-from ssl3d.errors import CheckpointError, TrainingError, UsageError
+from ssl3d.errors import (
+    FULL_DISK,
+    CheckpointError,
+    TransientError,
+    UsageError,
+    is_out_of_memory,
+    not_written,
+)
 from ssl3d.evaluation.leaks import volume_hashes
-from ssl3d.files import FULL_DISK, NOT_OURS, write_whole
+from ssl3d.files import NOT_OURS, write_whole
 from ssl3d.training.monitor import Log
 from ssl3d.training.options import PretrainOptions, PretrainPlan
 from ssl3d.training.preempt import restarted
@@ -283,13 +290,20 @@ class plain_errors:
         elif isinstance(error, RuntimeError) and "Too many open files" in str(error):
             needed = "raise `ulimit -n`, or give --workers 0"
             failure = f"{self._where}: too many open files"
+        elif is_out_of_memory(error):
+            needed = "give a smaller --batch-size, or smaller crops"
+            failure = f"{self._where}: out of memory"
         else:
             return
         if self.folder is None or not (self.folder / "config.yaml").is_file():
-            raise TrainingError(f"{failure}; nothing is saved: {needed}, and start again") from error
-        raise TrainingError(
-            f"{failure}; checkpoints are intact: {needed}, then ssl3d pretrain --resume {self.folder}"
-        ) from error
+            message = f"{failure}; nothing is saved: {needed}, and start again"
+        else:
+            message = (
+                f"{failure}; checkpoints are intact: {needed}, then ssl3d pretrain --resume {self.folder}"
+            )
+        if isinstance(error, OSError) and error.errno in NOT_OURS:
+            raise not_written(error, message) from error
+        raise TransientError(message) from error
 
     @property
     def _where(self) -> Path | str:

@@ -7,7 +7,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.rng import numpy_rng
+
+_SMALLEST = 4000
+"""Bytes of a small crop, of 10 x 10 x 10 voxels."""
 
 
 class Stream:
@@ -27,6 +31,9 @@ class Stream:
         seed: Seed of the run.
         balance: Whether data sets have equal shares, else volumes have.
         distinct: Whether a batch has no subject twice, where there are as many subjects as places.
+
+    Raises:
+        TooLarge: No batch of so many volumes fits into memory.
     """
 
     def __init__(
@@ -38,6 +45,7 @@ class Stream:
         balance: bool = True,
         distinct: bool = True,
     ):
+        memory.check(_SMALLEST * batch_size, f"--batch-size {batch_size:,}: ")
         self.batch_size, self.seed, self.distinct = batch_size, seed, distinct
         self.subjects = np.unique(subjects, return_inverse=True)[1].reshape(-1)
         self._people = int(self.subjects.max(initial=-1)) + 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssl3d.json_files import parse_json
 from ssl3d.pages import charts, elements
 
 POINTS = 120
@@ -69,9 +69,9 @@ def read_curves(log: Path) -> tuple[dict[str, Curve], int]:
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 step = int(record["step"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             last = max(last, step)
             for name, value in record.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ssl3d.amounts import count_of
 from ssl3d.detection.files import to_mm
 from ssl3d.detection.metrics import Detections, Truths, average_precision, froc, match
 from ssl3d.errors import DataError
+from ssl3d.json_files import parse_json
 from ssl3d.pages import elements, palette
 from ssl3d.view import parts, slices
 from ssl3d.view.gallery import Card
@@ -37,7 +37,7 @@ class PredictedBoxes(Predicted):
             if path.name in ("predict.json", "boxes.json"):
                 continue
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = parse_json(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 content = None
             self.files.append((path.name, content if isinstance(content, dict) else {}))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssl3d.errors import DataError, UsageError, is_full, reason_of
+from ssl3d.data.store.remote import is_address
+from ssl3d.errors import DataError, UsageError, is_full, not_written, reason_of
 from ssl3d.files import write_whole
 from ssl3d.view.options import ViewOptions
 
@@ -14,6 +15,7 @@ def view(options: ViewOptions) -> str:
 
     Raises:
         UsageError: The file is there already, or it cannot be written.
+        TransientError: The disk is full.
         DataError: The path holds nothing that can be looked at.
     """
     out = options.out
@@ -26,7 +28,7 @@ def view(options: ViewOptions) -> str:
         write_whole(out, content)
     except OSError as error:
         why = "no space left on the disk" if is_full(error) else reason_of(error)
-        raise UsageError(f"--out {out}: {why}") from error
+        raise not_written(error, f"--out {out}: {why}") from error
     return said
 
 
@@ -58,7 +60,7 @@ def _kind(path: str, place: Path) -> str:
     Raises:
         DataError: There is nothing, or nothing that has a page.
     """
-    if path == "phantoms" or path.startswith("phantoms:"):
+    if path == "phantoms" or path.startswith("phantoms:") or is_address(path):
         return "store"
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -238,7 +239,7 @@ def _top(path: str, data: Collection, shown: int, faults: int) -> list[str]:
         "spacing, mm": _ends(spacings),
         "orientation": ", ".join(sorted(set(map(str, data.orientations)))),
         "channels": ", ".join(map(str, sorted(set(data.shapes[:, 0].tolist())))),
-        "size on disk": size(sum(store.path.stat().st_size for store in data.stores)),
+        "size on disk": size(sum(store.state[2] for store in data.stores)),
     }
     return [*lines, parts.facts(facts)]
 
@@ -305,8 +306,10 @@ def _aside(data: Collection) -> list[str]:
         (str(entry.get("path", "")), str(entry.get("reason", "")))
         for store in data.stores for entry in store.rejected
     ]  # fmt: skip
-    left = [row for store in data.stores
-            for row in parts.listed(store.path.parent / "left_out.csv", store.path.name)]  # fmt: skip
+    left = [
+        row for store in data.stores if isinstance(store.path, Path)
+        for row in parts.listed(store.path.parent / "left_out.csv", store.path.name)
+    ]  # fmt: skip
     return [
         parts.files("Refused", "These files were to be prepared and could not be used.", refused),
         parts.files(

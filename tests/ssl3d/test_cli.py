@@ -1,9 +1,11 @@
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -171,4 +173,33 @@ def test_an_output_that_is_full_is_told_in_one_line(words):
         done = subprocess.run(
             [sys.executable, "-m", "ssl3d", *words], stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert done.returncode == 1 and done.stderr == "ssl3d: No space left on device\n"
+    assert done.returncode == 3 and done.stderr == "ssl3d: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (MemoryError(), 3, "ssl3d: out of memory; call again"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "ssl3d: out of memory"),
+        (OSError(errno.EMFILE, "x"), 3, "ssl3d: Too many open files"),
+        (OSError(errno.EFBIG, "x", "a.pt"), 3, "ssl3d: a.pt: File too large"),
+        (OSError(errno.EROFS, "x", "a.pt"), 2, "ssl3d: a.pt: Read-only file system"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, status, said, monkeypatch, capsys):
+    def failing(argv):
+        raise error
+
+    monkeypatch.setattr(plugins, "load", lambda group, name: SimpleNamespace(main=failing))
+    assert cli.main(["embed"]) == status
+    told = capsys.readouterr().err
+    assert told.startswith(said) and told.count("\n") == 1
+
+
+def test_any_other_error_of_a_command_keeps_its_traceback(monkeypatch):
+    def failing(argv):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(plugins, "load", lambda group, name: SimpleNamespace(main=failing))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli.main(["embed"])

@@ -1,12 +1,20 @@
 """Files appear whole or not at all."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from ssl3d.checkpoint.encoders import save_encoder
+from ssl3d.checkpoint.snapshot import read_checkpoint
+from ssl3d.cli import main
+from ssl3d.errors import CheckpointError
 from ssl3d.files import whole_file, write_whole
+from ssl3d.specs import encoder_from
+from ssl3d.yaml_files import read_yaml
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -54,3 +62,40 @@ def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path):
     other.write_text("", encoding="utf-8")
     write_whole(path, "again")
     assert other.exists()
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_file_holds_no_command(tmp_path, capsys):
+    encoder = save_encoder(encoder_from("scratch:resnet10:width=4"), tmp_path / "encoder", {})
+    pipe(encoder / "encoder.safetensors")
+    (tmp_path / "run").mkdir()
+    pipe(tmp_path / "run" / "config.yaml")
+    for words in (
+        ["pretrain", "--config", pipe(tmp_path / "c.yaml")],
+        ["leaderboard", "run", pipe(tmp_path / "s.yaml"), "--out", tmp_path / "o"],
+        ["pretrain", "--resume", tmp_path / "run"],
+        ["embed", encoder, "--data", "phantoms:20", "--out", tmp_path / "e.h5"],
+        ["pretrain", "--proxy", f"{pipe(tmp_path / 'p.py')}", "--data", "phantoms:20"],
+        ["pretrain", "--config", "/dev/zero"],
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main([str(word) for word in words]) == 2
+        assert "pipe or a device" in capsys.readouterr().err, words
+    name = "step-00000002-0123456789abcdef.pt"
+    with pytest.raises(CheckpointError, match="pipe or a device"):
+        read_checkpoint(pipe(tmp_path / name))
+
+
+def test_what_a_shell_hands_over_is_read(tmp_path):
+    ours, theirs = os.pipe()
+    os.write(theirs, b"steps: 7\n")
+    os.close(theirs)
+    assert read_yaml(Path(f"/dev/fd/{ours}")) == {"steps": 7}
+    os.close(ours)

@@ -31,6 +31,7 @@ from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.encoders.inference import embed_volume
 from ssl3d.errors import CheckpointError, DataError, UsageError
 from ssl3d.specs import encoder_from
+from ssl3d.training.stream import Stream
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -166,6 +167,31 @@ def test_a_scan_that_promises_more_than_the_budget_is_refused_before_it_is_taken
     taken, said = most_taken(work)
     assert re.search(r"TooLarge: .*needs [\d.]+ [MG]B of memory, more than the 40 MB of --max-memory", said)
     assert taken < 40e6
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.mha", "a.nrrd", "a.dcm"])
+def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((1, 20, 20), np.int16)), str(path))
+    monkeypatch.setattr(memory, "_own_free", lambda: [700])
+    with pytest.raises(memory.TooLarge, match=r"needs \S+ k?B of addresses, and `ulimit -v` leaves 700"):
+        read([path])
+
+
+@linux
+def test_a_damaged_element_of_dicom_takes_no_memory(tmp_path):
+    path = tmp_path / "a.dcm"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((1, 20, 20), np.int16)), str(path))
+    with path.open("ab") as file:
+        file.write(b"\xe1\x7f\x10\x00OB\0\0\x00\x00\x00\xf0" + bytes(100))
+    taken, said = most_taken(lambda: read([path]))
+    assert taken < 500e6, said
+
+
+def test_a_batch_that_no_memory_holds_is_refused_at_once():
+    codes = np.arange(4)
+    with pytest.raises(memory.TooLarge, match="--batch-size 1,000,000,000: needs 4 TB"):
+        Stream(codes, codes, 10**9, seed=0)
 
 
 @linux

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ssl3d.api import UsageError
+from ssl3d.api import UsageError, parse_json
 from ssl3d_benchmarks.leaderboard.suite.suite import Suite
 
 PHANTOMS = "phantoms"
@@ -104,7 +103,7 @@ class SuiteCommands:
     def _flops_per_step(self, name: str) -> int:
         card = card_of(self.measured_folder(name))
         try:
-            flops = int(json.loads(card.read_text(encoding="utf-8"))["compute"]["flops_per_step"])
+            flops = int(parse_json(card.read_text(encoding="utf-8"))["compute"]["flops_per_step"])
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{card} has no number flops_per_step, the cost of a step") from error
         if flops <= 0:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import write_whole
+from ssl3d.api import parse_json, write_whole
 from ssl3d_benchmarks.leaderboard.suite.jobs import Job
 
 
@@ -60,7 +60,7 @@ class Marks:
 
     def _read(self, job: Job) -> dict[str, Any]:
         try:
-            content = json.loads(self.path(job.name, "json").read_text(encoding="utf-8"))
+            content = parse_json(self.path(job.name, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

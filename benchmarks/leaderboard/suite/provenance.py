@@ -22,6 +22,7 @@ from ssl3d.api import (
     code_digest,
     former_defaults,
     plugins,
+    read_yaml,
     write_whole,
 )
 
@@ -126,8 +127,8 @@ def _note(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        content = read_yaml(path)
         if isinstance(content, dict):
             return content
     return {}

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from ssl3d.data.scans.found import Scan
 from ssl3d.data.scans.read import with_voxels
 from ssl3d.errors import DataError
 from ssl3d.files import write_whole
+from ssl3d.json_files import parse_json
+
+if TYPE_CHECKING:
+    import h5py
 
 _BATCH = 4096  # records read at once
 VERSION = 3  # of what `process` makes of a scan: raise it, and nothing made before is reused
@@ -197,8 +201,8 @@ def store_settings(path: Path) -> tuple[dict[str, Any], list[Any], str]:
             if file.attrs.get("format") != FORMAT:
                 return {}, [], "an HDF5 file but not a store"
             return (
-                json.loads(file["settings"][()].tobytes()),
-                json.loads(file["rejected"][()].tobytes()),
+                parse_json(file["settings"][()].tobytes()),
+                parse_json(file["rejected"][()].tobytes()),
                 "",
             )
     except (OSError, KeyError, ValueError):
@@ -214,32 +218,32 @@ def store_counts(path: Path) -> tuple[int, int]:
     return len(rows), len(np.unique(rows))
 
 
-def odd_masks(path: Path) -> dict[str, list[str]]:
+def odd_masks(file: h5py.File) -> dict[str, list[str]]:
     """Find the scans whose masks do not fit them, by the provenance in a store.
+
+    Args:
+        file: Store, open for reading.
 
     Returns:
         Sources, in order, of the scans whose mask's header places it somewhere else ("elsewhere"), and of
         those whose mask was of another grid ("regridded").
     """
-    import h5py
-
     odd: dict[str, list[str]] = {"elsewhere": [], "regridded": []}
-    with h5py.File(path, "r", locking=False) as file:
-        rows = file["index/table"][()]
-        masked = np.flatnonzero(rows["has_mask"])
-        for begin in range(0, len(masked), _BATCH):
-            own = rows[masked[begin : begin + _BATCH]]
-            start = int(own["provenance_at"].min())
-            ends = own["provenance_at"] + own["provenance_length"]
-            text = file["provenance"][start : int(ends.max())].tobytes()
-            for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
-                line = text[at - start : end - start]
-                if b'"mask":"' not in line:  # nearly all: they need not be parsed
-                    continue
-                record = json.loads(line)
-                how = record["done"].get("mask")
-                if how is not None:
-                    odd["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
+    rows = file["index/table"][()]
+    masked = np.flatnonzero(rows["has_mask"])
+    for begin in range(0, len(masked), _BATCH):
+        own = rows[masked[begin : begin + _BATCH]]
+        start = int(own["provenance_at"].min())
+        ends = own["provenance_at"] + own["provenance_length"]
+        text = file["provenance"][start : int(ends.max())].tobytes()
+        for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
+            line = text[at - start : end - start]
+            if b'"mask":"' not in line:  # nearly all: they need not be parsed
+                continue
+            record = parse_json(line)
+            how = record["done"].get("mask")
+            if how is not None:
+                odd["elsewhere" if how == MASK_ELSEWHERE else "regridded"].append(record["source"])
     return odd
 
 

@@ -135,7 +135,9 @@ def _prepare(options: PrepareOptions, out: Path, say: Callable[[str], None]) -> 
         rejected = _make_store(work, refused, left_out, settings, overwrite=options.overwrite)
         summary = _summary(work, rejected, time.monotonic() - begun)
     if summary.volumes:
-        for line in remarks(out) + mask_lines(odd_masks(out)):
+        from ssl3d.data.store.volume import Store
+
+        for line in remarks(out) + mask_lines(odd_masks(Store(out).file)):
             say(line)
         left_out += [(path, reason) for path, reason in store_settings(out)[0].get("label_like", ())]
         if summary.reused:  # files may have come since, that are not read

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl3d.amounts import count_of
+from ssl3d.json_files import parse_json
 
 _BATCH = 4096  # records read at a time
 _NAMED = 3
@@ -54,7 +54,7 @@ def remarks(path: Path) -> list[str]:
             ends = own["provenance_at"] + own["provenance_length"]
             text = file["provenance"][start : int(ends.max())].tobytes()
             for at, end in zip(own["provenance_at"].tolist(), ends.tolist(), strict=True):
-                record = json.loads(text[at - start : end - start])
+                record = parse_json(text[at - start : end - start])
                 kind = record["done"].get("normalize", {}).get("kind")
                 if kind is not None:
                     kinds.setdefault(record["dataset"], {}).setdefault(kind, []).append(record["source"])

@@ -26,6 +26,7 @@ _IO = "GDCMImageIO"
 _DEFLATED, _RLE, _BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
 _NATIVE = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _DEFLATED, _BIG_ENDIAN)
 _MOST = 1 << 31  # bytes of a file inflated: an element of DICOM holds no more than twice that
+_ROOM = 1 << 28  # bytes that GDCM may take for a header, beside those of the file
 _UNKNOWN = 0xFFFFFFFF  # a length
 _ITEM, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _PIXELS = (
@@ -70,7 +71,8 @@ def dicom_information(path: Path) -> Any:
         DataError: A compressed file is damaged.
         RuntimeError: GDCM cannot read the header.
     """
-    with plain_dicom(path) as plain:
+    # Of a damaged element GDCM takes as many bytes as it asks for, up to 4 GB.
+    with plain_dicom(path) as plain, memory.bounded(_ROOM + 4 * plain.stat().st_size):
         return information(plain, _IO)
 
 
@@ -90,7 +92,12 @@ def dicom_image(path: Path) -> Any:
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[Any]:
-    """Open a file for pydicom so that a damaged header makes it read no more than there is."""
+    """Open a file for pydicom so that a damaged header makes it read no more than there is.
+
+    Raises:
+        TooLarge: It is longer than this process has addresses for.
+    """
+    memory.check_mapping(path.stat().st_size)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 

@@ -99,6 +99,7 @@ class StoredVoxels:
         if self.form == "raw":
             self.check()
             last = self.path.stat().st_size - self.needed
+            memory.check_mapping(self.needed)
             return np.memmap(self.path, dtype, "r", last if self.offset is None else self.offset, shape)
         offset = self.offset or 0
         check_promise(self.path, offset + self.needed, zipped=True)

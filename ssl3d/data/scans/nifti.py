@@ -133,6 +133,7 @@ def _voxels(image: Any) -> np.ndarray:
         read, taken = _by_slabs, 4 * math.prod(proxy.shape) + _SLAB
     memory.check(taken, f"{math.prod(proxy.shape):,} voxels {proxy.shape}: ")
     if not zipped:
+        memory.check_mapping(proxy.offset + bytes_of_voxels)
         return read(proxy)
     with unzipped(path, spare) as stream:
         spec = proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter

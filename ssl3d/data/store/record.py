@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl3d.errors import DataError
+from ssl3d.json_files import parse_json
 
 SPLITS = ("", "train", "val", "test")
 _IDENTITY = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
@@ -76,7 +77,7 @@ class Record:
     def from_json(text: str | bytes) -> Record:
         """Read the record that `to_json` wrote; fields of later versions are dropped."""
         known = {field.name for field in dataclasses.fields(Record)}
-        values = {key: value for key, value in json.loads(text).items() if key in known}
+        values = {key: value for key, value in parse_json(text).items() if key in known}
         for key in ("affine", "original_affine"):
             if values.get(key) is not None:
                 values[key] = tuple(tuple(map(float, row)) for row in values[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections import OrderedDict, defaultdict
@@ -22,6 +23,7 @@ from ssl3d.data.store.chunks import UNREADABLE, Chunked
 from ssl3d.data.store.digests import content_digest, index_digest
 from ssl3d.data.store.index import FORMAT, PART, ROW, VERSION, fault_of_index, label_of
 from ssl3d.data.store.record import SPLITS, Affine, Record
+from ssl3d.data.store.remote import Remote, is_address
 from ssl3d.errors import DataError, PluginError, is_transient, reason_of
 from ssl3d.json_files import parse_json
 
@@ -38,7 +40,7 @@ class Store:
     and readers on network file systems.
 
     Attributes:
-        path: Absolute path of the file.
+        path: Absolute path of the file, or its address on a server.
         rows: Index table, one row per volume.
         datasets: Names of the data sets.
         people: Position in `datasets` and subject, per identity code.
@@ -49,11 +51,12 @@ class Store:
         DataError: The file is missing, cut short, damaged, from a newer format, or not a store.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Path | Remote):
+        if not isinstance(path, Remote):
+            path = Remote.of(path) if is_address(path) else Path(path).absolute()
+        self.path: Path | Remote = path
         file = _checked(self.path)
-        state = self.path.stat()
-        self.state = state.st_ino, state.st_mtime_ns, state.st_size
+        self.state = _state(self.path)
         with file:
             try:
                 place = file["index/table"]
@@ -424,7 +427,7 @@ class Volume:
 # ------------------------------------------------------------------------------------------------
 
 # By path and state of the file: a store that was made anew is another one, in a notebook too.
-_Key = tuple[Path, tuple[int, int, int]]
+_Key = tuple[Path | Remote, tuple[int, int, int]]
 
 
 class _Handles(OrderedDict[tuple[_Key, str], Chunked]):
@@ -460,12 +463,19 @@ def _size(data: Chunked) -> int:
 _open_files: OrderedDict[_Key, h5py.File] = OrderedDict()
 _known = _Handles()
 _pending: dict[tuple[_Key, str], np.ndarray] = {}  # chunks not compared yet; outlives the handles
-_whole: set[tuple[Path, tuple[int, int, int], int]] = set()  # volumes compared with their hashes
+_whole: set[tuple[Path | Remote, tuple[int, int, int], int]] = set()  # volumes compared with their hashes
 _forgotten: list[object] = []
 _open_by = os.getpid()
 
 
-def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
+def _state(path: Path | Remote) -> tuple[int, int, int]:
+    if isinstance(path, Remote):
+        return path.state
+    state = path.stat()
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
+def _open_here(path: Path | Remote, state: tuple[int, int, int]) -> h5py.File:
     """Open the file for this process, or return it opened; HDF5 handles must not cross a fork."""
     global _open_files, _known, _open_by
     if _open_by != os.getpid():
@@ -484,7 +494,15 @@ def _open_here(path: Path, state: tuple[int, int, int]) -> h5py.File:
     return file
 
 
-def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> Chunked:
+@atexit.register
+def _close_remote() -> None:
+    """Close what is read by Python's own functions, which HDF5 would call when they are gone already."""
+    for (path, _), file in _open_files.items():
+        if isinstance(path, Remote) and _open_by == os.getpid():
+            file.close()
+
+
+def _dataset_here(path: Path | Remote, state: tuple[int, int, int], name: str) -> Chunked:
     file, key = _open_here(path, state), ((path, state), name)
     if key in _known:
         _known.move_to_end(key)
@@ -496,14 +514,18 @@ def _dataset_here(path: Path, state: tuple[int, int, int], name: str) -> Chunked
     return data
 
 
-def _checked(path: Path) -> h5py.File:
+def _checked(path: Path | Remote) -> h5py.File:
     """Open a store for reading, or say in one line what is wrong with it."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, not a store")
+    if isinstance(path, Remote):
+        source: Any = path.opened()
+    else:
+        source = path
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        if path.is_dir():
+            raise DataError(f"{path}: a folder, not a store")
     try:
-        file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE, rdcc_nslots=521)
+        file = h5py.File(source, "r", locking=False, rdcc_nbytes=_CACHE, rdcc_nslots=521)
     except OSError as error:
         raise DataError(_why_not(path, error)) from error
     try:
@@ -523,15 +545,17 @@ def _checked(path: Path) -> h5py.File:
     raise DataError(f"{path}: an HDF5 file, but not a store of ssl3d; make one with `ssl3d prepare`")
 
 
-def _why_not(path: Path, error: OSError) -> str:
-    if not os.access(path, os.R_OK):
+def _why_not(path: Path | Remote, error: OSError) -> str:
+    remote = isinstance(path, Remote)
+    if not remote and not os.access(path, os.R_OK):
         return f"{path}: no permission to read it"
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = _state(path)[2]
+    with path.opened() if isinstance(path, Remote) else path.open("rb") as file:
         signed = file.read(8) == b"\x89HDF\r\n\x1a\n"
     if not signed:
         return f"{path}: not an HDF5 file ({size} bytes); make a store with `ssl3d prepare`"
-    return f"{path}: cut short or damaged ({size} bytes on disk); prepare it again, or copy it again"
+    where = "there" if remote else "on disk"
+    return f"{path}: cut short or damaged ({size} bytes {where}); prepare it again, or copy it again"
 
 
 def _clip(

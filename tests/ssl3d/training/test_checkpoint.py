@@ -16,7 +16,7 @@ from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.card import signed
 from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.data.identity import identity_hash
-from ssl3d.errors import CheckpointError, TrainingError, UsageError
+from ssl3d.errors import CheckpointError, UsageError
 from ssl3d.specs import encoder_from
 
 
@@ -203,7 +203,7 @@ def test_identities_are_hashed_without_mixing_their_parts():
 
 def test_an_unwritable_place_is_told(encoder, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(TrainingError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         save_encoder(encoder, tmp_path / "file" / "encoder")
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ssl3d.errors import TrainingError, UsageError
+from ssl3d.errors import TransientError, UsageError
 from ssl3d.training import run_folder
 from ssl3d.training.build import size_notes
 from ssl3d.training.device import check_descriptors
@@ -70,12 +70,17 @@ def test_the_line_of_progress_fits_and_keeps_speed_and_time(tmp_path, monkeypatc
             "has died.*fewer --workers",
         ),
         (RuntimeError("Too many open files. Communication with"), "ulimit -n"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory.*smaller --batch",
+        ),
+        (MemoryError(), "out of memory.*smaller --batch"),
     ],
 )
 def test_a_failure_of_the_machine_is_one_line(tmp_path, error, said):
     for state, more in (("nothing is saved", "start again"), ("checkpoints are intact", "--resume")):
         with (
-            pytest.raises(TrainingError, match=said.format(state=state) + f".*{more}"),
+            pytest.raises(TransientError, match=said.format(state=state) + f".*{more}"),
             plain_errors(tmp_path),
         ):
             raise error
@@ -162,7 +167,7 @@ def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
     ]
     os.kill(int(readers[-1]), signal.SIGKILL)
     error = run.communicate(timeout=200)[1]
-    assert run.returncode == 1 and error.count("\n") == 1, error
+    assert run.returncode == 3 and error.count("\n") == 1, error
     assert "a process that reads data has died" in error and f"--resume {out}" in error
 
 
@@ -176,5 +181,5 @@ def test_an_emptied_folder_of_temporary_files_ends_a_run_in_one_line(tmp_path):
             socket.unlink()
         error = run.communicate(timeout=200)[1]
     line, *rest = error.splitlines()  # Python laments its missing socket once more as it ends
-    assert run.returncode == 1 and not any("ssl3d" in more for more in rest), error
+    assert run.returncode == 3 and not any("ssl3d" in more for more in rest), error
     assert f"has something emptied {folder}" in line and f"--resume {out}" in line

@@ -17,7 +17,7 @@ from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.proxies import load_proxies
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
-from ssl3d.errors import CheckpointError, TrainingError
+from ssl3d.errors import CheckpointError, TransientError
 from ssl3d.training import run_folder
 from ssl3d.training.preempt import Preemption
 
@@ -282,9 +282,9 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(train, monkeypatch, 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(snapshot, "write_state", full_at_step_4)
-    with pytest.raises(TrainingError, match=r"No space left on device.*older ones are intact") as caught:
+    with pytest.raises(TransientError, match=r"No space left on device.*older ones are intact") as caught:
         train(steps=6, checkpoint_every=2)
-    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    assert caught.value.exit_status == 3 and "\n" not in str(caught.value)
     names = os.listdir(tmp_path / "run" / "checkpoints")
     assert len(names) == 1 and names[0].startswith("step-00000002-")
     assert int(load_proxies(tmp_path / "run")["tiny"].done) == 2
@@ -299,6 +299,6 @@ def test_a_real_limit_on_file_size(tiny_plugins, phantoms, flags, tmp_path):
     words = ["pretrain", "--proxy", "tiny", "--data", phantoms, "--steps", "3", "--checkpoint-every", "1"]
     words += ["--out", str(tmp_path / "run"), "--workers", "0", *flags, "--optimizer", "adamw"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     assert "checkpoint of step 1 cannot be written" in done.stderr
