@@ -74,13 +74,13 @@ def _private(path: Path) -> tuple[str, str]:
     try:
         with warnings.catch_warnings(action="ignore"), plain_dicom(path) as plain, mapped(plain) as file:
             header = dcmread(file, stop_before_pixels=True, specific_tags=[_SIEMENS_TYPE, _UIH_SLICES])
-            found = [header[tag].value if tag in header else "" for tag in (_SIEMENS_TYPE, _UIH_SLICES)]
+            private = [header[tag].value if tag in header else "" for tag in (_SIEMENS_TYPE, _UIH_SLICES)]
     except Exception as error:  # GDCM reads headers that pydicom does not
         if is_transient(error):
             raise
         return "", ""
     # Bytes where the header names no types; several values where they are told apart by \.
-    texts = [value.decode("latin-1") if isinstance(value, bytes) else value for value in found]
+    texts = [value.decode("latin-1") if isinstance(value, bytes) else value for value in private]
     of_siemens, slices = (
         "\\".join(map(str, text)) if isinstance(text, list | tuple) else str(text).strip(" \0")
         for text in texts
