@@ -61,8 +61,9 @@ def embeddings(
     rows: list[Array | None] = [None] * len(data)
     done = 0
     if contestant.encoder is None:
+        deep = any(volume.shape[1] > 1 for volume in data)
         for position, volume in enumerate(data):
-            rows[position] = trivial_features(contestant.details["features"], volume, mask_classes)
+            rows[position] = trivial_features(contestant.details["features"], volume, mask_classes, deep)
             done += 1
             if report:
                 report(done, len(data))

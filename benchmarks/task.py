@@ -102,6 +102,7 @@ def find_target(data: Collection, asked: str, where: str) -> str:
     if asked == "masks":
         if not masks:
             raise DataError(f"{where}: no volume has a mask, which --target masks needs; {CSV_HELP}")
+        _tell_of_regions(data)
         return "masks"
     if asked != "auto":
         if not labels:
@@ -110,10 +111,23 @@ def find_target(data: Collection, asked: str, where: str) -> str:
     if not labels and not masks:
         raise DataError(f"{where}: the {len(data)} volumes have neither labels nor masks; {CSV_HELP}")
     if not labels:
+        _tell_of_regions(data)
         return "masks"
     if masks:
         say("the data has masks too; use --target masks to probe them")
     return kind_of_labels(labels, where)
+
+
+def _tell_of_regions(data: Collection) -> None:
+    """Say of which data sets the structures overlap, which a probe of the masks does not look at."""
+    regions = {
+        name: own
+        for settings in data.settings
+        for name, own in (settings.get("mask_regions") or {}).items()
+    }
+    for dataset in sorted(regions.keys() & set(data.datasets)):
+        structures = ", ".join(region["name"] for region in regions[dataset])
+        say(f"{dataset}: its structures overlap ({structures}); the mask's values are scored one by one")
 
 
 def kind_of_labels(labels: Sequence[Any], where: str) -> str:

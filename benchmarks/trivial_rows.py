@@ -55,30 +55,37 @@ def reads_true_masks(contestant: Mapping[str, Any]) -> bool:
     return bool(contestant.get("mask_classes"))
 
 
-def trivial_features(name: str, volume: Volume, classes: Sequence[int] = ()) -> Array:
+def trivial_features(name: str, volume: Volume, classes: Sequence[int] = (), deep: bool = False) -> Array:
     """Compute the features of a volume for one trivial row, (n,).
 
     Args:
         name: Name of the row, one of `TRIVIAL`.
         volume: Volume, which is read whole.
         classes: Mask values to measure, each on its own; without any, the voxels above Otsu's threshold.
+        deep: Whether some volume of the data has several slices.
     """
     if name == "pooled voxels":
-        return pooled_voxels(volume.read())
+        return pooled_voxels(volume.read(), deep)
     objects = [volume.read_mask().numpy() == k for k in classes] or [bright(volume.read())]
     if name == "volume only":
         return np.array([_log(mask.sum() * np.prod(volume.spacing)) for mask in objects])
     return np.concatenate([shape_features(mask, volume.spacing) for mask in objects])
 
 
-def pooled_voxels(image: Tensor) -> Array:
-    """Average a volume over a grid of at most 7 x 7 x 7 boxes, per channel; (C x cells,)."""
+def pooled_voxels(image: Tensor, deep: bool = False) -> Array:
+    """Average a volume over a grid of at most 7 x 7 x 7 boxes, per channel; (C x cells,).
+
+    Args:
+        image: Volume (C, D, H, W).
+        deep: Whether a volume of one slice has as many boxes as others, each slice of them the same.
+    """
     import torch.nn.functional as F
 
     from ssl3d.api import fit_size
 
-    # One length for every volume, whatever its shape (an image has depth 1).
-    size = fit_size(image, (_POOLED, _POOLED, _POOLED))
+    # One length for every volume, whatever its shape (where all are images, they have depth 1).
+    size = (_POOLED, _POOLED, _POOLED)
+    size = size if deep else fit_size(image, size)
     return F.adaptive_avg_pool3d(image[None], size).numpy().ravel().astype(np.float64)
 
 

@@ -289,7 +289,7 @@ class _Swap:
                 parent, _, last = name.rpartition(".")
                 setattr(net.get_submodule(parent), last, new.train(layer.training))
         for graph in graphs.values():
-            self._rewrite(graph, swapped)
+            self._rewrite(net, graph, swapped)
         self._check()
         converted = Converted(net, {m: g.python_code("self") for m, g in graphs.items()}, self.report)
         self._try(module, net, graphs[False])
@@ -454,7 +454,7 @@ class _Swap:
 
     # The forward pass --------------------------------------------------------------------------------
 
-    def _rewrite(self, graph: fx.Graph, swapped: set[str]) -> None:
+    def _rewrite(self, net: nn.Module, graph: fx.Graph, swapped: set[str]) -> None:
         """Fold the input, pass the batch to layers and functions, and unfold what is returned."""
         inputs = [node for node in graph.nodes if node.op == "placeholder" and not _is_constant(node)]
         if not inputs:
@@ -475,6 +475,7 @@ class _Swap:
                 at = graph.call_function(folding.enter, (node,))
             node.replace_all_uses_with(at, delete_user_cb=lambda user, own=at: user not in ours | {own})
             ours.add(at)
+        in_plane = {node for node in graph.nodes if _pads_for_slices(node, net)}
         for node in list(graph.nodes):
             if node in ours or node.op == "placeholder":
                 continue
@@ -483,14 +484,14 @@ class _Swap:
                     left = graph.call_function(folding.leave, (node.args[0], batch))
                 node.args = (left,)
             elif node.op == "call_module" and str(node.target) in swapped:
-                node.args = (*node.args, batch, image)
+                node.args = (*node.args, batch, True if node in in_plane else image)
             elif node.op == "call_function":
-                self._function(node, batch, image)
+                self._function(node, batch, True if node in in_plane else image)
             elif node.op == "call_method":
                 self._method(node, batch, image)
         graph.lint()
 
-    def _function(self, node: fx.Node, batch: fx.Node, image: fx.Node) -> None:
+    def _function(self, node: fx.Node, batch: fx.Node, image: fx.Node | bool) -> None:
         before = node.target
         if before in _FUNCTIONS:
             node.target = _FUNCTIONS[before]
@@ -587,6 +588,20 @@ def _switches(net: nn.Module) -> dict[str, Any]:
 def _argument(node: fx.Node) -> str:
     name = str(node.target)
     return name[:-2] if name.endswith("_1") else name
+
+
+def _pads_for_slices(node: fx.Node, net: nn.Module) -> bool:
+    """Tell whether a node pads for 2.5D convolutions alone, which need nothing beyond the first slice."""
+    module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return (
+        bool(node.users)
+        and (isinstance(module, layers.Pad) or node.target is F.pad)
+        and all(
+            _pads_for_slices(user, net)
+            or (user.op == "call_module" and isinstance(net.get_submodule(str(user.target)), layers.Flat))
+            for user in node.users
+        )
+    )
 
 
 def _is_constant(node: fx.Node) -> bool:

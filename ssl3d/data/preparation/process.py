@@ -331,6 +331,11 @@ def _frames(pixels: Pixels, task: ScanTask, notes: dict[str, Any]) -> list[Pixel
     if pixels.colours:
         if recipe.colour == "rgb":
             return [pixels]
+        if scan.frames_are_channels:
+            raise DataError(
+                f"{len(voxels)} colours, but dataset.json names {len(scan.channels)} channels; "
+                "--colour rgb takes them as channels"
+            )
         weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's L
         grey = np.tensordot(weights, voxels.astype(np.float32), axes=1)[None]
         notes["colour"] = "grey"

@@ -44,7 +44,7 @@ def remarks(path: Path) -> list[str]:
     elsewhere: list[str] = []
     lacking: dict[tuple[str, str], list[str]] = {}
     volumes: dict[str, int] = {}
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
     alike: list[str] = []
     with h5py.File(path, "r", locking=False) as file:
         rows = file["index/table"][("provenance_at", "provenance_length")]
@@ -59,9 +59,9 @@ def remarks(path: Path) -> list[str]:
                 if kind is not None:
                     kinds.setdefault(record["dataset"], {}).setdefault(kind, []).append(record["source"])
                 volumes[record["dataset"]] = volumes.get(record["dataset"], 0) + 1
-                other = _same_voxels(record, seen)
-                if other:
-                    alike.append(f"{other} = {record['source']}")
+                both = _same_voxels(record, seen)
+                if both:
+                    alike.append(both)
                 for channel in record["done"].get("missing", ()):
                     lacking.setdefault((record["dataset"], channel), []).append(record["source"])
                 if "voxel_by_voxel" in record["done"]:
@@ -88,17 +88,20 @@ def remarks(path: Path) -> list[str]:
     return lines
 
 
-def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], tuple[str, str]]) -> str:
-    """Find the source of an earlier scan of another subject that looks the same, or ""; remember this one.
+def _same_voxels(record: dict[str, Any], seen: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Name this scan and an earlier one of another subject that looks the same, or ""; remember this one.
 
     Scans look the same where both hashes of the leak check are equal, which any linear change of the
     intensities leaves as they are.
     """
-    reading, who, source = (str(record.get(key) or "") for key in ("reading", "subject", "source"))
+    reading = str(record.get("reading") or "")
     if not reading:
         return ""
-    subject, earlier = seen.setdefault((record["dataset"], reading), (who, source))
-    return earlier if subject != who else ""
+    earlier = seen.setdefault((record["dataset"], reading), record)
+    if str(earlier.get("subject") or "") == str(record.get("subject") or ""):
+        return ""
+    key = "id" if earlier["source"] == record["source"] else "source"  # DICOM series of one folder
+    return f"{earlier[key]} = {record[key]}"
 
 
 def _mixed(dataset: str, kinds: dict[str, list[str]]) -> str:

@@ -26,6 +26,7 @@ from ssl3d.data.scans.subjects import person_of, relative, subjects_of
 from ssl3d.data.scans.tables import cell, read_json
 from ssl3d.errors import DataError
 
+_IGNORE = "ignore"
 _IMAGE_WORD = re.compile("images?|imgs?|volumes?|vol|scans?|ct|mri?|pet|t1|t2", re.IGNORECASE)
 _PARTS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}
 
@@ -49,15 +50,20 @@ def from_dataset_json(root: Path, wanted: Wanted) -> Found:
 def add_mask_labels(contents: Found, dataset: str, described: dict[str, Any]) -> None:
     """Add what a `dataset.json` says of its masks: names of the values, what is ignored, regions.
 
-    `labels` maps values to names (Medical Segmentation Decathlon), or names to values; nnU-Net calls the
-    value of voxels that nobody annotated `ignore`, and lists several values where structures overlap, with
-    `regions_class_order` for what a prediction writes.
+    `labels` maps values to names (Medical Segmentation Decathlon), or names to values. The value of voxels
+    that nobody annotated is called `ignore`, as nnU-Net does, which lists several values where structures
+    overlap, with `regions_class_order` for what a prediction writes.
     """
     labels = described.get("labels")
     if not isinstance(labels, dict) or not labels:
         return
     if all(_is_value(str(key)) for key in labels):
-        contents.label_names[dataset] = {str(value): str(name) for value, name in labels.items()}
+        names = {str(value): str(name) for value, name in labels.items()}
+        unknown = [value for value, name in names.items() if name.lower() == _IGNORE]
+        if len(unknown) == 1:
+            contents.ignore_labels[dataset] = int(unknown[0])
+            del names[unknown[0]]
+        contents.label_names[dataset] = names
         return
     values = {str(name): _values_of(value) for name, value in labels.items()}
     odd = sorted(name for name, own in values.items() if not own)
@@ -65,7 +71,7 @@ def add_mask_labels(contents: Found, dataset: str, described: dict[str, Any]) ->
         contents.notes.append(
             f"dataset.json: labels not used, as they are no values of a mask: {', '.join(odd)}"
         )
-    ignored = next((name for name in values if name.lower() == "ignore"), "")
+    ignored = next((name for name in values if name.lower() == _IGNORE), "")
     if len(values.get(ignored, ())) == 1:
         contents.ignore_labels[dataset] = values.pop(ignored)[0]
     contents.label_names[dataset] = {str(own[0]): name for name, own in values.items() if len(own) == 1}

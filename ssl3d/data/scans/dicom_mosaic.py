@@ -1,4 +1,4 @@
-"""Siemens mosaics: DICOM files that hold the slices of a volume side by side in one picture."""
+"""Mosaics: DICOM files that hold the slices of a volume side by side in one picture."""
 
 from __future__ import annotations
 
@@ -11,14 +11,32 @@ import numpy as np
 from ssl3d.data.scans.dicom_pixels import dicom_image, mapped, plain_dicom
 from ssl3d.data.scans.itk import quiet_sitk
 from ssl3d.data.scans.pixels import Pixels, placed_pixels
-from ssl3d.errors import DataError
+from ssl3d.errors import DataError, is_transient
 
 _SAME = 1e-3  # mm, between the places of a series' volumes
+_SIEMENS_TYPE, _UIH_SLICES = (0x0051, 0x1016), (0x0065, 0x1050)  # private: type, slices in the picture
 
 
-def is_mosaic(tag: dict[str, str]) -> bool:
-    """Tell by its tags whether a file is a mosaic."""
-    return "MOSAIC" in tag["type"].split("\\")
+def is_mosaic(path: Path, tag: dict[str, str]) -> bool:
+    """Tell by its headers whether a file is a Siemens mosaic.
+
+    Args:
+        path: File.
+        tag: Its tags; see `dicom_tags`.
+
+    Raises:
+        DataError: It is a mosaic of United Imaging, which is not read.
+    """
+    if "MOSAIC" in tag["type"].split("\\"):
+        return True
+    if tag["modality"] != "MR":
+        return False
+    of_siemens, slices = _private(path)
+    if slices.isdecimal() and int(slices) > 1:
+        raise DataError(
+            f"a grid of {int(slices)} slices in one picture (United Imaging); convert it with dcm2niix"
+        )
+    return "MOSAIC" in of_siemens.replace("/", "\\").split("\\")
 
 
 def read_mosaics(files: list[Path], header_only: bool) -> Pixels:
@@ -47,6 +65,27 @@ def read_mosaics(files: list[Path], header_only: bool) -> Pixels:
     rows, columns, slices = first.image_shape
     shape = (columns, rows, slices) + ((len(frames),) if len(frames) > 1 else ())
     return placed_pixels(np.stack(frames), affine, shape)
+
+
+def _private(path: Path) -> tuple[str, str]:
+    """Return what private tags tell: Siemens' type of image, United Imaging's number of slices."""
+    from pydicom import dcmread
+
+    try:
+        with warnings.catch_warnings(action="ignore"), plain_dicom(path) as plain, mapped(plain) as file:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=[_SIEMENS_TYPE, _UIH_SLICES])
+            private = [header[tag].value if tag in header else "" for tag in (_SIEMENS_TYPE, _UIH_SLICES)]
+    except Exception as error:  # GDCM reads headers that pydicom does not
+        if is_transient(error):
+            raise
+        return "", ""
+    # Bytes where the header names no types; several values where they are told apart by \.
+    texts = [value.decode("latin-1") if isinstance(value, bytes) else value for value in private]
+    of_siemens, slices = (
+        "\\".join(map(str, text)) if isinstance(text, list | tuple) else str(text).strip(" \0")
+        for text in texts
+    )
+    return of_siemens, slices
 
 
 def _header(path: Path) -> tuple[Any, np.ndarray]:

@@ -46,7 +46,7 @@ def read_dicom(files: Sequence[Path], max_voxels: int | None, header_only: bool 
     each = 0 if header_only else image_bytes(header)
     check_size((*header.GetSize(), header.GetNumberOfComponents(), len(files)), max_voxels, each)
     film = first["modality"] in FILMS  # of several frames: a film, not a volume
-    if is_mosaic(first):
+    if is_mosaic(files[0], first):
         timed = sorted(
             zip(slices_of(tags), files, strict=True), key=lambda pair: (pair[0].phase, pair[0].key)
         )

@@ -76,8 +76,13 @@ def read_picture(files: Sequence[Path], max_voxels: int | None, labels: bool = F
             elif picture.mode in ("P", "RGBA", "RGBa", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
                 picture = picture.convert("RGB")
             voxels = np.asarray(picture)
-            white = kind == "TIFF" and tags.get(_PHOTOMETRIC) == 0 and voxels.dtype.kind == "u"
-            if white and picture.mode != "L":  # Pillow turns those of eight bits itself
+            if kind == "TIFF" and tags.get(_PHOTOMETRIC) == 0 and picture.mode != "L":
+                # Pillow turns those of eight bits itself.
+                if voxels.dtype.kind != "u":
+                    raise DataError(
+                        f"its lowest value is white by the header, and of {voxels.dtype} nothing says what "
+                        "is black; save it with 0 as black"
+                    )
                 voxels = np.iinfo(voxels.dtype).max - voxels
     if labels and voxels.ndim == 3 and (voxels == voxels[..., :1]).all():
         voxels = voxels[..., 0]
@@ -114,8 +119,8 @@ def _deep_colours(path: Path, turned: int, kind: str) -> np.ndarray:
     """Read a picture of 16 bits a value by SimpleITK, (H, W, 3).
 
     Raises:
-        DataError: It is a TIFF that is to be turned, which SimpleITK does in some cases itself; or it is
-            grey with transparency.
+        DataError: It is a TIFF that is to be turned, which SimpleITK does in some cases itself, or of a
+            kind that it reads with 8 bits; or it is grey with transparency.
     """
     if turned != 1 and kind != "PNG":
         raise DataError("16 bits a colour, and to be turned by its header; save it upright")
@@ -124,6 +129,11 @@ def _deep_colours(path: Path, turned: int, kind: str) -> np.ndarray:
             raise DataError("grey of 16 bits with transparency; save it without")
     image = image_of(path)
     values = quiet_sitk().GetArrayFromImage(image).reshape(*image.GetSize()[1::-1], -1)
+    if values.dtype.itemsize < 2:  # such as one whose colours lie in planes
+        raise DataError(
+            "more than 8 bits a colour, laid out so that only 8 of them can be read; save it as PNG, or "
+            "with the colours of a pixel side by side"
+        )
     flipped = values[:, ::-1] if turned in (2, 4, 5, 7) else values
     quarter = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(turned, 0)
     values = np.rot90(flipped, quarter)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from ssl3d import memory
 from ssl3d.data.geometry import Triple
 from ssl3d.data.scans.dicom_pixels import looks_like_dicom
 from ssl3d.data.scans.dicom_voxels import dicom_spacing, read_dicom
@@ -222,7 +223,13 @@ def read_mask(path: Path, files: Sequence[Path] = ()) -> Pixels:
     Raises:
         DataError: The map cannot be read, has several frames, or holds other values.
     """
-    pixels = read(list(files) or [path], labels=True)
+    try:
+        pixels = read(list(files) or [path], labels=True)
+    except memory.TooLarge:
+        raise
+    except DataError as error:
+        unknown = not files and path.is_file() and format_of(path) is None
+        raise DataError(f"mask {path.name}: {'not a known format' if unknown else error}") from error
     if len(pixels.voxels) != 1:
         raise DataError(f"mask {path.name}: {len(pixels.voxels)} frames or colours; expected one label map")
     voxels = pixels.voxels

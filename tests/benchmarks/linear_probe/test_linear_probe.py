@@ -14,19 +14,29 @@ from ssl3d.api import Contestant, DataError, Encoder, UsageError, encoder_from, 
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d_benchmarks import trivial_rows as shapes
+from ssl3d_benchmarks.features import embeddings
 from ssl3d_benchmarks.linear_probe import dense as dense
 from ssl3d_benchmarks.linear_probe.config import LinearProbeConfig
 from ssl3d_benchmarks.linear_probe.protocol import LinearProbe, fit_classifier, fit_ridge
-from ssl3d_benchmarks.task import mask_names
+from ssl3d_benchmarks.task import find_target, mask_names
 
 
-def a_store(path, volumes):
+def a_store(path, volumes, settings=None):
     """Writes (subject, label, image (D, H, W), mask or None) to a store."""
     for number, (subject, label, image, mask) in enumerate(volumes):
         record = Record(id=f"v{number:03d}", dataset="made", subject=subject, label=label)
         write_part(Path(f"{path}.partial"), record.id, record, np.float32(image)[None], mask=mask)
-    assemble(Path(f"{path}.partial"), path, {}, [])
+    assemble(Path(f"{path}.partial"), path, settings or {}, [])
     return path
+
+
+def test_structures_that_overlap_are_told_before_their_values_are_probed(tmp_path, capsys):
+    regions = [{"name": "whole", "values": [1, 2], "class": 1}, {"name": "core", "values": [2], "class": 2}]
+    path = a_store(tmp_path / "a.h5", blobs(2), {"mask_regions": {"made": regions, "other": regions}})
+    assert find_target(open_data([path]), "masks", "a") == "masks"
+    assert capsys.readouterr().err.splitlines() == [
+        "made: its structures overlap (whole, core); the mask's values are scored one by one"
+    ]
 
 
 def blobs(n=12, shape=(12, 14, 10), seed=0):
@@ -403,3 +413,19 @@ def test_pooled_voxels_have_one_length():
     assert shapes.pooled_voxels(torch.randn(1, 28, 28, 28)).shape == (343,)
     assert shapes.pooled_voxels(torch.randn(1, 5, 40, 31)).shape == (343,)
     assert shapes.pooled_voxels(torch.randn(2, 1, 28, 28)).shape == (98,)
+
+
+def test_slabs_of_one_slice_and_of_several_have_rows_of_one_length(tmp_path, monkeypatch):
+    """np.stack ended the linear probe in a traceback."""
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    volumes = [
+        (f"p{n}", n % 2, rng.normal(size=(depth, 14, 10)), None) for n, depth in enumerate((1, 4, 1))
+    ]
+    data = open_data([a_store(tmp_path / "a.h5", volumes)])
+    for name in shapes.TRIVIAL:
+        row = SimpleNamespace(encoder=None, details={"features": name}, digest=name)
+        features = embeddings(row, data, (8, 8, 8), "32", ())
+        assert features.shape[0] == 3 and np.isfinite(features).all()
+    assert features.shape == (3, 343)
+    np.testing.assert_array_equal(features[0, :49], features[0, -49:])  # its one slice, seven times

@@ -166,6 +166,36 @@ def test_2_5d_is_the_2d_layer_on_every_slice_that_its_stride_leaves(name, depth)
         torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class PaddedByFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 6, 3, stride=2)
+
+    def forward(self, x):
+        return self.convolution(functional.pad(x, (1, 1, 1, 1), mode="reflect"))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 6, 3)),
+        nn.Sequential(nn.ReflectionPad2d(1), nn.ZeroPad2d(1), nn.Conv2d(4, 6, 5)),
+        PaddedByFunction(),
+    ],
+)
+def test_2_5d_pads_no_slices_for_convolutions_that_pad_by_a_layer_of_their_own(net, depth):
+    x = torch.randn(2, 4, depth, 9, 11)
+    step = 2 if isinstance(net, PaddedByFunction) else 1
+    expected = torch.stack([net(x[:, :, d]) for d in range(0, depth, step)], 2)
+    torch.testing.assert_close(to_3d(net, "2.5d")(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_2_5d_pads_slices_for_pools():
+    net = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2))
+    assert to_3d(net, "2.5d")(torch.randn(1, 4, 5, 9, 9)).shape == (1, 6, 3, 5, 5)
+
+
 def test_gradients_reach_every_tap_of_acs():
     made = to_3d(nn.Conv2d(2, 6, 3, padding=1), "acs")
     made(torch.randn(1, 2, 5, 5, 5)).square().sum().backward()

@@ -222,6 +222,15 @@ def test_one_scan_under_two_subjects_is_told(scans, tmp_path, capsys):
     assert [line.startswith(told) for line in capsys.readouterr().out.splitlines()].count(True) == 1
 
 
+def test_series_of_one_folder_under_two_subjects_are_told_apart(scans, tmp_path, capsys):
+    """Both were called by their folder: `. = .`."""
+    for uid, patient in (("1.2.1", "P1"), ("1.2.2", "P2")):
+        scans.dicom(tmp_path / "d", scans.body(SHAPE, 1), uid, patient=patient, prefix=patient)
+    prepare(PrepareOptions((str(tmp_path / "d"),), str(tmp_path / "s.h5"), workers=0))
+    told = "1 scan with the voxels of another subject's: d/1.2.1 = d/1.2.2; if"
+    assert [line.startswith(told) for line in capsys.readouterr().out.splitlines()].count(True) == 1
+
+
 def test_missing_channels_are_told(scans, tmp_path, capsys):
     for k in range(4):
         scans.nifti(tmp_path / "d" / f"p{k}_t1.nii.gz", scans.body(SHAPE, k), PLACED["ras"])

@@ -128,6 +128,18 @@ def test_one_volume_for_two_named_channels_in_a_fourth_axis_is_refused(scans, tm
     assert "1 frame, but dataset.json names 2 channels" in (tmp_path / "rejected.csv").read_text()
 
 
+def test_colours_that_are_not_the_named_channels_are_refused(tmp_path):
+    """They were stored as one grey channel."""
+    (tmp_path / "t").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(
+        tmp_path / "t" / "c0_0000.png"
+    )
+    described = {"channel_names": {"0": "A", "1": "B"}, "training": [{"image": "c0_0000.png"}]}
+    (tmp_path / "t" / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    prepare(PrepareOptions((str(tmp_path / "t"),), str(tmp_path / "s.h5"), workers=0))
+    assert "3 colours, but dataset.json names 2 channels" in (tmp_path / "rejected.csv").read_text()
+
+
 def test_a_missing_mask_is_said_in_a_sentence(scans, tmp_path):
     scans.nifti(tmp_path / "a.nii.gz", scans.body())
     (tmp_path / "l.csv").write_text("path,mask\na.nii.gz,m.nii.gz\n", encoding="utf-8")

@@ -373,8 +373,12 @@ def described_masks(scans, root, labels, **more):
     return find([root], Wanted(dataset="x"))
 
 
-def test_the_ignore_label_of_nnunet_is_no_structure(scans, tmp_path):
-    found = described_masks(scans, tmp_path, {"background": 0, "tumour": 1, "ignore": 2})
+@pytest.mark.parametrize(
+    "labels",
+    [{"background": 0, "tumour": 1, "ignore": 2}, {"0": "background", "1": "tumour", "2": "Ignore"}],
+)
+def test_the_ignore_label_is_no_structure(scans, tmp_path, labels):
+    found = described_masks(scans, tmp_path, labels)
     assert found.label_names == {"x": {"0": "background", "1": "tumour"}}
     assert found.ignore_labels == {"x": 2} and not found.regions
 

@@ -70,6 +70,29 @@ def test_mosaics_of_a_series_are_frames_in_the_order_of_time(mosaic):
     np.testing.assert_array_equal(pixels.voxels[1], pixels.voxels[0] + 1)
 
 
+def test_a_mosaic_is_known_by_siemens_own_type_too(mosaic):
+    header = pydicom.dcmread(mosaic)
+    whole = read([mosaic]).voxels
+    header.ImageType = ["DERIVED", "PRIMARY", "DIFFUSION"]  # as programs that pass images on leave it
+    header.private_block(0x51, "SIEMENS MR HEADER", create=True).add_new(0x16, "LO", "p2 M/ND/MOSAIC")
+    header.save_as(mosaic)
+    np.testing.assert_array_equal(read([mosaic]).voxels, whole)
+
+
+def test_a_grid_of_united_imaging_is_refused_by_name(mosaic):
+    header = pydicom.dcmread(mosaic)
+    header.remove_private_tags()
+    header.ImageType = ["ORIGINAL", "PRIMARY", "M", "VFRAME"]
+    grid = header.private_block(0x65, "Image Private Header", create=True)
+    grid.add_new(0x50, "DS", "48")
+    header.save_as(mosaic)
+    with pytest.raises(DataError, match=r"a grid of 48 slices in one picture .* with dcm2niix"):
+        read([mosaic])
+    grid[0x50].value = "1"
+    header.save_as(mosaic)
+    assert read([mosaic]).voxels.shape == (1, 1, 896, 896)
+
+
 def test_a_mosaic_without_siemens_header_is_refused_by_name(mosaic):
     header = pydicom.dcmread(mosaic)
     header.remove_private_tags()
@@ -203,6 +226,46 @@ def test_white_at_the_lowest_value_is_turned(tmp_path, kind):
     np.testing.assert_array_equal(read([path]).voxels[0, 0], np.iinfo(kind).max - values)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_deep_tiffs_keep_their_colours_or_are_refused(tmp_path, planes):
+    deep = np.random.default_rng(0).integers(0, 65535, (20, 24, 3)).astype(np.uint16)
+    path = tiff(tmp_path / "a.tif", deep if planes == 1 else np.moveaxis(deep, -1, 0), planes)
+    if planes == 1:
+        np.testing.assert_array_equal(read([path]).voxels[:, 0], np.moveaxis(deep, -1, 0))
+    else:  # SimpleITK gives the upper 8 bits
+        with pytest.raises(DataError, match=r"more than 8 bits a colour, laid out so .*; save it as PNG"):
+            read([path])
+
+
+def tiff(path: Path, values: np.ndarray, planes: int) -> Path:
+    """Write 20 x 24 colours of 16 bits, those of a pixel side by side (1) or each in its plane (2)."""
+    content = values.astype("<u2").tobytes()
+    pieces = 1 if planes == 1 else 3
+    size = len(content) // pieces
+    starts = struct.pack("<3I", *(8 + piece * size for piece in range(3)))
+    tables = struct.pack("<3H", 16, 16, 16) + starts + struct.pack("<3I", size, size, size)
+    at = 8 + len(content)
+    tags = [
+        *((256, 3, 1, 24), (257, 3, 1, 20), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, pieces, 8 if pieces == 1 else at + 6), (277, 3, 1, 3), (278, 3, 1, 20)),
+        *((279, 4, pieces, size if pieces == 1 else at + 18), (284, 3, 1, planes)),
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", at + len(tables))
+    path.write_bytes(head + content + tables + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def test_white_at_the_lowest_of_values_without_a_highest_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.random.default_rng(0).normal(size=(20, 24)).astype(np.float32)).save(path)
+    content = path.read_bytes()
+    entry = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    path.write_bytes(content.replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    with pytest.raises(DataError, match=r"its lowest value is white .* of float32 nothing"):
+        read([path])
+
+
 def labelled() -> np.ndarray:
     labels = np.zeros((20, 24), np.uint8)
     labels[3:9, 4:9], labels[12:16, 4:9] = 1, 2
@@ -238,6 +301,15 @@ def test_a_label_map_that_jpeg_blurred_is_refused_with_its_values(tmp_path):
         tmp_path / "two.jpg", quality=100, subsampling=0
     )
     assert set(np.unique(read_mask(tmp_path / "two.jpg").voxels)) == {0, 255}
+
+
+def test_a_label_map_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    Image.fromarray(labelled()).save(tmp_path / "m.gif")
+    with pytest.raises(DataError, match=r"^mask m\.gif: not a known format$"):
+        read_mask(tmp_path / "m.gif")
+    (tmp_path / "m.png").touch()
+    with pytest.raises(DataError, match=r"^mask m\.png: empty file$"):
+        read_mask(tmp_path / "m.png")
 
 
 # Cropped segmentations ------------------------------------------------------------------------------
