@@ -20,7 +20,8 @@ ALTERNATING = [(name, ("acs", "3d")[number % 2]) for number, name in enumerate(N
 @pytest.mark.parametrize("name,kind", ALTERNATING)
 def test_it_keeps_the_contract(name, kind, small, tiny_encoder, store_of):
     data = open_data([store_of(name)])
-    check_proxy(name, small(name, kind), encoder=lambda: tiny_encoder(kind, name=name), data=data)
+    encoder = lambda: tiny_encoder(kind, name=name)  # noqa: E731
+    check_proxy(name, small(name, kind), encoder, data, steps=12, lr=2e-3)  # more under `slow`
 
 
 @pytest.mark.slow
