@@ -50,7 +50,7 @@ def open_data(paths: Sequence[str | Path], **prepare_options: Any) -> Collection
             stores.append(phantom_store(count, kind=kind))
             continue
         if is_address(path):
-            stores += stores_at(path)
+            stores += stores_at(path, STORES)
             continue
         behind, is_store = _sort_out(Path(text))
         if is_store:

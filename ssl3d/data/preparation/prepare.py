@@ -135,9 +135,11 @@ def _prepare(options: PrepareOptions, out: Path, say: Callable[[str], None]) -> 
         rejected = _make_store(work, refused, left_out, settings, overwrite=options.overwrite)
         summary = _summary(work, rejected, time.monotonic() - begun)
     if summary.volumes:
-        from ssl3d.data.store.volume import Store
+        import h5py
 
-        for line in remarks(out) + mask_lines(odd_masks(Store(out).file)):
+        with h5py.File(out, "r", locking=False) as file:
+            lines = remarks(out) + mask_lines(odd_masks(file))
+        for line in lines:
             say(line)
         left_out += [(path, reason) for path, reason in store_settings(out)[0].get("label_like", ())]
         if summary.reused:  # files may have come since, that are not read

@@ -122,23 +122,27 @@ class Remote:
         return RemoteFile(self.url, self.state)
 
 
-def stores_at(address: str | Path) -> list[Remote]:
+def stores_at(address: str | Path, suffixes: tuple[str, ...]) -> list[Remote]:
     """List the stores at an address: itself, or those in the folder that it names.
+
+    Args:
+        address: Address of a store or of a folder.
+        suffixes: Endings of the names of stores.
 
     Raises:
         DataError: There is nothing, or a folder without stores.
         TransientError: The server does not answer.
     """
     remote = Remote.of(address)
-    if remote.name.lower().endswith((".h5", ".hdf5")):
+    if remote.name.lower().endswith(suffixes):
         return [remote]
     names = asked(
         remote.url, lambda server, path: [server.unstrip_protocol(entry) for entry in server.find(path)]
     )
-    stores = [Remote(name) for name in sorted(names) if name.lower().endswith((".h5", ".hdf5"))]
+    stores = [Remote(name) for name in sorted(names) if name.lower().endswith(suffixes)]
     if not stores:
         raise DataError(
-            f"{remote}: no stores (.h5) there; scans are prepared on a local disk (ssl3d prepare), and the "
+            f"{remote}: no stores ({suffixes[0]}) there; scans are prepared on a local disk (ssl3d prepare), and the "
             "store is copied to the server"
         )
     _fetch_ends(stores)

@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_what_was_there(encoder, tmp_path, monkeypatch, capsy
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    assert export(encoder, "hf", out, "--overwrite") == 1
+    assert export(encoder, "hf", out, "--overwrite") == 3
     assert "no space left on the disk" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

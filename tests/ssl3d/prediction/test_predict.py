@@ -497,7 +497,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(tuned, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-c", script, limit, *words, *more]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
+        assert done.returncode == 3, done.stderr
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("ssl3d:")]
         assert str(out) in line and "call again" in line and "Traceback" not in done.stderr
         assert len(list(out.glob("s?.nii.gz"))) == 2

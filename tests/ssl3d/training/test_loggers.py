@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,7 +101,12 @@ def test_wandb_reads_what_a_run_logged_offline_and_a_resumed_run_is_the_same_one
         log_every=1,
     )  # fmt: skip
     ssl3d.resume(stopped.folder)
-    records = wandb_records(tmp_path / "run")
+    last = ("run/loss", stopped.metrics[-1]["step"])
+    for _ in range(60):  # W&B's own process writes them, and may not be done
+        records = wandb_records(tmp_path / "run")
+        if last in wandb_history(records):
+            break
+        time.sleep(0.5)
     assert len({r.run.run_id for r in records if r.HasField("run")}) == 1
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
     points = wandb_history(records)
