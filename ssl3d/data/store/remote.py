@@ -142,8 +142,8 @@ def stores_at(address: str | Path, suffixes: tuple[str, ...]) -> list[Remote]:
     stores = [Remote(name) for name in sorted(names) if name.lower().endswith(suffixes)]
     if not stores:
         raise DataError(
-            f"{remote}: no stores ({suffixes[0]}) there; scans are prepared on a local disk (ssl3d prepare), "
-            "and the store is copied to the server"
+            f"{remote}: no stores ({suffixes[0]}) there; scans are prepared on a local disk "
+            "(ssl3d prepare), and the store is copied to the server"
         )
     _fetch_ends(stores)
     return stores
