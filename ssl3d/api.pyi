@@ -412,6 +412,7 @@ from .errors import (
     TrainingError as TrainingError,
     UsageError as UsageError,
     is_transient as is_transient,
+    not_written as not_written,
 )
 from .json_files import parse_json as parse_json
 from .files import (

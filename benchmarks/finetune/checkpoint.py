@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl3d.api import UsageError, is_transient, restore_optimizer, tensor_bytes, whole_file, write_state
+from ssl3d.api import (
+    UsageError,
+    is_transient,
+    not_written,
+    restore_optimizer,
+    tensor_bytes,
+    whole_file,
+    write_state,
+)
 
 FORMAT = 1
 
@@ -64,6 +72,7 @@ def save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opti
     """Write a checkpoint, whole or not at all.
 
     Raises:
+        TransientError: The disk is full, or failed.
         UsageError: The file cannot be written.
     """
     state = {
@@ -77,7 +86,7 @@ def save(path: Path, trial: Trial, model: nn.Module, optimizer: torch.optim.Opti
         with whole_file(path, sync=True) as temporary:
             write_state(state, temporary)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise not_written(error, f"cannot write {path}: {error.strerror}") from error
 
 
 def resume(

@@ -23,10 +23,10 @@ from ssl3d.api import (
     Contestant,
     Loggers,
     Result,
-    UsageError,
     autocast,
     find_result,
     locks,
+    not_written,
     parse_json,
     peak_memory,
     write_result,
@@ -154,6 +154,7 @@ def run_job(job: FinetuneJob) -> Result | None:
 
     Raises:
         HeldElsewhere: Another process is running the job.
+        TransientError: The disk is full, or failed.
         UsageError: The folder of the records cannot be written to.
     """
     if job.entry.make is None:
@@ -187,6 +188,7 @@ def _holding(job: FinetuneJob, result: Result) -> Iterator[None]:
 
     Raises:
         HeldElsewhere: Another process holds it.
+        TransientError: The disk is full, or failed.
         UsageError: The folder cannot be written to.
     """
     lock = job.options.out / ".jobs" / f"{result.key}.lock"
@@ -195,7 +197,7 @@ def _holding(job: FinetuneJob, result: Result) -> Iterator[None]:
         if not locks.take(lock):
             raise HeldElsewhere
     except OSError as error:
-        raise UsageError(f"cannot write {lock}: {error.strerror}") from error
+        raise not_written(error, f"cannot write {lock}: {error.strerror}") from error
     with locks.holding(lock):
         yield
 
@@ -493,4 +495,4 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     try:
         write_whole(path, json.dumps(content))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise not_written(error, f"cannot write {path}: {error.strerror}") from error

@@ -24,12 +24,12 @@ from ssl3d.api import (
     Prediction,
     SliceAggregator,
     Ssl3dError,
-    UsageError,
     amend_model,
     autocast,
     identity_hash,
     memory_format,
     model_folders,
+    not_written,
     plugins,
     read_model_card,
     save_model,
@@ -208,7 +208,7 @@ def finish(result: Result, folder: Path, out: Path, options: FinetuneOptions, co
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
         except OSError as error:
-            raise UsageError(f"cannot write {target}: {error.strerror}") from error
+            raise not_written(error, f"cannot write {target}: {error.strerror}") from error
     if BEST in options.keep_models:
         _leave_the_best(out / FOLDER, place, options)
     return place if place.is_dir() else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError, parse_json
+from ssl3d.api import not_written, parse_json
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ValidationScores:
         """Add the score at a step of the training with a learning rate; None for no number.
 
         Raises:
+            TransientError: The disk is full, or failed.
             UsageError: The file cannot be written.
         """
         self._write({"part": part, "lr": lr, "step": step, "score": score})
@@ -36,6 +37,7 @@ class ValidationScores:
         """Add the score of the job: the mean over the folds of the scores at the steps chosen.
 
         Raises:
+            TransientError: The disk is full, or failed.
             UsageError: The file cannot be written.
         """
         mean = sum(scores) / len(scores)
@@ -66,4 +68,4 @@ class ValidationScores:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot write {self.path}: {error.strerror}") from error
+            raise not_written(error, f"cannot write {self.path}: {error.strerror}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from ssl3d.checkpoint.zoo import ZOO, fetched
 from ssl3d.errors import CheckpointError
 from ssl3d.files import check_regular
-from ssl3d.json_files import parse_json
+from ssl3d.json_files import parse_json, was_changed, with_digest
 
 CARD = "encoder.json"
 WEIGHTS = "encoder.safetensors"
@@ -113,7 +112,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def signed(card: Mapping[str, Any], allow_nan: bool = True) -> str:
     """Write a card as JSON, with the digest of all that it says."""
     content = json.loads(json.dumps({**card, "digest": ""}, default=plain_value, allow_nan=allow_nan))
-    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
+    return json.dumps(with_digest(content), indent=1) + "\n"
 
 
 def check_digest(card: Mapping[str, Any], where: str) -> None:
@@ -122,15 +121,10 @@ def check_digest(card: Mapping[str, Any], where: str) -> None:
     Raises:
         CheckpointError: It says something else than was written; the message begins with `where`.
     """
-    if card.get("digest") is not None and _digest(card) != card["digest"]:
+    if was_changed(card):
         raise CheckpointError(
             f"{where}: was changed after it was written (its digest differs); take an intact copy"
         )
-
-
-def _digest(card: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in card.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

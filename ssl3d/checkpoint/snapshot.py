@@ -140,8 +140,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 _PARTS: Mapping[str, type] = {
     "step": int, "steps": int, "patch": list, "about": dict, "world": int, "device": str, "spec": dict,
     "precision": dict, "module": dict, "optimizer": dict, "ranks": list, "outline": dict,
+    "options": dict,
 }  # fmt: skip
-_LATER = ("ranks", "outline")  # the first checkpoints lack them
+_LATER = ("ranks", "outline", "options")  # the first checkpoints lack them
 
 
 def _fault_of(state: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d.checkpoint.card import versions
-from ssl3d.errors import DataError, Ssl3dError, UsageError
+from ssl3d.errors import DataError, Ssl3dError, not_written
 from ssl3d.evaluation.record_archive import find_record, record_bytes
 from ssl3d.evaluation.record_types import check_parts
 from ssl3d.files import write_whole
-from ssl3d.json_files import parse_json
+from ssl3d.json_files import parse_json, was_changed, with_digest
 
 if TYPE_CHECKING:
     from ssl3d.data.store.collection import Collection
@@ -118,9 +118,9 @@ def write_result(result: Result, folder: Path) -> Path:
     validate_result(content, result.filename)
     path = folder / result.filename
     try:
-        write_whole(path, _text(_finite(content)))
+        write_whole(path, _text(with_digest(_finite(content))))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise not_written(error, f"cannot write {path}: {error.strerror}") from error
     return path
 
 
@@ -155,10 +155,14 @@ def result_of(content: Any, where: str) -> Result:
         where: Path of the file, for messages.
 
     Raises:
-        DataError: The content is no record, or one of a newer format.
+        DataError: The content is no record, one of a newer format, or not what was written.
     """
     validate_result(content, where)
-    values = {key: value for key, value in content.items() if key not in ("format", "key")}
+    if was_changed(content):  # records of earlier versions have no digest
+        raise DataError(
+            f"{where}: was changed after it was written (its digest differs): take an intact copy"
+        )
+    values = {key: value for key, value in content.items() if key not in ("format", "key", "digest")}
     try:
         values["scores"] = {k: math.nan if v is None else float(v) for k, v in values["scores"].items()}
         values["intervals"] = {

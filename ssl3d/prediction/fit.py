@@ -122,8 +122,9 @@ class Needs:
         kind = str((record.done.get("normalize") or {}).get("kind", ""))
         if kind not in self.kinds and normalize == "auto":
             raise DataError(
-                f"it was normalised as {kind or 'nothing'}; the model was trained on "
-                f"{', '.join(sorted(self.kinds))}; if it is such a scan, say --normalize"
+                f"it was normalised as {kind or 'nothing'}; the model was trained on scans normalised as "
+                f"{', '.join(kind or 'nothing' for kind in sorted(self.kinds))}; if it is such a scan, say "
+                "--normalize"
             )
 
 

@@ -22,7 +22,16 @@ from ssl3d.data.identity import identity_hash
 from ssl3d.data.preparation.parts import digest_of
 from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.scans.arrays import Rows
-from ssl3d.errors import DataError, Ssl3dError, TransientError, UsageError, is_full, is_transient, reason_of
+from ssl3d.errors import (
+    DataError,
+    Ssl3dError,
+    TransientError,
+    UsageError,
+    is_full,
+    is_transient,
+    not_written,
+    reason_of,
+)
 from ssl3d.files import time_of, write_whole
 from ssl3d.json_files import parse_json
 from ssl3d.prediction import tables
@@ -109,7 +118,7 @@ class Work:
             self.done.mkdir(parents=True, exist_ok=True)
             self.began = time_of(self.done)  # what is compared with it has its date from there
         except OSError as error:
-            raise UsageError(f"cannot write {self.options.out}: {error.strerror}") from error
+            raise not_written(error, f"cannot write {self.options.out}: {error.strerror}") from error
         left = list(range(len(self.keys)))
         progress, started, waiting = Progress(len(left)), time.monotonic(), False
         while left:
@@ -249,6 +258,9 @@ class Work:
         except OSError as error:
             raise self._told(error) from error
         with contextlib.suppress(OSError):
+            for lock in self.jobs.glob("*.lock"):  # of a process that was killed when its scan was done
+                if locks.take(lock):
+                    locks.release(lock)
             self.jobs.rmdir()
         if seen:
             _say(

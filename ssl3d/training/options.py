@@ -23,6 +23,8 @@ FREE_ON_RESUME = frozenset(
     ("resume", "workers", "data", "checkpoint_every", "log_every", "logger", "devices", "nodes", "device")
 )
 """Options beside `--resume`: none of them changes what is learnt (data are checked by their digest)."""
+NOT_COMPARED = FREE_ON_RESUME | {"proxy", "encoder", "init"}
+"""What `config.yaml` may say otherwise than a checkpoint: a plugin's file may have another place by now."""
 
 
 @dataclass
@@ -268,6 +270,10 @@ class PretrainPlan:
         own["encoder"] = plugins.spec_of(plugins.ENCODERS, self.encoder)
         sections = {name: config.to_dict(options) for name, (_, options) in self.proxies.items()}
         return own | {self.encoder_name: config.to_dict(self.encoder_config)} | sections
+
+    def compared(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the options, to be compared with those it goes on with."""
+        return {name: value for name, value in self.as_config().items() if name not in NOT_COMPARED}
 
 
 class Request(NamedTuple):

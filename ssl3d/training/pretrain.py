@@ -216,7 +216,7 @@ def _execute(
     )
     if checkpoint is not None and folder is not None:
         check_code(checkpoint, plan, folder)
-        check_same(checkpoint, digest, fabric, plan.options, folder, log)
+        check_same(checkpoint, digest, fabric, plan, folder, log)
         run = Run(folder, plan.options.steps, int(checkpoint["step"]))
         if run.finished:
             log.say(f"{folder} is finished: {count_of(run.steps, 'step')}, encoder in {folder / 'encoder'}")

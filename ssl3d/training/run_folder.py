@@ -27,7 +27,7 @@ from ssl3d.errors import (
 from ssl3d.evaluation.leaks import volume_hashes
 from ssl3d.files import NOT_OURS, write_whole
 from ssl3d.training.monitor import Log
-from ssl3d.training.options import PretrainOptions, PretrainPlan
+from ssl3d.training.options import PretrainPlan
 from ssl3d.training.preempt import restarted
 from ssl3d.training.selection import BY_TARGET
 from ssl3d.yaml_files import dump_yaml
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 _JOBS = {"slurm-job": "SLURM_JOB_ID", "torchrun-job": "TORCHELASTIC_RUN_ID"}
 """Files that name the job of a run, and the variables that hold its name."""
+
+_OF_THE_MACHINE = frozenset(("precision", "memory_format", "threads", "compile", "strategy"))
+"""Options that another machine may need otherwise: a run goes on with them, but not to the same bytes."""
 
 
 def settle(fabric: Fabric, plan: PretrainPlan, folder: Path | None) -> Path:
@@ -207,14 +210,14 @@ def check_same(
     checkpoint: dict[str, Any],
     digest: str,
     fabric: Fabric,
-    options: PretrainOptions,
+    plan: PretrainPlan,
     folder: Path,
     log: Log,
 ) -> None:
-    """Check that a run goes on with its own data and length, and note a change of device or ranks.
+    """Check that a run goes on with its own data and options, and note a change of machine.
 
     Raises:
-        CheckpointError: The data or the length have changed.
+        CheckpointError: The data, or an option that decides what is learnt, have changed.
     """
     if checkpoint["about"]["data"]["digest"] != digest:
         before = checkpoint["about"]["data"]["digest"]
@@ -222,20 +225,48 @@ def check_same(
             f"{folder}: its data have changed (digest {before[:12]} then, {digest[:12]} now); "
             "give the same with --data, or start a new run with --init"
         )
-    if checkpoint["steps"] != options.steps:
-        raise CheckpointError(
-            f"{folder}: config.yaml says {options.steps} steps, its checkpoint {checkpoint['steps']}; "
-            "write the number of the checkpoint into config.yaml"
-        )
-    for name, then, now in (
-        ("processes", checkpoint["world"], fabric.world_size),
-        ("device", checkpoint["device"], fabric.device.type),
-    ):
+    differ = _options_that_differ(checkpoint.get("options") or {"steps": checkpoint["steps"]}, plan)
+    for name, (then, now) in differ.items():
+        if name not in _OF_THE_MACHINE:
+            raise CheckpointError(
+                f"{folder}: config.yaml says {name} {now}, its checkpoint {then}; write that of the "
+                "checkpoint into config.yaml, or start a new run with --init"
+            )
+    of_machine = {
+        "processes": (checkpoint["world"], fabric.world_size),
+        "device": (checkpoint["device"], fabric.device.type),
+    } | differ
+    for name, (then, now) in of_machine.items():
         if then != now:
             kept = "; every process starts with the buffers of the first" if name == "processes" else ""
             log.say(
                 f"note: {name} {then} before, {now} now; the run goes on, but not to the same bytes{kept}"
             )
+
+
+def _options_that_differ(before: Mapping[str, Any], plan: PretrainPlan) -> dict[str, tuple[Any, Any]]:
+    """Return the options that are not those of a checkpoint, then and now; a section's as `section.name`.
+
+    Options that one of the two versions of ssl3d does not have are left out.
+    """
+
+    def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+        lines: dict[str, Any] = {}
+        for name, value in options.items():
+            if isinstance(value, Mapping):
+                lines |= {f"{name}.{key}": own for key, own in value.items()}
+            else:
+                lines[name] = value
+        return lines
+
+    def parts(options: Mapping[str, Any]) -> list[str]:
+        return sorted(name for name, value in options.items() if isinstance(value, Mapping))
+
+    own = plan.compared()
+    if parts(before) and parts(before) != parts(own):
+        return {"encoder and proxies": (", ".join(parts(before)), ", ".join(parts(own)))}
+    then, now = flat(before), flat(own)
+    return {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
 
 
 def requeued_run(plan: PretrainPlan) -> Path | None:

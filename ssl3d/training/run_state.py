@@ -152,6 +152,7 @@ class RunState:
                 "encoder_config": to_dict(plan.encoder_config),
                 "proxies": {name: to_dict(config) for name, (_, config) in plan.proxies.items()},
             },
+            "options": plan.compared(),
             "outline": trainee.outline,
             "precision": fabric.strategy.precision.state_dict(),
             "ranks": _own_buffers(fabric, trainee),

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -35,15 +36,16 @@ from ssl3d.checkpoint import snapshot
 from ssl3d.checkpoint.card import signed
 from ssl3d.checkpoint.encoders import load_encoder, save_encoder
 from ssl3d.commands.info import describe
-from ssl3d.config import to_dict
 from ssl3d.data.open import open_data, prepare_options_of
 from ssl3d.data.preparation.options import PrepareOptions
 from ssl3d.data.preparation.prepare import prepare
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.errors import Ssl3dError
+from ssl3d.evaluation.records import read_result, write_result
 from ssl3d.specs import encoder_from
 from ssl3d.training.options import plan_from
+from ssl3d.training.run_folder import check_same
 from ssl3d_benchmarks.leaderboard.report.records import read_records
 from ssl3d_benchmarks.leaderboard.suite.suite import load_suite
 
@@ -394,6 +396,7 @@ def test_checkpoints(tmp_path):
 
 def test_records(tmp_path):
     made = sorted((MADE_BEFORE / "results" / "knn").glob("*.json"))
+    made = [write_result(read_result(path), tmp_path / "made") for path in made]  # with a digest
     content, rng = json.loads(made[0].read_text(encoding="utf-8")), random.Random(SEED)
 
     def read(folder):
@@ -419,19 +422,25 @@ def test_records(tmp_path):
             (folder / made[0].name).write_bytes(text)
             yield folder, lambda: read(folder)
 
-    # A record is text without a check sum: another digit is another score.
-    judge("records", cases(), whole, tmp_path, unnoticed=True)
+    judge("records", cases(), whole, tmp_path)
 
 
 def test_configs(tmp_path):
     run, rng = MADE_BEFORE / "stopped" / "sorting" / "config.yaml", random.Random(SEED)
     suite = MADE_BEFORE / "mine.yaml"
+    checkpoint = snapshot.load_checkpoint(run.parent)
+    checkpoint["options"] = plan_from(snapshot.config_of(run.parent), str(run), recorded=True).compared()
+    data = checkpoint["about"]["data"]["digest"]
+    fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"))
 
-    def plan(folder):
+    class Loud:
+        def say(self, note):  # what is said is not silent
+            raise Ssl3dError(note)
+
+    def goes_on(folder):
         made = plan_from(snapshot.config_of(folder), str(folder / "config.yaml"), recorded=True)
-        return repr(
-            [made.options, to_dict(made.encoder_config), [to_dict(c) for _, c in made.proxies.values()]]
-        )
+        check_same(checkpoint, data, fabric, made, folder, Loud())
+        return "what is learnt is the same"
 
     def cases(source, name, read):
         for number in range(CASES):
@@ -449,5 +458,10 @@ def test_configs(tmp_path):
     def suite_of(folder):
         return re.sub(re.escape(str(folder)), "", repr(load_suite(folder / "mine.yaml")))
 
-    judge("config.yaml", cases(run, "config.yaml", plan), plan(run.parent), tmp_path, unnoticed=True)
+    judge(
+        "config.yaml of a run that goes on",
+        cases(run, "config.yaml", goes_on),
+        goes_on(run.parent),
+        tmp_path,
+    )
     judge("suites", cases(suite, "mine.yaml", suite_of), suite_of(suite.parent), tmp_path, unnoticed=True)

@@ -98,6 +98,20 @@ def test_damaged_records_are_refused_in_one_line(tmp_path, damage, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_changed_number_is_refused_and_a_record_without_digest_is_read(tmp_path):
+    path = write_result(a_result(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["digest"]  # as earlier versions wrote it
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_result(path) == read_result(write_result(a_result(), tmp_path))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["scores"][content["main"]] += 1e-9
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="was changed after it was written"):
+        read_result(path)
+    assert find_result(a_result(), tmp_path) is None
+
+
 def test_a_missing_key_is_named():
     with pytest.raises(DataError, match="no 'key'"):
         validate_result({"format": 1}, "here")

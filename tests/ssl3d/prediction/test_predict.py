@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,7 +211,7 @@ def test_odd_scans_are_set_aside_by_name_and_the_others_go_on(tuned, tmp_path, c
     reasons = {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")}
     assert set(reasons) == {"empty.nii.gz", "cut.nii.gz", "nan.nii.gz", "unplaced.nii.gz", "ct.nii.gz"}
     assert "NaN" in reasons["nan.nii.gz"] and "its orientation is unknown" in reasons["unplaced.nii.gz"]
-    assert reasons["ct.nii.gz"].startswith("it was normalised as ct; the model was trained on mr")
+    assert "normalised as ct; the model was trained on scans normalised as mr;" in reasons["ct.nii.gz"]
     assert all("\n" not in reason for reason in reasons.values())
     for name, reason in reasons.items():
         assert f"set aside: {name}: {reason}" in shown.err
@@ -442,6 +443,19 @@ def test_a_killed_call_goes_on_and_leaves_whole_files_only(tuned, tmp_path):
     for path in whole.glob("*.nii.gz"):
         assert np.array_equal(*(np.asarray(nibabel.load(f / path.name).dataobj) for f in (whole, out)))
     assert (whole / "predictions.csv").read_text() == (out / "predictions.csv").read_text()
+    assert not (out / ".jobs").exists()
+
+
+def test_the_lock_of_a_dead_process_whose_scan_is_done_goes(tuned, tmp_path):
+    folder, out = some_scans(tmp_path / "scans", 1), tmp_path / "out"
+    assert predict(tuned, folder, out) == 0
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    (out / ".jobs").mkdir()
+    (done,) = (out / ".done").iterdir()
+    lock = {"host": socket.gethostname(), "pid": dead.pid, "token": "0"}
+    (out / ".jobs" / f"{done.stem}.lock").write_text(json.dumps(lock))
+    assert predict(tuned, folder, out) == 0
     assert not (out / ".jobs").exists()
 
 

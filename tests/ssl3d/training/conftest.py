@@ -24,7 +24,7 @@ class TinyConfig:
     Attributes:
         size: Crop edge.
         nan_at: Step whose loss is not a number.
-        signal_at: Step after which a signal is sent to the process.
+        signal_at: Step after which a signal is sent to the process, unless $TINY_IS_CALM is set.
         signum: Which.
         pause: Seconds to wait after each step.
         dropout: Of the features.
@@ -84,7 +84,7 @@ class Tiny(Proxy):
         self.done += 1
         self.average.lerp_(self.head.bias.detach(), 0.1)
         time.sleep(self.config.pause)
-        if step == self.config.signal_at:
+        if step == self.config.signal_at and "TINY_IS_CALM" not in os.environ:
             os.kill(os.getpid(), self.config.signum)
 
 

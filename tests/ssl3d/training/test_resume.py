@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import ssl3d
 from ssl3d import cli
@@ -44,15 +45,6 @@ def wait_for(process, folder, steps):
     while len(lines(folder)) < steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert process.poll() is None, process.communicate()[0]
-
-
-def calm(run):
-    """Lets the proxy send no more signals, so that the run can end."""
-    config = run.folder / "config.yaml"
-    text = config.read_text(encoding="utf-8")
-    config.write_text(
-        text.replace(text[text.index("signal_at:") :].split("\n")[0], "signal_at: -1"), encoding="utf-8"
-    )
 
 
 def test_kill_9_at_any_step_and_resume_gives_the_same_bytes(tiny_plugins, phantoms, flags, train, tmp_path):
@@ -143,12 +135,12 @@ def runs_plan(folder):
     return plan_from({"proxy": "tiny", "out": str(folder)}, "test")
 
 
-def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_used(train, capsys):
+def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_used(train, capsys, monkeypatch):
     whole = train("whole", steps=6)
     run = train("run", steps=6, checkpoint_every=2, tiny={"signal_at": 4})
     newest, before = snapshot.checkpoints(run.folder)
     newest.write_bytes(newest.read_bytes()[:-1000])
-    calm(run)
+    monkeypatch.setenv("TINY_IS_CALM", "1")  # so that the run can end
     capsys.readouterr()
     again = ssl3d.resume(run.folder)
     told = capsys.readouterr().out
@@ -165,12 +157,12 @@ def test_no_whole_checkpoint_is_an_error(train):
         ssl3d.resume(run.folder)
 
 
-def test_killed_before_the_first_checkpoint_starts_at_nought(train, capsys):
+def test_killed_before_the_first_checkpoint_starts_at_nought(train, capsys, monkeypatch):
     whole = train("whole", steps=5)
     run = train("run", steps=5, checkpoint_every=100, tiny={"signal_at": 1})
     for path in snapshot.checkpoints(run.folder):
         path.unlink()
-    calm(run)
+    monkeypatch.setenv("TINY_IS_CALM", "1")  # so that the run can end
     again = ssl3d.resume(run.folder)
     assert "resuming at step 0 of 5" in capsys.readouterr().out
     assert bytes_of(again.folder) == bytes_of(whole.folder)
@@ -218,6 +210,68 @@ def test_resume_refuses_what_would_change_the_result(train, words, flag, capsys,
     assert cli.main(["pretrain", "--resume", str(run.folder), *words]) == 2
     error = capsys.readouterr().err
     assert flag in error and "would change the result" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "message"),
+    [
+        ("steps: 4", "steps: 9", "steps 9, its checkpoint 4"),
+        ("lr: 0.003", "lr: 0.3", "lr 0.3, its checkpoint 0.003"),
+        ("  size: 12", "  size: 13", "tiny.size 13, its checkpoint 12"),
+        ("  width: 4", "  width: 6", "resnet10.width 6, its checkpoint 4"),
+        ("seed: 0\n", "", ""),  # the default is the same
+    ],
+)
+def test_a_changed_option_is_refused(train, line, changed, message):
+    run = train(steps=4, lr=0.003, tiny={"signal_at": 1})
+    config = run.folder / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    assert text.count(line) == 1
+    config.write_text(text.replace(line, changed), encoding="utf-8")
+    if not message:
+        assert ssl3d.resume(run.folder).finished
+        return
+    with pytest.raises(CheckpointError, match=f"config.yaml says {message}; write that of the checkpoint"):
+        ssl3d.resume(run.folder)
+    config.write_text(text, encoding="utf-8")
+    assert ssl3d.resume(run.folder).finished
+
+
+def test_another_proxy_is_refused(train):
+    run = train(steps=4, tiny={"signal_at": 1})
+    config = run.folder / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(
+        text.replace("- tiny\n", "- other\n").replace("\ntiny:", "\nother:"), encoding="utf-8"
+    )
+    with pytest.raises(CheckpointError, match=r"says encoder and proxies .*other.*, its checkpoint .*tiny"):
+        ssl3d.resume(run.folder)
+
+
+def test_another_machine_is_noted(train, capsys):
+    run = train(steps=4, threads=1, tiny={"signal_at": 1})
+    config = run.folder / "config.yaml"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("threads: 1", "threads: 2"), encoding="utf-8"
+    )
+    assert ssl3d.resume(run.folder).finished
+    assert "note: threads 1 before, 2 now" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_compares_its_length_alone(train):
+    run = train(steps=4, tiny={"signal_at": 1})
+    (newest,) = snapshot.checkpoints(run.folder)
+    state = snapshot.read_checkpoint(newest)
+    del state["options"]
+    newest.unlink()
+    snapshot.save_checkpoint(run.folder, state["step"], lambda path: torch.save(state, path))
+    config = run.folder / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("steps: 4", "steps: 9"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="steps 9, its checkpoint 4"):
+        ssl3d.resume(run.folder)
+    config.write_text(text, encoding="utf-8")
+    assert ssl3d.resume(run.folder).finished
 
 
 def test_other_data_are_refused(train, tmp_path):
