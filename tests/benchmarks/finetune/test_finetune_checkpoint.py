@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from ssl3d.errors import UsageError
+from ssl3d.errors import TransientError, UsageError
 from ssl3d_benchmarks.finetune import checkpoint
 from ssl3d_benchmarks.finetune.checkpoint import Trial
 
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_is_one_line_and_the_older_checkpoint_stays(kept, room
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
     try:
-        with pytest.raises(UsageError, match=f"cannot write {path}: File too large"):
+        with pytest.raises(TransientError, match=f"cannot write {path}: File too large"):
             checkpoint.save(path, Trial(0.1, total=9, step=5), model, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
