@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
 from ssl3d.json_files import parse_json
+from ssl3d.specs import fields_of, file_and_words, is_foreign
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -31,7 +32,7 @@ class InfoOptions:
     Attributes:
         path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
             their archive (.tar.xz), folder of ssl3d predict or ssl3d export, scan, folder of scans, or
-            another toolkit's weights (.pth, .pt, .ckpt, .safetensors).
+            another toolkit's weights (.pth, .pt, .ckpt, .safetensors), with options behind the name.
         json: Whether to print JSON, with everything that the lines leave out.
         verify: Whether to read all of a store, and to name what is damaged.
     """
@@ -69,7 +70,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if is_address(path):
         return _of_stores(path)
     if not place.exists():
-        raise DataError(f"{place}: no such file or folder")
+        file, words = file_and_words(str(path)) if is_foreign(str(path)) else ("", [])
+        if not words or not Path(file).is_file():
+            raise DataError(f"{place}: no such file or folder")
+        return _of_weights(Path(file), str(path), fields_of(words))
     if place.is_dir():
         if (place / "config.yaml").is_file():
             return _of_run(place)
@@ -98,7 +102,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
         return _of_stores(place)
     if place.suffix.lower() in (".pth", ".pt", ".ckpt", ".safetensors"):
-        return _of_weights(place)
+        return _of_weights(place, str(place))
     if place.suffix.lower() in (".csv", ".npz", ".json"):
         return _of_folder(place)
     return _of_scan([place])
@@ -250,11 +254,11 @@ def _of_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
-    """Describe another toolkit's checkpoint, as it is loaded here."""
-    from ssl3d.convert.foreign import load_foreign
+def _of_weights(path: Path, spec: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe another toolkit's checkpoint, as it is loaded here with the options behind its name."""
+    from ssl3d.convert.foreign import foreign_from
 
-    loaded = load_foreign(path)
+    loaded = foreign_from(spec, path, fields or {})
     encoder = loaded.encoder
     return {
         "kind": "weights",
