@@ -62,7 +62,7 @@ def _check_bottleneck(state: Mapping[str, Tensor], width: int, name: str, where:
         f"resnext{name[6:]}_{groups}x{inner // groups}d" if groups > 1 else f"wide_{name}_{inner // width}"
     )
     advice = (
-        f"network={theirs} behind the file's name (or network=timm/NAME) makes it of torchvision's or timm's"
+        f"network={theirs} behind the file's name makes it of torchvision's or timm's"
         if state[RESNET].ndim == 4
         else "ssl3d has no such 3D network"
     )
