@@ -98,7 +98,7 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
         jobs = make_jobs(arms, split, benchmark, options, device)
-        for line in size_notes(jobs) if number == 0 else ():
+        for line in size_notes(jobs, getattr(own_config, "patch", None)) if number == 0 else ():
             say(line)
         expected = forecast(jobs)
         if expected:
