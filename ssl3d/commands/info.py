@@ -460,6 +460,10 @@ def _model_lines(info: dict[str, Any]) -> list[str]:
         low, high = (card.get("intervals") or {}).get(name, (None, None))
         interval = "" if low is None else f" [{low:.4g}, {high:.4g}]"
         lines.append(f"  {name}: {'undefined' if score is None else f'{score:.4g}'}{interval}")
+    if seen := card.get("seen_test_subjects"):
+        lines.append(
+            f"  these scores do not hold for other people: pretraining saw {count_of(seen, 'test subject')}"
+        )
     network, training = card["architecture"], card["training"]
     volumes = training.get("volumes") or {}
     chosen = training.get("step_chosen")

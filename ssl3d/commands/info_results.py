@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ssl3d.amounts import count_of
 from ssl3d.data.scans.tables import number, read_table
 from ssl3d.errors import DataError
-from ssl3d.evaluation.result_tables import describe_table, kind_words, tables_of
+from ssl3d.evaluation.result_tables import describe_table, kind_words, leak_words, tables_of
 
 if TYPE_CHECKING:
     from ssl3d.evaluation.records import Result
@@ -102,12 +102,13 @@ def _cells(row: dict[str, Any], table: dict[str, Any], others: Sequence[str]) ->
     main = table["main"]
     low, high = row["intervals"].get(main, (math.nan, math.nan))
     ends = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) and math.isfinite(high) else ""
+    words = (kind_words(row["kind"], table["task"], row["settings"]), leak_words(row["seen_test_subjects"]))
     return [
         row["contestant"],
         f"{_number(row['scores'].get(main))}{ends}",
         *(_number(row["scores"].get(name)) for name in others),
         str(row["records"]),
-        kind_words(row["kind"], table["task"], row["settings"]),
+        ", ".join(filter(None, words)),
     ]
 
 
