@@ -12,7 +12,13 @@ from ssl3d import plugins
 from ssl3d.amounts import count_of, duration, parameters, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands import info_written
-from ssl3d.commands.info_results import describe_results, result_lines
+from ssl3d.commands.info_results import (
+    describe_report,
+    describe_results,
+    is_report,
+    report_lines,
+    result_lines,
+)
 from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
@@ -31,8 +37,9 @@ class InfoOptions:
 
     Attributes:
         path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
-            their archive (.tar.xz), folder of ssl3d predict or ssl3d export, scan, folder of scans, or
-            another toolkit's weights (.pth, .pt, .ckpt, .safetensors), with options behind the name.
+            their archive (.tar.xz), folder of ssl3d leaderboard report, ssl3d predict or ssl3d export,
+            scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt, .safetensors), with
+            options behind the name.
         json: Whether to print JSON, with everything that the lines leave out.
         verify: Whether to read all of a store, and to name what is damaged.
     """
@@ -90,6 +97,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             return sweep
         if records := result_files(place):
             return describe_results(place, records)
+        if is_report(place):
+            return describe_report(place)
         if any(place.rglob("*.h5")):
             return _of_stores(place)
         return _of_folder(place)
@@ -537,6 +546,7 @@ _LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "encoder": _encoder_lines,
     "model": _model_lines,
     "results": result_lines,
+    "report": report_lines,
     "sweep": lambda info: plugins.load(plugins.COMMANDS, "sweep").lines_of(info),
     "predictions": info_written.prediction_lines,
     "export": info_written.export_lines,
