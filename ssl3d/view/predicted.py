@@ -62,10 +62,10 @@ class Predicted(ABC):
             places.setdefault(source_hash(record.sha256, record.source), []).append(k)
         places.pop("", None)  # a hash that nobody computed
         for own, (dataset, name, subject) in zip(noted, named, strict=True):
-            found = places.get(str(own["scan"]), [])
-            if (dataset, name) not in self._places and len(found) == 1:
-                self._places[dataset, name] = found[0]
-                volume = self.data[found[0]]
+            positions = places.get(str(own["scan"]), [])
+            if (dataset, name) not in self._places and len(positions) == 1:
+                self._places[dataset, name] = positions[0]
+                volume = self.data[positions[0]]
                 self.people[dataset, subject] = (volume.dataset, volume.subject)
 
     def __len__(self) -> int:
