@@ -742,6 +742,15 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     head = "Segmentation (linear-probe): an encoder pretrained with labels, which is ranked apart, is"
     assert lines[-1].startswith(head)
     assert "better than the same network untrained on 1 of 1 table (set (Med3D))" in lines[-1]
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
+
+    # The matrix has its gain, so the first sentence does not pass it over in silence.
+    first = in_short(made.boards)[0]
+    assert "no pretrained encoder is shown better" in first
+    assert (
+        "A network pretrained with labels, as on ImageNet, is better on 1 table; the largest gain is Med3D"
+        in first
+    )
     assert {k: v.p_holm for k, v in before.items()} == {
         k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own
