@@ -178,7 +178,7 @@ def class_names(data: Collection) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(str(label) for label in ordered))
     if len(names) < 2:
         raise DataError(
-            f"all {len(data)} labelled volumes are of class {names[0]!r}: a probe needs two classes"
+            f"all {len(data)} labelled volumes are of class {names[0]!r}: classification needs two classes"
         )
     if len(names) > max(20, len(data) // 4):
         raise DataError(
