@@ -6,12 +6,22 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import DataError, UsageError, house_split, printable, split_digest, statistics
+from ssl3d.api import (
+    DataError,
+    UsageError,
+    house_split,
+    not_written,
+    printable,
+    split_digest,
+    statistics,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Result
@@ -394,3 +404,17 @@ def say(text: str) -> None:
 def show(text: str) -> None:
     """Print the lines of a text on stdout, with what no terminal takes in names escaped."""
     print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def write_table(folder: Path, text: str) -> None:
+    """Write the table that a command shows beside its records, as `table.txt`.
+
+    Raises:
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
+    """
+    path = folder / "table.txt"
+    try:
+        write_whole(path, text + "\n")
+    except OSError as error:
+        raise not_written(error, f"cannot write {path}: {error.strerror}") from error

@@ -1,11 +1,13 @@
 """A leaderboard's report: known ranks, refused rows, leaks, and a page that loads nothing."""
 
 import csv
+import errno
 import html.parser
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.stats import friedmanchisquare
 
 from ssl3d.api import DataError, Result, UsageError, statistics, write_result
 from ssl3d.cli import main
+from ssl3d.errors import TransientError
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.output import read_report
 from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
@@ -560,6 +563,19 @@ def test_out_is_a_file(folder, tmp_path, capsys):
     (tmp_path / "f").write_text("x", encoding="utf-8")
     assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path / "f")]) == 2
     assert "not a folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_with_what_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
+    from ssl3d_benchmarks.task import write_table
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path / "r")]) == 3
+    assert f"--out {tmp_path / 'r'}: No space left" in capsys.readouterr().err
+    with pytest.raises(TransientError, match=r"cannot write .*table\.txt: No space left"):
+        write_table(tmp_path, "a table")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])
