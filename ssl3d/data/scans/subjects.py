@@ -98,14 +98,14 @@ def _channelled(paths: Sequence[Path]) -> set[Path]:
     for path in paths:
         if match := re.fullmatch(r"(.+)_\d{4}", stem_of(path)):
             inside[path.parent][match[1]].append(path)
-    found: set[Path] = set()
+    channels: set[Path] = set()
     for names in inside.values():
         digits = {tuple(sorted(stem_of(path)[1 - _CHANNEL :] for path in own)) for own in names.values()}
         count = len(next(iter(digits)))
         even = digits == {tuple(f"{number:04}" for number in range(count))} and 1 < count <= len(names)
         if even and not any(map(is_group, names)):
-            found |= {path for own in names.values() for path in own}
-    return found
+            channels |= {path for own in names.values() for path in own}
+    return channels
 
 
 def _dated(paths: Sequence[Path], root: Path) -> set[str]:
