@@ -111,6 +111,8 @@ def test_masks_are_ordered_by_dice_recomputed_with_numpy(tmp_path):
     assert f"The mean Dice of 6 scans is {mean:.3f} (median {median:.3f})." in text
     for layer in ("scan", "truth", "prediction", "difference"):
         assert text.count(f'class="row" y="10">{layer}<') == 6
+    bars = text[text.index("mean Dice over classes") - 9000 : text.index("Scans by mean Dice.")]
+    assert sum(map(int, re.findall(r'text-anchor="middle">(\d+)</text>\s*(?=<rect|</svg>)', bars))) == 6
 
 
 def test_voxels_that_nobody_annotated_count_for_nothing(tmp_path):
