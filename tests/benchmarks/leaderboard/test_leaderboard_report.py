@@ -235,6 +235,13 @@ def test_the_page_is_whole_and_loads_nothing(made):
     assert text.count("<caption>") == text.count("<table")
 
 
+def test_a_printed_matrix_has_the_width_of_the_paper(made):
+    """Nobody can scroll paper: columns beyond its edge are lost."""
+    page = (made / "index.html").read_text(encoding="utf-8")
+    printed = "".join(block for block in page.split("@media print {")[1:])
+    assert ".matrix, .matrix table { width: 100%; min-width: 0;" in printed
+
+
 def test_page_markdown_and_csv_agree(made):
     page = Page()
     page.feed((made / "index.html").read_text(encoding="utf-8"))
