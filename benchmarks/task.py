@@ -6,12 +6,22 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl3d.api import DataError, UsageError, house_split, printable, split_digest, statistics
+from ssl3d.api import (
+    DataError,
+    UsageError,
+    house_split,
+    not_written,
+    printable,
+    split_digest,
+    statistics,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ssl3d.api import Collection, Result
@@ -168,7 +178,7 @@ def class_names(data: Collection) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(str(label) for label in ordered))
     if len(names) < 2:
         raise DataError(
-            f"all {len(data)} labelled volumes are of class {names[0]!r}: a probe needs two classes"
+            f"all {len(data)} labelled volumes are of class {names[0]!r}: classification needs two classes"
         )
     if len(names) > max(20, len(data) // 4):
         raise DataError(
@@ -394,3 +404,17 @@ def say(text: str) -> None:
 def show(text: str) -> None:
     """Print the lines of a text on stdout, with what no terminal takes in names escaped."""
     print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def write_table(folder: Path, text: str) -> None:
+    """Write the table that a command shows beside its records, as `table.txt`.
+
+    Raises:
+        TransientError: The disk is full.
+        UsageError: The folder cannot be written.
+    """
+    path = folder / "table.txt"
+    try:
+        write_whole(path, text + "\n")
+    except OSError as error:
+        raise not_written(error, f"cannot write {path}: {error.strerror}") from error

@@ -90,7 +90,8 @@ def is_foreign(spec: str) -> bool:
     return file is not None and not Path(file[1]).is_dir() and Path(file[1]).name != WEIGHTS
 
 
-_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?::[^:/\\]*)*)$")
+_WORD = r":(?:network=[^:\\]*|[^:/\\]*)"  # timm's networks are named with a slash
+_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, FOREIGN_FILES))}))((?:{_WORD})*)$")
 
 
 def file_and_words(spec: str) -> tuple[str, list[str]]:

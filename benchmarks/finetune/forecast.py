@@ -44,19 +44,19 @@ def forecast(jobs: Sequence[FinetuneJob]) -> str:
     return line
 
 
-def size_notes(jobs: Sequence[FinetuneJob]) -> list[str]:
+def size_notes(jobs: Sequence[FinetuneJob], patch: Sequence[int] | None) -> list[str]:
     """Return a line for a patch larger than most volumes, and one for a batch of more than there are.
 
     Args:
         jobs: Jobs of a run; of several trainings that with the fewest volumes is told of.
+        patch: Patch D H W of the options; None where it is planned, to the next multiple of the stride.
     """
     parts = [(fit, job) for job in jobs if job.entry.make is not None for fit, _, _ in job.folds()]
     if not parts:
         return []
     fit, job = min(parts, key=lambda part: len(part[0]))
-    task, asked = job.task, getattr(job.task.config, "patch", None)
-    notes = [large_crop_note(f"{job.options.task}.patch", asked, fit.shapes)] if asked else []
-    then = "a batch holds some of them twice" if task.repeats_volumes else f"a batch holds {len(fit)}"
+    notes = [large_crop_note(f"{job.options.task}.patch", patch, fit.shapes)] if patch else []
+    then = "a batch holds some of them twice" if job.task.repeats_volumes else f"a batch holds {len(fit)}"
     batch = job.options.batch_size
     return [note for note in [*notes, large_batch_note(batch or 0, len(fit), then)] if note]
 

@@ -196,13 +196,15 @@ def finish(result: Result, folder: Path, out: Path, options: FinetuneOptions, co
         return None
     scores = {name: _finite(value) for name, value in result.scores.items()}
     intervals = {name: [_finite(end) for end in ends] for name, ends in result.intervals.items()}
+    seen = int(result.flags.get("seen_test_subjects") or 0)
     place = out / FOLDER / Path(result.filename).stem
     for number in range(count):
         source = folder / f"fold-{number}.model"
         target = place / f"fold-{number}" if count > 1 else place
         if not source.is_dir():  # moved already, before a kill
             continue
-        amend_model(source, {"scores": scores, "intervals": intervals, "fold": number, "folds": count})
+        about = {"scores": scores, "intervals": intervals, "seen_test_subjects": seen}
+        amend_model(source, {**about, "fold": number, "folds": count})
         try:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)

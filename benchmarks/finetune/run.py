@@ -46,6 +46,7 @@ from ssl3d_benchmarks.task import (
     show,
     split_up,
     training_subsets,
+    write_table,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def run(options: FinetuneOptions, config: Any) -> Outcome:
         if options.sparse_slices:
             say(f"annotated slices per volume: {options.sparse_slices[number]}")
         jobs = make_jobs(arms, split, benchmark, options, device)
-        for line in size_notes(jobs) if number == 0 else ():
+        for line in size_notes(jobs, getattr(own_config, "patch", None)) if number == 0 else ():
             say(line)
         expected = forecast(jobs)
         if expected:
@@ -200,7 +201,7 @@ def _finish(outcome: Outcome, benchmark: Finetune, split: SplitData, options: Fi
         note_warnings(outcome.rows, benchmark, options.out)
         text = format_table(blocks, benchmark, split.how)
         show(text)
-        (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        write_table(options.out, text)
         pictures = draw_curves(outcome.rows, benchmark, options.out)
         for path in [*pictures, *draw_slices(outcome.rows, benchmark, options.out)]:
             show(f"picture: {path}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl3d.api import Ssl3dError, statistics, write_result
+from ssl3d.api import Ssl3dError, count_of, statistics, write_result
 from ssl3d_benchmarks.table import (
     Line,
     Row,
@@ -230,7 +230,7 @@ def _notes(line: Line) -> str:
         notes.append("no network")
         notes += [TRUE_MASKS] * reads_true_masks(line.first.result.contestant)
     if flags.get("seen_test_subjects"):
-        notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
+        notes.append(f"saw {count_of(flags['seen_test_subjects'], 'test subject')}: not ranked")
     if flags.get("saw_labels"):
         notes.append("pretrained with labels")
     return "; ".join(notes)

@@ -53,6 +53,7 @@ from ssl3d_benchmarks.task import (
     show,
     split_up,
     training_subsets,
+    write_table,
 )
 from ssl3d_benchmarks.trivial_rows import TRIVIAL
 
@@ -79,7 +80,7 @@ def run(options: FrozenEncoderOptions, protocol: type[LinearProbe] = LinearProbe
         rows += score_entry(entry, benchmark, task, options)
     text = format_table(rows, benchmark, task.how)
     show(text)
-    (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    write_table(options.out, text)
     from ssl3d_benchmarks.linear_probe.pictures import draw
 
     for path in draw(rows, benchmark, task, entries, options):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssl3d.api import statistics
+from ssl3d.api import count_of, statistics
 from ssl3d_benchmarks.table import (
     Line,
     Row,
@@ -77,7 +77,7 @@ def _block(rows: list[Row], benchmark: Benchmark, how: str) -> str:
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
         means = [number(np.mean([line.mean(name) for line in seeds])) for name in others]
         title = group + (", norm recalibrated" if again else "")
-        counted = f"{len(seeds)} untrained seeds, mean{' ± sd' if spread else ''}"
+        counted = f"{count_of(len(seeds), 'untrained seed')}{', mean ± sd' if spread else ''}"
         inserted.append([title, f"{number(np.mean(values))}{spread}", *means, "", counted])
         for line in seeds:
             seed = line.first.result.contestant["weights_seed"]
@@ -125,7 +125,7 @@ def _notes(line: Line) -> str:
     flags = line.first.result.flags
     notes = []
     if flags.get("seen_test_subjects"):
-        notes.append(f"saw {flags['seen_test_subjects']} test subjects: not ranked")
+        notes.append(f"saw {count_of(flags['seen_test_subjects'], 'test subject')}: not ranked")
     if reads_true_masks(line.first.result.contestant):
         notes.append(TRUE_MASKS)
     if flags.get("saw_labels"):

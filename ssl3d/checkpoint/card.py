@@ -105,6 +105,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: damaged: {key} is empty")
     if not all(isinstance(settings, dict) for settings in card.get("preprocessing") or ()):
         raise CheckpointError(f"{path}: damaged: preprocessing is not a list of dict")
+    patch = card.get("patch")
+    if patch is not None and not (len(patch) == 3 and all(type(n) is int and n >= 0 for n in patch)):
+        raise CheckpointError(f"{path}: damaged: patch is {patch!r:.60}, not three sizes")
     check_digest(card, str(path))
     return card
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ssl3d.checkpoint.card import check_format
+from ssl3d.checkpoint.weights import not_finite
 from ssl3d.errors import CheckpointError, not_written
 from ssl3d.files import check_regular, sync_folder
 from ssl3d.yaml_files import read_yaml
@@ -134,6 +135,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     check_format(state["format"], str(path))
     if fault := _fault_of(state):
         raise CheckpointError(f"{path}: is no checkpoint of ssl3d: {fault}")
+    encoder = {key: value for key, value in state["module"].items() if key.startswith("encoder.")}
+    if wrong := not_finite(encoder):
+        raise CheckpointError(f"{path}: {wrong}; the training that wrote it had diverged")
     return state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,18 @@ from ssl3d import plugins
 from ssl3d.amounts import count_of, duration, parameters, printable, size
 from ssl3d.checkpoint.card import plain_value
 from ssl3d.commands import info_written
-from ssl3d.commands.info_results import describe_results, result_lines
+from ssl3d.commands.info_results import (
+    describe_report,
+    describe_results,
+    is_report,
+    report_lines,
+    result_lines,
+)
 from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
 from ssl3d.json_files import parse_json
+from ssl3d.specs import fields_of, file_and_words, is_foreign
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -30,8 +37,9 @@ class InfoOptions:
 
     Attributes:
         path: Store (.h5), folder of stores, run, encoder, model of ssl3d finetune, folder of results or
-            their archive (.tar.xz), folder of ssl3d predict or ssl3d export, scan, folder of scans, or
-            another toolkit's weights (.pth, .pt, .ckpt, .safetensors).
+            their archive (.tar.xz), folder of ssl3d leaderboard report, ssl3d predict or ssl3d export,
+            scan, folder of scans, or another toolkit's weights (.pth, .pt, .ckpt, .safetensors), with
+            options behind the name.
         json: Whether to print JSON, with everything that the lines leave out.
         verify: Whether to read all of a store, and to name what is damaged.
     """
@@ -69,7 +77,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if is_address(path):
         return _of_stores(path)
     if not place.exists():
-        raise DataError(f"{place}: no such file or folder")
+        file, words = file_and_words(str(path)) if is_foreign(str(path)) else ("", [])
+        if not words or not Path(file).is_file():
+            raise DataError(f"{place}: no such file or folder")
+        return _of_weights(Path(file), str(path), fields_of(words))
     if place.is_dir():
         if (place / "config.yaml").is_file():
             return _of_run(place)
@@ -86,6 +97,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             return sweep
         if records := result_files(place):
             return describe_results(place, records)
+        if is_report(place):
+            return describe_report(place)
         if any(place.rglob("*.h5")):
             return _of_stores(place)
         return _of_folder(place)
@@ -98,7 +111,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if place.suffix.lower() in (".h5", ".hdf5") or _is_hdf5(place):
         return _of_stores(place)
     if place.suffix.lower() in (".pth", ".pt", ".ckpt", ".safetensors"):
-        return _of_weights(place)
+        return _of_weights(place, str(place))
     if place.suffix.lower() in (".csv", ".npz", ".json"):
         return _of_folder(place)
     return _of_scan([place])
@@ -250,11 +263,11 @@ def _of_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
-    """Describe another toolkit's checkpoint, as it is loaded here."""
-    from ssl3d.convert.foreign import load_foreign
+def _of_weights(path: Path, spec: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe another toolkit's checkpoint, as it is loaded here with the options behind its name."""
+    from ssl3d.convert.foreign import foreign_from
 
-    loaded = load_foreign(path)
+    loaded = foreign_from(spec, path, fields or {})
     encoder = loaded.encoder
     return {
         "kind": "weights",
@@ -447,6 +460,10 @@ def _model_lines(info: dict[str, Any]) -> list[str]:
         low, high = (card.get("intervals") or {}).get(name, (None, None))
         interval = "" if low is None else f" [{low:.4g}, {high:.4g}]"
         lines.append(f"  {name}: {'undefined' if score is None else f'{score:.4g}'}{interval}")
+    if seen := card.get("seen_test_subjects"):
+        lines.append(
+            f"  these scores do not hold for other people: pretraining saw {count_of(seen, 'test subject')}"
+        )
     network, training = card["architecture"], card["training"]
     volumes = training.get("volumes") or {}
     chosen = training.get("step_chosen")
@@ -529,6 +546,7 @@ _LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "encoder": _encoder_lines,
     "model": _model_lines,
     "results": result_lines,
+    "report": report_lines,
     "sweep": lambda info: plugins.load(plugins.COMMANDS, "sweep").lines_of(info),
     "predictions": info_written.prediction_lines,
     "export": info_written.export_lines,

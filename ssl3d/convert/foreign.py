@@ -73,7 +73,12 @@ class Foreign:
 
 
 def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that `FILE[:kind][:field=value...]` means, in evaluation mode.
+    """Build the encoder that `FILE[:kind][:field=value...]` means; see `foreign_from`."""
+    return foreign_from(spec, file, fields).encoder
+
+
+def foreign_from(spec: str, file: str | Path, fields: Mapping[str, Any]) -> Foreign:
+    """Load what `FILE[:kind][:field=value...]` means, its encoder in evaluation mode.
 
     Args:
         spec: Text of the request, for messages.
@@ -94,7 +99,7 @@ def from_spec(spec: str, file: str, fields: Mapping[str, Any]) -> Encoder:
         if key in given:
             given[key] = str(given[key])
     options = {key: value for key, value in fields.items() if key not in _OPTIONS}
-    return load_foreign(file, options, **given).encoder
+    return load_foreign(file, options, **given)
 
 
 def load_foreign(

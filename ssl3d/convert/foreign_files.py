@@ -76,6 +76,10 @@ def read_file(path: str | Path) -> WeightsFile:
     if not tensors:
         held = ", ".join(map(str, list(contents)[:5])) or "nothing"
         raise CheckpointError(f"{path}: holds no tensors ({held})")
+    for name, tensor in tensors.items():
+        if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+            kind = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{path}: {name} is {kind}; save plain real numbers (float32) instead")
     return WeightsFile(path, digest.hexdigest(), size, tensors, contents)
 
 

@@ -39,6 +39,8 @@ def resnet(state: Mapping[str, Tensor], where: str) -> tuple[str, dict[str, Any]
             f"{where}: a ResNet of {'-'.join(map(str, depths))} {kind} blocks{lacks} is none of ssl3d's "
             f"({', '.join(_DEPTHS.values())}); network=NAME makes it of torchvision's or timm's, where 2D"
         )
+    if deep:
+        _check_bottleneck(state, stem.shape[0], name, where)
     sides = tuple(stem.shape[2:])
     options = {
         "width": stem.shape[0],
@@ -47,6 +49,26 @@ def resnet(state: Mapping[str, Tensor], where: str) -> tuple[str, dict[str, Any]
         "stem_pool": True,
     }
     return name, options
+
+
+def _check_bottleneck(state: Mapping[str, Tensor], width: int, name: str, where: str) -> None:
+    """Refuse bottlenecks that are wider than the stem, or grouped, naming the network that they are of."""
+    inner, middle = state[RESNET].shape[0], state.get("layer1.0.conv2.weight")
+    groups = 1 if middle is None else inner // max(middle.shape[1], 1)
+    if inner == width and groups == 1:
+        return
+    ours = f"{inner} channels in {groups} groups" if groups > 1 else f"{inner} channels"
+    theirs = (
+        f"resnext{name[6:]}_{groups}x{inner // groups}d" if groups > 1 else f"wide_{name}_{inner // width}"
+    )
+    advice = (
+        f"network={theirs} behind the file's name makes it of torchvision's or timm's"
+        if state[RESNET].ndim == 4
+        else "ssl3d has no such 3D network"
+    )
+    raise CheckpointError(
+        f"{where}: a ResNet whose first bottleneck has {ours}, where {name} has {width} in one: {advice}"
+    )
 
 
 def _biased(state: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ssl3d.data.cache import cache_folder
+from ssl3d.data.cache import cache_folder, make_cache
 from ssl3d.data.store.index import IndexWriter
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
@@ -147,6 +147,7 @@ def phantom_store(
     out = folder / f"{dataset}-v{_VERSION}-{count}-seed{seed}{size}.h5"
     if out.exists():
         return out
+    make_cache(folder)
     scans = [(person, scan) for person in range(count) for scan in range(2 if person % 4 == 3 else 1)][
         :count
     ]

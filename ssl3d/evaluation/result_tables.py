@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.amounts import count_of
+
 if TYPE_CHECKING:
     from ssl3d.evaluation.records import Result
 
@@ -88,6 +90,16 @@ def annotated_slices(record: Result) -> int:
     return int(task.get("sparse_slices") or 0) if isinstance(task, dict) else 0
 
 
+def seen_test_subjects(record: Result) -> int:
+    """Return how many test subjects pretraining saw: with any, a record is not ranked."""
+    return int(record.flags.get("seen_test_subjects") or 0)
+
+
+def leak_words(seen: int) -> str:
+    """Say that the pretraining of a row saw test subjects; nothing where it saw none."""
+    return f"saw {count_of(seen, 'test subject')}: not ranked" if seen else ""
+
+
 def settings_numbers(records: Sequence[Result]) -> list[int]:
     """Number the settings of each contestant that was trained by several; 0 where it has the same in all.
 
@@ -118,6 +130,7 @@ def _row(name: str, settings: int, records: Sequence[Result]) -> dict[str, Any]:
         "settings": settings,
         "kind": records[0].contestant["kind"],
         "records": len(records),
+        "seen_test_subjects": max(map(seen_test_subjects, records)),
         "scores": scores,
         "intervals": {
             score: list(own)

@@ -210,7 +210,10 @@ def _scores(card: Mapping[str, Any]) -> str:
         low, high = intervals.get(name) or (None, None)
         span = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
         rows.append(f"| {_plain(name)} | {'undefined' if value is None else f'{value:.4g}'} | {span} |")
-    return "\n".join(rows) + "\n\nOn test subjects that it was neither trained nor chosen on.\n"
+    on = "On test subjects that it was neither trained nor chosen on."
+    if seen := card.get("seen_test_subjects"):
+        on += f" Its pretraining saw {seen} of them, so the scores do not hold for other people."
+    return "\n".join(rows) + f"\n\n{on}\n"
 
 
 def _limits(card: Mapping[str, Any]) -> str:

@@ -356,13 +356,13 @@ def bars(low: float, high: float, shares: Sequence[float], axis: str, title: str
     Args:
         low: Lower end of the first bar.
         high: Upper end of the last bar.
-        shares: Height of each bar.
+        shares: Height of each bar; whole numbers are counts, and written above their bars.
         axis: Name of the axis.
         title: Title for readers who cannot see it.
     """
     if not shares or max(shares) <= 0:
         return ""
-    left, right, top, bottom = 20.0, 20.0 + 1.4 * PLOT, 10.0, 150.0
+    left, right, top, bottom = 20.0, 20.0 + 1.4 * PLOT, 18.0, 158.0
     ticks = [tick for tick in _ticks(low, high) if low <= tick <= high] or [low, high]
     place = _linear(low, high if high > low else low + 1, left, right)
     width = (right - left) / len(shares)
@@ -372,9 +372,14 @@ def bars(low: float, high: float, shares: Sequence[float], axis: str, title: str
         at = low + (high - low) * number / len(shares)
         parts.append(
             f'<rect class="column" x="{left + number * width:.1f}" y="{bottom - height:.1f}" '
-            f'width="{width - 0.8:.1f}" height="{height:.1f}"><title>{_short(at)}: {share:.3f}</title>'
-            "</rect>"
+            f'width="{width - 0.8:.1f}" height="{height:.1f}"><title>{_short(at)}: '
+            f"{share if isinstance(share, int) else f'{share:.3f}'}</title></rect>"
         )
+        if isinstance(share, int) and share:
+            parts.append(
+                f'<text x="{left + (number + 0.5) * width:.1f}" y="{bottom - height - 4:.1f}" '
+                f'text-anchor="middle">{share}</text>'
+            )
     return _svg(bottom + 42, title, parts, right + 20)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl3d.data.geometry import Triple
 from ssl3d.data.open import holds_scans, open_data
 from ssl3d.data.preparation.options import PrepareOptions
 from ssl3d.data.preparation.parts import digest_of, key_of
@@ -21,13 +22,14 @@ from ssl3d.data.preparation.process import (
     Recipe,
     ScanTask,
     prepared_volumes,
-    spacing_of_scan,
 )
 from ssl3d.data.scans.arrays import Rows
 from ssl3d.data.scans.find import find
 from ssl3d.data.scans.found import Scan
+from ssl3d.data.scans.read import header_spacing
 from ssl3d.data.store.collection import Collection
 from ssl3d.data.store.writer import encode_voxels
+from ssl3d.errors import DataError
 from ssl3d.model import TensorVolume
 from ssl3d.prediction.fit import Needs
 
@@ -120,7 +122,7 @@ class ScanItem(Item):
     def volumes(self, rows: Rows) -> Iterator[Any]:
         """Prepare the scan and yield its volumes; a file of frames has several."""
         scan = self.scan
-        spacing = self._needs.spacing(spacing_of_scan(scan))
+        spacing = self._needs.spacing(self._own_spacing())
         recipe = dataclasses.replace(self._recipe, spacing=spacing, medians=())
         task = ScanTask(scan, "", Path(), recipe)
         if scan.member is not None:
@@ -135,6 +137,22 @@ class ScanItem(Item):
         del first  # a large scan is not held twice
         yield waiting
         yield from map(PreparedVolume, volumes)
+
+    def _own_spacing(self) -> Triple | None:
+        """Read the spacing of the scan; None where its format has none.
+
+        Raises:
+            DataError: The header cannot be read, and the models want to know the spacing.
+        """
+        files = next((group for group in self.scan.files if group), ())
+        if self.scan.member is not None or not files:
+            return None
+        try:
+            return header_spacing(files)
+        except DataError:
+            if self._needs.placed:
+                raise
+            return None
 
     @property
     def series(self) -> tuple[Path, ...]:

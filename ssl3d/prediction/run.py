@@ -18,7 +18,7 @@ import torch
 from ssl3d import locks
 from ssl3d.amounts import count_of, printable
 from ssl3d.checkpoint.card import versions
-from ssl3d.data.identity import identity_hash
+from ssl3d.data.identity import identity_hash, source_hash
 from ssl3d.data.preparation.parts import digest_of
 from ssl3d.data.preparation.progress import Progress
 from ssl3d.data.scans.arrays import Rows
@@ -41,6 +41,9 @@ from ssl3d.prediction.inputs import Inputs, Item, inputs_of, names_of
 from ssl3d.prediction.options import PredictOptions
 from ssl3d.prediction.outputs import Writer
 from ssl3d.training.device import device_of
+
+SCAN = ("dataset", "subject", "id", "scan")
+"""What `predict.json` says of each scan; `scan` is the hash of its file, by which `ssl3d view` finds it."""
 
 
 @dataclass
@@ -194,6 +197,7 @@ class Work:
                     "dataset": volume.dataset,
                     "subject": volume.subject,
                     "id": volume.id,
+                    "scan": source_hash(volume.record.sha256, volume.record.source),
                     "files": [path.name for path in files],
                     "row": row,
                     "seconds": round(time.perf_counter() - began, 3),
@@ -247,6 +251,7 @@ class Work:
             "predicted": summary.predicted,
             "set_aside": len(summary.rejected),
             "of_training_subjects": seen,
+            "scans": [{key: entry.get(key, "") for key in SCAN} for entry in entries],
             "seconds": round(sum(entry["seconds"] for entry in entries), 3),
             "citations": self.ensemble.cards[0]["citations"],
             "versions": versions(),

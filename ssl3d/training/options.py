@@ -338,6 +338,8 @@ def make_plan(
     """
     known = {f.name for f in dataclasses.fields(PretrainOptions)}
     chosen: dict[str, Any] = {}
+    # A 0 that was given says no more of the length than nothing does.
+    fixed = {name for name in given if name not in ("steps", "epochs") or getattr(options, name)}
     for name, (proxy, _) in proxies.items():
         unknown = sorted(set(proxy.recipe) - known)
         if unknown:
@@ -346,7 +348,7 @@ def make_plan(
             )
         for key, value in proxy.recipe.items():
             rival = {"steps": "epochs", "epochs": "steps"}.get(key)
-            if key not in given and rival not in given and rival not in chosen:
+            if key not in fixed and rival not in fixed and rival not in chosen:
                 chosen.setdefault(key, value)
     if options.grad_cache:
         from ssl3d.proxy import Proxy
@@ -357,7 +359,7 @@ def make_plan(
                 f"{PROG}: --grad-cache: the loss of {' and of '.join(without)} is no function of "
                 "embeddings alone (it has no embed_views): leave the flag out, or train other proxies"
             )
-    if not (chosen.keys() | given) & {"steps", "epochs"}:
+    if not (chosen.keys() | fixed) & {"steps", "epochs"}:
         chosen["steps"] = STEPS
     try:
         options = dataclasses.replace(options, **chosen)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl3d.data.identity import source_hash
 from ssl3d.view.gallery import Card
 
 if TYPE_CHECKING:
@@ -43,6 +44,29 @@ class Predicted(ABC):
         if data is not None:
             names = zip(data.datasets, data.ids, strict=True)
             self._places = {(str(dataset), str(name)): k for k, (dataset, name) in enumerate(names)}
+        self.people: dict[tuple[str, str], tuple[str, str]] = {}
+        """(data set, subject) of the data for each of the predictions that has another name there."""
+        self._find_by_content()
+
+    def _find_by_content(self) -> None:
+        """Find scans that have other names among the data by the hashes of their files."""
+        if self.data is None:
+            return
+        noted = [own for own in self.about.get("scans") or () if isinstance(own, Mapping)]
+        named = [(str(own.get("dataset")), str(own.get("id")), str(own.get("subject"))) for own in noted]
+        if all(own[:2] in self._places for own in named):
+            return
+        places: dict[str, list[int]] = {}
+        for k, volume in enumerate(self.data):
+            record = volume.record
+            places.setdefault(source_hash(record.sha256, record.source), []).append(k)
+        places.pop("", None)  # a hash that nobody computed
+        for own, (dataset, name, subject) in zip(noted, named, strict=True):
+            positions = places.get(str(own["scan"]), [])
+            if (dataset, name) not in self._places and len(positions) == 1:
+                self._places[dataset, name] = positions[0]
+                volume = self.data[positions[0]]
+                self.people[dataset, subject] = (volume.dataset, volume.subject)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,8 +83,12 @@ class Predicted(ABC):
         """Say in a sentence which predictions have no scan among the data; nothing where all have one."""
         if self.data is None or not len(self.data):
             return ""
-        theirs = self.data.ids if self.unit == "scan" else self.data.subjects
-        known = {(str(a), str(b)) for a, b in zip(self.data.datasets, theirs, strict=True)}
+        if self.unit == "scan":
+            theirs, known = self.data.ids, set(self._places)
+        else:
+            theirs = self.data.subjects
+            pairs = zip(self.data.datasets, theirs, strict=True)
+            known = {(str(a), str(b)) for a, b in pairs} | set(self.people)
         wanted = dict.fromkeys(self.sought())
         lost = [pair for pair in wanted if pair not in known]
         if not lost:

@@ -42,7 +42,12 @@ class PredictedLabels(Predicted):
         self.known = any(self._truth(row) is not None for row in self.rows)
 
     def _truth(self, row: Any) -> str | None:
-        return self.truth.get((row["dataset"], row["subject"]))
+        return self.truth.get(self._person(row))
+
+    def _person(self, row: Any) -> tuple[str, str]:
+        """Return the data set and the subject that the data call a predicted subject."""
+        own = (row["dataset"], row["subject"])
+        return own if own in self.scans else self.people.get(own, own)
 
     def _share(self, row: Any, name: str) -> float:
         return float(row.get(PROBABILITY + name) or 0)
@@ -54,7 +59,7 @@ class PredictedLabels(Predicted):
     def card(self, position: int, side: int, number: int) -> tuple[Card, float]:
         """Return the card of a subject, by the probability of the true class, or by the error."""
         row, truth = self.rows[position], self._truth(self.rows[position])
-        volume = self.scans.get((row["dataset"], row["subject"]))
+        volume = self.scans.get(self._person(row))
         lines = [f"predicted {row['prediction']}" + (f", true {truth}" if truth is not None else "")]
         filters = {"data set": row["dataset"]}
         order = UNDEFINED

@@ -48,8 +48,8 @@ class PredictedMasks(Predicted):
             return Card(row["id"], "", self._amounts(row)), UNDEFINED
         mask = predicted_mask(self.folder / row["file"], volume)
         truth = volume.read_mask().numpy() if volume.has_mask else None
-        if truth is not None and row["dataset"] in self.ignored:
-            unknown = truth == self.ignored[row["dataset"]]
+        if truth is not None and volume.dataset in self.ignored:
+            unknown = truth == self.ignored[volume.dataset]
             truth, mask = np.where(unknown, 0, truth), np.where(unknown, 0, mask)
         at = _middle(mask if truth is None or not self._inside(truth).any() else truth, self)
         plan = slices.layout(volume, at, side)

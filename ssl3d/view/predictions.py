@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,10 @@ def predictions_page(folder: Path, words: Sequence[str], most: int) -> tuple[str
     ordered = [card for _, card in cards]
     faults = sum(bool(card.fault) for card in ordered)
     body = [parts.summary(predicted.summary(len(shown)))]
-    body += elements.warnings(line for line in (_seen(about), note, predicted.strangers()) if line)
+    missing = note or predicted.strangers()
+    if missing:
+        print(missing, file=sys.stderr)
+    body += elements.warnings(line for line in (_seen(about), missing) if line)
     if faults:
         body += elements.warnings([f"{count_of(faults, 'scan')} cannot be compared: see the first cards."])
     body += [*predicted.tables(), f"<h2>Scans{', the worst first' * predicted.known}</h2>"]

@@ -12,7 +12,14 @@ from ssl3d.amounts import count_of, printable
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
 from ssl3d.evaluation.records import Result, read_result
-from ssl3d.evaluation.result_tables import describe_table, kind_words, settings_numbers, tables_of
+from ssl3d.evaluation.result_tables import (
+    describe_table,
+    kind_words,
+    leak_words,
+    seen_test_subjects,
+    settings_numbers,
+    tables_of,
+)
 from ssl3d.pages import charts, elements
 from ssl3d.view import parts
 
@@ -41,7 +48,9 @@ def tuning_page(folder: Path) -> tuple[str, str]:
         raise DataError(f"{folder}: none of its {len(refused)} records can be read: {refused[0][1]}")
     tables = tables_of(records)
     described = [describe_table(own) for own in tables]
-    body = [parts.summary(map(_sentence, described)), parts.commands(_next(folder))]
+    leaks = [_leaked(row, table) for table in described for row in table["rows"]]
+    body = [parts.summary(map(_sentence, described)), *elements.warnings(filter(None, leaks))]
+    body.append(parts.commands(_next(folder)))
     for own, table in zip(tables, described, strict=True):
         body.append(f"<h2>{escape(printable(table['title']))}</h2>")
         body += [_scores(own, table), _curve(own)]
@@ -60,19 +69,30 @@ def tuning_page(folder: Path) -> tuple[str, str]:
 def _sentence(table: Mapping[str, Any]) -> str:
     """Say how good the best network is, beside the same network from scratch and what needs no network."""
     main, rows = table["main"], table["rows"]
-    networks = [row for row in rows if row["kind"] != "trivial"]
-    best = (networks or rows)[0]
+    subjects = count_of(int(table["test_subjects"] or 0), "test subject")
+    ranked = [row for row in rows if not row["seen_test_subjects"]]
+    if not ranked:
+        return f"{table['title']}, {subjects}: no contestant is ranked."
+    networks = [row for row in ranked if row["kind"] != "trivial"]
+    best = (networks or ranked)[0]
     low, high = best["intervals"].get(main, (NAN, NAN))
     ends = f" [{low:.3f}, {high:.3f}]" if low == low and high == high else ""
     words = [f"{_named(best, table)} has the highest {main}, {_value(best, main)}{ends}"]
     for kind in ("untrained", "trivial"):
         others = [row for row in rows if row["kind"] == kind and row is not best]
         words += [f"{_named(row, table)} {_value(row, main)}" for row in others[:1]]
-    subjects = count_of(int(table["test_subjects"] or 0), "test subject")
     sentence = f"{table['title']}, {subjects}: {'; '.join(words)}."
-    if networks and rows[0]["kind"] == "trivial":
+    if networks and ranked[0]["kind"] == "trivial":
         sentence += " No network is better than what needs none: train longer, or look at the recipe."
     return sentence
+
+
+def _leaked(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+    """Say that a row's pretraining saw test subjects; nothing where it saw none."""
+    if not row["seen_test_subjects"]:
+        return ""
+    seen = count_of(row["seen_test_subjects"], "test subject")
+    return f"{table['title']}: {_named(row, table)} is not ranked, since its pretraining saw {seen}."
 
 
 def _named(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:
@@ -106,10 +126,8 @@ def _scores(records: Sequence[Result], table: Mapping[str, Any]) -> str:
                 elements.Cell(f"{value:.3f}" if known else elements.UNKNOWN, value if known else None)
             )
         kind = str(record.contestant["kind"])
-        about, look = (
-            kind_words(kind, record.task, number),
-            {"untrained": "k-scratch", "trivial": "k-trivial"},
-        )
+        words = (kind_words(kind, record.task, number), leak_words(seen_test_subjects(record)))
+        about, look = ", ".join(filter(None, words)), {"untrained": "k-scratch", "trivial": "k-trivial"}
         rows.append(elements.Row(str(record.contestant["name"]), cells, about, look.get(kind, "")))
     head = ["contestant", *["seed, subset"] * several, *names]
     return elements.table(f"Scores on the test subjects: {table['title']}", head, rows)

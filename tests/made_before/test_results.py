@@ -11,11 +11,12 @@ SAME = [name for name in RESULTS if name != "segmentation"]
 
 
 def contents(folder):
-    """Every record, with the seconds it took, but without the warning that a printed table adds."""
+    """Every record, with the seconds it took, but without what a printed table adds: warning and digest."""
     found = {}
     for path in folder.glob("*.json"):
         found[path.name] = json.loads(path.read_text(encoding="utf-8"))
         found[path.name]["flags"].pop("warnings", None)
+        found[path.name].pop("digest", None)
     return found
 
 

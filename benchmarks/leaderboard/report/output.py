@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ssl3d.api import (
     UsageError,
+    not_written,
     write_whole,
 )
 
@@ -92,6 +93,7 @@ def report(options: ReportOptions) -> Report:
 
     Raises:
         UsageError: As `read_report`, or the folder cannot be written.
+        TransientError: The disk is full.
     """
     from ssl3d_benchmarks.leaderboard.report.answer import answer
     from ssl3d_benchmarks.leaderboard.report.overall import no_overall
@@ -122,7 +124,7 @@ def report(options: ReportOptions) -> Report:
             # Workers that end together write the same report: none may be read half written.
             write_whole(options.out / name, content)
     except OSError as error:
-        raise UsageError(f"--out {options.out}: {error.strerror}") from error
+        raise not_written(error, f"--out {options.out}: {error.strerror}") from error
     for line in [*answer(numbers.boards), *no_overall(numbers.boards)]:
         show(line)
     for record in refused:

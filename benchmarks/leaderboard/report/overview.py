@@ -66,16 +66,36 @@ def _sentence(head: str, reference: str, boards: Sequence[Board]) -> str:
     down = sum(any(shown(arm) and _gain(arm) < 0 for arm in arms) for _, arms in known)
     untold = len(boards) - len(known)
     more = f"; nothing can be told on {untold} more" if untold else ""
+    apart = _with_labels(boards)
     same, tables = f"the same network {reference}", _tables(len(known))
     if not won:
         worse = f", and one is significantly worse on {down}" if down else ""
         where = _any(len(known))
-        return f"{head}, no pretrained encoder is shown better than {same} on {where}{worse}{more}."
+        return f"{head}, no pretrained encoder is shown better than {same} on {where}{worse}{more}.{apart}"
     board, arm = max(won, key=lambda pair: _gain(pair[1]))
     worse = f" and significantly worse on {down}" if down else ""
     return (
         f"{head}, a pretrained encoder is significantly better than {same} on {len(up)} of {tables}{worse}"
-        f"{more}; the largest gain is {gained(arm)} {board.table.main} ({text.heading(board)})."
+        f"{more}; the largest gain is {gained(arm)} {board.table.main} ({text.heading(board)}).{apart}"
+    )
+
+
+def _with_labels(boards: Sequence[Board]) -> str:
+    """Say where a network that was pretrained with labels is better, which the answer does not count."""
+    won = [
+        (board, arm)
+        for board in boards
+        for arm in board.of_kind("pretrained", "imagenet")
+        if (arm.kind == "imagenet" or arm.section == "labels") and not why_untold(board, arm)
+        if shown(arm) and _gain(arm) > 0
+    ]
+    if not won:
+        return ""
+    board, arm = max(won, key=lambda pair: _gain(pair[1]))
+    tables = _tables(len({id(board) for board, _ in won}))
+    return (
+        f" A network pretrained with labels, as on ImageNet, is better on {tables}; the largest gain is "
+        f"{gained(arm)} {board.table.main} ({text.heading(board)})."
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl3d.api import UsageError, record_files, submit_jobs, unpacked_place
+from ssl3d.api import UsageError, not_written, record_files, submit_jobs, unpacked_place
 from ssl3d_benchmarks.leaderboard.suite.check import check
 from ssl3d_benchmarks.leaderboard.suite.commands import Places
 from ssl3d_benchmarks.leaderboard.suite.jobs import Job
@@ -86,7 +86,7 @@ def run(options: RunOptions) -> int:
         (options.out / ".jobs").mkdir(parents=True, exist_ok=True)
         places.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {options.out}: {error.strerror}") from error
+        raise not_written(error, f"--out {options.out}: {error.strerror}") from error
     if options.slurm:
         return submit(options)
     status = Runner(

@@ -29,8 +29,8 @@ class PrepareOptions:
         dataset: Name of the data set; by default what dataset.json says, else the folder's name.
         channels: File-name parts that tell the sequences of one subject apart, such as t1 flair; they
             become channels, a missing one is marked and zero.
-        label: Column of a CSV that holds the labels, such as survival_days; by default label, class,
-            class_index or diagnosis.
+        label: Column of a CSV, or of the participants.tsv of BIDS, that holds the labels, such as
+            survival_days; of a CSV by default label, class, class_index or diagnosis.
         masks: File-name part that tells the label map beside a scan, such as seg; kept as its mask.
         ignore_mask: Masks of voxels to ignore, such as defaced ones: a folder of them, a part of their
             names, such as desc-deface, or a pattern with * and ?. Voxels above 0 are ignored: no loss of a

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from ssl3d import memory
 from ssl3d.amounts import count_of, duration, printable, size
-from ssl3d.data.cache import cache_folder
+from ssl3d.data.cache import cache_folder, make_cache
 from ssl3d.data.geometry import Triple
 from ssl3d.data.preparation import keys
 from ssl3d.data.preparation.options import PrepareOptions as PrepareOptions
@@ -263,12 +263,7 @@ def prepare_cached(paths: Sequence[str | Path], **options: Any) -> Path:
     out = cache / f"{name}-{key}.h5"
     if out.is_file():
         return out
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{cache}: the cache cannot be written ({error.strerror}); name another folder in SSL3D_CACHE"
-        ) from error
+    make_cache(cache)
     unkeyed["workers"] = options.get("workers")
     full = PrepareOptions(sources=tuple(map(str, roots)), out=str(out), **unkeyed)
     print(f"preparing {', '.join(map(str, paths))} into {out}", file=sys.stderr)

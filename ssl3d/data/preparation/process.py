@@ -171,9 +171,7 @@ def _process(task: ScanTask, outcome: Outcome) -> None:
         outcome.label_like = True
         return
     volumes = _frames(pixels, task, notes)
-    sha256 = task.sha256 or sha256_of(
-        [whole for group in scan.files for path in group for whole in with_voxels(path)]
-    )
+    sha256 = _sha256(task)
     outcome.unspaced = task.recipe.spacing is not None and pixels.original_affine is None
     several = len(volumes) > 1
     # Frame 0 is written last: where it stands, the others do too.
@@ -224,6 +222,7 @@ def prepared_volumes(task: ScanTask) -> Iterator[Prepared]:
         raise DataError("its values are those of a label map; name the file itself if it is a scan")
     volumes = _frames(pixels, task, notes)
     del pixels
+    sha256 = _sha256(task)
     count = len(volumes)
     several = count > 1
     for frame in range(count):
@@ -232,9 +231,15 @@ def prepared_volumes(task: ScanTask) -> Iterator[Prepared]:
             volumes.pop(0),  # what is read is not held while it is predicted
             missing=missing,
             done={**notes, "frame": frame} if several else dict(notes),
-            sha256="",
+            sha256=sha256,
             frame=frame if several else None,
         )
+
+
+def _sha256(task: ScanTask) -> str:
+    """Compute the SHA-256 of a scan's files."""
+    files = (path for group in task.scan.files for path in group)
+    return task.sha256 or sha256_of([whole for path in files for whole in with_voxels(path)])
 
 
 def spacing_of_scan(scan: Scan) -> Triple | None:

@@ -33,7 +33,7 @@ def remarks(path: Path) -> list[str]:
     """Write lines about scans of a store that do not fit together.
 
     They tell of scans normalised in several ways, of channels that are missing or were taken voxel by
-    voxel, and of scans of two subjects that are the same.
+    voxel, of slices that are there twice, and of scans of two subjects that are the same.
 
     Args:
         path: File of the store.
@@ -42,6 +42,7 @@ def remarks(path: Path) -> list[str]:
 
     kinds: dict[str, dict[str, list[str]]] = {}
     elsewhere: list[str] = []
+    copied: dict[str, int] = {}
     lacking: dict[tuple[str, str], list[str]] = {}
     volumes: dict[str, int] = {}
     seen: dict[tuple[str, str], dict[str, Any]] = {}
@@ -66,6 +67,8 @@ def remarks(path: Path) -> list[str]:
                     lacking.setdefault((record["dataset"], channel), []).append(record["source"])
                 if "voxel_by_voxel" in record["done"]:
                     elsewhere.append(record["source"])
+                if copies := record["done"].get("copies"):
+                    copied[record["id"]] = copies
     lines = [_mixed(dataset, of) for dataset, of in kinds.items() if len(of) > 1]
     for (dataset, channel), whose in lacking.items():
         all_of_them = len(whose) == volumes[dataset]
@@ -79,6 +82,11 @@ def remarks(path: Path) -> list[str]:
         lines.append(
             f"{count_of(len(alike), 'scan')} with the voxels of another subject's: {_few(alike)}; if they "
             "are of one person, name it in a column `subject` of a CSV, or training sees what is tested on"
+        )
+    if copied:
+        lines.append(
+            f"{count_of(sum(copied.values()), 'slice')} there twice, with the same pixels, and read once: "
+            f"{_few([f'{count} of {name}' for name, count in copied.items()])}"
         )
     if elsewhere:
         lines.append(

@@ -334,7 +334,7 @@ def _rows(path: Path, contents: Found, of_boxes: bool, label: str = "") -> Itera
     if of_boxes:
         columns.pop("label", None)
     labels = _labels(path, table, columns)
-    kind = _label_type(labels)
+    kind = label_type(labels)
     maskless: list[str] = []
     for place, (line, row) in enumerate(table.rows):
         values = {name: row[column] for name, column in columns.items()}
@@ -442,7 +442,7 @@ def _odd_labels(path: Path, table: Table, columns: dict[str, str]) -> list[str]:
         )
     written = zip(table.rows, _labels(path, table, columns), strict=True)
     labels = [(line, text) for (line, _), text in written if text]
-    words = [(line, label) for line, label in labels if _label_type([label]) is str]
+    words = [(line, label) for line, label in labels if label_type([label]) is str]
     if words and 2 * len(words) <= len(labels):
         line, word = words[0]
         more = f" and {len(words) - 1} more" if len(words) > 1 else ""
@@ -476,7 +476,7 @@ def _column(path: Path, name: str) -> list[str] | None:
     return [row[columns[name]] for _, row in table.rows] if name in columns else None
 
 
-def _label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
+def label_type(values: Sequence[str]) -> Callable[[str], int | float | str]:
     """Choose the type of a column: int if all labels are whole numbers, float if all are numbers, else str.
 
     0.0 and 1.0 are whole: so pandas writes 0 and 1 of a column with gaps. What begins with zeros (007) is a

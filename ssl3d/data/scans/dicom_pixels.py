@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl3d import memory
-from ssl3d.data.scans.itk import image_of, information
+from ssl3d.data.scans.itk import image_of, information, quiet_sitk
 from ssl3d.data.scans.streams import copy_of, is_zipped
 from ssl3d.errors import DataError, is_transient
 
@@ -71,6 +71,7 @@ def dicom_information(path: Path) -> Any:
         DataError: A compressed file is damaged.
         RuntimeError: GDCM cannot read the header.
     """
+    quiet_sitk()  # the library alone, some 300 MB, is more than the limit below
     # Of a damaged element GDCM takes as many bytes as it asks for, up to 4 GB.
     with plain_dicom(path) as plain, memory.bounded(_ROOM + 4 * plain.stat().st_size):
         return information(plain, _IO)

@@ -34,6 +34,7 @@ from ssl3d.data.scans.folders import (
 )
 from ssl3d.data.scans.found import Found, Scan, Wanted
 from ssl3d.data.scans.ignored import OF_NO_SCAN, is_ignore_mask, with_ignored
+from ssl3d.data.scans.participants import with_participants
 from ssl3d.data.scans.read import (
     KNOWN_FORMATS,
     LISTS,
@@ -77,7 +78,7 @@ def find(sources: Sequence[str | Path], wanted: Wanted) -> Found:
     if wanted.label and all(scan.label is None for scan in contents.scans):
         raise DataError(
             f"--label {wanted.label}: no scan has a label by it; a CSV with the columns path and "
-            f"{wanted.label} says them, beside the scans or as the source"
+            f"{wanted.label} says them, beside the scans or as the source, or a participants.tsv of BIDS"
         )
     if wanted.masks and contents.scans and not any(s.mask or s.member for s in contents.scans):
         contents.notes.append(_no_masks([Path(source) for source in sources], wanted.masks))
@@ -148,7 +149,8 @@ def _find_in_folder(source: Path, wanted: Wanted) -> Found:
         contents = from_nnunet(source, wanted)
     else:
         contents = from_folder(source, wanted)
-    return with_boxes(with_listing(contents, source, wanted.label), source, wanted.box_readers)
+    contents = with_participants(with_listing(contents, source, wanted.label), source, wanted.label)
+    return with_boxes(contents, source, wanted.box_readers)
 
 
 def from_folder(root: Path, wanted: Wanted) -> Found:

@@ -32,6 +32,7 @@ _GROUP = re.compile(
     re.IGNORECASE,
 )
 _PERSON = re.compile(r"[_\-. ]*(?:case|pat(?:ient)?|subj?(?:ect)?|person|p)[_\-. ]?\d", re.IGNORECASE)
+_CHANNEL = len("_0000")
 _FEW = 10  # scans in a folder that may still be one person's, where there are few such folders
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -53,9 +54,11 @@ def subjects_of(paths: Sequence[Path], root: Path, classes: Container[Path] = ()
         classes: Files that lie in the folder of a class, whose name is nobody's.
     """
     subjects = subjects_by_name(paths, root, classes) | _own_folders(paths, root)
-    dates = _dated(paths, root)
+    dates, numbered = _dated(paths, root), _channelled(paths)
     whose = {}
     for path, name in subjects.items():
+        if path in numbered:
+            name = name.removesuffix(stem_of(path)[-_CHANNEL:])
         above, _, last = name.rpartition("/")
         who = above if above and last in dates else name
         bids = who.startswith("sub-")
@@ -84,6 +87,25 @@ def person_of(name: str, sequences: bool = True) -> str:
             break
         name = cut[1]
     return name
+
+
+def _channelled(paths: Sequence[Path]) -> set[Path]:
+    """Find scans whose last four digits are nnU-Net's channels: p_0000 and p_0001, q_0000 and q_0001.
+
+    In a folder all names have the same digits, from 0000 on, and there are no fewer names than channels.
+    """
+    inside: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        if match := re.fullmatch(r"(.+)_\d{4}", stem_of(path)):
+            inside[path.parent][match[1]].append(path)
+    channels: set[Path] = set()
+    for names in inside.values():
+        digits = {tuple(sorted(stem_of(path)[1 - _CHANNEL :] for path in own)) for own in names.values()}
+        count = len(next(iter(digits)))
+        even = digits == {tuple(f"{number:04}" for number in range(count))} and 1 < count <= len(names)
+        if even and not any(map(is_group, names)):
+            channels |= {path for own in names.values() for path in own}
+    return channels
 
 
 def _dated(paths: Sequence[Path], root: Path) -> set[str]:

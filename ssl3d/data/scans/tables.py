@@ -104,7 +104,7 @@ def read_table(path: Path) -> Table:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, in any encoding that `read_text` knows.
 
     Raises:
         NotText: The file cannot be read, is no JSON, or is larger than any list.
@@ -113,7 +113,7 @@ def read_json(path: Path) -> Any:
         size = path.stat().st_size
         if size > _LARGEST_JSON:
             raise NotText(f"{path}: {size:,} bytes of JSON; lists have at most {_LARGEST_JSON:,}")
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        return parse_json(read_text(path))
     except OSError as error:
         if is_transient(error):
             raise

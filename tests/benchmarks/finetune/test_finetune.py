@@ -206,7 +206,7 @@ def test_end_to_end_with_the_scratch_arm(two_classes, trained, tmp_path, capsys)
         "finetune-classification/classes v",
         "over scratch [95 %]",
         "minimum detectable difference in auc",
-        "saw 1 test subjects: not ranked",
+        "saw 1 test subject: not ranked",
         "pretrain on the labelled list itself, whose test subjects are then left out, or",
         "pretrained with labels",
         "from scratch",

@@ -113,12 +113,24 @@ def test_each_fold_starts_from_its_own_encoder_and_nobody_was_seen(store, tmp_pa
     assert weights[0][1] == weights[1][1] and weights[0][0] != weights[1][0]
 
 
-def test_encoders_of_the_wrong_folds_are_flagged(store, tmp_path):
+def test_encoders_of_the_wrong_folds_are_flagged(store, tmp_path, capsys):
     spec = encoders(store, tmp_path, shift=1)
     command = ["finetune", spec, "--data", store, *SHORT, "--folds", "3", "--out", str(tmp_path / "out")]
-    assert main(command) == 0
+    assert main([*command, "--keep-models", "all"]) == 0
     flags = record(tmp_path / "out").flags
     assert flags["seen_test_subjects"] == 9 and not flags["ranked"]
+    # Wherever the score is shown: with the records, on their page, and with the model that is kept.
+    (model,) = (tmp_path / "out" / "models").iterdir()
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "saw 9 test subjects: not ranked" in capsys.readouterr().out
+    assert main(["info", str(model)]) == 0
+    assert "do not hold for other people: pretraining saw 9 test subjects" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main(["view", str(tmp_path / "out"), "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "is not ranked, since its pretraining saw 9 test subjects" in text
+    assert "no contestant is ranked" in text
 
 
 def test_an_encoder_of_each_fold_needs_folds(store, tmp_path, capsys):

@@ -187,7 +187,9 @@ def test_the_plan_is_shown_before_training_and_kept_in_the_record(tmp_path, caps
         str(tmp_path / "o"),
     ]
     assert main(words) == 0
-    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: ")]
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line for line in lines if line.startswith("plan: ")]
+    assert not any(".patch" in line for line in lines)  # planned: nobody gave it, so it is not told off
     (path,) = (tmp_path / "o").glob("*.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     assert [f"plan: {line}" for line in record["compute"]["details"]["plan"]] == shown

@@ -1,11 +1,13 @@
 """A leaderboard's report: known ranks, refused rows, leaks, and a page that loads nothing."""
 
 import csv
+import errno
 import html.parser
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.stats import friedmanchisquare
 
 from ssl3d.api import DataError, Result, UsageError, statistics, write_result
 from ssl3d.cli import main
+from ssl3d.errors import TransientError
 from ssl3d_benchmarks.leaderboard.report.answer import answer
 from ssl3d_benchmarks.leaderboard.report.output import read_report
 from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
@@ -230,6 +233,13 @@ def test_the_page_is_whole_and_loads_nothing(made):
     assert "url(" not in text and "@import" not in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert text.count("<caption>") == text.count("<table")
+
+
+def test_a_printed_matrix_has_the_width_of_the_paper(made):
+    """Nobody can scroll paper: columns beyond its edge are lost."""
+    page = (made / "index.html").read_text(encoding="utf-8")
+    printed = "".join(block for block in page.split("@media print {")[1:])
+    assert ".matrix, .matrix table { width: 100%; min-width: 0;" in printed
 
 
 def test_page_markdown_and_csv_agree(made):
@@ -562,6 +572,19 @@ def test_out_is_a_file(folder, tmp_path, capsys):
     assert "not a folder" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_named_with_what_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
+    from ssl3d_benchmarks.task import write_table
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["leaderboard", "report", str(folder), "--out", str(tmp_path / "r")]) == 3
+    assert f"--out {tmp_path / 'r'}: No space left" in capsys.readouterr().err
+    with pytest.raises(TransientError, match=r"cannot write .*table\.txt: No space left"):
+        write_table(tmp_path, "a table")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])
 def test_help_imports_no_torch(words):
     code = (
@@ -742,6 +765,15 @@ def test_the_answer_credits_no_encoder_pretrained_with_labels(tmp_path):
     head = "Segmentation (linear-probe): an encoder pretrained with labels, which is ranked apart, is"
     assert lines[-1].startswith(head)
     assert "better than the same network untrained on 1 of 1 table (set (Med3D))" in lines[-1]
+    from ssl3d_benchmarks.leaderboard.report.overview import in_short
+
+    # The matrix has its gain, so the first sentence does not pass it over in silence.
+    first = in_short(made.boards)[0]
+    assert "no pretrained encoder is shown better" in first
+    assert (
+        "A network pretrained with labels, as on ImageNet, is better on 1 table; the largest gain is Med3D"
+        in first
+    )
     assert {k: v.p_holm for k, v in before.items()} == {
         k: v.p_holm for k, v in found.items() if v.section == "main"
     }  # a family of tests of their own

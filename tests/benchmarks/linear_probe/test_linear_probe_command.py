@@ -114,7 +114,7 @@ def test_a_trained_encoder_is_compared_and_flagged_for_a_test_subject_it_saw(tra
     arguments = ["linear-probe", str(trained), "--data", "phantoms:24", "--out", str(out)]
     assert main([*arguments, "--untrained", "2", "--recalibrate", "both"]) == 0
     shown = capsys.readouterr().out
-    assert "saw 1 test subjects: not ranked" in shown
+    assert "saw 1 test subject: not ranked" in shown
     remedy = next(line for line in shown.splitlines() if line.startswith("not ranked: "))
     assert "pretrain on the labelled list itself" in remedy and "column `split`" in remedy
     by_name = {r.contestant["name"]: r for r in records(out)}
@@ -207,7 +207,7 @@ def test_values_are_regressed(cache, tmp_path, target, labels, main_score):
             "no volume has a label, which --target classes needs; write a CSV",
         ),
         ([1] * 8, ["--target", "masks"], "no volume has a mask, which --target masks needs; write a CSV"),
-        ([1] * 8, [], "all 8 labelled volumes are of class '1': a probe needs two classes"),
+        ([1] * 8, [], "all 8 labelled volumes are of class '1': classification needs two classes"),
         ([0, 1], [], "subjects to train on and"),
         (["a", "b"] * 4, ["--target", "real"], "is not a number"),
         ([0, 1] * 4, ["--folds", "9"], "--folds 9: the data has 8 subjects"),

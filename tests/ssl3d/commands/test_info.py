@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -216,6 +217,23 @@ def test_results_tuned_folders_and_boards_print_their_tables(capsys, name, table
         values = [row["scores"][table["main"]] for row in table["rows"]]
         assert values == sorted(values, reverse=True) and f"{values[0]:.3f}" in text
     assert f"ssl3d leaderboard report {place}" in text
+
+
+def test_a_report_prints_the_rows_of_its_tables(capsys, tmp_path):
+    assert main(["leaderboard", "report", str(MADE / "board"), "--out", str(tmp_path / "report")]) == 0
+    info = as_json(capsys, tmp_path / "report")
+    with (tmp_path / "report" / "scores.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert info["kind"] == "report"
+    assert [row["title"] for same in info["tables"].values() for row in same] == [r["title"] for r in rows]
+    text = shown(capsys, tmp_path / "report")
+    for row in rows:
+        assert any(
+            row["title"] in line and f"{float(row['value']):.3f}" in line for line in text.splitlines()
+        )
+    (tmp_path / "report" / "scores.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    assert main(["info", str(tmp_path / "report")]) == 2
+    assert "is not what ssl3d leaderboard report writes" in capsys.readouterr().err
 
 
 def test_predictions_and_exports_say_what_they_are(capsys, tmp_path):

@@ -574,6 +574,9 @@ def bad_files(folder, state):
     }
     pooled = {"stages.0.0.convs.0.conv.weight": torch.zeros(2, 1, 3, 3, 3)}
     pooled |= {"stages.1.1.convs.0.conv.weight": torch.zeros(4, 2, 3, 3, 3)}
+    small = next(key for key, value in state.items() if value.ndim > 1)
+    complexes = state | {small: state[small].to(torch.complex64)}
+    sparse = state | {small: state[small].to_sparse()}
     eleven = state | {"module.layer1.1.conv1.weight": torch.zeros(4, 4, 3, 3, 3)}
     return {
         "missing": (folder / "nowhere.pth", "no such file"),
@@ -591,6 +594,8 @@ def bad_files(folder, state):
         "shape": (write(folder / "shape.pth", shape), r"has shape \(2, 2, 3, 3, 3\), needed is"),
         "more": (write(folder / "more.pth", more), r"1 keys more inside.*layer1.0.se.fc1.weight"),
         "nan": (write(folder / "nan.pth", nan), "not finite"),
+        "complex": (write(folder / "complex.pth", complexes), "is complex64; save plain real numbers"),
+        "sparse": (write(folder / "sparse.pth", sparse), "is sparse; save plain real numbers"),
         "primus": (write(folder / "primus.pth", primus), "a Primus transformer .*rotary"),
         "3dino": (write(folder / "dino.pth", dino), "a DINOv2 transformer over 3D patches, as 3DINO's"),
         "pooled": (write(folder / "pooled.pth", pooled), "plain encoder of nnU-Net with pools"),
@@ -604,7 +609,8 @@ def bad_files(folder, state):
 
 NAMES = [
     "missing", "cut", "page", "empty", "lfs", "text", "code", "classes", "zip", "safe", "script", "few",
-    "shape", "more", "nan", "primus", "3dino", "pooled", "unknown", "tensorless", "list", "blocks", "ours",
+    "shape", "more", "nan", "complex", "sparse", "primus", "3dino", "pooled", "unknown", "tensorless",
+    "list", "blocks", "ours",
 ]  # fmt: skip
 
 

@@ -198,3 +198,27 @@ def test_monais_2d_resnets_have_its_strides_too(tmp_path):
     x = torch.randn(1, 3, 40, 32)
     same(found.encoder(x[:, :, None])[-1][:, :, 0], monais_last_map(net, x))
     assert any("MONAI's default" in line for line in found.assumed)
+
+
+@pytest.mark.parametrize("network", ["wide_resnet50_2", "resnext50_32x4d"])
+def test_wide_and_grouped_resnets_are_refused_by_the_name_that_helps(tmp_path, network, capsys):
+    """Their blocks are those of ResNet-50, only the channels inside differ."""
+    place = tmp_path / "model.pth"
+    with torch.device("meta"):
+        names = getattr(torchvision.models, network)(weights=None).state_dict()
+    torch.save({key: torch.zeros(value.shape, dtype=value.dtype) for key, value in names.items()}, place)
+    with pytest.raises(CheckpointError, match=rf"128 channels.*network={network} behind the file's name"):
+        load_foreign(place)
+    assert main(["info", f"{place}:acs:network={network}"]) == 0
+    assert network in capsys.readouterr().out
+
+
+def test_options_behind_a_files_name_reach_info(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "model.pt")
+    place = f"{tmp_path / 'model.pt'}"
+    assert main(["info", f"{place}:network=timm/resnet18"]) == 0
+    assert "timm/resnet18" in capsys.readouterr().out
+    assert main(["info", f"{place}:2.5d"]) == 0
+    assert "kind 2.5d" in capsys.readouterr().out
+    assert main(["info", f"{tmp_path / 'other.pt'}:2.5d"])
+    assert "no such file or folder" in capsys.readouterr().err

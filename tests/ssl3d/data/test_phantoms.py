@@ -7,6 +7,7 @@ import pytest
 
 from ssl3d.data.open import open_data
 from ssl3d.data.phantoms import CLASSES, phantom, phantom_store
+from ssl3d.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,10 @@ def test_phantoms_of_noise_show_nothing(tmp_path, monkeypatch):
             assert np.abs(image.mean(axis=others)).max() < 6 / np.sqrt(image[0].size)
     first, second = (data[k].read((0, 0, 0), (8, 8, 8)).numpy() for k in (0, 1))
     assert not np.array_equal(first, second)
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_what_helps(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"cache cannot be written .*; name another folder in SSL3D_CACHE"):
+        phantom_store(2, shape=(8, 8, 8))

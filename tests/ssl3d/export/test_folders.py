@@ -54,6 +54,8 @@ def test_huggingface_hub_loads_a_models_folder_and_its_card_says_what_it_is(segm
     dice = ours.card["scores"]["dice"]
     assert f"| dice | {dice:.4g} | " in card.text and "bright, dark" in card.text and "blocks" in card.text
     assert str(tmp_path.parent) not in card.text
+    assert "Its pretraining saw 3 of them" in hub._scores({**ours.card, "seen_test_subjects": 3})
+    assert "Its pretraining saw" not in card.text
 
 
 def test_an_encoders_folder_is_read_too_and_an_unknown_licence_is_said(encoder, tmp_path, offline):

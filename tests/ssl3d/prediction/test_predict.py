@@ -140,6 +140,15 @@ def test_test_subjects_predicted_again_have_the_records_dice_to_the_last_digit(h
     assert float(rows[0]["ml of dark"]) == pytest.approx((one == 4).sum() * 1.2 * 2 / 1000, abs=1e-3)
     about = json.loads((home / "scans" / "predict.json").read_text())
     assert about["labels"] == {"0": "background", "1": "bright", "4": "dark"}
+    # The page finds the truth by the content of the files, wherever a list of them lies.
+    (home / "lists").mkdir()
+    cases = [row["id"].rpartition("/")[2] for row in rows]
+    lines = [f"{scans}/imagesTr/{case}.nii.gz,{scans}/labelsTr/{case}.nii.gz" for case in cases]
+    (home / "lists/truth.csv").write_text("\n".join(["path,mask", *lines]))
+    page = home / "page.html"
+    words = ["--data", str(home / "lists/truth.csv"), "--out", str(page)]
+    assert main(["view", str(home / "scans"), *words]) == 0
+    assert "The mean Dice of 12 scans is" in page.read_text(encoding="utf-8")
     assert about["predicted"] == 12 and about["of_training_subjects"] == 12 - len(record.predictions)
 
 
@@ -198,6 +207,7 @@ def test_odd_scans_are_set_aside_by_name_and_the_others_go_on(tuned, tmp_path, c
     image, _ = a_scan(70)
     write(folder / "good.nii.gz", image)
     (folder / "empty.nii.gz").write_bytes(b"")
+    (folder / "noise.nii.gz").write_bytes(bytes(range(256)) * 9)
     (folder / "cut.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:900])
     write(folder / "nan.nii.gz", np.where(image > 500, np.nan, image).astype(np.float32))
     unplaced = nibabel.Nifti1Image(image, None)
@@ -209,20 +219,22 @@ def test_odd_scans_are_set_aside_by_name_and_the_others_go_on(tuned, tmp_path, c
     assert predict(tuned, folder, tmp_path / "out") == 1
     shown = capsys.readouterr()
     reasons = {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")}
-    assert set(reasons) == {"empty.nii.gz", "cut.nii.gz", "nan.nii.gz", "unplaced.nii.gz", "ct.nii.gz"}
+    assert "has no spacing" not in "".join(reasons.values())
+    odd = ("noise", "empty", "cut", "nan", "unplaced", "ct")
+    assert set(reasons) == {f"{name}.nii.gz" for name in odd}
     assert "NaN" in reasons["nan.nii.gz"] and "its orientation is unknown" in reasons["unplaced.nii.gz"]
     assert "normalised as ct; the model was trained on scans normalised as mr;" in reasons["ct.nii.gz"]
     assert all("\n" not in reason for reason in reasons.values())
     for name, reason in reasons.items():
         assert f"set aside: {name}: {reason}" in shown.err
-    assert "1 volume predicted, 5 scans set aside" in shown.out
+    assert "1 volume predicted, 6 scans set aside" in shown.out
     assert [row["id"].rpartition("/")[2] for row in table(tmp_path / "out/predictions.csv")] == ["good"]
     assert not (tmp_path / "out/.jobs").exists()
     write(folder / "cut.nii.gz", image)  # mended
     capsys.readouterr()
     assert predict(tuned, folder, tmp_path / "out", "--normalize", "mr") == 1
     assert {row["path"] for row in table(tmp_path / "out/rejected.csv")} == {
-        "empty.nii.gz", "nan.nii.gz", "unplaced.nii.gz"
+        "noise.nii.gz", "empty.nii.gz", "nan.nii.gz", "unplaced.nii.gz"
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A checkpoint with the right digest and wrong parts is refused by name: nothing trains from it."""
 
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from ssl3d import cli
 from ssl3d.checkpoint import snapshot
+from ssl3d.checkpoint.card import read_card
 from ssl3d.checkpoint.weights import restore_optimizer
 from ssl3d.errors import CheckpointError
 
@@ -56,6 +58,24 @@ def test_a_part_of_the_wrong_kind_is_refused_by_name(state, tmp_path, place, val
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
         snapshot.load_checkpoint(tmp_path, lambda line: None)
+
+
+def test_a_checkpoint_whose_encoder_has_diverged_is_passed_over(state, tmp_path):
+    name = next(name for name in state["module"] if name.startswith("encoder."))
+    for step, value in ((3, 1.0), (6, math.nan)):
+        odd = {**state, "step": step, "module": {**state["module"], name: state["module"][name] * value}}
+        snapshot.save_checkpoint(tmp_path, step, lambda path, odd=odd: torch.save(odd, path))
+    told = []
+    assert snapshot.load_checkpoint(tmp_path, told.append)["step"] == 3
+    assert f"weights of {name} are NaN or infinite" in told[0]
+
+
+@pytest.mark.parametrize("patch", [[8, 8], [-1, 8, 8], [8, 8, "8"]])
+def test_a_card_with_another_patch_is_refused(tmp_path, patch):
+    card = {"format": 1, "architecture": "resnet10", "config": {}, "patch": patch}
+    (tmp_path / "encoder.json").write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"damaged: patch is .* not three sizes"):
+        read_card(tmp_path)
 
 
 def stepped(kind, **options):

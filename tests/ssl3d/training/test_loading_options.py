@@ -118,6 +118,7 @@ def test_files_that_hold_both_names_are_read_too(tmp_path):
         ("resnet_18.pth", True),
         ("a/Genesis_Chest_CT.pt:in_channels=2", True),
         ("model.safetensors:acs", True),
+        ("model.pt:acs:network=timm/resnetaa50", True),
         ("foreign:anything", True),
         ("run/encoder/encoder.safetensors", False),
         ("imagenet:resnet18:acs:weights=a.pth", False),

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ssl3d
 from ssl3d.errors import PluginError, TrainingError, UsageError
 from ssl3d.proxy import StepOutput
-from ssl3d.training.options import plan_from, request_of
+from ssl3d.training.options import STEPS, plan_from, request_of
 from ssl3d.training.trainee import Trainee
 
 
@@ -324,6 +324,13 @@ def test_what_the_user_says_stands_above_the_recipe(tiny_plugins):
     assert (both.options.lr, both.options.weight_decay) == (0.003, 0.01)
     asked = request_of(["--proxy", "tiny", "--batch-size", "6"])
     assert (asked.plan.options.batch_size, asked.plan.options.lr) == (6, 0.003)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--steps", "0"], ["--epochs", "0"], ["--steps", "0", "--epochs", "0"]]
+)
+def test_a_length_of_0_is_the_usual_one(tiny_plugins, words):
+    assert request_of(["--proxy", "tiny", *words]).plan.options.steps == STEPS
 
 
 def test_the_configuration_makes_the_same_plan_again(train, tmp_path):

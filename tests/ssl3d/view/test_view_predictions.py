@@ -10,6 +10,7 @@ import pytest
 
 from ssl3d.api import open_data, save_segmentation
 from ssl3d.cli import main
+from ssl3d.data.identity import source_hash
 from ssl3d.data.store.record import Record
 from ssl3d.data.store.writer import assemble, write_part
 from ssl3d.detection.files import describe_boxes
@@ -21,7 +22,7 @@ FILE = np.array([[-1.0, 0, 0, 4], [0, -1.2, 0, 20.2], [0, 0, 2.0, 3], [0, 0, 0, 
 """Affine of the files, whose i and j run to the left and to posterior."""
 
 
-def a_store(folder, count=6, settings=None, **changes):
+def a_store(folder, count=6, settings=None, each=lambda k: {}, **changes):
     """Scans whose masks have the classes 1 and 4, and labels and boxes of their own."""
     parts = folder / "s.partial"
     for k in range(count):
@@ -32,7 +33,7 @@ def a_store(folder, count=6, settings=None, **changes):
         record = Record(
             id=f"set/v{k}", dataset="set", subject=f"p{k}", label=("ill", "well")[k % 2], orientation="SAR",
             affine=AXES, spacing=(2.0, 1.2, 1.0), original_affine=FILE, original_shape=SHAPE[::-1],
-            source=f"v{k}.nii.gz", **changes,
+            source=f"v{k}.nii.gz", **changes, **each(k),
         )  # fmt: skip
         boxes = np.array([[2, 3, 2, 6, 8, 6], [3, 8, 5, 7, 11, 9]], np.float32)
         image = rng.normal(size=(1, *SHAPE)).astype(np.float32)
@@ -110,6 +111,8 @@ def test_masks_are_ordered_by_dice_recomputed_with_numpy(tmp_path):
     assert f"The mean Dice of 6 scans is {mean:.3f} (median {median:.3f})." in text
     for layer in ("scan", "truth", "prediction", "difference"):
         assert text.count(f'class="row" y="10">{layer}<') == 6
+    bars = text[text.index("mean Dice over classes") - 9000 : text.index("Scans by mean Dice.")]
+    assert sum(map(int, re.findall(r'text-anchor="middle">(\d+)</text>\s*(?=<rect|</svg>)', bars))) == 6
 
 
 def test_voxels_that_nobody_annotated_count_for_nothing(tmp_path):
@@ -154,6 +157,49 @@ def test_scans_that_are_not_those_predicted_are_told(tmp_path):
     assert "6 of 6 predicted scans are not among the data, such as set/v0 of data set set" in text
     assert "the data begin with other/v0 of data set other" in text
     assert "are not among the data" not in page(folder, tmp_path / "q.html")
+
+
+def renamed(rows):
+    """Rows of predictions under names of another folder, and their scans for `predict.json`."""
+    scans = [{"dataset": "new", "subject": f"q{k}", "id": f"new/w{k}",
+              "scan": source_hash(f"{k}", f"elsewhere/w{k}.nii.gz")} for k in range(len(rows))]  # fmt: skip
+    return [[own["dataset"], own["subject"], *row[2:]] for own, row in zip(scans, rows, strict=True)], scans
+
+
+def test_scans_of_other_names_are_found_by_the_content_of_their_files(tmp_path, capsys):
+    store = a_store(tmp_path, settings={"mask_ignore": {"set": 4}}, each=lambda k: {"sha256": f"{k}"})
+    folder = predicted_masks(tmp_path / "out", store)
+    usual = re.sub("set/v", "new/w", page(folder, tmp_path / "p.html"))
+    with (folder / "predictions.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    rows, scans = renamed(rows)
+    tabled(
+        folder / "predictions.csv", head, [[*row[:2], f"new/w{k}", *row[3:]] for k, row in enumerate(rows)]
+    )
+    about = {"labels": {"0": "background", "1": "bright", "4": "dark"}, "data": [str(store)]}
+    noted(folder, **about)
+    capsys.readouterr()
+    assert "6 of 6 predicted scans are not among the data" in page(folder, tmp_path / "q.html")
+    assert "6 of 6 predicted scans are not among the data" in capsys.readouterr().err
+    noted(folder, **about, scans=scans)
+    text = page(folder, tmp_path / "r.html")
+    assert cards(text) == cards(usual) and "are not among the data" not in text
+    assert re.findall("The mean Dice of [^<]*", text) == re.findall("The mean Dice of [^<]*", usual)
+    noted(folder, **about, scans=[{**scans[0], "scan": ""}, *scans[1:]])  # a file that nobody hashed
+    assert "1 of 6 predicted scans are not among the data" in page(folder, tmp_path / "s.html")
+
+
+def test_subjects_of_other_names_are_found_by_the_content_of_their_files(tmp_path):
+    store = a_store(tmp_path, each=lambda k: {"sha256": f"{k}"})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    rows, scans = renamed([["set", f"p{k}", 1, "ill", 0.9, 0.1] for k in range(6)])
+    tabled(folder / "predictions.csv",
+           ["dataset", "subject", "scans", "prediction", "probability of ill", "probability of well"],
+           rows)  # fmt: skip
+    noted(folder, data=[str(store)], scans=scans)
+    text = page(folder, tmp_path / "p.html")
+    assert "3 of 6 subjects are right (50.0%)" in text and "are not among the data" not in text
 
 
 def test_classes_have_confusions_and_the_least_probable_truth_comes_first(tmp_path):

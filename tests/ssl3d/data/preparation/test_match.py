@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import nibabel
 import numpy as np
@@ -229,6 +230,14 @@ def test_series_of_one_folder_under_two_subjects_are_told_apart(scans, tmp_path,
     prepare(PrepareOptions((str(tmp_path / "d"),), str(tmp_path / "s.h5"), workers=0))
     told = "1 scan with the voxels of another subject's: d/1.2.1 = d/1.2.2; if"
     assert [line.startswith(told) for line in capsys.readouterr().out.splitlines()].count(True) == 1
+
+
+def test_slices_that_are_there_twice_are_told(scans, tmp_path, capsys):
+    first, *_ = scans.dicom(tmp_path / "d", scans.body(SHAPE, 1), "1.2.1")
+    shutil.copy(first, tmp_path / "d" / "copy.dcm")
+    prepare(PrepareOptions((str(tmp_path / "d"),), str(tmp_path / "s.h5"), workers=0))
+    told = "1 slice there twice, with the same pixels, and read once: 1 of d/1.2.1"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_missing_channels_are_told(scans, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -385,3 +387,14 @@ def test_a_damaged_header_of_frames_is_refused(scans, tmp_path):
     path.write_bytes(raw[:at] + b"\x11\x22\x33\x44" + raw[at + 4 :])
     with pytest.raises(DataError, match=r"^unreadable|not readable"):
         read([path])
+
+
+def test_a_header_is_read_in_a_process_that_has_read_nothing_yet(scans, tmp_path):
+    """The library that reads it is larger than what a damaged header may take, and loads at the first."""
+    path = scans.raw_dicom(tmp_path / "a.dcm", layers(scans)[0], {})
+    program = (
+        "import sys, pathlib; from ssl3d.data.scans.dicom import dicom_tags;"
+        " assert 'SimpleITK' not in sys.modules; print(dicom_tags(pathlib.Path(sys.argv[1]))['rows'])"
+    )
+    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert run.stdout == "10\n", run.stderr

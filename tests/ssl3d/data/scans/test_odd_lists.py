@@ -10,7 +10,7 @@ import pytest
 from ssl3d.data.preparation import keys
 from ssl3d.data.scans.find import find
 from ssl3d.data.scans.found import Wanted
-from ssl3d.errors import Ssl3dError
+from ssl3d.errors import DataError, Ssl3dError
 
 ODD = [None, True, -1, 1.5, float("nan"), float("inf"), 10**30, "", "x", "a.nii.gz", "\0", "\ud800",
        "x" * 400,
@@ -67,3 +67,53 @@ def test_odd_lists_are_read_or_refused(scans, tmp_path, name):
                 seen.add(type(error))
                 assert "\n" not in str(error)
     assert True in seen
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig"])
+def test_a_dataset_json_is_read_in_the_encodings_of_lists(scans, tmp_path, encoding):
+    scans.nifti(tmp_path / "imagesTr" / "a.nii.gz", scans.body())
+    described = {"name": "Müller", "training": ["./imagesTr/a.nii.gz"]}
+    content = json.dumps(described, ensure_ascii=False).encode(encoding)
+    (tmp_path / "dataset.json").write_bytes(content)
+    (found,) = find([tmp_path], Wanted()).scans
+    assert found.dataset == "Müller"
+
+
+@pytest.fixture
+def people(scans, tmp_path):
+    for subject in ("01", "02", "03"):
+        scans.nifti(tmp_path / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz", scans.body())
+    rows = [
+        "participant_id\tage\tgroup",
+        "sub-01\t31\tpatient",
+        "02\t40\tcontrol",
+        "sub-03\tn/a\tn/a",
+        "\t1\t2",
+    ]
+    (tmp_path / "participants.tsv").write_text("\n".join(rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_table_of_people_of_bids_gives_labels_where_asked_for(people):
+    found = find([people], Wanted(label="group"))
+    assert {scan.subject: scan.label for scan in found.scans} == {
+        "sub-01": "patient", "sub-02": "control", "sub-03": None
+    }  # fmt: skip
+    assert "participants.tsv: labels of 2 of 3 scans from its column group" in found.notes
+    assert [scan.label for scan in find([people], Wanted(label="Age")).scans] == [31, 40, None]
+    with pytest.raises(DataError, match="--label site: no scan has a label by it"):
+        find([people], Wanted(label="site"))
+
+
+def test_the_table_of_people_of_bids_is_told_where_it_is_not_used(people):
+    found = find([people], Wanted())
+    assert "participants.tsv: columns not used: age, group; --label NAME takes one as labels" in found.notes
+    assert all(scan.label is None for scan in found.scans)
+
+
+def test_two_labels_of_a_subject_are_refused(people):
+    with (people / "participants.tsv").open("a", encoding="utf-8") as file:
+        file.write("\nsub-01\t32\tpatient\n")
+    assert find([people], Wanted(label="group")).scans[0].label == "patient"
+    with pytest.raises(DataError, match="line 6: a second age of 01"):
+        find([people], Wanted(label="age"))

@@ -30,6 +30,22 @@ def listed(root, names, path=None, lines=None):
 
 
 LAYOUTS = {
+    "channels of nnU-Net without its folders": {
+        "la_1_0000.nii.gz": "la_1",
+        "la_1_0001.nii.gz": "la_1",
+        "la_2_0000.nii.gz": "la_2",
+        "la_2_0001.nii.gz": "la_2",
+    },
+    "people numbered from 0": {
+        "a_0000.nii.gz": "a_0000",
+        "a_0001.nii.gz": "a_0001",
+        "a_0002.nii.gz": "a_0002",
+        "b_0000.nii.gz": "b_0000",
+        "b_0001.nii.gz": "b_0001",
+    },
+    "people of two sites": {
+        f"site{site}_000{number}.nii.gz": f"site{site}_000{number}" for site in "12" for number in range(2)
+    },
     "sequences in a folder": {"p1/t1.nii.gz": "p1", "p1/t2.nii.gz": "p1", "p2/t1.nii.gz": "p2"},
     "BIDS": {
         "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": "sub-01",
