@@ -23,7 +23,6 @@ from ssl3d.data.store.remote import is_address
 from ssl3d.errors import DataError
 from ssl3d.evaluation.record_archive import result_files
 from ssl3d.json_files import parse_json
-from ssl3d.specs import fields_of, file_and_words, is_foreign
 
 if TYPE_CHECKING:
     from ssl3d.data.store.volume import Store
@@ -77,6 +76,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if is_address(path):
         return _of_stores(path)
     if not place.exists():
+        from ssl3d.specs import fields_of, file_and_words, is_foreign
+
         file, words = file_and_words(str(path)) if is_foreign(str(path)) else ("", [])
         if not words or not Path(file).is_file():
             raise DataError(f"{place}: no such file or folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -72,6 +73,7 @@ class Stoppable:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
+        self._ignored = sys.unraisablehook
 
     def __enter__(self) -> Stoppable:
         """Install the handlers; does nothing outside the main thread, where Python allows none."""
@@ -80,12 +82,14 @@ class Stoppable:
             # A handler that is not the system's own is somebody's who knows better.
             ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
             self._before = {number: signal.signal(number, self._raise) for number in ours}
+            self._ignored, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put the former handlers back."""
+        sys.unraisablehook = self._ignored
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -95,6 +99,22 @@ class Stoppable:
             os.kill(os.getpid(), signum)
             return
         raise Stopped(signum)
+
+    def _raise_again(self, ignored: sys.UnraisableHookArgs) -> None:
+        """Send a signal once more whose exception was raised where Python drops it, in a callback."""
+        if isinstance(ignored.exc_value, Stopped):
+            number = ignored.exc_value.signum
+            signal.signal(number, self._raise)
+        elif isinstance(ignored.exc_value, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            self._ignored(ignored)
+            return
+        # After this hook, in which it would be dropped as well.
+        main = threading.main_thread().ident
+        again = threading.Timer(0.05, lambda: main and signal.pthread_kill(main, number))
+        again.daemon = True
+        again.start()
 
 
 def name_of(signum: int) -> str:

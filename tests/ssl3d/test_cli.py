@@ -170,6 +170,29 @@ def test_a_signal_ends_a_command_in_one_line_and_its_status(name, request, monke
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_in_a_callback_is_not_dropped(name):
+    code = f"""
+import os, signal, sys, time, weakref
+from ssl3d import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Thing: pass
+def freed(thing):
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1000): pass
+def run(argv):
+    thing = Thing()
+    reference = weakref.ref(thing, freed)
+    del thing  # Python ignores what its callback raises
+    time.sleep(20)
+cli._run = run
+sys.exit(cli.main(["prepare"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr == ("ssl3d: interrupted\n" if name == "SIGINT" else f"ssl3d: stopped by {name}\n")
+
+
 def test_a_signal_before_the_first_step_of_a_command_ends_it_in_one_line(tmp_path):
     words = ["pretrain", "--proxy", "simclr", "--data", "phantoms:400", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "SSL3D_CACHE": str(tmp_path / "cache")}

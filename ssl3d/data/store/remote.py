@@ -7,13 +7,15 @@ credentials and options of its own configuration (`FSSPEC_S3_ENDPOINT_URL` and t
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import os
 import random
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,7 +195,8 @@ def asked(url: str, question: Callable[[Any, str], T]) -> T:
     last: BaseException
     for attempt in range(1, TRIES + 1):
         try:
-            return question(server, path)
+            with _no_collection():
+                return question(server, path)
         except FileNotFoundError as error:
             if error.__cause__ is None or _status(error) in (404, 410):
                 raise DataError(f"{url}: no such file on the server") from error
@@ -213,6 +216,28 @@ def asked(url: str, question: Callable[[Any, str], T]) -> T:
         f"{url}: the server does not answer, asked {TRIES} times ({type(last).__name__}: "
         f"{reason_of(last)}); call again"
     ) from last
+
+
+_counting = threading.Lock()
+_waiting: list[bool] = []  # one for each question that is asked just now: is garbage collected after it?
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep cyclic garbage until the server has answered.
+
+    h5py holds its lock while it reads through a file object, and takes the same lock to free an object of
+    its own. fsspec asks in a thread: were garbage collected there, both would wait for each other for ever.
+    """
+    with _counting:
+        _waiting.append(_waiting[0] if _waiting else gc.isenabled())
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _counting:
+            if _waiting.pop() and not _waiting:
+                gc.enable()
 
 
 def _patience(protocol: str) -> dict[str, Any]:

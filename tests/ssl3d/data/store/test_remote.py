@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
 from ssl3d.api import open_data
 from ssl3d.data.phantoms import phantom_store
 from ssl3d.data.store import remote
+from ssl3d.data.store import volume as opened
 from ssl3d.errors import DataError, TransientError, UsageError
 
 pytest.importorskip("aiohttp")
@@ -171,6 +175,31 @@ def test_a_server_that_fails_for_good_ends_in_one_line_and_exit_status_3(served)
     assert data[5].read().isfinite().all()  # nothing of it sticks
 
 
+def test_garbage_of_h5py_stops_no_read(served, store, monkeypatch):
+    """h5py frees its objects under the lock that a read through a file object holds."""
+    asked_part = remote._part
+
+    def part_while_garbage_is_collected(*words):
+        circle: list = [h5py.File(str(time.monotonic_ns()), "w", driver="core", backing_store=False)]
+        circle.append(circle)
+        del circle
+        collector = threading.Thread(target=lambda: gc.isenabled() and gc.collect(), daemon=True)
+        collector.start()
+        collector.join(20)
+        assert not collector.is_alive(), "h5py waits for its own lock"
+        return asked_part(*words)
+
+    gc.collect()
+    data = open_data([served])
+    monkeypatch.setattr(remote, "_part", part_while_garbage_is_collected)
+    monkeypatch.setattr(remote, "TRIES", 1)
+    remote._recent.clear()
+    for path in remote._folder().glob("*/*"):
+        path.unlink()
+    assert torch.equal(data[5].read(), open_data([store])[5].read())
+    assert gc.isenabled()
+
+
 def test_a_silent_server_is_given_up(served, monkeypatch):
     monkeypatch.setattr(remote, "SECONDS", 0.2)
     monkeypatch.setattr(remote, "TRIES", 2)
@@ -179,7 +208,7 @@ def test_a_silent_server_is_given_up(served, monkeypatch):
         open_data([served])
 
 
-def test_a_damaged_local_block_is_noticed_by_the_check_sums(served):
+def test_a_damaged_local_block_is_noticed_by_the_check_sums(served, monkeypatch):
     volume = open_data([served])[3]
     expected = volume.read()
     for path in remote._folder().glob("*/*"):
@@ -187,11 +216,8 @@ def test_a_damaged_local_block_is_noticed_by_the_check_sums(served):
         content[len(content) // 4 :: 97] = bytes(len(content[len(content) // 4 :: 97]))
         path.write_bytes(content)
     remote._recent.clear()
-    from ssl3d.data.store import volume as opened
-
-    opened._open_files.clear()
-    opened._known.clear()
-    opened._pending.clear()
+    for name, anew in {"_open_files": OrderedDict(), "_known": opened._Handles(), "_pending": {}}.items():
+        monkeypatch.setattr(opened, name, anew)
     try:
         again = open_data([served])[3].read()
     except DataError as error:
