@@ -1,4 +1,4 @@
-# make demo | make test | make slow | make lint | make docs | make speed: each sets up what it needs, in .venv.
+# make demo | make test | make long | make slow | make lint | make docs | make speed: each sets up what it needs, in .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ DEMO   ?= full
 # New files must reach the strict editable install; a folder's time changes when a file comes or goes.
 FOLDERS := $(shell find ssl3d proxies benchmarks -type d -not -name __pycache__ -not -path 'benchmarks/results*')
 
-.PHONY: setup test slow lint docs demo speed clean
+.PHONY: setup test long slow lint docs demo speed clean
 
 # Tests run in so many processes, each on one thread: a core for each, but no more than four (each may take 2 GB).
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); test "$$n" -lt 4 && echo "$$n" || echo 4)
@@ -30,6 +30,10 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+
+# The tests that take 7 seconds and more: notebooks, the tutorial, commands killed and shared by processes.
+long: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long -n $(TEST_WORKERS) --dist loadfile
 
 slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow

@@ -40,6 +40,7 @@ def run(path, folder, monkeypatch, change=str):
     nbclient.NotebookClient(book, timeout=800, resources={"metadata": {"path": str(folder)}}).execute()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # of a busy machine
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):

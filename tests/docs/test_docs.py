@@ -178,6 +178,7 @@ def test_the_encoder_that_is_shown_keeps_the_contract(reader):
     check_encoder("small.py")
 
 
+@pytest.mark.long
 def test_the_tutorial_runs(reader):
     """All of it but the section on scans of one's own, with few steps and few people."""
     shutil.rmtree(reader / "runs")

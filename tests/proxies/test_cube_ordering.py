@@ -616,6 +616,7 @@ def accuracy(tmp_path, images, config, steps=45, **options):
     return metric(train(config, volumes[16:], steps, **options), volumes[:16])
 
 
+@pytest.mark.long
 def test_it_orders_phantoms_never_seen(phantoms):
     config = CubeOrderingConfig(grid=(1, 2, 2), crop=(12, 40, 40), permutations=4, hidden=64)
     trained = train(config, phantoms[:28], steps=50, batch=12)
@@ -690,6 +691,7 @@ def test_small_volumes_of_noise_stay_at_chance(tmp_path):
     assert abs(accuracy(tmp_path, noise(side=30), config) - 1 / 4) < 0.12
 
 
+@pytest.mark.long
 def test_touching_borders_are_a_shortcut_and_gap_with_jitter_close_it(tmp_path):
     images = list(noise(smooth=3.0))
     bare = accuracy(tmp_path / "a", images, CubeOrderingConfig(**FLAT, **UNGUARDED), steps=110)

@@ -182,6 +182,7 @@ def test_remasked_maps_are_normalised_over_what_is_visible_before_tokens_come(si
         assert (maps[n].movedim(1, -1)[hidden] == proxy.tokens[str(n)].flatten()).all()
 
 
+@pytest.mark.long
 def test_remask_keeps_the_contract(store_of, small, tiny_encoder):
     config = dataclasses.replace(small("mae"), masking="remask")
     check_proxy("mae", config, encoder=tiny_encoder, data=open_data([store_of("mae")]))
@@ -317,6 +318,7 @@ def place(n, seed):
     return (ramp + 0.1 * noise(n, seed)).contiguous()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("masking", ["token", "remask"])
 def test_it_restores_what_continues_and_the_cue_makes_it_easier(masking):
     # Plain targets: of a wave, standardised blocks leave little but its direction.

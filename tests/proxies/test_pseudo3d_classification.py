@@ -314,6 +314,7 @@ def learned(tmp_path_factory):
     return run_of(data, folder / "run")
 
 
+@pytest.mark.long
 def test_it_learns_classes_of_pictures_never_seen(learned):
     last = learned.metrics[-1]
     assert last[f"holdout/{NAME}/top1"] > 0.8

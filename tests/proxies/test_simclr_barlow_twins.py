@@ -437,6 +437,7 @@ def gradients(phantoms, tmp_path_factory):
     return {case: pair for case, *pair in zip(cases, alone, ranks, strict=True)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("cls", PROXIES)
 def test_gradients_of_two_ranks_are_those_of_one_process(cls, split, gradients):

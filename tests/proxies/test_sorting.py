@@ -368,6 +368,7 @@ def test_an_unknowable_direction_stays_at_chance(tmp_path, phantoms):
     assert abs(metric(train(config, volumes[:28], steps=60), volumes[28:])) < 0.25
 
 
+@pytest.mark.long
 def test_a_brightness_ramp_of_the_scanner_is_not_enough(tmp_path):
     # The only cue is a small drift of intensity along the axis. Without augmentation it sorts noise; with
     # it, most of the order is lost.

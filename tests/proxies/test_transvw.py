@@ -107,6 +107,7 @@ def noise(offset=0.0, words=4):
 # Learning and controls ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_words_of_phantoms_are_learned_by_people_never_seen(phantoms):
     rest = phantoms[4:]
     proxy = make(**EASY)

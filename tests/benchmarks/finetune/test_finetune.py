@@ -425,6 +425,7 @@ def test_batch_norm_of_one_number_says_what_to_do(tmp_path, capsys):
 # Stopping and going on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_killed_job_goes_on_to_the_same_result(two_classes, tmp_path):
     arguments = ["finetune", SPEC, "--data", two_classes, "--threads", "1", "--no-trivial", "--steps", "60"]
     arguments += ["--batch-size", "4", "--classification.dropout", "0.2", "--classification.flip", "0.5"]
@@ -444,6 +445,7 @@ def test_a_killed_job_goes_on_to_the_same_result(two_classes, tmp_path):
     same(*records(whole), *records(cut))
 
 
+@pytest.mark.long
 def test_two_processes_on_one_folder_share_the_jobs(two_classes, tmp_path):
     arguments = ["finetune", SPEC, "--data", two_classes, "--threads", "1", "--no-trivial", "--steps", "10"]
     arguments += ["--batch-size", "4", "--seeds", "0", "1", "2"]
@@ -861,6 +863,7 @@ def test_validation_alone_needs_validation_subjects(tmp_path, capsys):
     assert "no validation subjects for --validation-only" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_loggers_have_curves_scores_and_the_model_and_change_no_record(two_classes, tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     from mlflow import MlflowClient

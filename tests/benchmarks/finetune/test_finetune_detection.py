@@ -364,6 +364,7 @@ def test_bad_options_are_named(options):
         DetectionConfig(**options)
 
 
+@pytest.mark.long
 def test_records_are_reported_with_their_curve(tmp_path):
     from ssl3d.cli import main
 

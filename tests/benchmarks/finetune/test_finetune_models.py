@@ -188,6 +188,7 @@ def test_of_several_arms_the_best_by_validation_is_kept(store, tmp_path, capsys)
         model_folders(tmp_path / "all")
 
 
+@pytest.mark.long
 def test_values_and_boxes_are_kept_too(tmp_path):
     data = a_store(tmp_path / "v.h5", labels=[k / 3 for k in range(14)])
     assert finetune(data, tmp_path / "values") == 0

@@ -189,6 +189,7 @@ tasks:
 """
 
 
+@pytest.mark.long
 def test_a_suite_goes_on_beside_an_archive(tmp_path):
     """Packed records are not made again, new ones lie beside the archive, and the report is of both."""
     out, suite = tmp_path / "suite", tmp_path / "mine.yaml"

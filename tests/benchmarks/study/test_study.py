@@ -73,6 +73,7 @@ def records(out):
     return found
 
 
+@pytest.mark.long
 def test_a_study_that_was_killed_ends_with_the_same_records(scans, jobs, tmp_path, capsys):
     words = ["study", str(scans / "list.csv"), "--hours", "1", *WORDS, "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -121,6 +122,7 @@ def test_a_study_that_was_killed_ends_with_the_same_records(scans, jobs, tmp_pat
     assert "use another --out" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_data_without_targets_and_too_few_hours_are_one_line(scans, jobs, tmp_path, capsys):
     assert cli.main(["study", str(scans / "bare.csv"), "--out", str(tmp_path / "bare")]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()

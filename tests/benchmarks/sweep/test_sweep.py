@@ -113,6 +113,7 @@ def by_number(tmp_path):
     return sorted(describe(tmp_path / "s")["trials"], key=lambda row: row["number"])
 
 
+@pytest.mark.long
 def test_a_trial_equals_its_flags_typed_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SSL3D_CACHE", str(tmp_path / "cache"))
     (tmp_path / "sweep.yaml").write_text(
@@ -162,6 +163,7 @@ def test_the_same_seed_proposes_the_same_flags(tmp_path, program):
     assert flags[0] == flags[1]
 
 
+@pytest.mark.long
 def test_a_trial_that_is_worse_than_the_others_is_stopped_early(tmp_path, program, capsys):
     path = program(0.3)
     text = path.read_text().replace("time.sleep(0.3)", "time.sleep(0.3 if lr > 0.003 else 0)")
@@ -175,6 +177,7 @@ def test_a_trial_that_is_worse_than_the_others_is_stopped_early(tmp_path, progra
     assert len(lines) < 5  # it did not come to its end
 
 
+@pytest.mark.long
 def test_a_worker_killed_in_a_trial_loses_nothing(tmp_path, program):
     path = program(0.4)
     first = worker(tmp_path, path, 2)
@@ -207,6 +210,7 @@ def test_a_trial_that_costs_three_workers_their_life_has_failed(tmp_path, progra
     assert row["state"] == "failed" and "its worker died 3 times" in row["reason"]
 
 
+@pytest.mark.long
 def test_two_workers_share_the_trials(tmp_path, program):
     path = program(0.1)
     both = [worker(tmp_path, path, 6) for _ in range(2)]

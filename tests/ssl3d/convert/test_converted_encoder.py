@@ -216,6 +216,7 @@ def test_it_is_saved_and_rebuilt_from_its_config_alone(weights, tmp_path, capsys
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_proxy_trains_it_further(weights, tmp_path):
     path, _ = weights
     strides = "strides=[[2,2,2],[1,1,1],[2,2,2],[1,1,1],[1,1,1]]"

@@ -39,6 +39,7 @@ def windows(model, shape=(12, 12, 12), count=3):
     return torch.from_numpy(np.random.default_rng(1).normal(size=(count, 1, *shape)).astype(np.float32))
 
 
+@pytest.mark.long
 def test_onnxruntime_computes_the_probabilities_of_a_segmentation(segmenter, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     capsys.readouterr()
@@ -80,6 +81,7 @@ def test_onnxruntime_computes_an_encoders_maps_of_another_size(encoder, tmp_path
     assert "identities" not in json.loads((tmp_path / "out/export.json").read_text())["card"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["segmenter", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_a_program_of_torch_needs_no_ssl3d(what, request, tmp_path):
     folder = request.getfixturevalue(what)

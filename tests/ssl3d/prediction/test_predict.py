@@ -502,6 +502,7 @@ def test_a_scan_in_the_hands_of_another_process_is_waited_for(tuned, tmp_path, m
     assert "waiting for 1 scan that another process predicts" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_what_is_done_stays(tuned, tmp_path):
     folder, out = some_scans(tmp_path / "scans", 3), tmp_path / "out"
     script = (

@@ -62,6 +62,7 @@ def wandb_history(records):
     return points
 
 
+@pytest.mark.long
 def test_mlflow_reads_what_a_run_logged_and_a_resumed_run_is_the_same_one(train, tmp_path):
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     from mlflow import MlflowClient
@@ -124,6 +125,7 @@ def test_wandb_reads_what_a_run_logged_offline_and_a_resumed_run_is_the_same_one
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.long
 def test_a_run_with_every_logger_ends_with_the_bytes_of_one_without(train):
     for name in ("wandb", "mlflow"):
         pytest.importorskip(name, reason=f"needs the extra {name}")
@@ -232,6 +234,7 @@ def test_numbers_that_are_not_finite_stay_away(tmp_path, monkeypatch):
     assert missing_loggers(["tensorboard"]) == []
 
 
+@pytest.mark.long
 def test_only_the_first_rank_logs(tiny_plugins, phantoms, flags, tmp_path):
     words = ["pretrain", "--proxy", "tiny", "--data", phantoms, *flags, "--steps", "2", "--devices", "2",
              "--workers", "0", "--device", "cpu", "--logger", "mlflow", "tensorboard",

@@ -161,6 +161,7 @@ def training(out, **environment):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the worker in /proc")
 def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
     out = tmp_path / "run"
@@ -175,6 +176,7 @@ def test_a_killed_worker_ends_a_run_in_one_line(tmp_path):
     assert "a process that reads data has died" in error and f"--resume {out}" in error
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="tensors travel by sockets in the folder")
 def test_an_emptied_folder_of_temporary_files_ends_a_run_in_one_line(tmp_path):
     """Those who tidy up do so; the worker, which hears nothing of it, must not keep the program alive."""

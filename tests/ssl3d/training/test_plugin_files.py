@@ -204,6 +204,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_workers_that_are_spawned_know_the_class(one, phantoms, flags, tmp_path):
     script = written(tmp_path / "main" / "spawn.py", SPAWN)
     words = ["pretrain", "--proxy", str(one), "--data", phantoms, "--steps", "2", "--workers", "1", *flags]
@@ -215,6 +216,7 @@ def test_workers_that_are_spawned_know_the_class(one, phantoms, flags, tmp_path)
     assert (tmp_path / "run" / "encoder" / "encoder.json").is_file()
 
 
+@pytest.mark.long
 def test_two_processes_train_it(one, phantoms, flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["ssl3d", "pretrain", "--proxy", one.name, "--data", phantoms, "--steps", "2", "--workers"]
@@ -291,6 +293,7 @@ def test_the_encoder_needs_no_file_and_the_heads_say_what_they_need(stopped, one
 # Encoders -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_encoder_from_a_file(one, phantoms, tmp_path, monkeypatch):
     net = written(tmp_path / "nets" / "net.py", ENCODER)
     check_encoder(f"{net}:Mine", plugins.find(plugins.ENCODERS, str(net))[1].Config(width=4))
@@ -329,6 +332,7 @@ def test_a_card_that_calls_a_file_its_architecture_runs_nothing(one, phantoms, s
 # What goes wrong in it ----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_proxy_that_fails_at_once_ends_with_workers_too(one, phantoms, tmp_path):
     """Workers wait for the next batch then, and a program's end waits for them."""
     text = one.read_text(encoding="utf-8").replace("    def forward(", "    def forward(self, *given):\n"

@@ -168,6 +168,7 @@ def wait_and_kill(process, folder, steps):
     process.wait()
 
 
+@pytest.mark.long
 def test_two_killed_ranks_go_on_with_their_own_buffers(queue_plugin, phantoms, flags, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(2, *words_of(whole, phantoms, flags))

@@ -188,6 +188,7 @@ def test_killed_between_the_last_step_and_the_export(train):
     assert bytes_of(ssl3d.resume(run.folder).folder) == expected
 
 
+@pytest.mark.long
 def test_threads_are_restored(train):
     import torch
 
@@ -248,6 +249,7 @@ def test_another_proxy_is_refused(train):
         ssl3d.resume(run.folder)
 
 
+@pytest.mark.long
 def test_another_machine_is_noted(train, capsys):
     run = train(steps=4, threads=1, tiny={"signal_at": 1})
     config = run.folder / "config.yaml"

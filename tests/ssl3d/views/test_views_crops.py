@@ -56,6 +56,7 @@ def share(volume, start, size):
     return float((volume.read(start, size) > 0).float().mean())
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.tuples(*[st.integers(1, 30)] * 3), st.floats(0.05, 0.6))
 def test_crops_hold_the_share_of_foreground_and_lie_inside(seed, size, least):
@@ -80,6 +81,7 @@ def test_every_start_that_qualifies_is_as_likely():
     assert len(counts) == 7 and counts.min() > 230 and counts.max() < 370
 
 
+@pytest.mark.long
 def test_a_rare_foreground_is_found_and_else_the_fullest_crop_taken():
     volume = Fake(blob((120, 120, 120), (80, 80, 80), (88, 88, 88)))
     for seed in range(20):
