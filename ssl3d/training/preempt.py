@@ -111,8 +111,7 @@ class Stoppable:
             self._ignored(ignored)
             return
         # After this hook, in which it would be dropped as well.
-        main = threading.main_thread().ident
-        again = threading.Timer(0.05, lambda: main and signal.pthread_kill(main, number))
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
 
