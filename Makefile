@@ -31,7 +31,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(FOLDERS)
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
-# The tests that take 7 seconds and more: notebooks, the tutorial, commands killed and shared by processes.
+# The tests that take 4 seconds and more: notebooks, the tutorial, commands killed and shared by processes.
 long: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long -n $(TEST_WORKERS) --dist loadfile
 

@@ -107,6 +107,7 @@ def test_a_segmentation_that_learns_nothing_is_told_everywhere(store, tmp_path, 
         assert "WARNING: on 1 of 1" in text and "it has not learned its task" in text
 
 
+@pytest.mark.long
 def test_a_classification_at_chance_is_told_and_one_that_learned_is_not(tmp_path, capsys):
     store = str(bright_or_dark(tmp_path / "s.h5"))
     (bad,) = finetuned(store, tmp_path / "bad", "--lr", "1e-12", "--steps", "2")

@@ -122,6 +122,7 @@ def mean(history, name):
 # Learning, and short cuts -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_learns_on_phantoms(phantoms):
     config = config_of(**EASY)
     history = train(make(config, phantoms), lambda step: batch_of(config, phantoms, 10, step), 40)

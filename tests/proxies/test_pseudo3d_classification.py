@@ -321,6 +321,7 @@ def test_it_learns_classes_of_pictures_never_seen(learned):
     assert last["online/knn_accuracy"] > last["online/knn_majority"]
 
 
+@pytest.mark.long
 def test_of_shuffled_labels_it_learns_nothing_that_holds(tmp_path):
     images, labels = patterns(90)
     shuffled = np.random.default_rng(3).permutation(labels).tolist()

@@ -102,6 +102,7 @@ def test_slices_are_shuffled_while_training_only(coco):
         torch.testing.assert_close(x.sort(2).values, plain.sort(2).values)
 
 
+@pytest.mark.long
 def test_it_learns_a_few_pictures_by_heart(coco):
     proxy = proxy_of(coco)
     batch = batch_of(proxy, coco)

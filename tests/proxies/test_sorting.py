@@ -359,6 +359,7 @@ def test_small_volumes_of_noise_stay_at_chance(tmp_path):
     assert abs(metric(train(config, volumes[:16], steps=40), volumes[16:])) < 0.2
 
 
+@pytest.mark.long
 def test_an_unknowable_direction_stays_at_chance(tmp_path, phantoms):
     # Half of the volumes stand on their heads: no slice says which; `fixed` must find nothing.
     sources = [volume.read().numpy()[0] for volume in phantoms]

@@ -63,6 +63,7 @@ def held_out(proxy, draw, name="kappa", batches=6):
 # Learning and shortcuts ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("views", ["volumes", "slices"])
 def test_it_learns_on_phantoms(views, phantoms):
     config = config_of(views=views, **EASY)
@@ -90,6 +91,7 @@ def noise_batch(step, size=12, side=16, cue=0.0):
     }
 
 
+@pytest.mark.long
 def test_noise_stays_at_chance_and_a_constant_per_subject_gives_it_away():
     config = config_of(**dict.fromkeys(("rotate", "scale", "contrast", "gamma", "bias"), 0.0))
     found = {}

@@ -130,6 +130,7 @@ def test_with_a_cue_put_in_even_those_of_noise_are_easy():
     assert accuracy(train(make(**EASY), noise(2.0), steps=30), noise(2.0)) > 0.6
 
 
+@pytest.mark.long
 def test_shuffled_words_stay_at_chance(phantoms):
     proxy = make(**EASY)
     draw = some_of(proxy.config, phantoms)
@@ -257,6 +258,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.long
 def test_two_ranks_find_the_words_of_one(tmp_path):
     alone = find_alike(families(tmp_path, count=7), 5, 0.4)  # unequal shares
     jobs = [subprocess.Popen([sys.executable, "-c", RANKS, str(n), str(tmp_path)]) for n in range(2)]

@@ -224,6 +224,7 @@ def test_a_class_that_cannot_be_imported_is_named(plugin):
         check(Local)
 
 
+@pytest.mark.long
 def test_a_script_that_calls_it_is_not_run_again_in_the_ranks(tmp_path):
     (tmp_path / "ranks_plugin.py").write_text(PLUGIN, encoding="utf-8")
     script = tmp_path / "script.py"

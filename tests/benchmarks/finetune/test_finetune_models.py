@@ -165,6 +165,7 @@ def test_each_fold_has_its_model_that_never_saw_its_test_subjects(store, tmp_pat
         ssl3d.load_model(out)
 
 
+@pytest.mark.long
 def test_of_several_arms_the_best_by_validation_is_kept(store, tmp_path, capsys):
     first = finetune(store, tmp_path / "out", "--seeds", "0", "1", "2", "--fractions", "0.6", "1",
                      "--repeats", "1")  # fmt: skip
@@ -328,6 +329,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["before", "after", "record"])
 def test_a_kill_between_training_and_keeping_loses_nothing(store, segmented, tmp_path, where, capfd):
     out = tmp_path / "out"

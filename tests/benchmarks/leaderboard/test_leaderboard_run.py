@@ -242,6 +242,7 @@ def started(marks, count, words):
     )
 
 
+@pytest.mark.long
 def test_workers_share_the_jobs_and_do_each_once(marks):
     workers = [started(marks, 12, '"slow", n') for _ in range(3)]
     assert [w.wait(60) for w in workers] == [0, 0, 0]

@@ -96,6 +96,7 @@ PLACES = {
 HEAVY = ("efficientnet_b0", "convnext_tiny")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n in HEAVY else ()) for n in PLACES])
 def test_maps_are_where_timm_has_them_and_are_the_2d_networks_on_an_image(name, tmp_path):
     net = getattr(torchvision.models, name)(weights=None).eval()
@@ -124,6 +125,7 @@ def test_names_are_the_2d_networks_and_its_head_is_gone(weights):
     assert encoder.match.unused == ["fc.weight", "fc.bias"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["acs", "triplanar"])
 def test_one_channel_is_a_grey_picture(weights, kind):
     path, net = weights
@@ -198,6 +200,7 @@ def test_resize_enlarges_and_leaves_out_maps_finer_than_the_volume():
         assert made(x[:, :, :1])[-1].shape[2] == 1
 
 
+@pytest.mark.long
 def test_it_is_saved_and_rebuilt_from_its_config_alone(weights, tmp_path, capsys):
     path, _ = weights
     out = tmp_path / "out"
@@ -329,6 +332,7 @@ class Evil:
         return (os.system, ("echo evil",))
 
 
+@pytest.mark.long
 def test_weights_that_are_not_the_networks_are_refused(weights, tmp_path):
     path, net = weights
     state = net.state_dict()
@@ -488,6 +492,7 @@ def test_efficientnet_lite0_classifies_all_sample_images_as_in_2d(imagenet):
     assert classified(imagenet, 120) >= 0.85
 
 
+@pytest.mark.long
 def test_mobilenet_v2s_maps_are_the_2d_networks(imagenet):
     state = read_state(imagenet / "mobilenet_v2_features.pth")
     net = torchvision.models.mobilenet_v2(weights=None).eval()

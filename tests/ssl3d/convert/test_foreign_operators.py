@@ -84,6 +84,7 @@ def test_only_a_name_or_the_file_itself_makes_a_plain_resnet_certain(tmp_path):
     assert found.encoder.metadata["foreign"]["assumed"] == found.assumed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnetblur18", pytest.param("resnetaa50", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_anti_aliased_resnets_are_timms_where_the_file_says_so(tmp_path, name):

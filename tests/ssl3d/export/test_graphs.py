@@ -64,6 +64,7 @@ def test_onnxruntime_computes_the_probabilities_of_a_segmentation(segmenter, tmp
     assert "subjects" not in about["card"]["training"]
 
 
+@pytest.mark.long
 def test_onnxruntime_computes_an_encoders_maps_of_another_size(encoder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     assert export(encoder, "onnx", tmp_path / "out") == 0

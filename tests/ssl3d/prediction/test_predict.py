@@ -572,6 +572,7 @@ def test_classes_are_a_row_for_each_subject_and_folds_an_ensemble(tmp_path, caps
     assert "given twice" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_boxes_are_in_mm_and_in_three_files(home, scans, tmp_path):
     words = ["--task", "detection", "--detection.boxes", "masks", "--detection.patch", "12", "12", "12",
              "--detection.channels", "8", "--detection.least-score", "0", "--detection.detections", "5",

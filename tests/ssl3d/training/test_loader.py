@@ -487,6 +487,7 @@ def test_workers_of_a_program_that_fails_end_at_once(data):
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_workers_do_not_outlive_a_killed_main_process(data):
     run, pids = start(data)

@@ -425,6 +425,7 @@ def test_no_source_or_none_there_is_status_two(tmp_path, capsys):
     assert "looked for NIfTI" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_real_cardiac_list_gives_labels_masks_and_subjects(real_data, tmp_path):
     prepare(PrepareOptions((str(real_data / "cardiac" / "patients.csv"),), str(tmp_path / "c.h5")))
     data = open_data([tmp_path / "c.h5"])

@@ -480,6 +480,7 @@ def test_the_estimate_comes_before_the_work_ends(scans, tmp_path, capsys):
     assert last.startswith(f"{tmp_path / 's.h5'}: 3 volumes of 3 subjects, 0 rejected")
 
 
+@pytest.mark.long
 def test_all_of_the_real_hippocampus_is_taken(real_data, tmp_path):
     summary = prepare(options(real_data / "hippocampus", tmp_path / "h.h5", workers=2))
     assert (summary.volumes, summary.subjects, summary.rejected) == (200, 200, 0)
