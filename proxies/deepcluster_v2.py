@@ -92,8 +92,8 @@ class DeepClusterV2(Proxy):
     instead of colour; two views, no small crops, which the paper has beside them; clusters scale with the
     data instead of 3000; a head 512 wide instead of 2048; AdamW instead of LARS in the recipe. The paper
     clusters at every pass over 1.3 million images; a pass here may be two steps, too few to learn anything
-    of new targets, so that a number of steps lies between. The bank is filled by a pass over the data
-    before the first.
+    of new targets, so that a number of steps lies between. BatchNorm sees each rank's own examples, where
+    theirs sees those of several. As released, the bank is filled by a pass over the data before the first.
 
     On held-out subjects, which are not in the bank, a head's target is the centroid nearest to the view
     it is of, predicted from the other.

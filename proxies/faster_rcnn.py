@@ -80,11 +80,11 @@ class FasterRCNN(DetectionProxy2d):
     costs its memory, and frozen weights are kept once more. That does not work with
     sharded parameters (FSDP).
 
-    Differs from the paper: a feature pyramid with group norm and one anchor size per level in place of
-    one map and three sizes; RoIAlign in place of RoI pooling; the pyramid counts as shared, with the
-    encoder; one schedule of the learning rate runs over all four phases. A pyramid from stride 2 up with
-    128 channels and few proposals are the defaults, for crops of about 100 pixels with objects of 5 to
-    50.
+    Differs from the paper: a feature pyramid with group norm and one anchor size per level in place of one
+    map and three sizes; RoIAlign in place of RoI pooling; anchors that cross the border are trained too,
+    since crops are cut anywhere; the pyramid counts as shared, with the encoder; AdamW instead of SGD, and
+    one schedule of the learning rate over all four phases. A pyramid from stride 2 up with 128 channels and
+    few proposals are the defaults, for crops of about 100 pixels with objects of 5 to 50.
 
     The metrics: `recall`, the share of the boxes that one of the 100 best proposals of the first stage
     overlaps by half; on held-out subjects `ap50` too, the average precision at that overlap (of a batch;

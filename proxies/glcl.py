@@ -110,12 +110,16 @@ class GLCL(Proxy):
 
     Volumes are cut into equal parts along the axis. Global loss: the views of slices of one part are
     positives, those of other parts negatives. Local loss: 3 x 3 regions at 13 places of a decoder's map,
-    each of which has the same region under another change of grey values as its positive, and other
-    regions of both maps as negatives. The encoder is trained first, then the decoder on the fixed encoder.
-    Temperature, parts, places and sizes of the regions, heads and losses are those of the released code.
-    The decoder is the U-Net head of segmentation, travels with the encoder and can start that head.
+    each of which has the same region under another change of grey values as its positive, and other regions
+    of both maps as negatives. The encoder is trained first, then the decoder on the fixed encoder.
+    Temperature, parts, places and sizes of the regions, the local heads and, but for constant factors, the
+    losses are those of the released code. The decoder is the U-Net head of segmentation, travels with the
+    encoder and can start that head.
 
-    Differs from it: two augmented views of each slice, where there the slice itself is a third; of G^D all
+    Differs from it: the global head is on the encoder's embedding, 512 wide and with batch norm, where
+    there it is on the flattened map, 1024 wide and without norm, since the embedding is what is used later;
+    grey values change in every way of the contrastive proxies' views, where there only brightness and
+    contrast do; two augmented views of each slice, where there the slice itself is a third; of G^D all
     pairs of a part are positives, where there each slice has four pairs; a region's negatives are the
     nearest of the 13 that do not overlap it, where there a table lists them; slices are slabs, laid flat,
     through a 3D encoder, and the decoder's map is averaged over the depth; whole slices are shrunk to the

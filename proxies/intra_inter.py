@@ -279,10 +279,15 @@ class IntraInter(Proxy):
     since most scattered ones have seen neighbours on both sides (`masks scattered` is the paper's way);
     slices are drawn anew in each step, and augmented in plane; prototypes scale with the data instead of
     3000; the aggregator is small; every slice is augmented on its own by the views of all contrastive
-    proxies, since what slices share of an augmentation is a short cut to masked ones, where the paper
-    gives each view of a volume one transform of torchio (`augmentation volume` and `torchio`). The recipe
-    is that of the other proxies here, so that they compare: AdamW and some hundred steps, instead of SGD
-    with LARS (LARC, rate 0.01, weight decay 1e-6) for 105 epochs in 2D and twice 100 in 3D.
+    proxies, since what slices share of an augmentation is a short cut to masked ones, where the paper gives
+    each view of a volume one transform of torchio (`augmentation volume` and `torchio`). A volume gives 8
+    slices of 64 x 64 where there it gives 64 of 128 x 128, 10 to 30 % of them masked where there 10 % are;
+    an epsilon of 0.03 and prototypes that learn from the first step, since batches are small (there 0.05,
+    and still for 313 steps); two clusterings by k-means, one for each view (there three); the head of
+    slices is 512 wide with layer norm (there 2048 with batch norm), since images and volumes make batches
+    of any mixture. The recipe is that of the other proxies here, so that they compare: AdamW and some
+    hundred steps, instead of SGD with LARS (LARC, rate 0.01, weight decay 1e-6) for 105 epochs in 2D and
+    twice 100 in 3D.
 
     Differs from the released code: attention runs along the slices (there along the features), as
     `SliceAggregator` says in full; the projection of the tokens is trained and saved; predicted are the

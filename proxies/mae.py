@@ -97,9 +97,10 @@ class MAE(Proxy):
     Differs from the papers: an encoder of maps instead of tokens, so masked places are computed too; the
     light decoder of all restoring proxies instead of a transformer or a mirrored U-Net, so that they
     compare; blocks scaled to the crop, since crops are small. nnssl puts zeros where something is masked,
-    here the value is learned. The loss is theirs: the mean squared error over masked voxels, of the
-    background too, since where the body ends is to be worked out as well; `token` takes plain grey values
-    as nnssl does, where He et al. standardise patches (`norm_targets true`).
+    here the value is learned; it turns and zooms a fifth of its crops, here they are mirrored alone. AdamW
+    and few steps instead of SGD (nnssl). The loss is theirs: the mean squared error over masked voxels, of
+    the background too, since where the body ends is to be worked out as well; `token` takes plain grey
+    values as nnssl does, where He et al. standardise patches (`norm_targets true`).
 
     `remask` has SparK's standardised targets and the norms of its maps (densify norms). Differs from
     SparK: three quarters are masked, not 60 % (`ratio`); deviations are of each channel on its own (there

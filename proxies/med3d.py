@@ -114,12 +114,12 @@ class Med3D(Proxy):
     Differs from the paper: half of the crops are drawn so that they hold a structure (as nnU-Net does;
     `around`), where the paper crops randomly to its targets; a branch's logits are brought to the crop's
     voxels by linear interpolation, also after the released head `conv_seg`, which scales the masks down
-    instead; percentiles and z-scores are the foreground's, and the background stays what it is, where the
-    released demo fills zeros with noise; a smaller data set is drawn from more often, where the paper
-    augments it up to the largest; one learning rate, where the released code
-    gives new layers 100 times that of the rest; AdamW with a cosine instead of SGD with an exponential
-    decay; crops of 32³ by default instead of whole volumes. Loss and metric leave out voxels whose value
-    no training mask has.
+    instead; crops keep their voxels, where that demo resizes each to one size; percentiles and z-scores are
+    the foreground's, and the background stays what it is, where the released demo fills zeros with noise; a
+    smaller data set is drawn from more often, where the paper augments it up to the largest; one learning
+    rate, where the released code gives new layers 100 times that of the rest; AdamW with a cosine instead
+    of SGD with an exponential decay; crops of 32³ by default instead of whole volumes. Loss and metric
+    leave out voxels whose value no training mask has.
 
     What a branch can draw depends on the stride of the deepest map: 8 in the paper. With resnet18 of width
     32 on hippocampus and brain tumours, Dice on hippocampus crops reached 0.45 after 20 steps with

@@ -76,9 +76,12 @@ class ModelsGenesis(Proxy):
     the place of that window for curves and noise, the encoder sees the corrupted crop in the grey values
     that the data were prepared to (as it will downstream), and squared errors are divided by the square
     of that range, or by 1 where the range is smaller; so the decoder ends without their sigmoid. Shuffled
-    blocks do not overlap, so that no value is lost or doubled. Crops are 32³ instead of 64 x 64 x 32, for
-    small scans; any encoder with a light decoder instead of a 3D U-Net, so that proxies compare; AdamW and
-    some hundred steps instead of SGD at a rate of 1 until the error on other scans stops falling.
+    blocks do not overlap, so that no value is lost or doubled. Crops lie anywhere in the body and are drawn
+    anew in each step, for any kind of scan, where the released code cuts 32 of each beforehand, away from
+    its borders and with 15 % of soft tissue at most, so from the lungs. Crops are 32³ instead of
+    64 x 64 x 32, for small scans; any encoder with a light decoder instead of a 3D U-Net, so that proxies
+    compare; AdamW and some hundred steps instead of SGD at a rate of 1 until the error on other scans stops
+    falling.
     """
 
     Config = ModelsGenesisConfig

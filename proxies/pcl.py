@@ -86,15 +86,18 @@ class PCL(Proxy):
     Image Segmentation, MICCAI 2021 (arXiv:2106.09157).
 
     Every slice is augmented twice. Two views are positives where their slices' positions differ by less
-    than a threshold, be they of one volume or of two; all others are negatives. Loss and positions are
-    those of the released code.
+    than a threshold, be they of one volume or of two; all others are negatives. The loss is that of the
+    released code, but for a constant factor of 1.43 there (its temperature divided by 0.07).
 
     Differs from it: a batch has several slices of each of its volumes instead of any slices; slices are
     slabs, laid flat, and pass through a 3D encoder; whole slices are shrunk to the crop, where there a
-    random crop of nearly the whole is taken; nothing is mirrored, the position is that of a slab's middle
-    (there of its end), and AdamW takes the place of SGD. Positions by sorting scores are ours: a run of
-    `sorting` scores each slice, and the quantile of its score among those of the training slices, taken
-    before the first step, is its position. The subjects that that run saw count as seen.
+    random crop of nearly the whole is taken; the views are those of all contrastive proxies, so that they
+    compare: small turns and zooms and changes of grey values, where there slices are mirrored, turned by
+    any angle and deformed elastically, and keep their grey values; the head has batch norm and gives 128
+    numbers, where there it has no norm and gives 512; the position is that of a slab's middle (there of its
+    end), and AdamW takes the place of SGD. Positions by sorting scores are ours: a run of `sorting` scores
+    each slice, and the quantile of its score among those of the training slices, taken before the first
+    step, is its position. The subjects that that run saw count as seen.
 
     The metrics ask for slices of other subjects alone, as the two views of a slice are easily matched:
     `accuracy` is the share of views whose nearest one of another subject is a positive; `chance` is what

@@ -70,9 +70,10 @@ class Pseudo3DDetection(DetectionProxy2d):
     --resnet18.stage-strides [[1,1,1],[1,2,2],[1,2,2],[1,2,2]]`.
 
     Differs from the paper: crops span `span` of the longer side of a picture, and what lies outside of it
-    is background, where the paper scales whole pictures; group norm everywhere, where some of its
-    released configurations freeze batch norm; the fusion begins as the mean over slices. AdamW and few
-    steps are the recipe here, not SGD with rate 0.02 for 24 epochs on 8 GPUs.
+    is background, where the paper scales whole pictures; group norm everywhere, where some of its released
+    configurations freeze batch norm; anchors that cross the border are trained too; the fusion begins as
+    the mean over slices. AdamW and few steps are the recipe here, not SGD with rate 0.02 for 24 epochs on 8
+    GPUs.
 
     The metrics: `recall`, the share of the boxes that one of the 100 best proposals of the first stage
     overlaps by half; on held-out pictures `ap50` too, the average precision at that overlap (mean over

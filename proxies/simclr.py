@@ -68,13 +68,14 @@ class SimCLR(Proxy):
     Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
     Representations, ICML 2020 (arXiv:2002.05709).
 
-    Differs from the paper: crops that overlap by three quarters of each side (`min_overlap`), or slices,
-    of volumes instead of resized crops of photographs, since other places are other anatomy, and
-    augmentations of grey values instead of colour; pairs of one subject are not each other's negatives
-    unless asked, for they may show the same; AdamW instead of LARS in the recipe, for batches of tens
-    instead of 4096, and with them a temperature of 0.2 instead of 0.1; a head 512 wide instead of 2048.
-    The loss is the mean over both directions, which the released code sums. BatchNorm sees both views at
-    once, as in the paper, but each rank's own examples, where the paper's sees those of all.
+    Differs from the paper: crops that overlap by three quarters of each side (`min_overlap`), or slices, of
+    volumes instead of resized crops of photographs, since other places are other anatomy, and augmentations
+    of grey values instead of colour; pairs of one subject are not each other's negatives unless asked, for
+    they may show the same; AdamW instead of LARS in the recipe, for batches of tens instead of 4096, and
+    with them a temperature of 0.2 instead of 0.1; a head 512 wide instead of 2048, of two layers as in the
+    paper (the released code now has three by default). The loss is the mean over both directions, which the
+    released code sums. BatchNorm sees both views at once, as in the paper, but each rank's own examples,
+    where the paper's sees those of all.
     """
 
     Config = SimCLRConfig

@@ -109,7 +109,9 @@ class SwAV(Proxy):
     has six: on volumes each costs an eighth of a large one and shows little; they have half the side at
     the same resolution, and lie within the large ones. AdamW instead of LARS in the recipe. A prototype's
     gradient runs through its normalisation, where the released code normalises before each step, and
-    prototypes keep still for a share of the training (`freeze`), not for a number of steps.
+    prototypes keep still for a share of the training (`freeze`), not for a number of steps, as the queue is
+    used from a share of it on (`queue_from`), not from an epoch on. BatchNorm sees each rank's own
+    examples, where theirs sees those of several.
     """
 
     Config = SwAVConfig

@@ -132,15 +132,17 @@ class TransVW(Proxy):
     the first step every volume is read once, to compare thumbnails; the words are kept in the checkpoint.
 
     Differs from the paper and its released code: volumes are compared by the principal components of
-    thumbnails (a linear auto-encoder in closed form) instead of a trained auto-encoder's latent, so that
-    no network has to be trained first; places are relative to the foreground's box instead of absolute,
+    thumbnails (a linear auto-encoder in closed form) instead of a trained auto-encoder's latent, so that no
+    network has to be trained first; places are relative to the foreground's box instead of absolute,
     because scans begin anywhere, evenly spread instead of random, so that no two words are one, and passed
     over in volumes where they show too little foreground; a word is taken from a share of the volumes
     instead of from 200, for data of any size; crops of the other volumes are restored too, but have no
-    class (see `coverage`); crops are drawn anew in each step, where there three of each are cut beforehand,
-    and their shifts are relative to the distance of words. The released elastic deformation and boxes
-    scale with the crop; of a crop that is shuffled most blocks are, as in Models Genesis, where there only
-    five small ones are, a thousandth of the voxels, which is next to nothing to restore; errors and
+    class (see `coverage`); words lie anywhere in the body, where those of the released code hold 15 % of
+    soft tissue at most, so that they are of the lungs; crops are drawn anew in each step, where there three
+    of each are cut beforehand; zoom and shift are along all axes, there within slices alone, and the shift
+    is relative to the distance of words, there 10 voxels at most. The released elastic deformation and
+    boxes scale with the crop; of a crop that is shuffled most blocks are, as in Models Genesis, where there
+    only five small ones are, a thousandth of the voxels, which is next to nothing to restore; errors and
     intensities are as in `models_genesis`. Any encoder has a light decoder and a linear classifier on its
     mean features, in place of a 3D U-Net and a classifier with a convolution of its own; AdamW in place of
     Adam, and few steps. Crops are 32³ instead of 64 x 64 x 32. As released, nothing is mirrored.
