@@ -54,15 +54,19 @@ def _worth(boards: Sequence[Board]) -> list[str]:
     for worth in best_of_each(boards):
         arm, board = worth.arm, worth.board
         title, metric = board.table.title.partition(":")[0], board.table.main
-        numbers = f"{worth.scratch.interval.value:.3f} to {arm.interval.value:.3f}"
+        start = f"{title}: with {worth.labelled:.0f} labelled subjects,"
+        scratch, pretrained = (f"{score.interval.value:.3f}" for score in (worth.scratch, arm))
         p = "" if arm.p_holm is None else f", p {arm.p_holm:.3f} after Holm"
-        line = (
-            f"{title}: with {worth.labelled:.0f} labelled subjects, pretraining ({arm.title}) "
-            f"{'lifts' if _gain(arm) > 0 else 'takes'} {metric} from {numbers} ({gain_text(arm.gain)}{p})"
-        )
         if not shown(arm):
-            lines.append(f"{line}: no gain is shown.")
+            lines.append(
+                f"{start} no gain is shown: {metric} is {scratch} from scratch and {pretrained} pretrained "
+                f"({arm.title}, {gain_text(arm.gain)}{p})."
+            )
             continue
+        line = (
+            f"{start} pretraining ({arm.title}) {'lifts' if _gain(arm) > 0 else 'takes'} {metric} from "
+            f"{scratch} to {pretrained} ({gain_text(arm.gain)}{p})"
+        )
         if _gain(arm) > 0 and np.isfinite(worth.most) and worth.most > worth.labelled:
             line += f"; from scratch, the same network reaches that with {_labels(worth)}"
         lines.append(f"{line}.")

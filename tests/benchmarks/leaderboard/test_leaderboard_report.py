@@ -425,7 +425,7 @@ def test_no_gain_is_told_as_none(tmp_path):
     rows = [*labelled(6, -0.2, -0.2), *labelled(24, None, -0.1)]
     boards = read_report([write(tmp_path, rows)], resamples=400).boards
     (line,) = [words for words in answer(boards) if "with 6 labelled subjects" in words]
-    assert line.endswith("no gain is shown.") and "reaches" not in line
+    assert "no gain is shown: dice is 0." in line and "lifts" not in line and "reaches" not in line
 
 
 @pytest.mark.parametrize(
