@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssl3d_benchmarks.leaderboard.report.board import Arm, Board
-from ssl3d_benchmarks.leaderboard.report.columns import gain_text
+from ssl3d_benchmarks.leaderboard.report.columns import gain_text, p_text
 from ssl3d_benchmarks.leaderboard.report.names import scratch_words
 from ssl3d_benchmarks.leaderboard.report.statistics import best_imagenet, reference_of
 from ssl3d_benchmarks.leaderboard.report.worth import Worth, best_of_each, by_table
@@ -56,7 +56,7 @@ def _worth(boards: Sequence[Board]) -> list[str]:
         title, metric = board.table.title.partition(":")[0], board.table.main
         start = f"{title}: with {worth.labelled:.0f} labelled subjects,"
         scratch, pretrained = (f"{score.interval.value:.3f}" for score in (worth.scratch, arm))
-        p = "" if arm.p_holm is None else f", p {arm.p_holm:.3f} after Holm"
+        p = f", p {words} after Holm" if (words := p_text(arm.p_holm)) else ""
         if not shown(arm):
             lines.append(
                 f"{start} no gain is shown: {metric} is {scratch} from scratch and {pretrained} pretrained "

@@ -17,6 +17,7 @@ from ssl3d.api import DataError, Result, UsageError, statistics, write_result
 from ssl3d.cli import main
 from ssl3d.errors import TransientError
 from ssl3d_benchmarks.leaderboard.report.answer import answer
+from ssl3d_benchmarks.leaderboard.report.columns import p_text
 from ssl3d_benchmarks.leaderboard.report.output import read_report
 from ssl3d_benchmarks.leaderboard.report.overall import critical_difference
 from ssl3d_benchmarks.leaderboard.report.worth import equal_labels, worths
@@ -409,7 +410,7 @@ def test_a_gain_is_told_in_labelled_subjects(tmp_path):
     (line,) = [words for words in lines if "with 6 labelled subjects" in words]
     low, high = f"{few.low:.0f}", f"{few.high:.0f}"
     assert f"reaches that with 12 [{low}, {high}] labelled subjects" in line
-    assert f"p {few.arm.p_holm:.3f} after Holm" in line and "pretraining (alpha) lifts dice from" in line
+    assert f"p {p_text(few.arm.p_holm)} after Holm" in line and "pretraining (alpha) lifts dice from" in line
     (line,) = [words for words in lines if "with 24 labelled subjects" in words]
     assert "reaches that with more than 54" in line
     out = tmp_path / "out"
