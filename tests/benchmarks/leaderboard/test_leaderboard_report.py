@@ -410,7 +410,8 @@ def test_a_gain_is_told_in_labelled_subjects(tmp_path):
     (line,) = [words for words in lines if "with 6 labelled subjects" in words]
     low, high = f"{few.low:.0f}", f"{few.high:.0f}"
     assert f"reaches that with 12 [{low}, {high}] labelled subjects" in line
-    assert f"p {p_text(few.arm.p_holm)} after Holm" in line and "pretraining (alpha) lifts dice from" in line
+    assert f"p {p_text(few.arm.p_holm)} after Holm" in line
+    assert "pretraining (alpha) lifts dice from" in line
     (line,) = [words for words in lines if "with 24 labelled subjects" in words]
     assert "reaches that with more than 54" in line
     out = tmp_path / "out"
