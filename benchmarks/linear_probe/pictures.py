@@ -137,7 +137,7 @@ def masks_figure(
                     shown, cmap=colours, vmin=0, vmax=classes - 1, alpha=0.6, aspect=aspect, origin="lower",
                     interpolation="nearest",
                 )  # fmt: skip
-            words = palette.dice_words(truth, mask, titles) if column == 2 else ""
+            words = palette.dice_words(truth, mask, titles, 44) if column == 2 else ""
             plot.set_title("\n".join(filter(None, (title * (number == 0), words))), fontsize=8)
             plot.set_xticks([])
             plot.set_yticks([])

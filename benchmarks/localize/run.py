@@ -376,7 +376,7 @@ def picture(axis: Axis, curves: Sequence[tuple[Profile, Placement]], rows: Seque
             f"{len(crops)} crops: median difference {median:.1f} mm\n(the middle guessed: {guess:.1f} mm)"
         )
     right.set(
-        xlabel="middle of the crop, mm, from the same encoder's placement of the whole scan",
+        xlabel="middle of the crop, mm, where the same encoder\nplaces the whole scan: no anatomical truth",
         ylabel="middle of the crop, mm, from the crop alone",
         title=title,
     )

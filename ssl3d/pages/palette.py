@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,27 +40,34 @@ def class_titles(data: Collection, values: Sequence[int | str]) -> list[str]:
 
 
 def legend(figure: Any, titles: Sequence[str]) -> None:
-    """Put the colours and names of the classes below a picture."""
+    """Put the colours and names of the classes below a picture, which are values of its masks."""
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour(k), label=title) for k, title in enumerate(titles) if k]
+    widest = 50 + 5 * max((len(title) for title in titles[1:]), default=0)  # points: patch, gaps, letters
+    columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / widest)))
     figure.legend(
-        handles=handles, loc="outside lower center", ncol=min(len(handles), 6), fontsize=8, frameon=False
-    )
+        handles=handles, loc="outside lower center", ncol=columns, fontsize=8, frameon=False,
+        title="value in the mask", title_fontsize=8,
+    )  # fmt: skip
 
 
-def dice_words(truth: Array, predicted: Array, titles: Sequence[str]) -> str:
-    """Return the Dice of each class of a volume in words; a dash where neither side has the class.
+def dice_words(truth: Array, predicted: Array, titles: Sequence[str], width: int) -> str:
+    """Return the Dice of each class in words; a dash where neither side has the class.
+
+    They are of all voxels given, also where a picture shows a single slice, and the words say so.
 
     Args:
-        truth: True class indices, negative where unknown.
+        truth: True class indices (D, H, W), negative where unknown.
         predicted: Predicted class indices of the same shape.
         titles: Names of the classes, background first.
+        width: Number of characters in a line; a class and its Dice stay in one.
 
     Example:
         >>> import numpy as np
-        >>> dice_words(np.array([0, 1, 1]), np.array([0, 1, 0]), ["0", "1 (liver)", "2"])
-        'Dice 1 (liver) 0.67, 2 –'
+        >>> truth, predicted = np.array([[[0]], [[1]], [[1]]]), np.array([[[0]], [[1]], [[0]]])
+        >>> dice_words(truth, predicted, ["0", "1 (liver)", "2"], width=60)
+        'Dice in the whole volume: 1 (liver) = 0.67, 2 = –'
     """
     known = truth >= 0
     words = []
@@ -68,5 +76,7 @@ def dice_words(truth: Array, predicted: Array, titles: Sequence[str]) -> str:
             continue
         a, b = (truth == k) & known, (predicted == k) & known
         total = int(a.sum() + b.sum())
-        words.append(f"{title} {2 * int((a & b).sum()) / total:.2f}" if total else f"{title} –")
-    return "Dice " + ", ".join(words)
+        words.append(f"{title} = {2 * int((a & b).sum()) / total:.2f}" if total else f"{title} = –")
+    kept = [each.replace(" ", "\N{NO-BREAK SPACE}") for each in words]
+    whole = f"Dice in the whole {'image' if truth.shape[0] == 1 else 'volume'}: " + ", ".join(kept)
+    return "\n".join(textwrap.wrap(whole, width)).replace("\N{NO-BREAK SPACE}", " ")

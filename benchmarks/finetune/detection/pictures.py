@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl3d.api import palette
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-_TRUE, _FOUND = "#31a354", "#e6550d"
+_TRUE, _FOUND = palette.BOX, palette.colour(1)
 _SHOWN = 5  # detections of a volume that are drawn at most
 
 

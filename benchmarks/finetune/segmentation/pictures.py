@@ -25,7 +25,7 @@ def segmentation_picture(
     """Draw a row per volume: axial, coronal and sagittal slice, each with the truth and the prediction.
 
     The slices go through the middle of the true objects (of the predicted ones, or of the volume, if there
-    are none). Images (D = 1) have a single pair. The Dice of the whole volume stands in the first
+    are none). Images (D = 1) have a single pair. The Dice of the whole volume stands below the first
     prediction.
 
     Args:
@@ -38,11 +38,13 @@ def segmentation_picture(
     from matplotlib.figure import Figure
 
     planes = 1 if volumes[0].shape[1] == 1 else 3
-    figure = Figure(figsize=(3.4 * planes, 1.9 * len(volumes) + 0.6), layout="constrained")
+    captions = [palette.dice_words(*both, names, 34) for both in zip(truth, predicted, strict=True)]
+    tall = 1.9 + 0.12 * max(caption.count("\n") + 1 for caption in captions)
+    figure = Figure(figsize=(3.4 * planes, tall * len(volumes) + 0.8), layout="constrained")
     axes = figure.subplots(len(volumes), 2 * planes, squeeze=False)
     roles = roles or [""] * len(volumes)
-    for row, volume, role, true, labels in zip(
-        axes.tolist(), volumes, roles, truth, predicted, strict=True
+    for row, volume, role, true, labels, caption in zip(
+        axes.tolist(), volumes, roles, truth, predicted, captions, strict=True
     ):
         image = volume.read()[0].numpy()
         low, high = np.percentile(image, (1, 99))
@@ -67,9 +69,9 @@ def segmentation_picture(
                 if volume is volumes[0]:
                     panel.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}, {title}", fontsize=8)
         title = ": ".join(filter(None, (role, volume.id.split("/")[-1])))
-        row[0].text(0.02, 0.02, title, color="white", fontsize=6, transform=row[0].transAxes)
-        words = palette.dice_words(true, labels, names)
-        row[1].text(0.02, 0.02, words, color="white", fontsize=6, transform=row[1].transAxes)
+        # Below the panels: over an image no colour can be read everywhere.
+        for panel, words in ((row[0], title), (row[1], caption)):
+            panel.text(0.5, -0.03, words, fontsize=7, ha="center", va="top", transform=panel.transAxes)
     palette.legend(figure, names)
     return figure
 

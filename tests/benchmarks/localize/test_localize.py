@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ssl3d import cli
 from ssl3d.errors import DataError
 from ssl3d_benchmarks.localize.axis import Axis, Profile, common_axis
-from ssl3d_benchmarks.localize.run import place_volume, summarize
+from ssl3d_benchmarks.localize.run import picture, place_volume, summarize
 
 
 def curve(mm):
@@ -242,3 +242,19 @@ def test_a_full_disk_leaves_the_results_of_before(run, monkeypatch, tmp_path):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     assert cli.main(words) == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_picture_says_what_crops_are_compared_with_and_cuts_no_words_off():
+    """The words ended at the picture's edge before "whole scan", which is the truth that they tell of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = picture(AXIS, [], [])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    right = figure.axes[1]
+    words = " ".join(right.get_xlabel().split())
+    assert "the same encoder places the whole scan" in words and "no anatomical truth" in words
+    for label in (right.xaxis.label, right.yaxis.label, right.title):
+        box = label.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from ssl3d.api import open_data
@@ -47,7 +48,9 @@ def test_truth_and_prediction_have_the_same_colours_and_the_dice_of_the_volume(d
     titles = class_titles(data, (0, 5, 9))
     truth = [np.searchsorted([0, 5, 9], volume.read_mask().numpy()) for volume in data]
     figure = masks_figure(data, truth, (0, 5, 9), titles)
-    assert any("Dice 5 (liver) 1.00, 9 1.00" in words for words in words_of(figure))
+    assert any(
+        "Dice in the whole volume: 5 (liver) = 1.00,\n9 = 1.00" in words for words in words_of(figure)
+    )
     overlays = [panel.images[1] for panel in figure.axes[1:3]]
     for image in overlays:
         shown = {to_hex(image.cmap(image.norm(k))) for k in np.unique(image.get_array().compressed())}
@@ -73,9 +76,26 @@ def test_probe_and_fine_tuning_use_one_palette(data):
         for own in figure.legends
     ]
     assert legends[0] == legends[1] == {"5 (liver)": colour(1), "9": colour(2)}
-    assert any("Dice 5 (liver) 0.00, 9 0.00" in words for words in words_of(figures[1]))
+    assert "Dice in the whole volume:\n5 (liver) = 0.00, 9 = 0.00" in words_of(figures[1])
 
 
 def test_dice_leaves_unknown_voxels_out():
-    truth, predicted = np.array([-1, -1, 1, 1, 0]), np.array([1, 1, 1, 0, 0])
-    assert dice_words(truth, predicted, ["0", "a", "b"]) == f"Dice a {2 / 3:.2f}, b –"
+    truth, predicted = (np.array(row)[None, None] for row in ([-1, -1, 1, 1, 0], [1, 1, 1, 0, 0]))
+    words = dice_words(truth, predicted, ["0", "a", "b"], 60)
+    assert words == f"Dice in the whole image: a = {2 / 3:.2f}, b = –"
+
+
+def test_words_of_fine_tuning_stand_beside_the_images_and_within_the_picture(data):
+    """White on the image they were as faint as the image was bright, and long lists were cut off."""
+    titles = ["0", *(f"{k} (structure number {k})" for k in range(1, 13))]
+    truth = [np.searchsorted([0, 5, 9], volume.read_mask().numpy()) for volume in data]
+    figure = segmentation_picture(list(data), truth, truth, titles, ["median", "worst"])
+    FigureCanvasAgg(figure).draw()
+    for row in range(2):
+        panels = figure.axes[6 * row : 6 * row + 6]
+        for panel in panels[:2]:
+            (text,) = panel.texts
+            box, image = text.get_window_extent(), panel.get_window_extent()
+            assert to_hex(text.get_color()) == "#000000" and box.y1 <= image.y0
+            assert figure.bbox.y0 <= box.y0
+            assert all(box.x1 <= other.get_window_extent().x0 for other in panels[2:])
