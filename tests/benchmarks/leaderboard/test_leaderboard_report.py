@@ -1,6 +1,7 @@
 """A leaderboard's report: known ranks, refused rows, leaks, and a page that loads nothing."""
 
 import csv
+import dataclasses
 import errno
 import html.parser
 import json
@@ -862,7 +863,6 @@ def test_what_saw_test_subjects_is_in_no_curve_and_no_picture(tmp_path):
 
 
 def test_detection_is_compared_with_from_scratch(tmp_path):
-    import dataclasses
 
     rows = [finetuned("runs/alpha-0", gain=0.2), finetuned("scratch:resnet18", "untrained")]
     (board,) = read_report([write(tmp_path, rows)], resamples=100).boards
@@ -1277,8 +1277,13 @@ def test_time_is_the_mean_of_all_seeds(tmp_path):
     rows = usual()
     for row, seconds in zip([r for r in rows if "beta" in r.contestant["name"]], (100, 300), strict=True):
         row.contestant["pretraining"]["compute"] |= {"seconds": seconds, "peak_memory": seconds}
-    beta = arms(read_report([write(tmp_path, rows)], resamples=100))["beta"]
-    assert (seconds_of(beta), memory_of(beta)) == (200, 300)
+    # A table of few labels has several records of an encoder, one for each subset: it was pretrained once.
+    few = [dataclasses.replace(row, fraction=0.1, repeat=repeat) for row in rows for repeat in range(3)]
+    boards = read_report([write(tmp_path, rows + few)], resamples=100).boards
+    assert len(boards) == 2
+    for board in boards:
+        beta = next(arm for arm in board.arms if arm.label == "beta")
+        assert (seconds_of(beta), memory_of(beta)) == (200, 300)
 
 
 def test_scores_that_records_are_too_old_to_have_are_named(tmp_path):
