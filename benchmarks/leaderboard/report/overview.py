@@ -42,11 +42,11 @@ def in_short(boards: Sequence[Board]) -> list[str]:
     parts = (("Fine-tuned", "trained from scratch", tuned), ("Frozen", "untrained", frozen))
     sentences = [_sentence(*part) for part in parts if part[2]]
     if len(sentences) == 1:
-        least = sorted(board.detectable for board in tried if board.detectable)
+        least = sorted({f"{board.detectable:.3f}" for board in tried if board.detectable}, key=float)
         sentences += [
-            f"The smallest gains that the tables could have shown are {least[0]:.3f} to {least[-1]:.3f}."
+            f"The smallest gains that the tables could have shown are {least[0]} to {least[-1]}."
             if len(least) > 1
-            else f"The smallest gain that could have been shown is {least[0]:.3f}."
+            else f"The smallest gain that could have been shown is {least[0]}."
             if least
             else "How small a gain could have been shown is unknown: there are too few subjects or seeds."
         ]

@@ -1417,6 +1417,12 @@ def test_the_first_screen_is_two_sentences_a_matrix_and_gains(made, report):
     assert said[0].startswith("Frozen, a pretrained encoder is significantly better than the same network")
     assert "on 1 of 1 table and significantly worse on 1" in said[0] and "alpha +0.09" in said[0]
     assert said[1].startswith("The smallest gain that could have been shown is 0.0")
+    (board,) = report.boards
+    for others, words in (
+        ((0.0301, 0.0304), "The smallest gain that could have been shown is 0.030."),
+        ((9.5, 10.25), "The smallest gains that the tables could have shown are 9.500 to 10.250."),
+    ):
+        assert in_short([dataclasses.replace(board, detectable=least) for least in others])[1] == words
     text = (made / "index.html").read_text(encoding="utf-8")
     before = text.partition("<h2>Tables</h2>")[0]
     assert all(x in before for x in said) and before.index(said[0]) < before.index('class="wide matrix"')
